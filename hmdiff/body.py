@@ -1,0 +1,240 @@
+"""Body: shape and pose to vertices, by linear blend skinning; and `load_body`, which finds one.
+
+Loper et al., SMPL, SIGGRAPH Asia 2015, eq. 2-10: v(beta, R) = sum_j w_j G_j(R, J(beta)) (T + S beta + P (R - I)).
+One implementation serves the free body (no pose blend shapes P) and a user's SMPL, SMPL-X or MANO file: any number of
+vertices and joints. Frame: SMPL's (y up, facing +z, the left at +x), metres; a root rotation takes it to a camera.
+Symbols: V vertices, J joints, B shape coefficients, K keypoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hmdiff.body_files import LICENSED, find_body_file, read_body_file
+from hmdiff.errors import UserError
+from hmdiff.resources import asset_path
+
+Array = np.ndarray | Tensor
+
+
+class BodyOutput(NamedTuple):
+    vertices: Tensor  # (..., V, 3) metres
+    joints: Tensor  # (..., J, 3) metres
+
+
+class Body(nn.Module):
+    """A skinned body. Its arrays are buffers that are never saved with a model: they follow `.to()` alone."""
+
+    v_template: Tensor
+    shapedirs: Tensor
+    posedirs: Tensor | None
+    lbs_weights: Tensor
+    J_regressor: Tensor | None
+    faces: Tensor | None
+    keypoint_regressor: Tensor | None
+    joint_template: Tensor
+    joint_shapedirs: Tensor
+    _support: Tensor
+    _support_weights: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        v_template: Array,  # (V, 3) metres
+        shapedirs: Array,  # (V, 3, B) metres per standard deviation
+        lbs_weights: Array,  # (V, J) rows sum to 1
+        parents: Sequence[int],  # J, -1 at the root; a parent comes before its children
+        joint_names: Sequence[str],  # J
+        J_regressor: Array | None = None,  # (J, V) rows sum to 1; may be None when the next two are given
+        joint_template: Array | None = None,  # (J, 3) joints of the template
+        joint_shapedirs: Array | None = None,  # (J, 3, B)
+        posedirs: Array | None = None,  # (V, 3, 9 (J - 1))
+        faces: Array | None = None,  # (F, 3)
+        keypoint_names: Sequence[str] | None = None,  # K
+        keypoint_regressor: Array | None = None,  # (K, V) rows sum to 1
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.parents = tuple(int(parent) for parent in parents)
+        self.joint_names = tuple(joint_names)
+        self.keypoint_names = None if keypoint_names is None else tuple(keypoint_names)
+        for key, value in (
+            ("v_template", v_template), ("shapedirs", shapedirs), ("lbs_weights", lbs_weights),
+            ("J_regressor", J_regressor), ("posedirs", posedirs), ("keypoint_regressor", keypoint_regressor),
+        ):  # fmt: skip
+            self.register_buffer(key, None if value is None else _floating(value), persistent=False)
+        self.register_buffer("faces", None if faces is None else torch.as_tensor(faces).long(), persistent=False)
+        self._check_shapes()
+        if joint_template is None or joint_shapedirs is None:
+            if self.J_regressor is None:
+                raise UserError(f"body {name!r}: give J_regressor, or joint_template and joint_shapedirs")
+            joint_template = self.J_regressor @ self.v_template
+            joint_shapedirs = torch.einsum("jv,vcb->jcb", self.J_regressor, self.shapedirs)
+        self.register_buffer("joint_template", _floating(joint_template), persistent=False)
+        self.register_buffer("joint_shapedirs", _floating(joint_shapedirs), persistent=False)
+        # Joints of equal depth are moved together: the chain costs its depth, not its length.
+        self._levels = _depth_levels(self.parents)
+        if self.keypoint_regressor is not None:
+            support = self.keypoint_regressor.ne(0).any(0).nonzero()[:, 0]
+            self.register_buffer("_support", support, persistent=False)
+            self.register_buffer("_support_weights", self.keypoint_regressor[:, support], persistent=False)
+
+    def _check_shapes(self) -> None:
+        vertices, joints, betas = len(self.v_template), len(self.parents), self.shapedirs.shape[-1]
+        expected: dict[str, tuple[int, ...]] = {
+            "v_template": (vertices, 3), "shapedirs": (vertices, 3, betas), "lbs_weights": (vertices, joints),
+            "J_regressor": (joints, vertices), "posedirs": (vertices, 3, 9 * (joints - 1)),
+            "keypoint_regressor": (len(self.keypoint_names or ()), vertices),
+        }  # fmt: skip
+        for key, shape in expected.items():
+            value = getattr(self, key)
+            if value is not None and tuple(value.shape) != shape:
+                raise UserError(f"body {self.name!r}: {key} is {tuple(value.shape)}, expected {shape}")
+        if len(self.joint_names) != joints:
+            raise UserError(f"body {self.name!r}: {len(self.joint_names)} joint names for {joints} joints")
+        if self.parents[0] != -1 or any(not 0 <= parent < joint for joint, parent in enumerate(self.parents) if joint):
+            raise UserError(f"body {self.name!r}: parents start with -1 and name earlier joints, got {self.parents}")
+
+    @property
+    def num_betas(self) -> int:
+        return self.shapedirs.shape[-1]
+
+    @property
+    def num_joints(self) -> int:
+        return len(self.parents)
+
+    @property
+    def num_vertices(self) -> int:
+        return len(self.v_template)
+
+    def forward(
+        self,
+        betas: Tensor,  # (..., B) in standard deviations
+        rotations: Tensor,  # (..., J, 3, 3) relative to the parent; the first is the root's
+        translation: Tensor | None = None,  # (..., 3) metres
+    ) -> BodyOutput:
+        """Vertices and joints of the posed body; leading dimensions broadcast. The root turns about its own joint."""
+        if betas.shape[-1] != self.num_betas or rotations.shape[-3:] != (self.num_joints, 3, 3):
+            raise UserError(
+                f"body {self.name!r}: betas {tuple(betas.shape)} and rotations {tuple(rotations.shape)}, expected "
+                f"(..., {self.num_betas}) and (..., {self.num_joints}, 3, 3)"
+            )
+        batch = torch.broadcast_shapes(betas.shape[:-1], rotations.shape[:-3])
+        betas = betas.expand(*batch, -1).reshape(-1, self.num_betas)
+        rotations = rotations.expand(*batch, -1, -1, -1).reshape(-1, self.num_joints, 3, 3)
+        shaped = torch.addmm(self.v_template.flatten(), betas, self.shapedirs.flatten(0, 1).mT)
+        joints = torch.addmm(self.joint_template.flatten(), betas, self.joint_shapedirs.flatten(0, 1).mT)
+        if self.posedirs is not None:
+            identity = torch.eye(3, dtype=rotations.dtype, device=rotations.device)
+            feature = (rotations[:, 1:] - identity).flatten(1)
+            shaped = torch.addmm(shaped, feature, self.posedirs.flatten(0, 1).mT)
+        posed_joints, columns = self._chain(rotations, joints.unflatten(-1, (-1, 3)))
+        first, second, third, vertices = (self.lbs_weights @ columns.flatten(2)).unflatten(-1, (4, 3)).unbind(-2)
+        # Fused multiply-adds: on a CPU the skinning is bound by memory, and the temporaries were half its time.
+        for column, coordinate in zip((first, second, third), shaped.unflatten(-1, (-1, 3)).split(1, -1), strict=True):
+            vertices = torch.addcmul(vertices, column, coordinate)
+        vertices = vertices.reshape(*batch, self.num_vertices, 3)
+        posed_joints = posed_joints.reshape(*batch, self.num_joints, 3)
+        if translation is not None:
+            vertices, posed_joints = vertices + translation[..., None, :], posed_joints + translation[..., None, :]
+        return BodyOutput(vertices, posed_joints)
+
+    def _chain(
+        self,
+        rotations: Tensor,  # (N, J, 3, 3)
+        joints: Tensor,  # (N, J, 3) at rest
+    ) -> tuple[Tensor, Tensor]:  # posed joints (N, J, 3); G as (N, J, 4, 3): its rotation's columns, its translation
+        turned, placed = [rotations[:, :1]], [joints[:, :1]]
+        for children, parent_rows, parents in self._levels:
+            turn = turned[-1][:, parent_rows]
+            offset = (joints[:, children] - joints[:, parents])[..., None]
+            placed.append(placed[-1][:, parent_rows] + (turn @ offset)[..., 0])
+            turned.append(turn @ rotations[:, children])
+        order = [0, *(joint for children, _, _ in self._levels for joint in children)]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        turn, posed = torch.cat(turned, 1)[:, back], torch.cat(placed, 1)[:, back]
+        shift = posed - (turn @ joints[..., None])[..., 0]
+        return posed, torch.cat([turn.mT, shift[..., None, :]], -2)
+
+    def keypoints(
+        self,
+        vertices: Tensor,  # (..., V, 3)
+    ) -> Tensor:  # (..., K, 3)
+        """The named keypoints of a posed mesh, in `keypoint_names`' order."""
+        return self._support_weights.to(vertices.dtype) @ vertices[..., self.keypoint_support(), :]
+
+    def keypoint_support(self) -> Tensor:  # (S,) int64, ascending
+        """The vertices that the keypoint regressor reads."""
+        if self.keypoint_regressor is None:
+            raise UserError(f"body {self.name!r} has no keypoint regressor; use the free body, or its joints")
+        return self._support
+
+    def select(
+        self,
+        vertex_ids: Sequence[int] | Tensor,  # (M,)
+    ) -> Body:
+        """The same body with only these vertices, in this order: its joints stay exact, its faces are dropped.
+
+        The keypoint regressor is kept when all the vertices it reads are among them.
+        """
+        ids = torch.as_tensor(vertex_ids, dtype=torch.long, device=self.v_template.device)
+        regressor = None
+        if self.keypoint_regressor is not None and torch.isin(self.keypoint_support(), ids).all():
+            # A vertex named twice must count once.
+            first = torch.zeros_like(ids, dtype=torch.bool)
+            first[np.unique(ids.cpu().numpy(), return_index=True)[1]] = True
+            regressor = self.keypoint_regressor[:, ids] * first
+        return Body(
+            name=self.name,
+            v_template=self.v_template[ids],
+            shapedirs=self.shapedirs[ids],
+            lbs_weights=self.lbs_weights[ids],
+            parents=self.parents,
+            joint_names=self.joint_names,
+            joint_template=self.joint_template,
+            joint_shapedirs=self.joint_shapedirs,
+            posedirs=None if self.posedirs is None else self.posedirs[ids],
+            keypoint_names=None if regressor is None else self.keypoint_names,
+            keypoint_regressor=regressor,
+        )
+
+
+def _floating(value: Array) -> Tensor:
+    tensor = torch.as_tensor(value)
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _depth_levels(parents: Sequence[int]) -> list[tuple[list[int], list[int], list[int]]]:
+    """For each depth below the root: its joints, the rows of their parents in the depth above, and the parents."""
+    levels, above = [], [0]
+    while children := [joint for joint, parent in enumerate(parents) if joint and parent in above]:
+        owners = [parents[joint] for joint in children]
+        levels.append((children, [above.index(owner) for owner in owners], owners))
+        above = children
+    return levels
+
+
+def load_body(
+    name_or_path: str | Path = "free",  # free, smpl, smplx, mano, or the path of a SMPL, SMPL-X or MANO .npz or .pkl
+    gender: str = "neutral",  # of a named SMPL or SMPL-X; right or left for MANO
+) -> Body:
+    """A body in float32. Named ones but the free one are looked for in the folder HMDIFF_BODY_DIR.
+
+    A loaded body's `name` is what was asked for (a path's stem), so that a checkpoint can name it without holding it.
+
+    Raises:
+        UserError: no such file; says which file, where to register for it and where to put it.
+    """
+    name = str(name_or_path)
+    if name == "free":
+        return Body(name=name, **read_body_file(asset_path("body.npz")))
+    if name in LICENSED:
+        full_name = name if gender == "neutral" else f"{name}_{gender}"
+        return Body(name=full_name, **read_body_file(find_body_file(name, gender)))
+    return Body(name=Path(name).stem, **read_body_file(name))

@@ -1,0 +1,175 @@
+"""Finding and reading body files: the free body, and a user's own SMPL, SMPL-X or MANO file.
+
+Published layouts (SMPL v1.0.0 and v1.1.0, SMPL-X v1.1, MANO v1.2, SMPL+H): a pickle or npz of v_template (V, 3),
+shapedirs (V, 3, >= 10), posedirs (V, 3, 9 (J - 1)), weights (V, J), J_regressor (J, V), kintree_table (2, J) and f
+(F, 3). The free body's npz holds the same, its weights and regressors sparse. The smplx package is not needed.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hmdiff.errors import UserError
+from hmdiff.skeletons import SMPL24
+from hmdiff.unpickling import load_pickle
+
+FOLDER_VARIABLE = "HMDIFF_BODY_DIR"
+NUM_BETAS = 10
+_GENDERS = {"neutral": ("NEUTRAL", "neutral"), "female": ("FEMALE", "f"), "male": ("MALE", "m")}
+_SITES = {
+    "smpl": "https://smpl.is.tue.mpg.de",
+    "smplx": "https://smpl-x.is.tue.mpg.de",
+    "mano": "https://mano.is.tue.mpg.de",
+}
+LICENSED = tuple(_SITES)
+
+
+def find_body_file(
+    kind: str,  # one of LICENSED
+    gender: str = "neutral",  # neutral, female, male; for MANO right (also for neutral) or left
+) -> Path:
+    """The user's file of that kind in the folder HMDIFF_BODY_DIR, under any of its published names.
+
+    Raises:
+        UserError: it is not there; names the file, where to register for it and where to put it.
+    """
+    names = _published_names(kind, gender)
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        for place in (".", kind, f"models/{kind}", f"{kind}/models"):
+            for name in names:
+                if (path := Path(folder, place, name)).is_file():
+                    return path
+    place_text = f"not in {folder} ({FOLDER_VARIABLE})" if folder else f"{FOLDER_VARIABLE} is not set"
+    raise UserError(
+        f"{names[0]} not found: {place_text}; register at {_SITES[kind]}, download it, put it at "
+        f"{Path(folder or '<folder>') / kind / names[0]} and set {FOLDER_VARIABLE}={folder or '<folder>'} "
+        f"(also taken: {', '.join(names[1:])}), or use the free body"
+    )
+
+
+def _published_names(kind: str, gender: str) -> list[str]:
+    if kind == "mano":
+        sides = {"neutral": "RIGHT", "right": "RIGHT", "left": "LEFT"}
+        if gender not in sides:
+            raise UserError(f"MANO is right or left, not {gender!r}")
+        return [f"MANO_{sides[gender]}.{suffix}" for suffix in ("pkl", "npz")]
+    if gender not in _GENDERS:
+        raise UserError(f"gender {gender!r}: expected one of {', '.join(_GENDERS)}")
+    upper, lower = _GENDERS[gender]
+    if kind == "smplx":
+        return [f"SMPLX_{upper}.npz", f"SMPLX_{upper}.pkl", f"SMPLX_{upper}_2020.npz"]
+    return [
+        f"SMPL_{upper}.pkl", f"SMPL_{upper}.npz", f"basicmodel_{lower}_lbs_10_207_0_v1.1.0.pkl",
+        f"basicModel_{lower}_lbs_10_207_0_v1.0.0.pkl", f"basicModel_{lower}_lbs_10_207_0_v1.0.0.npz",
+    ]  # fmt: skip
+
+
+def read_body_file(path: str | Path) -> dict[str, Any]:
+    """Arguments of `hmdiff.body.Body`, but for the name, read from a body file of either kind.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a body.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such body file; give free, {', '.join(LICENSED)} or the path of a .npz or .pkl")
+    if path.suffix == ".pkl":
+        data = load_pickle(path)
+    elif path.suffix == ".npz":
+        data = _read_npz(path)
+    else:
+        raise UserError(f"{path}: a body file is .npz or .pkl, not {path.suffix or 'without a suffix'!r}")
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: not a body file (a {type(data).__name__} where a dictionary of arrays was expected)")
+    wanted = {"v_template", "shapedirs", "kintree_table"}
+    if wanted - data.keys():
+        raise UserError(f"{path}: not a body file: it has no {', '.join(sorted(wanted - data.keys()))}")
+    try:
+        return _free_arrays(data) if "keypoint_names" in data else _smpl_arrays(data)
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"{path}: not laid out as a body file ({error!r}); download it again") from None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            data = {}
+            for key in archive.files:
+                try:
+                    data[key] = archive[key]
+                except ValueError:  # SMPL-X carries pickled dictionaries beside its arrays: they are not needed
+                    continue
+            return data
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path}: not a readable npz file ({error}); download it again") from None
+
+
+def _parents(kintree_table: np.ndarray) -> list[int]:
+    parents = np.asarray(kintree_table)[0].astype(np.int64)
+    # The root's parent is -1, or 2**32 - 1 where it was written unsigned.
+    return [-1 if joint == 0 else int(parent) for joint, parent in enumerate(parents)]
+
+
+def _smpl_arrays(data: dict[str, Any]) -> dict[str, Any]:
+    parents = _parents(data["kintree_table"])
+    return {
+        "v_template": np.asarray(data["v_template"], np.float32),
+        "shapedirs": np.asarray(data["shapedirs"], np.float32)[:, :, :NUM_BETAS],
+        "posedirs": np.asarray(data["posedirs"], np.float32) if "posedirs" in data else None,
+        "lbs_weights": np.asarray(data["weights"], np.float32),
+        "J_regressor": np.asarray(data["J_regressor"], np.float32),
+        "parents": parents,
+        "joint_names": _joint_names(parents),
+        "faces": np.asarray(data["f"]).astype(np.int64),
+    }
+
+
+def _free_arrays(data: dict[str, np.ndarray]) -> dict[str, Any]:
+    vertices = len(data["v_template"])
+    parents = _parents(data["kintree_table"])
+    weights = np.zeros((vertices, len(parents)), np.float32)
+    np.put_along_axis(weights, data["weights_joint"].astype(np.int64), data["weights_value"].astype(np.float32), 1)
+    return {
+        "v_template": data["v_template"].astype(np.float32),
+        "shapedirs": data["shapedirs"].astype(np.float32),
+        "lbs_weights": weights / weights.sum(1, keepdims=True),
+        "J_regressor": _dense_rows(data, "J_regressor", len(parents), vertices),
+        "parents": parents,
+        "joint_names": [str(name) for name in data["joint_names"]],
+        "faces": data["faces"].astype(np.int64),
+        "keypoint_names": [str(name) for name in data["keypoint_names"]],
+        "keypoint_regressor": _dense_rows(data, "keypoint_regressor", len(data["keypoint_names"]), vertices),
+    }
+
+
+def _dense_rows(data: dict[str, np.ndarray], name: str, rows: int, columns: int) -> np.ndarray:
+    """A sparse matrix kept as `<name>_row`, `<name>_column`, `<name>_value`; each row is made to sum to one exactly."""
+    dense = np.zeros((rows, columns), np.float32)
+    dense[data[f"{name}_row"], data[f"{name}_column"]] = data[f"{name}_value"]
+    return dense / dense.sum(1, keepdims=True)
+
+
+def _joint_names(parents: Sequence[int]) -> list[str]:
+    """Names for SMPL's 24 joints; for other trees, which are told by their size, generated ones."""
+    if len(parents) == len(SMPL24):
+        return list(SMPL24)
+    if len(parents) == 16:  # MANO: the wrist, then three joints a finger
+        return ["wrist", *_finger_names("")]
+    body = list(SMPL24[:22])  # SMPL+H and SMPL-X: SMPL without its hand joints, then the hands
+    hands = [*_finger_names("left_"), *_finger_names("right_")]
+    if len(parents) == 52:
+        return body + hands
+    if len(parents) == 55:
+        return [*body, "jaw", "left_eye_smplhf", "right_eye_smplhf", *hands]
+    return [f"joint{index}" for index in range(len(parents))]
+
+
+def _finger_names(side: str) -> list[str]:
+    return [f"{side}{finger}{index}" for finger in ("index", "middle", "pinky", "ring", "thumb") for index in (1, 2, 3)]

@@ -1,0 +1,222 @@
+"""Pictures as arrays: read, save, write on, lay out in sheets; keypoints and heat colours. No mesh is drawn here.
+
+A picture is a numpy array (H, W, 3) of uint8, RGB; pixel j of a row has its centre at j + 0.5. Colours are RGB 0..1.
+All looks are our choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from hmdiff.errors import UserError
+from hmdiff.skeletons import COCO17
+from hmdiff.storage import atomic_file
+
+_WARM, _COOL, _MIDLINE, _DARK = (255, 140, 66), (66, 156, 255), (250, 250, 250), (25, 25, 30)
+_HEAT = np.array([[0.80, 0.84, 0.92], [0.99, 0.90, 0.55], [0.98, 0.62, 0.30], [0.85, 0.22, 0.27], [0.42, 0.05, 0.25]])
+_INK = (60, 64, 72)
+_LIMBS = (
+    ("ankle", "knee"), ("knee", "hip"), ("wrist", "elbow"), ("elbow", "shoulder"), ("hip", "shoulder"), ("eye", "ear"),
+    ("ankle", "big_toe"), ("ankle", "heel"), ("big_toe", "small_toe"),
+)  # fmt: skip
+_CROSS_LIMBS = (
+    ("left_shoulder", "right_shoulder"), ("left_hip", "right_hip"), ("nose", "left_eye"), ("nose", "right_eye"),
+    ("nose", "neck"), ("neck", "top_head"),
+)  # fmt: skip
+
+
+def read_picture(
+    path: str | Path,
+) -> np.ndarray:  # (H, W, 3) uint8 RGB
+    """A photo as it should be seen: turned as its EXIF says, transparency on white, 16 bits brought to 8.
+
+    Raises:
+        UserError: the file is missing, empty, cut short, or no picture.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a picture in it")
+    if not path.exists():
+        raise UserError(f"{path}: no such picture; check the name")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty; export or download the picture again")
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            picture: Image.Image = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):
+                return np.repeat((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return np.array(picture.convert("RGB"))
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: far too many pixels for a photo; scale it down first") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; check its permissions") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path}: not a picture (expected jpg, png, webp, ...); give a photo") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: a damaged picture ({error}); export or download it again") from None
+
+
+def save_picture(
+    path: str | Path,
+    image: np.ndarray,  # (H, W, 3) uint8 RGB
+) -> None:
+    """Write a png or jpg, by the suffix, atomically.
+
+    Raises:
+        UserError: another suffix, or the place cannot be written.
+    """
+    path = Path(path)
+    formats: dict[str, dict[str, Any]] = {
+        ".png": {"format": "PNG"},
+        ".jpg": {"format": "JPEG", "quality": 92},
+        ".jpeg": {"format": "JPEG", "quality": 92},
+    }
+    if path.suffix.lower() not in formats:
+        raise UserError(f"{path}: pictures are saved as .png or .jpg; change the suffix")
+    with atomic_file(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(image)).save(temporary, **formats[path.suffix.lower()])
+
+
+def as_tensor(values: ArrayLike | Tensor) -> Tensor:
+    """An array of any kind as a tensor on the CPU, without gradient."""
+    return torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values).detach().cpu()
+
+
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """0..1 to uint8, rounded."""
+    return (values.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray],  # each (H, W, 3) uint8; smaller ones are centred in the largest cell
+    columns: int,
+    captions: Sequence[str] | None = None,  # one an image
+    gap: int = 10,  # pixels
+) -> np.ndarray:  # uint8
+    """Pictures in rows, on white, a caption under each."""
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{len(captions)} captions for {len(images)} images")
+    height, width = max(i.shape[0] for i in images), max(i.shape[1] for i in images)
+    font = max(11, min(18, width // 16))
+    line = int(font * 1.7) if captions is not None else 0
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (height + line + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        y, x = gap + row * (height + line + gap), gap + column * (width + gap)
+        down, right = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
+        sheet[y + down : y + down + image.shape[0], x + right : x + right + image.shape[1]] = image
+    if captions is not None:
+        places = [divmod(index, columns) for index in range(len(images))]
+        x = [gap + column * (width + gap) + width // 2 for _, column in places]
+        y = [gap + row * (height + line + gap) + height + line // 2 for row, _ in places]
+        sheet = _write(sheet, list(zip(captions, x, y, strict=True)), font)
+    return sheet
+
+
+@lru_cache(maxsize=8)
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
+def _write(
+    image: np.ndarray,
+    texts: Sequence[tuple[str, int, int]],  # text, x and y of its middle
+    size: int,
+) -> np.ndarray:
+    canvas = Image.fromarray(image)
+    draw = ImageDraw.Draw(canvas)
+    for text, x, y in texts:
+        draw.text((x, y), text, fill=_INK, font=_font(size), anchor="mm")
+    return np.array(canvas)
+
+
+def heat_colours(
+    values: ArrayLike | Tensor,  # (...) such as the spread of a vertex in millimetres
+    lowest: float,
+    highest: float,
+) -> np.ndarray:  # (..., 3) RGB 0..1
+    """Pale blue (lowest or less) over yellow and red to dark (highest or more); lightness falls all the way."""
+    share = (np.asarray(as_tensor(values), np.float64) - lowest) / max(highest - lowest, 1e-12)
+    position = np.nan_to_num(share).clip(0, 1) * (len(_HEAT) - 1)
+    return np.stack([np.interp(position, np.arange(len(_HEAT)), _HEAT[:, channel]) for channel in range(3)], -1)
+
+
+def colour_bar(
+    lowest: float,
+    highest: float,
+    label: str = "mm",
+    size: tuple[int, int] = (320, 90),  # H, W
+) -> np.ndarray:  # (H, W, 3) uint8
+    """The legend of `heat_colours`."""
+    height, width = size
+    bar = np.full((height, width, 3), 255, np.uint8)
+    margin = 24
+    ramp = heat_colours(np.linspace(1, 0, height - 2 * margin), 0, 1)
+    bar[margin:-margin, 12:34] = to_bytes(ramp)[:, None]
+    font = 13
+    middle = (34 + width) // 2
+    return _write(
+        bar,
+        [
+            (f"{highest:g}", middle, margin + font // 2),
+            (label, middle, height // 2),
+            (f"{lowest:g}", middle, height - margin - font // 2),
+        ],
+        font,
+    )
+
+
+def draw_keypoints(
+    photo: np.ndarray,  # (H, W, 3) uint8
+    keypoints: ArrayLike | Tensor,  # (J, 3) pixels and confidence
+    names: Sequence[str] = COCO17,  # J names
+    threshold: float = 0.1,  # keypoints of less confidence are left out
+) -> np.ndarray:  # (H, W, 3) uint8
+    """Joints and the limbs between them: the person's left warm, the right cool, the midline white."""
+    points = np.asarray(as_tensor(keypoints), np.float64)
+    if len(points) != len(names):
+        raise ValueError(f"{len(points)} keypoints for {len(names)} names")
+    sure = np.isfinite(points).all(1) & (points[:, 2] > threshold)
+    good = {name: point for name, point, there in zip(names, points, sure, strict=True) if there}
+    image = np.ascontiguousarray(photo.copy())
+    if not good:
+        return image
+    spread = np.ptp(np.array([point[:2] for point in good.values()]), axis=0).max()
+    radius = float(np.clip(spread / 80, 1.5, 12))
+    limbs = [(f"{side}_{a}", f"{side}_{b}") for side in ("left", "right") for a, b in _LIMBS]
+    limbs = [pair for pair in (*limbs, *_CROSS_LIMBS) if pair[0] in good and pair[1] in good]
+
+    def tint(name: str) -> tuple[int, int, int]:
+        return _WARM if name.startswith("left") else _COOL if name.startswith("right") else _MIDLINE
+
+    def at(name: str) -> tuple[int, int]:
+        # OpenCV's fixed point: 4 bits below the pixel, counted from the centre of the first.
+        x, y = ((good[name][:2] - 0.5) * 16).round().clip(-1e6, 1e6)
+        return int(x), int(y)
+
+    # Dark first, then the colour: readable on any photo.
+    for dark in (True, False):
+        for a, b in limbs:
+            same = a.split("_")[0] == b.split("_")[0]
+            ink = _DARK if dark else tint(a) if same else _MIDLINE
+            thick = max(1, round(radius * 0.8)) + (2 if dark else 0)
+            cv2.line(image, at(a), at(b), ink, thick, cv2.LINE_AA, shift=4)
+    for name in good:
+        cv2.circle(image, at(name), int((radius + 1) * 16), _DARK, -1, cv2.LINE_AA, shift=4)
+        cv2.circle(image, at(name), int(radius * 16), tint(name), -1, cv2.LINE_AA, shift=4)
+    return image

@@ -1,0 +1,187 @@
+"""Configuration: YAML values over dataclasses, `key=value` over both, merged by OmegaConf; a typo fails by name.
+
+`model` is a free dictionary here: a model's own hyperparameters live in its constructor's signature alone, and
+`check_keys` holds the dictionary against that signature where both are known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hmdiff.errors import UserError
+from hmdiff.storage import atomic_file
+
+
+@dataclasses.dataclass
+class DiffusionConfig:
+    """The forward process, and how it is reversed when nothing else is asked for."""
+
+    num_train_timesteps: int = 200  # K [recalled of the paper]
+    schedule: str = "cosine"
+    noise_shift: float = 4.0  # see hmdiff/diffusion/schedule.py
+    prediction_type: str = "sample"  # "epsilon" is the paper's
+    sampler: str = "ddim"
+    num_inference_steps: int = 10
+    eta: float = 0.0
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """The training data. `synthetic` needs nothing; data sets come by their readers."""
+
+    kind: str = "synthetic"
+    block_size: int = 32  # people drawn at once; the batch is a whole number of blocks
+    image_size: int = 224  # of the rendered pictures, where the model reads images
+    faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of hmdiff.data.estimator.EstimatorFaults
+    workers: int = 0  # processes that draw ahead of the training
+
+
+@dataclasses.dataclass
+class LossConfig:
+    """Weights of the objective and how noise levels are drawn."""
+
+    points: str = "l2"  # error of vertices and joints: "l2" squared, "l1" absolute, "euclidean" distance
+    weighting: str = "truncated_snr"  # of noise levels, see hmdiff/diffusion/noising.py
+    gamma: float = 5.0
+    noise_levels: int = 4  # noise draws of every image in a batch: the encoder is run once for all
+    terminal_share: float = 0.2  # of the draws at the last step, where the network is the direct regressor
+    joints: float = 1.0  # weight of a joint point against a vertex point
+    camera: float = 0.1
+    edges: float = 0.0
+
+
+@dataclasses.dataclass
+class TrainingConfig:
+    """The loop. `steps` sets the length of the cosine; `minutes` only stops a call early, to be resumed."""
+
+    steps: int = 2000
+    batch_size: int = 64  # people per process and micro-step
+    gradient_accumulation: int = 1
+    learning_rate: float = 5e-4
+    warmup_steps: int = 200
+    weight_decay: float = 1e-4
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: str = "no"  # "bf16" where the processor has it
+    compile: bool = False
+    log_every: int = 20
+    evaluate_every: int = 500
+    picture_every: int = 0  # steps between pictures of validation people; 0: at every evaluation
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    minutes: float = 0.0  # 0: no limit
+    threads: int = 0  # of torch, 0: its own choice
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    """The look at the validation split during training."""
+
+    people: int = 128
+    num_hypotheses: int = 5
+    num_inference_steps: int = 5
+
+
+@dataclasses.dataclass
+class Config:
+    """One experiment."""
+
+    name: str = "hmdiff"
+    output: str = "runs/hmdiff"
+    seed: int = 0
+    body: str = "free"
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),  # such as ["training.steps=100", "model.width=128"]
+) -> Config:
+    """Defaults, then the file, then the overrides. Raises `UserError` for a typo, naming the nearest key."""
+    merged = OmegaConf.structured(Config)
+    if path is not None:
+        merged = _merge(merged, _read_yaml(Path(path)), str(path))
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"{text!r} is not key=value, such as training.steps=100")
+        try:
+            values = OmegaConf.from_dotlist([text])
+        except Exception as error:  # YAML's own errors have no common base
+            raise UserError(f"{text!r}: not a value ({_first_line(error)})") from None
+        merged = _merge(merged, values, f"argument {text!r}")
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """The resolved values, as YAML that `load_config` reads back."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def check_keys(
+    given: Iterable[str],
+    allowed: Iterable[str],
+    where: str,
+) -> None:
+    """Raise a `UserError` that names the nearest allowed key for the first one that is not allowed."""
+    allowed = list(allowed)
+    for key in given:
+        if key not in allowed:
+            raise UserError(f"{where}: there is no key {key!r}{_nearest(key, allowed)}")
+
+
+def _nearest(key: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(allowed)}"
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        values = OmegaConf.load(path)
+    except FileNotFoundError:
+        shipped = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such config{_nearest(path.stem, shipped) if shipped else ''}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from None
+    except Exception as error:  # YAML's own errors have no common base
+        raise UserError(f"{path}: not valid YAML ({_first_line(error)})") from None
+    if not OmegaConf.is_dict(values):
+        raise UserError(f"{path}: a config is a mapping of keys to values, such as 'seed: 0'")
+    return values
+
+
+def _merge(base: Any, values: Any, where: str) -> Any:
+    _check_section(OmegaConf.to_container(values), Config, where, "")
+    try:
+        return OmegaConf.merge(base, values)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{where}: {key + ': ' if key else ''}{_first_line(error)}") from None
+
+
+def _check_section(values: Any, section: type, where: str, prefix: str) -> None:
+    """Names first, with the nearest key; OmegaConf then checks the types."""
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    check_keys(values, fields, where + (f", section {prefix[:-1]!r}" if prefix else ""))
+    for name, value in values.items():
+        factory = fields[name].default_factory
+        if isinstance(value, dict) and isinstance(factory, type) and dataclasses.is_dataclass(factory):
+            _check_section(value, factory, where, f"{prefix}{name}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n")[0].split()) or type(error).__name__

@@ -1,0 +1,111 @@
+"""Backgrounds for synthetic photos: drawn ones (gradients, noise, things, rooms) or the user's pictures. Our choice.
+
+B pictures of H x W pixels, RGB 0..1, crop coordinates -1..1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hmdiff.data.draws import Generators, any_colour, grid, noise, uniform
+from hmdiff.errors import UserError
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def random_backgrounds(
+    generator: Generators,
+    count: int,
+    size: tuple[int, int],  # (H, W)
+    device: torch.device | str = "cpu",
+    pictures: Tensor | None = None,  # (P, 3, h, w) the user's own, see `background_folder`; they replace the drawn ones
+) -> Tensor:  # (B, 3, H, W)
+    """A gradient, smooth noise, rectangles and ellipses, or a room; or a random window of a user's picture."""
+    height, width = size
+    if pictures is not None:
+        return _windows(generator, count, size, pictures.to(device))
+    x, y = grid(height, width, device)
+    kind = uniform(generator, count, device=device)[:, None, None, None]
+    colours = any_colour(generator, count, 4, device=device)[..., None, None]  # (B, 4, 3, 1, 1)
+    smooth = noise(generator, count, height, width, device)
+    raw = uniform(generator, count, 8, device=device)[:, :, None, None]
+
+    angle = raw[:, 0] * 2 * torch.pi
+    ramp = ((x * angle.cos() + y * angle.sin()) * 0.5 + 0.5).clamp(0, 1)[:, None]
+    gradient = colours[:, 0] + (colours[:, 1] - colours[:, 0]) * ramp
+
+    # A room: a floor with tiles or planks below the horizon, a wall with a corner and panels above it.
+    horizon = 0.9 * raw[:, 1] - 0.3
+    below = (y - horizon).clamp_min(0.02)
+    floor_x, floor_z = (x - raw[:, 2] + 0.5) / below, 1 / below
+    tiles = 1.5 + 4 * raw[:, 3]
+    checker = ((floor_x * tiles).floor() + (floor_z * tiles * (raw[:, 4] > 0.5)).floor()) % 2
+    fade = (below * 2).clamp(0, 1)  # far tiles are finer than pixels
+    floor = colours[:, 0] * (1 - 0.35 * (checker * fade)[:, None])
+    corner = 2 * raw[:, 5] - 1
+    panels = ((x * (2 + 6 * raw[:, 6])).floor() % 2) * (raw[:, 7] > 0.6)
+    wall = torch.where((x < corner)[:, None], colours[:, 1], colours[:, 1] * 0.75) * (1 - 0.2 * panels[:, None])
+    room = torch.where((y > horizon)[:, None], floor, wall)
+
+    picture = torch.where(kind < 0.25, gradient, torch.where(kind < 0.5, colours[:, 2].expand_as(smooth), room))
+    picture = picture + smooth * torch.where((kind >= 0.25) & (kind < 0.5), 0.9, 0.15)
+    # Things: rectangles and ellipses on most of them.
+    things = 6
+    place = uniform(generator, count, things, 6, device=device)[..., None, None]
+    tint = any_colour(generator, count, things, device=device)[..., None, None]
+    busy = uniform(generator, count, things, device=device)[..., None, None]
+    for thing in range(things):
+        centre_x, centre_y, half_x, half_y, round_, turn = place[:, thing].unbind(1)
+        dx, dy = x - (2.4 * centre_x - 1.2), y - (2.4 * centre_y - 1.2)
+        cosine, sine = (turn * 1.2 - 0.6).cos(), (turn * 1.2 - 0.6).sin()
+        across = ((dx * cosine + dy * sine) / (0.06 + 0.5 * half_x * half_x)).abs()
+        down = ((dy * cosine - dx * sine) / (0.06 + 0.6 * half_y * half_y)).abs()
+        outside = torch.where(round_ < 0.4, across.square() + down.square(), torch.maximum(across, down))
+        there = (outside < 1) & (busy[:, thing] < 0.55)
+        lit = 0.85 + 0.3 * ((across + down) * 0.25).clamp(0, 1)
+        picture = torch.where(there[:, None], tint[:, thing] * lit[:, None] + 0.1 * smooth, picture)
+    return picture.clamp(0, 1)
+
+
+def _windows(generator: Generators, count: int, size: tuple[int, int], pictures: Tensor) -> Tensor:
+    raw = uniform(generator, count, 5, device=pictures.device)
+    chosen = pictures[(raw[:, 0] * len(pictures)).long().clamp_max(len(pictures) - 1)]
+    scale = 0.4 + 0.6 * raw[:, 1]
+    shift = (1 - scale[:, None]) * (2 * raw[:, 2:4] - 1)
+    flip = torch.where(raw[:, 4] < 0.5, -1.0, 1.0)
+    affine = torch.zeros(count, 2, 3, device=pictures.device)
+    affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = scale * flip, scale, shift
+    grid = F.affine_grid(affine, [count, 3, *size], align_corners=False)
+    return F.grid_sample(chosen, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def background_folder(
+    folder: str | Path,
+    side: int = 256,  # pictures are kept at this many pixels a side
+    limit: int = 500,
+) -> Tensor:  # (P, 3, side, side) RGB 0..1
+    """The pictures of a folder (and below it), for `random_backgrounds`. Files that are no pictures are passed over.
+
+    Raises:
+        UserError: the folder does not exist or holds no picture.
+    """
+    import cv2
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of background pictures; name one that exists")
+    pictures = []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
+        picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if picture is not None:
+            square = cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
+            pictures.append(torch.from_numpy(square[..., ::-1].copy()).permute(2, 0, 1))
+        if len(pictures) == limit:
+            break
+    if not pictures:
+        raise UserError(f"{folder}: holds no picture ({', '.join(PICTURE_SUFFIXES)}); name a folder that does")
+    return torch.stack(pictures).float() / 255

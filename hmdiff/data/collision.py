@@ -1,0 +1,125 @@
+"""Do the limbs of a pose pass through the body? A test on capsules around the bones, without a mesh.
+
+A rough adult of our own figures (metres) stands for every body: the question is whether a pose is a person's, not
+whether one stout person's arm touches the belly. Capsules of neighbours on the skeleton are not compared.
+Distance of two segments: Ericson, Real-Time Collision Detection (2004), section 5.1.9.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hmdiff.skeletons import SMPL24, SMPL24_PARENTS
+
+# From parent to joint in the T-pose; the free body's mean shape, rounded.
+OFFSETS = torch.tensor(
+    [[0, 0, 0], [.11, -.02, -.01], [-.11, -.02, -.01], [0, .15, -.025], [0, -.38, 0], [0, -.38, 0], [0, .08, 0],
+     [0, -.43, 0], [0, -.43, 0], [0, .125, -.01], [.01, -.05, .14], [-.01, -.05, .14], [0, .185, .04],
+     [.025, .11, .055], [-.025, .11, .055], [0, .095, .035], [.15, -.02, -.005], [-.15, -.02, -.005], [.255, 0, 0],
+     [-.255, 0, 0], [.23, 0, 0], [-.23, 0, 0], [.1, 0, -.01], [-.1, 0, -.01]]
+)  # fmt: skip
+
+# Points that move with a joint: name -> (joint, offset). Together with the joints they are the capsules' ends.
+_POINTS: dict[str, tuple[str, tuple[float, float, float]]] = {
+    "crown": ("head", (0, 0.12, 0.02)), "brow": ("head", (0, 0.04, 0.03)),
+    **{f"{side}_{name}": (joint.replace("*", side), (sign * x, y, z))
+       for side, sign in (("left", 1), ("right", -1))
+       for name, joint, (x, y, z) in (
+           ("chest", "spine3", (0.05, 0.03, 0.01)), ("belly", "spine1", (0.045, 0.04, 0.03)),
+           ("seat", "pelvis", (0.06, -0.02, -0.02)), ("tip", "*_hand", (0.09, 0, 0)), ("toe", "*_foot", (0, 0, 0.07)),
+           ("biceps", "*_shoulder", (0.14, 0, 0)), ("thigh", "*_hip", (0.01, -0.17, 0)), ("calf", "*_knee", (0, -0.13, -0.02)))},
+}  # fmt: skip
+_NAMES = (*SMPL24, *_POINTS)
+_CARRIER = [SMPL24.index(joint) for joint, _ in _POINTS.values()]
+_CARRIED = torch.tensor([offset for _, offset in _POINTS.values()])
+
+# Capsules: name -> (end, end, radius).
+_CAPSULES: dict[str, tuple[str, str, float]] = {
+    "head": ("brow", "crown", 0.085), "chest": ("left_chest", "right_chest", 0.11),
+    "belly": ("left_belly", "right_belly", 0.10), "seat": ("left_seat", "right_seat", 0.105),
+    **{f"{side}_{name}": (f"{side}_{a}", f"{side}_{b}", radius)
+       for side in ("left", "right")
+       for name, a, b, radius in (
+           ("upper_arm", "biceps", "elbow", 0.042), ("forearm", "elbow", "wrist", 0.038), ("hand", "wrist", "tip", 0.035),
+           ("upper_leg", "thigh", "knee", 0.065), ("lower_leg", "calf", "ankle", 0.045), ("foot", "ankle", "toe", 0.04))},
+}  # fmt: skip
+
+
+def _pairs() -> list[tuple[str, str]]:
+    trunk, pairs = ("head", "chest", "belly", "seat"), []
+    for side, other in (("left", "right"), ("right", "left")):
+        legs = [f"{s}_{part}" for s in (side, other) for part in ("upper_leg", "lower_leg", "foot")]
+        for part in ("forearm", "hand"):
+            pairs += [(f"{side}_{part}", target) for target in (*trunk, *legs, f"{other}_upper_arm")]
+        pairs += [(f"{side}_upper_arm", target) for target in ("head", "belly", f"{side}_upper_leg", f"{other}_upper_leg")]
+        pairs += [(f"{side}_hand", f"{side}_upper_arm"), (f"{side}_hand", f"{other}_forearm")]
+        pairs += [(f"{side}_{part}", "chest") for part in ("upper_leg", "lower_leg", "foot")]
+        pairs += [(f"{side}_{part}", target) for part in ("lower_leg", "foot") for target in ("belly", "head", "seat")]
+        pairs += [(f"{side}_{a}", f"{other}_{b}") for a, b in (("lower_leg", "upper_leg"), ("foot", "upper_leg"),
+                                                              ("foot", "lower_leg"))]  # fmt: skip
+        pairs += [(f"{side}_foot", f"{side}_upper_leg")]
+    for part in ("forearm", "hand", "upper_leg", "lower_leg", "foot", "upper_arm"):
+        pairs.append((f"left_{part}", f"right_{part}"))
+    return pairs
+
+
+_PAIRS = _pairs()
+_ORDER = {name: index for index, name in enumerate(_CAPSULES)}
+_FIRST = torch.tensor([_ORDER[a] for a, _ in _PAIRS])
+_SECOND = torch.tensor([_ORDER[b] for _, b in _PAIRS])
+_ENDS = torch.tensor([[_NAMES.index(a), _NAMES.index(b)] for a, b, _ in _CAPSULES.values()])
+_RADII = torch.tensor([radius for *_, radius in _CAPSULES.values()])
+_REACH = _RADII[_FIRST] + _RADII[_SECOND]
+SLACK = 0.015  # metres: touching skin gives way, and so does cloth
+
+# Joints by depth, so that the kinematics take one matrix product a level instead of one a joint.
+_DEPTH = [0] * len(SMPL24)
+for _joint, _parent in enumerate(SMPL24_PARENTS[1:], start=1):
+    _DEPTH[_joint] = _DEPTH[_parent] + 1
+_LEVELS = [
+    ([j for j in range(24) if _DEPTH[j] == d], [SMPL24_PARENTS[j] for j in range(24) if _DEPTH[j] == d])
+    for d in range(1, max(_DEPTH) + 1)
+]
+
+
+def joints_of_pose(
+    rotations: Tensor,  # (N, 24, 3, 3) local rotations
+    offsets: Tensor = OFFSETS,  # (24, 3) metres
+) -> tuple[Tensor, Tensor]:  # joints (N, 24, 3) metres, pelvis at 0; world rotations (N, 24, 3, 3)
+    """Forward kinematics of the 24 joints."""
+    offsets = offsets.to(rotations)
+    world, joints = rotations.clone(), rotations.new_zeros(rotations.shape[:2] + (3,))
+    for level, parents in _LEVELS:
+        above = world[:, parents]
+        world[:, level] = above @ rotations[:, level]
+        joints[:, level] = joints[:, parents] + (above @ offsets[level][..., None])[..., 0]
+    return joints, world
+
+
+def segment_distance(
+    start_a: Tensor,  # (..., 3)
+    end_a: Tensor,  # (..., 3)
+    start_b: Tensor,  # (..., 3)
+    end_b: Tensor,  # (..., 3)
+) -> Tensor:  # (...) metres
+    """Shortest distance of two segments."""
+    u, v, w = end_a - start_a, end_b - start_b, start_a - start_b
+    a, b, c = (u * u).sum(-1).clamp_min(1e-9), (u * v).sum(-1), (v * v).sum(-1).clamp_min(1e-9)
+    d, e = (u * w).sum(-1), (v * w).sum(-1)
+    s = ((b * e - c * d) / (a * c - b * b).clamp_min(1e-9)).clamp(0, 1)
+    t = ((b * s + e) / c).clamp(0, 1)
+    s = ((b * t - d) / a).clamp(0, 1)
+    return (w + s[..., None] * u - t[..., None] * v).norm(dim=-1)
+
+
+def capsule_penetration(
+    rotations: Tensor,  # (N, 24, 3, 3) local rotations; the root's does not matter
+) -> Tensor:  # (N,) metres
+    """How deep the capsules of limbs lie in others, summed over pairs; 0 for a pose that no limb blocks."""
+    joints, world = joints_of_pose(rotations)
+    carried = joints[:, _CARRIER] + (world[:, _CARRIER] @ _CARRIED.to(rotations)[..., None])[..., 0]
+    ends = torch.cat([joints, carried], 1)[:, _ENDS.to(rotations.device)]  # (N, C, 2, 3)
+    a, b = ends[:, _FIRST.to(ends.device)], ends[:, _SECOND.to(ends.device)]
+    distance = segment_distance(a[:, :, 0], a[:, :, 1], b[:, :, 0], b[:, :, 1])
+    return (_REACH.to(rotations) - SLACK - distance).clamp_min(0).sum(-1)

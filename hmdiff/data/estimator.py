@@ -1,0 +1,128 @@
+"""The faults of a 2D pose estimator, as a random process: true keypoints in, heatmaps out (our choice throughout).
+
+jitter, wider on hips and on hidden joints; missing joints; confidence; blur; second peaks; left-right swaps; the face of
+somebody who looks away; joints that the estimator's joint set does not have. All draws come from one CPU generator, so
+that a seed means the same data on every device. n people, J keypoints of HALPE26.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hmdiff.heatmaps.distribution import HEATMAP_SIZE
+from hmdiff.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, mirror_permutation
+
+_NAMES = HALPE26
+_MIRROR = torch.tensor(mirror_permutation(_NAMES))
+_ARMS = torch.tensor([any(part in name for part in ("shoulder", "elbow", "wrist")) for name in _NAMES])
+_LEGS = torch.tensor([any(part in name for part in ("hip", "knee", "ankle", "toe", "heel")) for name in _NAMES])
+_HIPS = torch.tensor(["hip" in name for name in _NAMES])
+_FACE = {name: _NAMES.index(name) for name in ("nose", "left_eye", "right_eye", "left_ear", "right_ear")}
+# Which joints an estimator has, and how often it is met.
+_SOURCES = ((COCO17, 0.5), (OPENPOSE25, 0.2), (LSP14, 0.15), (HALPE26, 0.15))
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimatorFaults:
+    """How bad the estimator is. Lengths are in crop half-sides (1 = half the crop), rates are probabilities."""
+
+    jitter: float = 0.014  # median over people of the standard deviation; lognormal with sigma 0.5
+    missing: float = 0.04  # per joint
+    missing_hidden: float = 0.6  # per joint behind an occluder
+    second_peak: float = 0.04  # per joint
+    swap: float = 0.04  # per person: arms, legs or both exchanged, half of the time as double peaks
+    exact: float = 0.15  # per person: a hand-labelled person, with little jitter and nothing missing but the hidden
+    all_joints: bool = False  # True: every source has all 26 joints
+
+
+def face_visibility(
+    keypoints_3d: Tensor,  # (n, J, 3) camera frame
+) -> Tensor:  # (n, J) bool: False for face points on the far side of the head
+    """Nose and eyes are hidden when the head looks away, an ear when it is on the far side."""
+    ears = (keypoints_3d[:, _FACE["left_ear"]] + keypoints_3d[:, _FACE["right_ear"]]) / 2
+    forward = torch.nn.functional.normalize(keypoints_3d[:, _FACE["nose"]] - ears, dim=-1)[:, 2]
+    outward = keypoints_3d[:, _FACE["left_ear"]] - keypoints_3d[:, _FACE["right_ear"]]
+    outward = torch.nn.functional.normalize(outward, dim=-1)[:, 2]
+    visible = torch.ones(keypoints_3d.shape[:2], dtype=torch.bool, device=keypoints_3d.device)
+    for name in ("nose", "left_eye", "right_eye"):
+        visible[:, _FACE[name]] = forward < 0.35
+    visible[:, _FACE["left_ear"]] = outward < 0.55
+    visible[:, _FACE["right_ear"]] = outward > -0.55
+    return visible
+
+
+def estimate_heatmaps(
+    points: Tensor,  # (n, J, 2) true keypoints, crop coordinates
+    visible: Tensor,  # (n, J) bool: not behind an occluder
+    face_visible: Tensor,  # (n, J) bool
+    faults: EstimatorFaults,
+    generator: torch.Generator,  # CPU
+) -> tuple[Tensor, Tensor]:  # heatmaps (n, J, 64, 64), valid (n, J) bool
+    """What an estimator might say of these people."""
+    n, joints, _ = points.shape
+    device = points.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator).to(device)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    exact = uniform(n, 1) < faults.exact
+    level = faults.jitter * (0.5 * normal(n, 1)).exp()
+    level = torch.where(exact, 0.3 * level, level)
+    level = level * torch.where(_HIPS.to(device), 1.8, 1.0) * torch.where(visible & face_visible, 1.0, 2.5)
+    # Student-like tails: a few joints are far off.
+    heavy = torch.where(uniform(n, joints) < 0.04, 3.0, 1.0)
+    first = points + (level * torch.where(exact, 1.0, heavy))[..., None] * normal(n, joints, 2)
+
+    second, share = first, torch.zeros(n, joints, device=device)
+    has_second = (uniform(n, joints) < faults.second_peak) & ~exact
+    elsewhere = torch.where(
+        (uniform(n, joints) < 0.5)[..., None], first[:, _MIRROR.to(device)], first + 0.25 * normal(n, joints, 2)
+    )
+    second = torch.where(has_second[..., None], elsewhere, second)
+    share = torch.where(has_second, 0.2 + 0.8 * uniform(n, joints), share)
+
+    # Left-right confusion of arms, legs or both: as a swap, or as two peaks.
+    kind = uniform(n, 1)
+    limb = torch.where(kind < 0.4, _LEGS.to(device), torch.where(kind < 0.7, _ARMS.to(device), (_ARMS | _LEGS).to(device)))
+    swapped = (uniform(n, 1) < faults.swap) & ~exact & limb
+    doubled = uniform(n, 1) < 0.5
+    mirrored = first[:, _MIRROR.to(device)]
+    second = torch.where((swapped & doubled)[..., None], mirrored, second)
+    share = torch.where(swapped & doubled, 0.5 + uniform(n, joints), share)
+    first = torch.where((swapped & ~doubled)[..., None], mirrored, first)
+
+    confidence = (1 - 0.15 * normal(n, joints).abs()).clamp(0.3, 1)
+    confidence = confidence * torch.where(visible & face_visible, 1.0, 0.25 + 0.6 * uniform(n, joints))
+    confidence = confidence * (0.75 + 0.25 * uniform(n, 1))
+    missing = uniform(n, joints) < torch.where(exact, 0.0, torch.tensor(faults.missing, device=device))
+    missing |= (uniform(n, joints) < faults.missing_hidden) & ~visible
+    missing |= (uniform(n, joints) < 0.75) & ~face_visible
+    missing |= (first.abs() > 1.0).any(-1)  # an estimator sees nothing outside the crop
+    confidence = torch.where(missing, 0.0, confidence)
+
+    source = torch.multinomial(torch.tensor([rate for _, rate in _SOURCES]), n, replacement=True, generator=generator)
+    table = torch.tensor([[name in names for name in _NAMES] for names, _ in _SOURCES])
+    valid = table[source].to(device) | faults.all_joints
+
+    sigma = (1.4 + 1.8 * uniform(n, 1)) * (0.1 * normal(n, joints)).exp()  # heatmap pixels
+    heatmaps = two_peaks(torch.stack([first, second], 2), torch.stack([torch.ones_like(share), share], 2), sigma)
+    heatmaps = heatmaps * (confidence / heatmaps.amax((-2, -1)).clamp_min(1e-6))[..., None, None]
+    return heatmaps * valid[..., None, None], valid
+
+
+def two_peaks(
+    points: Tensor,  # (n, J, 2, 2) two places, crop coordinates
+    share: Tensor,  # (n, J, 2) their heights
+    sigma: Tensor,  # (n, J) heatmap pixels
+) -> Tensor:  # (n, J, 64, 64)
+    """The sum of two Gaussians, as one small matrix product per joint."""
+    coordinates = (torch.arange(HEATMAP_SIZE, device=points.device) + 0.5) * (2 / HEATMAP_SIZE) - 1
+    width = (sigma * (2 / HEATMAP_SIZE))[..., None, None, None]
+    waves = torch.exp(-0.5 * ((coordinates - points[..., None]) / width) ** 2)  # (n, J, 2 peaks, xy, 64)
+    return (waves[..., 1, :] * share[..., None]).transpose(-1, -2) @ waves[..., 0, :]

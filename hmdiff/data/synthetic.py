@@ -1,0 +1,183 @@
+"""Synthetic people, drawn on the fly: shape, pose, camera, crop, keypoints, an estimator's heatmaps, and pictures.
+
+Nothing is stored: people come in blocks, and block i of a stream is a function of (seed, stream, i) alone. So a resumed
+training sees the data it would have seen, several processes share a stream without overlap, and a split is fixed by its
+name. All figures of the process are our choice. n people a block, V vertices, C coarse vertices, J keypoints (HALPE26).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.body import Body
+from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility
+from hmdiff.data.poses import PoseMixture, sample_orientation
+from hmdiff.data.sample import Sample
+from hmdiff.errors import UserError
+
+SPLITS = ("test", "test_occluded", "test_ood", "val")
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneOptions:
+    """The camera, the crop and the occluders of a stream. Angles as tangents, lengths in metres or crop half-sides."""
+
+    distance: tuple[float, float] = (2.0, 10.0)  # metres to the pelvis, log-uniform
+    off_axis: float = 0.2  # standard deviation of the pelvis' place in the photo, as a tangent
+    padding: tuple[float, float] = (1.08, 1.45)  # crop side over the longer side of the body's box
+    shift: float = 0.05  # standard deviation of the crop's displacement, of its side
+    truncated: float = 0.12  # share of people cut by the crop: a portrait, an upper body
+    occluded: float = 0.3  # share of people behind something
+    occluder_size: tuple[float, float] = (0.15, 0.45)  # of the crop's side
+    occluders: int = 1
+    tail: bool = False  # out-of-distribution poses and orientations
+
+
+TRAIN_SCENE = SceneOptions()
+_SPLIT_SCENES = {
+    "val": SceneOptions(),
+    "test": SceneOptions(),
+    "test_occluded": SceneOptions(occluded=1.0, occluders=2, occluder_size=(0.3, 0.6)),
+    "test_ood": SceneOptions(tail=True),
+}
+
+
+def block_generator(seed: int, stream: str, number: int) -> torch.Generator:
+    """The generator of a block. torch looks at 32 bits of a seed alone, so the three parts are hashed."""
+    words = np.random.SeedSequence([seed, zlib.crc32(stream.encode()), number]).generate_state(1)
+    return torch.Generator().manual_seed(int(words[0]))
+
+
+class SyntheticHumans:
+    """Blocks of synthetic people. `coarse_ids` restricts skinning to what a training needs."""
+
+    def __init__(
+        self,
+        body: Body,
+        poses: PoseMixture,
+        coarse_ids: Tensor,  # (C,) vertices of the coarse mesh
+        block_size: int = 32,
+        seed: int = 0,
+        full_mesh: bool = False,  # also give all vertices (evaluation, rendering)
+        faults: EstimatorFaults | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.block_size, self.seed, self.full_mesh = block_size, seed, full_mesh
+        self.faults = faults or EstimatorFaults()
+        self.poses = poses
+        self.device = torch.device(device)
+        if body.keypoint_regressor is None:
+            raise UserError(f"body {body.name!r} has no keypoint regressor: synthetic heatmaps need the free body")
+        self.coarse_ids = coarse_ids
+        if full_mesh:
+            self.body = body.to(self.device)
+            self._coarse = coarse_ids.to(self.device)
+        else:
+            ids = torch.cat([coarse_ids, body.keypoint_support()])
+            self.body = body.select(ids).to(self.device)
+            self._coarse = torch.arange(len(coarse_ids), device=self.device)
+
+    def block(
+        self,
+        stream: str,  # "train", or the name of a split
+        number: int,
+    ) -> Sample:
+        """The people of one block."""
+        scene = _SPLIT_SCENES.get(stream, TRAIN_SCENE)
+        generator = block_generator(self.seed if stream == "train" else 0, stream, number)
+        n = self.block_size
+        betas = torch.randn(n, self.body.num_betas, generator=generator).clamp(-2.5, 2.5).to(self.device)
+        rotations = self.poses.sample(n, generator, tail=scene.tail).clone()
+        rotations[:, 0] = sample_orientation(n, generator, tail=scene.tail)
+        output = self.body(betas, rotations.to(self.device))
+        pelvis = output.joints[:, :1]
+        vertices, joints = output.vertices - pelvis, output.joints - pelvis
+        keypoints = self.body.keypoints(vertices)
+        coarse = vertices[:, self._coarse]
+
+        place, center, side = self._camera(coarse, keypoints, scene, generator)
+        focal, principal = 2 / side, -center * (2 / side)[:, None]
+        camera_points = keypoints + place[:, None]
+        points = camera_points[..., :2] / camera_points[..., 2:] * focal[:, None, None] + principal[:, None]
+        scale = focal / place[:, 2]
+        camera = torch.cat([scale[:, None], place[:, :2] / place[:, 2:] * focal[:, None] + principal], -1)
+
+        visible = self._unoccluded(points, scene, generator)
+        heatmaps, valid = estimate_heatmaps(points, visible, face_visibility(keypoints), self.faults, generator)
+        inside = (points.abs() <= 1).all(-1)
+        everyone = torch.ones(n, dtype=torch.bool, device=self.device)
+        return Sample(
+            heatmaps=heatmaps,
+            heatmap_valid=valid,
+            vertices=vertices if self.full_mesh else None,
+            coarse_vertices=coarse,
+            has_vertices=everyone,
+            joints_3d=joints,
+            has_joints_3d=everyone,
+            keypoints_3d=keypoints,
+            joints_2d=points,
+            joints_2d_confidence=inside.float(),
+            visible=visible & inside,
+            camera=camera,
+            pelvis=place,
+            focal=focal,
+            principal_point=principal,
+            index=torch.arange(number * n, (number + 1) * n, device=self.device),
+        )
+
+    def _camera(
+        self,
+        coarse: Tensor,  # (n, C, 3)
+        keypoints: Tensor,  # (n, J, 3)
+        scene: SceneOptions,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # pelvis (n, 3) metres; crop centre (n, 2) and side (n,) on the plane z = 1
+        """Where the person stands, and the square that a detector would cut out."""
+        n = len(coarse)
+        draw = torch.rand(n, 6, generator=generator).to(self.device)
+        normal = torch.randn(n, 4, generator=generator).to(self.device)
+        low, high = scene.distance
+        distance = low * (high / low) ** draw[:, 0]
+        off_axis = (scene.off_axis * normal[:, :2] * torch.tensor([1.0, 0.5], device=self.device)).clamp(-0.5, 0.5)
+        place = torch.cat([off_axis, torch.ones_like(distance)[:, None]], -1) * distance[:, None]
+        # Nobody stands in the lens: at least half a metre between it and the nearest point of the body.
+        nearest = coarse[..., 2].amin(-1) + place[:, 2]
+        place = place * (1 + (0.5 - nearest).clamp_min(0) / place[:, 2])[:, None]
+
+        around = coarse + place[:, None]
+        projected = around[..., :2] / around[..., 2:]
+        low_corner, high_corner = projected.amin(1), projected.amax(1)
+        center, side = (low_corner + high_corner) / 2, (high_corner - low_corner).amax(-1)
+        truncated = draw[:, 1] < scene.truncated
+        chest = keypoints[:, 17:19].mean(1) + place  # top of the head and neck
+        chest = chest[:, :2] / chest[:, 2:]
+        center = torch.where(truncated[:, None], chest + 0.1 * side[:, None] * (draw[:, 2:4] - 0.3), center)
+        side = side * torch.where(truncated, 0.45 + 0.4 * draw[:, 4], 1.0)
+        tight, loose = scene.padding
+        side = side * (tight + (loose - tight) * draw[:, 5])
+        center = center + scene.shift * side[:, None] * normal[:, 2:]
+        return place, center, side
+
+    def _unoccluded(
+        self,
+        points: Tensor,  # (n, J, 2)
+        scene: SceneOptions,
+        generator: torch.Generator,
+    ) -> Tensor:  # (n, J) bool
+        """Which keypoints are not behind a random box."""
+        n = len(points)
+        visible = torch.ones(points.shape[:2], dtype=torch.bool, device=self.device)
+        behind = torch.rand(n, 1, generator=generator).to(self.device) < scene.occluded
+        for _ in range(scene.occluders):
+            draw = torch.rand(n, 4, generator=generator).to(self.device)
+            small, large = scene.occluder_size
+            half = small + (large - small) * draw[:, 2:]  # of the crop's half-side: a box of that share of the side
+            middle = 1.6 * draw[:, :2] - 0.8
+            covered = ((points - middle[:, None]).abs() < half[:, None]).all(-1)
+            visible &= ~(covered & behind)
+        return visible

@@ -1,0 +1,88 @@
+"""The reverse process: a plain function of any denoiser and a diffusers scheduler.
+
+Guidance (DAT) wraps the denoiser, and this loop does not know. Every hypothesis has a generator of its own, so that its
+result depends on the seed, the person and its number, not on the batch it sat in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]  # x_k (M, P, 3), step as a fraction of K (M,) -> prediction (M, P, 3)
+Callback = Callable[[int, Tensor, Tensor], None]  # number of the step, x_k, prediction
+
+
+def hypothesis_generators(
+    seed: int,
+    people: Sequence[int],  # number of every person among all those asked for
+    hypotheses: int,
+    first_hypothesis: int = 0,
+) -> list[torch.Generator]:
+    """A generator per (person, hypothesis), in row order. The first n of N hypotheses are those of N = n."""
+    generators = []
+    for person in people:
+        for hypothesis in range(first_hypothesis, first_hypothesis + hypotheses):
+            # torch's CPU generator looks at 32 bits of its seed alone, so the three numbers are hashed, not packed.
+            words = np.random.SeedSequence([seed, person, hypothesis]).generate_state(1)
+            generators.append(torch.Generator().manual_seed(int(words[0])))
+    return generators
+
+
+def initial_noise(
+    generators: Sequence[torch.Generator],
+    num_points: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:  # (M, P, 3)
+    """Gaussian noise, drawn on the CPU so that a seed means the same on every device."""
+    return torch.stack([torch.randn(num_points, 3, generator=generator) for generator in generators]).to(device)
+
+
+def sample(
+    denoise: Denoise,
+    scheduler: SchedulerMixin,
+    noise: Tensor,  # (M, P, 3) x_K
+    num_inference_steps: int,
+    generators: Sequence[torch.Generator] | None = None,  # of the M rows, for stochastic samplers
+    eta: float = 0.0,  # DDIM's share of fresh noise: 0 deterministic, 1 as DDPM
+    clip: float = 6.0,  # bound on the clean estimate under noise prediction, in units of the data
+    callback: Callback | None = None,
+) -> Tensor:  # (M, P, 3) x_0
+    """Run the reverse process (DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502, by the scheduler that is given)."""
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)  # type: ignore[attr-defined]
+    total = scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
+    points = noise * scheduler.init_noise_sigma  # type: ignore[attr-defined]
+    options = _step_options(scheduler, generators, eta)
+    for number, timestep in enumerate(scheduler.timesteps):  # type: ignore[attr-defined]
+        scaled = scheduler.scale_model_input(points, timestep)  # type: ignore[attr-defined]
+        fraction = ((timestep + 1) / total).expand(len(points)).to(points.dtype)
+        prediction = denoise(scaled, fraction)
+        if scheduler.config.prediction_type == "epsilon" and hasattr(scheduler, "alphas_cumprod"):  # type: ignore[attr-defined]
+            prediction = _bounded_noise(prediction, scaled, timestep, scheduler, clip)
+        if callback is not None:
+            callback(number, points, prediction)
+        points = scheduler.step(prediction, timestep, points, **options).prev_sample  # type: ignore[attr-defined]
+    return points
+
+
+def _step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generator] | None, eta: float) -> dict:
+    import inspect
+
+    accepted = inspect.signature(scheduler.step).parameters  # type: ignore[attr-defined]
+    options: dict = {}
+    if "generator" in accepted and generators is not None:
+        options["generator"] = list(generators)
+    if "eta" in accepted:
+        options["eta"] = eta
+    return options
+
+
+def _bounded_noise(prediction: Tensor, points: Tensor, timestep: Tensor, scheduler: SchedulerMixin, clip: float) -> Tensor:
+    """The noise whose clean estimate lies within the bound: at a small abar a small error in eps is a huge mesh."""
+    share = scheduler.alphas_cumprod.to(points.device)[timestep.long()]  # type: ignore[attr-defined]
+    clean = (points - (1 - share).sqrt() * prediction) / share.sqrt()
+    return (points - share.sqrt() * clean.clamp(-clip, clip)) / (1 - share).sqrt().clamp_min(1e-6)

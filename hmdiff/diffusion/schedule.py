@@ -1,0 +1,124 @@
+"""Noise schedules, handed to diffusers' schedulers as `trained_betas`.
+
+Symbols: abar_k is the share of signal variance left at step k; SNR_k = abar_k / (1 - abar_k); K steps.
+
+The trap (METHOD: arithmetic): the linear schedule 1e-4..0.02 of DDPM over the paper's K = 200 ends at abar_K = 0.13,
+which is not Gaussian noise. Here abar_K is zero (Lin et al., arXiv 2305.08891), or a small floor where the network
+predicts the noise, which says nothing of the clean mesh at abar = 0.
+
+The shift: a coarse mesh has hundreds of points that move together, so that at a middling SNR the pose can be read off by
+averaging. As for images of higher resolution (Hoogeboom et al., arXiv 2301.11093, sec. 3.1) the SNR is divided by shift²,
+which spends the steps where the pose is still open. The value is ours; LOG.md tells what it gave.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from hmdiff.errors import UserError
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+SCHEDULES = ("cosine", "linear")
+# A floor of abar_K for noise prediction: the first clean mesh is x / sqrt(abar_K), and still finite.
+EPSILON_TERMINAL = 1e-4
+
+_SCHEDULERS: dict[str, tuple[type, dict]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False, "variance_type": "fixed_small"}),
+    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True}),
+    "sde-dpm++": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "lower_order_final": True},
+    ),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+}
+SCHEDULER_NAMES = tuple(_SCHEDULERS)
+
+
+def signal_shares(
+    num_train_timesteps: int,
+    schedule: str = "cosine",
+    noise_shift: float = 1.0,
+    terminal: float = 0.0,
+) -> np.ndarray:  # (K,) abar_1 .. abar_K, falling
+    """abar of every step, its last one equal to `terminal`."""
+    steps = np.arange(1, num_train_timesteps + 1, dtype=np.float64)
+    if schedule == "cosine":  # Nichol and Dhariwal, arXiv 2102.09672, eq. 17
+        offset = 0.008
+        shares = np.cos((steps / num_train_timesteps + offset) / (1 + offset) * np.pi / 2) ** 2
+        shares = shares / np.cos(offset / (1 + offset) * np.pi / 2) ** 2
+    elif schedule == "linear":  # DDPM, arXiv 2006.11239; made Gaussian at its end below
+        shares = np.cumprod(1 - np.linspace(1e-4, 0.02, num_train_timesteps))
+    else:
+        raise UserError(f"schedule {schedule!r} is not known; choose one of {', '.join(SCHEDULES)}")
+    shares = np.clip(shares, 1e-12, 1 - 1e-9)
+    snr = shares / (1 - shares) / noise_shift**2
+    amplitude = np.sqrt(snr / (1 + snr))
+    # Lin et al., algorithm 1: shift and stretch sqrt(abar) so that it ends at the terminal, its first value kept.
+    first, last, wanted = amplitude[0], amplitude[-1], np.sqrt(terminal)
+    amplitude = wanted + (amplitude - last) * (first - wanted) / (first - last)
+    return amplitude**2
+
+
+def make_scheduler(
+    name: str = "ddim",  # one of SCHEDULER_NAMES
+    num_train_timesteps: int = 200,
+    schedule: str = "cosine",
+    noise_shift: float = 1.0,
+    prediction_type: str = "sample",
+) -> SchedulerMixin:
+    """A diffusers scheduler with our schedule. Raises `UserError` for an unknown name.
+
+    Steps are spaced 'trailing', so that sampling starts at the last training step whatever the number of steps. The
+    higher-order solvers work on log SNR and cannot start at zero: diffusers keeps a floor of 2^-24 for them.
+    """
+    if name not in _SCHEDULERS:
+        raise UserError(f"scheduler {name!r} is not known; choose one of {', '.join(SCHEDULER_NAMES)}")
+    if prediction_type not in PREDICTION_TYPES:
+        raise UserError(f"prediction_type {prediction_type!r} is not known; choose one of {', '.join(PREDICTION_TYPES)}")
+    kind, options = _SCHEDULERS[name]
+    terminal = EPSILON_TERMINAL if prediction_type == "epsilon" else 0.0
+    if name not in ("ddim", "ddpm"):
+        terminal = max(terminal, 2.0**-24)
+    shares = signal_shares(num_train_timesteps, schedule, noise_shift, terminal)
+    betas = 1 - shares / np.concatenate([[1.0], shares[:-1]])
+    return kind(
+        num_train_timesteps=num_train_timesteps,
+        trained_betas=betas.tolist(),
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+        **options,
+    )
+
+
+def change_scheduler(
+    scheduler: SchedulerMixin,
+    name: str,  # one of SCHEDULER_NAMES
+) -> SchedulerMixin:
+    """Another sampler over the same training schedule."""
+    if name not in _SCHEDULERS:
+        raise UserError(f"scheduler {name!r} is not known; choose one of {', '.join(SCHEDULER_NAMES)}")
+    kind, options = _SCHEDULERS[name]
+    config = scheduler.config  # type: ignore[attr-defined]
+    betas = np.asarray(config.trained_betas, dtype=np.float64)
+    if name not in ("ddim", "ddpm"):
+        shares = np.maximum(np.cumprod(1 - betas), 2.0**-24)
+        betas = 1 - shares / np.concatenate([[1.0], shares[:-1]])
+    return kind(
+        num_train_timesteps=config.num_train_timesteps,
+        trained_betas=betas.tolist(),
+        prediction_type=config.prediction_type,
+        timestep_spacing="trailing",
+        **options,
+    )

@@ -1,0 +1,189 @@
+"""Rotations, cameras, projections and alignments: pure, batched, differentiable functions.
+
+Frame: OpenCV camera (x right, y down, z forward), metres. 2D points in a crop run from -1 to 1 (x right, y down).
+Rotations are (..., 3, 3) and act on column vectors: ``points @ R.mT``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def axis_angle_to_matrix(
+    axis_angle: Tensor,  # (..., 3) radians
+) -> Tensor:  # (..., 3, 3)
+    """Rodrigues' formula, smooth and differentiable at zero."""
+    angle_squared = (axis_angle * axis_angle).sum(-1)[..., None, None]
+    # Taylor series near zero: sin(a)/a and (1-cos(a))/a² would be 0/0 there, in the value or in the gradient.
+    small = angle_squared < 1e-6
+    safe = torch.where(small, torch.ones_like(angle_squared), angle_squared)
+    angle = safe.sqrt()
+    sine = torch.where(small, 1 - angle_squared / 6, angle.sin() / angle)
+    cosine = torch.where(small, 0.5 - angle_squared / 24, (1 - angle.cos()) / safe)
+    cross = skew(axis_angle)
+    identity = torch.eye(3, dtype=axis_angle.dtype, device=axis_angle.device)
+    return identity + sine * cross + cosine * (cross @ cross)
+
+
+def skew(
+    vector: Tensor,  # (..., 3)
+) -> Tensor:  # (..., 3, 3)
+    """The matrix of the cross product: ``skew(a) @ b == a x b``."""
+    x, y, z = vector.unbind(-1)
+    zero = torch.zeros_like(x)
+    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+
+
+def matrix_to_quaternion(
+    matrix: Tensor,  # (..., 3, 3)
+) -> Tensor:  # (..., 4) w x y z, w >= 0, unit length
+    """Shepperd's method: the best conditioned of four formulas is taken for each matrix."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    trace = diagonal.sum(-1)
+    xx, yy, zz = diagonal.unbind(-1)
+    plus, minus = matrix + matrix.mT, matrix - matrix.mT
+    xy, yz, zx = plus[..., 0, 1], plus[..., 1, 2], plus[..., 2, 0]
+    wx, wy, wz = minus[..., 2, 1], minus[..., 0, 2], minus[..., 1, 0]
+    # Rows: 4 q_i q for i = w, x, y, z.
+    w = torch.stack([1 + trace, wx, wy, wz], -1)
+    x = torch.stack([wx, 1 + 2 * xx - trace, xy, zx], -1)
+    y = torch.stack([wy, xy, 1 + 2 * yy - trace, yz], -1)
+    z = torch.stack([wz, zx, yz, 1 + 2 * zz - trace], -1)
+    rows = torch.stack([w, x, y, z], -2)
+    best = torch.cat([trace[..., None], diagonal], -1).argmax(-1)
+    quaternion = rows.gather(-2, best[..., None, None].expand(*best.shape, 1, 4)).squeeze(-2)
+    quaternion = F.normalize(quaternion, dim=-1)
+    return torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)
+
+
+def matrix_to_axis_angle(
+    matrix: Tensor,  # (..., 3, 3)
+) -> Tensor:  # (..., 3) radians, length at most pi
+    """Inverse of `axis_angle_to_matrix`, through a quaternion, stable at 0 and at pi."""
+    quaternion = matrix_to_quaternion(matrix)
+    vector = quaternion[..., 1:]
+    sine = vector.norm(dim=-1, keepdim=True)
+    angle = 2 * torch.atan2(sine, quaternion[..., :1])
+    # angle / sin(angle / 2) tends to 2 at zero.
+    ratio = torch.where(sine < 1e-6, torch.full_like(sine, 2.0), angle / sine.clamp_min(1e-12))
+    return vector * ratio
+
+
+def rotation_6d_to_matrix(
+    rotation_6d: Tensor,  # (..., 6) the first two columns of the matrix, one after the other, not yet orthonormal
+) -> Tensor:  # (..., 3, 3)
+    """Gram-Schmidt on two columns (Zhou et al., CVPR 2019, arXiv 1812.07035, eq. 15)."""
+    first = F.normalize(rotation_6d[..., :3], dim=-1)
+    second = rotation_6d[..., 3:]
+    second = F.normalize(second - (first * second).sum(-1, keepdim=True) * first, dim=-1)
+    # dim is named: without it torch.cross takes the first dimension of size 3, which is the batch at batch 3.
+    third = torch.cross(first, second, dim=-1)
+    return torch.stack([first, second, third], -1)
+
+
+def matrix_to_rotation_6d(
+    matrix: Tensor,  # (..., 3, 3)
+) -> Tensor:  # (..., 6)
+    """The first two columns, one after the other; the inverse of `rotation_6d_to_matrix` on rotations."""
+    return torch.cat([matrix[..., 0], matrix[..., 1]], -1)
+
+
+def perspective_projection(
+    points: Tensor,  # (..., P, 3) metres, camera frame
+    focal: Tensor,  # (...) in the unit wanted for the result
+    center: Tensor,  # (..., 2) principal point, same unit
+) -> Tensor:  # (..., P, 2)
+    """Pinhole projection. Points must lie in front of the camera (z > 0)."""
+    return points[..., :2] / points[..., 2:] * focal[..., None, None] + center[..., None, :]
+
+
+def weak_perspective_projection(
+    points: Tensor,  # (..., P, 3) metres, relative to the pelvis
+    camera: Tensor,  # (..., 3) scale (crop half-sides per metre), tx, ty (crop units, -1..1)
+) -> Tensor:  # (..., P, 2) crop coordinates, -1..1
+    """Scaled orthographic projection: ``scale * xy + (tx, ty)``. (tx, ty) is where the pelvis lands."""
+    return points[..., :2] * camera[..., None, :1] + camera[..., None, 1:]
+
+
+def weak_perspective_fit(
+    points: Tensor,  # (..., P, 3)
+    target: Tensor,  # (..., P, 2) crop coordinates
+    weight: Tensor,  # (..., P) >= 0
+) -> Tensor:  # (..., 3) scale, tx, ty
+    """The camera of least weighted squared 2D distance, in closed form, differentiable. Scale is kept >= 1e-3."""
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-8)
+    weight = weight[..., None]
+    mean_source = (weight * points[..., :2]).sum(-2, keepdim=True)
+    mean_target = (weight * target).sum(-2, keepdim=True)
+    source, goal = points[..., :2] - mean_source, target - mean_target
+    covariance = (weight * source * goal).sum((-2, -1))
+    variance = (weight * source * source).sum((-2, -1))
+    scale = (covariance / variance.clamp_min(1e-8)).clamp_min(1e-3)
+    translation = mean_target[..., 0, :] - scale[..., None] * mean_source[..., 0, :]
+    return torch.cat([scale[..., None], translation], -1)
+
+
+def weak_to_full_camera(
+    camera: Tensor,  # (..., 3) scale, tx, ty in the crop
+    center: Tensor,  # (..., 2) centre of the square crop in photo pixels
+    side: Tensor,  # (...) side of the crop in photo pixels
+    focal: Tensor,  # (...) focal length of the photo in pixels
+    principal_point: Tensor,  # (..., 2) of the photo in pixels
+) -> Tensor:  # (..., 3) metres: the translation of the pelvis in the camera frame of the full photo
+    """Place the pelvis so that a pinhole camera of the full photo sees it where the crop's camera does.
+
+    A length of one metre at the pelvis covers ``scale * side / 2`` pixels in the crop and ``focal / z`` in the photo
+    (SPIN's and CLIFF's conversion, arXiv 2208.00571, eq. 3-5).
+    """
+    scale, offset = camera[..., 0], camera[..., 1:]
+    depth = 2 * focal / (scale * side).clamp_min(1e-6)
+    pixel = center + offset * side[..., None] / 2
+    lateral = (pixel - principal_point) * (depth / focal)[..., None]
+    return torch.cat([lateral, depth[..., None]], -1)
+
+
+def photo_to_crop(
+    points: Tensor,  # (..., P, 2) photo pixels
+    center: Tensor,  # (..., 2)
+    side: Tensor,  # (...)
+) -> Tensor:  # (..., P, 2) crop coordinates, -1..1
+    """Photo pixels to crop coordinates, for a square, upright crop."""
+    return (points - center[..., None, :]) * (2 / side)[..., None, None]
+
+
+def crop_to_photo(
+    points: Tensor,  # (..., P, 2) crop coordinates
+    center: Tensor,  # (..., 2)
+    side: Tensor,  # (...)
+) -> Tensor:  # (..., P, 2) photo pixels
+    """Inverse of `photo_to_crop`."""
+    return points * (side / 2)[..., None, None] + center[..., None, :]
+
+
+def similarity_transform(
+    source: Tensor,  # (..., P, 3)
+    target: Tensor,  # (..., P, 3)
+) -> tuple[Tensor, Tensor, Tensor]:  # scale (...), rotation (..., 3, 3), translation (..., 3)
+    """The similarity that best maps source onto target in least squares, its rotation proper (Umeyama, PAMI 1991)."""
+    mean_source, mean_target = source.mean(-2, keepdim=True), target.mean(-2, keepdim=True)
+    centred_source, centred_target = source - mean_source, target - mean_target
+    covariance = centred_target.mT @ centred_source
+    u, singular, vh = torch.linalg.svd(covariance)
+    sign = torch.ones_like(singular)
+    sign[..., -1] = torch.where(torch.linalg.det(u @ vh) < 0, -1.0, 1.0).to(sign.dtype)
+    rotation = (u * sign[..., None, :]) @ vh
+    variance = centred_source.square().sum((-2, -1)).clamp_min(1e-12)
+    scale = (singular * sign).sum(-1) / variance
+    translation = (mean_target - scale[..., None, None] * mean_source @ rotation.mT)[..., 0, :]
+    return scale, rotation, translation
+
+
+def similarity_align(
+    source: Tensor,  # (..., P, 3)
+    target: Tensor,  # (..., P, 3)
+) -> Tensor:  # (..., P, 3) source, moved onto target
+    """Procrustes alignment: `similarity_transform` applied."""
+    scale, rotation, translation = similarity_transform(source, target)
+    return scale[..., None, None] * source @ rotation.mT + translation[..., None, :]

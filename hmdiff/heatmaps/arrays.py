@@ -1,0 +1,120 @@
+"""Precomputed heatmaps on disk: npz with `heatmaps` (J, H, W) or (B, J, H, W), `joints` names, `center`, `side`.
+
+`center` and `side` give the square crop in photo pixels; heatmap pixel (i, j) has its centre at
+center + ((j+.5)/W - .5, (i+.5)/H - .5) * side. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hmdiff.errors import UserError
+from hmdiff.heatmaps.distribution import Heatmaps, heatmaps_from_values
+from hmdiff.skeletons import HALPE26, JOINT_SETS
+from hmdiff.storage import atomic_file
+
+_KEYS = ("heatmaps", "center", "side")
+# Sets that their number of joints tells apart; the others must come with their names.
+_BY_COUNT = {17: "coco17", 25: "openpose25", 26: "halpe26"}
+
+
+def load_heatmaps(path: str | Path) -> Heatmaps:
+    """Read heatmaps of one person or of several, in any joint set we know, resampled to 64 x 64.
+
+    Raises:
+        UserError: not an npz, a missing key, pickled arrays, wrong shapes, NaN, all zero, unknown joints.
+    """
+    path = Path(path)
+    arrays = _read(path)
+    for key in _KEYS:
+        if key not in arrays:
+            found = ", ".join(arrays) or "none"
+            raise UserError(f"{path}: no array {key!r} (found: {found}); it needs {', '.join(_KEYS)}")
+        if arrays[key].dtype.kind not in "fiu":
+            raise UserError(f"{path}: array {key!r} must hold numbers, {arrays[key].dtype} found")
+    values = torch.from_numpy(arrays["heatmaps"].astype(np.float32))
+    if values.dim() == 3:
+        values = values[None]
+    if values.dim() != 4 or values.shape[2] != values.shape[3] or 0 in values.shape:
+        raise UserError(
+            f"{path}: `heatmaps` has shape {arrays['heatmaps'].shape}; (J, S, S) or (B, J, S, S) expected, "
+            "over a square crop"
+        )
+    batch, joints = values.shape[:2]
+    names = _joint_names(path, arrays, joints)
+    center, side = (torch.from_numpy(arrays[key].astype(np.float32)) for key in ("center", "side"))
+    if center.numel() != 2 * batch or side.numel() != batch:
+        raise UserError(
+            f"{path}: `center` {tuple(center.shape)} and `side` {tuple(side.shape)} must hold 2 and 1 numbers "
+            f"for each of {batch} people"
+        )
+    try:
+        heatmaps = heatmaps_from_values(values, names, center.reshape(batch, 2), side.reshape(batch))
+        if "valid" not in arrays:
+            return heatmaps
+        if arrays["valid"].shape != (batch, len(HALPE26)) or arrays["valid"].dtype != bool:
+            raise UserError(f"`valid` must be a bool array of shape ({batch}, {len(HALPE26)})")
+        valid = torch.from_numpy(arrays["valid"]) & heatmaps.valid
+        return Heatmaps(heatmaps.values, valid, heatmaps.center, heatmaps.side)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as handle:
+            if not zipfile.is_zipfile(handle):
+                raise UserError(f"{path}: not an npz file; write it with numpy.savez_compressed")
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+    except (ValueError, pickle.UnpicklingError) as error:
+        if "pickle" in str(error):
+            raise UserError(
+                f"{path}: holds pickled Python objects, which are never loaded; save plain numeric and string arrays"
+            ) from None
+        raise UserError(f"{path}: a damaged npz file ({error}); write it again") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
+        raise UserError(f"{path}: a damaged npz file ({error}); write it again") from None
+
+
+def _joint_names(path: Path, arrays: dict[str, np.ndarray], joints: int) -> tuple[str, ...]:
+    if "joints" not in arrays:
+        if joints not in _BY_COUNT:
+            raise UserError(f"{path}: {joints} heatmaps without names; add an array `joints` with their names")
+        return JOINT_SETS[_BY_COUNT[joints]]
+    given = arrays["joints"]
+    if given.dtype.kind != "U" or given.ndim != 1:
+        raise UserError(f"{path}: `joints` must be a list of names, an array of {given.dtype} was found")
+    names = tuple(str(name) for name in given)
+    if len(names) != joints:
+        raise UserError(f"{path}: {joints} heatmaps but {len(names)} joint names")
+    known = sorted({name for names_of_set in JOINT_SETS.values() for name in names_of_set})
+    for index, name in enumerate(names):
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+            raise UserError(f"{path}: joint {name!r} is unknown; the nearest known name is {nearest!r}")
+        if name in names[:index]:
+            raise UserError(f"{path}: joint {name!r} is named twice")
+    return names
+
+
+def save_heatmaps(path: str | Path, heatmaps: Heatmaps) -> None:
+    """Write what `load_heatmaps` reads back without loss. Raises `UserError` when the place cannot be written."""
+    with atomic_file(path) as temporary, temporary.open("wb") as handle:
+        np.savez_compressed(
+            handle,
+            heatmaps=heatmaps.values.detach().cpu().numpy(),
+            valid=heatmaps.valid.cpu().numpy(),
+            joints=np.array(HALPE26),
+            center=heatmaps.center.detach().cpu().numpy(),
+            side=heatmaps.side.detach().cpu().numpy(),
+        )

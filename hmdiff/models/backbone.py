@@ -1,0 +1,149 @@
+"""Image and heatmaps to context tokens.
+
+`ImageBackbone`: any timm network by name, its last feature map flattened to tokens. HMDiff's backbone is unknown;
+HRNet-W64 is the lineage's (METRO, FastMETRO). Heatmaps may be fused early (JOTR, arXiv 2307.16377).
+`ConvHeatmapBackbone`: a small convolutional network for heatmaps alone (our choice).
+`JointHeatmapBackbone`: one token per joint, from the characteristic function of its heatmap (our choice).
+
+B images, J joints, C channels, L tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hmdiff.models.layers import sinusoidal_position_2d
+
+
+class ImageBackbone(nn.Module):
+    """A timm network; the deepest feature map gives the tokens.
+
+    With `heatmap_channels` the heatmaps, enlarged to the image, are further input channels. JOTR joins them behind
+    ResNet's stem; at the input the same idea serves every timm network (ours).
+    """
+
+    def __init__(
+        self,
+        name: str,  # of timm, such as hrnet_w64 or resnet18
+        image_size: int,
+        width: int,  # channels of the tokens
+        heatmap_channels: int = 0,
+        pretrained: bool = False,  # ImageNet weights, downloaded by timm
+    ) -> None:
+        super().__init__()
+        import timm  # seconds to import, and heatmap-only models do not need it
+
+        self.network = timm.create_model(
+            name, pretrained=pretrained, features_only=True, in_chans=3 + heatmap_channels, out_indices=(-1,)
+        )
+        self.heatmap_channels = heatmap_channels
+        info = self.network.feature_info.info[-1]
+        self.grid = math.ceil(image_size / info["reduction"])
+        self.project = nn.Linear(info["num_chs"], width)
+        self.num_tokens = self.grid**2
+        self.register_buffer("position", sinusoidal_position_2d(self.grid, self.grid, width), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def forward(
+        self,
+        image: Tensor,  # (B, 3, S, S) RGB 0..1
+        heatmaps: Tensor | None = None,  # (B, J, h, w)
+        heatmap_valid: Tensor | None = None,  # (B, J) bool
+    ) -> tuple[Tensor, Tensor]:  # tokens (B, L, C), mask (B, L) bool
+        pixels = (image - self.pixel_mean) / self.pixel_std
+        if self.heatmap_channels:
+            if heatmaps is None or heatmap_valid is None:
+                raise ValueError("this model fuses heatmaps with the image: give both")
+            maps = heatmaps * heatmap_valid[..., None, None]
+            maps = nn.functional.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=False)
+            pixels = torch.cat([pixels, maps], 1)
+        features = self.network(pixels)[-1]
+        tokens = self.project(features.flatten(2).transpose(1, 2)) + self.position
+        return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+
+
+class ConvHeatmapBackbone(nn.Module):
+    """Heatmaps (and which of them are there) to an 8 x 8 grid of tokens by strided convolutions."""
+
+    def __init__(
+        self,
+        num_joints: int,
+        heatmap_size: int,
+        width: int,
+    ) -> None:
+        super().__init__()
+        depth = int(math.log2(heatmap_size / 8))
+        if 8 * 2**depth != heatmap_size:
+            raise ValueError(f"heatmap size {heatmap_size} must be 8 times a power of two")
+        layers: list[nn.Module] = []
+        channels = 2 * num_joints
+        for level in range(depth):
+            out = width if level == depth - 1 else max(32, width >> (depth - 1 - level))
+            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.GELU()]
+            channels = out
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 1)]
+        self.network = nn.Sequential(*layers)
+        self.num_tokens = 64
+        self.register_buffer("position", sinusoidal_position_2d(8, 8, width), persistent=False)
+
+    def forward(
+        self,
+        heatmaps: Tensor,  # (B, J, h, w)
+        heatmap_valid: Tensor,  # (B, J) bool
+    ) -> tuple[Tensor, Tensor]:  # tokens (B, 64, C), mask (B, 64) bool
+        valid = heatmap_valid[..., None, None].to(heatmaps.dtype)
+        maps = torch.cat([heatmaps * valid, valid.expand_as(heatmaps)], 1)
+        tokens = self.network(maps).flatten(2).transpose(1, 2) + self.position
+        return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+
+
+class JointHeatmapBackbone(nn.Module):
+    """One token per joint: E[exp(i w·x)] under its heatmap for a fixed set of frequencies w, its peak and its mass.
+
+    The expectation is linear in the heatmap, so that several peaks, blur and tails are kept, and costs one matrix
+    product. A joint without a heatmap (or with an empty one) is a masked token.
+    """
+
+    def __init__(
+        self,
+        num_joints: int,
+        heatmap_size: int,
+        width: int,
+        frequencies: int = 8,  # along each axis, geometric from half a turn to eight turns across the crop
+        products: int = 4,  # the lowest ones also in pairs (x and y together), which marginals would lose
+    ) -> None:
+        super().__init__()
+        coordinates = (torch.arange(heatmap_size) + 0.5) * (2 / heatmap_size) - 1
+        omega = math.pi / 2 * torch.logspace(0, 4, frequencies, base=2.0)  # radians per crop half-side
+        waves = coordinates[:, None] * omega
+        axis = torch.cat([waves.sin(), waves.cos(), coordinates[:, None], coordinates[:, None] ** 2], -1)
+        low = torch.cat([waves[:, :products].sin(), waves[:, :products].cos()], -1)
+        along_x = axis[None].expand(heatmap_size, -1, -1)
+        along_y = axis[:, None].expand(-1, heatmap_size, -1)
+        both = (low[:, None, :, None] * low[None, :, None, :]).flatten(2)
+        self.register_buffer("basis", torch.cat([along_x, along_y, both], -1).flatten(0, 1), persistent=False)
+        self.embed = nn.Sequential(
+            nn.Linear(self.basis.shape[-1] + 2, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width)
+        )
+        self.joint = nn.Parameter(torch.randn(num_joints, width) * 0.5)
+        self.num_tokens = num_joints
+
+    def forward(
+        self,
+        heatmaps: Tensor,  # (B, J, h, w) >= 0, peak = confidence
+        heatmap_valid: Tensor,  # (B, J) bool
+    ) -> tuple[Tensor, Tensor]:  # tokens (B, J, C), mask (B, J) bool
+        flat = heatmaps.flatten(2).float()
+        peak = flat.amax(-1, keepdim=True)
+        # A real estimator's background is small but 4,096 pixels wide: below a tenth of the peak nothing is a place.
+        flat = (flat - 0.1 * peak).relu()
+        mass = flat.sum(-1, keepdim=True)
+        there = heatmap_valid & (peak[..., 0] > 1e-3)
+        moments = (flat @ self.basis) / mass.clamp_min(1e-6)
+        spread = (mass / peak.clamp_min(1e-6) / 25).clamp(max=8)  # area of the peak over that of a sigma 2 Gaussian
+        tokens = self.embed(torch.cat([moments, peak, spread], -1)) + self.joint
+        return tokens * there[..., None], there

@@ -1,0 +1,198 @@
+"""MeshRecoveryModel: the whole network. Its constructor is the architecture diagram.
+
+    image, heatmaps -> backbones -> context tokens -> encoder -> Conditioning      once per image
+    x_k, k, Conditioning -> denoiser -> prediction                                 K times, N hypotheses at once
+    coarse mesh -> learned upsampling -> full mesh                                 once per hypothesis
+
+Source: HMDiff (arXiv 2308.13369) for the split, the block order and the direct baselines; what its paper leaves open
+(backbone, sizes, camera head, joint tokens, patches) is ours. P points = C coarse vertices, then K body joints.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
+from hmdiff.mesh import blend
+from hmdiff.models.conditioning import Conditioning
+from hmdiff.models.denoiser import MeshDenoiser
+from hmdiff.models.layers import EncoderBlock
+
+INPUTS = ("heatmaps", "image", "both")
+MODES = ("diffusion", "direct")
+
+
+class MeshRecoveryModel(ModelMixin, ConfigMixin):
+    """Encode once, denoise many times."""
+
+    @register_to_config
+    def __init__(
+        self,
+        mode: str = "diffusion",  # "direct": one step from a constant input, the paper's baseline A
+        stack: int = 1,  # denoisers one after the other with weights of their own, the paper's baseline B when direct
+        inputs: str = "heatmaps",  # "heatmaps", "image", or "both" fused early
+        backbone: str = "joints",  # "joints" or "conv" for heatmaps alone; a timm name where there is an image
+        pretrained: bool = False,  # ImageNet weights for a timm backbone; never read back when a checkpoint is loaded
+        image_size: int = 224,
+        num_keypoints: int = 26,  # heatmap channels, in the order of HALPE26
+        heatmap_size: int = 64,
+        encoder_width: int = 192,
+        encoder_depth: int = 3,
+        encoder_heads: int = 6,
+        width: int = 192,
+        depth: int = 4,
+        heads: int = 6,
+        feed_forward_ratio: float = 4.0,
+        body: str = "free",  # name of the body whose mesh this predicts; a licensed body itself is never saved
+        num_vertices: int = 0,  # of the full mesh
+        num_coarse: int = 432,
+        num_joints: int = 24,
+        patch_size: int = 8,  # coarse vertices a token
+        neighbour_mask: bool = False,  # vertex tokens attend to mesh neighbours alone, as in FastMETRO
+        upsample_neighbours: int = 12,  # coarse vertices that a full vertex is blended from
+        mesh_scale: float = 0.3,  # metres that make one unit inside the diffusion
+    ) -> None:
+        super().__init__()
+        if mode not in MODES or inputs not in INPUTS:
+            raise ValueError(f"mode {mode!r} must be one of {MODES}, inputs {inputs!r} one of {INPUTS}")
+        self.feature_backbone: nn.Module  # not "backbone": ModelMixin would answer with the config entry
+        if inputs == "heatmaps":
+            kind = {"joints": JointHeatmapBackbone, "conv": ConvHeatmapBackbone}.get(backbone)
+            if kind is None:
+                raise ValueError(f"backbone {backbone!r} reads images; with heatmaps alone it is 'joints' or 'conv'")
+            self.feature_backbone = kind(num_keypoints, heatmap_size, encoder_width)
+        else:
+            channels = num_keypoints if inputs == "both" else 0
+            self.feature_backbone = ImageBackbone(backbone, image_size, encoder_width, channels, pretrained)
+        self.camera_token = nn.Parameter(torch.randn(encoder_width) * 0.5)
+        self.encoder = nn.ModuleList(EncoderBlock(encoder_width, encoder_heads) for _ in range(encoder_depth))
+        self.norm_context = nn.LayerNorm(encoder_width)
+        self.to_camera = nn.Linear(encoder_width, 3)
+
+        num_patches = num_coarse // patch_size
+        patches = torch.arange(num_patches * patch_size).reshape(num_patches, patch_size)
+        if patches.numel() != num_coarse:
+            raise ValueError(f"{num_coarse} coarse vertices do not fall into patches of {patch_size}")
+        neighbours = torch.ones(num_patches, num_patches, dtype=torch.bool) if neighbour_mask else None
+        self.denoisers = nn.ModuleList(
+            MeshDenoiser(patches, num_joints, width, depth, heads, encoder_width, feed_forward_ratio, neighbours)
+            for _ in range(stack)
+        )
+        self.register_buffer("coarse_ids", torch.zeros(num_coarse, dtype=torch.long))
+        self.register_buffer("upsample_index", torch.zeros(num_vertices, upsample_neighbours, dtype=torch.long))
+        self.upsample_weight = nn.Parameter(torch.zeros(num_vertices, upsample_neighbours))
+
+    def set_topology(
+        self,
+        coarse_ids: Tensor,  # (C,) full vertices that are kept in the coarse mesh
+        patches: Tensor,  # (T_v, p) partition of the coarse vertices
+        adjacency: Tensor,  # (C, C) bool
+        upsample_index: Tensor,  # (V, k) coarse vertices
+        upsample_weight: Tensor,  # (V, k) rows sum to 1: where learning starts from
+    ) -> None:
+        """Take over a body's mesh. A loaded checkpoint has it already."""
+        self.coarse_ids.copy_(coarse_ids)
+        self.upsample_index.copy_(upsample_index)
+        with torch.no_grad():
+            self.upsample_weight.copy_(upsample_weight)
+        for denoiser in self.denoisers:
+            assert isinstance(denoiser, MeshDenoiser)
+            denoiser.patches.copy_(patches)
+            denoiser.place.copy_(patches.flatten().argsort())
+            if denoiser.neighbours is not None:
+                between = adjacency[patches.flatten()][:, patches.flatten()]
+                between = between.reshape(len(patches), patches.shape[1], len(patches), patches.shape[1]).any(3).any(1)
+                denoiser.neighbours[: len(patches), : len(patches)] = between
+
+    @property
+    def num_points(self) -> int:
+        return self.config.num_coarse + self.config.num_joints
+
+    def encode(
+        self,
+        image: Tensor | None = None,  # (B, 3, S, S) RGB 0..1
+        heatmaps: Tensor | None = None,  # (B, J, h, w)
+        heatmap_valid: Tensor | None = None,  # (B, J) bool
+    ) -> tuple[Conditioning, Tensor]:  # and the camera (B, 3): scale (crop half-sides per metre), tx, ty
+        """Run the heavy part, once per image."""
+        if self.config.inputs == "heatmaps":
+            tokens, mask = self.feature_backbone(heatmaps, heatmap_valid)
+        else:
+            tokens, mask = self.feature_backbone(image, heatmaps, heatmap_valid)
+        tokens = torch.cat([self.camera_token.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], 1)
+        mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1)
+        for block in self.encoder:
+            tokens = block(tokens, mask)
+        tokens = self.norm_context(tokens)
+        camera = self.to_camera(tokens[:, 0]).float()
+        # A person fills about the crop: one metre is about one half-side. exp keeps the scale positive.
+        camera = torch.cat([camera[:, :1].clamp(-3, 3).exp(), camera[:, 1:]], -1)
+        return self.with_keys_values(Conditioning(tokens, mask)), camera
+
+    def with_keys_values(self, conditioning: Conditioning) -> Conditioning:
+        """Compute the denoisers' keys and values once, so that no hypothesis and no step does it again."""
+        pairs = sum((denoiser.keys_values(conditioning.tokens) for denoiser in self.denoisers), ())  # type: ignore
+        return Conditioning(conditioning.tokens, conditioning.mask, pairs)
+
+    def denoise(
+        self,
+        points: Tensor,  # (B, N, P, 3)
+        step: Tensor,  # (B, N) fraction of the process, 1 = pure noise
+        conditioning: Conditioning,
+    ) -> Tensor:  # (B, N, P, 3)
+        """One evaluation of the denoiser(s)."""
+        depth = self.config.depth
+        for index, denoiser in enumerate(self.denoisers):
+            pairs = conditioning.keys_values[index * depth : (index + 1) * depth]
+            points = denoiser(points, step, conditioning, pairs)
+        return points
+
+    def regress(
+        self,
+        conditioning: Conditioning,  # of B images
+    ) -> Tensor:  # (B, 1, P, 3)
+        """The direct baseline: one evaluation at the last step, from a constant input."""
+        constant = conditioning.tokens.new_zeros((len(conditioning.tokens), 1, self.num_points, 3), dtype=torch.float32)
+        return self.denoise(constant, constant.new_ones(len(constant), 1), conditioning)
+
+    def to_coarse(self, points: Tensor) -> Tensor:
+        """Points (..., P, 3) of the diffusion -> coarse vertices (..., C, 3) in metres."""
+        return points[..., : self.config.num_coarse, :] * self.config.mesh_scale
+
+    def to_joints(self, points: Tensor) -> Tensor:
+        """Points (..., P, 3) of the diffusion -> body joints (..., K, 3) in metres."""
+        return points[..., self.config.num_coarse :, :] * self.config.mesh_scale
+
+    def to_points(
+        self,
+        coarse: Tensor,  # (..., C, 3) metres
+        joints: Tensor,  # (..., K, 3) metres
+    ) -> Tensor:  # (..., P, 3)
+        return torch.cat([coarse, joints], -2) / self.config.mesh_scale
+
+    def upsample(
+        self,
+        coarse: Tensor,  # (..., C, 3)
+    ) -> Tensor:  # (..., V, 3)
+        """Every full vertex is a learned blend of near coarse ones; kept vertices stay where they are.
+
+        The weights are normalised to sum to 1, so that a translated coarse mesh gives the translated full mesh.
+        """
+        weight = self.upsample_weight / self.upsample_weight.sum(-1, keepdim=True)
+        coarse = coarse.to(weight.dtype)
+        return blend(coarse, self.upsample_index, weight).index_copy(-2, self.coarse_ids, coarse)
+
+    def forward(
+        self,
+        points: Tensor,  # (B, N, P, 3)
+        step: Tensor,  # (B, N)
+        image: Tensor | None = None,
+        heatmaps: Tensor | None = None,
+        heatmap_valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # prediction (B, N, P, 3), camera (B, 3)
+        """Encode and denoise in one call: what training wraps (DDP, torch.compile)."""
+        conditioning, camera = self.encode(image, heatmaps, heatmap_valid)
+        return self.denoise(points, step, conditioning), camera

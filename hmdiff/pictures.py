@@ -1,0 +1,303 @@
+"""Pictures of meshes for people to look at: over the photo, from a second view, and sheets of many hypotheses.
+
+Drawn with `hmdiff.render` on the CPU, at a multiple of the size and averaged down, so that outlines are smooth. Nothing
+needs a display. Pictures are as in `hmdiff.canvas`, whose functions are here too. Vertices are in the camera frame
+(x right, y down, z forward), metres. Colours are RGB 0..1. All looks are our choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from hmdiff.canvas import (
+    as_tensor,
+    colour_bar,
+    contact_sheet,
+    draw_keypoints,
+    heat_colours,
+    read_picture,
+    save_picture,
+    to_bytes,
+)
+from hmdiff.geometry import axis_angle_to_matrix
+from hmdiff.render import Lights, normals, rasterize, shade, silhouette
+from hmdiff.skeletons import COCO17
+
+__all__ = [
+    "PALETTE",
+    "colour_bar",
+    "contact_sheet",
+    "draw_keypoints",
+    "heat_colours",
+    "hypotheses_sheet",
+    "overlay",
+    "read_picture",
+    "save_picture",
+    "turntable_view",
+]
+
+Colour = tuple[float, float, float]
+FAR = 1e4  # metres: the depth of nothing, for depth differences
+
+# One a hypothesis, in this order; far apart in hue, near in lightness.
+PALETTE: tuple[Colour, ...] = (
+    (0.53, 0.66, 0.96), (0.98, 0.60, 0.49), (0.47, 0.82, 0.68), (0.98, 0.78, 0.40),
+    (0.77, 0.61, 0.93), (0.44, 0.79, 0.92), (0.96, 0.58, 0.74), (0.72, 0.82, 0.44),
+)  # fmt: skip
+
+
+def _mesh_layer(
+    vertices: Tensor,  # (V, 3) metres, absolute
+    faces: Tensor,  # (F, 3)
+    focal: tuple[float, float],  # crop half-sides
+    principal_point: tuple[float, float],  # crop coordinates
+    size: tuple[int, int],
+    colours: Colour | Tensor,  # one, or (V, 3)
+    finer: int,  # samples a pixel's side
+) -> tuple[np.ndarray, np.ndarray]:  # colour times alpha (H, W, 3), alpha (H, W), both 0..1
+    """One softly lit mesh on nothing. Where a limb passes before another part, a thin shade keeps them apart."""
+    height, width = size[0] * finer, size[1] * finer
+    focal_, point = torch.tensor([focal]), torch.tensor([principal_point])
+    vertices = vertices.float()[None]
+    albedo = torch.as_tensor(colours, dtype=torch.float32).expand(1, vertices.shape[1], 3)
+    lights = Lights(
+        torch.tensor([[0.46, 0.47, 0.50]]),
+        torch.tensor([[[-0.5, -0.8, -0.8], [0.9, -0.1, -0.5], [0.0, 0.9, -0.3]]]),
+        torch.tensor([[[0.54, 0.53, 0.50], [0.15, 0.16, 0.19], [0.10, 0.09, 0.09]]]),
+    )
+    fragments = rasterize(vertices, faces, focal_, point, (height, width))
+    alpha = silhouette(fragments)
+    picture = shade(
+        fragments, vertices, faces, focal_, point, albedo, lights, torch.zeros(1, 3, height, width), specular=0.10
+    )
+    # Darker where the surface turns away, as under a large soft light.
+    facing = -normals(fragments, vertices, faces)[..., 2]
+    picture = picture * (1 - 0.38 * (1 - facing.clamp(0, 1)).pow(3))[:, None]
+    front = torch.where(alpha > 0, fragments.depth, FAR)[0].numpy()
+    reach = 2 * finer + 1
+    # OpenCV's windows are several times faster than torch's here.
+    nearest = cv2.erode(front, np.ones((reach, reach), np.uint8))
+    jump = cv2.blur(((front - nearest - 0.04) / 0.08).clip(0, 1), (reach, reach))
+    picture = picture * (1 - 0.30 * torch.from_numpy(jump)) * alpha[:, None]
+    picture, alpha = F.avg_pool2d(picture, finer), F.avg_pool2d(alpha[:, None], finer)
+    return picture[0].permute(1, 2, 0).numpy(), alpha[0, 0].numpy()
+
+
+def overlay(
+    photo: np.ndarray,  # (H, W, 3) uint8
+    vertices: ArrayLike | Tensor,  # (V, 3) metres, relative to the pelvis
+    faces: ArrayLike | Tensor,  # (F, 3)
+    camera_translation: ArrayLike | Tensor,  # (3,) metres: the pelvis in the photo's camera
+    focal: float,  # pixels
+    principal_point: ArrayLike | Tensor,  # (2,) pixels
+    colour: Colour | ArrayLike | Tensor = PALETTE[0],  # one, or (V, 3) such as `heat_colours` gives
+    opacity: float = 0.92,
+) -> np.ndarray:  # (H, W, 3) uint8
+    """The mesh drawn over the photo. Only the region it covers is rendered."""
+    points = as_tensor(vertices).float() + as_tensor(camera_translation).float()
+    height, width = photo.shape[:2]
+    box = _box(points, focal, principal_point)
+    if box is None:
+        return photo.copy()
+    left, top = max(0, int(box[0]) - 2), max(0, int(box[1]) - 2)
+    right, bottom = min(width, int(box[2]) + 3), min(height, int(box[3]) + 3)
+    if left >= right or top >= bottom:
+        return photo.copy()
+    size = (bottom - top, right - left)
+    centre = as_tensor(principal_point).tolist()
+    layer, alpha = _mesh_layer(
+        points, as_tensor(faces).long(), (2 * focal / size[1], 2 * focal / size[0]),
+        (2 * (centre[0] - left) / size[1] - 1, 2 * (centre[1] - top) / size[0] - 1), size,
+        colour if isinstance(colour, tuple) else as_tensor(colour).float(), _finer(size),
+    )  # fmt: skip
+    result = photo.copy()
+    region = result[top:bottom, left:right]
+    # A soft dark halo outside the outline lifts the mesh off a busy photo.
+    halo = cv2.GaussianBlur(alpha, (0, 0), max(1.0, min(size) / 90)) * (1 - alpha) * 0.45
+    behind = region / 255.0 * (1 - halo[..., None])
+    region[:] = to_bytes(behind * (1 - opacity * alpha[..., None]) + opacity * layer)
+    return result
+
+
+def _finer(size: tuple[int, int]) -> int:
+    return 3 if max(size) <= 500 else 2 if max(size) <= 1400 else 1
+
+
+def _box(
+    points: Tensor,  # (V, 3) metres, absolute
+    focal: float,
+    principal_point: ArrayLike | Tensor,
+) -> tuple[float, float, float, float] | None:  # left, top, right, bottom in pixels; None when nothing is in front
+    points = points[points[:, 2] > 0.05]
+    if len(points) == 0:
+        return None
+    pixels = points[:, :2] / points[:, 2:] * focal + as_tensor(principal_point).float()
+    (left, top), (right, bottom) = pixels.amin(0).tolist(), pixels.amax(0).tolist()
+    return left, top, right, bottom
+
+
+def turntable_view(
+    vertices: ArrayLike | Tensor,  # (V, 3) metres, camera frame (relative or absolute)
+    faces: ArrayLike | Tensor,  # (F, 3)
+    degrees: float = 90.0,  # about the vertical; 0 is the camera's own side, 90 is seen from the person's flank
+    size: int | tuple[int, int] = 320,
+    colour: Colour | ArrayLike | Tensor = PALETTE[0],
+    extent: float | None = None,  # metres from the centre to the nearer edge; give one to compare bodies
+    centre: ArrayLike | Tensor | None = None,  # (3,) the point looked at; default the middle of the body
+) -> np.ndarray:  # (H, W, 3) uint8
+    """A second view from slightly above, on a light ground with the body's shadow at its lowest point."""
+    return _studio([as_tensor(vertices)], faces, degrees, size, [colour], extent, centre, 1.0)
+
+
+def _studio(
+    bodies: Sequence[Tensor],  # each (V, 3)
+    faces: ArrayLike | Tensor,
+    degrees: float,
+    size: int | tuple[int, int],
+    colours: Sequence[Colour | ArrayLike | Tensor],
+    extent: float | None,
+    centre: ArrayLike | Tensor | None,
+    opacity: float,
+) -> np.ndarray:
+    height, width = (size, size) if isinstance(size, int) else size
+    everything = torch.cat(list(bodies)).float()
+    low, high = everything.amin(0), everything.amax(0)
+    middle = (low + high) / 2 if centre is None else as_tensor(centre).float()
+    if extent is None:
+        extent = 0.56 * float((high - low).max())
+    turn = axis_angle_to_matrix(torch.tensor([0.0, math.radians(degrees), 0.0]))
+    tilt = axis_angle_to_matrix(torch.tensor([math.radians(10.0), 0.0, 0.0]))
+    distance = 5.0 * extent
+
+    def placed(points: Tensor) -> Tensor:
+        return (points - middle) @ (tilt @ turn).mT + torch.tensor([0.0, 0.0, distance])
+
+    shorter = min(height, width)
+    focal = (5.0 * shorter / width, 5.0 * shorter / height)
+    faces = as_tensor(faces).long()
+    ground = float(high[1] - middle[1])
+    picture = _ground(tilt, distance, ground, focal, (height, width), extent)
+
+    finer = _finer((height, width)) if len(bodies) == 1 else 2
+    shadows = np.zeros((height, width), np.float32)
+    for body in bodies:
+        flat = body.float().clone()
+        flat[:, 1] = middle[1] + ground
+        drawn = rasterize(placed(flat)[None], faces, torch.tensor([focal]), torch.zeros(1, 2), (height, width))
+        shadows = np.maximum(shadows, silhouette(drawn)[0].numpy())
+    near, wide = (cv2.GaussianBlur(shadows, (0, 0), shorter / softness) for softness in (60, 22))
+    picture = picture * (1 - 0.34 * (0.6 * near + 0.4 * wide)[..., None])
+    # Translucent bodies are blended by their mean colour, so none hides another (McGuire and Bavoil, JCGT 2013).
+    through, weight = np.ones((height, width, 1)), np.full((height, width, 1), 1e-6)
+    layers = np.zeros((height, width, 3))
+    for body, colour in zip(bodies, colours, strict=True):
+        tint = colour if isinstance(colour, tuple) else as_tensor(colour).float()
+        layer, alpha = _mesh_layer(placed(body.float()), faces, focal, (0.0, 0.0), (height, width), tint, finer)
+        through = through * (1 - opacity * alpha[..., None])
+        layers, weight = layers + layer, weight + alpha[..., None]
+    picture = picture * through + (1 - through) * layers / weight
+    return to_bytes(picture)
+
+
+def _ground(
+    tilt: Tensor,  # (3, 3)
+    distance: float,
+    ground: float,  # metres below the point looked at
+    focal: tuple[float, float],
+    size: tuple[int, int],
+    extent: float,
+) -> np.ndarray:  # (H, W, 3) 0..1
+    """A light backdrop, and a floor with half-metre lines that fade with the distance."""
+    height, width = size
+    x = (np.arange(width) + 0.5) * (2 / width) - 1
+    y = (np.arange(height) + 0.5) * (2 / height) - 1
+    ray = np.stack(np.broadcast_arrays(x[None] / focal[0], y[:, None] / focal[1], 1.0), -1) @ tilt.numpy()
+    origin = -np.array([0.0, 0.0, distance]) @ tilt.numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        far = (ground - origin[1]) / ray[..., 1]
+    floor = (ray[..., 1] > 1e-6) & (far > 0)
+    point = origin + ray * np.where(floor, far, 0)[..., None]
+    # Lines of constant width on the screen: the distance to the next line over the size of a pixel there.
+    pixel = np.maximum(np.abs(far) * 2 / (width * focal[0]), 1e-6)
+    slant = np.maximum(np.abs(ray[..., 1]), 1e-3)
+    near_x = np.abs((point[..., 0] / 0.5 + 0.5) % 1 - 0.5) * 0.5 / pixel
+    near_z = np.abs((point[..., 2] / 0.5 + 0.5) % 1 - 0.5) * 0.5 / (pixel / slant)
+    line = np.maximum(1 - near_x, 1 - near_z).clip(0, 1)
+    radius = np.hypot(point[..., 0], point[..., 2]) / extent
+    fade = np.exp(-((radius / 1.3) ** 2)) * floor
+    backdrop = np.array([0.965, 0.968, 0.975]) - 0.05 * (y[:, None, None] * 0.5 + 0.5)
+    picture = np.broadcast_to(backdrop, (height, width, 3))
+    return picture - (0.035 * fade + 0.13 * line * fade)[..., None]
+
+
+def hypotheses_sheet(
+    photo: np.ndarray,  # (H, W, 3) uint8
+    vertices: ArrayLike | Tensor,  # (N, V, 3) metres, relative to the pelvis
+    faces: ArrayLike | Tensor,  # (F, 3)
+    camera_translation: ArrayLike | Tensor,  # (3,) or (N, 3) metres
+    focal: float,  # pixels
+    principal_point: ArrayLike | Tensor,  # (2,) pixels
+    columns: int = 5,  # hypotheses shown; the rest only in the picture of all
+    keypoints: ArrayLike | Tensor | None = None,  # (J, 3) pixels and confidence
+    names: Sequence[str] = COCO17,  # of the J keypoints
+    captions: Sequence[str] | None = None,  # one a hypothesis
+    height: int = 360,  # of a cell, pixels
+) -> np.ndarray:  # uint8
+    """Two rows: the photo and hypotheses over it; all hypotheses at once and each alone, from the side."""
+    bodies = as_tensor(vertices).float()
+    shifts = as_tensor(camera_translation).float().expand(len(bodies), 3)
+    found = [_box(body, focal, principal_point) for body in bodies + shifts[:, None]]
+    boxes = [box for box in found if box is not None]
+    photo_height, photo_width = photo.shape[:2]
+    region = (0.0, 0.0, float(photo_width), float(photo_height))
+    if boxes:
+        union = np.array(boxes)
+        region = (*union[:, :2].min(0).tolist(), *union[:, 2:].max(0).tolist())
+    # A margin of a tenth; no narrower than 0.7 and no wider than 1.4 of the height.
+    middle_x, middle_y = (region[0] + region[2]) / 2, (region[1] + region[3]) / 2
+    tall, wide = 1.2 * (region[3] - region[1]), 1.25 * (region[2] - region[0])
+    tall = max(tall, wide / 1.4, 16.0)
+    wide = max(wide, 0.7 * tall)
+    scale = height / tall
+    width = round(wide * scale)
+    # Inside the photo where it fits, else about the person, on grey.
+    left, top = middle_x - wide / 2, middle_y - tall / 2
+    left = min(max(left, 0.0), photo_width - wide) if wide <= photo_width else left
+    top = min(max(top, 0.0), photo_height - tall) if tall <= photo_height else top
+    affine = np.array([[scale, 0, -left * scale], [0, scale, -top * scale]])
+    # warpAffine counts from the centre of the first pixel, we from its corner.
+    affine[:, 2] += 0.5 * scale - 0.5
+    shrink = cv2.INTER_AREA if scale < 0.5 else cv2.INTER_LINEAR
+    base = photo if scale >= 0.5 else cv2.GaussianBlur(photo, (0, 0), 0.4 / scale)
+    crop = cv2.warpAffine(base, affine, (width, height), flags=shrink, borderValue=(238, 239, 242))
+    centre = (as_tensor(principal_point).double().numpy() - [left, top]) * scale
+
+    shown = min(columns, len(bodies))
+    first = crop
+    if keypoints is not None:
+        moved = as_tensor(keypoints).double().numpy().copy()
+        moved[:, :2] = (moved[:, :2] - [left, top]) * scale
+        first = draw_keypoints(crop, moved, names)
+    colours = [PALETTE[index % len(PALETTE)] for index in range(len(bodies))]
+    size = (height, width)
+    low, high = bodies.amin((0, 1)), bodies.amax((0, 1))
+    looked_at, reach = (low + high) / 2, 0.58 * (high - low)
+    extent = max(float(reach[[0, 2]].max()), float(reach[1]) * min(1.0, width / height))
+    top_row = [first] + [
+        overlay(crop, bodies[i], faces, shifts[i], focal * scale, centre, colours[i]) for i in range(shown)
+    ]
+    many = list(bodies[: max(shown, 12)])
+    bottom_row = [_studio(many, faces, 90.0, size, colours[: len(many)], extent, looked_at, 0.4)]
+    bottom_row += [turntable_view(bodies[i], faces, 90.0, size, colours[i], extent, looked_at) for i in range(shown)]
+    words = list(captions)[:shown] if captions is not None else [f"hypothesis {i + 1}" for i in range(shown)]
+    below = [f"{len(many)} of {len(bodies)}, side" if len(many) < len(bodies) else f"all {len(many)}, side"]
+    words = ["photo" if keypoints is None else "photo, keypoints", *words, *below, *["side"] * shown]
+    return contact_sheet(top_row + bottom_row, shown + 1, words)

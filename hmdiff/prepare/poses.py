@@ -1,0 +1,177 @@
+"""`hmdiff prepare poses`: fit the pose prior to motion capture, and draw a sheet of what the samplers give.
+
+Recordings (ASF/AMC) are retargeted, cleaned and thinned to 10 Hz; a mirror-tied Gaussian mixture is fitted by expectation
+maximisation; the number of components is the one with the best likelihood on whole recordings held out. Only the
+mixture's figures are written, never a recording.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.data.anatomy import angles_to_rotations, clamp_angles, limit_excess, rotations_to_angles
+from hmdiff.data.poses import PosePrior, mirror_features, pose_features
+from hmdiff.prepare.mocap import MEAN_OFFSETS, bad_frames, direction_error, read_recordings, retarget, world_rotations
+from hmdiff.skeletons import SMPL24
+from hmdiff.storage import atomic_file
+
+CREDIT = (
+    "The data used in this project was obtained from mocap.cs.cmu.edu. "
+    "The database was created with funding from NSF EIA-0196217."
+)
+STRIDE = 12  # 120 Hz -> 10 Hz
+HELD_OUT = ("01_04", "01_10", "02_03", "02_06", "03_02")  # whole recordings; the rest is fitted
+COMPONENTS = (8, 16, 24, 32, 48)
+FLOOR = 0.04  # radians: standard deviation added to every coordinate; some joints of the recordings are hinges or fixed
+TOLERANCE = 25.0  # degrees beyond a joint limit at which a frame is a marker fault rather than a person's
+
+
+@dataclasses.dataclass(frozen=True)
+class PoseFrames:
+    """Cleaned, thinned frames."""
+
+    train: Tensor  # (N, 24, 3, 3) local rotations, the root's in the world
+    test: Tensor  # (M, 24, 3, 3) of the recordings held out
+    counts: dict[str, int]  # frames read, jumps dropped, frames thinned, beyond limits dropped
+    direction_error: dict[str, float]  # degrees by limb
+
+
+def read_frames(source: str | Path, offsets: np.ndarray = MEAN_OFFSETS) -> PoseFrames:
+    """Recordings as poses of the T-pose body. Raises `UserError` for a source without recordings."""
+    kept: dict[str, list[Tensor]] = {"train": [], "test": []}
+    counts = {"recordings": 0, "read": 0, "jumps": 0, "thinned": 0, "beyond limits": 0}
+    errors: list[dict[str, float]] = []
+    tolerated = torch.tensor(["wrist" not in joint for joint in SMPL24])  # wrists are clamped: their markers are poor
+    for name, skeleton, motion in read_recordings(source):
+        world = world_rotations(skeleton, motion)
+        local = retarget(skeleton, world, offsets)
+        errors.append(direction_error(skeleton, world, local, offsets))
+        bad = bad_frames(local)
+        thin = torch.from_numpy(local[::STRIDE][~bad[::STRIDE]]).float()
+        angles = rotations_to_angles(thin)
+        inside = limit_excess(angles)[:, tolerated].amax(-1) * (180 / np.pi) <= TOLERANCE
+        poses = angles_to_rotations(clamp_angles(angles[inside]))
+        poses[:, 0] = thin[inside, 0]
+        kept["test" if name in HELD_OUT else "train"].append(poses)
+        for key, value in (("recordings", 1), ("read", len(local)), ("jumps", int(bad.sum())), ("thinned", len(thin)),
+                           ("beyond limits", int((~inside).sum()))):  # fmt: skip
+            counts[key] += value
+    mean_error = {limb: float(np.mean([error[limb] for error in errors])) for limb in errors[0]}
+    # Without the usual names there is still a share to judge by: the last tenth.
+    train, test = (torch.cat(part) if part else torch.zeros(0, 24, 3, 3) for part in kept.values())
+    if not len(test):
+        cut = max(1, len(train) // 10)
+        train, test = train[:-cut], train[-cut:]
+    return PoseFrames(train, test, counts, mean_error)
+
+
+def fit_mixture(
+    features: Tensor,  # (N, F) axis-angles, unmirrored
+    components: int,
+    iterations: int = 30,
+    seed: int = 0,
+    floor: float = FLOOR,  # radians
+) -> PosePrior:
+    """Expectation maximisation of the mirror-tied mixture; starts from k-means++ seeds. Deterministic by seed."""
+    both = torch.cat([features, mirror_features(features)]).double()
+    generator = torch.Generator().manual_seed(seed)
+    identity = torch.eye(both.shape[1], dtype=torch.float64)
+    means = _spread_seeds(both, components, generator)
+    pooled = torch.cov(both.T) * 0.1 + floor**2 * identity
+    prior = PosePrior(torch.full((components,), 1 / components, dtype=torch.float64), means,
+                      torch.linalg.cholesky(pooled).repeat(components, 1, 1))  # fmt: skip
+    for _ in range(iterations):
+        # One recording frame is one datum, seen through its two mirror images: 2K responsibilities that sum to 1.
+        log_joint = _log_components(prior, both).unflatten(1, (2, -1))  # (K, 2, N)
+        share = (log_joint - log_joint.logsumexp((0, 1))).exp().flatten(1)  # (K, 2N)
+        mass = share.sum(1)
+        means = share @ both / mass[:, None]
+        pooled = torch.zeros_like(identity)
+        covariances = []
+        for k in range(components):
+            centred = both - means[k]
+            scatter = (share[k, :, None] * centred).T @ centred
+            covariances.append(scatter)
+            pooled = pooled + scatter
+        pooled = pooled / mass.sum()
+        # A component of few frames leans on the covariance within all of them (an inverse-Wishart prior of 2 F frames).
+        strength = 2.0 * both.shape[1]
+        factors = torch.stack([
+            torch.linalg.cholesky((scatter + strength * pooled) / (m + strength) + floor**2 * identity)
+            for scatter, m in zip(covariances, mass, strict=True)
+        ])  # fmt: skip
+        prior = PosePrior(mass / mass.sum(), means, factors)
+    return PosePrior(prior.weights.float(), prior.means.float(), prior.factors.float())
+
+
+def _log_components(prior: PosePrior, features: Tensor) -> Tensor:  # (N, F) -> (K, N)
+    normals = [
+        torch.distributions.MultivariateNormal(mean, scale_tril=factor, validate_args=False).log_prob(features)
+        for mean, factor in zip(prior.means, prior.factors, strict=True)
+    ]
+    return torch.stack(normals) + prior.weights.log()[:, None]
+
+
+def _spread_seeds(features: Tensor, count: int, generator: torch.Generator) -> Tensor:  # (count, F), k-means++
+    chosen = [features[int(torch.randint(len(features), (), generator=generator))]]
+    distance = (features - chosen[0]).square().sum(-1)
+    while len(chosen) < count:
+        chosen.append(features[int(torch.multinomial(distance, 1, generator=generator))])
+        distance = torch.minimum(distance, (features - chosen[-1]).square().sum(-1))
+    return torch.stack(chosen)
+
+
+def prepare_poses(
+    source: str | Path,  # folder or archive of ASF and AMC files
+    output: str | Path,  # the .npz to write
+    components: tuple[int, ...] = COMPONENTS,
+) -> dict[str, object]:  # the metadata that was written
+    """Fit the prior and write it. Raises `UserError` for a source that cannot be read or a place that cannot be written."""
+    frames = read_frames(source)
+    train, test = pose_features(frames.train), pose_features(frames.test)
+    candidates = {count: fit_mixture(train, count) for count in components}
+    likelihood = {count: float(prior.log_prob(frames.test).mean()) for count, prior in candidates.items()}
+    best = max(likelihood, key=lambda count: likelihood[count])
+    metadata: dict[str, object] = {
+        "credit": CREDIT,
+        "counts": frames.counts | {"train": len(train), "test": len(test)},
+        "components": best,
+        "held_out_log_likelihood": {str(count): round(value, 2) for count, value in likelihood.items()},
+        "train_log_likelihood": round(float(candidates[best].log_prob(frames.train).mean()), 2),
+        "direction_error_degrees": {limb: round(value, 2) for limb, value in frames.direction_error.items()},
+    }
+    write_prior(output, candidates[best], metadata)
+    return metadata
+
+
+def write_prior(path: str | Path, prior: PosePrior, metadata: dict[str, object]) -> None:
+    """Weights, means and packed Cholesky factors (float16), with the metadata as JSON."""
+    rows, columns = np.tril_indices(prior.means.shape[1])
+    with atomic_file(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            weights=prior.weights.numpy(),
+            means=prior.means.numpy().astype(np.float32),
+            factors=prior.factors.numpy()[:, rows, columns].astype(np.float16),
+            metadata=np.array(json.dumps(metadata)),
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m hmdiff.prepare.poses", description="Fit the pose prior to motion capture.")
+    parser.add_argument("source", nargs="?", help="folder or tar archive of ASF and AMC files (mocap.cs.cmu.edu)")
+    parser.add_argument("--output", default="assets/pose_prior.npz", help="file to write (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.source is not None:
+        print(json.dumps(prepare_poses(options.source, options.output), indent=2))
+
+
+if __name__ == "__main__":
+    main()

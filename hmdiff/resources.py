@@ -1,0 +1,27 @@
+"""Where the files shipped with the package lie: assets (body, prior, checkpoint, sample pictures) and configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hmdiff.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _shipped(kind: str, name: str) -> Path:
+    # A wheel carries them inside the package, a clone (and an editable install of it) beside the package.
+    for root in (_PACKAGE / kind, _PACKAGE.parent / kind):
+        if (root / name).exists():
+            return root / name
+    raise UserError(f"{kind}/{name}: not part of this installation of hmdiff; reinstall it")
+
+
+def asset_path(name: str) -> Path:
+    """Path of a shipped asset, such as ``body.npz``. Raises `UserError` when the installation lacks it."""
+    return _shipped("assets", name)
+
+
+def config_path(name: str) -> Path:
+    """Path of a shipped config, such as ``quickstart.yaml``. Raises `UserError` when the installation lacks it."""
+    return _shipped("configs", name)

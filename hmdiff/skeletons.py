@@ -1,0 +1,101 @@
+"""Named joint sets and the maps between them. Joints have names; an index is looked up, never written down.
+
+SMPL24: Loper et al., SIGGRAPH Asia 2015. COCO17: Lin et al., ECCV 2014. HALPE26: AlphaPose, arXiv 2211.03375 (COCO17,
+then head top, neck, hip and six points of the feet). OPENPOSE25: BODY_25, OPENPOSE18: OpenPose's older COCO output,
+arXiv 1812.08008. LSP14: Johnson and Everingham, BMVC 2010. H36M17: Ionescu et al., PAMI 2014, in the order of SPIN's
+regressor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SMPL24 = (
+    "pelvis", "left_hip", "right_hip", "spine1", "left_knee", "right_knee", "spine2", "left_ankle", "right_ankle",
+    "spine3", "left_foot", "right_foot", "neck", "left_collar", "right_collar", "head", "left_shoulder",
+    "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hand", "right_hand",
+)  # fmt: skip
+SMPL24_PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
+
+COCO17 = (
+    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
+    "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
+    "right_ankle",
+)  # fmt: skip
+
+# `neck` of HALPE26, OPENPOSE25 and LSP14 is the middle of the shoulders, `mid_hip` the middle of the hips: neither is
+# SMPL's joint of a similar name.
+HALPE26 = (
+    *COCO17, "top_head", "neck", "mid_hip", "left_big_toe", "right_big_toe", "left_small_toe", "right_small_toe",
+    "left_heel", "right_heel",
+)  # fmt: skip
+
+OPENPOSE25 = (
+    "nose", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist",
+    "mid_hip", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle", "right_eye",
+    "left_eye", "right_ear", "left_ear", "left_big_toe", "left_small_toe", "left_heel", "right_big_toe",
+    "right_small_toe", "right_heel",
+)  # fmt: skip
+
+OPENPOSE18 = (
+    "nose", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist",
+    "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle", "right_eye", "left_eye",
+    "right_ear", "left_ear",
+)  # fmt: skip
+
+LSP14 = (
+    "right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "right_wrist", "right_elbow",
+    "right_shoulder", "left_shoulder", "left_elbow", "left_wrist", "neck", "top_head",
+)  # fmt: skip
+
+H36M17 = (
+    "pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle", "spine", "neck", "jaw",
+    "top_head", "left_shoulder", "left_elbow", "left_wrist", "right_shoulder", "right_elbow", "right_wrist",
+)  # fmt: skip
+
+# The 14 joints that papers report, by name: limbs, neck and head. On bodies without H36M's regressor they are taken
+# from HALPE26, where all of them exist.
+J14 = (
+    "right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "right_wrist", "right_elbow",
+    "right_shoulder", "left_shoulder", "left_elbow", "left_wrist", "neck", "top_head",
+)  # fmt: skip
+
+JOINT_SETS: dict[str, tuple[str, ...]] = {
+    "smpl24": SMPL24, "coco17": COCO17, "halpe26": HALPE26, "openpose25": OPENPOSE25, "openpose18": OPENPOSE18,
+    "lsp14": LSP14, "h36m17": H36M17, "j14": J14,
+}  # fmt: skip
+
+
+def joint_indices(
+    names: Sequence[str],  # what is wanted
+    within: Sequence[str],  # what is there
+) -> list[int]:
+    """Index of every wanted joint; raises `KeyError` naming the first that is missing."""
+    position = {name: index for index, name in enumerate(within)}
+    for name in names:
+        if name not in position:
+            raise KeyError(f"joint {name!r} is not among {', '.join(within)}")
+    return [position[name] for name in names]
+
+
+def shared_joints(
+    source: Sequence[str],
+    target: Sequence[str],
+) -> tuple[list[int], list[int]]:
+    """Indices (into source, into target) of the joints that both sets name, in the target's order."""
+    position = {name: index for index, name in enumerate(source)}
+    pairs = [(position[name], index) for index, name in enumerate(target) if name in position]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def mirror_permutation(names: Sequence[str]) -> list[int]:
+    """Index of the left-right counterpart of every joint (itself for a joint on the midline)."""
+
+    def mirrored(name: str) -> str:
+        if name.startswith("left_"):
+            return "right_" + name[5:]
+        if name.startswith("right_"):
+            return "left_" + name[6:]
+        return name
+
+    return joint_indices([mirrored(name) for name in names], names)

@@ -1,0 +1,386 @@
+"""The training loop, on Accelerate: EMA, warm-up and cosine, checkpoints, resume.
+
+Nothing random has a state: the data, the noise and the learning rate of step s are functions of (seed, s) alone. So a
+run that was killed and started again by the same command goes on from its last checkpoint to the same result, and a
+block of people gets the same noise on whichever process it lands.
+
+    runs/NAME/config.yaml            what was resolved
+    runs/NAME/checkpoints/step_N/    everything needed to go on
+    runs/NAME/pipeline/              the EMA weights, for HMDiffPipeline.from_pretrained
+    runs/NAME/log.csv, tensorboard/, pictures/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
+from hmdiff.body import load_body
+from hmdiff.config import Config, LossConfig, load_config, save_config
+from hmdiff.data.sample import Sample, concatenate
+from hmdiff.data.synthetic import SyntheticHumans, block_generator
+from hmdiff.diffusion.noising import clean_estimate, draw_steps, loss_weight, signal_share, training_target
+from hmdiff.errors import UserError
+from hmdiff.evaluation import evaluate, mean_mesh_error
+from hmdiff.losses.objective import objective
+from hmdiff.models.recovery import MeshRecoveryModel
+from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.storage import atomic_file, make_folder
+
+
+class TrainingStream(Dataset):
+    """Micro-batches of one process: item i holds the people, item i of the noise, both functions of (seed, i)."""
+
+    def __init__(self, data: SyntheticHumans, config: Config, rank: int, processes: int, points: int) -> None:
+        training, loss = config.training, config.loss
+        self.data, self.seed, self.points = data, config.seed, points
+        self.levels = loss.noise_levels
+        self.blocks = training.batch_size // data.block_size
+        if self.blocks * data.block_size != training.batch_size:
+            raise UserError(
+                f"training.batch_size {training.batch_size} is not a multiple of data.block_size {data.block_size}"
+            )
+        self.rank, self.processes = rank, processes
+        self.length = training.steps * training.gradient_accumulation
+        self.total, self.terminal = config.diffusion.num_train_timesteps, loss.terminal_share
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Sample, Tensor, Tensor]:  # people, steps (B, M), noise (B, M, P, 3)
+        first = (index * self.processes + self.rank) * self.blocks
+        people, steps, noise = [], [], []
+        for number in range(first, first + self.blocks):
+            people.append(self.data.block("train", number))
+            generator = block_generator(self.seed, "noise", number)
+            shape = (self.data.block_size, self.levels)
+            steps.append(draw_steps(shape, self.total, self.terminal, generator))
+            noise.append(torch.randn(*shape, self.points, 3, generator=generator))
+        return concatenate(people), torch.cat(steps), torch.cat(noise)
+
+
+def training_losses(
+    model: torch.nn.Module,  # MeshRecoveryModel, or a wrapper of it
+    plain: MeshRecoveryModel,
+    scheduler: Any,
+    config: LossConfig,
+    sample: Sample,
+    steps: Tensor,  # (B, M)
+    noise: Tensor,  # (B, M, P, 3)
+    edges: Tensor | None = None,  # (E, 2)
+) -> dict[str, Tensor]:
+    """One forward pass and the objective's terms. HMDiff: predict at x_k; direct: predict from a constant."""
+    assert sample.coarse_vertices is not None and sample.joints_3d is not None
+    truth = plain.to_points(sample.coarse_vertices, sample.joints_3d)[:, None]
+    inputs = (sample.image, sample.heatmaps, sample.heatmap_valid)
+    if plain.config.mode == "direct":
+        start = torch.zeros_like(truth)
+        prediction, camera = model(start, start.new_ones(len(truth), 1), *inputs)
+        target, clean = truth, prediction
+        share = weight = truth.new_ones(len(truth), 1)
+    else:
+        kind = scheduler.config.prediction_type
+        share = signal_share(scheduler, steps).to(truth)
+        noisy = share.sqrt()[..., None, None] * truth + (1 - share).sqrt()[..., None, None] * noise
+        fraction = (steps + 1).to(truth) / scheduler.config.num_train_timesteps
+        prediction, camera = model(noisy, fraction, *inputs)
+        target = training_target(truth.expand_as(noise), noise, share, kind)
+        clean = clean_estimate(prediction, noisy, share, kind)
+        weight = loss_weight(share, kind, config.weighting, config.gamma)
+    return objective(
+        config, sample, prediction, target, weight, clean, truth, share, camera, plain.config.num_coarse, edges
+    )
+
+
+class Trainer:
+    """One run, from its config to its pipeline."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        values = config.training
+        if values.threads:
+            torch.set_num_threads(values.threads)
+        self.accelerator = Accelerator(mixed_precision=values.mixed_precision)
+        self.folder = make_folder(config.output)
+        self._check_same_run()
+        set_seed(config.seed)
+        device = self.accelerator.device
+        body = load_body(config.body)
+        mesh = build_mesh(config, body)
+        self.plain = build_model(config, body, mesh)
+        # Fitted in closed form already, and the training people have no full mesh to refine it on.
+        self.plain.upsample_weight.requires_grad_(False)
+        self.scheduler = build_scheduler(config)
+        data = build_data(config, body, mesh)
+        self.stream = TrainingStream(
+            data, config, self.accelerator.process_index, self.accelerator.num_processes, self.plain.num_points
+        )
+        self.validation = build_data(config, body, mesh, full_mesh=True)
+        self.pipeline = HMDiffPipeline(
+            self.plain, self.scheduler, body, config.diffusion.num_inference_steps, config.diffusion.eta
+        )
+        faces = mesh.coarse_faces
+        edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.unique(dim=0)
+        self.edges = edges.to(device) if config.loss.edges else None
+
+        decayed = [p for p in self.plain.parameters() if p.requires_grad and p.dim() > 1]
+        others = [p for p in self.plain.parameters() if p.requires_grad and p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": values.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=values.learning_rate, betas=(0.9, 0.99))
+        # A compiled module renames its parameters, so only its forward is compiled.
+        if values.compile:
+            self.plain.forward = torch.compile(self.plain.forward)  # type: ignore[method-assign]
+        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+        self.ema = EMAModel(self.plain.parameters(), decay=values.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.ema.to(device)
+        self.accelerator.register_for_checkpointing(self.ema)
+        self.step = 0
+        self.stopping = False
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end (or to `training.minutes`), going on from the last checkpoint. Returns the last evaluation."""
+        values, main = self.config.training, self.accelerator.is_main_process
+        if main:
+            save_config(self.config, self.folder / "config.yaml")
+        self._resume()
+        started, seen, result = time.monotonic(), 0, {}
+        loader = DataLoader(
+            self.stream,
+            batch_size=None,
+            sampler=range(self.step * values.gradient_accumulation, len(self.stream)),
+            num_workers=self.config.data.workers,
+            prefetch_factor=4 if self.config.data.workers else None,
+        )
+        batches = iter(loader)
+        bar = tqdm(total=values.steps, initial=self.step, disable=not main, desc=self.config.name, unit="step", leave=True)
+        sums: dict[str, float] = {}
+        with self._stop_signals(), self._log() as log:
+            while self.step < values.steps and not self.stopping:
+                terms = self._one_step(batches)
+                self.step += 1
+                seen += values.batch_size * values.gradient_accumulation * self.accelerator.num_processes
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+                bar.update(1)
+                if self.step % values.log_every == 0 or self.step == values.steps:
+                    rate = seen / (time.monotonic() - started)
+                    count = values.log_every if self.step % values.log_every == 0 else self.step % values.log_every
+                    averages = {name: value / count for name, value in sums.items()}
+                    sums = {}
+                    bar.set_postfix(loss=f"{averages['loss']:.4f}", samples=f"{rate:.0f}/s")
+                    log({"step": self.step, **averages, "learning_rate": self._rate(), "samples_per_second": rate})
+                late = values.minutes and time.monotonic() - started > 60 * values.minutes
+                self.stopping = self._agreed(self.stopping or bool(late))
+                last = self.step == values.steps or self.stopping
+                if self.step % values.checkpoint_every == 0 or last:
+                    self._save()
+                if self.step % values.evaluate_every == 0 or last:
+                    result = self._evaluate(log)
+        bar.close()
+        return result
+
+    def _one_step(self, batches: Iterator) -> dict[str, Tensor]:
+        values = self.config.training
+        device = self.accelerator.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
+        totals: dict[str, Tensor] = {}
+        for micro in range(values.gradient_accumulation):
+            people, steps, noise = next(batches)
+            people, steps, noise = people.to(device), steps.to(device), noise.to(device)
+            last = micro == values.gradient_accumulation - 1
+            quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+            with quiet, self.accelerator.autocast():
+                terms = training_losses(
+                    self.model, self.plain, self.scheduler, self.config.loss, people, steps, noise, self.edges
+                )
+                self.accelerator.backward(terms["loss"] / values.gradient_accumulation)
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() / values.gradient_accumulation
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), values.gradient_clip)
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"step {self.step}: the gradient is not finite; start again from {self.folder}/checkpoints with a lower "
+                "training.learning_rate, or with training.mixed_precision=no"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.plain.parameters())
+        if self.accelerator.num_processes > 1:
+            totals = {name: self.accelerator.reduce(value, "mean") for name, value in totals.items()}
+        return totals
+
+    def _rate(self) -> float:
+        """Linear warm-up, then a cosine to zero: the learning rate of the current step."""
+        values = self.config.training
+        if self.step < values.warmup_steps:
+            return values.learning_rate * (self.step + 1) / values.warmup_steps
+        progress = (self.step - values.warmup_steps) / max(1, values.steps - values.warmup_steps)
+        return values.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process wants to stop: all must, or the others would wait for its gradients for ever."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        flag = torch.tensor(float(stop), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    @contextlib.contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint."""
+
+        def stop(number: int, frame: object) -> None:
+            self.stopping = True
+
+        try:
+            previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    # -- what is written ------------------------------------------------------------------------------------------------
+
+    def _check_same_run(self) -> None:
+        """Refuse to mix two experiments in one folder."""
+        stored = self.folder / "config.yaml"
+        if not stored.is_file() or not any((self.folder / "checkpoints").glob("step_*")):
+            return
+        before = load_config(stored)
+        for part in ("seed", "body", "model", "diffusion", "data", "loss"):
+            if getattr(before, part) != getattr(self.config, part):
+                raise UserError(
+                    f"{self.folder}: holds a run with another {part!r} section; give output=ANOTHER_FOLDER or remove it"
+                )
+
+    def _save(self) -> None:
+        """A checkpoint appears whole or not at all: it is written beside its place and renamed."""
+        self.accelerator.wait_for_everyone()
+        place = self.folder / "checkpoints" / f"step_{self.step:08d}"
+        part = place.with_name(f".{place.name}.part")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+            make_folder(part)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(part), safe_serialization=True)
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise UserError(f"{place}: could not be written ({error.strerror or error}); earlier checkpoints stand") from None
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (part / "progress.json").write_text(json.dumps({"step": self.step}))
+            shutil.rmtree(place, ignore_errors=True)
+            os.rename(part, place)
+            for old in self._checkpoints()[: -self.config.training.keep_checkpoints]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoints(self) -> list[Path]:
+        found = (self.folder / "checkpoints").glob("step_*")
+        return sorted(path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / "progress.json").is_file())
+
+    def _resume(self) -> None:
+        found = self._checkpoints()
+        if not found:
+            return
+        try:
+            self.accelerator.load_state(str(found[-1]))
+            self.step = int(json.loads((found[-1] / "progress.json").read_text())["step"])
+        except Exception as error:  # torch, safetensors and JSON each raise their own
+            reason = str(error).split("\n")[0][:160]
+            raise UserError(f"{found[-1]}: damaged checkpoint ({reason}); remove it to go on from the one before") from None
+        if self.accelerator.is_main_process:
+            tqdm.write(f"going on from {found[-1]}")
+
+    @contextlib.contextmanager
+    def _log(self) -> Iterator[Any]:
+        """A function that writes a row to log.csv and to TensorBoard; rows past the resumed step are dropped first."""
+        if not self.accelerator.is_main_process:
+            yield lambda row: None
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self.folder / "log.csv"
+        rows: list[dict] = []
+        if path.is_file():
+            with open(path, newline="") as handle:
+                rows = [row for row in csv.DictReader(handle) if row.get("step") and int(row["step"]) <= self.step]
+        writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+
+        def log(row: dict[str, float]) -> None:
+            rows.append({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            with atomic_file(path) as temporary, open(temporary, "w", newline="") as handle:
+                table = csv.DictWriter(handle, names)
+                table.writeheader()
+                table.writerows(rows)
+            for name, value in row.items():
+                if name != "step":
+                    writer.add_scalar(name, float(value), int(row["step"]))
+
+        try:
+            yield log
+        finally:
+            writer.close()
+
+    def _evaluate(self, log: Any) -> dict[str, Any]:
+        """The EMA weights on the validation split; then they are saved as a pipeline."""
+        if not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            return {}
+        values = self.config.evaluation
+        self.ema.store(self.plain.parameters())
+        self.ema.copy_to(self.plain.parameters())
+        self.plain.eval()
+        try:
+            report = evaluate(
+                self.pipeline, self.validation, "val", values.people, values.num_hypotheses, values.num_inference_steps
+            )
+            self.pipeline.save_pretrained(self.folder / "pipeline")
+            self._picture()
+        finally:
+            self.ema.restore(self.plain.parameters())
+            self.plain.train()
+        row = {f"val_{metric}_{kind}": value["value"] for metric, kinds in report["errors"].items()
+               for kind, value in kinds.items()}  # fmt: skip
+        log({"step": self.step, **row, "val_pve_of_mean_mesh": mean_mesh_error(self.validation, "val", values.people)})
+        tqdm.write(
+            f"step {self.step}: validation PVE first {row['val_pve_first']:.1f}, mean {row['val_pve_mean']:.1f}, oracle of "
+            f"{values.num_hypotheses} {row['val_pve_oracle']:.1f} mm; PA-MPJPE of the mean {row['val_pa_mpjpe_mean']:.1f} mm"
+        )
+        self.accelerator.wait_for_everyone()
+        return report
+
+    def _picture(self) -> None:
+        """A few validation people with their hypotheses, as a picture."""
+        from hmdiff.gallery import validation_picture
+
+        validation_picture(self.pipeline, self.validation, self.folder / "pictures" / f"step_{self.step:08d}.png")
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train a config. Raises `UserError` for whatever the user can mend."""
+    return Trainer(config).run()

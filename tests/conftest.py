@@ -1,0 +1,38 @@
+"""Fixtures of all tests: one thread, fixed seeds, and the data folder that only some machines have."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state and computes on one thread, so that results repeat."""
+    torch.set_num_threads(1)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  libraries draw from the global state
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The recordings and photos that are not part of the repository; `HMDIFF_SHARED_DATA` names another place."""
+    folder = Path(os.environ.get("HMDIFF_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not on this machine: it holds the photos and recordings that are not redistributed")
+    return folder
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,212 @@
+"""Writes that happen wholly or not at all: on success, on errors, on a full disk and after a kill."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hmdiff import storage
+from hmdiff.errors import UserError
+from hmdiff.storage import atomic_file, atomic_folder, make_folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_appears_whole_under_its_name(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "deep" / "a.npz") as temporary:
+        assert temporary.suffix == ".npz"  # writers that look at the suffix are content
+        temporary.write_text("new")
+        assert not (tmp_path / "deep" / "a.npz").exists()
+    assert (tmp_path / "deep" / "a.npz").read_text() == "new"
+    assert names(tmp_path / "deep") == ["a.npz"]
+
+
+def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        with atomic_folder(tmp_path / "model") as temporary:
+            (temporary / text).write_text(text)
+        assert names(tmp_path) == ["model"] and names(tmp_path / "model") == [text]
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+
+
+class OtherError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("raised", [OtherError("x"), KeyboardInterrupt(), UserError("mine")])
+def test_an_error_leaves_the_old_and_no_litter(tmp_path: Path, raised: BaseException) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "w").write_text("old")
+    with pytest.raises(type(raised)) as caught, atomic_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise raised
+    assert caught.value is raised
+    with pytest.raises(type(raised)), atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "w").write_text("half")
+        raise raised
+    assert names(tmp_path) == ["a.txt", "model"]
+    assert (tmp_path / "a.txt").read_text() == (tmp_path / "model" / "w").read_text() == "old"
+
+
+@pytest.mark.parametrize("where", ["block", "fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    if where != "block":
+        monkeypatch.setattr(os, where, no_space)
+    full = pytest.raises(UserError, match=r"a\.txt: no space left on the disk")
+    with full, atomic_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        if where == "block":
+            no_space()
+    assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """Where the two folders cannot be exchanged in one step, every rename of the detour may fail."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    monkeypatch.setattr(storage.ctypes, "CDLL", no_space)
+    rename, calls = os.rename, iter(range(100))
+
+    def sometimes(source: Path, target: Path) -> None:
+        if next(calls) == failing:
+            no_space()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", sometimes)
+    with pytest.raises(UserError, match="no space left"), atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "new").touch()
+    # After the second rename the new folder is in place; only the removal of the old one is left over.
+    assert names(tmp_path / "model") == (["old"] if failing < 2 else ["new"])
+    assert [name for name in names(tmp_path) if name.endswith(".part")] == []
+
+
+@pytest.mark.parametrize("message", ["I/O error: No space left on device (os error 28)"])
+def test_a_writer_with_exceptions_of_its_own_reports_a_full_disk(tmp_path: Path, message: str) -> None:
+    """safetensors does not raise OSError."""
+    with pytest.raises(UserError, match="no space left on the disk"), atomic_file(tmp_path / "a.safetensors"):
+        raise OtherError(message)
+
+
+FULL_DISK = """
+import os, sys
+import torch
+from pathlib import Path
+from safetensors.torch import save_file
+from hmdiff.errors import UserError
+from hmdiff.storage import atomic_file, atomic_folder
+
+disk = Path(sys.argv[1])
+big, small = {"w": torch.zeros(300_000)}, {"w": torch.ones(3)}  # 1.2 MB and 12 bytes on a disk of 512 KB
+
+
+def plain(data, path):
+    path.write_bytes(bytes(data["w"].nbytes))
+
+
+writers = {"torch": torch.save, "safetensors": save_file, "plain": plain}
+done = ["folder"]
+for name, writer in writers.items():
+    with atomic_file(disk / name) as temporary:
+        writer(small, temporary)
+    with atomic_folder(disk / "folder") as temporary:
+        writer(small, temporary / "w")
+    before = (disk / name).read_bytes(), (disk / "folder" / "w").read_bytes()
+    for context, inner in ((atomic_file(disk / name), ""), (atomic_folder(disk / "folder"), "w")):
+        try:
+            with context as temporary:
+                writer(big, temporary / inner if inner else temporary)
+        except UserError as error:
+            assert "no space left on the disk" in str(error) and "\\n" not in str(error), error
+        else:
+            raise AssertionError("the disk was not full")
+    assert before == ((disk / name).read_bytes(), (disk / "folder" / "w").read_bytes()), name
+    done.append(name)
+    assert sorted(os.listdir(disk)) == sorted(done), os.listdir(disk)
+print("intact")
+"""
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    """On a tmpfs of 512 KB, in a mount namespace of its own: torch, safetensors and plain files."""
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    prepare = f'mount -t tmpfs -o size=512k none "{tmp_path}"'
+    if not shutil.which("unshare") or subprocess.run([*mount, prepare], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk here; the simulated full disk above covers the logic")
+    result = subprocess.run(
+        [*mount, f'{prepare} && exec "{sys.executable}" -c "$0" "{tmp_path}"', FULL_DISK],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert result.stdout.strip() == "intact", result.stderr
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from hmdiff.storage import atomic_file, atomic_folder
+
+with atomic_file(Path(sys.argv[1]) / "a.txt") as file, atomic_folder(Path(sys.argv[1]) / "model") as folder:
+    file.write_text("half")
+    (folder / "w").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_leaves_the_old_and_the_next_write_sweeps_up(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    make_folder(tmp_path / "model").joinpath("w").write_text("old")
+    mine = [".b.txt.part", ".a.txt.elsewhere-1.part.txt"]  # other names, other machines: not ours to remove
+    for name in mine:
+        (tmp_path / name).touch()
+    result = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parent.parent)
+    assert result.returncode == -signal.SIGKILL
+    assert (tmp_path / "a.txt").read_text() == (tmp_path / "model" / "w").read_text() == "old"
+    assert len(names(tmp_path)) == 6  # two things, two halves, two of others
+    with atomic_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "w").write_text("new")
+    assert names(tmp_path) == sorted(["a.txt", "model", *mine])
+
+
+def test_a_live_writer_is_not_swept(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "a.txt") as outer, atomic_folder(tmp_path / "a.txt.d"):
+        outer.write_text("outer")
+        with atomic_folder(tmp_path / "model") as first:
+            with atomic_folder(tmp_path / "model") as second:
+                assert first.is_dir() and second.is_dir()
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for attempt in (
+        lambda: make_folder(tmp_path / "file"),
+        lambda: make_folder(tmp_path / "file" / "below"),
+        lambda: atomic_file(tmp_path / "file" / "a.txt").__enter__(),
+        lambda: atomic_folder(tmp_path / "file").__enter__(),
+    ):
+        with pytest.raises(UserError, match="a file of that name is in the way"):
+            attempt()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder: could not be written"), atomic_file(tmp_path / "folder") as temporary:
+        temporary.write_text("x")
+    with pytest.raises(UserError, match="may not be written"), atomic_file(tmp_path / "a") as temporary:
+        raise PermissionError(errno.EACCES, textwrap.shorten("Permission denied", 20))
+    assert names(tmp_path) == ["file", "folder"]
