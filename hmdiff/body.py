@@ -167,7 +167,8 @@ class Body(nn.Module):
         vertices: Tensor,  # (..., V, 3)
     ) -> Tensor:  # (..., K, 3)
         """The named keypoints of a posed mesh, in `keypoint_names`' order."""
-        return self._support_weights.to(vertices.dtype) @ vertices[..., self.keypoint_support(), :]
+        support = self.keypoint_support()
+        return self._support_weights.to(vertices.dtype) @ vertices[..., support, :]
 
     def keypoint_support(self) -> Tensor:  # (S,) int64, ascending
         """The vertices that the keypoint regressor reads."""

@@ -8,6 +8,7 @@ Distance of two segments: Ericson, Real-Time Collision Detection (2004), section
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hmdiff.skeletons import SMPL24, SMPL24_PARENTS
@@ -26,9 +27,9 @@ _POINTS: dict[str, tuple[str, tuple[float, float, float]]] = {
     **{f"{side}_{name}": (joint.replace("*", side), (sign * x, y, z))
        for side, sign in (("left", 1), ("right", -1))
        for name, joint, (x, y, z) in (
-           ("chest", "spine3", (0.05, 0.03, 0.01)), ("belly", "spine1", (0.045, 0.04, 0.03)),
-           ("seat", "pelvis", (0.06, -0.02, -0.02)), ("tip", "*_hand", (0.09, 0, 0)), ("toe", "*_foot", (0, 0, 0.07)),
-           ("biceps", "*_shoulder", (0.14, 0, 0)), ("thigh", "*_hip", (0.01, -0.17, 0)), ("calf", "*_knee", (0, -0.13, -0.02)))},
+           ("chest", "spine3", (0.055, 0.02, 0.055)), ("waist", "spine2", (0.045, 0.01, 0.055)),
+           ("belly", "spine1", (0.05, -0.03, 0.05)), ("seat", "pelvis", (0.06, 0, 0.01)), ("tip", "*_hand", (0.09, 0, 0)), ("toe", "*_foot", (0, 0, 0.07)),
+           ("biceps", "*_shoulder", (0.14, 0, 0)), ("thigh", "*_hip", (0, -0.09, 0)), ("calf", "*_knee", (0, -0.13, -0.02)))},
 }  # fmt: skip
 _NAMES = (*SMPL24, *_POINTS)
 _CARRIER = [SMPL24.index(joint) for joint, _ in _POINTS.values()]
@@ -37,25 +38,27 @@ _CARRIED = torch.tensor([offset for _, offset in _POINTS.values()])
 # Capsules: name -> (end, end, radius).
 _CAPSULES: dict[str, tuple[str, str, float]] = {
     "head": ("brow", "crown", 0.085), "chest": ("left_chest", "right_chest", 0.11),
-    "belly": ("left_belly", "right_belly", 0.10), "seat": ("left_seat", "right_seat", 0.105),
+    "ribs": ("left_chest", "right_chest", 0.085), "waist": ("left_waist", "right_waist", 0.095),
+    "belly": ("left_belly", "right_belly", 0.10), "seat": ("left_seat", "right_seat", 0.11),
     **{f"{side}_{name}": (f"{side}_{a}", f"{side}_{b}", radius)
        for side in ("left", "right")
        for name, a, b, radius in (
            ("upper_arm", "biceps", "elbow", 0.042), ("forearm", "elbow", "wrist", 0.038), ("hand", "wrist", "tip", 0.035),
-           ("upper_leg", "thigh", "knee", 0.065), ("lower_leg", "calf", "ankle", 0.045), ("foot", "ankle", "toe", 0.04))},
+           ("upper_leg", "thigh", "knee", 0.07), ("lower_leg", "calf", "ankle", 0.045), ("foot", "ankle", "toe", 0.04))},
 }  # fmt: skip
 
 
 def _pairs() -> list[tuple[str, str]]:
-    trunk, pairs = ("head", "chest", "belly", "seat"), []
+    trunk, pairs = ("head", "chest", "waist", "belly", "seat"), []
     for side, other in (("left", "right"), ("right", "left")):
         legs = [f"{s}_{part}" for s in (side, other) for part in ("upper_leg", "lower_leg", "foot")]
         for part in ("forearm", "hand"):
             pairs += [(f"{side}_{part}", target) for target in (*trunk, *legs, f"{other}_upper_arm")]
-        pairs += [(f"{side}_upper_arm", target) for target in ("head", "belly", f"{side}_upper_leg", f"{other}_upper_leg")]
+        # A hanging upper arm lies against the chest: it is held out of the ribs alone.
+        pairs += [(f"{side}_upper_arm", target) for target in ("head", "ribs", "waist", *legs[::3])]
         pairs += [(f"{side}_hand", f"{side}_upper_arm"), (f"{side}_hand", f"{other}_forearm")]
         pairs += [(f"{side}_{part}", "chest") for part in ("upper_leg", "lower_leg", "foot")]
-        pairs += [(f"{side}_{part}", target) for part in ("lower_leg", "foot") for target in ("belly", "head", "seat")]
+        pairs += [(f"{side}_{part}", target) for part in ("lower_leg", "foot") for target in ("waist", "belly", "head", "seat")]
         pairs += [(f"{side}_{a}", f"{other}_{b}") for a, b in (("lower_leg", "upper_leg"), ("foot", "upper_leg"),
                                                               ("foot", "lower_leg"))]  # fmt: skip
         pairs += [(f"{side}_foot", f"{side}_upper_leg")]
@@ -77,10 +80,13 @@ SLACK = 0.015  # metres: touching skin gives way, and so does cloth
 _DEPTH = [0] * len(SMPL24)
 for _joint, _parent in enumerate(SMPL24_PARENTS[1:], start=1):
     _DEPTH[_joint] = _DEPTH[_parent] + 1
-_LEVELS = [
-    ([j for j in range(24) if _DEPTH[j] == d], [SMPL24_PARENTS[j] for j in range(24) if _DEPTH[j] == d])
-    for d in range(1, max(_DEPTH) + 1)
+_BY_DEPTH = [[joint for joint in range(24) if _DEPTH[joint] == depth] for depth in range(max(_DEPTH) + 1)]
+_LEVELS = [  # joints of a depth, and their parents' rows in the depth above
+    (level, [above.index(SMPL24_PARENTS[joint]) for joint in level])
+    for above, level in zip(_BY_DEPTH, _BY_DEPTH[1:], strict=False)
 ]
+_ORDERED = [joint for level in _BY_DEPTH for joint in level]
+_BACK = [_ORDERED.index(joint) for joint in range(24)]
 
 
 def joints_of_pose(
@@ -88,13 +94,16 @@ def joints_of_pose(
     offsets: Tensor = OFFSETS,  # (24, 3) metres
 ) -> tuple[Tensor, Tensor]:  # joints (N, 24, 3) metres, pelvis at 0; world rotations (N, 24, 3, 3)
     """Forward kinematics of the 24 joints."""
-    offsets = offsets.to(rotations)
-    world, joints = rotations.clone(), rotations.new_zeros(rotations.shape[:2] + (3,))
+    # (R | offset) of each joint, so that one product a level turns both.
+    local = torch.cat([rotations, offsets.to(rotations)[:, :, None].expand(len(rotations), -1, -1, -1)], -1)
+    placed = [F.pad(rotations[:, :1], (0, 1))]
     for level, parents in _LEVELS:
-        above = world[:, parents]
-        world[:, level] = above @ rotations[:, level]
-        joints[:, level] = joints[:, parents] + (above @ offsets[level][..., None])[..., 0]
-    return joints, world
+        above = placed[-1][:, parents]
+        below = above[..., :3] @ local[:, level]
+        below[..., 3] += above[..., 3]
+        placed.append(below)
+    world = torch.cat(placed, 1)[:, _BACK]
+    return world[..., 3], world[..., :3]
 
 
 def segment_distance(

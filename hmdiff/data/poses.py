@@ -58,19 +58,19 @@ def penalty(
 
 
 def _best_of_rounds(
-    draw: Callable[[int, Tensor | None], Tensor],  # (how many, which slots; None: all in order) -> poses
+    draw: Callable[[int, Tensor | None], Tensor],  # (how many, which slots; None: all in order) -> angles
     count: int,
     score: Callable[[Tensor], Tensor] = penalty,
     rounds: int = ROUNDS,
     share: float = 0.25,  # of the slots, the worst, drawn again each round
 ) -> Tensor:  # (count, 24, 3, 3)
     """Poses drawn, then the worst share of them drawn again and kept where better: a fixed number of draws, no loop on data."""
-    poses = draw(count, None)
+    poses = angles_to_rotations(clamp_angles(draw(count, None)))
     cost = score(poses)
     again = math.ceil(share * count)
     for _ in range(rounds - 1):
         slots = cost.topk(again).indices
-        fresh = draw(again, slots)
+        fresh = angles_to_rotations(clamp_angles(draw(again, slots)))
         fresh_cost = score(fresh)
         better = fresh_cost < cost[slots]
         poses[slots] = torch.where(better[:, None, None, None], fresh, poses[slots])
@@ -125,8 +125,8 @@ class PosePrior:
             self, weights=self.weights.to(device), means=self.means.to(device), factors=self.factors.to(device)
         )
 
-    def draw(self, count: int, generator: torch.Generator, spread: float = 1.0) -> Tensor:  # (count, 24, 3, 3)
-        """Draws as the mixture gives them, brought inside the joint limits' boxes; limbs may collide."""
+    def draw(self, count: int, generator: torch.Generator, spread: float = 1.0) -> Tensor:  # (count, 24, 3) radians
+        """Anatomical angles as the mixture gives them: not yet clamped to the limits, limbs may collide."""
         device = self.means.device
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         noise = torch.randn(count, _FEATURES, 1, generator=generator, device=device)
@@ -135,7 +135,7 @@ class PosePrior:
         features = torch.where(mirrored, mirror_features(features), features)
         rotations = torch.eye(3, device=device).repeat(count, 24, 1, 1)
         rotations[:, 1:22] = axis_angle_to_matrix(features.unflatten(-1, (-1, 3)))
-        return angles_to_rotations(clamp_angles(rotations_to_angles(rotations)))
+        return rotations_to_angles(rotations)
 
     def sample(self, count: int, generator: torch.Generator, spread: float = 1.0) -> Tensor:  # (count, 24, 3, 3)
         """Poses of the prior, the colliding ones drawn again. `spread` scales the standard deviations."""
@@ -200,8 +200,8 @@ class JointLimitSampler:
     def __init__(self, extreme: bool = False) -> None:
         self.extreme = extreme
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:  # (count, 24, 3, 3)
-        """Draws inside the joint limits; limbs may collide."""
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:  # (count, 24, 3) radians
+        """Anatomical angles: not yet clamped to the limits, limbs may collide."""
         device = generator.device
         normal = torch.randn(count, 40, generator=generator, device=device)
         uniform = torch.rand(count, 20, generator=generator, device=device)
@@ -214,7 +214,7 @@ class JointLimitSampler:
             noise = normal[:, 20 + 10 * side : 30 + 10 * side]
             self._leg(angles, name, legs[:, side], noise[:, :4])
             self._arm(angles, name, arms[:, side], noise[:, 4:])
-        return angles_to_rotations(clamp_angles(angles * (math.pi / 180)))
+        return angles * (math.pi / 180)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:  # (count, 24, 3, 3)
         """Poses inside the limits, the colliding ones drawn again."""
@@ -314,10 +314,10 @@ class PoseMixture:
         limit = torch.where(source[:, None] == 2, parts, source[:, None] == 1)[:, _PART_OF_JOINT.to(device)]
 
         def draw(number: int, slots: Tensor | None) -> Tensor:
-            prior_poses = self.prior.draw(number, generator, self.spread)
-            limit_poses = self.limits.draw(number, generator)
-            from_limits = limit if slots is None else limit[slots]  # a slot keeps its kind, so the shares are exact
-            return torch.where(from_limits[..., None, None], limit_poses, prior_poses)
+            from_prior = self.prior.draw(number, generator, self.spread)
+            from_limits = self.limits.draw(number, generator)
+            chosen = limit if slots is None else limit[slots]  # a slot keeps its kind, so the shares are exact
+            return torch.where(chosen[..., None], from_limits, from_prior)
 
         return _best_of_rounds(draw, count)
 
@@ -330,7 +330,7 @@ def sample_orientation(
     """Root rotations as photos have them: any yaw, the body's tilt, the camera's elevation and roll.
 
     Yaw has more mass on facing the camera; tilt has the standard deviations of the motion capture's pelvis (degrees,
-    forwards 12 around 5, sideways 5); the camera looks down by -10 to 35 degrees and rolls by a few. `tail`: half of the
+    18 forwards and back, 6 sideways); the camera looks down by -10 to 35 degrees and rolls by a few. `tail`: half of the
     poses are tilted by anything up to upside down about any axis.
     """
     device = generator.device
@@ -340,7 +340,7 @@ def sample_orientation(
     yaw = torch.where(facing, 0.7 * normal[:, 0], (2 * uniform[:, 1] - 1) * math.pi)
     degree = math.pi / 180
     zero = torch.zeros_like(yaw)
-    tilt = torch.stack([(5 + 12 * normal[:, 1]) * degree, zero, 5 * degree * normal[:, 2]], -1)
+    tilt = torch.stack([18 * degree * normal[:, 1], zero, 6 * degree * normal[:, 2]], -1)
     # Low elevations are the commoner: people are photographed from eye height.
     elevation = (-10 + 45 * uniform[:, 2] ** 1.5) * degree
     roll = 3 * degree * normal[:, 3]
