@@ -68,14 +68,17 @@ def build_data(
     full_mesh: bool = False,
     device: torch.device | str = "cpu",
 ) -> SyntheticHumans:
-    """The synthetic people of a config. Real data sets have their readers."""
+    """The synthetic people of a config, with pictures where the model reads them. Real data sets have their readers."""
     if config.data.kind != "synthetic":
         raise UserError(f"data.kind {config.data.kind!r} is not known; 'synthetic' is")
     check_keys(config.data.faults, [f.name for f in dataclasses.fields(EstimatorFaults)], "section 'data.faults'")
     faults = EstimatorFaults(**config.data.faults)
+    reads_images = config.model.get("inputs", "heatmaps") != "heatmaps"
+    image_size = int(config.model.get("image_size", config.data.image_size))
     return SyntheticHumans(
-        body, PoseMixture(), mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, faults, device
-    )
+        body, PoseMixture(), mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, faults, device,
+        image_size if reads_images or config.data.pictures else None,
+    )  # fmt: skip
 
 
 def build_pipeline(config: Config) -> HMDiffPipeline:

@@ -38,7 +38,8 @@ class DataConfig:
 
     kind: str = "synthetic"
     block_size: int = 32  # people drawn at once; the batch is a whole number of blocks
-    image_size: int = 224  # of the rendered pictures, where the model reads images
+    image_size: int = 224  # of the rendered pictures, drawn where the model reads images
+    pictures: bool = False  # draw them for every model: their silhouettes and depths are labels too
     faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of hmdiff.data.estimator.EstimatorFaults
     workers: int = 0  # processes that draw ahead of the training
 
@@ -82,11 +83,12 @@ class TrainingConfig:
 
 @dataclasses.dataclass
 class EvaluationConfig:
-    """The look at the validation split during training."""
+    """The look at the validation split during training, and at the test split when it has ended."""
 
     people: int = 128
     num_hypotheses: int = 5
     num_inference_steps: int = 5
+    test_people: int = 200  # of the last look, which chooses nothing; 0: none
 
 
 @dataclasses.dataclass

@@ -1,8 +1,9 @@
 """A pipeline over a split: PVE, MPJPE, PA-MPJPE and PA-PVE of the first hypothesis, of their mean, and of the best.
 
-Protocol of the synthetic splits (ours, nearest to the METRO lineage's): the 14 joints of `skeletons.J14`, regressed from
-predicted and true mesh by the same regressor; root = the middle of the hips; millimetres; PA = similarity Procrustes.
-A single posterior sample is expected to be worse than the mean: compare the mean with a regressor, and the oracle beside.
+Protocol of the synthetic splits (ours, nearest to the METRO lineage's): the 14 joints of `skeletons.J14`, regressed
+from predicted and true mesh by the same regressor; root = the middle of the hips; millimetres; PA = similarity
+Procrustes. A single posterior sample is expected to be worse than the mean: compare the mean with a regressor, and the
+oracle beside.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from hmdiff.data.sample import Sample, concatenate
 from hmdiff.data.synthetic import SyntheticHumans
 from hmdiff.errors import UserError
 from hmdiff.heatmaps import Heatmaps
-from hmdiff.metrics import bootstrap_interval, expected_calibration_error, hypothesis_errors, mesh_errors, multi_hypothesis
+from hmdiff.metrics import (
+    bootstrap_interval,
+    expected_calibration_error,
+    hypothesis_errors,
+    mesh_errors,
+    multi_hypothesis,
+)
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.skeletons import HALPE26, J14, joint_indices
 from hmdiff.storage import atomic_file
@@ -69,8 +76,8 @@ def evaluate(
         assert output.keypoints is not None and sample.keypoints_3d is not None and sample.vertices is not None
         predicted, target = output.keypoints[:, :, _J14].cpu(), sample.keypoints_3d[:, _J14].cpu()
         each, mean = hypothesis_errors(output.vertices.cpu(), predicted, sample.vertices.cpu(), target, J14, ROOT)
-        for metric, kinds in multi_hypothesis(each, mean).items():
-            for kind, values in kinds.items():
+        for metric, found in multi_hypothesis(each, mean).items():
+            for kind, values in found.items():
                 collected[metric][kind].append(values)
         drawn.append(predicted - predicted[:, :, joint_indices(ROOT, J14)].mean(2, keepdim=True))
         true.append(target - target[:, joint_indices(ROOT, J14)].mean(1, keepdim=True))
@@ -105,11 +112,11 @@ def as_heatmaps(sample: Sample) -> Heatmaps | None:
     count = len(sample.heatmaps)
     values = sample.heatmaps
     # Somebody of whom the estimator found nothing at all is still a person of the split: one faint pixel says no more.
-    empty = values.flatten(1).amax(-1) <= 0
-    if empty.any():
+    empty = (values.flatten(1).amax(-1) <= 0).nonzero()[:, 0]
+    if len(empty):
         values = values.clone()
-        values[empty, 0, 0, 0] = 1e-6
-    return Heatmaps(values, sample.heatmap_valid, torch.zeros(count, 2), torch.full((count,), 2.0))
+        values[empty, sample.heatmap_valid[empty].int().argmax(-1), 0, 0] = 1e-6
+    return Heatmaps(values, sample.heatmap_valid, values.new_ones(count, 2), values.new_full((count,), 2.0))
 
 
 @functools.lru_cache(maxsize=4)

@@ -144,6 +144,58 @@ def weak_to_full_camera(
     return torch.cat([lateral, depth[..., None]], -1)
 
 
+def perspective_translation_fit(
+    points: Tensor,  # (..., P, 3) metres, relative to the pelvis
+    target: Tensor,  # (..., P, 2) where they are seen, in the unit of the focal length
+    weight: Tensor,  # (..., P) >= 0
+    focal: Tensor,  # (...)
+    center: Tensor,  # (..., 2) principal point
+    prior: Tensor,  # (..., 3) metres: where the pelvis is thought to be
+    prior_weight: float = 0.01,  # share of the points' whole weight that the prior gets
+    rounds: int = 3,
+) -> Tensor:  # (..., 3) metres, the pelvis in the camera frame
+    """Place rigid points so that a pinhole camera sees them at their targets.
+
+    ``focal (X + t_x) = (u - c_x)(Z + t_z)`` is linear in t: weighted least squares, in closed form, as SPIN's
+    `estimate_translation`. The prior keeps it solvable when few points are seen; each further round divides a point's
+    weight by its squared depth (which turns the algebraic error into pixels) and plays down outliers (Geman-McClure, at
+    the scale of the median error; our choice). Depth is kept above 0.1 m.
+    """
+    ray = (target - center[..., None, :]) / focal[..., None, None]  # (..., P, 2)
+    shape = torch.broadcast_shapes(points.shape[:-2], ray.shape[:-2])
+    points, ray = points.expand(*shape, -1, -1), ray.expand(*shape, -1, -1)
+    weight, prior = weight.expand(*shape, -1), prior.expand(*shape, -1)
+    translation, used = prior, weight
+    for round_number in range(rounds):
+        depth = (points[..., 2] + translation[..., 2:]).clamp_min(0.1)
+        if round_number:
+            seen = (points[..., :2] + translation[..., None, :2]) / depth[..., None]
+            error = (seen - ray).square().sum(-1)
+            present = torch.where(weight > 0, error, torch.full_like(error, float("nan")))
+            scale = present.nanmedian(-1, keepdim=True).values.nan_to_num(1.0).clamp_min(1e-10)
+            used = weight * (scale * 4 / (scale * 4 + error)) ** 2
+        rows = used / depth.square()
+        total = rows.sum(-1)
+        # Normal equations of [1, 0, -r_x; 0, 1, -r_y] t = r z - xy, with the prior on depth and place.
+        offset = ray * points[..., 2:] - points[..., :2]
+        normal = torch.zeros(*shape, 3, 3, dtype=points.dtype, device=points.device)
+        normal[..., 0, 0] = normal[..., 1, 1] = total
+        cross = (rows[..., None] * ray).sum(-2)
+        normal[..., 0, 2] = normal[..., 2, 0] = -cross[..., 0]
+        normal[..., 1, 2] = normal[..., 2, 1] = -cross[..., 1]
+        normal[..., 2, 2] = (rows[..., None] * ray.square()).sum((-2, -1))
+        right = torch.cat([(rows[..., None] * offset).sum(-2), -(rows[..., None] * ray * offset).sum((-2, -1))[..., None]], -1)
+        # Relative to the prior the prior's own equation is t - prior = 0, in units where depth counts as little as it is seen.
+        visible = total.clamp_min(1e-9)
+        share = (normal[..., 2, 2] / visible).clamp_min(1e-6)
+        pull = prior_weight * visible[..., None] * torch.stack([torch.ones_like(share), torch.ones_like(share), share], -1)
+        normal = normal + torch.diag_embed(pull)
+        right = right + pull * prior
+        translation = torch.linalg.solve(normal, right)
+        translation = torch.cat([translation[..., :2], translation[..., 2:].clamp_min(0.1)], -1)
+    return translation
+
+
 def photo_to_crop(
     points: Tensor,  # (..., P, 2) photo pixels
     center: Tensor,  # (..., 2)

@@ -14,17 +14,19 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
 
 from hmdiff.body import Body, load_body
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
-from hmdiff.diffusion.schedule import change_scheduler, make_scheduler
+from hmdiff.diffusion.schedule import change_scheduler, make_scheduler, sampler_name
 from hmdiff.errors import UserError
-from hmdiff.geometry import weak_to_full_camera
-from hmdiff.heatmaps import Heatmaps
+from hmdiff.geometry import crop_to_photo, perspective_translation_fit, weak_to_full_camera
+from hmdiff.heatmaps import Heatmaps, heatmap_peaks
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.resources import asset_path
@@ -42,7 +44,7 @@ class MeshOutput:
     joints: Tensor  # (B, N, K, 3) metres, the body's own joints
     keypoints: Tensor | None  # (B, N, J, 3) metres, HALPE26 regressed from the mesh; None for a body without them
     camera: Tensor  # (B, 3) weak perspective in the crop: scale (half-sides per metre), tx, ty
-    translation: Tensor  # (B, 3) metres, the pelvis in the frame of the full photo's camera
+    translation: Tensor  # (B, N, 3) metres, every hypothesis' pelvis in the frame of the full photo's camera
     focal: Tensor  # (B,) pixels, of the full photo's camera
     principal_point: Tensor  # (B, 2) pixels
     faces: Tensor  # (F, 3) long
@@ -68,7 +70,7 @@ class HMDiffPipeline:
     def __init__(
         self,
         model: MeshRecoveryModel,
-        scheduler: object,  # of diffusers, by `make_scheduler`
+        scheduler: SchedulerMixin,  # of diffusers, by `make_scheduler`
         body: Body,
         num_inference_steps: int = 10,
         eta: float = 0.0,
@@ -78,8 +80,11 @@ class HMDiffPipeline:
                 f"the model predicts {model.config.num_vertices} vertices, but body {body.name!r} has "
                 f"{body.num_vertices}; load the body that the model was trained on ({model.config.body!r})"
             )
+        if body.faces is None:
+            raise UserError(f"body {body.name!r} has no faces: give the whole body, not a selection of its vertices")
         self.model = model.eval()
         self.scheduler = scheduler
+        self.faces = body.faces
         self.body = body
         self.num_inference_steps, self.eta = num_inference_steps, eta
 
@@ -88,8 +93,9 @@ class HMDiffPipeline:
         return self.model.upsample_weight.device
 
     def to(self, device: torch.device | str) -> HMDiffPipeline:
-        self.model.to(device)
+        cast(nn.Module, self.model).to(device)
         self.body.to(device)
+        self.faces = self.faces.to(device)
         return self
 
     @torch.no_grad()
@@ -104,6 +110,7 @@ class HMDiffPipeline:
         eta: float | None = None,  # DDIM's share of fresh noise
         photo_sizes: Tensor | None = None,  # (B, 2) width, height in pixels; None: the crop is the photo
         focal: Tensor | None = None,  # (B,) pixels; None: the photo's diagonal, as CLIFF (arXiv 2208.00571)
+        fit_camera: bool = True,  # place every hypothesis where the heatmaps' peaks see it; False: the camera head's word
         people: Sequence[int] | None = None,  # number of every person among all asked for; None: 0, 1, ...
         callback: Callback | None = None,
         progress: Callable[[int], None] | None = None,  # told how many hypotheses are done
@@ -119,6 +126,8 @@ class HMDiffPipeline:
         conditioning, camera = self.model.encode(images, values, valid)
         count = len(camera)
         people = list(range(count)) if people is None else list(people)
+        if len(people) != count:
+            raise UserError(f"people: {len(people)} numbers for {count} people; give one for each")
         points = self.denoised(
             conditioning, people, num_hypotheses, num_inference_steps, seed, scheduler, eta, callback, progress
         )
@@ -137,8 +146,15 @@ class HMDiffPipeline:
         photo_sizes = photo_sizes.to(camera)
         focal = photo_sizes.norm(dim=-1) if focal is None else focal.to(camera)
         principal = photo_sizes / 2
-        translation = weak_to_full_camera(camera, center, side, focal, principal)
-        return MeshOutput(vertices, joints, keypoints, camera, translation, focal, principal, self.body.faces)
+        translation = weak_to_full_camera(camera, center, side, focal, principal)[:, None].expand(-1, num_hypotheses, -1)
+        if fit_camera and heatmaps is not None and keypoints is not None:
+            assert values is not None
+            peaks, confidence = heatmap_peaks(values)
+            translation = perspective_translation_fit(
+                keypoints, crop_to_photo(peaks, center, side)[:, None], confidence[:, None], focal[:, None],
+                principal[:, None], prior=translation,
+            )  # fmt: skip
+        return MeshOutput(vertices, joints, keypoints, camera, translation, focal, principal, self.faces)
 
     def denoised(
         self,
@@ -156,7 +172,7 @@ class HMDiffPipeline:
         count = len(conditioning.tokens)
         if self.model.config.mode == "direct":
             return self.model.regress(conditioning).expand(-1, num_hypotheses, -1, -1)
-        sampler = self.scheduler if scheduler is None else change_scheduler(self.scheduler, scheduler)  # type: ignore
+        sampler = self.scheduler if scheduler is None else change_scheduler(self.scheduler, scheduler)
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         total = sampler.config.num_train_timesteps  # type: ignore[attr-defined]
         if not 1 <= steps <= total:
@@ -174,7 +190,7 @@ class HMDiffPipeline:
                 grouped = points.unflatten(0, (count, width))
                 return self.model.denoise(grouped, step.reshape(count, width), conditioning).flatten(0, 1)
 
-            result = reverse_diffusion(denoise, sampler, noise, steps, generators, eta, callback=callback)  # type: ignore
+            result = reverse_diffusion(denoise, sampler, noise, steps, generators, eta, callback=callback)
             parts.append(result.unflatten(0, (count, width)))
             if progress is not None:
                 progress(width * count)
@@ -192,6 +208,10 @@ class HMDiffPipeline:
             size = self.model.config.image_size
             if images.dim() != 4 or images.shape[1] != 3:
                 raise UserError(f"images: shape {tuple(images.shape)} found, (B, 3, {size}, {size}) expected")
+            if not images.is_floating_point():
+                raise UserError(f"images: {images.dtype} found, RGB of 0..1 expected; divide 8-bit pictures by 255")
+            if heatmaps is not None and len(heatmaps) != len(images):
+                raise UserError(f"{len(images)} images but heatmaps of {len(heatmaps)} people; give one for each")
             images = torch.nn.functional.interpolate(
                 images.to(self.device), (size, size), mode="bilinear", align_corners=False, antialias=True
             )
@@ -207,7 +227,7 @@ class HMDiffPipeline:
             about = {
                 "format": FORMAT,
                 "body": self.model.config.body,
-                "sampler": _sampler_name(self.scheduler),
+                "sampler": sampler_name(self.scheduler),
                 "num_inference_steps": self.num_inference_steps,
                 "eta": self.eta,
             }
@@ -230,8 +250,10 @@ class HMDiffPipeline:
                     f"{folder}: neither a folder nor a shipped checkpoint (hmdiff_small, direct_small)"
                 ) from None
         if not (place / "hmdiff.json").is_file():
-            raise UserError(f"{folder}: not a saved hmdiff pipeline (it has no hmdiff.json); give the folder that "
-                            "save_pretrained or training wrote, such as runs/NAME/pipeline")
+            raise UserError(
+                f"{folder}: not a saved hmdiff pipeline (it has no hmdiff.json); give the folder that save_pretrained or "
+                "training wrote, such as runs/NAME/pipeline"
+            )
         try:
             about = json.loads((place / "hmdiff.json").read_text())
             found = about["format"]
@@ -245,13 +267,6 @@ class HMDiffPipeline:
         if body is None:
             body = load_body(name)
         return cls(model, scheduler, body, steps, eta).to(device)
-
-
-def _sampler_name(scheduler: object) -> str:
-    from hmdiff.diffusion.schedule import _SCHEDULERS
-
-    kinds = {kind: name for name, (kind, _) in reversed(_SCHEDULERS.items())}
-    return kinds[type(scheduler)]
 
 
 def _load_model(folder: Path) -> MeshRecoveryModel:
@@ -275,11 +290,11 @@ def _load_model(folder: Path) -> MeshRecoveryModel:
     return model.eval()
 
 
-def _load_scheduler(folder: Path, sampler: str) -> object:
+def _load_scheduler(folder: Path, sampler: str) -> SchedulerMixin:
     try:
         config = json.loads((folder / "scheduler_config.json").read_text())
         blank = make_scheduler(sampler, 10, prediction_type=config["prediction_type"])
-        return type(blank).from_config(config)
+        return type(blank).from_config(config)  # type: ignore[attr-defined]
     except UserError:
         raise
     except Exception as error:  # JSON, missing files, and whatever a foreign config brings out in diffusers

@@ -40,7 +40,7 @@ from hmdiff.data.sample import Sample, concatenate
 from hmdiff.data.synthetic import SyntheticHumans, block_generator
 from hmdiff.diffusion.noising import clean_estimate, draw_steps, loss_weight, signal_share, training_target
 from hmdiff.errors import UserError
-from hmdiff.evaluation import evaluate, mean_mesh_error
+from hmdiff.evaluation import evaluate, mean_mesh_error, mean_mesh_errors, save_report
 from hmdiff.losses.objective import objective
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
@@ -196,6 +196,8 @@ class Trainer:
                 if self.step % values.evaluate_every == 0 or last:
                     result = self._evaluate(log)
         bar.close()
+        if self.step == values.steps and main and self.config.evaluation.test_people:
+            self._test()
         return result
 
     def _one_step(self, batches: Iterator) -> dict[str, Tensor]:
@@ -373,6 +375,21 @@ class Trainer:
         )
         self.accelerator.wait_for_everyone()
         return report
+
+    def _test(self) -> None:
+        """The finished pipeline on the test split, beside what the mean mesh gives; written to test.json."""
+        values = self.config.evaluation
+        pipeline = HMDiffPipeline.from_pretrained(self.folder / "pipeline", self.accelerator.device)
+        report = evaluate(
+            pipeline, self.validation, "test", values.test_people, values.num_hypotheses, values.num_inference_steps
+        )
+        report["mean_mesh"] = mean_mesh_errors(self.validation, "test", values.test_people)
+        save_report(report, self.folder / "test.json")
+        found, baseline = report["errors"]["pve"]["mean"]["value"], report["mean_mesh"]["pve"]["value"]
+        tqdm.write(
+            f"test: PVE of the mean of {values.num_hypotheses} {found:.1f} mm, {found / baseline:.2f} of the mean mesh's "
+            f"{baseline:.1f} mm; PA-MPJPE {report['errors']['pa_mpjpe']['mean']['value']:.1f} mm ({self.folder}/test.json)"
+        )
 
     def _picture(self) -> None:
         """A few validation people with their hypotheses, as a picture."""

@@ -55,8 +55,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[int], tuple[Tensor, ...]
 
 def test_every_public_function_is_covered() -> None:
     public = {name for name, value in vars(g).items() if callable(value) and value.__module__ == g.__name__}
-    # similarity_transform returns a tuple and is what similarity_align applies.
-    assert public - set(CASES) == {"similarity_transform"}
+    # similarity_transform returns a tuple and is what similarity_align applies; the translation fit has a test of its own.
+    assert public - set(CASES) == {"similarity_transform", "perspective_translation_fit"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -243,3 +243,23 @@ def test_similarity_is_the_best_and_never_a_reflection() -> None:
         centred = target - target.mean(1, keepdim=True)
         fit = ((turned * centred).sum((1, 2)) / turned.square().sum((1, 2))).clamp_min(0)
         assert ((fit[:, None, None] * turned - centred).square().sum((1, 2)) >= best - 1e-9).all()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4, 2)])
+def test_translation_fit_finds_the_place_and_resists_an_outlier(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    points = torch.randn(*shape, 17, 3, generator=generator, dtype=torch.float64) * 0.3
+    place = torch.tensor([0.4, -0.2, 5.0], dtype=torch.float64).expand(*shape, 3)
+    focal = torch.full(shape, 1000.0, dtype=torch.float64)
+    center = torch.tensor([320.0, 240.0], dtype=torch.float64).expand(*shape, 2)
+    seen = g.perspective_projection(points + place[..., None, :], focal, center)
+    prior = place + torch.tensor([0.1, 0.1, 1.0], dtype=torch.float64)
+    weight = torch.ones(*shape, 17, dtype=torch.float64)
+    exact = g.perspective_translation_fit(points, seen, weight, focal, center, prior, prior_weight=0.0)
+    assert (exact - place).abs().max() < 1e-8
+    seen[..., 3, :] += 300
+    robust = g.perspective_translation_fit(points, seen, weight, focal, center, prior, prior_weight=0.0, rounds=8)
+    plain = g.perspective_translation_fit(points, seen, weight, focal, center, prior, prior_weight=0.0, rounds=1)
+    assert (robust - place).norm(dim=-1).max() < 0.2 * (plain - place).norm(dim=-1).min()
+    # With nothing seen it stays where it was thought to be.
+    lost = g.perspective_translation_fit(points, seen, 0 * weight, focal, center, prior)
+    assert torch.allclose(lost, prior)

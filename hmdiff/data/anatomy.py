@@ -1,8 +1,8 @@
 """Joint angles in anatomical terms, and how far people can bend: rotations <-> angles, limits, violation.
 
 Every joint has three angles (a, b, c). Left and right share one convention: right joints are mirrored first.
-  legs, spine, neck, head   R = Rx(a) Rz(b) Ry(c)   a bends forwards (+) or back (hip: flexion is negative), b is sideways
-                                                    (leg: abduction), c turns about the bone (leg: outwards)
+  legs, spine, neck, head   R = Rx(a) Rz(b) Ry(c)   a bends forwards (+) or back (hip: flexion is negative), b is
+                                                    sideways (leg: abduction), c turns about the bone (leg: outwards)
   collar, elbow, wrist      the same, axes renamed (x, y, z) -> (-y, x, z) so that y is the bone: elbow a = flexion,
                             c = pronation; collar a = forwards, b = up; wrist a = towards the thumb, b = hand up
   shoulder                  upper arm in the chest's frame (collar and shoulder together): a = azimuth from sideways
@@ -84,7 +84,7 @@ def angles_to_rotations(
     rotations = basis.mT @ turned @ basis
     # Shoulders: swing to the direction by the shortest way, after a turn about the bone; then into the collar's frame.
     a, b, c = angles[..., _SHOULDERS, :].unbind(-1)
-    direction = _direction(a, b)
+    direction = upper_arm_direction(a, b)
     chest = _swing(direction) @ _turn_x(c)
     rotations[..., _SHOULDERS, :, :] = rotations[..., _COLLARS, :, :].mT @ chest
     rotations = rotations * _SIDE.to(angles)
@@ -125,8 +125,9 @@ def rotations_to_angles(
 def _swing(direction: Tensor) -> Tensor:  # (..., 3) unit -> (..., 3, 3) the shortest rotation that takes x to it
     x, y, z = direction.unbind(-1)
     inverse = 1 / (1 + x).clamp_min(1e-4)  # only an arm that points through the chest comes near it
-    return torch.stack([x, -y, -z, y, 1 - y * y * inverse, -y * z * inverse, z, -y * z * inverse, 1 - z * z * inverse], -1
-                       ).unflatten(-1, (3, 3))  # fmt: skip
+    across = -y * z * inverse
+    rows = [x, -y, -z, y, 1 - y * y * inverse, across, z, across, 1 - z * z * inverse]
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 
 def _turn_x(angle: Tensor) -> Tensor:
@@ -138,9 +139,10 @@ def _turn_x(angle: Tensor) -> Tensor:
 def scapular_rhythm(
     direction: Tensor,  # (..., 3) of the left upper arm in the chest's frame, unit length
 ) -> Tensor:  # (..., 2) radians: the collar's (a, b)
-    """How the collar follows the arm: up by a third of the elevation above 30 degrees from hanging, forwards by a fifth.
+    """How the collar follows the arm: up by a fifth of its elevation beyond 30 degrees from hanging, and forwards.
 
-    The 2:1 rhythm of shoulder and shoulder blade (Inman et al., 1944), rounded off.
+    After the 2:1 rhythm of shoulder and shoulder blade (Inman et al., 1944); less, since the skin of a raised arm is
+    also the shoulder joint's.
     """
     elevation = torch.asin(direction[..., 1].clamp(-1, 1))
     up = (elevation + math.radians(60)).clamp_min(0) * 0.2
@@ -159,7 +161,11 @@ def shoulder_turn_center(
     return center, width
 
 
-def _direction(a: Tensor, b: Tensor) -> Tensor:  # (...) azimuth and elevation -> (..., 3)
+def upper_arm_direction(
+    a: Tensor,  # (...) radians, azimuth
+    b: Tensor,  # (...) radians, elevation
+) -> Tensor:  # (..., 3) unit length, in the chest's frame, mirrored to the left
+    """Where an upper arm with these two angles of the shoulder points."""
     return torch.stack([b.cos() * a.cos(), b.sin(), b.cos() * a.sin()], -1)
 
 
@@ -183,7 +189,7 @@ def reach_excess(
 
 def _shoulder_excess(angles: Tensor) -> Tensor:  # (..., 3) -> (...) radians outside
     a, b, c = angles.unbind(-1)
-    direction = _direction(a, b)
+    direction = upper_arm_direction(a, b)
     center, width = shoulder_turn_center(direction)
     return torch.maximum(_reach_excess(direction), _wrapped(c - center).abs() - width).clamp_min(0)
 
@@ -200,7 +206,7 @@ def clamp_angles(
     middle = (low + high) / 2
     clamped = middle + torch.minimum(torch.maximum(_wrapped(angles - middle), low - middle), high - middle)
     a, b, c = angles[..., _SHOULDERS, :].unbind(-1)
-    center, width = shoulder_turn_center(_direction(a, b))
+    center, width = shoulder_turn_center(upper_arm_direction(a, b))
     c = center + torch.minimum(torch.maximum(_wrapped(c - center), -width), width)
     clamped[..., _SHOULDERS, :] = torch.stack([a, b, c], -1)
     return clamped
@@ -209,7 +215,7 @@ def clamp_angles(
 def limit_excess(
     angles: Tensor,  # (..., 24, 3) radians
 ) -> Tensor:  # (..., 24) radians: how far each joint is outside its limits
-    """Largest excess of a joint's angles, 0 inside. Angles wrap: a knee at 200 degrees is 45 beyond 155, not 155 short of -5."""
+    """Largest excess of a joint's angles, 0 inside. Angles wrap: a knee at 200 degrees is 45 beyond its 155."""
     low, high = LIMITS.to(angles).unbind(-1)
     excess = (_wrapped(angles - (low + high) / 2).abs() - (high - low) / 2).clamp_min(0).amax(-1)
     excess[..., _SHOULDERS] = _shoulder_excess(angles[..., _SHOULDERS, :])

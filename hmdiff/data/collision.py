@@ -1,4 +1,4 @@
-"""Do the limbs of a pose pass through the body? A test on capsules around the bones, without a mesh.
+"""Do the limbs of a pose pass through the body? A test on capsules around the bones; and draws that pass it.
 
 A rough adult of our own figures (metres) stands for every body: the question is whether a pose is a person's, not
 whether one stout person's arm touches the belly. Capsules of neighbours on the skeleton are not compared.
@@ -7,10 +7,15 @@ Distance of two segments: Ericson, Real-Time Collision Detection (2004), section
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hmdiff.data.anatomy import angles_to_rotations, clamp_angles, reach_excess
 from hmdiff.skeletons import SMPL24, SMPL24_PARENTS
 
 # From parent to joint in the T-pose; the free body's mean shape, rounded.
@@ -28,8 +33,9 @@ _POINTS: dict[str, tuple[str, tuple[float, float, float]]] = {
        for side, sign in (("left", 1), ("right", -1))
        for name, joint, (x, y, z) in (
            ("chest", "spine3", (0.055, 0.02, 0.055)), ("waist", "spine2", (0.045, 0.01, 0.055)),
-           ("belly", "spine1", (0.05, -0.03, 0.05)), ("seat", "pelvis", (0.06, 0, 0.01)), ("tip", "*_hand", (0.09, 0, 0)), ("toe", "*_foot", (0, 0, 0.07)),
-           ("biceps", "*_shoulder", (0.14, 0, 0)), ("thigh", "*_hip", (0, -0.09, 0)), ("calf", "*_knee", (0, -0.13, -0.02)))},
+           ("belly", "spine1", (0.05, -0.03, 0.05)), ("seat", "pelvis", (0.06, 0, 0.01)),
+           ("tip", "*_hand", (0.09, 0, 0)), ("toe", "*_foot", (0, 0, 0.07)), ("biceps", "*_shoulder", (0.14, 0, 0)),
+           ("thigh", "*_hip", (0, -0.09, 0)), ("calf", "*_knee", (0, -0.13, -0.02)))},
 }  # fmt: skip
 _NAMES = (*SMPL24, *_POINTS)
 _CARRIER = [SMPL24.index(joint) for joint, _ in _POINTS.values()]
@@ -43,8 +49,9 @@ _CAPSULES: dict[str, tuple[str, str, float]] = {
     **{f"{side}_{name}": (f"{side}_{a}", f"{side}_{b}", radius)
        for side in ("left", "right")
        for name, a, b, radius in (
-           ("upper_arm", "biceps", "elbow", 0.042), ("forearm", "elbow", "wrist", 0.038), ("hand", "wrist", "tip", 0.035),
-           ("upper_leg", "thigh", "knee", 0.07), ("lower_leg", "calf", "ankle", 0.045), ("foot", "ankle", "toe", 0.04))},
+           ("upper_arm", "biceps", "elbow", 0.042), ("forearm", "elbow", "wrist", 0.038),
+           ("hand", "wrist", "tip", 0.035), ("upper_leg", "thigh", "knee", 0.07), ("lower_leg", "calf", "ankle", 0.045),
+           ("foot", "ankle", "toe", 0.04))},
 }  # fmt: skip
 
 
@@ -58,7 +65,8 @@ def _pairs() -> list[tuple[str, str]]:
         pairs += [(f"{side}_upper_arm", target) for target in ("head", "ribs", "waist", *legs[::3])]
         pairs += [(f"{side}_hand", f"{side}_upper_arm"), (f"{side}_hand", f"{other}_forearm")]
         pairs += [(f"{side}_{part}", "chest") for part in ("upper_leg", "lower_leg", "foot")]
-        pairs += [(f"{side}_{part}", target) for part in ("lower_leg", "foot") for target in ("waist", "belly", "head", "seat")]
+        for part in ("lower_leg", "foot"):
+            pairs += [(f"{side}_{part}", target) for target in ("waist", "belly", "head", "seat")]
         pairs += [(f"{side}_{a}", f"{other}_{b}") for a, b in (("lower_leg", "upper_leg"), ("foot", "upper_leg"),
                                                               ("foot", "lower_leg"))]  # fmt: skip
         pairs += [(f"{side}_foot", f"{side}_upper_leg")]
@@ -83,7 +91,7 @@ for _joint, _parent in enumerate(SMPL24_PARENTS[1:], start=1):
 _BY_DEPTH = [[joint for joint in range(24) if _DEPTH[joint] == depth] for depth in range(max(_DEPTH) + 1)]
 _LEVELS = [  # joints of a depth, and their parents' rows in the depth above
     (level, [above.index(SMPL24_PARENTS[joint]) for joint in level])
-    for above, level in zip(_BY_DEPTH, _BY_DEPTH[1:], strict=False)
+    for above, level in itertools.pairwise(_BY_DEPTH)
 ]
 _ORDERED = [joint for level in _BY_DEPTH for joint in level]
 _BACK = [_ORDERED.index(joint) for joint in range(24)]
@@ -132,3 +140,42 @@ def capsule_penetration(
     a, b = ends[:, _FIRST.to(ends.device)], ends[:, _SECOND.to(ends.device)]
     distance = segment_distance(a[:, :, 0], a[:, :, 1], b[:, :, 0], b[:, :, 1])
     return (_REACH.to(rotations) - SLACK - distance).clamp_min(0).sum(-1)
+
+
+ROUNDS = 3  # of drawing: a quarter of the raw draws collide, a fiftieth of what is left
+
+
+def penalty(
+    rotations: Tensor,  # (N, 24, 3, 3)
+) -> Tensor:  # (N,) 0 for a pose whose limbs are free and whose joints are inside their limits
+    """Metres that capsules lie in each other plus radians that arms point out of reach: what the samplers avoid.
+
+    For poses whose angles were clamped: the limits that are boxes are met already.
+    """
+    reach = reach_excess(rotations)
+    return capsule_penetration(rotations) + torch.where(reach < 1e-4, torch.zeros_like(reach), reach)
+
+
+def least_blocked(
+    draw: Callable[[int, Tensor | None], Tensor],  # (how many, which slots; None: all in order) -> angles
+    count: int,
+    score: Callable[[Tensor], Tensor] | None = None,  # of rotations; None: `penalty`
+    rounds: int = ROUNDS,
+    share: float = 0.25,  # of the slots, the worst, drawn again each round
+) -> Tensor:  # (count, 24, 3, 3)
+    """Poses drawn, then the worst share of them drawn again and kept where better.
+
+    The number of draws is fixed, so the generator ends in the same state whatever was drawn.
+    """
+    score = score or penalty
+    poses = angles_to_rotations(clamp_angles(draw(count, None)))
+    cost = score(poses)
+    again = math.ceil(share * count)
+    for _ in range(rounds - 1):
+        slots = cost.topk(again).indices
+        fresh = angles_to_rotations(clamp_angles(draw(again, slots)))
+        fresh_cost = score(fresh)
+        better = fresh_cost < cost[slots]
+        poses[slots] = torch.where(better[:, None, None, None], fresh, poses[slots])
+        cost[slots] = torch.minimum(fresh_cost, cost[slots])
+    return poses

@@ -1,8 +1,8 @@
 """The faults of a 2D pose estimator, as a random process: true keypoints in, heatmaps out (our choice throughout).
 
-jitter, wider on hips and on hidden joints; missing joints; confidence; blur; second peaks; left-right swaps; the face of
-somebody who looks away; joints that the estimator's joint set does not have. All draws come from one CPU generator, so
-that a seed means the same data on every device. n people, J keypoints of HALPE26.
+jitter, wider on hips and on hidden joints; missing joints; confidence; blur; second peaks; left-right swaps; the face
+of somebody who looks away; joints that the estimator's joint set does not have. All draws come from one CPU generator,
+so that a seed means the same data on every device. n people, J keypoints of HALPE26.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def estimate_heatmaps(
 
     # Left-right confusion of arms, legs or both: as a swap, or as two peaks.
     kind = uniform(n, 1)
-    limb = torch.where(kind < 0.4, _LEGS.to(device), torch.where(kind < 0.7, _ARMS.to(device), (_ARMS | _LEGS).to(device)))
+    arms, legs = _ARMS.to(device), _LEGS.to(device)
+    limb = torch.where(kind < 0.4, legs, torch.where(kind < 0.7, arms, arms | legs))
     swapped = (uniform(n, 1) < faults.swap) & ~exact & limb
     doubled = uniform(n, 1) < 0.5
     mirrored = first[:, _MIRROR.to(device)]

@@ -2,7 +2,8 @@
 
 Nothing is stored: people come in blocks, and block i of a stream is a function of (seed, stream, i) alone. So a resumed
 training sees the data it would have seen, several processes share a stream without overlap, and a split is fixed by its
-name. All figures of the process are our choice. n people a block, V vertices, C coarse vertices, J keypoints (HALPE26).
+name. All figures of the process are our choice. The looks of pictures are drawn from a generator of their own, so people
+are the same with pictures as without. n people a block, V vertices, C coarse vertices, J keypoints (HALPE26).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from hmdiff.body import Body
 from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility
 from hmdiff.data.poses import PoseMixture, sample_orientation
+from hmdiff.data.rendering import OccluderBoxes, Photographer
 from hmdiff.data.sample import Sample
 from hmdiff.errors import UserError
 
@@ -34,7 +36,7 @@ class SceneOptions:
     truncated: float = 0.12  # share of people cut by the crop: a portrait, an upper body
     occluded: float = 0.3  # share of people behind something
     occluder_size: tuple[float, float] = (0.15, 0.45)  # of the crop's side
-    occluders: int = 1
+    occluders: int = 1  # boxes in front of each of them
     tail: bool = False  # out-of-distribution poses and orientations
 
 
@@ -49,12 +51,19 @@ _SPLIT_SCENES = {
 
 def block_generator(seed: int, stream: str, number: int) -> torch.Generator:
     """The generator of a block. torch looks at 32 bits of a seed alone, so the three parts are hashed."""
-    words = np.random.SeedSequence([seed, zlib.crc32(stream.encode()), number]).generate_state(1)
+    if seed < 0:
+        raise UserError(f"seed {seed}: a whole number from 0 on is needed")
+    # A seed beyond 32 bits is two words: its upper one comes last, or it would stand where the stream does.
+    words = np.random.SeedSequence([seed % 2**32, zlib.crc32(stream.encode()), number, seed >> 32]).generate_state(1)
     return torch.Generator().manual_seed(int(words[0]))
 
 
 class SyntheticHumans:
-    """Blocks of synthetic people. `coarse_ids` restricts skinning to what a training needs."""
+    """Blocks of synthetic people. `coarse_ids` restricts skinning to what a training needs.
+
+    A keypoint is `visible` when it lies inside the crop and behind no occluder, which is what a picture of the block
+    shows of it, except that a body also hides parts of itself: for that see `hmdiff.render.visible_vertices`.
+    """
 
     def __init__(
         self,
@@ -66,6 +75,7 @@ class SyntheticHumans:
         full_mesh: bool = False,  # also give all vertices (evaluation, rendering)
         faults: EstimatorFaults | None = None,
         device: torch.device | str = "cpu",
+        image_size: int | None = None,  # S: also image, silhouette, depth (each S x S) and visible_fraction
     ) -> None:
         self.block_size, self.seed, self.full_mesh = block_size, seed, full_mesh
         self.faults = faults or EstimatorFaults()
@@ -74,6 +84,8 @@ class SyntheticHumans:
         if body.keypoint_regressor is None:
             raise UserError(f"body {body.name!r} has no keypoint regressor: synthetic heatmaps need the free body")
         self.coarse_ids = coarse_ids
+        self.image_size = image_size
+        self._photographer = None if image_size is None else Photographer(body, image_size, self.device)
         if full_mesh:
             self.body = body.to(self.device)
             self._coarse = coarse_ids.to(self.device)
@@ -87,9 +99,12 @@ class SyntheticHumans:
         stream: str,  # "train", or the name of a split
         number: int,
     ) -> Sample:
-        """The people of one block."""
+        """The people of one block. Raises `UserError` for an unknown stream."""
+        if stream != "train" and stream not in _SPLIT_SCENES:
+            raise UserError(f"split {stream!r} is not known; choose one of train, {', '.join(SPLITS)}")
         scene = _SPLIT_SCENES.get(stream, TRAIN_SCENE)
-        generator = block_generator(self.seed if stream == "train" else 0, stream, number)
+        seed = self.seed if stream == "train" else 0
+        generator = block_generator(seed, stream, number)
         n = self.block_size
         betas = torch.randn(n, self.body.num_betas, generator=generator).clamp(-2.5, 2.5).to(self.device)
         rotations = self.poses.sample(n, generator, tail=scene.tail).clone()
@@ -107,10 +122,16 @@ class SyntheticHumans:
         scale = focal / place[:, 2]
         camera = torch.cat([scale[:, None], place[:, :2] / place[:, 2:] * focal[:, None] + principal], -1)
 
-        visible = self._unoccluded(points, scene, generator)
+        boxes = self._occluders(scene, generator)
+        visible = ~boxes.cover(points)
         heatmaps, valid = estimate_heatmaps(points, visible, face_visibility(keypoints), self.faults, generator)
         inside = (points.abs() <= 1).all(-1)
         everyone = torch.ones(n, dtype=torch.bool, device=self.device)
+        pictures = {}
+        if self._photographer is not None:
+            looks = block_generator(seed, f"{stream}/picture", number)
+            drawn = self._photographer(betas, rotations.to(self.device), place, focal, principal, boxes, looks)
+            pictures = {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
         return Sample(
             heatmaps=heatmaps,
             heatmap_valid=valid,
@@ -128,6 +149,7 @@ class SyntheticHumans:
             focal=focal,
             principal_point=principal,
             index=torch.arange(number * n, (number + 1) * n, device=self.device),
+            **pictures,
         )
 
     def _camera(
@@ -163,21 +185,15 @@ class SyntheticHumans:
         center = center + scene.shift * side[:, None] * normal[:, 2:]
         return place, center, side
 
-    def _unoccluded(
+    def _occluders(
         self,
-        points: Tensor,  # (n, J, 2)
         scene: SceneOptions,
         generator: torch.Generator,
-    ) -> Tensor:  # (n, J) bool
-        """Which keypoints are not behind a random box."""
-        n = len(points)
-        visible = torch.ones(points.shape[:2], dtype=torch.bool, device=self.device)
-        behind = torch.rand(n, 1, generator=generator).to(self.device) < scene.occluded
-        for _ in range(scene.occluders):
-            draw = torch.rand(n, 4, generator=generator).to(self.device)
-            small, large = scene.occluder_size
-            half = small + (large - small) * draw[:, 2:]  # of the crop's half-side: a box of that share of the side
-            middle = 1.6 * draw[:, :2] - 0.8
-            covered = ((points - middle[:, None]).abs() < half[:, None]).all(-1)
-            visible &= ~(covered & behind)
-        return visible
+    ) -> OccluderBoxes:
+        """Random boxes in front of people."""
+        n, (small, large) = self.block_size, scene.occluder_size
+        behind = torch.rand(n, 1, generator=generator)[:, 0] < scene.occluded
+        draw = torch.stack([torch.rand(n, 4, generator=generator) for _ in range(scene.occluders)], 1)
+        half = small + (large - small) * draw[..., 2:]  # of the crop's half-side: a box of that share of the side
+        middle = 1.6 * draw[..., :2] - 0.8
+        return OccluderBoxes(middle.to(self.device), half.to(self.device), behind.to(self.device))

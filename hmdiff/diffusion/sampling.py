@@ -6,12 +6,15 @@ result depends on the seed, the person and its number, not on the batch it sat i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
+
+from hmdiff.errors import UserError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x_k (M, P, 3), step as a fraction of K (M,) -> prediction (M, P, 3)
 Callback = Callable[[int, Tensor, Tensor], None]  # number of the step, x_k, prediction
@@ -23,12 +26,18 @@ def hypothesis_generators(
     hypotheses: int,
     first_hypothesis: int = 0,
 ) -> list[torch.Generator]:
-    """A generator per (person, hypothesis), in row order. The first n of N hypotheses are those of N = n."""
+    """A generator per (person, hypothesis), in row order. The first n of N hypotheses are those of N = n.
+
+    Raises `UserError` for a negative seed.
+    """
+    if seed < 0:
+        raise UserError(f"seed {seed}: a whole number from 0 on is needed")
     generators = []
     for person in people:
         for hypothesis in range(first_hypothesis, first_hypothesis + hypotheses):
             # torch's CPU generator looks at 32 bits of its seed alone, so the three numbers are hashed, not packed.
-            words = np.random.SeedSequence([seed, person, hypothesis]).generate_state(1)
+            # A seed beyond 32 bits is two words: its upper one comes last, or it would stand where a person does.
+            words = np.random.SeedSequence([seed % 2**32, person, hypothesis, seed >> 32]).generate_state(1)
             generators.append(torch.Generator().manual_seed(int(words[0])))
     return generators
 
@@ -70,8 +79,6 @@ def sample(
 
 
 def _step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generator] | None, eta: float) -> dict:
-    import inspect
-
     accepted = inspect.signature(scheduler.step).parameters  # type: ignore[attr-defined]
     options: dict = {}
     if "generator" in accepted and generators is not None:
@@ -81,7 +88,9 @@ def _step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generato
     return options
 
 
-def _bounded_noise(prediction: Tensor, points: Tensor, timestep: Tensor, scheduler: SchedulerMixin, clip: float) -> Tensor:
+def _bounded_noise(
+    prediction: Tensor, points: Tensor, timestep: Tensor, scheduler: SchedulerMixin, clip: float
+) -> Tensor:
     """The noise whose clean estimate lies within the bound: at a small abar a small error in eps is a huge mesh."""
     share = scheduler.alphas_cumprod.to(points.device)[timestep.long()]  # type: ignore[attr-defined]
     clean = (points - (1 - share).sqrt() * prediction) / share.sqrt()

@@ -6,16 +6,15 @@ The trap (METHOD: arithmetic): the linear schedule 1e-4..0.02 of DDPM over the p
 which is not Gaussian noise. Here abar_K is zero (Lin et al., arXiv 2305.08891), or a small floor where the network
 predicts the noise, which says nothing of the clean mesh at abar = 0.
 
-The shift: a coarse mesh has hundreds of points that move together, so that at a middling SNR the pose can be read off by
-averaging. As for images of higher resolution (Hoogeboom et al., arXiv 2301.11093, sec. 3.1) the SNR is divided by shift²,
-which spends the steps where the pose is still open. The value is ours; LOG.md tells what it gave.
+The shift: a coarse mesh has hundreds of points that move together, so that at a middling SNR the pose can be read off
+by averaging. As for images of higher resolution (Hoogeboom et al., arXiv 2301.11093, sec. 3.1) the SNR is divided by
+shift², which spends the steps where the pose is still open. The value is ours; LOG.md tells what it gave.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from diffusers import (
-    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -24,6 +23,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from hmdiff.diffusion.ddim import ListedDDIMScheduler
 from hmdiff.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -32,9 +32,12 @@ SCHEDULES = ("cosine", "linear")
 EPSILON_TERMINAL = 1e-4
 
 _SCHEDULERS: dict[str, tuple[type, dict]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
+    "ddim": (ListedDDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
     "ddpm": (DDPMScheduler, {"clip_sample": False, "variance_type": "fixed_small"}),
-    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True}),
+    "dpm++": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True},
+    ),
     "sde-dpm++": (
         DPMSolverMultistepScheduler,
         {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "lower_order_final": True},
@@ -86,7 +89,9 @@ def make_scheduler(
     if name not in _SCHEDULERS:
         raise UserError(f"scheduler {name!r} is not known; choose one of {', '.join(SCHEDULER_NAMES)}")
     if prediction_type not in PREDICTION_TYPES:
-        raise UserError(f"prediction_type {prediction_type!r} is not known; choose one of {', '.join(PREDICTION_TYPES)}")
+        raise UserError(
+            f"prediction_type {prediction_type!r} is not known; choose one of {', '.join(PREDICTION_TYPES)}"
+        )
     kind, options = _SCHEDULERS[name]
     terminal = EPSILON_TERMINAL if prediction_type == "epsilon" else 0.0
     if name not in ("ddim", "ddpm"):
@@ -100,6 +105,15 @@ def make_scheduler(
         timestep_spacing="trailing",
         **options,
     )
+
+
+def sampler_name(scheduler: SchedulerMixin) -> str:
+    """The name under which `make_scheduler` makes such a scheduler. Raises `UserError` for any other."""
+    for name, (kind, options) in _SCHEDULERS.items():
+        config = scheduler.config  # type: ignore[attr-defined]
+        if type(scheduler) is kind and all(config[key] == options[key] for key in options):
+            return name
+    raise UserError(f"{type(scheduler).__name__}: not one of our schedulers; make it by hmdiff's make_scheduler")
 
 
 def change_scheduler(

@@ -1,7 +1,7 @@
-"""Errors of points, edges and projections: pure functions, unreduced over the batch, so that no weight depends on its size.
+"""Errors of points, edges and projections: pure functions, unreduced over the batch: no weight depends on its size.
 
-The lineage (METRO, FastMETRO) takes L1 throughout; a diffusion model that predicts the clean mesh needs the squared error,
-whose minimiser is the posterior mean that the samplers assume.
+The lineage (METRO, FastMETRO) takes L1 throughout; a diffusion model that predicts the clean mesh needs the squared
+error, whose minimiser is the posterior mean that the samplers assume.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def point_error(
     predicted: Tensor,  # (..., P, 3)
     target: Tensor,  # (..., P, 3)
     kind: str = "l2",
-    weight: Tensor | None = None,  # (P,) >= 0
+    weight: Tensor | None = None,  # (..., P) >= 0, not all zero
 ) -> Tensor:  # (...)
     """Weighted mean over the points of the squared, absolute or Euclidean error."""
     difference = predicted - target
@@ -30,7 +30,7 @@ def point_error(
         raise ValueError(f"point loss {kind!r} is none of {POINT_LOSSES}")
     if weight is None:
         return error.mean(-1)
-    return (error * weight).sum(-1) / weight.sum()
+    return (error * weight).sum(-1) / weight.sum(-1)
 
 
 def edge_error(

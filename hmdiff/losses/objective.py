@@ -31,6 +31,9 @@ def objective(
     """Sum the terms. A sample without a label adds nothing to that label's term."""
     weight = torch.ones(prediction.shape[-2], device=prediction.device)
     weight[num_coarse:] = config.joints
+    if sample.has_joints_3d is not None:
+        is_vertex = torch.arange(len(weight), device=weight.device) < num_coarse
+        weight = weight * (is_vertex | sample.has_joints_3d[:, None, None])  # (B, 1, P)
     terms: dict[str, Tensor] = {}
     error = point_error(prediction, target, config.points, weight) * level_weight
     terms["points"] = silence(error, sample.has_vertices).mean()

@@ -11,6 +11,7 @@ B images, J joints, C channels, L tokens.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ class ImageBackbone(nn.Module):
     ResNet's stem; at the input the same idea serves every timm network (ours).
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         name: str,  # of timm, such as hrnet_w64 or resnet18
@@ -36,11 +40,12 @@ class ImageBackbone(nn.Module):
         super().__init__()
         import timm  # seconds to import, and heatmap-only models do not need it
 
-        self.network = timm.create_model(
+        network: Any = timm.create_model(
             name, pretrained=pretrained, features_only=True, in_chans=3 + heatmap_channels, out_indices=(-1,)
         )
         self.heatmap_channels = heatmap_channels
-        info = self.network.feature_info.info[-1]
+        self.network = network
+        info = network.feature_info.info[-1]
         self.grid = math.ceil(image_size / info["reduction"])
         self.project = nn.Linear(info["num_chs"], width)
         self.num_tokens = self.grid**2
@@ -107,6 +112,8 @@ class JointHeatmapBackbone(nn.Module):
     The expectation is linear in the heatmap, so that several peaks, blur and tails are kept, and costs one matrix
     product. A joint without a heatmap (or with an empty one) is a masked token.
     """
+
+    basis: Tensor
 
     def __init__(
         self,

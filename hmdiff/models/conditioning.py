@@ -1,4 +1,4 @@
-"""What the denoiser is told of the image: tokens, computed once per image and shared by all hypotheses and all steps."""
+"""What the denoiser is told of the image: tokens, computed once per image, shared by all hypotheses and all steps."""
 
 from __future__ import annotations
 

@@ -48,6 +48,10 @@ class DenoiserBlock(nn.Module):
 class MeshDenoiser(nn.Module):
     """x_k, k, image -> the prediction (noise, clean mesh or velocity: the scheduler's `prediction_type` decides)."""
 
+    patches: Tensor
+    place: Tensor
+    neighbours: Tensor | None
+
     def __init__(
         self,
         patches: Tensor,  # (T_v, p) long: coarse vertex ids of every patch, a partition
@@ -85,7 +89,7 @@ class MeshDenoiser(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
         """Keys and values of every block's cross-attention, once per image. context: (B, L, C)."""
-        return tuple(block.cross_attention.keys_values(context) for block in self.blocks)  # type: ignore[union-attr]
+        return tuple(block.cross_attention.keys_values(context) for block in self.blocks)  # type: ignore
 
     def forward(
         self,

@@ -10,13 +10,15 @@ Source: HMDiff (arXiv 2308.13369) for the split, the block order and the direct 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
 from hmdiff.mesh import blend
+from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.denoiser import MeshDenoiser
 from hmdiff.models.layers import EncoderBlock
@@ -25,8 +27,12 @@ INPUTS = ("heatmaps", "image", "both")
 MODES = ("diffusion", "direct")
 
 
-class MeshRecoveryModel(ModelMixin, ConfigMixin):
+class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own bases disagree
     """Encode once, denoise many times."""
+
+    config: Any  # the constructor's arguments as attributes; diffusers calls it a dict
+    coarse_ids: Tensor
+    upsample_index: Tensor
 
     @register_to_config
     def __init__(

@@ -1,7 +1,7 @@
 """How much of a posed mesh lies inside itself: one number a body, to compare pose samplers with. Our choice throughout.
 
-A vertex counts when the nearest vertex of the rest of the body turns its back on it: (x - v) · n_v < -DEPTH. The rest of
-the body is what is not within two bones along the same limb, nor near at rest, since skin folds there anyway.
+A vertex counts when the nearest vertex of the rest of the body turns its back on it: (x - v) · n_v < -DEPTH. The rest
+of the body is what is not within two bones along the same limb, nor near at rest, since skin folds there anyway.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`hmdiff prepare poses`: fit the pose prior to motion capture, and draw a sheet of what the samplers give.
 
-Recordings (ASF/AMC) are retargeted, cleaned and thinned to 10 Hz; a mirror-tied Gaussian mixture is fitted by expectation
-maximisation; the number of components is the one with the best likelihood on whole recordings held out. Only the
-mixture's figures are written, never a recording.
+Recordings (ASF/AMC) are retargeted, cleaned and thinned to 10 Hz; a mirror-tied Gaussian mixture is fitted by
+expectation maximisation; the number of components is the one with the best likelihood on whole recordings held out.
+Only the mixture's figures are written, never a recording.
 """
 
 from __future__ import annotations
@@ -16,9 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.data.anatomy import angles_to_rotations, clamp_angles, limit_excess, rotations_to_angles
-from hmdiff.data.poses import PosePrior, mirror_features, pose_features
-from hmdiff.prepare.mocap import MEAN_OFFSETS, bad_frames, direction_error, read_recordings, retarget, world_rotations
+from hmdiff.body import load_body
+from hmdiff.canvas import contact_sheet, save_picture
+from hmdiff.data.anatomy import (
+    angles_to_rotations,
+    clamp_angles,
+    joint_limit_violation,
+    limit_excess,
+    rotations_to_angles,
+)
+from hmdiff.data.pose_prior import PosePrior, mirror_features, pose_features
+from hmdiff.data.poses import JointLimitSampler, PoseMixture, sample_orientation
+from hmdiff.errors import UserError
+from hmdiff.pictures import turntable_view
+from hmdiff.prepare.acclaim import read_recordings, world_rotations
+from hmdiff.prepare.intersection import self_intersection
+from hmdiff.prepare.mocap import MEAN_OFFSETS, bad_frames, direction_error, retarget
 from hmdiff.skeletons import SMPL24
 from hmdiff.storage import atomic_file
 
@@ -133,9 +146,15 @@ def prepare_poses(
     output: str | Path,  # the .npz to write
     components: tuple[int, ...] = COMPONENTS,
 ) -> dict[str, object]:  # the metadata that was written
-    """Fit the prior and write it. Raises `UserError` for a source that cannot be read or a place that cannot be written."""
+    """Fit the prior and write it.
+
+    Raises:
+        UserError: the source cannot be read, holds too few frames, or the output cannot be written.
+    """
     frames = read_frames(source)
     train, test = pose_features(frames.train), pose_features(frames.test)
+    if len(train) < 2 * max(components):
+        raise UserError(f"{source}: {len(train)} usable poses at 10 Hz, too few for a prior; give more recordings")
     candidates = {count: fit_mixture(train, count) for count in components}
     likelihood = {count: float(prior.log_prob(frames.test).mean()) for count, prior in candidates.items()}
     best = max(likelihood, key=lambda count: likelihood[count])
@@ -164,13 +183,65 @@ def write_prior(path: str | Path, prior: PosePrior, metadata: dict[str, object])
         )
 
 
+def draw_sheet(path: str | Path, seed: int = 0, columns: int = 8) -> None:
+    """A picture of sampled bodies: a row each of the prior, blends, the joint limits and the tail."""
+    body = load_body("free")
+    generator = torch.Generator().manual_seed(seed)
+    mixtures = {"prior": PoseMixture(1, 0, 0), "blend": PoseMixture(0, 0, 1), "limits": PoseMixture(0, 1, 0),
+                "tail": PoseMixture(0, 1, 0)}  # fmt: skip
+    pictures, captions = [], []
+    for name, mixture in mixtures.items():
+        rotations = mixture.sample(columns, generator, tail=name == "tail")
+        rotations[:, 0] = sample_orientation(columns, generator)
+        betas = torch.randn(columns, body.num_betas, generator=generator)
+        with torch.no_grad():
+            vertices = body(betas, rotations).vertices
+        pictures += [turntable_view(mesh, body.faces, degrees=0, size=240, extent=1.0) for mesh in vertices]
+        captions += [name] * columns
+    save_picture(path, contact_sheet(pictures, columns, captions, gap=4))
+
+
+def intersection_report(
+    source: str | Path | None = None,  # recordings, to compare with
+    count: int = 100,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:  # sampler -> percent of the vertices inside the body: mean, 90 % quantile, worst
+    """`self_intersection` of the samplers' bodies of mean shape, and of the held-out recordings when given."""
+    body = load_body("free")
+    generator = torch.Generator().manual_seed(seed)
+    mixture, limits = PoseMixture(), JointLimitSampler()
+    poses = {"prior": mixture.prior.sample(count, generator), "limits": limits.sample(count, generator),
+             "mixture": mixture.sample(count, generator), "tail": mixture.sample(count, generator, tail=True)}  # fmt: skip
+    if source is not None:
+        recorded = read_frames(source).test
+        poses["recordings"] = recorded[torch.randperm(len(recorded), generator=generator)[:count]]
+    report = {}
+    for name, rotations in poses.items():
+        percent = 100 * self_intersection(body, rotations)
+        report[name] = {
+            "mean": round(float(percent.mean()), 2),
+            "p90": round(float(percent.quantile(0.9)), 2),
+            "worst": round(float(percent.max()), 2),
+            "beyond limits": round(100 * float((joint_limit_violation(rotations) > 0).float().mean()), 1),
+        }
+    return report
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hmdiff.prepare.poses", description="Fit the pose prior to motion capture.")
+    parser = argparse.ArgumentParser(prog="python -m hmdiff.prepare.poses", description="Fit the pose prior.")
     parser.add_argument("source", nargs="?", help="folder or tar archive of ASF and AMC files (mocap.cs.cmu.edu)")
-    parser.add_argument("--output", default="assets/pose_prior.npz", help="file to write (default: %(default)s)")
+    parser.add_argument("--output", help="file to write the prior to, such as assets/pose_prior.npz")
+    parser.add_argument("--sheet", help="draw a sheet of 32 sampled bodies to this picture")
+    parser.add_argument("--intersections", action="store_true", help="report self-intersection of the samplers' bodies")
     options = parser.parse_args(arguments)
-    if options.source is not None:
+    if options.output is not None and options.source is None:
+        parser.error("--output needs the recordings as SOURCE")
+    if options.output is not None:
         print(json.dumps(prepare_poses(options.source, options.output), indent=2))
+    if options.sheet is not None:
+        draw_sheet(options.sheet)
+    if options.intersections:
+        print(json.dumps(intersection_report(options.source), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""The command `hmdiff`: finds the subcommand, and turns what the user can mend into one line and exit code 2.
+
+Each subcommand is a file of `hmdiff.commands` with `add_parser` and `run`. Nothing heavy is imported before a
+subcommand runs, so that `hmdiff --help` is quick. Exit codes: 0 done, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from hmdiff.errors import UserError
+from hmdiff.version import __version__
+
+COMMANDS = ("demo", "sample", "train", "evaluate", "bench", "info", "prepare", "doctor")
+TRACEBACK_VARIABLE = "HMDIFF_TRACEBACK"  # any value: show where an error came from
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, its errors on one line, its help with defaults and with examples as they were written."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"hmdiff: error: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="hmdiff",
+        description="Human mesh recovery by reverse diffusion: several 3D bodies of every person in a photo.",
+        epilog="Start with: hmdiff demo",
+    )
+    parser.add_argument("--version", action="version", version=f"hmdiff {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for name in COMMANDS:
+        import_module(f"hmdiff.commands.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. `SystemExit` comes of argparse alone (--help, wrong arguments)."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        # key=value may also follow after options; argparse itself takes them in one place alone.
+        if not hasattr(options, "overrides") or any(text.startswith("-") for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides = [*options.overrides, *rest]
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        return _failed(str(error))
+    except KeyboardInterrupt:
+        print("hmdiff: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `hmdiff info ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the disk"
+        return _failed(f"{where}: no space left on the disk; nothing already saved was touched: free some and run again")
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _failed("not enough memory; ask for fewer hypotheses or people, a smaller batch, or another --device")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _failed(message: str) -> int:
+    if os.environ.get(TRACEBACK_VARIABLE):
+        traceback.print_exc()
+    report(message)
+    return 2
+
+
+def report(message: str) -> None:
+    """An error as the user sees it: one line on stderr."""
+    print(f"hmdiff: error: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

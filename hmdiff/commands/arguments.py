@@ -1,0 +1,171 @@
+"""Arguments that several commands share: how they are read, checked and turned into things. Our choice."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hmdiff.config import Config
+    from hmdiff.pipeline import HMDiffPipeline
+
+SAMPLERS = ("ddim", "ddpm", "dpm++", "sde-dpm++", "unipc", "euler", "heun")  # a test holds them to diffusion.schedule
+DEFAULT_CHECKPOINT = "hmdiff_small"
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `least`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least {least} is expected")
+        return value
+
+    return read
+
+
+def number(least: float, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least `least`, or `above` it."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (above and value == least):
+            kind = "above" if above else "of at least"
+            raise argparse.ArgumentTypeError(f"{text!r}: a number {kind} {least:g} is expected")
+        return value
+
+    return read
+
+
+def box(text: str) -> tuple[float, float, float, float]:
+    """An argparse type: x1,y1,x2,y2 in photo pixels."""
+    try:
+        x1, y1, x2, y2 = (float(part) for part in text.split(","))
+    except ValueError:
+        x1 = math.nan
+    if not math.isfinite(x1) or not all(map(math.isfinite, (y1, x2, y2))) or x2 <= x1 or y2 <= y1:
+        raise argparse.ArgumentTypeError(f"{text!r}: x1,y1,x2,y2 in photo pixels with x1 < x2 and y1 < y2 is expected")
+    return x1, y1, x2, y2
+
+
+def new_parser(subparsers: Any, name: str, summary: str, example: str, details: str = "") -> argparse.ArgumentParser:
+    """A command's parser: what it does, its arguments with their defaults, an example."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. {details}".strip(),
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: %(default)s)"
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        default=DEFAULT_CHECKPOINT,
+        metavar="NAME",
+        help="a shipped checkpoint, or the folder of a training or of save_pretrained (default: %(default)s)",
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, eta: bool = True) -> None:
+    """Number of hypotheses, steps, sampler, seed."""
+    parser.add_argument(
+        "--num-hypotheses", type=whole(1), default=25, metavar="N", help="bodies a person (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=whole(1), metavar="K", help="denoising steps (default: the checkpoint's own)")
+    parser.add_argument(
+        "--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: the checkpoint's own, mostly ddim)"
+    )
+    if eta:
+        parser.add_argument(
+            "--eta", type=number(0), help="ddim's share of fresh noise, 0 none, 1 as ddpm (default: the checkpoint's own)"
+        )
+    parser.add_argument("--seed", type=whole(0), default=0, help="another seed, other hypotheses (default: %(default)s)")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, or what torch calls it. Raises `UserError` for a device that is unknown or not here."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is not a device; give auto, cpu, cuda or cuda:1") from None
+    try:
+        torch.zeros(1, device=device)
+    except Exception:  # torch has several, by device
+        raise UserError(f"--device {name!r}: torch finds no such device here; give --device cpu or auto") from None
+    return device
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The folder of a saved pipeline: a folder, the folder of its training, or a shipped one. It need not be whole."""
+    from hmdiff.resources import asset_path
+
+    place = Path(name)
+    if not place.exists():
+        if len(place.parts) > 1:
+            raise UserError(f"{name}: no such folder; give a saved pipeline, such as runs/NAME/pipeline")
+        try:
+            return asset_path(name)
+        except UserError:
+            raise UserError(f"{name}: neither a folder nor a shipped checkpoint (hmdiff_small, direct_small)") from None
+    if not (place / "hmdiff.json").is_file() and (place / "pipeline" / "hmdiff.json").is_file():
+        return place / "pipeline"
+    return place
+
+
+def load_pipeline(name: str, device: torch.device | str = "cpu") -> HMDiffPipeline:
+    from hmdiff.pipeline import HMDiffPipeline
+
+    return HMDiffPipeline.from_pretrained(checkpoint_folder(name), device)
+
+
+def check_sampling(pipeline: HMDiffPipeline, options: argparse.Namespace) -> None:
+    """Sampler and steps, before any work is done. The direct baseline has neither, and they are checked all the same."""
+    from hmdiff.diffusion.schedule import change_scheduler
+
+    if options.sampler is not None:
+        change_scheduler(pipeline.scheduler, options.sampler)  # type: ignore[arg-type]
+    total = pipeline.scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
+    if options.steps is not None and options.steps > total:
+        raise UserError(f"--steps {options.steps}: the model was trained with {total} steps; give 1 to {total}")
+
+
+def read_config(name: str, overrides: list[str]) -> Config:
+    """A YAML file, or the name of a shipped one such as quickstart, with key=value over it."""
+    from hmdiff.config import load_config
+    from hmdiff.resources import config_path
+
+    path = Path(name)
+    if not path.exists() and len(path.parts) == 1:
+        try:
+            path = config_path(path.stem + ".yaml")
+        except UserError:
+            # The shipped folder's own missing file: its error names the nearest there is.
+            path = config_path("quickstart.yaml").with_name(path.stem + ".yaml")
+    return load_config(path, overrides)

@@ -1,0 +1,108 @@
+"""`hmdiff bench`: parameters, memory and time of a configuration: one training step, and sampling."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hmdiff.commands import arguments
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = arguments.new_parser(
+        subparsers,
+        "bench",
+        "parameters, peak memory and time of a config: a training step, and sampling",
+        "hmdiff bench --config hmdiff_small --batch-size 8 --num-hypotheses 25 --steps 10",
+        "Times are medians; the weights are random, which changes no time.",
+    )
+    parser.add_argument(
+        "--config", default="hmdiff_small", metavar="FILE", help="a YAML file or a shipped name (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=arguments.whole(1), default=1, help="people (default: %(default)s)")
+    parser.add_argument("--num-hypotheses", type=arguments.whole(1), default=25, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: the config's)")
+    parser.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(arguments.SAMPLERS)} (default: the config's)")
+    parser.add_argument("--repeats", type=arguments.whole(1), default=5, help="of each timing (default: %(default)s)")
+    parser.add_argument("--no-sampling", action="store_true", help="the training step alone")
+    arguments.add_device(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the config's")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
+    from hmdiff.body import load_body
+    from hmdiff.commands.train import memory_text, parameters, peak_gigabytes
+    from hmdiff.evaluation import as_heatmaps
+    from hmdiff.pipeline import HMDiffPipeline
+    from hmdiff.training import training_losses
+
+    config = arguments.read_config(options.config, options.overrides)
+    device = arguments.resolve_device(options.device)
+    config.model["pretrained"] = False  # nothing is downloaded to be timed
+    config.data.block_size = options.batch_size
+    body = load_body(config.body)
+    mesh = build_mesh(config, body)
+    sample = build_data(config, body, mesh).block("train", 0)
+    before = peak_gigabytes()
+    model = build_model(config, body, mesh).to(device)
+    pipeline = HMDiffPipeline(
+        model, build_scheduler(config), body, config.diffusion.num_inference_steps, config.diffusion.eta
+    ).to(device)
+    arguments.check_sampling(pipeline, options)
+    people = options.batch_size
+    if model.config.inputs != "heatmaps":
+        size = model.config.image_size
+        sample = dataclasses.replace(sample, image=torch.rand(people, 3, size, size))
+    print(f"{config.name}: {parameters(model, False):,} parameters, on {device}, {torch.get_num_threads()} threads")
+
+    generator = torch.Generator().manual_seed(0)
+    moved = sample.to(device)
+    levels = config.loss.noise_levels
+    steps = torch.randint(config.diffusion.num_train_timesteps, (people, levels), generator=generator).to(device)
+    noise = torch.randn(people, levels, model.num_points, 3, generator=generator).to(device)
+
+    def train_step() -> None:
+        loss = training_losses(model, model, pipeline.scheduler, config.loss, moved, steps, noise)["loss"]
+        loss.backward()  # type: ignore[no-untyped-call]
+        model.zero_grad()
+
+    model.train()
+    first = _timed(train_step, device, 1)
+    seconds = _timed(train_step, device, options.repeats)
+    print(f"forward and backward of {people} x {levels} noise levels: {1000 * seconds:.0f} ms, the first {1000 * first:.0f} ms")
+    print(f"memory: {memory_text(device)}" + ("" if before is None else f", {before:.2f} GB before the model"))
+    if options.no_sampling:
+        return 0
+    model.eval()
+    heatmaps = None if model.config.inputs == "image" else as_heatmaps(sample)
+
+    def sampling() -> None:
+        pipeline(sample.image, heatmaps, options.num_hypotheses, options.steps, scheduler=options.sampler)
+
+    _timed(sampling, device, 1)
+    seconds = _timed(sampling, device, options.repeats) / people
+    count = options.steps or config.diffusion.num_inference_steps
+    print(f"sampling {options.num_hypotheses} hypotheses in {count} steps: {1000 * seconds:.0f} ms an image")
+    return 0
+
+
+def _timed(action: Callable[[], None], device: Any, repeats: int) -> float:
+    """Median seconds of an action, the device waited for."""
+    import torch
+
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

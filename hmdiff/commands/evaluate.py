@@ -1,0 +1,213 @@
+"""`hmdiff evaluate`: checkpoints over the synthetic splits, against the mean mesh; what is done is not done again."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.commands import arguments
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from hmdiff.body import Body
+    from hmdiff.data.synthetic import SyntheticHumans
+
+SPLITS = ("test", "test_occluded", "test_ood", "val")
+MEAN_MESH = "mean mesh"
+TABLE_WIDTH = 112  # where the output is no terminal
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = arguments.new_parser(
+        subparsers,
+        "evaluate",
+        "errors of checkpoints on the synthetic splits, with intervals",
+        "hmdiff evaluate --checkpoint hmdiff_small direct_small --split test test_ood",
+        "PVE, MPJPE, PA-MPJPE and PA-PVE in mm, of the first hypothesis, of the mean of all, and of the best (oracle), "
+        "with 95 % bootstrap intervals over people; the mean mesh beside. A JSON for each checkpoint and split: one that "
+        "is there with the same settings and the same model is not computed again.",
+    )
+    parser.add_argument(
+        "--checkpoint", nargs="+", default=[arguments.DEFAULT_CHECKPOINT], metavar="NAME",
+        help="shipped checkpoints, or folders of trainings or of save_pretrained (default: hmdiff_small)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", nargs="+", default=["test"], choices=SPLITS, metavar="SPLIT",
+        help=f"of {', '.join(SPLITS)} (default: test)",
+    )  # fmt: skip
+    parser.add_argument("--people", type=arguments.whole(2), default=500, help="first people of the split (default: %(default)s)")
+    arguments.add_sampling(parser, eta=False)
+    arguments.add_device(parser)
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/evaluation"), metavar="FOLDER", help="(default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from hmdiff.evaluation import evaluate, save_report
+    from hmdiff.storage import make_folder
+
+    folder = make_folder(options.output)
+    device = arguments.resolve_device(options.device)
+    pipelines = {}
+    for name, label in zip(options.checkpoint, labels(options.checkpoint), strict=True):
+        pipelines[label] = arguments.load_pipeline(name, device)
+        arguments.check_sampling(pipelines[label], options)
+    hashes = {
+        label: model_hash(arguments.checkpoint_folder(name))
+        for name, label in zip(options.checkpoint, pipelines, strict=True)
+    }
+    data: dict[str, SyntheticHumans] = {}  # by body, and only when something must be computed
+
+    def people_of(body: Body) -> SyntheticHumans:
+        if body.name not in data:
+            data[body.name] = test_people(body)
+        return data[body.name]
+
+    reports: list[dict[str, Any]] = []
+    for split in dict.fromkeys(options.split):
+        for label, pipeline in pipelines.items():
+            settings = {
+                "checkpoint": label, "model": hashes[label], "split": split, "people": options.people,
+                "num_hypotheses": options.num_hypotheses,
+                "num_inference_steps": options.steps or pipeline.num_inference_steps,
+                "sampler": options.sampler or "as saved", "seed": options.seed,
+            }  # fmt: skip
+            path = folder / f"{label}_{split}.json"
+            found = stored(path, settings)
+            if found is None:
+                with progress(f"{label} {split}", options.people) as update:
+                    found = evaluate(
+                        pipeline, people_of(pipeline.body), split, options.people, options.num_hypotheses,
+                        options.steps, options.seed, options.sampler, update,
+                    ) | settings  # fmt: skip
+                save_report(found, path)
+            reports.append(found)
+        settings = {"checkpoint": MEAN_MESH, "split": split, "people": options.people}
+        body = next(iter(pipelines.values())).body
+        path = folder / f"mean_mesh_{split}.json"
+        reports.append(stored(path, settings | {"body": body.name}) or _mean_mesh(people_of(body), settings, path))
+    save_report({"reports": reports}, folder / "all.json")
+    print_tables(reports)
+    print(f"written: {folder}/all.json, and a JSON for each checkpoint and split")
+    return 0
+
+
+def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    from hmdiff.evaluation import mean_mesh_errors, save_report
+
+    with progress(f"{MEAN_MESH} {settings['split']}", 0):
+        errors = mean_mesh_errors(data, settings["split"], settings["people"])
+    report = settings | {"body": data.body.name, "errors": {metric: {"mean": value} for metric, value in errors.items()}}
+    save_report(report, path)
+    return report
+
+
+def test_people(body: Body) -> SyntheticHumans:
+    """The people of the splits, as every checkpoint sees them: the default data of the body."""
+    from hmdiff.assembly import build_data, build_mesh
+    from hmdiff.config import load_config
+
+    config = load_config(None)
+    return build_data(config, body, build_mesh(config, body), full_mesh=True)
+
+
+def labels(names: list[str]) -> list[str]:
+    """A short name for each checkpoint: its folder's, or its training's where that is just 'pipeline'."""
+    result: list[str] = []
+    for name in names:
+        path = Path(name).resolve()
+        base = path.parent.name if path.name == "pipeline" else path.name
+        label, copy = base, 2
+        while label in result:
+            label, copy = f"{base}-{copy}", copy + 1
+        result.append(label)
+    return result
+
+
+def model_hash(folder: Path) -> str:
+    """Of all files of a saved pipeline, names and bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def stored(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """A report that was written with the same settings; None where there is none, or it is damaged."""
+    try:
+        report = json.loads(path.read_text())
+        same = all(report.get(key) == value for key, value in settings.items()) and "errors" in report
+    except (OSError, ValueError, AttributeError):
+        return None
+    return report if same else None
+
+
+class progress:
+    """A bar over people on a terminal, one line elsewhere; gives the function to tell how many are done."""
+
+    def __init__(self, what: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total or None, desc=what, unit="person", disable=None, leave=False)
+        if self.bar.disable:
+            print(f"{what} ...", flush=True)
+
+    def __enter__(self) -> Any:
+        return self.bar.update
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def rows(reports: list[dict[str, Any]], split: str) -> Iterator[tuple[str, str, list[str]]]:
+    """(checkpoint, which hypothesis, a cell for every metric) of one split."""
+    from hmdiff.evaluation import KINDS, METRICS
+
+    for report in reports:
+        if report["split"] != split:
+            continue
+        for kind in KINDS:
+            values = [report["errors"][metric].get(kind) for metric in METRICS]
+            if any(value is None for value in values):
+                continue
+            yield report["checkpoint"], "" if report["checkpoint"] == MEAN_MESH else _kind(kind, report), [
+                f"{value['value']:.1f} ({value['low']:.1f}-{value['high']:.1f})" for value in values if value is not None
+            ]
+
+
+def _kind(kind: str, report: dict[str, Any]) -> str:
+    return kind if kind == "first" else f"{kind} of {report['num_hypotheses']}"
+
+
+def print_tables(reports: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hmdiff.evaluation import METRICS
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    for split in dict.fromkeys(report["split"] for report in reports):
+        people = next(report["people"] for report in reports if report["split"] == split)
+        table = Table(title=f"{split}: {people} people, mm (95 % interval)", title_justify="left")
+        table.add_column("checkpoint")
+        table.add_column("hypothesis")
+        for name in METRICS.values():
+            table.add_column(name, justify="right", no_wrap=True)
+        before = None
+        for checkpoint, kind, cells in rows(reports, split):
+            if before not in (None, checkpoint):
+                table.add_section()
+            table.add_row("" if checkpoint == before else checkpoint, kind, *cells)
+            before = checkpoint
+        console.print(table)
+
+

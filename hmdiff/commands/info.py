@@ -1,0 +1,42 @@
+"""`hmdiff info`: what a checkpoint is."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hmdiff.commands import arguments
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = arguments.new_parser(
+        subparsers, "info", "what a checkpoint is: sizes, parameters, configuration", "hmdiff info hmdiff_small"
+    )
+    parser.add_argument(
+        "checkpoint", nargs="?", default=arguments.DEFAULT_CHECKPOINT, metavar="CHECKPOINT",
+        help="a shipped checkpoint, or the folder of a training or of save_pretrained (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from hmdiff.commands.train import parameters
+
+    folder = arguments.checkpoint_folder(options.checkpoint)
+    pipeline = arguments.load_pipeline(options.checkpoint)
+    model, scheduler = pipeline.model, pipeline.scheduler
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    config = model.config
+    print(f"folder       {folder}  ({size / 1e6:.1f} MB)")
+    print(f"parameters   {parameters(model, False):,}")
+    for name, part in model.named_children():
+        print(f"  {name:22} {parameters(part, False):>12,}")
+    print(f"  {'upsample_weight':22} {model.upsample_weight.numel():>12,}")
+    print(f"body         {config.body!r}: {config.num_vertices} vertices, {config.num_joints} joints")
+    print(f"reads        {config.inputs} ({config.backbone})")
+    print(f"tokens       {config.num_coarse // config.patch_size} patches of {config.patch_size}, {config.num_joints} joints")
+    steps = scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
+    print(f"diffusion    {type(scheduler).__name__}, {steps} steps trained, {pipeline.num_inference_steps} sampled, "
+          f"eta {pipeline.eta:g}, predicts {scheduler.config.prediction_type}")  # type: ignore[attr-defined]
+    print("model        " + ", ".join(f"{key}={value!r}" for key, value in config.items() if not key.startswith("_")))
+    return 0

@@ -1,0 +1,203 @@
+"""`hmdiff sample`: photos with keypoints or heatmaps in; meshes, arrays and a picture of every person out."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.commands import arguments
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from hmdiff.commands.photos import PhotoPeople
+    from hmdiff.pipeline import HMDiffPipeline, MeshOutput
+
+PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; changes no result
+SHOWN = 5  # hypotheses of the picture
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = arguments.new_parser(
+        subparsers,
+        "sample",
+        "recover 3D bodies of the people in photos",
+        "hmdiff sample photo.jpg --keypoints photo.json",
+        "For each person it writes NAME.npz (vertices, joints, keypoints, camera, spread), NAME.obj (the mean body), "
+        "NAME.glb (mean and hypotheses) and NAME.png (a picture of them over the photo and from the side); "
+        "NAME_0, NAME_1, ... where there are several people.",
+    )
+    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="jpg, png, webp, ...")
+    parser.add_argument(
+        "--keypoints", nargs="+", type=Path, default=[], metavar="FILE",
+        help="COCO or OpenPose JSON, one a photo, or one COCO file about all (default: NAME.json beside the photo)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heatmaps", nargs="+", type=Path, default=[], metavar="FILE",
+        help="npz with heatmaps, center, side; they win over keypoints (default: NAME_heatmaps.npz beside the photo)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--box", type=arguments.box, metavar="X1,Y1,X2,Y2",
+        help="the person's box in photo pixels (default: the JSON's, or about the keypoints)",
+    )  # fmt: skip
+    arguments.add_checkpoint(parser)
+    arguments.add_sampling(parser)
+    parser.add_argument(
+        "--focal", type=arguments.number(0, above=True), metavar="PX", help="of the camera, pixels (default: the diagonal)"
+    )
+    arguments.add_device(parser)
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="(default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from hmdiff.cli import report
+    from hmdiff.commands.photos import pair_files, read_people
+    from hmdiff.storage import make_folder
+
+    if options.box is not None and len(options.photos) > 1:
+        raise UserError(f"--box is about one photo, {len(options.photos)} were given; sample them one by one")
+    keypoints = pair_files("--keypoints", options.keypoints, options.photos)
+    heatmaps = pair_files("--heatmaps", options.heatmaps, options.photos)
+    make_folder(options.output)
+
+    failures: list[str] = []
+    people: list[PhotoPeople] = []
+    for photo, keypoint_file, heatmap_file in zip(options.photos, keypoints, heatmaps, strict=True):
+        try:
+            people.append(read_people(photo, keypoint_file, heatmap_file, options.box))
+        except UserError as error:
+            failures.append(_about(photo, error))
+    if people:
+        pipeline = arguments.load_pipeline(options.checkpoint, arguments.resolve_device(options.device))
+        arguments.check_sampling(pipeline, options)
+        failures += sample_people(pipeline, people, options)
+    for failure in failures:
+        report(failure)
+    return 2 if failures else 0
+
+
+def _about(photo: Path, error: UserError) -> str:
+    return str(error) if str(photo) in str(error) else f"{photo}: {error}"
+
+
+def sample_people(pipeline: HMDiffPipeline, people: Sequence[PhotoPeople], options: argparse.Namespace) -> list[str]:
+    """Sample everyone in batches, write each as soon as their batch is done; returns what could not be written."""
+    from tqdm import tqdm
+
+    everyone = [(number, person) for number, photo in enumerate(people) for person in range(len(photo.heatmaps))]
+    names = output_names(people)
+    failures: dict[Path, str] = {}
+    started = time.perf_counter()
+    total = len(everyone) * options.num_hypotheses
+    bar = tqdm(total=total, unit="body", desc="sampling", disable=None, leave=False)
+    written = 0
+    for first in range(0, len(everyone), PEOPLE_AT_ONCE):
+        batch = everyone[first : first + PEOPLE_AT_ONCE]
+        output = sample_batch(pipeline, people, batch, options, bar.update)
+        for row, (number, person) in enumerate(batch):
+            photo = people[number]
+            bar.set_description(f"writing {names[number, person]}")
+            try:
+                text = write_person(output, row, photo, person, Path(options.output) / names[number, person])
+            except UserError as error:
+                failures[photo.photo] = _about(photo.photo, error)
+                continue
+            written += 1
+            tqdm.write(text)
+        bar.set_description("sampling")
+    bar.close()
+    seconds = time.perf_counter() - started
+    print(f"{written} of {len(everyone)} people, {options.num_hypotheses} hypotheses each, {seconds:.1f} s: {options.output}/")
+    return list(failures.values())
+
+
+def output_names(people: Sequence[PhotoPeople]) -> dict[tuple[int, int], str]:
+    """(photo, person) -> a name of its own: the photo's, _i where there are several, -2 where it is taken."""
+    names: dict[tuple[int, int], str] = {}
+    for number, photo in enumerate(people):
+        count = len(photo.heatmaps)
+        for person in range(count):
+            base = photo.photo.stem + (f"_{person}" if count > 1 else "")
+            name, copy = base, 2
+            while name in names.values():
+                name, copy = f"{base}-{copy}", copy + 1
+            names[number, person] = name
+    return names
+
+
+def sample_batch(
+    pipeline: HMDiffPipeline,
+    people: Sequence[PhotoPeople],
+    batch: Sequence[tuple[int, int]],  # number of the photo, of the person in it
+    options: argparse.Namespace,
+    progress: Any = None,
+) -> MeshOutput:
+    """One call of the pipeline. A person's number in their photo seeds them, whoever else is in the batch."""
+    import torch
+
+    from hmdiff.canvas import read_picture
+    from hmdiff.commands.photos import crops
+    from hmdiff.heatmaps import concatenate_heatmaps
+
+    images = None
+    if pipeline.model.config.inputs != "heatmaps":
+        pictures = {number: read_picture(people[number].photo) for number in {number for number, _ in batch}}
+        size = pipeline.model.config.image_size
+        images = torch.cat([crops(pictures[n], people[n].heatmaps[person], size) for n, person in batch])
+    output: MeshOutput = pipeline(
+        images,
+        concatenate_heatmaps([people[number].heatmaps[person] for number, person in batch]),
+        options.num_hypotheses,
+        options.steps,
+        options.seed,
+        options.sampler,
+        options.eta,
+        photo_sizes=torch.tensor([people[number].size for number, _ in batch], dtype=torch.float32),
+        focal=None if options.focal is None else torch.full((len(batch),), options.focal),
+        people=[person for _, person in batch],
+        progress=progress,
+    )
+    return output
+
+
+def write_person(output: MeshOutput, row: int, photo: PhotoPeople, person: int, stem: Path) -> str:
+    """npz, obj, glb and png of one person; returns a line about them."""
+    from hmdiff.canvas import read_picture
+    from hmdiff.export import save_glb, save_npz, save_obj
+    from hmdiff.pictures import PALETTE, hypotheses_sheet, save_picture
+
+    def path(suffix: str) -> Path:
+        return stem.with_name(stem.name + suffix)  # with_suffix would cut a name like "2024.01"
+
+    vertices, faces, mean = output.vertices[row].cpu(), output.faces.cpu(), output.mean_vertices[row].cpu()
+    arrays = {
+        "vertices": vertices,
+        "joints": output.joints[row],
+        "camera": output.camera[row],
+        "translation": output.translation[row],
+        "focal": output.focal[row],
+        "principal_point": output.principal_point[row],
+        "faces": faces,
+        "spread_mm": output.spread[row],
+    }
+    if output.keypoints is not None:
+        arrays["keypoints"] = output.keypoints[row]
+    save_npz(path(".npz"), **arrays)
+    save_obj(path(".obj"), mean, faces)
+    meshes: dict[str, tuple[Any, Any]] = {"mean": (mean, faces)}
+    colours: list[Any] = [(0.75, 0.75, 0.78)]
+    for number, body in enumerate(vertices):
+        meshes[f"hypothesis_{number + 1:02d}"] = (body, faces)
+        colours.append(PALETTE[number % len(PALETTE)])
+    save_glb(path(".glb"), meshes, colours)
+    points, names = photo.points[person]
+    sheet = hypotheses_sheet(
+        read_picture(photo.photo), vertices, faces, output.translation[row].cpu(), float(output.focal[row]),
+        output.principal_point[row].cpu(), min(SHOWN, len(vertices)), points, names,
+    )  # fmt: skip
+    save_picture(path(".png"), sheet)
+    spread = float(output.spread[row].mean())
+    return f"{photo.photo} -> {stem}.npz .obj .glb .png  (spread {spread:.0f} mm, from {photo.source})"

@@ -1,0 +1,102 @@
+"""Pictures of synthetic people: the same bodies, cameras and occluders as their keypoints, rendered (our choice).
+
+What is drawn is a coarser mesh of the body, 3,000 vertices of its hierarchy: at 128 pixels 1.8 times as fast as the free
+body's 12,410, and within a pixel of it. The looks are `hmdiff.data.appearance`. n people, O boxes, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hmdiff.body import Body
+from hmdiff.data.appearance import Wardrobe, compose_rgb
+from hmdiff.data.draws import grid
+from hmdiff.errors import UserError
+from hmdiff.mesh import load_mesh
+
+RENDERED_VERTICES = 3000
+
+
+@dataclasses.dataclass(frozen=True)
+class OccluderBoxes:
+    """Boxes in front of people, upright in the crop. Who is not behind anything has boxes too, which do not count."""
+
+    middle: Tensor  # (n, O, 2) crop coordinates
+    half: Tensor  # (n, O, 2) half their sides
+    behind: Tensor  # (n,) bool: whether this person's boxes are there
+
+    def cover(
+        self,
+        points: Tensor,  # (n, J, 2) crop coordinates
+    ) -> Tensor:  # (n, J) bool
+        """Which points lie behind a box."""
+        inside = ((points[:, :, None] - self.middle[:, None]).abs() < self.half[:, None]).all(-1).any(-1)
+        return inside & self.behind[:, None]
+
+    def mask(
+        self,
+        size: int,  # S
+    ) -> Tensor:  # (n, S, S) 0..1, over 0.5 exactly where `cover` holds for the pixel's centre
+        """The boxes as a picture, their edges one pixel soft."""
+        x, y = grid(size, size, self.middle.device)
+        centre, half = self.middle[..., None, None], self.half[..., None, None]
+        margin = torch.minimum(half[:, :, 0] - (x - centre[:, :, 0]).abs(), half[:, :, 1] - (y - centre[:, :, 1]).abs())
+        alpha = (0.5 + margin * (size / 2)).clamp(0, 1).amax(1)
+        return alpha * self.behind[:, None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Rendered people. The labels are the body's alone: what an occluder hides is still in them."""
+
+    image: Tensor  # (n, 3, S, S) RGB 0..1
+    silhouette: Tensor  # (n, S, S) 0 or 1
+    depth: Tensor  # (n, S, S) metres along the optical axis, 0 where there is no body
+    visible_fraction: Tensor  # (n,) share of the silhouette in the crop that no occluder covers; 0 where it is empty
+
+
+class Photographer:
+    """Renders people that are given by shape, pose and camera.
+
+    Raises:
+        UserError: the body has no faces.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        size: int,  # S pixels
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if body.faces is None:
+            raise UserError(f"body {body.name!r} has no faces, so no pictures can be drawn of it; leave image_size out")
+        if size < 16:
+            raise UserError(f"data.image_size {size}: at least 16 pixels are needed")
+        self.size = size
+        mesh = load_mesh(body, min(RENDERED_VERTICES, body.num_vertices))
+        self.body = body.select(mesh.coarse_ids.to(body.v_template.device)).to(device)
+        self.faces = mesh.coarse_faces.to(device)
+        self.wardrobe = Wardrobe(self.body.v_template, self.body.lbs_weights, body.joint_names)
+
+    def __call__(
+        self,
+        betas: Tensor,  # (n, B)
+        rotations: Tensor,  # (n, K, 3, 3)
+        pelvis: Tensor,  # (n, 3) metres, camera frame
+        focal: Tensor,  # (n,) crop half-sides
+        principal_point: Tensor,  # (n, 2) crop coordinates
+        boxes: OccluderBoxes,
+        generator: torch.Generator,  # CPU, of the looks alone
+    ) -> Pictures:
+        output = self.body(betas, rotations)
+        vertices = output.vertices + (pelvis - output.joints[:, 0])[:, None]
+        photo = compose_rgb(
+            generator, self.wardrobe, vertices, self.faces, focal, principal_point, self.size,
+            occluder=boxes.mask(self.size),
+        )  # fmt: skip
+        pixels = photo.silhouette.sum((1, 2))
+        seen = (photo.silhouette * ~photo.occlusion).sum((1, 2))
+        return Pictures(photo.image, photo.silhouette, photo.fragments.depth, seen / pixels.clamp_min(1))

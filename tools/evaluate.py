@@ -1,0 +1,8 @@
+"""`hmdiff evaluate`."""
+
+import sys
+
+from hmdiff.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))
