@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        where = error.filename or "the disk"
-        return _failed(f"{where}: no space left on the disk; nothing already saved was touched: free some and run again")
+        where = error.filename or "output"
+        return _failed(f"{where}: no space left on the disk; nothing already saved was touched: free some, run again")
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise

@@ -14,11 +14,10 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from hmdiff.body import Body, load_body
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
@@ -93,7 +92,7 @@ class HMDiffPipeline:
         return self.model.upsample_weight.device
 
     def to(self, device: torch.device | str) -> HMDiffPipeline:
-        cast(nn.Module, self.model).to(device)
+        self.model.to(device)
         self.body.to(device)
         self.faces = self.faces.to(device)
         return self

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -38,13 +39,26 @@ from hmdiff.body import load_body
 from hmdiff.config import Config, LossConfig, load_config, save_config
 from hmdiff.data.sample import Sample, concatenate
 from hmdiff.data.synthetic import SyntheticHumans, block_generator
-from hmdiff.diffusion.noising import clean_estimate, draw_steps, loss_weight, signal_share, training_target
+from hmdiff.diffusion.noising import (
+    WEIGHTINGS,
+    clean_estimate,
+    draw_steps,
+    loss_weight,
+    signal_share,
+    training_target,
+)
 from hmdiff.errors import UserError
 from hmdiff.evaluation import evaluate, mean_mesh_error, mean_mesh_errors, save_report
+from hmdiff.losses.mesh import POINT_LOSSES
 from hmdiff.losses.objective import objective
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.storage import atomic_file, make_folder
+
+_AT_LEAST_ONE = (
+    "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every", "checkpoint_every",
+    "keep_checkpoints",
+)  # fmt: skip
 
 
 class TrainingStream(Dataset):
@@ -117,12 +131,14 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         values = config.training
+        _check_values(config)
         if values.threads:
             torch.set_num_threads(values.threads)
-        self.accelerator = Accelerator(mixed_precision=values.mixed_precision)
+        # Without a camera loss the camera head gets no gradient, and DDP must be told to expect that.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=not config.loss.camera)
+        self.accelerator = Accelerator(mixed_precision=values.mixed_precision, kwargs_handlers=[unused])
         self.folder = make_folder(config.output)
         self._check_same_run()
-        set_seed(config.seed)
         device = self.accelerator.device
         body = load_body(config.body)
         mesh = build_mesh(config, body)
@@ -150,14 +166,16 @@ class Trainer:
         if values.compile:
             self.plain.forward = torch.compile(self.plain.forward)  # type: ignore[method-assign]
         self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
-        self.ema = EMAModel(self.plain.parameters(), decay=values.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        # Not registered with accelerate, which would unpickle whatever stands in its place: `_save` writes it.
+        self.ema = EMAModel(
+            self.plain.parameters(), decay=values.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
+        )
         self.ema.to(device)
-        self.accelerator.register_for_checkpointing(self.ema)
         self.step = 0
         self.stopping = False
 
     def run(self) -> dict[str, Any]:
-        """Train to the end (or to `training.minutes`), going on from the last checkpoint. Returns the last evaluation."""
+        """Train to the end (or for `training.minutes`), on from the last checkpoint. Returns the last evaluation."""
         values, main = self.config.training, self.accelerator.is_main_process
         if main:
             save_config(self.config, self.folder / "config.yaml")
@@ -170,22 +188,26 @@ class Trainer:
             num_workers=self.config.data.workers,
             prefetch_factor=4 if self.config.data.workers else None,
         )
-        batches = iter(loader)
-        bar = tqdm(total=values.steps, initial=self.step, disable=not main, desc=self.config.name, unit="step", leave=True)
+        bar = tqdm(total=values.steps, initial=self.step, disable=not main, desc=self.config.name, unit="step")
         sums: dict[str, float] = {}
+        counted = 0
         with self._stop_signals(), self._log() as log:
+            # In here, so that Ctrl-C finds our handler in the data workers too, and not the one that ends them.
+            batches = iter(loader)
+            if self.step and self._evaluation_due():
+                result = self._evaluate(log)  # a kill may have come between the checkpoint and its evaluation
             while self.step < values.steps and not self.stopping:
                 terms = self._one_step(batches)
                 self.step += 1
                 seen += values.batch_size * values.gradient_accumulation * self.accelerator.num_processes
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
+                counted += 1
                 bar.update(1)
                 if self.step % values.log_every == 0 or self.step == values.steps:
                     rate = seen / (time.monotonic() - started)
-                    count = values.log_every if self.step % values.log_every == 0 else self.step % values.log_every
-                    averages = {name: value / count for name, value in sums.items()}
-                    sums = {}
+                    averages = {name: value / counted for name, value in sums.items()}
+                    sums, counted = {}, 0
                     bar.set_postfix(loss=f"{averages['loss']:.4f}", samples=f"{rate:.0f}/s")
                     log({"step": self.step, **averages, "learning_rate": self._rate(), "samples_per_second": rate})
                 late = values.minutes and time.monotonic() - started > 60 * values.minutes
@@ -193,7 +215,7 @@ class Trainer:
                 last = self.step == values.steps or self.stopping
                 if self.step % values.checkpoint_every == 0 or last:
                     self._save()
-                if self.step % values.evaluate_every == 0 or last:
+                if self._evaluation_due() or last:
                     result = self._evaluate(log)
         bar.close()
         if self.step == values.steps and main and self.config.evaluation.test_people:
@@ -239,6 +261,9 @@ class Trainer:
         progress = (self.step - values.warmup_steps) / max(1, values.steps - values.warmup_steps)
         return values.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
+    def _evaluation_due(self) -> bool:
+        return self.step == self.config.training.steps or self.step % self.config.training.evaluate_every == 0
+
     def _agreed(self, stop: bool) -> bool:
         """Whether any process wants to stop: all must, or the others would wait for its gradients for ever."""
         if self.accelerator.num_processes == 1:
@@ -263,7 +288,7 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    # -- what is written ------------------------------------------------------------------------------------------------
+    # -- what is written ---------------------------------------------------------------------------------------------
 
     def _check_same_run(self) -> None:
         """Refuse to mix two experiments in one folder."""
@@ -288,12 +313,16 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(part), safe_serialization=True)
-        except OSError as error:
+            if self.accelerator.is_main_process:
+                save_file(_numbered(self.ema.shadow_params), part / "ema.safetensors")
+                progress = {"step": self.step, "ema_steps": self.ema.optimization_step}
+                (part / "progress.json").write_text(json.dumps(progress))
+        except Exception as error:  # of a full disk the file system, torch and safetensors each tell in their own way
             shutil.rmtree(part, ignore_errors=True)
-            raise UserError(f"{place}: could not be written ({error.strerror or error}); earlier checkpoints stand") from None
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:160]
+            raise UserError(f"{place}: could not be written ({reason}); earlier checkpoints stand") from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (part / "progress.json").write_text(json.dumps({"step": self.step}))
             shutil.rmtree(place, ignore_errors=True)
             os.rename(part, place)
             for old in self._checkpoints()[: -self.config.training.keep_checkpoints]:
@@ -302,24 +331,35 @@ class Trainer:
 
     def _checkpoints(self) -> list[Path]:
         found = (self.folder / "checkpoints").glob("step_*")
-        return sorted(path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / "progress.json").is_file())
+        whole = (path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / "progress.json").is_file())
+        return sorted(whole)
 
     def _resume(self) -> None:
         found = self._checkpoints()
         if not found:
             return
         try:
+            _without_pickle(found[-1], self.accelerator)
             self.accelerator.load_state(str(found[-1]))
-            self.step = int(json.loads((found[-1] / "progress.json").read_text())["step"])
+            progress = json.loads((found[-1] / "progress.json").read_text())
+            stored = load_file(found[-1] / "ema.safetensors", device=str(self.accelerator.device))
+            for mine, name in zip(self.ema.shadow_params, sorted(stored), strict=True):
+                mine.copy_(stored[name])
+            self.step, self.ema.optimization_step = int(progress["step"]), int(progress["ema_steps"])
         except Exception as error:  # torch, safetensors and JSON each raise their own
             reason = str(error).split("\n")[0][:160]
-            raise UserError(f"{found[-1]}: damaged checkpoint ({reason}); remove it to go on from the one before") from None
+            raise UserError(
+                f"{found[-1]}: damaged checkpoint ({reason}); remove it to go on from the one before"
+            ) from None
         if self.accelerator.is_main_process:
             tqdm.write(f"going on from {found[-1]}")
 
     @contextlib.contextmanager
     def _log(self) -> Iterator[Any]:
-        """A function that writes a row to log.csv and to TensorBoard; rows past the resumed step are dropped first."""
+        """A function that writes a row to log.csv and to TensorBoard.
+
+        What a resumed run will write again is dropped first: rows past its step, and the evaluation at its step.
+        """
         if not self.accelerator.is_main_process:
             yield lambda row: None
             return
@@ -329,7 +369,10 @@ class Trainer:
         rows: list[dict] = []
         if path.is_file():
             with open(path, newline="") as handle:
-                rows = [row for row in csv.DictReader(handle) if row.get("step") and int(row["step"]) <= self.step]
+                rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(handle) if row.get("step")]
+        rows = [row for row in rows if int(row["step"]) <= self.step]
+        if self._evaluation_due():
+            rows = [row for row in rows if int(row["step"]) < self.step or "val_pve_mean" not in row]
         writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
         def log(row: dict[str, float]) -> None:
@@ -362,7 +405,8 @@ class Trainer:
                 self.pipeline, self.validation, "val", values.people, values.num_hypotheses, values.num_inference_steps
             )
             self.pipeline.save_pretrained(self.folder / "pipeline")
-            self._picture()
+            if not self.config.training.picture_every or self.step % self.config.training.picture_every == 0:
+                self._picture()
         finally:
             self.ema.restore(self.plain.parameters())
             self.plain.train()
@@ -370,8 +414,9 @@ class Trainer:
                for kind, value in kinds.items()}  # fmt: skip
         log({"step": self.step, **row, "val_pve_of_mean_mesh": mean_mesh_error(self.validation, "val", values.people)})
         tqdm.write(
-            f"step {self.step}: validation PVE first {row['val_pve_first']:.1f}, mean {row['val_pve_mean']:.1f}, oracle of "
-            f"{values.num_hypotheses} {row['val_pve_oracle']:.1f} mm; PA-MPJPE of the mean {row['val_pa_mpjpe_mean']:.1f} mm"
+            f"step {self.step}: validation PVE first {row['val_pve_first']:.1f}, mean {row['val_pve_mean']:.1f}, "
+            f"oracle of {values.num_hypotheses} {row['val_pve_oracle']:.1f} mm; PA-MPJPE of the mean "
+            f"{row['val_pa_mpjpe_mean']:.1f} mm"
         )
         self.accelerator.wait_for_everyone()
         return report
@@ -387,8 +432,9 @@ class Trainer:
         save_report(report, self.folder / "test.json")
         found, baseline = report["errors"]["pve"]["mean"]["value"], report["mean_mesh"]["pve"]["value"]
         tqdm.write(
-            f"test: PVE of the mean of {values.num_hypotheses} {found:.1f} mm, {found / baseline:.2f} of the mean mesh's "
-            f"{baseline:.1f} mm; PA-MPJPE {report['errors']['pa_mpjpe']['mean']['value']:.1f} mm ({self.folder}/test.json)"
+            f"test: PVE of the mean of {values.num_hypotheses} {found:.1f} mm, {found / baseline:.2f} of the mean "
+            f"mesh's {baseline:.1f} mm; PA-MPJPE {report['errors']['pa_mpjpe']['mean']['value']:.1f} mm "
+            f"({self.folder}/test.json)"
         )
 
     def _picture(self) -> None:
@@ -396,6 +442,45 @@ class Trainer:
         from hmdiff.gallery import validation_picture
 
         validation_picture(self.pipeline, self.validation, self.folder / "pictures" / f"step_{self.step:08d}.png")
+
+
+def _check_values(config: Config) -> None:
+    """What would otherwise fail deep in the loop, or after the first step."""
+    if config.seed < 0:
+        raise UserError(f"seed {config.seed}: a whole number from 0 on is needed")
+    choices = (
+        ("loss.points", config.loss.points, POINT_LOSSES),
+        ("loss.weighting", config.loss.weighting, WEIGHTINGS),
+        ("training.mixed_precision", config.training.mixed_precision, ("no", "bf16", "fp16")),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise UserError(f"{name} {value!r} is not known; choose one of {', '.join(allowed)}")
+    numbers = {
+        "loss.noise_levels": config.loss.noise_levels,
+        **{f"training.{name}": getattr(config.training, name) for name in _AT_LEAST_ONE},
+    }
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{name} {number}: at least 1 is needed")
+
+
+def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
+    return {f"{number:04d}": tensor.contiguous() for number, tensor in enumerate(tensors)}
+
+
+def _without_pickle(checkpoint: Path, accelerator: Accelerator) -> None:
+    """A checkpoint of before `ema.safetensors` held the EMA in a pickle: write it anew, read with `weights_only`."""
+    old = checkpoint / "custom_checkpoint_0.pkl"
+    if accelerator.is_main_process and old.is_file():
+        state = torch.load(old, map_location="cpu", weights_only=True)
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        with atomic_file(checkpoint / "ema.safetensors") as temporary:
+            save_file(_numbered(state["shadow_params"]), temporary)
+        with atomic_file(checkpoint / "progress.json") as temporary:
+            temporary.write_text(json.dumps({**progress, "ema_steps": state["optimization_step"]}))
+        old.unlink()
+    accelerator.wait_for_everyone()
 
 
 def train(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`hmdiff train`, also for \`accelerate launch tools/train.py\`."""
+"""`hmdiff train`, also for `accelerate launch tools/train.py`."""
 
 import sys
 

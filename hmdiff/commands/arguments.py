@@ -76,7 +76,7 @@ def new_parser(subparsers: Any, name: str, summary: str, example: str, details: 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: %(default)s)"
+        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 (default: %(default)s)"
     )
 
 
@@ -100,9 +100,9 @@ def add_sampling(parser: argparse.ArgumentParser, eta: bool = True) -> None:
     )
     if eta:
         parser.add_argument(
-            "--eta", type=number(0), help="ddim's share of fresh noise, 0 none, 1 as ddpm (default: the checkpoint's own)"
+            "--eta", type=number(0), help="ddim's share of fresh noise, 0 none, 1 as ddpm (default: the checkpoint's)"
         )
-    parser.add_argument("--seed", type=whole(0), default=0, help="another seed, other hypotheses (default: %(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="other seed, other hypotheses (default: %(default)s)")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -146,7 +146,7 @@ def load_pipeline(name: str, device: torch.device | str = "cpu") -> HMDiffPipeli
 
 
 def check_sampling(pipeline: HMDiffPipeline, options: argparse.Namespace) -> None:
-    """Sampler and steps, before any work is done. The direct baseline has neither, and they are checked all the same."""
+    """Sampler and steps, before any work is done; also for the direct baseline, which has neither."""
     from hmdiff.diffusion.schedule import change_scheduler
 
     if options.sampler is not None:

@@ -24,9 +24,13 @@ def add_parser(subparsers: Any) -> None:
         "--config", default="hmdiff_small", metavar="FILE", help="a YAML file or a shipped name (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=arguments.whole(1), default=1, help="people (default: %(default)s)")
-    parser.add_argument("--num-hypotheses", type=arguments.whole(1), default=25, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--num-hypotheses", type=arguments.whole(1), default=25, metavar="N", help="bodies each (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: the config's)")
-    parser.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(arguments.SAMPLERS)} (default: the config's)")
+    parser.add_argument(
+        "--sampler", metavar="NAME", help=f"one of {', '.join(arguments.SAMPLERS)} (default: the config's)"
+    )
     parser.add_argument("--repeats", type=arguments.whole(1), default=5, help="of each timing (default: %(default)s)")
     parser.add_argument("--no-sampling", action="store_true", help="the training step alone")
     arguments.add_device(parser)
@@ -77,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
     model.train()
     first = _timed(train_step, device, 1)
     seconds = _timed(train_step, device, options.repeats)
-    print(f"forward and backward of {people} x {levels} noise levels: {1000 * seconds:.0f} ms, the first {1000 * first:.0f} ms")
+    print(f"forward and backward of {people} people x {levels} noise levels: {1000 * seconds:.0f} ms "
+          f"(the first {1000 * first:.0f} ms)")
     print(f"memory: {memory_text(device)}" + ("" if before is None else f", {before:.2f} GB before the model"))
     if options.no_sampling:
         return 0

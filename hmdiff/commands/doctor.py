@@ -86,7 +86,7 @@ def _bodies() -> Iterator[Finding]:
     from hmdiff.errors import UserError
 
     if not os.environ.get(FOLDER_VARIABLE):
-        yield Finding("-", "licensed bodies", f"{FOLDER_VARIABLE} is not set; only for {', '.join(LICENSED)} files of yours")
+        yield Finding("-", "licensed bodies", f"{FOLDER_VARIABLE} is not set; only needed for {', '.join(LICENSED)}")
         return
     for kind in LICENSED:
         try:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.commands import arguments
-from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
     from hmdiff.body import Body
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("test", "test_occluded", "test_ood", "val")
 MEAN_MESH = "mean mesh"
-TABLE_WIDTH = 112  # where the output is no terminal
+TABLE_WIDTH = 120  # where the output is no terminal
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,8 +27,8 @@ def add_parser(subparsers: Any) -> None:
         "errors of checkpoints on the synthetic splits, with intervals",
         "hmdiff evaluate --checkpoint hmdiff_small direct_small --split test test_ood",
         "PVE, MPJPE, PA-MPJPE and PA-PVE in mm, of the first hypothesis, of the mean of all, and of the best (oracle), "
-        "with 95 % bootstrap intervals over people; the mean mesh beside. A JSON for each checkpoint and split: one that "
-        "is there with the same settings and the same model is not computed again.",
+        "with 95 % bootstrap intervals over people; the mean mesh beside. A JSON for each checkpoint and split: one "
+        "that is there with the same settings and the same model is not computed again.",
     )
     parser.add_argument(
         "--checkpoint", nargs="+", default=[arguments.DEFAULT_CHECKPOINT], metavar="NAME",
@@ -39,7 +38,9 @@ def add_parser(subparsers: Any) -> None:
         "--split", nargs="+", default=["test"], choices=SPLITS, metavar="SPLIT",
         help=f"of {', '.join(SPLITS)} (default: test)",
     )  # fmt: skip
-    parser.add_argument("--people", type=arguments.whole(2), default=500, help="first people of the split (default: %(default)s)")
+    parser.add_argument(
+        "--people", type=arguments.whole(2), default=500, help="first people of the split (default: %(default)s)"
+    )
     arguments.add_sampling(parser, eta=False)
     arguments.add_device(parser)
     parser.add_argument(
@@ -103,7 +104,10 @@ def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> d
 
     with progress(f"{MEAN_MESH} {settings['split']}", 0):
         errors = mean_mesh_errors(data, settings["split"], settings["people"])
-    report = settings | {"body": data.body.name, "errors": {metric: {"mean": value} for metric, value in errors.items()}}
+    report = settings | {
+        "body": data.body.name,
+        "errors": {metric: {"mean": value} for metric, value in errors.items()},
+    }
     save_report(report, path)
     return report
 
@@ -173,17 +177,13 @@ def rows(reports: list[dict[str, Any]], split: str) -> Iterator[tuple[str, str, 
     for report in reports:
         if report["split"] != split:
             continue
-        for kind in KINDS:
-            values = [report["errors"][metric].get(kind) for metric in METRICS]
-            if any(value is None for value in values):
-                continue
-            yield report["checkpoint"], "" if report["checkpoint"] == MEAN_MESH else _kind(kind, report), [
-                f"{value['value']:.1f} ({value['low']:.1f}-{value['high']:.1f})" for value in values if value is not None
-            ]
-
-
-def _kind(kind: str, report: dict[str, Any]) -> str:
-    return kind if kind == "first" else f"{kind} of {report['num_hypotheses']}"
+        errors = report["errors"]
+        # The mean mesh, and a baseline without diffusion, whose hypotheses are all the same: one row says it all.
+        alone = all(len({json.dumps(value) for value in kinds.values()}) == 1 for kinds in errors.values())
+        for kind in [next(iter(errors["pve"]))] if alone else KINDS:
+            name = "-" if alone else kind if kind == "first" else f"{kind} of {report['num_hypotheses']}"
+            values = [errors[metric][kind] for metric in METRICS]
+            yield report["checkpoint"], name, [f"{v['value']:.1f} ({v['low']:.1f}-{v['high']:.1f})" for v in values]
 
 
 def print_tables(reports: list[dict[str, Any]]) -> None:
@@ -198,8 +198,8 @@ def print_tables(reports: list[dict[str, Any]]) -> None:
     for split in dict.fromkeys(report["split"] for report in reports):
         people = next(report["people"] for report in reports if report["split"] == split)
         table = Table(title=f"{split}: {people} people, mm (95 % interval)", title_justify="left")
-        table.add_column("checkpoint")
-        table.add_column("hypothesis")
+        table.add_column("checkpoint", overflow="fold")
+        table.add_column("hypothesis", no_wrap=True)
         for name in METRICS.values():
             table.add_column(name, justify="right", no_wrap=True)
         before = None

@@ -34,7 +34,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"  {'upsample_weight':22} {model.upsample_weight.numel():>12,}")
     print(f"body         {config.body!r}: {config.num_vertices} vertices, {config.num_joints} joints")
     print(f"reads        {config.inputs} ({config.backbone})")
-    print(f"tokens       {config.num_coarse // config.patch_size} patches of {config.patch_size}, {config.num_joints} joints")
+    patches = config.num_coarse // config.patch_size
+    print(f"tokens       {patches} patches of {config.patch_size} coarse vertices, {config.num_joints} joints")
     steps = scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
     print(f"diffusion    {type(scheduler).__name__}, {steps} steps trained, {pipeline.num_inference_steps} sampled, "
           f"eta {pipeline.eta:g}, predicts {scheduler.config.prediction_type}")  # type: ignore[attr-defined]

@@ -85,12 +85,14 @@ def read_people(
             except UserError:
                 if given:
                     raise
-        drawn = [(p.points, p.names) for p in persons] if len(persons) == len(maps) else _peaks(maps)
+        drawn = [(person.points, person.names) for person in persons]
+        if len(drawn) != len(maps):
+            drawn = _peaks(maps)
         return PhotoPeople(photo, (width, height), maps, drawn, f"heatmaps of {heatmaps}")
     if keypoints is None:
         raise UserError(
-            f"{photo}: nothing is known of the people in it; give --keypoints FILE (COCO or OpenPose JSON) or --heatmaps "
-            f"FILE.npz, or put {photo.stem}.json or {beside.name} beside it"
+            f"{photo}: nothing is known of the people in it; give --keypoints FILE (COCO or OpenPose JSON) or "
+            f"--heatmaps FILE.npz, or put {photo.stem}.json or {beside.name} beside it"
         )
     persons = read_keypoints_of(keypoints, photo, (width, height))
     center = side = None
@@ -98,13 +100,14 @@ def read_people(
         import torch
 
         if len(persons) != 1:
-            raise UserError(f"{keypoints}: {len(persons)} people, but --box is about one; leave it out, or keep one person")
+            raise UserError(f"{keypoints}: {len(persons)} people, but --box is about one; leave it out, or keep one")
         center, side = crop_from_box(torch.tensor([box]))
     try:
         maps = heatmaps_from_keypoints(persons, center, side)
     except UserError as error:
         raise UserError(f"{keypoints}: {error}") from None
-    return PhotoPeople(photo, (width, height), maps, [(p.points, p.names) for p in persons], f"keypoints of {keypoints}")
+    drawn = [(person.points, person.names) for person in persons]
+    return PhotoPeople(photo, (width, height), maps, drawn, f"keypoints of {keypoints}")
 
 
 def read_keypoints_of(path: Path, photo: Path, size: tuple[int, int]) -> list[PersonKeypoints]:
@@ -115,8 +118,8 @@ def read_keypoints_of(path: Path, photo: Path, size: tuple[int, int]) -> list[Pe
     except UserError:
         if _box_alone(path):
             raise UserError(
-                f"{path}: a box but no keypoints, and a box is not enough; add COCO or OpenPose keypoints to it, or give "
-                "--heatmaps FILE.npz"
+                f"{path}: a box but no keypoints, and a box is not enough; add COCO or OpenPose keypoints to it, or "
+                "give --heatmaps FILE.npz"
             ) from None
         raise
 

@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         "Needs pip install 'hmdiff[prepare]', and some minutes.",
     )  # fmt: skip
     _output(body, "assets/body.npz")
-    body.add_argument("--num-shapes", type=arguments.whole(20), default=1000, help="people drawn (default: %(default)s)")
+    body.add_argument("--num-shapes", type=arguments.whole(20), default=1000, help="people (default: %(default)s)")
     body.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
     body.set_defaults(run=_run(_body))
 
@@ -34,8 +34,8 @@ def add_parser(subparsers: Any) -> None:
         "hmdiff prepare mesh --body free --output assets/body_mesh.npz", "Some 15 s.",
     )  # fmt: skip
     _output(mesh, "assets/body_mesh.npz")
-    mesh.add_argument("--body", default="free", help="free, smpl, ..., or the path of a body file (default: %(default)s)")
-    mesh.add_argument("--num-coarse", type=arguments.whole(16), default=432, help="vertices kept (default: %(default)s)")
+    mesh.add_argument("--body", default="free", help="free, smpl, ..., or a body file (default: %(default)s)")
+    mesh.add_argument("--num-coarse", type=arguments.whole(16), default=432, help="vertices (default: %(default)s)")
     mesh.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
     mesh.set_defaults(run=_run(_mesh))
 

@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
     arguments.add_checkpoint(parser)
     arguments.add_sampling(parser)
     parser.add_argument(
-        "--focal", type=arguments.number(0, above=True), metavar="PX", help="of the camera, pixels (default: the diagonal)"
+        "--focal", type=arguments.number(0, above=True), metavar="PX", help="focal length (default: the diagonal)"
     )
     arguments.add_device(parser)
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="(default: %(default)s)")
@@ -110,7 +110,8 @@ def sample_people(pipeline: HMDiffPipeline, people: Sequence[PhotoPeople], optio
         bar.set_description("sampling")
     bar.close()
     seconds = time.perf_counter() - started
-    print(f"{written} of {len(everyone)} people, {options.num_hypotheses} hypotheses each, {seconds:.1f} s: {options.output}/")
+    what = f"{written} of {len(everyone)} people, {options.num_hypotheses} hypotheses each"
+    print(f"{what}, written to {options.output}/ in {seconds:.1f} s")
     return list(failures.values())
 
 

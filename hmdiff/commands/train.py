@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     trainer.run()
     if trainer.accelerator.is_main_process:
         done = trainer.step >= config.training.steps
-        state = "trained" if done else f"stopped at step {trainer.step} of {config.training.steps}: the same command goes on"
+        reached = f"stopped at step {trainer.step} of {config.training.steps}: the same command goes on"
+        state = "trained" if done else reached
         print(f"{state}; the model is in {config.output}/pipeline, the losses in {config.output}/log.csv")
         if done:
             print(f"next: hmdiff evaluate --checkpoint {config.output}/pipeline")
@@ -74,10 +75,11 @@ def dry_run(config: Config) -> None:
     values = config.training
     people = values.batch_size * values.gradient_accumulation * trainer.accelerator.num_processes
     model = trainer.plain
+    sizes = model.config
     print(f"config      {config.name}, would write to {wanted}/")
     print(f"parameters  {parameters(model):,} trained, {parameters(model, False):,} in all")
-    print(f"points      {model.config.num_coarse} coarse vertices + {model.config.num_joints} joints of {config.body!r}")
-    print(f"tokens      {model.config.num_coarse // model.config.patch_size} patches + {model.config.num_joints} joints")
+    print(f"points      {sizes.num_coarse} coarse vertices + {sizes.num_joints} joints of {config.body!r}")
+    print(f"tokens      {sizes.num_coarse // sizes.patch_size} patches + {sizes.num_joints} joints")
     print(f"step        {people} people x {config.loss.noise_levels} noise levels; {values.steps} steps in all")
     print(f"loss        {float(terms['loss']):.4f}")
     print(f"time        {built - started:.1f} s to build, {stepped - built:.1f} s the first step (without compiling)")

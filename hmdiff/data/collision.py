@@ -90,8 +90,7 @@ for _joint, _parent in enumerate(SMPL24_PARENTS[1:], start=1):
     _DEPTH[_joint] = _DEPTH[_parent] + 1
 _BY_DEPTH = [[joint for joint in range(24) if _DEPTH[joint] == depth] for depth in range(max(_DEPTH) + 1)]
 _LEVELS = [  # joints of a depth, and their parents' rows in the depth above
-    (level, [above.index(SMPL24_PARENTS[joint]) for joint in level])
-    for above, level in itertools.pairwise(_BY_DEPTH)
+    (level, [above.index(SMPL24_PARENTS[joint]) for joint in level]) for above, level in itertools.pairwise(_BY_DEPTH)
 ]
 _ORDERED = [joint for level in _BY_DEPTH for joint in level]
 _BACK = [_ORDERED.index(joint) for joint in range(24)]

@@ -50,6 +50,11 @@ class PoseMixture:
         self.spread = spread
         self.limits, self.extremes = JointLimitSampler(), JointLimitSampler(extreme=True)
 
+    def to(self, device: torch.device | str) -> PoseMixture:
+        """The same mixture drawing on a device, from a generator of that device."""
+        prior_share, limit_share, blend_share = self.shares.tolist()
+        return PoseMixture(prior_share, limit_share, blend_share, self.prior.to(device), self.spread)
+
     def sample(self, count: int, generator: torch.Generator, tail: bool = False) -> Tensor:  # (count, 24, 3, 3)
         """Poses in the given shares; `tail`: only ones far from the prior, yet inside the limits, hardly colliding."""
         if tail:

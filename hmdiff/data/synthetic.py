@@ -2,8 +2,8 @@
 
 Nothing is stored: people come in blocks, and block i of a stream is a function of (seed, stream, i) alone. So a resumed
 training sees the data it would have seen, several processes share a stream without overlap, and a split is fixed by its
-name. All figures of the process are our choice. The looks of pictures are drawn from a generator of their own, so people
-are the same with pictures as without. n people a block, V vertices, C coarse vertices, J keypoints (HALPE26).
+name. All figures of the process are our choice. The looks of pictures are drawn from a generator of their own, so that
+people are the same with pictures as without. n people a block, V vertices, C coarse vertices, J keypoints (HALPE26).
 """
 
 from __future__ import annotations

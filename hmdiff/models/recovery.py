@@ -10,7 +10,7 @@ Source: HMDiff (arXiv 2308.13369) for the split, the block order and the direct 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -33,6 +33,10 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
     config: Any  # the constructor's arguments as attributes; diffusers calls it a dict
     coarse_ids: Tensor
     upsample_index: Tensor
+
+    if TYPE_CHECKING:  # the decorator that diffusers puts on it loses its signature
+
+        def to(self, *args: Any, **kwargs: Any) -> MeshRecoveryModel: ...  # type: ignore[override]
 
     @register_to_config
     def __init__(

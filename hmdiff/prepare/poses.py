@@ -186,6 +186,7 @@ def write_prior(path: str | Path, prior: PosePrior, metadata: dict[str, object])
 def draw_sheet(path: str | Path, seed: int = 0, columns: int = 8) -> None:
     """A picture of sampled bodies: a row each of the prior, blends, the joint limits and the tail."""
     body = load_body("free")
+    assert body.faces is not None
     generator = torch.Generator().manual_seed(seed)
     mixtures = {"prior": PoseMixture(1, 0, 0), "blend": PoseMixture(0, 0, 1), "limits": PoseMixture(0, 1, 0),
                 "tail": PoseMixture(0, 1, 0)}  # fmt: skip
@@ -210,8 +211,12 @@ def intersection_report(
     body = load_body("free")
     generator = torch.Generator().manual_seed(seed)
     mixture, limits = PoseMixture(), JointLimitSampler()
-    poses = {"prior": mixture.prior.sample(count, generator), "limits": limits.sample(count, generator),
-             "mixture": mixture.sample(count, generator), "tail": mixture.sample(count, generator, tail=True)}  # fmt: skip
+    poses = {
+        "prior": mixture.prior.sample(count, generator),
+        "limits": limits.sample(count, generator),
+        "mixture": mixture.sample(count, generator),
+        "tail": mixture.sample(count, generator, tail=True),
+    }
     if source is not None:
         recorded = read_frames(source).test
         poses["recordings"] = recorded[torch.randperm(len(recorded), generator=generator)[:count]]
@@ -232,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", nargs="?", help="folder or tar archive of ASF and AMC files (mocap.cs.cmu.edu)")
     parser.add_argument("--output", help="file to write the prior to, such as assets/pose_prior.npz")
     parser.add_argument("--sheet", help="draw a sheet of 32 sampled bodies to this picture")
-    parser.add_argument("--intersections", action="store_true", help="report self-intersection of the samplers' bodies")
+    parser.add_argument("--intersections", action="store_true", help="report how far bodies lie in themselves")
     options = parser.parse_args(arguments)
     if options.output is not None and options.source is None:
         parser.error("--output needs the recordings as SOURCE")

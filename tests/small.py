@@ -1,0 +1,66 @@
+"""A model and a config small enough for the tests of the core, and synthetic people shared by them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
+from hmdiff.body import Body, load_body
+from hmdiff.config import Config, load_config
+from hmdiff.data.sample import Sample
+from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.mesh import MeshSampler
+from hmdiff.pipeline import HMDiffPipeline
+
+SMALL = (
+    "model.width=32", "model.heads=2", "model.depth=1", "model.feed_forward_ratio=2", "model.encoder_width=32",
+    "model.encoder_depth=1", "model.encoder_heads=2", "model.patch_size=16", "data.block_size=4", "training.batch_size=4",
+    "training.warmup_steps=2", "training.learning_rate=0.003", "training.log_every=2", "loss.noise_levels=2",
+    "evaluation.people=2", "evaluation.num_hypotheses=2", "evaluation.num_inference_steps=2",
+    "evaluation.test_people=0",
+)  # fmt: skip
+
+
+def small_config(output: str | Path = "unused", *overrides: str) -> Config:
+    return load_config(None, [*SMALL, f"output={output}", *overrides])
+
+
+@functools.cache
+def free_body() -> tuple[Body, MeshSampler]:
+    body = load_body("free")
+    return body, build_mesh(small_config(), body)
+
+
+@functools.cache
+def people(full_mesh: bool = False, block_size: int = 8) -> SyntheticHumans:
+    return build_data(small_config("unused", f"data.block_size={block_size}"), *free_body(), full_mesh=full_mesh)
+
+
+@functools.cache
+def people_block(stream: str = "train", number: int = 0, block_size: int = 8) -> Sample:
+    return people(True, block_size).block(stream, number)
+
+
+def awaken(module: nn.Module, scale: float = 1.0) -> None:
+    """Random weights everywhere: at its start a denoiser is a constant, and every test of it would pass."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            weight = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(weight * scale / max(1, parameter.shape[-1]) ** 0.5)
+
+
+def small_pipeline(*overrides: str) -> HMDiffPipeline:
+    """Untrained, but no output of it is constant."""
+    config = small_config("unused", *overrides)
+    body, mesh = free_body()
+    model = build_model(config, body, mesh)
+    weight = model.upsample_weight.detach().clone()
+    awaken(model)
+    with torch.no_grad():
+        model.upsample_weight.copy_(weight)
+    return HMDiffPipeline(model, build_scheduler(config), body, 5)

@@ -1,0 +1,123 @@
+"""Backbones: what is masked, what is linear, what the tokens depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hmdiff.heatmaps import gaussian_heatmaps
+from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
+
+
+def maps(points: Tensor, size: int = 64, sigma: float = 2.0) -> Tensor:  # (B, J, 2) -> (B, J, size, size)
+    return gaussian_heatmaps(points, torch.ones(points.shape[:-1]), sigma, size)
+
+
+def test_invalid_and_empty_joints_are_masked() -> None:
+    backbone = JointHeatmapBackbone(5, 64, 32)
+    heatmaps = maps(torch.rand(3, 5, 2) - 0.5)
+    valid = torch.ones(3, 5, dtype=torch.bool)
+    valid[0, 1] = False
+    heatmaps[1, 2] = 0
+    tokens, mask = backbone(heatmaps, valid)
+    assert tokens.shape == (3, 5, 32) and mask.dtype == torch.bool
+    expected = torch.ones(3, 5, dtype=torch.bool)
+    expected[0, 1] = expected[1, 2] = False
+    assert torch.equal(mask, expected)
+    assert (tokens[~mask] == 0).all() and (tokens[mask].norm(dim=-1) > 0.1).all()
+    assert tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_joint_tokens_batch_equals_single(batch: int) -> None:
+    backbone = JointHeatmapBackbone(5, 64, 32)
+    heatmaps, valid = maps(torch.rand(batch, 5, 2) - 0.5), torch.rand(batch, 5) < 0.7
+    tokens, mask = backbone(heatmaps, valid)
+    for i in range(batch):
+        one, one_mask = backbone(heatmaps[i : i + 1], valid[i : i + 1])
+        torch.testing.assert_close(one, tokens[i : i + 1])
+        assert torch.equal(one_mask, mask[i : i + 1])
+
+
+def features(backbone: JointHeatmapBackbone, heatmaps: Tensor) -> Tensor:
+    """What the embedding is given: moments, peak and spread."""
+    seen: list[Tensor] = []
+    handle = backbone.embed.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    backbone(heatmaps, torch.ones(heatmaps.shape[:2], dtype=torch.bool))
+    handle.remove()
+    return seen[0]
+
+
+def test_feature_of_a_mixture_is_the_mixture() -> None:
+    backbone = JointHeatmapBackbone(1, 64, 32)
+    # Boxes, so that the threshold at a tenth of the peak takes the same share of every pixel.
+    first, second = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64)
+    first[..., 10:14, 20:26], second[..., 40:44, 50:56] = 0.8, 0.8
+    both = features(backbone, first + second)[..., :-2]
+    a, b = features(backbone, first)[..., :-2], features(backbone, second)[..., :-2]
+    torch.testing.assert_close(both, (a + b) / 2, atol=1e-5, rtol=1e-4)
+    assert (a - b).abs().max() > 0.5
+    # The normalised distribution alone decides: twice as high is the same place.
+    torch.testing.assert_close(features(backbone, first / 2)[..., :-2], a, atol=1e-5, rtol=1e-4)
+    assert features(backbone, first)[..., -2] == pytest.approx(0.8)
+
+
+def test_feature_is_the_characteristic_function() -> None:
+    backbone = JointHeatmapBackbone(1, 64, 32)
+    place = torch.tensor([[[0.328125, -0.484375]]])  # centres of pixels
+    moments = features(backbone, maps(place, sigma=0.1))[0, 0]
+    omega = torch.pi / 2 * torch.logspace(0, 4, 8, base=2.0)
+    x, y = place[0, 0]
+    expected = torch.cat([(x * omega).sin(), (x * omega).cos(), x[None], x[None] ** 2])
+    torch.testing.assert_close(moments[:18], expected, atol=1e-4, rtol=1e-4)
+    expected = torch.cat([(y * omega).sin(), (y * omega).cos(), y[None], y[None] ** 2])
+    torch.testing.assert_close(moments[18:36], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_faint_background_is_no_place() -> None:
+    backbone = JointHeatmapBackbone(1, 64, 32)
+    clean = maps(torch.tensor([[[0.4, 0.1]]]))
+    torch.testing.assert_close(features(backbone, clean + 0.02), features(backbone, clean), atol=0.05, rtol=0.05)
+
+
+def test_conv_backbone_sees_places_and_validity() -> None:
+    backbone = ConvHeatmapBackbone(5, 64, 32)
+    points = torch.rand(2, 5, 2) - 0.5
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    tokens, mask = backbone(maps(points), valid)
+    assert tokens.shape == (2, 64, 32) and mask.shape == (2, 64) and mask.all()
+    one, _ = backbone(maps(points[1:]), valid[1:])
+    torch.testing.assert_close(one, tokens[1:])
+    moved, _ = backbone(maps(points + torch.tensor([0.2, 0.0])), valid)
+    assert (moved - tokens).abs().max() > 1e-3
+    invalid = valid.clone()
+    invalid[0, 3] = False
+    without, _ = backbone(maps(points), invalid)
+    assert (without[0] - tokens[0]).abs().max() > 1e-3 and torch.equal(without[1], tokens[1])
+    # What lies in an invalid channel is not looked at; an empty valid channel is another thing than an invalid one.
+    rubbish = maps(points)
+    rubbish[0, 3] = 1.0
+    assert torch.equal(backbone(rubbish, invalid)[0], without)
+    with pytest.raises(ValueError, match="8 times a power of two"):
+        ConvHeatmapBackbone(5, 48, 32)
+    assert ConvHeatmapBackbone(5, 16, 32)(torch.rand(1, 5, 16, 16), valid[:1])[0].shape == (1, 64, 32)
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+def test_image_backbone(channels: int) -> None:
+    backbone = ImageBackbone("resnet18", 64, 32, heatmap_channels=channels, pretrained=False).eval()
+    image, heatmaps, valid = torch.rand(2, 3, 64, 64), maps(torch.rand(2, 3, 2) - 0.5, 16), torch.ones(2, 3).bool()
+    with torch.no_grad():
+        tokens, mask = backbone(image, heatmaps, valid)
+        assert tokens.shape == (2, backbone.num_tokens, 32) == (2, 4, 32) and mask.all()
+        torch.testing.assert_close(backbone(image[1:], heatmaps[1:], valid[1:])[0], tokens[1:], rtol=1e-4, atol=1e-4)
+        assert (backbone(1 - image, heatmaps, valid)[0] - tokens).abs().max() > 1e-4
+        other = backbone(image, heatmaps.flip(-1), valid)[0]
+        hidden = backbone(image, heatmaps, torch.zeros_like(valid))[0]
+    if channels:
+        assert (other - tokens).abs().max() > 1e-4 and (hidden - tokens).abs().max() > 1e-4
+        with pytest.raises(ValueError, match="give both"):
+            backbone(image)
+    else:
+        assert torch.equal(other, tokens) and torch.equal(hidden, tokens)
