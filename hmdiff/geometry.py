@@ -184,11 +184,13 @@ def perspective_translation_fit(
         normal[..., 0, 2] = normal[..., 2, 0] = -cross[..., 0]
         normal[..., 1, 2] = normal[..., 2, 1] = -cross[..., 1]
         normal[..., 2, 2] = (rows[..., None] * ray.square()).sum((-2, -1))
-        right = torch.cat([(rows[..., None] * offset).sum(-2), -(rows[..., None] * ray * offset).sum((-2, -1))[..., None]], -1)
-        # Relative to the prior the prior's own equation is t - prior = 0, in units where depth counts as little as it is seen.
+        lateral, along = (rows[..., None] * offset).sum(-2), -(rows[..., None] * ray * offset).sum((-2, -1))
+        right = torch.cat([lateral, along[..., None]], -1)
+        # The prior's own equation is t - prior = 0; depth counts in it as little as the points see of depth.
         visible = total.clamp_min(1e-9)
         share = (normal[..., 2, 2] / visible).clamp_min(1e-6)
-        pull = prior_weight * visible[..., None] * torch.stack([torch.ones_like(share), torch.ones_like(share), share], -1)
+        pull = torch.stack([torch.ones_like(share), torch.ones_like(share), share], -1)
+        pull = prior_weight * visible[..., None] * pull
         normal = normal + torch.diag_embed(pull)
         right = right + pull * prior
         translation = torch.linalg.solve(normal, right)

@@ -109,7 +109,7 @@ class HMDiffPipeline:
         eta: float | None = None,  # DDIM's share of fresh noise
         photo_sizes: Tensor | None = None,  # (B, 2) width, height in pixels; None: the crop is the photo
         focal: Tensor | None = None,  # (B,) pixels; None: the photo's diagonal, as CLIFF (arXiv 2208.00571)
-        fit_camera: bool = True,  # place every hypothesis where the heatmaps' peaks see it; False: the camera head's word
+        fit_camera: bool = True,  # place every hypothesis where the heatmaps' peaks see it; False: the head's camera
         people: Sequence[int] | None = None,  # number of every person among all asked for; None: 0, 1, ...
         callback: Callback | None = None,
         progress: Callable[[int], None] | None = None,  # told how many hypotheses are done
@@ -145,7 +145,8 @@ class HMDiffPipeline:
         photo_sizes = photo_sizes.to(camera)
         focal = photo_sizes.norm(dim=-1) if focal is None else focal.to(camera)
         principal = photo_sizes / 2
-        translation = weak_to_full_camera(camera, center, side, focal, principal)[:, None].expand(-1, num_hypotheses, -1)
+        translation = weak_to_full_camera(camera, center, side, focal, principal)
+        translation = translation[:, None].expand(-1, num_hypotheses, -1)
         if fit_camera and heatmaps is not None and keypoints is not None:
             assert values is not None
             peaks, confidence = heatmap_peaks(values)
@@ -175,7 +176,7 @@ class HMDiffPipeline:
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         total = sampler.config.num_train_timesteps  # type: ignore[attr-defined]
         if not 1 <= steps <= total:
-            raise UserError(f"num_inference_steps {steps}: the model was trained with {total} steps; choose 1 to {total}")
+            raise UserError(f"num_inference_steps {steps}: the model was trained with {total} steps; choose 1 to that")
         eta = self.eta if eta is None else eta
 
         chunk = max(1, ROWS_AT_ONCE // count)
@@ -250,8 +251,8 @@ class HMDiffPipeline:
                 ) from None
         if not (place / "hmdiff.json").is_file():
             raise UserError(
-                f"{folder}: not a saved hmdiff pipeline (it has no hmdiff.json); give the folder that save_pretrained or "
-                "training wrote, such as runs/NAME/pipeline"
+                f"{folder}: not a saved hmdiff pipeline (it has no hmdiff.json); give the folder that save_pretrained "
+                "or training wrote, such as runs/NAME/pipeline"
             )
         try:
             about = json.loads((place / "hmdiff.json").read_text())
@@ -260,7 +261,7 @@ class HMDiffPipeline:
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(f"{place / 'hmdiff.json'}: damaged ({error!r}); save the pipeline again") from None
         if found != FORMAT:
-            raise UserError(f"{folder}: format {found} of saved pipelines, this hmdiff reads format {FORMAT}; update it")
+            raise UserError(f"{folder}: format {found} of saved pipelines, this one reads {FORMAT}; update hmdiff")
         model = _load_model(place / "model")
         scheduler = _load_scheduler(place / "scheduler", sampler)
         if body is None:

@@ -243,8 +243,8 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), values.gradient_clip)
         if not torch.isfinite(norm):
             raise UserError(
-                f"step {self.step}: the gradient is not finite; start again from {self.folder}/checkpoints with a lower "
-                "training.learning_rate, or with training.mixed_precision=no"
+                f"step {self.step}: the gradient is not finite; start again from {self.folder}/checkpoints with a "
+                "lower training.learning_rate, or with training.mixed_precision=no"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import save_tiny_pipeline
+from small import small_pipeline
 
 from hmdiff.cli import main
 
@@ -25,7 +25,9 @@ KEYPOINTS = [[60 + 3 * index, 20 + 9 * index, 1] for index in range(17)]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "tiny")
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    small_pipeline().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# -- photos and keypoints ------------------------------------------------------------------------------------------------
+# -- photos and keypoints
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_wrong_number_of_files(photo: Path, fails: Callable[..., str], tmp_path:
     assert "--box" in fails("sample", photo, photo, "--box", "1,2,3,4")
 
 
-# -- checkpoints ----------------------------------------------------------------------------------------------------------
+# -- checkpoints
 
 
 def spoiled(checkpoint: Path, folder: Path, name: str, content: bytes | None) -> Path:
@@ -149,7 +151,7 @@ def spoiled(checkpoint: Path, folder: Path, name: str, content: bytes | None) ->
         ("model/config.json", b"[]", "cannot be read as a model"),
         ("hmdiff.json", b"{}", "damaged"),
         ("hmdiff.json", None, "no hmdiff.json"),
-        ("hmdiff.json", b'{"format": 99, "body": "free", "sampler": "ddim", "num_inference_steps": 1, "eta": 0}', "update"),
+        ("hmdiff.json", b'{"format": 99, "body": "x", "sampler": "x", "num_inference_steps": 1, "eta": 0}', "update"),
         ("scheduler/scheduler_config.json", b"half", "cannot be read as a scheduler"),
     ],
 )
@@ -162,13 +164,14 @@ def test_checkpoint(
 
 
 def test_what_is_no_checkpoint(photo: Path, fails: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "epoch=3.ckpt").write_bytes(b"\x80\x02}q\x00.")
-    assert "save_pretrained" in fails("sample", photo, "--checkpoint", tmp_path / "epoch=3.ckpt", "--output", tmp_path / "o")
+    other = tmp_path / "epoch=3.ckpt"
+    other.write_bytes(b"\x80\x02}q\x00.")
+    assert "save_pretrained" in fails("sample", photo, "--checkpoint", other, "--output", tmp_path / "o")
     assert "hmdiff_small" in fails("info", "hmdiff_smal")
     assert "no such folder" in fails("evaluate", "--checkpoint", tmp_path / "gone", "--output", tmp_path / "o")
 
 
-# -- configs ----------------------------------------------------------------------------------------------------------------
+# -- configs
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_config_by_name_and_values(fails: Callable[..., str], tmp_path: Path) ->
     assert "not a multiple of" in fails("train", "--dry-run", "training.batch_size=3", "data.block_size=2")
 
 
-# -- options ----------------------------------------------------------------------------------------------------------------
+# -- options
 
 
 @pytest.mark.parametrize(
@@ -238,10 +241,12 @@ def test_commands_and_splits(fails: Callable[..., str], tmp_path: Path) -> None:
     assert "COMMAND" in fails()
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------------
+# -- writing
 
 
-def test_a_file_in_the_way_of_the_output(checkpoint: Path, photo: Path, fails: Callable[..., str], tmp_path: Path) -> None:
+def test_a_file_in_the_way_of_the_output(
+    checkpoint: Path, photo: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
     (tmp_path / "out").write_text("precious")
     for words in (["sample", photo, "--checkpoint", checkpoint], ["evaluate", "--checkpoint", checkpoint]):
         line = fails(*words, "--output", tmp_path / "out")

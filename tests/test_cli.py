@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import TINY, save_tiny_pipeline
+from small import SMALL, small_pipeline
 
 import hmdiff
 from hmdiff import cli
@@ -34,7 +34,9 @@ POSE = np.array([  # COCO-17, x and y in pixels of a photo of 120 x 200
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "tiny")
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    small_pipeline().save_pretrained(folder)
+    return folder
 
 
 def make_photo(folder: Path, name: str, shifts: tuple[int, ...] = (0,), width: int = 120) -> Path:
@@ -138,7 +140,7 @@ def test_sample_writes_everyone_the_same_whoever_is_asked_for_with_them(
     people, faces = len(alone["spread_mm"]), alone["faces"]
     assert alone["vertices"].shape == (2, people, 3) and alone["joints"].shape == (2, 24, 3)
     assert alone["keypoints"].shape == (2, 26, 3) and faces.max() == people - 1
-    assert alone["camera"].shape == alone["translation"].shape == (3,)
+    assert alone["camera"].shape == (3,) and alone["translation"].shape == (2, 3)
     np.testing.assert_allclose(alone["focal"], np.hypot(200, 200), rtol=1e-6)
     np.testing.assert_allclose(alone["principal_point"], [100, 100])
     spread = np.linalg.norm(alone["vertices"] - alone["vertices"].mean(0), axis=-1).mean(0) * 1000
@@ -153,13 +155,17 @@ def test_sample_writes_everyone_the_same_whoever_is_asked_for_with_them(
 
 
 @pytest.mark.usefixtures("quick_sheet")
-def test_focal_moves_the_person_away(checkpoint: Path, tmp_path: Path) -> None:
+def test_focal_and_sampler_reach_the_pipeline(checkpoint: Path, tmp_path: Path) -> None:
     photo = make_photo(tmp_path, "one")
-    depths = []
-    for focal in (300, 600):
-        assert sample(checkpoint, tmp_path / str(focal), photo, "--focal", focal) == 0
-        depths.append(arrays(tmp_path / str(focal) / "one.npz")["translation"][2])
-    assert depths[1] == pytest.approx(2 * depths[0], rel=1e-4)
+    found = {}
+    options: dict[str, list[Any]] = {"a": [], "b": ["--focal", 600], "c": ["--sampler", "ddpm"], "d": ["--eta", 1]}
+    for name, words in options.items():
+        assert sample(checkpoint, tmp_path / name, photo, *words) == 0
+        found[name] = arrays(tmp_path / name / "one.npz")
+    assert found["a"]["focal"] == pytest.approx(np.hypot(120, 200)) and found["b"]["focal"] == 600
+    np.testing.assert_array_equal(found["a"]["vertices"], found["b"]["vertices"])
+    for name in ("c", "d"):
+        assert np.abs(found[name]["vertices"] - found["a"]["vertices"]).max() > 1e-4, name
 
 
 @pytest.mark.usefixtures("quick_sheet")
@@ -223,14 +229,19 @@ def test_output_names_are_their_own(tmp_path: Path) -> None:
     assert names == {(0, 0): "a_1", (1, 0): "a_0", (1, 1): "a_1-2", (2, 0): "a_1-3"}
 
 
-def test_demo(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hmdiff.pictures as pictures
+
+    monkeypatch.setattr(pictures, "hypotheses_sheet", functools.partial(pictures.hypotheses_sheet, height=80))
     words = ["--checkpoint", str(checkpoint), "--num-hypotheses", "1", "--steps", "1", "--output", str(tmp_path)]
     assert main(["demo", *words]) == 0
     text = capsys.readouterr().out
     assert "hmdiff sample photo.jpg --keypoints photo.json" in text
     assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".obj", ".glb", ".png"}
     with Image.open(tmp_path / "sample.png") as picture:
-        assert min(picture.size) > 300
+        assert min(picture.size) > 160  # two rows
 
 
 def test_evaluate_is_not_done_twice(
@@ -242,14 +253,20 @@ def test_evaluate_is_not_done_twice(
     monkeypatch.setattr(module, "mean_mesh_errors", functools.partial(module.mean_mesh_errors, training_people=32))
     calls = []
     real = module.evaluate
-    monkeypatch.setattr(module, "evaluate", lambda *args, **kwargs: calls.append(args[2]) or real(*args, **kwargs))
-    own = save_tiny_pipeline(tmp_path / "own", "seed=1")
+
+    def counted(*words: Any) -> Any:
+        calls.append(words[2])
+        return real(*words)
+
+    monkeypatch.setattr(module, "evaluate", counted)
+    own = tmp_path / "own"
+    small_pipeline().save_pretrained(own)
     few = ["--people", "4", "--num-hypotheses", "2", "--steps", "1"]
     words = ["evaluate", "--checkpoint", str(checkpoint), str(own), *few, "--output", str(tmp_path / "out")]
     assert main(words) == 0
     table = capsys.readouterr().out
     assert calls == ["test", "test"]
-    report = json.loads((tmp_path / "out" / "tiny_test.json").read_text())
+    report = json.loads((tmp_path / "out" / "small_test.json").read_text())
     for kind in ("first", "mean", "oracle"):
         value = report["errors"]["pve"][kind]
         assert value["low"] <= value["value"] <= value["high"]
@@ -258,7 +275,7 @@ def test_evaluate_is_not_done_twice(
 
     assert main(words) == 0
     assert calls == ["test", "test"]
-    save_tiny_pipeline(own, "seed=2")  # another model under the same name
+    small_pipeline("model.depth=2").save_pretrained(own)  # another model under the same name
     assert main(words) == 0 and len(calls) == 3
     assert main([*words, "--seed", "5"]) == 0 and len(calls) == 5
 
@@ -287,7 +304,7 @@ def test_dry_run_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--dry-run", *TINY, "data.block_size=2", "training.batch_size=2", "output=here"]) == 0
+    assert main(["train", "--dry-run", *SMALL, "output=here"]) == 0
     text = capsys.readouterr().out
     assert "parameters" in text and "memory" in text and "would write to here/" in text
     assert not list(tmp_path.iterdir())
@@ -299,9 +316,9 @@ def test_info_and_bench(checkpoint: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["info", str(checkpoint)]) == 0
     count = sum(p.numel() for p in HMDiffPipeline.from_pretrained(checkpoint).model.parameters())
     text = capsys.readouterr().out
-    assert f"parameters   {count:,}" in text and "36 patches of 12" in text
+    assert f"parameters   {count:,}" in text and "27 patches of 16" in text
     few = ["--repeats", "1", "--num-hypotheses", "1", "--steps", "1"]
-    assert main(["bench", "--config", "quickstart", *TINY, *few]) == 0
+    assert main(["bench", "--config", "quickstart", *SMALL, *few]) == 0
     text = capsys.readouterr().out
     assert f"{count:,} parameters" in text and "ms an image" in text and "GB" in text
 

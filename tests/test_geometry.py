@@ -55,7 +55,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[int], tuple[Tensor, ...]
 
 def test_every_public_function_is_covered() -> None:
     public = {name for name, value in vars(g).items() if callable(value) and value.__module__ == g.__name__}
-    # similarity_transform returns a tuple and is what similarity_align applies; the translation fit has a test of its own.
+    # similarity_transform returns a tuple and is what similarity_align applies; the fit has a test of its own.
     assert public - set(CASES) == {"similarity_transform", "perspective_translation_fit"}
 
 
@@ -246,7 +246,9 @@ def test_similarity_is_the_best_and_never_a_reflection() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (4, 2)])
-def test_translation_fit_finds_the_place_and_resists_an_outlier(shape: tuple[int, ...], generator: torch.Generator) -> None:
+def test_translation_fit_finds_the_place_and_resists_an_outlier(
+    shape: tuple[int, ...], generator: torch.Generator
+) -> None:
     points = torch.randn(*shape, 17, 3, generator=generator, dtype=torch.float64) * 0.3
     place = torch.tensor([0.4, -0.2, 5.0], dtype=torch.float64).expand(*shape, 3)
     focal = torch.full(shape, 1000.0, dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 from small import awaken, free_body, people_block, small_config, small_pipeline
 from torch import Tensor
 
-from hmdiff.assembly import build_model
+from hmdiff.assembly import build_mesh, build_model
 from hmdiff.errors import UserError
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
@@ -158,12 +158,10 @@ def test_same_seed_same_weights_and_switched_off_parts_change_nothing() -> None:
         ("model.patch_size=7", "patches of 7"),
         ("model.heads=3", "not divisible by 3 heads"),
         ("model.widht=32", "no key 'widht'; did you mean 'width'"),
-        ("model.num_coarse=5", "choose another number"),
+        ("model.num_coarse=99999", "choose another number"),
     ],
 )
 def test_bad_hyperparameters_are_named(override: str, message: str) -> None:
-    from hmdiff.assembly import build_mesh
-
     body, _ = free_body()
     config = small_config("unused", override)
     with pytest.raises(UserError, match=message):

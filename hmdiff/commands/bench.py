@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +32,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--repeats", type=arguments.whole(1), default=5, help="of each timing (default: %(default)s)")
     parser.add_argument("--no-sampling", action="store_true", help="the training step alone")
+    parser.add_argument(
+        "--data", action="store_true", help="instead: does the data keep up with the training, at the config's batch"
+    )
     arguments.add_device(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the config's")
     parser.set_defaults(run=run)
@@ -50,6 +52,12 @@ def run(options: argparse.Namespace) -> int:
 
     config = arguments.read_config(options.config, options.overrides)
     device = arguments.resolve_device(options.device)
+    if options.data:
+        from hmdiff.throughput import measure_throughput
+
+        for name, value in measure_throughput(config, device, options.repeats).items():
+            print(f"{name:24} {f'{value:.4g}' if isinstance(value, float) else value}")
+        return 0
     config.model["pretrained"] = False  # nothing is downloaded to be timed
     config.data.block_size = options.batch_size
     body = load_body(config.body)
@@ -62,9 +70,6 @@ def run(options: argparse.Namespace) -> int:
     ).to(device)
     arguments.check_sampling(pipeline, options)
     people = options.batch_size
-    if model.config.inputs != "heatmaps":
-        size = model.config.image_size
-        sample = dataclasses.replace(sample, image=torch.rand(people, 3, size, size))
     print(f"{config.name}: {parameters(model, False):,} parameters, on {device}, {torch.get_num_threads()} threads")
 
     generator = torch.Generator().manual_seed(0)
@@ -81,8 +86,10 @@ def run(options: argparse.Namespace) -> int:
     model.train()
     first = _timed(train_step, device, 1)
     seconds = _timed(train_step, device, options.repeats)
-    print(f"forward and backward of {people} people x {levels} noise levels: {1000 * seconds:.0f} ms "
-          f"(the first {1000 * first:.0f} ms)")
+    print(
+        f"forward and backward of {people} people x {levels} noise levels: {1000 * seconds:.0f} ms "
+        f"(the first {1000 * first:.0f} ms)"
+    )
     print(f"memory: {memory_text(device)}" + ("" if before is None else f", {before:.2f} GB before the model"))
     if options.no_sampling:
         return 0

@@ -63,12 +63,12 @@ def run(options: argparse.Namespace) -> int:
         label: model_hash(arguments.checkpoint_folder(name))
         for name, label in zip(options.checkpoint, pipelines, strict=True)
     }
-    data: dict[str, SyntheticHumans] = {}  # by body, and only when something must be computed
+    data: dict[tuple[str, int | None], SyntheticHumans] = {}  # made only when something must be computed
 
-    def people_of(body: Body) -> SyntheticHumans:
-        if body.name not in data:
-            data[body.name] = test_people(body)
-        return data[body.name]
+    def people_of(body: Body, image_size: int | None = None) -> SyntheticHumans:
+        if (body.name, image_size) not in data:
+            data[body.name, image_size] = test_people(body, image_size)
+        return data[body.name, image_size]
 
     reports: list[dict[str, Any]] = []
     for split in dict.fromkeys(options.split):
@@ -82,10 +82,12 @@ def run(options: argparse.Namespace) -> int:
             path = folder / f"{label}_{split}.json"
             found = stored(path, settings)
             if found is None:
+                model = pipeline.model.config
+                people = people_of(pipeline.body, None if model.inputs == "heatmaps" else model.image_size)
                 with progress(f"{label} {split}", options.people) as update:
                     found = evaluate(
-                        pipeline, people_of(pipeline.body), split, options.people, options.num_hypotheses,
-                        options.steps, options.seed, options.sampler, update,
+                        pipeline, people, split, options.people, options.num_hypotheses, options.steps,
+                        options.seed, options.sampler, update,
                     ) | settings  # fmt: skip
                 save_report(found, path)
             reports.append(found)
@@ -112,12 +114,13 @@ def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> d
     return report
 
 
-def test_people(body: Body) -> SyntheticHumans:
-    """The people of the splits, as every checkpoint sees them: the default data of the body."""
+def test_people(body: Body, image_size: int | None = None) -> SyntheticHumans:
+    """The people of the splits, the same for every checkpoint: the default data, with pictures where they are read."""
     from hmdiff.assembly import build_data, build_mesh
     from hmdiff.config import load_config
 
-    config = load_config(None)
+    pictures = [] if image_size is None else ["data.pictures=true", f"data.image_size={image_size}"]
+    config = load_config(None, pictures)
     return build_data(config, body, build_mesh(config, body), full_mesh=True)
 
 
@@ -209,5 +212,3 @@ def print_tables(reports: list[dict[str, Any]]) -> None:
             table.add_row("" if checkpoint == before else checkpoint, kind, *cells)
             before = checkpoint
         console.print(table)
-
-

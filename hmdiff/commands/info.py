@@ -36,8 +36,10 @@ def run(options: argparse.Namespace) -> int:
     print(f"reads        {config.inputs} ({config.backbone})")
     patches = config.num_coarse // config.patch_size
     print(f"tokens       {patches} patches of {config.patch_size} coarse vertices, {config.num_joints} joints")
-    steps = scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
-    print(f"diffusion    {type(scheduler).__name__}, {steps} steps trained, {pipeline.num_inference_steps} sampled, "
-          f"eta {pipeline.eta:g}, predicts {scheduler.config.prediction_type}")  # type: ignore[attr-defined]
+    diffusion = scheduler.config  # type: ignore[attr-defined]
+    print(
+        f"diffusion    {type(scheduler).__name__}, {diffusion.num_train_timesteps} steps trained, "
+        f"{pipeline.num_inference_steps} sampled, eta {pipeline.eta:g}, predicts {diffusion.prediction_type}"
+    )
     print("model        " + ", ".join(f"{key}={value!r}" for key, value in config.items() if not key.startswith("_")))
     return 0

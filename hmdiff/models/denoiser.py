@@ -66,7 +66,7 @@ class MeshDenoiser(nn.Module):
         super().__init__()
         num_patches, patch_size = patches.shape
         self.num_vertices, self.num_joints = patches.numel(), num_joints
-        self.register_buffer("patches", patches.long())
+        self.register_buffer("patches", patches.long().clone())  # of its own: safetensors saves no shared memory
         self.register_buffer("place", patches.flatten().argsort())
         mask = None
         if neighbours is not None:

@@ -1,0 +1,110 @@
+"""Configs: layers in order, saved and read back, and a typo fails by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hmdiff.config import Config, check_keys, load_config, save_config
+from hmdiff.errors import UserError
+
+
+def test_defaults_then_file_then_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "one.yaml"
+    path.write_text("name: one\nmodel: {width: 64, mode: direct}\ntraining: {steps: 7, learning_rate: 1.0e-3}\n")
+    config = load_config(path, ["training.steps=9", "model.width=32", "data.faults.jitter=0.5"])
+    assert (config.name, config.training.steps, config.training.learning_rate) == ("one", 9, 1e-3)
+    assert config.model == {"width": 32, "mode": "direct"} and config.data.faults == {"jitter": 0.5}
+    assert config.training.batch_size == Config().training.batch_size
+    assert load_config() == Config()
+
+
+def test_saved_configs_read_back_equal(tmp_path: Path) -> None:
+    config = load_config(None, ["seed=12345678901", "model.width=48", "training.learning_rate=3e-5", "output=somewhere"])
+    save_config(config, tmp_path / "deep" / "config.yaml")
+    assert load_config(tmp_path / "deep" / "config.yaml") == config
+    assert config.training.learning_rate == 3e-5 and config.seed == 12345678901
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainin.steps=3", "no key 'trainin'; did you mean 'training'"),
+        ("training.step=3", "section 'training': there is no key 'step'; did you mean 'steps'"),
+        ("loss.weigthing=x", "did you mean 'weighting'"),
+        ("training.steps=many", "training.steps"),
+        ("training.steps", "is not key=value"),
+        ("training=3", "training"),
+        ("training.steps=[1", "not a value"),
+    ],
+)
+def test_bad_arguments_are_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(None, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("traning: {steps: 3}", "no key 'traning'; did you mean 'training'"),
+        ("training: {steps: [1]}", "training.steps"),
+        ("a: b: c", "not valid YAML"),
+        ("- 1\n- 2", "a mapping of keys to values"),
+        ("\x00", "not valid YAML"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(path)
+    assert "bad.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("seed: 1")
+    with pytest.raises(UserError, match="no such config; did you mean 'quickstart'"):
+        load_config(tmp_path / "quikstart.yaml")
+    with pytest.raises(UserError, match="no such config"):
+        load_config(tmp_path / "nowhere" / "x.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match=r"latin\.yaml"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_check_keys() -> None:
+    check_keys(["width"], ["width", "depth"], "here")
+    with pytest.raises(UserError, match="here: there is no key 'dept'; did you mean 'depth'"):
+        check_keys(["width", "dept"], ["width", "depth"], "here")
+    with pytest.raises(UserError, match="there are width, depth"):
+        check_keys(["zzz"], ["width", "depth"], "here")
+
+
+def test_every_shipped_config_is_valid() -> None:
+    import inspect
+
+    from hmdiff.assembly import build_scheduler
+    from hmdiff.models.recovery import MeshRecoveryModel
+
+    folder = Path(__file__).resolve().parent.parent / "configs"
+    paths = sorted(folder.glob("*.yaml"))
+    assert paths
+    allowed = inspect.signature(MeshRecoveryModel.__init__).parameters
+    for path in paths:
+        config = load_config(path)
+        check_keys(config.model, allowed, path.name)
+        build_scheduler(config)
+        assert config.training.batch_size % config.data.block_size == 0
+        assert path.read_text().startswith("# "), f"{path.name} opens with what it is for"
+
+
+def test_fields_have_plain_types() -> None:
+    """Else YAML could not hold them."""
+    for field in dataclasses.fields(Config):
+        value = getattr(Config(), field.name)
+        assert isinstance(value, str | int | dict) or dataclasses.is_dataclass(value)

@@ -1,0 +1,139 @@
+"""The estimator's faults: where nothing is wrong nothing moves, and every fault shows at the rate it was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility, two_peaks
+from hmdiff.heatmaps import gaussian_heatmaps, heatmap_peaks
+from hmdiff.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, joint_indices, mirror_permutation
+
+NONE = EstimatorFaults(
+    jitter=0.0, missing=0.0, missing_hidden=0.0, second_peak=0.0, swap=0.0, exact=0.0, all_joints=True
+)
+JOINTS = len(HALPE26)
+MIRROR = mirror_permutation(HALPE26)
+
+
+def run(faults: EstimatorFaults, n: int = 64, points: Tensor | None = None, **hidden: Tensor) -> tuple[Tensor, Tensor]:
+    points = places(n) if points is None else points
+    seen = torch.ones(n, JOINTS, dtype=torch.bool)
+    return estimate_heatmaps(
+        points, hidden.get("visible", seen), hidden.get("face_visible", seen), faults, torch.Generator().manual_seed(2)
+    )
+
+
+def places(n: int = 64) -> Tensor:
+    return torch.rand(n, JOINTS, 2, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
+
+
+def test_without_faults_the_peaks_are_the_keypoints() -> None:
+    points = places()
+    heatmaps, valid = run(NONE, points=points)
+    assert heatmaps.shape == (64, JOINTS, 64, 64) and valid.all() and (heatmaps >= 0).all()
+    peaks, confidence = heatmap_peaks(heatmaps)
+    torch.testing.assert_close(peaks, points, rtol=0, atol=2e-3)
+    assert (confidence > 0.2).all() and (confidence <= 1).all()
+
+
+def test_two_peaks_are_a_sum_of_gaussians() -> None:
+    points = torch.rand(3, 5, 2, 2) - 0.5
+    share, sigma = torch.rand(3, 5, 2), torch.rand(3, 5) + 1.5
+    expected = sum(gaussian_heatmaps(points[:, :, i], share[:, :, i], sigma) for i in range(2))
+    torch.testing.assert_close(two_peaks(points, share, sigma), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_jitter_has_the_size_it_was_given() -> None:
+    points = places(160)
+    peaks, _ = heatmap_peaks(run(dataclasses.replace(NONE, jitter=0.02), 160, points)[0])
+    error = (peaks - points).abs()
+    hips = torch.tensor(["hip" in name for name in HALPE26])
+    other, hip = error[:, ~hips].median().item(), error[:, hips].median().item()
+    assert other == pytest.approx(0.6745 * 0.02, rel=0.3) and hip == pytest.approx(1.8 * other, rel=0.25)
+    behind = torch.ones(160, JOINTS, dtype=torch.bool)
+    behind[:, 5] = False
+    peaks, _ = heatmap_peaks(run(dataclasses.replace(NONE, jitter=0.02), 160, points, visible=behind)[0])
+    error = (peaks - points).abs()
+    assert error[:, 5].median() > 1.6 * error[:, 6].median()
+    exact, _ = heatmap_peaks(run(dataclasses.replace(NONE, jitter=0.02, exact=1.0), 160, points)[0])
+    assert (exact - points).abs().median() < 0.4 * other
+
+
+def test_missing_joints() -> None:
+    there = run(dataclasses.replace(NONE, missing=0.3), 160)[0].amax((-1, -2)) > 0
+    assert there.float().mean().item() == pytest.approx(0.7, abs=0.03)
+    behind = torch.ones(160, JOINTS, dtype=torch.bool)
+    behind[:, ::2] = False
+    there = run(dataclasses.replace(NONE, missing_hidden=0.6), 160, visible=behind)[0].amax((-1, -2)) > 0
+    assert there[:, 1::2].all() and there[:, ::2].float().mean().item() == pytest.approx(0.4, abs=0.03)
+    outside = places()
+    outside[:, 3] = torch.tensor([1.2, 0.0])
+    there = run(NONE, points=outside)[0].amax((-1, -2)) > 0
+    assert not there[:, 3].any() and there[:, [0, 1, 2, 4]].all()
+
+
+def test_joint_sets() -> None:
+    heatmaps, valid = run(dataclasses.replace(NONE, all_joints=False), 300)
+    assert (heatmaps.amax((-1, -2)) > 0).eq(valid).all()  # without faults: exactly the joints of the set
+    sets = {
+        names: torch.tensor([name in names for name in HALPE26]) for names in (COCO17, OPENPOSE25, LSP14, HALPE26)
+    }
+    rates = [valid.eq(row).all(-1).float().mean().item() for row in sets.values()]
+    assert sum(rates) == pytest.approx(1) and rates == pytest.approx([0.5, 0.2, 0.15, 0.15], abs=0.08)
+    # A joint can be in the set and not be found: valid, and empty.
+    heatmaps, valid = run(dataclasses.replace(NONE, missing=0.5))
+    assert valid.all() and (heatmaps.amax((-1, -2)) == 0).any()
+
+
+def test_swaps_exchange_left_and_right() -> None:
+    points = places(200)
+    heatmaps, _ = run(dataclasses.replace(NONE, swap=1.0), 200, points)
+    swapped = (heatmap_peaks(heatmaps)[0] - points[:, MIRROR]).norm(dim=-1) < 0.02
+    knee, wrist, nose = joint_indices(["left_knee", "left_wrist", "nose"], HALPE26)
+    limbs = [name for name in HALPE26 if any(part in name for part in ("knee", "ankle", "toe", "heel", "hip"))]
+    legs = joint_indices([name for name in limbs if name != "mid_hip"], HALPE26)
+    # Half of the people are swapped outright (the others get double peaks); 70 % of them in the legs, 60 % in the arms.
+    plain = (heatmap_peaks(heatmaps)[0] - points).norm(dim=-1) < 0.02
+    outright = swapped[:, legs].all(1)
+    assert outright.float().mean().item() > 0.3
+    assert (swapped[:, knee] & swapped[:, wrist]).float().mean() < 0.5 * swapped[:, knee].float().mean() + 0.1
+    assert plain[:, nose].all()
+    double = run(dataclasses.replace(NONE, swap=1.0), 200, points)[0][:, knee]
+    at = ((points[:, [knee, MIRROR[knee]]] + 1) * 32).long().clamp(0, 63)
+    values = torch.stack([double[torch.arange(200), at[:, i, 1], at[:, i, 0]] for i in range(2)], 1)
+    assert (values.amin(1) > 0.1).float().mean() > 0.2  # both places are warm in the doubled ones
+
+
+def test_second_peaks() -> None:
+    points = places()
+    one, two = run(NONE, points=points)[0], run(dataclasses.replace(NONE, second_peak=1.0), points=points)[0]
+    mass = [(maps / maps.amax((-1, -2), keepdim=True)).sum((-1, -2)) for maps in (one, two)]
+    assert (mass[1] > 1.15 * mass[0]).float().mean() > 0.8
+
+
+def test_the_far_side_of_a_head_is_hidden() -> None:
+    keypoints = torch.zeros(2, JOINTS, 3)
+    left, right, nose = (HALPE26.index(name) for name in ("left_ear", "right_ear", "nose"))
+    keypoints[0, left], keypoints[0, right] = torch.tensor([0.1, 0, 0]), torch.tensor([-0.1, 0, 0])
+    keypoints[0, nose] = torch.tensor([0, 0, -0.1])  # looks at the camera
+    keypoints[1] = keypoints[0]
+    keypoints[1, :, 2] *= -1  # looks away
+    visible = face_visibility(keypoints)
+    assert visible[0].all()
+    face = joint_indices(["nose", "left_eye", "right_eye"], HALPE26)
+    assert not visible[1, face].any() and visible[1, left] and visible[1, right] and visible[1, 5:].all()
+    side = keypoints[:1].clone()
+    side[0, left], side[0, right] = torch.tensor([0.0, 0, 0.1]), torch.tensor([0.0, 0, -0.1])
+    side[0, nose] = torch.tensor([0.1, 0, 0])
+    assert not face_visibility(side)[0, left] and face_visibility(side)[0, right]
+
+
+def test_one_seed_one_result() -> None:
+    faults = EstimatorFaults()
+    first, second = run(faults), run(faults)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert (first[0].flatten(2).amax(-1) > 0)[~first[1]].sum() == 0
