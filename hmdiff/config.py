@@ -125,6 +125,8 @@ def load_config(
         merged = _merge(merged, values, f"argument {text!r}")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
+    if config.training.mixed_precision.lower() in ("false", "none"):
+        config.training.mixed_precision = "no"  # YAML reads a bare no as false
     return config
 
 

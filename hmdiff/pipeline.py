@@ -32,6 +32,7 @@ from hmdiff.resources import asset_path
 from hmdiff.storage import atomic_folder
 
 FORMAT = 1
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 ROWS_AT_ONCE = 512  # people times hypotheses in one evaluation of the denoiser: bounds the memory, changes no result
 
 
@@ -219,10 +220,15 @@ class HMDiffPipeline:
             return images, None, None
         return images, heatmaps.values.to(self.device), heatmaps.valid.to(self.device)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the pipeline, atomically: an older one at `folder` stays until the new one is whole."""
+    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
+        """Write the pipeline, atomically: an older one at `folder` stays until the new one is whole.
+
+        Reloaded it gives bit-equal results; with `half` the weights are rounded to float16 on the way, in half the bytes.
+        """
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary / "model", safe_serialization=True)
+            if half:
+                _halve(temporary / "model" / WEIGHTS)
             self.scheduler.save_pretrained(temporary / "scheduler")  # type: ignore[attr-defined]
             about = {
                 "format": FORMAT,
@@ -269,8 +275,17 @@ class HMDiffPipeline:
         return cls(model, scheduler, body, steps, eta).to(device)
 
 
+def _halve(path: Path) -> None:
+    """float16 for the weights and int32 for the indices; loading widens both again."""
+    from safetensors.torch import load_file, save_file
+
+    narrow = {torch.float32: torch.float16, torch.int64: torch.int32}
+    state = {name: value.to(narrow.get(value.dtype, value.dtype)) for name, value in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+
+
 def _load_model(folder: Path) -> MeshRecoveryModel:
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+    for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing; the checkpoint is not whole, save or copy it again")
     try:
@@ -280,7 +295,7 @@ def _load_model(folder: Path) -> MeshRecoveryModel:
         model = MeshRecoveryModel.from_config({**config, "pretrained": False})
         from safetensors.torch import load_file
 
-        state = load_file(folder / "diffusion_pytorch_model.safetensors")
+        state = load_file(folder / WEIGHTS)
         model.load_state_dict(state, strict=True)
     except UserError:
         raise

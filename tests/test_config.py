@@ -22,7 +22,7 @@ def test_defaults_then_file_then_arguments(tmp_path: Path) -> None:
 
 
 def test_saved_configs_read_back_equal(tmp_path: Path) -> None:
-    config = load_config(None, ["seed=12345678901", "model.width=48", "training.learning_rate=3e-5", "output=somewhere"])
+    config = load_config(None, ["seed=12345678901", "model.width=48", "training.learning_rate=3e-5", "output=there"])
     save_config(config, tmp_path / "deep" / "config.yaml")
     assert load_config(tmp_path / "deep" / "config.yaml") == config
     assert config.training.learning_rate == 3e-5 and config.seed == 12345678901

@@ -29,7 +29,7 @@ def test_known_values() -> None:
         point_error(predicted, target, "huber")
     edges = torch.tensor([[0, 1]])
     assert edge_error(predicted, target, edges).item() == pytest.approx(5, abs=1e-4)
-    assert edge_error(predicted + 7, predicted, edges).item() == pytest.approx(0, abs=1e-5)  # where it is does not count
+    assert edge_error(predicted + 7, predicted, edges).item() == pytest.approx(0, abs=1e-5)  # place does not count
     projected = torch.tensor([[[0.0, 0.0], [0.5, -0.5]]])
     place = torch.tensor([[[0.25, 0.0], [0.0, 0.0]]])
     assert reprojection_error(projected, place, torch.ones(1, 2)).item() == pytest.approx((0.25 + 1) / 2)

@@ -174,7 +174,7 @@ def test_models_that_read_pictures() -> None:
         both(image)
     with pytest.raises(UserError, match=r"images: shape \(2, 80, 80\) found"):
         both(image[:, 0], heatmaps(2))
-    with pytest.raises(UserError, match="uint8 found.* divide 8-bit pictures by 255"):
+    with pytest.raises(UserError, match=r"uint8 found.* divide 8-bit pictures by 255"):
         both((image * 255).byte(), heatmaps(2))
     with pytest.raises(UserError, match="2 images but heatmaps of 1 people"):
         both(image, heatmaps(1))

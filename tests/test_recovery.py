@@ -1,4 +1,4 @@
-"""The whole network: encode once, hypotheses as a batch dimension, the direct baseline, and the way to the full mesh."""
+"""The whole network: encode once, hypotheses as a batch dimension, the direct baseline, the way to the full mesh."""
 
 from __future__ import annotations
 
@@ -104,14 +104,14 @@ def test_points_and_back() -> None:
 
 
 def test_upsampling_keeps_vertices_and_moves_with_the_mesh() -> None:
-    body, mesh = free_body()
+    _, mesh = free_body()
     model = small_pipeline().model
     sample = people_block()
     assert sample.vertices is not None and sample.coarse_vertices is not None
     coarse = sample.coarse_vertices
     full = model.upsample(coarse)
     assert torch.equal(full[:, mesh.coarse_ids], coarse)
-    assert (full - sample.vertices).norm(dim=-1).mean() < 0.006  # the body's own people, from a thirtieth of the vertices
+    assert (full - sample.vertices).norm(dim=-1).mean() < 0.006  # metres, from a thirtieth of the vertices
     shift = torch.tensor([1.0, -2.0, 3.0])
     torch.testing.assert_close(model.upsample(coarse + shift), full + shift, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.upsample(coarse[:, None])[:, 0], full)

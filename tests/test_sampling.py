@@ -85,7 +85,8 @@ def test_rows_do_not_depend_on_their_batch(name: str, eta: float) -> None:
     def run(people: list[int]) -> Tensor:
         generators = hypothesis_generators(3, people, 2)
         noise = initial_noise(generators, 6)
-        return sample(lambda points, step: 0.5 * points.tanh(), scheduler, noise, 6, generators, eta).unflatten(0, (-1, 2))
+        result = sample(lambda points, step: 0.5 * points.tanh(), scheduler, noise, 6, generators, eta)
+        return result.unflatten(0, (-1, 2))
 
     together = run([0, 1, 2, 3])
     for person in range(4):

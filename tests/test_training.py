@@ -1,4 +1,4 @@
-"""The training loop: it learns, it resumes to the same weights after a stop or a kill, and processes add up to a batch."""
+"""The training loop: it learns, resumes to the same weights after a stop or a kill, and processes add up to a batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(autouse=True)
 def on_the_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Bit-equal results are promised for one kind of device; and accelerate keeps its settings for the whole process."""
+    """Bit-equal results are promised for one kind of device; accelerate keeps its settings for the process."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
@@ -165,7 +165,7 @@ def test_every_variant_learns_a_batch(overrides: tuple[str, ...]) -> None:
 
 
 def test_losses_say_what_the_noise_level_was_told() -> None:
-    """A network that knows the mesh has no error at any noise level; x_k and the fraction are what the sampler gives."""
+    """A network that knows the mesh has no error at any noise level; x_k and its fraction are the sampler's."""
     values = small_config("unused", "diffusion.num_train_timesteps=100")
     body, mesh = free_body()
     plain, scheduler, people = build_model(values, body, mesh), build_scheduler(values), people_block()
@@ -409,7 +409,7 @@ def test_another_experiment_in_the_same_folder_is_refused(tmp_path: Path, quick:
 def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     values = config(tmp_path, 4, "training.checkpoint_every=2", "training.evaluate_every=4")
     real = training.save_file
-    failures = OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc] write failed")
+    failures = OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container] write failed")
     for error in failures:
 
         def full(tensors: State, path: Path, error: Exception = error) -> None:
@@ -419,7 +419,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, quick: None, monkeypat
             real(tensors, path)
 
         monkeypatch.setattr(training, "save_file", full)
-        with pytest.raises(UserError, match="00004: could not be written .*; earlier checkpoints stand") as caught:
+        with pytest.raises(UserError, match=r"00004: could not be written .*; earlier checkpoints stand") as caught:
             training.train(values)
         assert "\n" not in str(caught.value)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
@@ -434,7 +434,7 @@ def test_old_checkpoints_go_and_damaged_ones_are_named(tmp_path: Path, quick: No
     places = sorted((tmp_path / "checkpoints").iterdir())
     assert [place.name for place in places] == ["step_00000003", "step_00000004"]
     (places[-1] / "model.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match=r"step_00000004: damaged checkpoint .*; remove it to go on from the one before"):
+    with pytest.raises(UserError, match=r"step_00000004: damaged checkpoint .*; remove it to go on"):
         training.train(values)
     (places[-1] / "progress.json").unlink()  # not whole: as if it were not there
     training.train(values)

@@ -21,7 +21,7 @@ from hmdiff.geometry import axis_angle_to_matrix, perspective_projection
 from hmdiff.skeletons import COCO17, HALPE26, joint_indices
 from hmdiff.storage import atomic_file
 
-SEED = 16  # looked at, and found good
+SEED = 28  # looked at, and found good
 SIZE = (640, 480)  # height, width
 _FINER = 2  # samples a pixel's side
 _HIDDEN = 0.12  # metres that a keypoint may lie below the visible surface before it counts as hidden
