@@ -24,7 +24,12 @@ from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_n
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
 from hmdiff.diffusion.schedule import change_scheduler, make_scheduler, sampler_name
 from hmdiff.errors import UserError
-from hmdiff.geometry import crop_to_photo, perspective_translation_fit, weak_to_full_camera
+from hmdiff.geometry import (
+    crop_to_photo,
+    perspective_projection,
+    perspective_translation_fit,
+    weak_to_full_camera,
+)
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
@@ -62,6 +67,23 @@ class MeshOutput:
     def spread(self) -> Tensor:  # (B, V) millimetres
         """Mean distance of the hypotheses' vertex to their mean: where the photo leaves the body open."""
         return (self.vertices - self.vertices.mean(1, keepdim=True)).norm(dim=-1).mean(1) * 1000
+
+
+def keypoint_distance(
+    output: MeshOutput,
+    heatmaps: Heatmaps,  # of the same B people
+    least_confidence: float = 0.1,  # of a peak that counts
+) -> Tensor:  # (B, N) photo pixels; NaN for a person without such a peak
+    """Mean distance of every hypothesis' projected keypoints to the heatmaps' peaks: how well it fits the photo."""
+    if output.keypoints is None:
+        raise UserError("this body has no keypoints to compare with the heatmaps")
+    placed = output.keypoints + output.translation[:, :, None]
+    projected = perspective_projection(placed, output.focal[:, None], output.principal_point[:, None])
+    peaks, confidence = heatmap_peaks(heatmaps.values.to(projected))
+    seen = crop_to_photo(peaks, heatmaps.center.to(projected), heatmaps.side.to(projected))
+    distance = (projected - seen[:, None]).norm(dim=-1)
+    counted = (confidence >= least_confidence)[:, None]
+    return torch.where(counted, distance, distance.new_tensor(float("nan"))).nanmean(-1)
 
 
 class HMDiffPipeline:
@@ -223,7 +245,7 @@ class HMDiffPipeline:
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
         """Write the pipeline, atomically: an older one at `folder` stays until the new one is whole.
 
-        Reloaded it gives bit-equal results; with `half` the weights are rounded to float16 on the way, in half the bytes.
+        Reloaded it gives bit-equal results; with `half` the weights are rounded to float16, in half the bytes.
         """
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary / "model", safe_serialization=True)

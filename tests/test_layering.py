@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"pipeline", "protocols", "prepare"}),
     frozenset({"assembly", "evaluation", "experiments", "gallery"}),
     frozenset({"training"}),
-    frozenset({"throughput", "cli", "demo", "doctor"}),
+    frozenset({"throughput", "cli", "commands", "__main__"}),
 )  # fmt: skip
 ROOMS = 3
 # Beyond the layers: what these import of ours, at most.

@@ -203,7 +203,7 @@ def test_folders_that_are_no_pipeline(tmp_path: Path, pipe: HMDiffPipeline) -> N
     about = json.loads((pipe.save_pretrained(folder) or folder / "hmdiff.json").read_text())
     spoil("hmdiff.json", "{", "damaged")
     spoil("hmdiff.json", "[]", "damaged")
-    spoil("hmdiff.json", json.dumps({**about, "format": 9}), "format 9 .* reads format 1; update it")
+    spoil("hmdiff.json", json.dumps({**about, "format": 9}), "format 9 .* reads 1; update hmdiff")
     spoil("hmdiff.json", json.dumps({**about, "sampler": "x"}), "scheduler 'x' is not known")
     spoil("model/config.json", "", "config.json: missing")
     spoil("model/config.json", '{"_class_name": "UNet2DModel"}', "holds a UNet2DModel")

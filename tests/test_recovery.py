@@ -69,6 +69,22 @@ def test_the_image_decides_and_the_masked_does_not() -> None:
 
 
 @torch.no_grad()
+def test_masked_tokens_are_masked_all_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only because the joints' backbone happens to set them to zero."""
+    model = small_pipeline().model
+    heatmaps, valid = inputs(2)
+    assert not valid.all()
+    tokens, mask = model.feature_backbone(heatmaps, valid)
+    points, step = torch.randn(2, 1, model.num_points, 3), torch.full((2, 1), 0.5)
+    before, camera = model(points, step, None, heatmaps, valid)
+    tokens = torch.where(mask[..., None], tokens, torch.randn_like(tokens))
+    monkeypatch.setattr(model.feature_backbone, "forward", lambda *_: (tokens, mask))
+    after, camera_after = model(points, step, None, heatmaps, valid)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(camera_after, camera, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
 def test_more_tokens_join_the_image() -> None:
     model = small_pipeline().model
     heatmaps, valid = inputs(2)

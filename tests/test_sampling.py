@@ -46,7 +46,7 @@ def test_a_perfect_denoiser_recovers_the_mesh(name: str, kind: str, schedule: st
 def test_the_perfect_denoiser_through_noisy_ddim(kind: str) -> None:
     clean = torch.randn(3, 7, 3)
     scheduler = make_scheduler("ddim", 200, "cosine", 4.0, kind)
-    for steps in (2, 7, 40, 200):
+    for steps in (2, 3, 8, 10, 40, 200):  # at 3, 8 and 10 diffusers' own step takes the root of -6e-8
         generators = hypothesis_generators(0, range(3), 1)
         denoise = knowing(lambda points, step: clean, scheduler, kind)
         result = sample(denoise, scheduler, initial_noise(generators, 7), steps, generators, eta=1.0)

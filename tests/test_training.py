@@ -398,6 +398,12 @@ def test_killed_at_the_worst_moments(
     assert_same_run(tmp_path, uninterrupted)
 
 
+def test_looking_changes_nothing(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
+    """An evaluation puts the EMA into the model, and must take it out again."""
+    training.train(config(tmp_path, STEPS, *STEADY, "training.evaluate_every=100"))
+    assert_same(checkpoint(tmp_path, STEPS), checkpoint(uninterrupted, STEPS))
+
+
 def test_another_experiment_in_the_same_folder_is_refused(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")
     for override, part in (("model.width=64", "model"), ("seed=3", "seed"), ("loss.camera=0.5", "loss")):

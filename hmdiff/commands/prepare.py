@@ -15,7 +15,7 @@ def add_parser(subparsers: Any) -> None:
     parser = arguments.new_parser(
         subparsers,
         "prepare",
-        "make the shipped assets again: body, mesh, poses, sample",
+        "make the shipped assets again: body, mesh, poses, sample, checkpoint",
         "hmdiff prepare sample --output assets",
     )
     parts = parser.add_subparsers(metavar="WHAT", dest="what", required=True)
@@ -53,6 +53,14 @@ def add_parser(subparsers: Any) -> None:
     _output(sample, "assets", "FOLDER")
     sample.add_argument("--seed", type=arguments.whole(0), help="of pose and looks (default: the shipped one's)")
     sample.set_defaults(run=_run(_sample))
+
+    checkpoint = arguments.new_parser(
+        parts, "checkpoint", "a trained pipeline in half precision, to ship",
+        "hmdiff prepare checkpoint runs/hmdiff_small --output assets/hmdiff_small",
+    )  # fmt: skip
+    checkpoint.add_argument("source", help="a run, or a folder that save_pretrained wrote")
+    _output(checkpoint, "assets/hmdiff_small", "FOLDER")
+    checkpoint.set_defaults(run=_run(_checkpoint))
 
 
 def _output(parser: argparse.ArgumentParser, default: str, kind: str = "FILE") -> None:
@@ -93,3 +101,10 @@ def _sample(options: argparse.Namespace) -> Mapping[str, Any]:
     from hmdiff.prepare.sample import SEED, prepare_sample
 
     return prepare_sample(options.output, SEED if options.seed is None else options.seed)
+
+
+def _checkpoint(options: argparse.Namespace) -> Mapping[str, Any]:
+    pipeline = arguments.load_pipeline(options.source, "cpu")
+    pipeline.save_pretrained(options.output, half=True)
+    size = sum(path.stat().st_size for path in Path(options.output).rglob("*") if path.is_file())
+    return {"parameters": sum(p.numel() for p in pipeline.model.parameters()), "megabytes": size / 1e6}

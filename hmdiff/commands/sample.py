@@ -12,6 +12,8 @@ from hmdiff.commands import arguments
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hmdiff.commands.photos import PhotoPeople
     from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
@@ -97,11 +99,13 @@ def sample_people(pipeline: HMDiffPipeline, people: Sequence[PhotoPeople], optio
     for first in range(0, len(everyone), PEOPLE_AT_ONCE):
         batch = everyone[first : first + PEOPLE_AT_ONCE]
         output = sample_batch(pipeline, people, batch, options, bar.update)
+        distance = _distance(output, people, batch)
         for row, (number, person) in enumerate(batch):
             photo = people[number]
             bar.set_description(f"writing {names[number, person]}")
             try:
-                text = write_person(output, row, photo, person, Path(options.output) / names[number, person])
+                stem = Path(options.output) / names[number, person]
+                text = write_person(output, row, photo, person, stem, distance)
             except UserError as error:
                 failures[photo.photo] = _about(photo.photo, error)
                 continue
@@ -164,7 +168,24 @@ def sample_batch(
     return output
 
 
-def write_person(output: MeshOutput, row: int, photo: PhotoPeople, person: int, stem: Path) -> str:
+def _distance(output: MeshOutput, people: Sequence[PhotoPeople], batch: Sequence[tuple[int, int]]) -> Tensor | None:
+    """From the hypotheses' keypoints to the heatmaps' peaks, (B, N) pixels; None for a body without keypoints."""
+    from hmdiff.heatmaps import concatenate_heatmaps
+    from hmdiff.pipeline import keypoint_distance
+
+    if output.keypoints is None:
+        return None
+    return keypoint_distance(output, concatenate_heatmaps([people[n].heatmaps[person] for n, person in batch]))
+
+
+def write_person(
+    output: MeshOutput,
+    row: int,  # of the person in the output
+    photo: PhotoPeople,
+    person: int,  # number in the photo
+    stem: Path,
+    distance: Tensor | None = None,  # (B, N) pixels
+) -> str:
     """npz, obj, glb and png of one person; returns a line about them."""
     from hmdiff.canvas import read_picture
     from hmdiff.export import save_glb, save_npz, save_obj
@@ -200,5 +221,8 @@ def write_person(output: MeshOutput, row: int, photo: PhotoPeople, person: int, 
         output.principal_point[row].cpu(), min(SHOWN, len(vertices)), points, names,
     )  # fmt: skip
     save_picture(path(".png"), sheet)
-    spread = float(output.spread[row].mean())
-    return f"{photo.photo} -> {stem}.npz .obj .glb .png  (spread {spread:.0f} mm, from {photo.source})"
+    spread, fit = float(output.spread[row].mean()), ""
+    if distance is not None:
+        away, side = float(distance[row].mean()), float(photo.heatmaps.side[person])
+        fit = f"2D distance {away:.1f} px, {100 * away / side:.1f} % of the crop; "
+    return f"{photo.photo} -> {stem}.npz .obj .glb .png  ({fit}spread {spread:.0f} mm; from {photo.source})"
