@@ -338,6 +338,14 @@ def test_stopped_and_started_again(tmp_path: Path, quick: None, uninterrupted: P
     assert [row["step"] for row in losses] == [row["step"] for row in expected] == ["2", "4", "6", "8", "9"]
 
 
+def test_minutes_end_a_call_and_not_the_run(tmp_path: Path, quick: None) -> None:
+    values = config(tmp_path, 3, "training.minutes=1e-6")
+    for step in (1, 2, 3):  # a call each
+        training.train(values)
+        assert max(int(row["step"]) for row in log_rows(tmp_path)) == step
+        assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "progress.json").is_file()
+
+
 @pytest.mark.parametrize("attempt", range(2))
 def test_killed_at_any_moment(tmp_path: Path, quick: None, uninterrupted: Path, attempt: int) -> None:
     """SIGKILL after the first checkpoint, at a random moment; the same command again gives the same weights."""
