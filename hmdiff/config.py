@@ -63,6 +63,7 @@ class TrainingConfig:
     """The loop. `steps` sets the length of the cosine; `minutes` only stops a call early, to be resumed."""
 
     steps: int = 2000
+    start_from: str = ""  # a saved pipeline whose weights to start from; give another seed, for other people
     batch_size: int = 64  # people per process and micro-step
     gradient_accumulation: int = 1
     learning_rate: float = 5e-4

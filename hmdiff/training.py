@@ -134,8 +134,9 @@ class Trainer:
         _check_values(config)
         if values.threads:
             torch.set_num_threads(values.threads)
-        # Without a camera loss the camera head gets no gradient, and DDP must be told to expect that.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=not config.loss.camera)
+        # Without a camera loss its head gets no gradient, nor do HRNet's other resolutions: DDP must expect it.
+        idle = not config.loss.camera or config.model.get("inputs", "heatmaps") != "heatmaps"
+        unused = DistributedDataParallelKwargs(find_unused_parameters=idle)
         self.accelerator = Accelerator(mixed_precision=values.mixed_precision, kwargs_handlers=[unused])
         self.folder = make_folder(config.output)
         self._check_same_run()
@@ -143,6 +144,8 @@ class Trainer:
         body = load_body(config.body)
         mesh = build_mesh(config, body)
         self.plain = build_model(config, body, mesh)
+        if values.start_from:
+            _take_weights(self.plain, values.start_from)
         # Fitted in closed form already, and the training people have no full mesh to refine it on.
         self.plain.upsample_weight.requires_grad_(False)
         self.scheduler = build_scheduler(config)
@@ -339,7 +342,6 @@ class Trainer:
         if not found:
             return
         try:
-            _without_pickle(found[-1], self.accelerator)
             self.accelerator.load_state(str(found[-1]))
             progress = json.loads((found[-1] / "progress.json").read_text())
             stored = load_file(found[-1] / "ema.safetensors", device=str(self.accelerator.device))
@@ -469,18 +471,14 @@ def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
     return {f"{number:04d}": tensor.contiguous() for number, tensor in enumerate(tensors)}
 
 
-def _without_pickle(checkpoint: Path, accelerator: Accelerator) -> None:
-    """A checkpoint of before `ema.safetensors` held the EMA in a pickle: write it anew, read with `weights_only`."""
-    old = checkpoint / "custom_checkpoint_0.pkl"
-    if accelerator.is_main_process and old.is_file():
-        state = torch.load(old, map_location="cpu", weights_only=True)
-        progress = json.loads((checkpoint / "progress.json").read_text())
-        with atomic_file(checkpoint / "ema.safetensors") as temporary:
-            save_file(_numbered(state["shadow_params"]), temporary)
-        with atomic_file(checkpoint / "progress.json") as temporary:
-            temporary.write_text(json.dumps({**progress, "ema_steps": state["optimization_step"]}))
-        old.unlink()
-    accelerator.wait_for_everyone()
+def _take_weights(model: MeshRecoveryModel, name: str) -> None:
+    """Start from a saved pipeline's weights. Raises `UserError` where the two models differ."""
+    stored = HMDiffPipeline.from_pretrained(name).model
+    for key, value in model.config.items():
+        other = stored.config.get(key)
+        if not key.startswith("_") and key not in ("mode", "pretrained") and other != value:
+            raise UserError(f"training.start_from {name}: its model has {key} {other!r}, this one {value!r}")
+    model.load_state_dict(stored.state_dict())
 
 
 def train(config: Config) -> dict[str, Any]:

@@ -483,24 +483,17 @@ def test_nothing_is_unpickled(tmp_path: Path, quick: None) -> None:
             assert not trap.exists(), name
 
 
-def test_checkpoints_with_a_pickled_ema_are_taken_over(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
-    """The first runs were saved so."""
-    values = config(tmp_path, STEPS, *STEADY)
-    trainer = Trainer(values)
-    step = trainer._one_step
-
-    def until(batches: Iterator) -> dict[str, Tensor]:
-        trainer.stopping = trainer.step == 5
-        return step(batches)
-
-    trainer._one_step = until  # type: ignore[method-assign]
-    trainer.run()
-    place = tmp_path / "checkpoints" / "step_00000006"
-    torch.save(trainer.ema.state_dict(), place / "custom_checkpoint_0.pkl")
-    (place / "ema.safetensors").unlink()
-    (place / "progress.json").write_text('{"step": 6}')
-    training.train(values)
-    assert_same(checkpoint(tmp_path, STEPS), checkpoint(uninterrupted, STEPS))
+def test_starting_from_a_saved_pipeline(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
+    again = config(tmp_path / "again", 1, *STEADY, f"training.start_from={uninterrupted / 'pipeline'}", "seed=7")
+    start = {name: value.clone() for name, value in Trainer(again).plain.state_dict().items()}
+    saved = load_file(uninterrupted / "pipeline" / "model" / "diffusion_pytorch_model.safetensors")
+    assert_same(start, saved)
+    fresh = Trainer(config(tmp_path / "fresh", 1, *STEADY, "seed=7")).plain.state_dict()
+    assert any(not torch.equal(value, saved[name]) for name, value in fresh.items())
+    start_from = f"training.start_from={uninterrupted / 'pipeline'}"
+    other = config(tmp_path / "other", 1, *STEADY, start_from, "model.width=64")
+    with pytest.raises(UserError, match="width 32, this one 64"):
+        Trainer(other)
 
 
 # -- bad values -------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ def add_parser(subparsers: Any) -> None:
         "hmdiff prepare checkpoint runs/hmdiff_small --output assets/hmdiff_small",
     )  # fmt: skip
     checkpoint.add_argument("source", help="a run, or a folder that save_pretrained wrote")
+    checkpoint.add_argument("--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: as saved)")
     _output(checkpoint, "assets/hmdiff_small", "FOLDER")
     checkpoint.set_defaults(run=_run(_checkpoint))
 
@@ -105,6 +106,7 @@ def _sample(options: argparse.Namespace) -> Mapping[str, Any]:
 
 def _checkpoint(options: argparse.Namespace) -> Mapping[str, Any]:
     pipeline = arguments.load_pipeline(options.source, "cpu")
+    pipeline.num_inference_steps = options.steps or pipeline.num_inference_steps
     pipeline.save_pretrained(options.output, half=True)
     size = sum(path.stat().st_size for path in Path(options.output).rglob("*") if path.is_file())
     return {"parameters": sum(p.numel() for p in pipeline.model.parameters()), "megabytes": size / 1e6}
