@@ -8,7 +8,8 @@ predicts the noise, which says nothing of the clean mesh at abar = 0.
 
 The shift: a coarse mesh has hundreds of points that move together, so that at a middling SNR the pose can be read off
 by averaging. As for images of higher resolution (Hoogeboom et al., arXiv 2301.11093, sec. 3.1) the SNR is divided by
-shift², which spends the steps where the pose is still open. The value is ours and not ablated yet (LOG.md).
+shift², which spends the steps where the pose is still open. The value is ours; a short ablation showed no
+clear effect (LOG.md).
 """
 
 from __future__ import annotations
