@@ -18,7 +18,7 @@ def draw_steps(
     terminal_share: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # long, 0 .. K-1
-    """Uniform steps, but a share of them at the last one, where x̂_0 is the direct regression (ours; see LOG.md).
+    """Uniform steps, but a share of them at the last one, where x̂_0 is the direct regression (ours, not ablated).
 
     With two dimensions the steps of a row are stratified: M noise levels of one image spread over the whole process.
     """
