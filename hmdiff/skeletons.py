@@ -2,8 +2,9 @@
 
 SMPL24: Loper et al., SIGGRAPH Asia 2015. COCO17: Lin et al., ECCV 2014. HALPE26: AlphaPose, arXiv 2211.03375 (COCO17,
 then head top, neck, hip and six points of the feet). OPENPOSE25: BODY_25, OPENPOSE18: OpenPose's older COCO output,
-arXiv 1812.08008. LSP14: Johnson and Everingham, BMVC 2010. H36M17: Ionescu et al., PAMI 2014, in the order of SPIN's
-regressor.
+arXiv 1812.08008. LSP14: Johnson and Everingham, BMVC 2010. H36M17: Ionescu et al., PAMI 2014. SPIN24: the joints of
+other data sets that SPIN adds to OPENPOSE25 (arXiv 1909.12828). MANO16: Romero et al., SIGGRAPH Asia 2017; HAND21 is
+also FreiHAND's order (arXiv 1909.04349). SMPLX76: Pavlakos et al., CVPR 2019, without the points of the face.
 """
 
 from __future__ import annotations
@@ -48,9 +49,16 @@ LSP14 = (
     "right_shoulder", "left_shoulder", "left_elbow", "left_wrist", "neck", "top_head",
 )  # fmt: skip
 
+# The right leg first: Human3.6M's own order, mmpose's, and that of METRO's J_regressor_h36m_correct.
 H36M17 = (
     "pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle", "spine", "neck", "jaw",
     "top_head", "left_shoulder", "left_elbow", "left_wrist", "right_shoulder", "right_elbow", "right_wrist",
+)  # fmt: skip
+
+# A hand from the wrist outwards, finger by finger, 4 at the tip: OpenPose's and FreiHAND's order (MANO's is another).
+HAND21 = (
+    "wrist", "thumb1", "thumb2", "thumb3", "thumb4", "index1", "index2", "index3", "index4", "middle1", "middle2",
+    "middle3", "middle4", "ring1", "ring2", "ring3", "ring4", "pinky1", "pinky2", "pinky3", "pinky4",
 )  # fmt: skip
 
 # The 14 joints that papers report, by name: limbs, neck and head. On bodies without H36M's regressor they are taken
@@ -60,9 +68,43 @@ J14 = (
     "right_shoulder", "left_shoulder", "left_elbow", "left_wrist", "neck", "top_head",
 )  # fmt: skip
 
+# The same fourteen as JOTR (arXiv 2307.16377) lists them, in H36M17's order.
+H36M14 = tuple(name for name in H36M17 if name not in ("pelvis", "spine", "jaw"))
+
+# The left leg first: the rows of SPIN's J_regressor_h36m. `joint_indices(J14, SPIN_H36M17)` is SPIN's H36M_TO_J14, and
+# `joint_indices(J14, H36M17)` is METRO's H36M_J17_TO_J14: by name the two cannot be mixed up.
+SPIN_H36M17 = (
+    "pelvis", "left_hip", "left_knee", "left_ankle", "right_hip", "right_knee", "right_ankle", "spine", "neck", "jaw",
+    "top_head", "left_shoulder", "left_elbow", "left_wrist", "right_shoulder", "right_elbow", "right_wrist",
+)  # fmt: skip
+
+# `top_head` is LSP's; Human3.6M's own is `head_h36m`, which is what H36M17 calls top_head. SPIN evaluates J24_TO_J14 =
+# 0 to 11, neck and head_h36m; `SPIN24_H36M17` takes all of H36M17 out of it.
+SPIN24 = (
+    "right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "right_wrist", "right_elbow",
+    "right_shoulder", "left_shoulder", "left_elbow", "left_wrist", "neck", "top_head", "pelvis", "thorax", "spine",
+    "jaw", "head_h36m", "nose", "left_eye", "right_eye", "left_ear", "right_ear",
+)  # fmt: skip
+SPIN24_H36M17 = tuple("head_h36m" if name == "top_head" else name for name in H36M17)  # H36M17, as SPIN24 names it
+SPIN24_J14 = tuple("head_h36m" if name == "top_head" else name for name in J14)
+
+_FINGERS = ("index", "middle", "pinky", "ring", "thumb")
+MANO16 = ("wrist", *(f"{finger}{joint}" for finger in _FINGERS for joint in (1, 2, 3)))
+SMPLX55 = (
+    *SMPL24[:22], "jaw", "left_eye_smplhf", "right_eye_smplhf",
+    *(f"{side}_{finger}{joint}" for side in ("left", "right") for finger in _FINGERS for joint in (1, 2, 3)),
+)  # fmt: skip
+SMPLX76 = (
+    *SMPLX55, "nose", "right_eye", "left_eye", "right_ear", "left_ear", "left_big_toe", "left_small_toe", "left_heel",
+    "right_big_toe", "right_small_toe", "right_heel",
+    *(f"{side}_{finger}4" for side in ("left", "right") for finger in ("thumb", "index", "middle", "ring", "pinky")),
+)  # fmt: skip
+
 JOINT_SETS: dict[str, tuple[str, ...]] = {
     "smpl24": SMPL24, "coco17": COCO17, "halpe26": HALPE26, "openpose25": OPENPOSE25, "openpose18": OPENPOSE18,
-    "lsp14": LSP14, "h36m17": H36M17, "j14": J14,
+    "lsp14": LSP14, "h36m17": H36M17, "j14": J14, "hand21": HAND21,
+    "h36m14": H36M14, "spin_h36m17": SPIN_H36M17, "spin24": SPIN24, "mano16": MANO16, "smplx55": SMPLX55,
+    "smplx76": SMPLX76,
 }  # fmt: skip
 
 

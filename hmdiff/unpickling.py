@@ -130,6 +130,14 @@ def load_pickle(path: str | Path) -> Any:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return unpickle(content, path)
+
+
+def unpickle(
+    content: bytes,
+    path: str | Path,  # for the message
+) -> Any:
+    """`load_pickle` for bytes that were already read, such as an object array's inside an npz."""
     try:
         # latin1: the published files were written by Python 2.
         return _to_array(_RestrictedUnpickler(io.BytesIO(content), encoding="latin1").load())

@@ -60,3 +60,24 @@ def test_a_missing_joint_is_named() -> None:
         s.joint_indices(["nose", "jaw"], s.COCO17)
     with pytest.raises(KeyError, match="'right_eye'"):
         s.mirror_permutation(["left_eye"])
+
+
+def test_fourteen_joints_are_found_by_name_in_both_orders_of_human36m() -> None:
+    """The published index maps, which are not interchangeable, come out of the names."""
+    assert s.joint_indices(s.J14, s.SPIN_H36M17) == [6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10]
+    assert s.joint_indices(s.J14, s.H36M17) == [3, 2, 1, 4, 5, 6, 16, 15, 14, 11, 12, 13, 8, 10]
+    assert s.joint_indices(s.H36M14, s.H36M17) == [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16]
+    assert s.joint_indices(s.SPIN24_J14, s.SPIN24) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 18]
+    # Human3.6M's seventeen of SPIN's preprocessing, in the order of its regressor.
+    order = [s.SPIN24_H36M17[i] for i in s.joint_indices(s.SPIN_H36M17, s.H36M17)]
+    assert s.joint_indices(order, s.SPIN24) == [14, 3, 4, 5, 2, 1, 0, 16, 12, 17, 18, 9, 10, 11, 8, 7, 6]
+
+
+def test_smplx_and_mano_joints_are_smplx_s_own() -> None:
+    names = pytest.importorskip("smplx.joint_names").JOINT_NAMES
+    tips = {f"{side}_{finger}": f"{side}_{finger}4" for side in ("left", "right")
+            for finger in ("thumb", "index", "middle", "ring", "pinky")}  # fmt: skip
+    assert s.SMPLX76 == tuple(tips.get(name, name) for name in names[:76])
+    assert s.SMPLX76[:55] == s.SMPLX55
+    assert tuple(f"right_{name}" for name in s.MANO16[1:]) == s.SMPLX55[40:]
+    assert set(s.MANO16) < set(s.HAND21)

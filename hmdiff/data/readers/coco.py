@@ -1,0 +1,80 @@
+"""COCO person keypoints (Lin et al., ECCV 2014): 2D alone, of people in the wild.
+
+SOURCE/annotations/person_keypoints_SPLIT.json and SOURCE/SPLIT/*.jpg (or SOURCE/images/SPLIT/). Taken is everybody who
+has keypoints and is no crowd. The crop is the square about the box, times 1.2. A keypoint that was labelled and not
+seen (1) has confidence 0.5, one that was seen (2) has 1, as everywhere here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hmdiff.data.readers.boxes import square_of_box
+from hmdiff.data.readers.labels import RowReader
+from hmdiff.data.readers.tables import read_json, stem_name
+from hmdiff.data.record import Record
+from hmdiff.errors import UserError
+from hmdiff.skeletons import COCO17
+
+VISIBILITY = np.array([0.0, 0.5, 1.0])  # not labelled, labelled but hidden, seen: our choice
+
+
+def read(source: Path, split: str) -> RowReader:
+    """Records of train2017, val2017, train2014 or val2014."""
+    path = source / "annotations" / f"person_keypoints_{split}.json"
+    return read_file("coco", path, (source / split, source / "images" / split))
+
+
+def read_file(
+    name: str,
+    path: Path,  # a COCO annotation file
+    places: Sequence[Path],  # where its images may be
+) -> RowReader:
+    """Records of one annotation file, whose categories' keypoints are COCO17."""
+    data = read_json(path)
+    if not isinstance(data, dict) or not {"images", "annotations"} <= data.keys():
+        raise UserError(f"{path}: no 'images' and 'annotations' in it; a COCO annotation file is expected")
+    files = {image["id"]: str(image["file_name"]) for image in data["images"]}
+    people = [
+        (row, item) for row, item in enumerate(data["annotations"])
+        if not item.get("iscrowd") and item.get("num_keypoints", 1) > 0 and "keypoints" in item
+    ]  # fmt: skip
+    place = _place(path, places, files[people[0][1]["image_id"]] if people else "")
+    crowd = len(data["annotations"]) - len(people)
+    notes = [f"{path}, images in {place}", f"{crowd} annotations without keypoints, or of crowds, were left out"]
+    return RowReader(name, people, lambda row: _record(name, path, place, files, *row), notes)
+
+
+def _place(path: Path, places: Sequence[Path], first: str) -> Path:
+    for place in places:
+        if (place / first).exists():
+            return place
+    raise UserError(f"{path}: its image {first} is in none of {', '.join(map(str, places))}; put the images there")
+
+
+def _record(name: str, path: Path, place: Path, files: dict[Any, str], row: int, item: dict[str, Any]) -> Record:
+    source = f"{path}, annotation {row} (id {item.get('id')})"
+    try:
+        image = files[item["image_id"]]
+        points = np.array(item["keypoints"], np.float64).reshape(17, 3)
+        x, y, width, height = (float(number) for number in item["bbox"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{source}: damaged ({error!r}); 17 keypoints, a box and an image are expected") from None
+    if not np.isin(points[:, 2], (0, 1, 2)).all():
+        raise UserError(f"{source}: visibility {points[:, 2].max():g}; 0, 1 or 2 is expected")
+    center, side = square_of_box(x, y, x + width, y + height)
+    return Record(
+        name=f"{name}/{stem_name(image)}/{item.get('id', row)}",
+        center=center,
+        side=side,
+        source=source,
+        image=place / image,
+        group=place.name,
+        keypoints_2d=points[:, :2],
+        keypoints_2d_confidence=VISIBILITY[points[:, 2].astype(int)],
+        keypoint_names=COCO17,
+    )

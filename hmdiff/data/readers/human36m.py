@@ -1,0 +1,188 @@
+"""Human3.6M (Ionescu et al., PAMI 2014) in the three layouts in which the field keeps it; 17 joints by motion capture.
+
+SPIN: SOURCE/h36m_valid_protocol{1,2}.npz, h36m_train*.npz (or in dataset_extras/),
+images/S9_Directions_1.60457274_000001.jpg; S (24, 4) relative to the pelvis, no camera. mmpose:
+SOURCE/annotation_body3d/cameras.pkl and fps10/ or fps50/h36m_*.npz with part and S (17, 3 and 4),
+images/S9/S9_Directions_1.60457274/....jpg, lenses with distortion. The JSON of I2L-MeshNet and Pose2Mesh: see
+`hmdiff.data.readers.human36m_json`.
+
+Splits: p2 = S9 and S11, camera 60457274, every fifth frame; p1 = all cameras; train = S1, S5, S6, S7, S8, all rows.
+Which a row is in is told by its image's name, whose frames are counted from 1. The 14 joints of protocols are H36M17's
+by name.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hmdiff.data.readers.boxes import PIXELS_PER_SCALE
+from hmdiff.data.readers.labels import RowReader
+from hmdiff.data.readers.lens import Lens, pinhole_about
+from hmdiff.data.readers.spin import SpinTable
+from hmdiff.data.readers.tables import Table, image_folder, stem_name
+from hmdiff.data.record import Record
+from hmdiff.errors import UserError
+from hmdiff.skeletons import H36M17, SPIN24, SPIN24_H36M17, joint_indices
+from hmdiff.unpickling import load_pickle
+
+TRAIN_SUBJECTS, TEST_SUBJECTS = (1, 5, 6, 7, 8), (9, 11)
+P2_CAMERA = "60457274"
+EVERY = 5
+_NAME = re.compile(r"S(\d+)_(.+)\.(\d{8})_(\d{6})\.\w+$")
+_SPIN24_ROWS = joint_indices(SPIN24_H36M17, SPIN24)
+_AGREEMENT = 3.0  # pixels that 3D joints may miss their 2D ones by, for the camera to be thought theirs
+
+
+class Frame(NamedTuple):
+    subject: int
+    action: str
+    camera: str
+    number: int  # from 0
+
+
+def frame_of(image: str) -> Frame | None:
+    """What an image's name says, or None where it is not one of Human3.6M's."""
+    match = _NAME.search(image)
+    return None if match is None else Frame(int(match[1]), match[2], match[3], int(match[4]) - 1)
+
+
+def in_split(split: str, frame: Frame) -> bool:
+    if split == "train":
+        return frame.subject in TRAIN_SUBJECTS
+    chosen = frame.subject in TEST_SUBJECTS and frame.number % EVERY == 0
+    return chosen and (split == "p1" or frame.camera == P2_CAMERA)
+
+
+def read(source: Path, split: str) -> RowReader:
+    """Records of p2, p1 or train, from whichever layout the folder has."""
+    if list(source.glob("annotations/Human36M_subject*_data.json")):
+        from hmdiff.data.readers.human36m_json import read_annotations
+
+        return read_annotations(source, split)
+    stem = "train" if split == "train" else "test"
+    if found := sorted(source.glob(f"annotation_body3d/fps*/h36m_{stem}.npz")):
+        return _mmpose(source, found[0], split)
+    own, all_cameras = f"h36m_valid_protocol{split[1]}.npz", "h36m_valid_protocol1.npz"
+    names = ("h36m_train*.npz",) if split == "train" else (own, all_cameras)
+    for folder in (source, source / "dataset_extras"):
+        for name in names:
+            if paths := sorted(folder.glob(name)):
+                return _spin(source, paths[0], split)
+    raise UserError(
+        f"{source}: none of Human3.6M's layouts for {split}: neither {names[0]}, nor "
+        f"annotation_body3d/fps10/h36m_{stem}.npz, nor annotations/Human36M_subject9_data.json"
+    )
+
+
+def _frames(table: Table, split: str) -> list[tuple[int, Frame]]:
+    """Rows of the split with what their names say."""
+    chosen = []
+    for row, name in enumerate(table.names):
+        if (frame := frame_of(name)) is None:
+            raise UserError(
+                f"{table.place(row)}: image {name!r}, expected a name like S9_Directions_1.60457274_000001.jpg"
+            )
+        if in_split(split, frame):
+            chosen.append((row, frame))
+    return chosen
+
+
+def _common(table: Table, row: int, frame: Frame, images: Path) -> dict[str, Any]:
+    return {
+        "name": f"human36m/{stem_name(Path(table.names[row]).name)}", "source": table.place(row),
+        "image": images / table.names[row], "group": f"S{frame.subject}_{frame.action}", "joint_names": H36M17,
+    }  # fmt: skip
+
+
+def _spin(source: Path, path: Path, split: str) -> RowReader:
+    data = SpinTable(path)
+    if data.joints is None:
+        raise UserError(f"{path}: no array 'S', so no 3D joints; Human3.6M's label file of SPIN has it")
+    joints, part = data.joints[:, _SPIN24_ROWS], None if data.part is None else data.part[:, _SPIN24_ROWS]
+    images = image_folder(data.table, (source, source / "images"))
+
+    def make(item: tuple[int, Frame]) -> Record:
+        row, frame = item
+        pose, betas = data.body(row)
+        return Record(
+            **_common(data.table, row, frame, images),
+            center=data.center[row],
+            side=data.side(row),
+            gender=data.person(row),
+            pose=pose,
+            betas=betas,
+            joints_3d=joints[row, :, :3],
+            joints_3d_valid=joints[row, :, 3] > 0,
+            keypoints_2d=None if part is None else part[row, :, :2],
+            keypoints_2d_confidence=None if part is None else part[row, :, 2].clip(0, 1),
+            keypoint_names=() if part is None else H36M17,
+        )
+
+    rows = _frames(data.table, split)
+    notes = [f"SPIN's {path}: {len(rows)} of its {len(data)} rows are in {split}; no camera, joints about the pelvis"]
+    return RowReader("human36m", rows, make, notes)
+
+
+def _mmpose(source: Path, path: Path, split: str) -> RowReader:
+    table = Table(path)
+    center, scale = table.column("center", (2,)), table.column("scale", ())
+    part, joints = table.column("part", (17, 3)), table.column("S", (17, 4))
+    lenses = _lenses(source / "annotation_body3d" / "cameras.pkl")
+    images = image_folder(table, (source / "images", source))
+    rows = _frames(table, split)
+
+    def make(item: tuple[int, Frame]) -> Record:
+        row, frame = item
+        key = (f"S{frame.subject}", frame.camera)
+        if key not in lenses:
+            raise UserError(f"{table.place(row)}: camera {frame.camera} of S{frame.subject} is not in cameras.pkl")
+        lens, points = lenses[key], part[row, :, :2]
+        # The converter's S is in the camera's frame; some copies have it in the world's. The 2D joints tell which.
+        frames = (joints[row, :, :3], lens.to_camera(joints[row, :, :3]))
+        misses = [lens.miss(places, points) for places in frames]
+        best = int(np.argmin(misses))
+        if np.isfinite(joints[row]).all() and np.isfinite(part[row]).all() and not misses[best] < _AGREEMENT:
+            raise UserError(
+                f"{table.place(row)}: its 3D joints are {misses[best]:.1f} pixels from its 2D ones by cameras.pkl, "
+                f"within {_AGREEMENT:g} was expected; the two files are not of the same conversion"
+            )
+        return Record(
+            **_common(table, row, frame, images),
+            center=center[row],
+            side=float(scale[row]) * PIXELS_PER_SCALE,
+            joints_3d=frames[best],
+            joints_3d_valid=joints[row, :, 3] > 0,
+            keypoints_2d=points,
+            keypoints_2d_confidence=part[row, :, 2].clip(0, 1),
+            keypoint_names=H36M17,
+            intrinsics=pinhole_about(frames[best], points, lens),
+        )
+
+    return RowReader("human36m", rows, make, [f"mmpose's {path}: {len(rows)} of its {len(table)} rows are in {split}"])
+
+
+def _lenses(path: Path) -> dict[tuple[str, str], Lens]:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; mmpose's preprocess_h36m.py writes it beside the labels")
+    cameras = load_pickle(path)
+    try:
+        return {
+            (str(subject), str(camera)): Lens(
+                # Theirs is applied to row vectors, so its transpose takes the world to the camera.
+                rotation=np.asarray(values["R"], np.float64).reshape(3, 3).T,
+                position=np.asarray(values["T"], np.float64).reshape(3),
+                focal=np.asarray(values["f"], np.float64).reshape(2),
+                principal=np.asarray(values["c"], np.float64).reshape(2),
+                radial=np.asarray(values.get("k", np.zeros(3)), np.float64).reshape(3),
+                tangential=np.asarray(values.get("p", np.zeros(2)), np.float64).reshape(2),
+            )
+            for (subject, camera), values in cameras.items()
+        }
+    except (AttributeError, KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: not mmpose's cameras ({error!r}); R, T, f, c, k and p by (S9, 60457274) were expected"
+        ) from None

@@ -1,0 +1,138 @@
+"""Human3.6M as JSON: the layout of 3DMPPE, I2L-MeshNet and Pose2Mesh (Moon and Lee, ECCV 2020; Choi et al., ECCV 2020).
+
+SOURCE/annotations/Human36M_subjectN_data.json (COCO-like: images with subject, action_idx, subaction_idx, cam_idx,
+frame_idx; boxes x, y, width, height), _camera.json (cameras 1 to 4: R, t, f, c; millimetres), _joint_3d.json (action,
+subaction, frame: 17 joints in the world, millimetres) and perhaps _smpl_param.json or _SMPL_NeuralAnnot.json (pose and
+shape, and trans, in the world), images in SOURCE/images/s_09_act_02_subact_01_ca_04/. No distortion is in it.
+
+Copies differ in t: of x = R X + t, or of x = R (X - t). The one that puts the person in front of the camera and nearest
+to the box is taken. The crop is about the joints, times 1.2, as mmpose's: copies differ in the boxes' padding too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hmdiff.data.readers.boxes import square_of_points
+from hmdiff.data.readers.human36m import EVERY, P2_CAMERA, TEST_SUBJECTS, TRAIN_SUBJECTS
+from hmdiff.data.readers.labels import RowReader, body_if_there, moved_translation, root_at_rest, turned_root
+from hmdiff.data.readers.tables import read_json, stem_name
+from hmdiff.data.record import Record
+from hmdiff.errors import UserError
+from hmdiff.skeletons import H36M17
+
+CAMERAS = ("54138969", "55011271", "58860488", "60457274")  # cam_idx 1 to 4
+_MILLIMETRES = 1000.0
+_SMPL_FILES = ("smpl_param", "SMPL_NeuralAnnot")
+
+
+def read_annotations(source: Path, split: str) -> RowReader:
+    """Records of p2, p1 or train."""
+    subjects = [_Subject(source, n) for n in (TRAIN_SUBJECTS if split == "train" else TEST_SUBJECTS)]
+    rows = [
+        (subject, row)
+        for subject in subjects
+        for row, (image, _) in enumerate(subject.rows)
+        if split == "train" or (
+            image["frame_idx"] % EVERY == 0 and (split == "p1" or CAMERAS[image["cam_idx"] - 1] == P2_CAMERA)
+        )
+    ]  # fmt: skip
+    notes = [f"annotations of subjects {', '.join(str(s.number) for s in subjects)}: {len(rows)} rows in {split}"]
+    fits = [str(subject.number) for subject in subjects if subject.smpl is not None]
+    notes.append(f"SMPL of subjects {', '.join(fits)}" if fits else "without SMPL: neither smpl_param nor NeuralAnnot")
+    return RowReader("human36m", rows, lambda item: item[0].record(item[1]), notes)
+
+
+class _Subject:
+    def __init__(self, source: Path, number: int) -> None:
+        self.number, self.images = number, source / "images"
+        self.start = source / "annotations" / f"Human36M_subject{number}"
+        self.path = Path(f"{self.start}_data.json")
+        data = read_json(self.path)
+        try:
+            images = {image["id"]: image for image in data["images"]}
+            self.rows = [(images[item["image_id"]], item) for item in data["annotations"]]
+            for image, _ in self.rows[:1]:
+                {key: image[key] for key in ("file_name", "action_idx", "subaction_idx", "cam_idx", "frame_idx")}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.path}: not in the layout of I2L-MeshNet ({error!r} is missing)") from None
+        self.cameras = read_json(Path(f"{self.start}_camera.json"))
+        self.joints = read_json(Path(f"{self.start}_joint_3d.json"))
+        fits = [path for name in _SMPL_FILES if (path := Path(f"{self.start}_{name}.json")).is_file()]
+        self.smpl = read_json(fits[0]) if fits else None
+        self._smpl = None if self.smpl is None else body_if_there("smpl", "neutral")
+        self._inverse: dict[int, bool] = {}  # per camera: t is the camera's place
+
+    def record(self, row: int) -> Record:
+        image, item = self.rows[row]
+        source = f"{self.path}, annotation {row}"
+        x, y, width, height = item["bbox"]
+        where = (str(image["action_idx"]), str(image["subaction_idx"]), str(image["frame_idx"]))
+        try:
+            world = np.array(self.joints[where[0]][where[1]][where[2]], np.float64).reshape(17, 3) / _MILLIMETRES
+            given = self.cameras[str(image["cam_idx"])]
+            camera = {key: np.array(given[key], np.float64) for key in ("R", "t", "f", "c")}
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{source}: no joints of action, subaction, frame {where}, or no camera ({error!r}); "
+                "the files are not of one conversion"
+            ) from None
+        (fx, fy), (cx, cy) = camera["f"].reshape(2), camera["c"].reshape(2)
+        intrinsics = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+        extrinsics = self._extrinsics(image["cam_idx"], camera, world, intrinsics, (x, y, width, height), source)
+        joints = world @ extrinsics[:, :3].T + extrinsics[:, 3]
+        pixels = joints @ intrinsics.T
+        seen = pixels[:, :2] / pixels[:, 2:]
+        center, side = square_of_points(seen, np.ones(17, bool))
+        return Record(
+            name=f"human36m/{stem_name(Path(image['file_name']).name)}",
+            center=center,
+            side=side,
+            source=source,
+            image=self.images / str(image["file_name"]).replace("\\", "/"),
+            group=f"S{self.number}_{where[0]}_{where[1]}",
+            joints_3d=joints,
+            joint_names=H36M17,
+            keypoints_2d=seen,
+            keypoint_names=H36M17,
+            intrinsics=intrinsics,
+            **self._body(where, extrinsics),
+        )
+
+    def _extrinsics(
+        self, number: int, camera: dict[str, np.ndarray], world: np.ndarray, intrinsics: np.ndarray,
+        box: tuple[float, float, float, float], source: str,
+    ) -> np.ndarray:  # (3, 4)  # fmt: skip
+        rotation, t = camera["R"].reshape(3, 3), camera["t"].reshape(3) / _MILLIMETRES
+        both = [np.concatenate([rotation, shift[:, None]], 1) for shift in (t, -rotation @ t)]
+        if number not in self._inverse:
+            x, y, width, height = box
+            edges, misses = np.array([[x, y], [x + width, y + height]]), []
+            for extrinsics in both:
+                pixels = (world @ extrinsics[:, :3].T + extrinsics[:, 3]) @ intrinsics.T
+                seen = pixels[:, :2] / pixels[:, 2:]
+                miss = np.abs(np.stack([seen.min(0), seen.max(0)]) - edges).max()
+                misses.append(miss if (pixels[:, 2] > 0.1).all() else np.inf)
+            if not min(misses) <= max(width, height):
+                raise UserError(f"{source}: camera {number} does not see the joints in their box; not one set of files")
+            self._inverse[number] = bool(misses[1] < misses[0])
+        return both[self._inverse[number]]
+
+    def _body(self, where: tuple[str, str, str], extrinsics: np.ndarray) -> dict[str, Any]:
+        """Pose and shape, where they were fitted; the translation needs SMPL's file, for the root joint at rest."""
+        try:
+            fit = self.smpl[where[0]][where[1]][where[2]] if self.smpl is not None else None
+        except KeyError:
+            fit = None
+        if fit is None:
+            return {}
+        pose, betas = np.array(fit["pose"], np.float64).reshape(-1, 3), np.array(fit["shape"], np.float64).reshape(-1)
+        labels: dict[str, Any] = {"pose": turned_root(pose[:24], extrinsics[:, :3]), "betas": betas[:10]}
+        if "trans" in fit:
+            trans = np.array(fit["trans"], np.float64).reshape(3)
+            if self._smpl is not None:
+                labels["translation"] = moved_translation(trans, root_at_rest(self._smpl, betas), extrinsics)
+        return labels

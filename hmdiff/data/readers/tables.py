@@ -1,0 +1,184 @@
+"""Label files as tables of rows: npz archives (SPIN's lineage) and JSON, checked, with faults named by file and row.
+
+Nothing in an npz is unpickled by numpy: an object array, which some were saved with, is read by the restricted
+unpickler.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from hmdiff.errors import UserError
+from hmdiff.unpickling import unpickle
+
+
+class Table:
+    """The arrays of an npz that have one entry a row: each checked for number of rows and its shape when read."""
+
+    def __init__(
+        self,
+        path: Path,
+        key: str = "imgname",  # the column that every table has, and that says how many rows there are
+    ) -> None:
+        self.path = path
+        try:
+            if not zipfile.is_zipfile(path):
+                raise UserError(f"{path}: not an npz file, or cut short; download it again")
+            with zipfile.ZipFile(path) as archive:
+                self.keys = frozenset(name.removesuffix(".npy") for name in archive.namelist())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+        if key not in self.keys:
+            raise UserError(f"{path}: no {key!r} among its arrays ({', '.join(sorted(self.keys))}); not a label file")
+        self.names = [_text(name) for name in self._read(key).reshape(-1)]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def column(
+        self,
+        key: str,
+        *shapes: tuple[int, ...],  # of one row, any of these; empty: not checked. Axes of length 1 do not count
+    ) -> np.ndarray:  # (rows, *shape) float64, or text
+        """Raises `UserError`: there is no such array; it has another number of rows, or rows of another shape."""
+        if key not in self.keys:
+            raise UserError(f"{self.path}: no array {key!r}; it has {', '.join(sorted(self.keys))}")
+        value = self._read(key)
+        if value.ndim == 0 or len(value) != len(self):
+            found = "no" if value.ndim == 0 else len(value)
+            raise UserError(f"{self.path}: {key} has {found} rows, imgname has {len(self)}; the file is not whole")
+        if value.dtype.kind in "OSU":
+            return value
+        if shapes and value.shape[1:] not in shapes:
+            for shape in shapes:
+                if math.prod(value.shape[1:]) == math.prod(shape):
+                    value = value.reshape(len(self), *shape)
+                    break
+            else:
+                raise UserError(f"{self.path}: {key} has rows of shape {value.shape[1:]}, expected {shapes[0]}")
+        return value.astype(np.float64)
+
+    def optional(self, key: str, *shapes: tuple[int, ...]) -> np.ndarray | None:
+        """`column`, or None where the file has no such array."""
+        return self.column(key, *shapes) if key in self.keys else None
+
+    def place(self, row: int) -> str:
+        return f"{self.path}, row {row}"
+
+    def _read(self, key: str) -> np.ndarray:
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as member:
+                version = npy_format.read_magic(member)  # type: ignore[no-untyped-call]
+                read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+                shape, _, dtype = read(member)
+                if dtype.hasobject:
+                    return np.asarray(unpickle(member.read(), f"{self.path}, array {key}")).reshape(shape)
+            with np.load(self.path, allow_pickle=False) as arrays:
+                value: np.ndarray = arrays[key]
+                return value
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{self.path}: array {key!r} is damaged ({error}); download the file again") from None
+
+
+def _text(value: object) -> str:
+    """A path with forward slashes, from text or bytes: files written on Windows have the other kind."""
+    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).replace("\\", "/")
+
+
+def label_files(
+    source: Path,
+    split: str,  # the name of a file without .npz; "": there must be one file alone
+) -> list[Path]:
+    """The npz files of a folder, or of its `dataset_extras`. Raises `UserError` naming those that are there."""
+    found = {path.stem: path for folder in (source / "dataset_extras", source) for path in sorted(folder.glob("*.npz"))}
+    if not found:
+        raise UserError(f"{source}: no label file *.npz in it, nor in its dataset_extras/; put them there")
+    if split:
+        if split not in found:
+            raise UserError(f"{source}: no {split}.npz; give one of {', '.join(sorted(found))} as the split")
+        return [found[split]]
+    if len(found) > 1:
+        raise UserError(f"{source}: several label files; name one as the split, of {', '.join(sorted(found))}")
+    return list(found.values())
+
+
+def image_folder(
+    table: Table,
+    places: Sequence[Path],
+) -> Path:
+    """The first of the places in which the table's first image is. Raises `UserError` naming all of them."""
+    for place in places:
+        if len(table) and (place / table.names[0]).is_file():
+            return place
+    if not len(table):
+        return places[0]
+    tried = ", ".join(str(place) for place in places)
+    raise UserError(f"{table.place(0)}: its image {table.names[0]} is in none of {tried}; put the images there")
+
+
+def read_json(path: Path) -> Any:
+    """Raises `UserError` naming the file: missing, cut short, not JSON."""
+    text = _json_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON, or cut short ({error}); download it again") from None
+
+
+def _json_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); complete the data set") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not JSON text ({error}); download it again") from None
+
+
+def json_rows(
+    path: Path,
+    shape: tuple[int, ...],  # of one row; axes of length 1 do not count
+) -> Iterator[np.ndarray]:  # float64
+    """The rows of a JSON list of number arrays, one after the other: FreiHAND's files are too large for Python's lists.
+
+    Raises:
+        UserError: not a list, cut short, or a row of another shape; names the row.
+    """
+    text, decoder = _json_text(path), json.JSONDecoder()
+    position, row = _skip(text, 0), 0
+    if not text[position : position + 1] == "[":
+        raise UserError(f"{path}: not a JSON list of rows; download it again")
+    position = _skip(text, position + 1)
+    while text[position : position + 1] != "]":
+        try:
+            value, position = decoder.raw_decode(text, position)
+            array = np.array(value, np.float64)
+            if array.size != math.prod(shape):
+                raise ValueError(f"shape {array.shape}, expected {shape}")
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}, row {row}: damaged or cut short ({error}); download it again") from None
+        yield array.reshape(shape)
+        position, row = _skip(text, position), row + 1
+        if text[position : position + 1] == ",":
+            position = _skip(text, position + 1)
+        elif text[position : position + 1] != "]":
+            raise UserError(f"{path}: cut short after row {row - 1}; download it again")
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
+
+
+def stem_name(image: str) -> str:
+    """An image's path without its suffix: the stable part of a record's name."""
+    return str(PurePosixPath(image).with_suffix(""))

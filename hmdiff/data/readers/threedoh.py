@@ -1,0 +1,96 @@
+"""3DOH50K (Zhang et al., CVPR 2020): people behind things, SMPL (neutral) and a camera each.
+
+SOURCE/{train,test}set/annots.json (or {train,test}/annots.json): by number '00000', img_path, bbox ((x0, y0), (x1,
+y1)), pose (1, 72), betas (1, 10), trans (1, 3), scale (1,), extri (4, 4), intri (3, 3), smpl_joints_2d (24, 2),
+smpl_joints_3d (24, 3), lsp_joints_2d (14, 2), lsp_joints_3d (14, 3).
+
+Lengths are in a unit of their own: the body is `scale` times SMPL's (about 7). Everything is divided by it, which
+projects to the same pixels, so that a record is in metres. Public readers disagree on whether smpl_joints_3d are the
+camera's or the world's; the 2D joints tell. The translation is given only where the root joint at rest comes out about
+where SMPL's is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hmdiff.data.readers.boxes import square_of_box
+from hmdiff.data.readers.labels import RowReader, turned_root
+from hmdiff.data.readers.tables import read_json, stem_name
+from hmdiff.data.record import Record
+from hmdiff.errors import UserError
+from hmdiff.skeletons import SMPL24
+
+_SHAPES = {
+    "bbox": (2, 2), "pose": (24, 3), "betas": (10,), "trans": (3,), "scale": (), "extri": (4, 4), "intri": (3, 3),
+    "smpl_joints_2d": (24, 2), "smpl_joints_3d": (24, 3),
+}  # fmt: skip
+_AGREEMENT = 5.0  # pixels, in the median, between the projected 3D joints and the 2D ones
+_ROOT, _REACH = np.array([0.0, -0.23, 0.03]), 0.4  # metres: about where SMPL's root is at rest, and how near to it
+
+
+def read(source: Path, split: str) -> RowReader:
+    """Records of the test or the training set."""
+    folders = [source / f"{split}set", source / split]
+    folder = next((folder for folder in folders if (folder / "annots.json").is_file()), folders[0])
+    path = folder / "annots.json"
+    people = read_json(path)
+    if not isinstance(people, dict):
+        raise UserError(f"{path}: a {type(people).__name__}, where entries by number were expected; download it again")
+    rows = list(people.items())
+    return RowReader("3doh", rows, lambda row: _record(path, folder, *row), [f"{path}: {len(rows)} entries"])
+
+
+def _record(path: Path, folder: Path, key: str, entry: dict[str, Any]) -> Record:
+    source = f"{path}, entry {key}"
+    try:
+        labels = {name: np.array(entry[name], np.float64).reshape(shape) for name, shape in _SHAPES.items()}
+        image = str(entry["img_path"]).replace("\\", "/")
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{source}: damaged or not 3DOH50K's ({error!r}); download it again") from None
+    scale, camera, intrinsics = float(labels["scale"]), labels["extri"], labels["intri"]
+    if not scale > 0:
+        raise UserError(f"{source}: scale {scale}, more than 0 was expected")
+    given, seen = labels["smpl_joints_3d"], labels["smpl_joints_2d"]
+    joints = min(
+        (given, given @ camera[:3, :3].T + camera[:3, 3]), key=lambda points: _miss(points, intrinsics, seen)
+    )
+    if (miss := _miss(joints, intrinsics, seen)) > _AGREEMENT and all(np.isfinite(v).all() for v in labels.values()):
+        raise UserError(
+            f"{source}: its 3D joints are {miss:.1f} pixels from its 2D ones, within {_AGREEMENT:g} was expected"
+        )
+    center, side = square_of_box(*labels["bbox"].ravel())
+    return Record(
+        name=f"3doh/{stem_name(image)}/{key}",
+        center=center,
+        side=side,
+        source=source,
+        image=folder / image,
+        group=folder.name,
+        pose=turned_root(labels["pose"], camera[:3, :3]),
+        betas=labels["betas"],
+        translation=_translation(joints[0], scale, camera, labels["trans"]),
+        joints_3d=joints / scale,
+        joint_names=SMPL24,
+        keypoints_2d=seen,
+        keypoint_names=SMPL24,
+        intrinsics=intrinsics,
+    )
+
+
+def _miss(points: np.ndarray, intrinsics: np.ndarray, pixels: np.ndarray) -> float:
+    if not (points[:, 2] > 0).all():
+        return float("inf")
+    seen = points @ intrinsics.T
+    return float(np.median(np.linalg.norm(seen[:, :2] / seen[:, 2:] - pixels, axis=1)))
+
+
+def _translation(pelvis: np.ndarray, scale: float, camera: np.ndarray, trans: np.ndarray) -> np.ndarray | None:
+    """Where the body model's origin is. The pelvis in the world is scale root + trans, or scale (root + trans)."""
+    world = camera[:3, :3].T @ (pelvis - camera[:3, 3])
+    roots = ((world - trans) / scale, world / scale - trans)
+    root = min(roots, key=lambda place: float(np.linalg.norm(place - _ROOT)))
+    return pelvis / scale - root if np.linalg.norm(root - _ROOT) < _REACH else None

@@ -1,0 +1,132 @@
+"""Records: what every reader of a real data set yields, one labelled person in one image, before any crop.
+
+A label that a data set does not have is None. Units are the photo's pixels (the first pixel's centre is at 0.5, 0.5)
+and metres in the camera frame (x right, y down, z forward). J joints of the pose, B betas, V vertices, K named 3D
+joints, P named 2D keypoints. `hmdiff.data.shards` stores records, `hmdiff.data.recorded` makes samples of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from hmdiff.errors import UserError
+
+BODIES = ("smpl", "smplx", "mano")
+GENDERS = ("neutral", "male", "female")
+HANDS = ("left", "right")
+
+# Every array of a record with its shape; a letter is a length that must agree where it occurs again.
+SHAPES: dict[str, tuple[int | str, ...]] = {
+    "center": (2,), "pose": ("J", 3), "betas": ("B",), "translation": (3,), "vertices": ("V", 3),
+    "joints_3d": ("K", 3), "joints_3d_valid": ("K",), "keypoints_2d": ("P", 2), "keypoints_2d_confidence": ("P",),
+    "intrinsics": (3, 3),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One labelled person in one image."""
+
+    name: str  # unique and stable: data set/sequence/frame/person
+    center: np.ndarray  # (2,) photo pixels: the middle of the square crop
+    side: float  # photo pixels, of the square crop, padding applied
+    source: str  # file and row, for error messages
+    image: Path | None = None
+    group: str = ""  # the sequence, by which named sub-splits are chosen
+    gender: str = "neutral"
+    body: str = "smpl"  # what pose, betas and vertices are about
+    hand: str | None = None  # left or right, of a MANO record
+    pose: np.ndarray | None = None  # (J, 3) axis-angle; the root's is in the camera frame
+    betas: np.ndarray | None = None  # (B,)
+    translation: np.ndarray | None = None  # (3,) metres, of the body model's output in the camera frame
+    vertices: np.ndarray | None = None  # (V, 3) metres, camera frame, where a data set gives them directly
+    joints_3d: np.ndarray | None = None  # (K, 3) metres, camera frame
+    joints_3d_valid: np.ndarray | None = None  # (K,) bool; None: all
+    joint_names: tuple[str, ...] = ()  # K
+    keypoints_2d: np.ndarray | None = None  # (P, 2) photo pixels
+    keypoints_2d_confidence: np.ndarray | None = None  # (P,) 0..1, 0 = not labelled; None: all 1
+    keypoint_names: tuple[str, ...] = ()  # P
+    intrinsics: np.ndarray | None = None  # (3, 3) of the photo's camera
+
+    def check(self) -> Record:
+        """The record itself, when everything in it is possible. Raises `UserError` naming `source` and the field."""
+        self._check_words()
+        lengths: dict[str, int] = {}
+        for field, shape in SHAPES.items():
+            value = getattr(self, field)
+            if value is not None:
+                self._check_array(field, np.asarray(value), shape, lengths)
+        if not (np.isfinite(self.side) and self.side > 0):
+            raise self.error(f"a crop of side {self.side}, expected more than 0 pixels; mend its box, or leave it out")
+        for field, names, length in (
+            ("joints_3d", self.joint_names, lengths.get("K", 0)),
+            ("keypoints_2d", self.keypoint_names, lengths.get("P", 0)),
+        ):
+            if len(names) != length:
+                raise self.error(f"{field} has {length} points and {len(names)} names; the reader must name each")
+        if self.keypoints_2d_confidence is not None and (np.asarray(self.keypoints_2d_confidence) < 0).any():
+            raise self.error("a confidence below 0; expected 0..1, 0 for a keypoint that is not labelled")
+        if (self.pose is None) != (self.betas is None):
+            raise self.error("pose and betas go together; one of them is missing")
+        if self.image is not None and not self.image.is_file():
+            raise self.error(f"its image {self.image} is missing; complete the data set's images")
+        return self
+
+    def _check_words(self) -> None:
+        for field, value, known in (
+            ("body", self.body, BODIES), ("gender", self.gender, GENDERS), ("hand", self.hand, (None, *HANDS)),
+        ):  # fmt: skip
+            if value not in known:
+                raise self.error(f"{field} is {value!r}, expected one of {', '.join(str(word) for word in known)}")
+        if not self.name:
+            raise self.error("a record without a name")
+        if self.body == "mano" and self.hand is None and self.pose is not None:
+            raise self.error("a MANO pose that does not say which hand it is")
+
+    def _check_array(
+        self,
+        field: str,
+        value: np.ndarray,
+        shape: tuple[int | str, ...],
+        lengths: dict[str, int],  # what the letters stand for so far; added to
+    ) -> None:
+        # A letter stands for any length the first time, and for that length from then on.
+        wanted = [lengths.get(size, size) if isinstance(size, str) else size for size in shape]
+        fits = value.ndim == len(wanted) and all(
+            isinstance(want, str) or have == want for have, want in zip(value.shape, wanted, strict=True)
+        )
+        if not fits:
+            words = ", ".join(str(want) for want in wanted)
+            raise self.error(f"{field} has shape {value.shape}, expected ({words}{',' if len(wanted) == 1 else ''})")
+        lengths.update({size: have for size, have in zip(shape, value.shape, strict=True) if isinstance(size, str)})
+        if not np.isfinite(self._labelled(field, value)).all():
+            raise self.error(f"{field} has NaN or infinity in it; leave the row out, or mend the file")
+
+    def _labelled(self, field: str, value: np.ndarray) -> np.ndarray:
+        """The rows that count: an unlabelled joint may hold anything."""
+        mask = {"joints_3d": self.joints_3d_valid, "keypoints_2d": self.keypoints_2d_confidence}.get(field)
+        if mask is None or len(np.asarray(mask)) != len(value):
+            return value
+        return value[np.nan_to_num(np.asarray(mask, np.float64)) > 0]
+
+    def error(self, what: str) -> UserError:
+        """A `UserError` about this record."""
+        return UserError(f"{self.source}: {what}")
+
+
+class Reader(Protocol):
+    """A data set's own files, as records. A reader promises a number of records, and `hmdiff prepare` checks it."""
+
+    name: str
+
+    @property
+    def summary(self) -> list[str]: ...  # lines about what was found, for the user: splits, people, what was left out
+
+    def count(self) -> int: ...  # the number of records that `records` yields
+
+    def records(self) -> Iterator[Record]: ...  # in a fixed order; each passes `Record.check`
