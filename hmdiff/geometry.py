@@ -125,6 +125,45 @@ def weak_perspective_fit(
     return torch.cat([scale[..., None], translation], -1)
 
 
+def perspective_fit(
+    points: Tensor,  # (..., P, 3) metres
+    target: Tensor,  # (..., P, 2) crop coordinates
+    weight: Tensor,  # (..., P) >= 0
+    principal_point: Tensor,  # (..., 2) of the photo, crop coordinates
+    prior: float = 0.25,  # 1/m: 4 m away
+    prior_weight: float = 1e-3,  # the whole weight of the points being 1
+) -> Tensor:  # (..., 4) scale, bx, by, nearness k = 1 / distance
+    """The pinhole camera that sees rigid points at their targets, focal length unknown; closed form, differentiable.
+
+    ``(u - c)(1 + k z) = s x + b`` is linear in (s, b, k): weighted least squares, ours. A person off
+    the photo's centre is seen from the side, which no weak perspective can say.
+    """
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-8)
+    goal = target - principal_point[..., None, :]
+    one = torch.ones_like(points[..., 0])
+    zero = torch.zeros_like(one)
+    across = torch.stack([points[..., 0], one, zero, -points[..., 2] * goal[..., 0]], -1)
+    down = torch.stack([points[..., 1], zero, one, -points[..., 2] * goal[..., 1]], -1)
+    rows = torch.cat([across, down], -2)  # (..., 2P, 4)
+    weighted = rows * torch.cat([weight, weight], -1)[..., None]
+    ridge = torch.tensor([1e-6, 1e-6, 1e-6, prior_weight], dtype=points.dtype, device=points.device)
+    normal = weighted.mT @ rows + torch.diag(ridge)
+    right = (weighted.mT @ torch.cat([goal[..., 0], goal[..., 1]], -1)[..., None])[..., 0]
+    right = torch.cat([right[..., :3], right[..., 3:] + prior * prior_weight], -1)
+    return torch.linalg.solve(normal, right)
+
+
+def fitted_projection(
+    points: Tensor,  # (..., P, 3) metres
+    fitted: Tensor,  # (..., 4) of `perspective_fit`
+    principal_point: Tensor,  # (..., 2) crop coordinates
+) -> Tensor:  # (..., P, 2) crop coordinates
+    """Where the fitted camera sees the points; one nearer than 1.25 m is held there."""
+    nearness = fitted[..., None, 3:].clamp(0.0, 0.8)
+    depth = (1 + nearness * points[..., 2:]).clamp_min(0.1)
+    return (fitted[..., None, :1] * points[..., :2] + fitted[..., None, 1:3]) / depth + principal_point[..., None, :]
+
+
 def weak_to_full_camera(
     camera: Tensor,  # (..., 3) scale, tx, ty in the crop
     center: Tensor,  # (..., 2) centre of the square crop in photo pixels
@@ -196,6 +235,25 @@ def perspective_translation_fit(
         translation = torch.linalg.solve(normal, right)
         translation = torch.cat([translation[..., :2], translation[..., 2:].clamp_min(0.1)], -1)
     return translation
+
+
+def crop_rotation(
+    principal_point: Tensor,  # (..., 2) of the photo, in crop coordinates
+    focal: Tensor,  # (...) in crop half-sides
+) -> Tensor:  # (..., 3, 3)
+    """The least rotation that takes the crop's frame to the camera's: ``camera = crop @ R.mT``.
+
+    The crop's frame looks along the ray through the crop's centre. What a crop shows of a person says how they stand to
+    that ray; how they stand to the camera depends on where in the photo the crop was, which the crop does not show
+    (CLIFF, arXiv 2208.00571; a rotation in its place, as in Yu et al., Perspective Crop Layers, arXiv 2011.13607).
+    """
+    ray = torch.cat([-principal_point, focal[..., None].clamp_min(1e-6)], -1)  # unknown, both 0: no rotation
+    ray = ray / ray.norm(dim=-1, keepdim=True)
+    x, y, z = ray.unbind(-1)
+    # Rodrigues for the rotation of (0, 0, 1) onto the ray; z > 0, as the crop lies before the camera.
+    share = 1 / (1 + z)
+    rows = [1 - x * x * share, -x * y * share, x, -x * y * share, 1 - y * y * share, y, -x, -y, z]
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 
 def photo_to_crop(

@@ -14,76 +14,51 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from hmdiff.body import Body, load_body
+from hmdiff.diffusion.dat import Guidance, GuidanceReport, aligned_sample, make_target
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
 from hmdiff.diffusion.schedule import change_scheduler, make_scheduler, sampler_name
 from hmdiff.errors import UserError
 from hmdiff.geometry import (
+    crop_rotation,
     crop_to_photo,
-    perspective_projection,
     perspective_translation_fit,
+    photo_to_crop,
     weak_to_full_camera,
 )
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
+from hmdiff.output import MeshOutput, keypoint_distance, log_likelihood
 from hmdiff.resources import asset_path
 from hmdiff.storage import atomic_folder
+from hmdiff.temperature import Sampling, Temperature
+
+__all__ = ["GuidancePlan", "HMDiffPipeline", "MeshOutput", "keypoint_distance"]
 
 FORMAT = 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+ABOUT = "hmdiff.json"
+GUIDANCE_STREAM = 1 << 32  # added to the seed where guidance draws
 ROWS_AT_ONCE = 512  # people times hypotheses in one evaluation of the denoiser: bounds the memory, changes no result
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshOutput:
-    """What was recovered. Meshes are in the camera's frame (x right, y down, z forward), the pelvis at the origin."""
+class GuidancePlan:
+    """All that DAT needs to know of the people of one call."""
 
-    vertices: Tensor  # (B, N, V, 3) metres
-    joints: Tensor  # (B, N, K, 3) metres, the body's own joints
-    keypoints: Tensor | None  # (B, N, J, 3) metres, HALPE26 regressed from the mesh; None for a body without them
-    camera: Tensor  # (B, 3) weak perspective in the crop: scale (half-sides per metre), tx, ty
-    translation: Tensor  # (B, N, 3) metres, every hypothesis' pelvis in the frame of the full photo's camera
-    focal: Tensor  # (B,) pixels, of the full photo's camera
-    principal_point: Tensor  # (B, 2) pixels
-    faces: Tensor  # (F, 3) long
-
-    @property
-    def mean_vertices(self) -> Tensor:  # (B, V, 3)
-        """The mean of the hypotheses: the estimate with the least expected squared error."""
-        return self.vertices.mean(1)
-
-    @property
-    def mean_joints(self) -> Tensor:  # (B, K, 3)
-        return self.joints.mean(1)
-
-    @property
-    def spread(self) -> Tensor:  # (B, V) millimetres
-        """Mean distance of the hypotheses' vertex to their mean: where the photo leaves the body open."""
-        return (self.vertices - self.vertices.mean(1, keepdim=True)).norm(dim=-1).mean(1) * 1000
-
-
-def keypoint_distance(
-    output: MeshOutput,
-    heatmaps: Heatmaps,  # of the same B people
-    least_confidence: float = 0.1,  # of a peak that counts
-) -> Tensor:  # (B, N) photo pixels; NaN for a person without such a peak
-    """Mean distance of every hypothesis' projected keypoints to the heatmaps' peaks: how well it fits the photo."""
-    if output.keypoints is None:
-        raise UserError("this body has no keypoints to compare with the heatmaps")
-    placed = output.keypoints + output.translation[:, :, None]
-    projected = perspective_projection(placed, output.focal[:, None], output.principal_point[:, None])
-    peaks, confidence = heatmap_peaks(heatmaps.values.to(projected))
-    seen = crop_to_photo(peaks, heatmaps.center.to(projected), heatmaps.side.to(projected))
-    distance = (projected - seen[:, None]).norm(dim=-1)
-    counted = (confidence >= least_confidence)[:, None]
-    return torch.where(counted, distance, distance.new_tensor(float("nan"))).nanmean(-1)
+    guidance: Guidance
+    heatmaps: Tensor  # (B, J, H, W)
+    camera: Tensor  # (B, 3) the head's
+    principal_point: Tensor  # (B, 2) of the photo, crop coordinates
+    keypoints: Callable[[Tensor], Tensor]  # points of the diffusion (M, P, 3) -> (M, J, 3) metres
 
 
 class HMDiffPipeline:
@@ -109,6 +84,7 @@ class HMDiffPipeline:
         self.faces = body.faces
         self.body = body
         self.num_inference_steps, self.eta = num_inference_steps, eta
+        self.temperatures: dict[Sampling, Temperature] = {}
 
     @property
     def device(self) -> torch.device:
@@ -136,6 +112,7 @@ class HMDiffPipeline:
         people: Sequence[int] | None = None,  # number of every person among all asked for; None: 0, 1, ...
         callback: Callback | None = None,
         progress: Callable[[int], None] | None = None,  # told how many hypotheses are done
+        guidance: Guidance | None = None,  # DAT towards `heatmaps`, which an image model may be given for this alone
     ) -> MeshOutput:
         """Recover the people. The same seed gives the same result whatever the batch or the device's number of rows.
 
@@ -150,13 +127,6 @@ class HMDiffPipeline:
         people = list(range(count)) if people is None else list(people)
         if len(people) != count:
             raise UserError(f"people: {len(people)} numbers for {count} people; give one for each")
-        points = self.denoised(
-            conditioning, people, num_hypotheses, num_inference_steps, seed, scheduler, eta, callback, progress
-        )
-        coarse, joints = self.model.to_coarse(points), self.model.to_joints(points)
-        vertices = self.model.upsample(coarse)
-        keypoints = self.body.keypoints(vertices) if self.body.keypoint_regressor is not None else None
-
         if heatmaps is not None:
             center, side = heatmaps.center.to(camera), heatmaps.side.to(camera)
         else:
@@ -168,6 +138,21 @@ class HMDiffPipeline:
         photo_sizes = photo_sizes.to(camera)
         focal = photo_sizes.norm(dim=-1) if focal is None else focal.to(camera)
         principal = photo_sizes / 2
+        principal_in_crop = photo_to_crop(principal[:, None], center, side)[:, 0]
+        rotation = None
+        if self.model.config.frame == "crop":
+            rotation = crop_rotation(principal_in_crop, focal * 2 / side)
+
+        plan = self._guidance_plan(guidance, heatmaps, camera, principal_in_crop, rotation)
+        points, report = self.denoised(
+            conditioning, people, num_hypotheses, num_inference_steps, seed, scheduler, eta, callback, progress, plan
+        )
+        if rotation is not None:
+            points = points @ rotation[:, None].mT
+        coarse, joints = self.model.to_coarse(points), self.model.to_joints(points)
+        vertices = self.model.upsample(coarse)
+        keypoints = self.body.keypoints(vertices) if self.body.keypoint_regressor is not None else None
+
         translation = weak_to_full_camera(camera, center, side, focal, principal)
         translation = translation[:, None].expand(-1, num_hypotheses, -1)
         if fit_camera and heatmaps is not None and keypoints is not None:
@@ -177,7 +162,40 @@ class HMDiffPipeline:
                 keypoints, crop_to_photo(peaks, center, side)[:, None], confidence[:, None], focal[:, None],
                 principal[:, None], prior=translation,
             )  # fmt: skip
-        return MeshOutput(vertices, joints, keypoints, camera, translation, focal, principal, self.faces)
+        likelihood = None
+        if heatmaps is not None and keypoints is not None:
+            likelihood = log_likelihood(keypoints, translation, focal, principal, heatmaps)
+        return MeshOutput(
+            vertices, joints, keypoints, camera, translation, focal, principal, self.faces, report, likelihood,
+            self.temperature(num_inference_steps, scheduler, eta, guidance),
+        )  # fmt: skip
+
+    def sampling(
+        self,
+        num_inference_steps: int | None = None,
+        scheduler: str | None = None,
+        eta: float | None = None,
+        guidance: Guidance | None = None,
+    ) -> Sampling:
+        """The way of sampling that these arguments of a call mean; None is what was saved."""
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        name = sampler_name(self.scheduler) if scheduler is None else scheduler
+        return Sampling.of(steps, name, self.eta if eta is None else eta, guidance)
+
+    def temperature(
+        self,
+        num_inference_steps: int | None = None,
+        scheduler: str | None = None,
+        eta: float | None = None,
+        guidance: Guidance | None = None,
+    ) -> float:
+        """By what the spread of these hypotheses is multiplied to be calibrated; 1 where nothing was fitted."""
+        fitted = self.temperatures.get(self.sampling(num_inference_steps, scheduler, eta, guidance))
+        return 1.0 if fitted is None else fitted.temperature
+
+    def set_temperature(self, fitted: Temperature) -> None:
+        """Use it from now on, and save it with the pipeline; it replaces an older one of the same way of sampling."""
+        self.temperatures[fitted.sampling] = fitted
 
     def denoised(
         self,
@@ -190,11 +208,12 @@ class HMDiffPipeline:
         eta: float | None = None,
         callback: Callback | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> Tensor:  # (B, N, P, 3) points of the diffusion
+        plan: GuidancePlan | None = None,
+    ) -> tuple[Tensor, GuidanceReport | None]:  # (B, N, P, 3) points of the diffusion
         """Run the reverse process for all hypotheses, in chunks of bounded size. The direct baseline gives N copies."""
         count = len(conditioning.tokens)
         if self.model.config.mode == "direct":
-            return self.model.regress(conditioning).expand(-1, num_hypotheses, -1, -1)
+            return self.model.regress(conditioning).expand(-1, num_hypotheses, -1, -1), None
         sampler = self.scheduler if scheduler is None else change_scheduler(self.scheduler, scheduler)
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         total = sampler.config.num_train_timesteps  # type: ignore[attr-defined]
@@ -203,21 +222,61 @@ class HMDiffPipeline:
         eta = self.eta if eta is None else eta
 
         chunk = max(1, ROWS_AT_ONCE // count)
-        parts = []
+        parts, reports = [], []
         for first in range(0, num_hypotheses, chunk):
             width = min(chunk, num_hypotheses - first)
-            generators = hypothesis_generators(seed, people, width, first)
-            noise = initial_noise(generators, self.model.num_points, self.device)
+
+            def start(first: int = first, width: int = width) -> tuple[Tensor, list[torch.Generator]]:
+                generators = hypothesis_generators(seed, people, width, first)
+                return initial_noise(generators, self.model.num_points, self.device), generators
 
             def denoise(points: Tensor, step: Tensor, width: int = width) -> Tensor:
                 grouped = points.unflatten(0, (count, width))
                 return self.model.denoise(grouped, step.reshape(count, width), conditioning).flatten(0, 1)
 
-            result = reverse_diffusion(denoise, sampler, noise, steps, generators, eta, callback=callback)
+            if plan is None:
+                noise, generators = start()
+                result = reverse_diffusion(denoise, sampler, noise, steps, generators, eta, callback=callback)
+            else:
+                # A stream of its own: the u_i neither repeat nor disturb the noise of the hypotheses.
+                draws = hypothesis_generators(seed + GUIDANCE_STREAM, people, width, first)
+                target = make_target(plan.guidance, plan.heatmaps, plan.camera, draws, plan.principal_point)
+                result, report = aligned_sample(
+                    denoise, sampler, start, steps, eta, plan.keypoints, target, plan.guidance, count, callback
+                )
+                reports.append(report)
             parts.append(result.unflatten(0, (count, width)))
             if progress is not None:
                 progress(width * count)
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1), GuidanceReport.join(reports) if reports else None
+
+    def _guidance_plan(
+        self,
+        guidance: Guidance | None,
+        heatmaps: Heatmaps | None,
+        camera: Tensor,  # (B, 3)
+        principal_point: Tensor,  # (B, 2) crop coordinates
+        rotation: Tensor | None,  # (B, 3, 3) from the model's frame to the camera's
+    ) -> GuidancePlan | None:
+        if guidance is None or not guidance.active or self.model.config.mode == "direct":
+            return None
+        if heatmaps is None:
+            raise UserError("guidance needs heatmaps to steer by: give heatmaps=Heatmaps beside the images")
+        if self.body.keypoint_regressor is None:
+            raise UserError(f"guidance compares keypoints, and body {self.body.name!r} has none")
+        # Keypoints are linear in the coarse mesh: one small matrix does the upsampling and the regression.
+        size = self.model.config.num_coarse
+        padded = -(-size // 3) * 3
+        unit = torch.eye(size, padded, device=self.device).unflatten(1, (-1, 3)).transpose(0, 1)  # (padded/3, C, 3)
+        matrix = self.body.keypoints(self.model.upsample(unit)).transpose(0, 1).flatten(1)[:, :size]  # (J, C)
+
+        def keypoints(points: Tensor) -> Tensor:
+            found = matrix @ self.model.to_coarse(points)
+            if rotation is not None:
+                found = found @ rotation.mT.repeat_interleave(len(found) // len(rotation), 0)
+            return found
+
+        return GuidancePlan(guidance, heatmaps.values.to(self.device), camera, principal_point, keypoints)
 
     def _inputs(
         self, images: Tensor | None, heatmaps: Heatmaps | None
@@ -252,14 +311,19 @@ class HMDiffPipeline:
             if half:
                 _halve(temporary / "model" / WEIGHTS)
             self.scheduler.save_pretrained(temporary / "scheduler")  # type: ignore[attr-defined]
-            about = {
-                "format": FORMAT,
-                "body": self.model.config.body,
-                "sampler": sampler_name(self.scheduler),
-                "num_inference_steps": self.num_inference_steps,
-                "eta": self.eta,
-            }
-            (temporary / "hmdiff.json").write_text(json.dumps(about, indent=2) + "\n")
+            (temporary / ABOUT).write_text(json.dumps(self._about(), indent=2) + "\n")
+
+    def _about(self) -> dict[str, Any]:
+        about = {
+            "format": FORMAT,
+            "body": self.model.config.body,
+            "sampler": sampler_name(self.scheduler),
+            "num_inference_steps": self.num_inference_steps,
+            "eta": self.eta,
+        }
+        if self.temperatures:
+            about["temperatures"] = [fitted.as_json() for fitted in self.temperatures.values()]
+        return about
 
     @classmethod
     def from_pretrained(
@@ -286,15 +350,19 @@ class HMDiffPipeline:
             about = json.loads((place / "hmdiff.json").read_text())
             found = about["format"]
             steps, eta, name, sampler = about["num_inference_steps"], about["eta"], about["body"], about["sampler"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(f"{place / 'hmdiff.json'}: damaged ({error!r}); save the pipeline again") from None
+            temperatures = [Temperature.from_json(each) for each in about.get("temperatures", ())]
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, UserError) as error:
+            raise UserError(f"{place / ABOUT}: damaged ({error!r}); save the pipeline again") from None
         if found != FORMAT:
             raise UserError(f"{folder}: format {found} of saved pipelines, this one reads {FORMAT}; update hmdiff")
         model = _load_model(place / "model")
         scheduler = _load_scheduler(place / "scheduler", sampler)
         if body is None:
             body = load_body(name)
-        return cls(model, scheduler, body, steps, eta).to(device)
+        pipeline = cls(model, scheduler, body, steps, eta)
+        for fitted in temperatures:
+            pipeline.set_temperature(fitted)
+        return pipeline.to(device)
 
 
 def _halve(path: Path) -> None:

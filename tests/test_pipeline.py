@@ -112,7 +112,7 @@ def test_one_step_is_the_direct_estimate_at_every_noise(pipe: HMDiffPipeline) ->
     given = heatmaps(2)
     conditioning, _ = pipe.model.encode(None, given.values, given.valid)
     seen: list[Tensor] = []
-    result = pipe.denoised(conditioning, [0, 1], 3, 1, callback=lambda number, points, said: seen.append(said))
+    result, _ = pipe.denoised(conditioning, [0, 1], 3, 1, callback=lambda number, points, said: seen.append(said))
     assert len(seen) == 1 and torch.equal(result.flatten(0, 1), seen[0])
 
 

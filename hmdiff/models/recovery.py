@@ -25,6 +25,7 @@ from hmdiff.models.layers import EncoderBlock
 
 INPUTS = ("heatmaps", "image", "both")
 MODES = ("diffusion", "direct")
+FRAMES = ("camera", "crop")
 
 
 class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own bases disagree
@@ -64,10 +65,13 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         neighbour_mask: bool = False,  # vertex tokens attend to mesh neighbours alone, as in FastMETRO
         upsample_neighbours: int = 12,  # coarse vertices that a full vertex is blended from
         mesh_scale: float = 0.3,  # metres that make one unit inside the diffusion
+        frame: str = "camera",  # of the predicted mesh; "crop" looks along the ray through the crop's centre
     ) -> None:
         super().__init__()
         if mode not in MODES or inputs not in INPUTS:
             raise ValueError(f"mode {mode!r} must be one of {MODES}, inputs {inputs!r} one of {INPUTS}")
+        if frame not in FRAMES:
+            raise ValueError(f"frame {frame!r} must be one of {FRAMES}")
         self.feature_backbone: nn.Module  # not "backbone": ModelMixin would answer with the config entry
         if inputs == "heatmaps":
             kind = {"joints": JointHeatmapBackbone, "conv": ConvHeatmapBackbone}.get(backbone)

@@ -1,0 +1,282 @@
+"""DAT as a wrapper of the denoiser: off is bit-equal to absent, and on lowers the gap, for every choice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from hmdiff.diffusion.dat import AlignedDenoiser, Guidance, aligned_sample, distribution_gap, make_target, project
+from hmdiff.diffusion.sampling import hypothesis_generators, initial_noise
+from hmdiff.diffusion.sampling import sample as reverse_diffusion
+from hmdiff.diffusion.schedule import make_scheduler
+from hmdiff.errors import UserError
+from hmdiff.geometry import crop_rotation, fitted_projection, perspective_fit, photo_to_crop
+from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
+from tests.small import small_pipeline
+
+JOINTS, POINTS = 12, 20
+KINDS = ("sample", "epsilon", "v_prediction")
+
+
+def toy(kind: str = "sample", people: int = 2, count: int = 3):
+    """A denoiser that is a shrinking map, keypoints that are a linear map, and a target it does not meet by itself."""
+    scheduler = make_scheduler("ddim", 50, prediction_type=kind)
+    generator = torch.Generator().manual_seed(3)
+    mesh = torch.randn(POINTS, 3, generator=generator)
+    matrix = torch.eye(JOINTS, POINTS)
+    basis = torch.linalg.qr(torch.randn(3 * POINTS, 12, generator=generator))[0]
+
+    def denoise(points, step):
+        # The mesh, plus what of x_k lies in a few directions, as much as the signal in it: an ideal denoiser's form.
+        share = scheduler.alphas_cumprod[(step * 50).round().long() - 1][:, None]
+        seen = (points.flatten(1) - share.sqrt() * mesh.flatten()) @ basis @ basis.T
+        clean = mesh.flatten() + share.sqrt() * seen
+        clean = clean.unflatten(1, (-1, 3))
+        alpha, sigma = share.sqrt()[..., None], (1 - share).sqrt()[..., None]
+        if kind == "sample":
+            return clean
+        noise = (points - alpha * clean) / sigma
+        return noise if kind == "epsilon" else alpha * noise - sigma * clean
+
+    def keypoints(points):
+        return 0.5 * matrix @ points
+
+    moved = torch.randn(3 * POINTS, generator=generator) @ basis @ basis.T
+    wanted = matrix @ (mesh + 0.8 * moved.unflatten(0, (-1, 3)))
+    heatmaps = gaussian_heatmaps((0.5 * wanted[:, :2]).clamp(-0.9, 0.9), torch.ones(JOINTS), 2.0)
+    heatmaps = heatmaps.expand(people, -1, -1, -1)
+
+    def start():
+        generators = hypothesis_generators(0, range(people), count)
+        return initial_noise(generators, POINTS), generators
+
+    camera = torch.tensor([[1.0, 0.0, 0.0]]).expand(people, -1)
+    return scheduler, denoise, keypoints, heatmaps, camera, start
+
+
+def run(guidance, kind="sample", steps=8, people=2, count=3, start_count=None):
+    scheduler, denoise, keypoints, heatmaps, camera, start = toy(kind, people, count)
+    target = make_target(guidance, heatmaps, camera, hypothesis_generators(1, range(people), count))
+    return aligned_sample(denoise, scheduler, start, steps, 0.0, keypoints, target, guidance, people)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"pairing": "mean"},
+        {"gap": "likelihood"},
+        {"gradient": "estimate"},
+        {"projection": "camera"},
+        {"step": "score", "strength": 2.0},
+        {"threshold": 0.0},
+    ],
+)
+def test_the_gap_falls(kind, choice):
+    _, report = run(Guidance(**choice), kind)
+    assert not report.fell_back.all()
+    kept = ~report.fell_back
+    assert (report.gap_after[kept] < report.gap_before[kept]).all()
+    if not choice:
+        assert report.gap_after.mean() < 0.5 * report.gap_before.mean()
+    assert report.active.shape == (8, 2)
+
+
+def test_disrupted_guidance_is_worse_than_dat():
+    _, dat = run(Guidance(pairing="mean"))
+    _, disrupted = run(Guidance(pairing="mean", mode="disrupted"))
+    assert dat.gap_after.mean() < disrupted.gap_after.mean()
+
+
+def test_a_hypothesis_that_guidance_hurt_is_the_unguided_one():
+    # A step of thirty times the residual overshoots for sure.
+    points, report = run(Guidance(strength=30.0, threshold=0.0))
+    assert report.fell_back.any()
+    scheduler, denoise, _, _, _, start = toy()
+    noise, generators = start()
+    plain = reverse_diffusion(denoise, scheduler, noise, 8, generators)
+    back = report.fell_back.flatten()
+    assert torch.equal(points[back], plain[back])
+
+
+def test_guidance_stops_when_the_gap_has_closed():
+    _, early = run(Guidance(threshold=0.5))
+    _, late = run(Guidance(threshold=0.0))
+    assert early.active[-1].max() == 0 and early.active[0].min() == 1
+    assert late.active.sum() > early.active.sum()
+
+
+def test_one_row_does_not_depend_on_the_others():
+    few, _ = run(Guidance(), count=2)
+    many, _ = run(Guidance(), count=5)
+    assert torch.allclose(few.unflatten(0, (2, 2)), many.unflatten(0, (2, 5))[:, :2], atol=1e-5)
+
+
+def test_the_line_step_solves_a_linear_problem_in_one_go():
+    """One direction, one unknown: s = 1 closes what can be closed, s = 0.5 leaves half of it."""
+    scheduler, _, _, heatmaps, camera, _ = toy()
+    clean = torch.zeros(6, POINTS, 3)
+
+    def keypoints(points):  # all keypoints ride on one number
+        return points[:, :1, :].expand(-1, JOINTS, -1)
+
+    left = {}
+    for strength in (0.5, 1.0):
+        guidance = Guidance(pairing="mean", projection="camera", gradient="estimate", strength=strength)
+        target = make_target(guidance, heatmaps, camera, hypothesis_generators(0, range(2), 3))
+        aligned = AlignedDenoiser(lambda x, t: clean, scheduler, keypoints, target, guidance)
+        moved = aligned(torch.zeros(6, POINTS, 3), torch.full((6,), 0.5))
+        mean = (target.weight[..., None] * target.points).sum(1)
+        left[strength] = (moved[:, 0, :2] - mean).norm(dim=-1) / mean.norm(dim=-1)
+    assert left[1.0].max() < 1e-3
+    assert torch.allclose(left[0.5], torch.tensor(0.5), atol=1e-3)
+
+
+def test_joints_the_estimator_did_not_see_do_not_pull():
+    guidance = Guidance()
+    _, _, _, heatmaps, camera, _ = toy()
+    heatmaps = heatmaps.clone()
+    heatmaps[:, 3] = 0
+    target = make_target(guidance, heatmaps, camera, hypothesis_generators(0, range(2), 1))
+    assert (target.weight[:, 3] == 0).all() and torch.allclose(target.weight.sum(-1), torch.ones(2))
+    places = torch.randn(2, JOINTS, 3).requires_grad_()
+    gap = distribution_gap(guidance, project(guidance, places, target), target)
+    (gradient,) = torch.autograd.grad(gap.sum(), places)
+    assert (gradient[:, 3] == 0).all() and (gradient[:, 4] != 0).any()
+
+
+@pytest.mark.parametrize("projection", ["fit", "camera"])
+@pytest.mark.parametrize("gap", ["samples", "likelihood"])
+def test_the_gap_is_differentiated_right(projection, gap):
+    guidance = Guidance(projection=projection, gap=gap)
+    _, _, _, heatmaps, camera, _ = toy()
+    target = make_target(guidance, heatmaps.double(), camera.double(), hypothesis_generators(0, range(2), 1))
+    target = dataclasses.replace(target, principal_point=torch.tensor([[0.4, -0.2]] * 2, dtype=torch.float64))
+    # Near the target, where the likelihood has a slope and none of the switches of its far branch.
+    near = target.points + 0.01 * torch.randn(target.points.shape, generator=torch.Generator().manual_seed(0))
+    places = torch.cat([near.double(), 0.2 * torch.randn(2, JOINTS, 1).double()], -1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: distribution_gap(guidance, project(guidance, x, target), target), places)
+
+
+def test_nothing_to_compare_with_is_no_guidance():
+    scheduler, denoise, keypoints, heatmaps, camera, start = toy()
+    empty = heatmaps.clone()
+    empty[0] = 0
+    guidance = Guidance()
+    target = make_target(guidance, empty, camera, hypothesis_generators(1, range(2), 3))
+    points, report = aligned_sample(denoise, scheduler, start, 8, 0.0, keypoints, target, guidance, 2)
+    noise, generators = start()
+    plain = reverse_diffusion(denoise, scheduler, noise, 8, generators)
+    assert torch.allclose(points[:3], plain[:3], atol=1e-6) and (report.active[:, 0] == 0).all()
+    assert not torch.allclose(points[3:], plain[3:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"mode": "dats"}, "guidance mode 'dats'"),
+        ({"gap": "kl"}, "guidance gap 'kl'"),
+        ({"strength": -1.0}, "guidance strength -1.0"),
+        ({"threshold": float("nan")}, "guidance threshold nan"),
+        ({"joint_weights": (0.0, 0.0)}, "joint_weights"),
+    ],
+)
+def test_a_wrong_choice_is_named(values, text):
+    with pytest.raises(UserError, match=text):
+        Guidance(**values)
+
+
+def test_joint_weights_of_another_number_are_refused():
+    _, _, _, heatmaps, camera, _ = toy()
+    with pytest.raises(UserError, match="3 numbers for 12 keypoints"):
+        make_target(Guidance(joint_weights=(1.0, 1.0, 1.0)), heatmaps, camera, hypothesis_generators(0, [0, 1], 1))
+
+
+# -- the camera that is fitted ---------------------------------------------------------------------------------------
+
+
+def test_the_perspective_fit_finds_the_pinhole_that_saw_the_points():
+    generator = torch.Generator().manual_seed(0)
+    points = 0.4 * torch.randn(5, 26, 3, generator=generator, dtype=torch.float64)
+    place = torch.tensor([[0.3, -0.2, 3.0], [1.0, 0.5, 4.0], [-1.5, 0.0, 2.5], [0, 0, 8.0], [0.2, 0.9, 5.0]]).double()
+    principal = torch.randn(5, 2, generator=generator, dtype=torch.float64)
+    focal = torch.tensor([3.0, 4.0, 2.5, 9.0, 5.0]).double()
+    camera_points = points + place[:, None]
+    seen = camera_points[..., :2] / camera_points[..., 2:] * focal[:, None, None] + principal[:, None]
+    fitted = perspective_fit(points, seen, torch.ones(5, 26).double(), principal, prior_weight=1e-12)
+    assert torch.allclose(fitted[:, 3], 1 / place[:, 2], atol=1e-4)
+    assert torch.allclose(fitted_projection(points, fitted, principal), seen, atol=1e-4)
+
+
+def test_the_crop_rotation_takes_the_axis_to_the_ray_through_the_crop():
+    principal, focal = torch.tensor([[0.8, -0.5], [0.0, 0.0]]), torch.tensor([3.0, 4.0])
+    rotation = crop_rotation(principal, focal)
+    assert torch.allclose(rotation @ rotation.mT, torch.eye(3).expand(2, 3, 3), atol=1e-6)
+    assert torch.allclose(torch.linalg.det(rotation), torch.ones(2), atol=1e-6)
+    ray = rotation[:, :, 2]
+    seen = ray[:, :2] / ray[:, 2:] * focal[:, None] + principal
+    assert torch.allclose(seen, torch.zeros(2, 2), atol=1e-6)  # the crop's centre
+    assert torch.allclose(rotation[1], torch.eye(3))
+    unknown = crop_rotation(torch.zeros(1, 2), torch.zeros(1))
+    assert torch.allclose(unknown, torch.eye(3)[None])
+
+
+# -- in the pipeline -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return small_pipeline()
+
+
+def people(count: int = 2) -> Heatmaps:
+    generator = torch.Generator().manual_seed(1)
+    points = 0.6 * torch.randn(count, 26, 2, generator=generator).clamp(-1, 1)
+    values = gaussian_heatmaps(points, torch.ones(count, 26), 2.0)
+    return Heatmaps(
+        values, torch.ones(count, 26, dtype=torch.bool), torch.tensor([[200.0, 150.0]]).expand(count, -1).clone(),
+        torch.full((count,), 180.0),
+    )  # fmt: skip
+
+
+def test_strength_zero_and_mode_none_are_bit_identical_to_no_guidance(pipe):
+    plain = pipe(heatmaps=people(), num_hypotheses=3, num_inference_steps=4)
+    for guidance in (Guidance(strength=0.0), Guidance(mode="none")):
+        same = pipe(heatmaps=people(), num_hypotheses=3, num_inference_steps=4, guidance=guidance)
+        assert torch.equal(plain.vertices, same.vertices) and same.guidance is None
+
+
+def test_guidance_in_the_pipeline_reports_and_does_not_depend_on_the_batch_or_the_chunks(pipe, monkeypatch):
+    settings = {"num_hypotheses": 4, "num_inference_steps": 4, "guidance": Guidance()}
+    whole = pipe(heatmaps=people(3), **settings)
+    assert whole.guidance is not None and whole.guidance.gap_after.shape == (3, 4)
+    assert (whole.guidance.gap_after <= whole.guidance.gap_before)[~whole.guidance.fell_back].all()
+    alone = pipe(heatmaps=people(3)[1], people=[1], **settings)
+    assert torch.allclose(alone.vertices[0], whole.vertices[1], atol=1e-5)
+    monkeypatch.setattr("hmdiff.pipeline.ROWS_AT_ONCE", 6)
+    parts = pipe(heatmaps=people(3), **settings)
+    assert torch.allclose(parts.vertices, whole.vertices, atol=1e-5)
+    assert torch.allclose(parts.guidance.active, whole.guidance.active, atol=1e-6)
+
+
+def test_guidance_without_heatmaps_is_refused(pipe):
+    with pytest.raises(UserError, match="guidance needs heatmaps"):
+        pipe._guidance_plan(Guidance(), None, torch.ones(1, 3), torch.zeros(1, 2), None)
+
+
+def test_a_model_of_the_crops_frame_turns_its_meshes_to_the_camera(pipe):
+    before = dict(pipe.model.config)
+    maps, sizes = people(1), torch.tensor([[1000.0, 800.0]])
+    plain = pipe(heatmaps=maps, num_hypotheses=2, num_inference_steps=2, photo_sizes=sizes)
+    try:
+        pipe.model.register_to_config(**{**before, "frame": "crop"})
+        turned = pipe(heatmaps=maps, num_hypotheses=2, num_inference_steps=2, photo_sizes=sizes)
+    finally:
+        pipe.model.register_to_config(**before)
+    principal = photo_to_crop(sizes[:, None] / 2, maps.center, maps.side)[:, 0]
+    rotation = crop_rotation(principal, sizes.norm(dim=-1) * 2 / maps.side)
+    assert torch.allclose(turned.vertices, plain.vertices @ rotation[:, None].mT, atol=1e-5)
+    assert not torch.allclose(turned.vertices, plain.vertices, atol=1e-3)
