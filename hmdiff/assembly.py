@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ import torch
 from hmdiff.body import Body, load_body
 from hmdiff.config import Config, check_keys
 from hmdiff.data.estimator import EstimatorFaults
+from hmdiff.data.mixture import Mixture, WithSplits
 from hmdiff.data.poses import PoseMixture
+from hmdiff.data.sample import PeopleSource
 from hmdiff.data.synthetic import SyntheticHumans
 from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError
@@ -68,17 +71,111 @@ def build_data(
     full_mesh: bool = False,
     device: torch.device | str = "cpu",
 ) -> SyntheticHumans:
-    """The synthetic people of a config, with pictures where the model reads them. Real data sets have their readers."""
-    if config.data.kind != "synthetic":
-        raise UserError(f"data.kind {config.data.kind!r} is not known; 'synthetic' is")
-    check_keys(config.data.faults, [f.name for f in dataclasses.fields(EstimatorFaults)], "section 'data.faults'")
-    faults = EstimatorFaults(**config.data.faults)
-    reads_images = config.model.get("inputs", "heatmaps") != "heatmaps"
-    image_size = int(config.model.get("image_size", config.data.image_size))
+    """The synthetic people of a config, with pictures where the model reads them."""
     return SyntheticHumans(
-        body, PoseMixture(), mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, faults, device,
-        image_size if reads_images or config.data.pictures else None,
+        body, PoseMixture(), mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, _faults(config), device,
+        _picture_size(config),
     )  # fmt: skip
+
+
+def build_source(
+    config: Config,
+    body: Body,
+    mesh: MeshSampler,
+    full_mesh: bool = False,
+) -> PeopleSource:
+    """The people that a config trains on, synthetic, recorded or both, and, with the full mesh, those of its splits.
+
+    Raises:
+        UserError: no such kind or key; a folder that is not prepared; a validation split that is missing or too small.
+    """
+    data = config.data
+    if data.kind not in DATA_KINDS:
+        raise UserError(f"data.kind {data.kind!r} is not known; choose one of {', '.join(DATA_KINDS)}")
+    if data.kind == "synthetic":
+        if data.sources or data.splits:
+            raise UserError("data.sources and data.splits are of data.kind recorded and mixture, and it is synthetic")
+        return build_data(config, body, mesh, full_mesh)
+    if data.kind == "recorded" and len(data.sources) != 1:
+        raise UserError(f"data.kind recorded takes one source, data.sources has {len(data.sources)}; give mixture")
+    entries = [_source_entry(entry, f"data.sources[{number}]") for number, entry in enumerate(data.sources)]
+    weights = [entry.get("weight", 1.0) for entry in entries]
+    if not all(isinstance(weight, int | float) for weight in weights):
+        raise UserError(f"data.sources: weights {weights}; numbers above 0 are expected")
+    sources = [_recorded(config, body, mesh, full_mesh, entry, "faults") for entry in entries]
+    splits = {}
+    for name, entry in data.splits.items() if full_mesh else ():
+        splits[name] = _recorded(
+            config, body, mesh, True, _source_entry(entry, f"data.splits.{name}"), "labels"
+        )
+    if full_mesh:
+        _check_splits(config, splits)
+    return WithSplits(Mixture(sources, weights), splits)
+
+
+DATA_KINDS = ("synthetic", "recorded", "mixture")
+_SOURCE_KEYS = ("kind", "path", "weight", "groups", "heatmaps", "same_body")
+
+
+def _source_entry(entry: Any, where: str) -> dict[str, Any]:
+    if isinstance(entry, str):
+        entry = {"kind": "synthetic"} if entry == "synthetic" else {"path": entry}
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: {entry!r}; a prepared folder is expected, or {{path: FOLDER, weight: 1}}")
+    check_keys(entry, _SOURCE_KEYS, where)
+    if ("path" in entry) == (entry.get("kind") == "synthetic"):
+        raise UserError(f"{where}: give path, a folder that hmdiff prepare wrote, or kind: synthetic, and not both")
+    return entry
+
+
+def _recorded(
+    config: Config, body: Body, mesh: MeshSampler, full_mesh: bool, entry: dict[str, Any], heatmaps: str
+) -> PeopleSource:
+    """One source or split."""
+    if "path" not in entry:
+        return build_data(config, body, mesh, full_mesh)
+    from hmdiff.data.recorded import RecordedPeople
+    from hmdiff.data.shards import PreparedShards
+    from hmdiff.data.transforms import AugmentOptions
+
+    store = PreparedShards(entry["path"])
+    numbers = None
+    if "groups" in entry:
+        numbers = store.numbers_of(entry["groups"])
+    check_keys(config.data.augment, [f.name for f in dataclasses.fields(AugmentOptions)], "section 'data.augment'")
+    return RecordedPeople(
+        store, body, mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, _picture_size(config),
+        AugmentOptions(**config.data.augment), _faults(config), entry.get("heatmaps", heatmaps),
+        bool(entry.get("same_body", False)), numbers,
+    )  # fmt: skip
+
+
+def _check_splits(config: Config, splits: dict[str, PeopleSource]) -> None:
+    """Before the training, not at its first evaluation."""
+    wanted = {"val": config.evaluation.people, "test": config.evaluation.test_people}
+    for name, people in wanted.items():
+        if not people:
+            continue
+        if name not in splits:
+            raise UserError(
+                f"data.splits.{name} is missing: give a folder that hmdiff prepare wrote, or synthetic"
+                + (", or evaluation.test_people=0" if name == "test" else "")
+            )
+        split = splits[name]
+        if isinstance(split, Sized) and len(split) < people:
+            key = "people" if name == "val" else "test_people"
+            raise UserError(f"data.splits.{name} has {len(split)} people, and evaluation.{key} is {people}; give fewer")
+
+
+def _faults(config: Config) -> EstimatorFaults:
+    check_keys(config.data.faults, [f.name for f in dataclasses.fields(EstimatorFaults)], "section 'data.faults'")
+    return EstimatorFaults(**config.data.faults)
+
+
+def _picture_size(config: Config) -> int | None:
+    reads_images = config.model.get("inputs", "heatmaps") != "heatmaps"
+    size = int(config.model.get("image_size", config.data.image_size))
+    return size if reads_images or config.data.pictures else None
 
 
 def build_pipeline(config: Config) -> HMDiffPipeline:

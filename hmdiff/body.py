@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hmdiff.body_files import LICENSED, find_body_file, read_body_file
+from hmdiff.body_files import LICENSED, body_folder, files_by_name, find_body_file, licensed_kind, read_body_file
 from hmdiff.errors import UserError
 from hmdiff.resources import asset_path
+from hmdiff.skeletons import SMPL24
 
 Array = np.ndarray | Tensor
 
@@ -38,6 +39,7 @@ class Body(nn.Module):
     J_regressor: Tensor | None
     faces: Tensor | None
     keypoint_regressor: Tensor | None
+    mean_pose: Tensor | None
     joint_template: Tensor
     joint_shapedirs: Tensor
     _support: Tensor
@@ -58,6 +60,7 @@ class Body(nn.Module):
         faces: Array | None = None,  # (F, 3)
         keypoint_names: Sequence[str] | None = None,  # K
         keypoint_regressor: Array | None = None,  # (K, V) rows sum to 1
+        mean_pose: Array | None = None,  # (J, 3) axis-angles to add to a published label's (MANO's and SMPL-X's hands)
     ) -> None:
         super().__init__()
         self.name = name
@@ -67,6 +70,7 @@ class Body(nn.Module):
         for key, value in (
             ("v_template", v_template), ("shapedirs", shapedirs), ("lbs_weights", lbs_weights),
             ("J_regressor", J_regressor), ("posedirs", posedirs), ("keypoint_regressor", keypoint_regressor),
+            ("mean_pose", mean_pose),
         ):  # fmt: skip
             self.register_buffer(key, None if value is None else _floating(value), persistent=False)
         self.register_buffer("faces", None if faces is None else torch.as_tensor(faces).long(), persistent=False)
@@ -90,7 +94,7 @@ class Body(nn.Module):
         expected: dict[str, tuple[int, ...]] = {
             "v_template": (vertices, 3), "shapedirs": (vertices, 3, betas), "lbs_weights": (vertices, joints),
             "J_regressor": (joints, vertices), "posedirs": (vertices, 3, 9 * (joints - 1)),
-            "keypoint_regressor": (len(self.keypoint_names or ()), vertices),
+            "keypoint_regressor": (len(self.keypoint_names or ()), vertices), "mean_pose": (joints, 3),
         }  # fmt: skip
         for key, shape in expected.items():
             value = getattr(self, key)
@@ -203,7 +207,28 @@ class Body(nn.Module):
             posedirs=None if self.posedirs is None else self.posedirs[ids],
             keypoint_names=None if regressor is None else self.keypoint_names,
             keypoint_regressor=regressor,
+            mean_pose=self.mean_pose,
         )
+
+    def from_smpl(
+        self,
+        rotations: Tensor,  # (..., 24, 3, 3) of SMPL's joints
+    ) -> Tensor:  # (..., J, 3, 3) of this body's joints
+        """A pose of SMPL's 24 joints for this body. SMPL-X's jaw, eyes and fingers rest; SMPL's two hands go.
+
+        Raises:
+            UserError: this body has not SMPL's joints, as a hand has not.
+        """
+        if self.joint_names == SMPL24:
+            return rotations
+        if self.joint_names[:22] != SMPL24[:22] or rotations.shape[-3] != len(SMPL24):
+            raise UserError(
+                f"body {self.name!r}: {self.num_joints} joints that are not SMPL's cannot take a pose of "
+                f"{rotations.shape[-3]}; use a body of SMPL's joints, such as free, smpl or smplx"
+            )
+        rest = torch.eye(3, dtype=rotations.dtype, device=rotations.device)
+        rest = rest.expand(*rotations.shape[:-3], self.num_joints - 22, 3, 3)
+        return torch.cat([rotations[..., :22, :, :], rest], -3)
 
 
 def _floating(value: Array) -> Tensor:
@@ -222,12 +247,13 @@ def _depth_levels(parents: Sequence[int]) -> list[tuple[list[int], list[int], li
 
 
 def load_body(
-    name_or_path: str | Path = "free",  # free, smpl, smplx, mano, or the path of a SMPL, SMPL-X or MANO .npz or .pkl
-    gender: str = "neutral",  # of a named SMPL or SMPL-X; right or left for MANO
+    name_or_path: str | Path = "free",  # free, smpl, smpl_female, smplx, mano_left, ..., or the path of a .npz or .pkl
+    gender: str = "neutral",  # of a named SMPL or SMPL-X without one; right or left for MANO
 ) -> Body:
-    """A body in float32. Named ones but the free one are looked for in the folder HMDIFF_BODY_DIR.
+    """A body in float32. Named ones but the free one are looked for in the folder HMDIFF_BODY_DIR, and below it.
 
-    A loaded body's `name` is what was asked for (a path's stem), so that a checkpoint can name it without holding it.
+    A loaded body's `name` is what was asked for (a path's stem), so that a checkpoint can name it without holding it;
+    a file of that name in HMDIFF_BODY_DIR is then found by it.
 
     Raises:
         UserError: no such file; says which file, where to register for it and where to put it.
@@ -235,7 +261,16 @@ def load_body(
     name = str(name_or_path)
     if name == "free":
         return Body(name=name, **read_body_file(asset_path("body.npz")))
-    if name in LICENSED:
-        full_name = name if gender == "neutral" else f"{name}_{gender}"
-        return Body(name=full_name, **read_body_file(find_body_file(name, gender)))
+    if Path(name).is_file():
+        return Body(name=Path(name).stem, **read_body_file(name))
+    folder, licensed = body_folder(), licensed_kind(name)
+    if folder is not None and name not in LICENSED and len(Path(name).parts) == 1:
+        there = files_by_name(folder)
+        for file in (name, f"{name}.npz", f"{name}.pkl"):
+            if (path := there.get(file.lower())) is not None and path.suffix != ".npy":
+                return Body(name=path.stem if licensed is None else name, **read_body_file(path))
+    if licensed is not None:
+        kind, gender = licensed if name not in LICENSED else (name, gender)
+        full_name = kind if gender == "neutral" else f"{kind}_{gender}"
+        return Body(name=full_name, **read_body_file(find_body_file(kind, gender)))
     return Body(name=Path(name).stem, **read_body_file(name))

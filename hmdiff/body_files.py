@@ -15,37 +15,61 @@ from typing import Any
 
 import numpy as np
 
+from hmdiff.body_keypoints import licensed_keypoints
 from hmdiff.errors import UserError
 from hmdiff.skeletons import SMPL24
 from hmdiff.unpickling import load_pickle
 
 FOLDER_VARIABLE = "HMDIFF_BODY_DIR"
 NUM_BETAS = 10
-_GENDERS = {"neutral": ("NEUTRAL", "neutral"), "female": ("FEMALE", "f"), "male": ("MALE", "m")}
+_GENDERS = {"neutral": ("neutral", "n"), "female": ("female", "f"), "male": ("male", "m")}
+_SIDES = {"right": "RIGHT", "neutral": "RIGHT", "left": "LEFT"}
 _SITES = {
     "smpl": "https://smpl.is.tue.mpg.de",
     "smplx": "https://smpl-x.is.tue.mpg.de",
     "mano": "https://mano.is.tue.mpg.de",
 }
 LICENSED = tuple(_SITES)
+_DEPTH = 4  # folders below HMDIFF_BODY_DIR that are looked into: the published archives need three
+
+
+def body_folder() -> Path | None:
+    """The folder HMDIFF_BODY_DIR, or None where it is not set."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return Path(folder).expanduser() if folder else None
+
+
+def files_by_name(folder: Path) -> dict[str, Path]:
+    """Files of bodies and regressors in a folder and below it, by their lower-case names; a shallower one wins."""
+    found: dict[str, Path] = {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        depth = len(Path(place).relative_to(folder).parts)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if depth < _DEPTH else []
+        for name in sorted(names):
+            known = found.get(name.lower())
+            if name.lower().endswith((".npz", ".pkl", ".npy")) and (
+                known is None or depth < len(known.relative_to(folder).parts) - 1
+            ):
+                found[name.lower()] = Path(place, name)
+    return found
 
 
 def find_body_file(
     kind: str,  # one of LICENSED
     gender: str = "neutral",  # neutral, female, male; for MANO right (also for neutral) or left
 ) -> Path:
-    """The user's file of that kind in the folder HMDIFF_BODY_DIR, under any of its published names.
+    """The user's file of that kind in the folder HMDIFF_BODY_DIR or below it, under any of its published names.
 
     Raises:
         UserError: it is not there; names the file, where to register for it and where to put it.
     """
     names = _published_names(kind, gender)
-    folder = os.environ.get(FOLDER_VARIABLE)
+    folder = body_folder()
     if folder:
-        for place in (".", kind, f"models/{kind}", f"{kind}/models"):
-            for name in names:
-                if (path := Path(folder, place, name)).is_file():
-                    return path
+        there = files_by_name(folder)
+        for name in (f"{Path(names[0]).stem}.npz", *names):  # what `hmdiff prepare licensed` wrote is read the faster
+            if (path := there.get(name.lower())) is not None:
+                return path
     place_text = f"not in {folder} ({FOLDER_VARIABLE})" if folder else f"{FOLDER_VARIABLE} is not set"
     raise UserError(
         f"{names[0]} not found: {place_text}; register at {_SITES[kind]}, download it, put it at "
@@ -55,20 +79,35 @@ def find_body_file(
 
 
 def _published_names(kind: str, gender: str) -> list[str]:
+    """Names under which the file was published or is commonly kept, in any mixture of cases; the first is ours."""
     if kind == "mano":
-        sides = {"neutral": "RIGHT", "right": "RIGHT", "left": "LEFT"}
-        if gender not in sides:
+        if gender not in _SIDES:
             raise UserError(f"MANO is right or left, not {gender!r}")
-        return [f"MANO_{sides[gender]}.{suffix}" for suffix in ("pkl", "npz")]
+        return [f"MANO_{_SIDES[gender]}.{suffix}" for suffix in ("pkl", "npz")]
     if gender not in _GENDERS:
         raise UserError(f"gender {gender!r}: expected one of {', '.join(_GENDERS)}")
-    upper, lower = _GENDERS[gender]
+    upper = gender.upper()
     if kind == "smplx":
         return [f"SMPLX_{upper}.npz", f"SMPLX_{upper}.pkl", f"SMPLX_{upper}_2020.npz"]
     return [
-        f"SMPL_{upper}.pkl", f"SMPL_{upper}.npz", f"basicmodel_{lower}_lbs_10_207_0_v1.1.0.pkl",
-        f"basicModel_{lower}_lbs_10_207_0_v1.0.0.pkl", f"basicModel_{lower}_lbs_10_207_0_v1.0.0.npz",
+        f"SMPL_{upper}.pkl", f"SMPL_{upper}.npz",
+        *(f"basicModel_{word}_lbs_10_207_0_v{version}.{suffix}" for suffix in ("pkl", "npz")
+          for version in ("1.1.0", "1.0.0") for word in _GENDERS[gender]),
     ]  # fmt: skip
+
+
+def licensed_kind(
+    name: str,  # a body's name or a file's: smpl, smpl_female, mano_left, SMPLX_MALE.npz, basicmodel_m_lbs_...pkl
+) -> tuple[str, str] | None:
+    """Which licensed body a name means, as (kind, gender); None for any other name."""
+    for kind in LICENSED:
+        for gender in _SIDES if kind == "mano" else _GENDERS:
+            names = [Path(file) for file in _published_names(kind, gender)]
+            if name.lower() in {kind if gender == "neutral" else f"{kind}_{gender}", *(f.name.lower() for f in names)}:
+                return kind, gender
+            if name.lower() in {file.stem.lower() for file in names}:
+                return kind, gender
+    return None
 
 
 def read_body_file(path: str | Path) -> dict[str, Any]:
@@ -119,7 +158,7 @@ def _parents(kintree_table: np.ndarray) -> list[int]:
 
 def _smpl_arrays(data: dict[str, Any]) -> dict[str, Any]:
     parents = _parents(data["kintree_table"])
-    return {
+    arrays = {
         "v_template": np.asarray(data["v_template"], np.float32),
         "shapedirs": np.asarray(data["shapedirs"], np.float32)[:, :, :NUM_BETAS],
         "posedirs": np.asarray(data["posedirs"], np.float32) if "posedirs" in data else None,
@@ -128,7 +167,22 @@ def _smpl_arrays(data: dict[str, Any]) -> dict[str, Any]:
         "parents": parents,
         "joint_names": _joint_names(parents),
         "faces": np.asarray(data["f"]).astype(np.int64),
+        "mean_pose": _mean_pose(data, len(parents)),
     }
+    used = ("v_template", "shapedirs", "lbs_weights", "J_regressor", "parents", "joint_names")
+    keypoints = licensed_keypoints(*(arrays[name] for name in used))
+    if keypoints is not None:
+        arrays["keypoint_names"], arrays["keypoint_regressor"] = keypoints
+    return arrays
+
+
+def _mean_pose(data: dict[str, Any], joints: int) -> np.ndarray | None:  # (J, 3)
+    """The hands' mean pose, which published labels are relative to; the hands' joints come last."""
+    hands = [np.asarray(data[key], np.float32).reshape(-1, 3) for key in ("hands_meanl", "hands_meanr") if key in data]
+    if not hands and joints == 16 and "hands_mean" in data:
+        hands = [np.asarray(data["hands_mean"], np.float32).reshape(-1, 3)]
+    total = sum(map(len, hands))
+    return np.concatenate([np.zeros((joints - total, 3), np.float32), *hands]) if hands else None
 
 
 def _free_arrays(data: dict[str, np.ndarray]) -> dict[str, Any]:

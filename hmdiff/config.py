@@ -34,9 +34,14 @@ class DiffusionConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """The training data. `synthetic` needs nothing; data sets come by their readers."""
+    """The training data: `synthetic` needs nothing; `recorded` is one prepared data set, `mixture` several."""
 
     kind: str = "synthetic"
+    # Of `recorded` and `mixture`: {path: FOLDER, weight: 1, groups: [...], heatmaps: ..., same_body: false}, or
+    # {kind: synthetic, weight: 1}; see hmdiff/assembly.py.
+    sources: list[Any] = dataclasses.field(default_factory=list)
+    splits: dict[str, Any] = dataclasses.field(default_factory=dict)  # val, test: as a source, a path, or "synthetic"
+    augment: dict[str, Any] = dataclasses.field(default_factory=dict)  # of hmdiff.data.transforms.AugmentOptions
     block_size: int = 32  # people drawn at once; the batch is a whole number of blocks
     image_size: int = 224  # of the rendered pictures, drawn where the model reads images
     pictures: bool = False  # draw them for every model: their silhouettes and depths are labels too

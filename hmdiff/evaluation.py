@@ -1,45 +1,57 @@
-"""A pipeline over a split: PVE, MPJPE, PA-MPJPE and PA-PVE of the first hypothesis, of their mean, and of the best.
+"""A pipeline over a split: PVE, MPJPE, PA-MPJPE and PA-PVE of one hypothesis, of their mean, and of the best.
 
 Protocol of the synthetic splits (ours, nearest to the METRO lineage's): the 14 joints of `skeletons.J14`, regressed
 from predicted and true mesh by the same regressor; root = the middle of the hips; millimetres; PA = similarity
 Procrustes. A single posterior sample is expected to be worse than the mean: compare the mean with a regressor, and the
-oracle beside.
+oracle beside. *selected* is the hypothesis chosen without the ground truth. The oracle rewards
+hypotheses that spread too little at few steps and too much at many, so calibration and coverage stand beside it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hmdiff.data.sample import Sample, concatenate
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.sample import PeopleSource, Sample, concatenate
+from hmdiff.diffusion.hypotheses import select
 from hmdiff.errors import UserError
 from hmdiff.heatmaps import Heatmaps
+from hmdiff.measured import Measured, summary
 from hmdiff.metrics import (
     bootstrap_interval,
-    expected_calibration_error,
     hypothesis_errors,
     mesh_errors,
     multi_hypothesis,
+    oracle_curve,
+    root_of,
 )
-from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 from hmdiff.skeletons import HALPE26, J14, joint_indices
 from hmdiff.storage import atomic_file
 
+if TYPE_CHECKING:
+    from hmdiff.diffusion.dat import Guidance
+
 ROOT = ("left_hip", "right_hip")
 METRICS = {"pve": "PVE", "mpjpe": "MPJPE", "pa_mpjpe": "PA-MPJPE", "pa_pve": "PA-PVE"}
-KINDS = ("first", "mean", "oracle")
+KINDS = ("first", "mean", "oracle")  # of every report
+SELECTED = "selected"  # of new ones: the hypothesis chosen without the ground truth
+COUNTS = (1, 5, 10, 25, 100)  # numbers of hypotheses that the literature reports
+PHOTO = 64.0  # side of the photo that synthetic crops are said to be from, in crop half-sides; any size would do
+MESHES_AT_ONCE = 800  # people times hypotheses whose full meshes are in memory: bounds it, changes no result
 _J14 = joint_indices(J14, HALPE26)
 
 
 def split_batches(
-    data: SyntheticHumans,
+    data: PeopleSource,
     split: str,
     people: int,
 ) -> Iterator[Sample]:
@@ -49,9 +61,125 @@ def split_batches(
         yield data.block(split, number).map(lambda tensor, keep=keep: tensor[:keep])  # type: ignore[misc]
 
 
+def measure(
+    pipeline: HMDiffPipeline,
+    samples: Iterable[Sample],  # with the full mesh
+    counts: Sequence[int] = (25,),  # numbers of hypotheses; the largest is drawn, the others are its first ones
+    num_inference_steps: int | None = None,
+    seed: int = 0,
+    scheduler: str | None = None,
+    eta: float | None = None,
+    guidance: Guidance | None = None,
+    progress: Callable[[int], None] | None = None,  # told how many people are done
+    clock: Callable[[], float] = time.perf_counter,
+    batch: int | None = None,  # people a call, at most; None: as the samples come
+) -> dict[int, Measured]:  # by count
+    """The errors of every person. Hypotheses, guided ones too, are nested by seed: one run serves several counts."""
+    counts = sorted(set(counts))
+    found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
+    true: list[Tensor] = []
+    calls: list[tuple[int, float]] = []
+    at_once = max(1, MESHES_AT_ONCE // counts[-1])
+    for sample in _parts(samples, at_once if batch is None else min(batch, at_once)):
+        heatmaps = as_heatmaps(sample)
+        started = clock()
+        output = ask(pipeline, sample, heatmaps, counts[-1], num_inference_steps, seed, scheduler, eta, guidance)
+        calls.append((len(output.vertices), clock() - started))
+        assert output.keypoints is not None and sample.keypoints_3d is not None and sample.vertices is not None
+        place = output.vertices.device
+        predicted, target = output.keypoints[:, :, _J14], sample.keypoints_3d[:, _J14].to(place)
+        vertices = sample.vertices.to(place)
+        each, mean_of_all = hypothesis_errors(output.vertices, predicted, vertices, target, J14, ROOT)
+        relative = predicted - root_of(predicted, J14, ROOT)
+        for count in counts:
+            likely = None if output.log_likelihood is None else output.log_likelihood[:, :count]
+            chosen, mean = select(output.joints[:, :count], likely), mean_of_all
+            if count < counts[-1]:
+                mean = _mean_errors(output.vertices[:, :count], predicted[:, :count], vertices, target)
+            cut = {metric: errors[:, :count] for metric, errors in each.items()}
+            found[count].append({
+                "errors": multi_hypothesis(cut, mean, chosen),
+                "best_of": {metric: oracle_curve(errors, (*COUNTS, count)) for metric, errors in cut.items()},
+                "joints": relative[:, :count],
+                "guidance": _guidance_report(output, count),
+            })
+        true.append((target - root_of(target, J14, ROOT)).cpu())
+        if progress is not None:
+            progress(len(target))
+    return {
+        count: Measured(
+            **_joined(parts), true_joints=torch.cat(true), calls=tuple(calls) if count == counts[-1] else ()
+        )
+        for count, parts in found.items()
+    }
+
+
+def ask(
+    pipeline: HMDiffPipeline,
+    sample: Sample,
+    heatmaps: Heatmaps | None,
+    num_hypotheses: int,
+    num_inference_steps: int | None,
+    seed: int,
+    scheduler: str | None,
+    eta: float | None = None,
+    guidance: Guidance | None = None,
+) -> MeshOutput:
+    """One call of the pipeline; people are numbered by their place in the split. Returns when the device is done."""
+    options: dict[str, Any] = photo_of(sample)
+    if eta is not None:
+        options["eta"] = eta
+    if guidance is not None:
+        options["guidance"] = guidance
+    output = pipeline(
+        sample.image, heatmaps, num_hypotheses, num_inference_steps, seed, scheduler,
+        people=sample.index.tolist() if sample.index is not None else None, **options,
+    )  # fmt: skip
+    if output.vertices.is_cuda:
+        torch.cuda.synchronize(output.vertices.device)
+    return output
+
+
+def _mean_errors(
+    vertices: Tensor,  # (B, n, V, 3)
+    joints: Tensor,  # (B, n, 14, 3)
+    target_vertices: Tensor,  # (B, V, 3)
+    target_joints: Tensor,  # (B, 14, 3)
+) -> dict[str, Tensor]:  # (B,) mm
+    origin = root_of(joints, J14, ROOT)
+    mean_vertices, mean_joints = (vertices - origin).mean(1), (joints - origin).mean(1)
+    return mesh_errors(mean_vertices, mean_joints, target_vertices, target_joints, J14, ROOT)
+
+
+def _guidance_report(output: MeshOutput, count: int) -> dict[str, Tensor]:  # (B,) each
+    told = output.guidance
+    if told is None:
+        return {}
+    return {
+        "gap_before": told.gap_before[:, :count].mean(1),
+        "gap_after": told.gap_after[:, :count].mean(1),
+        "active": told.active.float().mean(0),  # share of the steps, over all hypotheses that were drawn
+        "fell_back": told.fell_back[:, :count].float().mean(1),  # share of the hypotheses
+    }
+
+
+def _parts(samples: Iterable[Sample], size: int) -> Iterator[Sample]:
+    """Samples of at most so many people."""
+    for sample in samples:
+        for first in range(0, len(sample), size):
+            yield sample.map(lambda tensor, first=first: tensor[first : first + size])  # type: ignore[misc]
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Nested dictionaries of (B, ...) tensors, joined along B."""
+    if isinstance(parts[0], dict):
+        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    return torch.cat([part.cpu() for part in parts])
+
+
 def evaluate(
     pipeline: HMDiffPipeline,
-    data: SyntheticHumans,  # with the full mesh
+    data: PeopleSource,  # with the full mesh
     split: str,
     people: int,
     num_hypotheses: int = 25,
@@ -59,6 +187,10 @@ def evaluate(
     seed: int = 0,
     scheduler: str | None = None,
     progress: Callable[[int], None] | None = None,  # told how many people are done
+    *,
+    eta: float | None = None,
+    guidance: Guidance | None = None,
+    estimate: Callable[[Tensor], Tensor] | None = None,  # a pose estimator in place of the split's own heatmaps
 ) -> dict[str, Any]:
     """Errors with 95 % bootstrap intervals over people: report["errors"][metric][kind] = {value, low, high} in mm.
 
@@ -66,30 +198,13 @@ def evaluate(
     """
     if not data.full_mesh:
         raise UserError("evaluation needs the full mesh of its people: build the data with full_mesh=True")
-    collected: dict[str, dict[str, list[Tensor]]] = {metric: {kind: [] for kind in KINDS} for metric in METRICS}
-    drawn, true = [], []
-    for sample in split_batches(data, split, people):
-        output = pipeline(
-            sample.image, as_heatmaps(sample), num_hypotheses, num_inference_steps, seed, scheduler,
-            people=sample.index.tolist() if sample.index is not None else None,
-        )  # fmt: skip
-        assert output.keypoints is not None and sample.keypoints_3d is not None and sample.vertices is not None
-        predicted, target = output.keypoints[:, :, _J14].cpu(), sample.keypoints_3d[:, _J14].cpu()
-        each, mean = hypothesis_errors(output.vertices.cpu(), predicted, sample.vertices.cpu(), target, J14, ROOT)
-        for metric, found in multi_hypothesis(each, mean).items():
-            for kind, values in found.items():
-                collected[metric][kind].append(values)
-        drawn.append(predicted - predicted[:, :, joint_indices(ROOT, J14)].mean(2, keepdim=True))
-        true.append(target - target[:, joint_indices(ROOT, J14)].mean(1, keepdim=True))
-        if progress is not None:
-            progress(len(target))
-    errors: dict[str, dict[str, dict[str, float]]] = {}
-    for metric, kinds in collected.items():
-        errors[metric] = {}
-        for kind, parts in kinds.items():
-            value, low, high = bootstrap_interval(torch.cat(parts))
-            errors[metric][kind] = {"value": value, "low": low, "high": high}
-    report: dict[str, Any] = {
+    samples: Iterable[Sample] = split_batches(data, split, people)
+    if estimate is not None:
+        samples = (with_estimate(sample, estimate) for sample in samples)
+    measured = measure(
+        pipeline, samples, (num_hypotheses,), num_inference_steps, seed, scheduler, eta, guidance, progress
+    )[num_hypotheses]
+    return {
         "split": split,
         "people": people,
         "num_hypotheses": num_hypotheses,
@@ -97,15 +212,23 @@ def evaluate(
         "sampler": scheduler or "as saved",
         "seed": seed,
         "protocol": "J14 regressed from the mesh, root mid-hip, mm",
-        "errors": errors,
+        **summary(measured, pipeline.model.config.mode == "diffusion"),
     }
-    if num_hypotheses >= 5 and pipeline.model.config.mode == "diffusion":
-        report["expected_calibration_error"] = expected_calibration_error(torch.cat(drawn), torch.cat(true))
-    return report
+
+
+def with_estimate(
+    sample: Sample,  # with pictures
+    estimate: Callable[[Tensor], Tensor],  # (B, 3, S, S) RGB 0..1 -> (B, 26, 64, 64)
+) -> Sample:
+    """The sample with a pose estimator's heatmaps in place of its own."""
+    if sample.image is None:
+        raise UserError("a pose estimator reads pictures, and these people have none: give the data an image size")
+    values = estimate(sample.image).detach().float().clamp_min(0).to(sample.image.device)
+    return dataclasses.replace(sample, heatmaps=values, heatmap_valid=values.new_ones(values.shape[:2]).bool())
 
 
 def as_heatmaps(sample: Sample) -> Heatmaps | None:
-    """A sample's heatmaps as the pipeline's input; the crop stands for the photo, two pixels a side."""
+    """A sample's heatmaps as the pipeline's input; the unit of its photo is the crop's half-side."""
     if sample.heatmaps is None:
         return None
     assert sample.heatmap_valid is not None
@@ -116,18 +239,29 @@ def as_heatmaps(sample: Sample) -> Heatmaps | None:
     if len(empty):
         values = values.clone()
         values[empty, sample.heatmap_valid[empty].int().argmax(-1), 0, 0] = 1e-6
-    return Heatmaps(values, sample.heatmap_valid, values.new_ones(count, 2), values.new_full((count,), 2.0))
+    center = values.new_full((count, 2), PHOTO / 2)
+    if sample.principal_point is not None:
+        center = center - sample.principal_point
+    return Heatmaps(values, sample.heatmap_valid, center, values.new_full((count,), 2.0))
+
+
+def photo_of(sample: Sample) -> dict[str, Any]:
+    """What the pipeline is told of the photo that the crops are from, as a photo's user knows it."""
+    if sample.principal_point is None or sample.focal is None or sample.heatmaps is None:
+        return {}
+    return {"photo_sizes": torch.full((len(sample.focal), 2), PHOTO), "focal": sample.focal}
 
 
 @functools.lru_cache(maxsize=4)
-def _mean_person(data: SyntheticHumans, people: int) -> tuple[Tensor, Tensor]:  # (V, 3), (J, 3)
+def _mean_person(data: PeopleSource, people: int) -> tuple[Tensor, Tensor]:  # (V, 3), (J, 3)
     sample = concatenate(list(split_batches(data, "train", people)))
     assert sample.vertices is not None and sample.keypoints_3d is not None
-    return sample.vertices.mean(0), sample.keypoints_3d.mean(0)
+    there = slice(None) if sample.has_vertices is None else sample.has_vertices
+    return sample.vertices[there].mean(0), sample.keypoints_3d[there].mean(0)
 
 
 def mean_mesh_errors(
-    data: SyntheticHumans,
+    data: PeopleSource,
     split: str,
     people: int,
     training_people: int = 512,
@@ -150,7 +284,7 @@ def mean_mesh_errors(
     return result
 
 
-def mean_mesh_error(data: SyntheticHumans, split: str, people: int) -> float:
+def mean_mesh_error(data: PeopleSource, split: str, people: int) -> float:
     """PVE of the mean mesh, mm: what a model must beat to have learned anything."""
     return mean_mesh_errors(data, split, people)["pve"]["value"]
 

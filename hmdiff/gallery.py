@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from hmdiff.canvas import contact_sheet, draw_keypoints, save_picture, to_bytes
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.sample import PeopleSource
 from hmdiff.errors import UserError
-from hmdiff.evaluation import as_heatmaps
+from hmdiff.evaluation import as_heatmaps, photo_of
 from hmdiff.pictures import PALETTE, turntable_view
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.skeletons import HALPE26
@@ -21,7 +21,7 @@ _CELL = 220
 
 def validation_picture(
     pipeline: HMDiffPipeline,
-    data: SyntheticHumans,  # with the full mesh
+    data: PeopleSource,  # with the full mesh
     path: Path,
     people: int = 4,
     hypotheses: int = 3,
@@ -29,7 +29,7 @@ def validation_picture(
 ) -> None:
     """A row a person: the heatmaps, the truth and hypotheses from the front, then from the side. Written to `path`."""
     sample = data.block(split, 0).map(lambda tensor: tensor[:people])
-    output = pipeline(sample.image, as_heatmaps(sample), num_hypotheses=hypotheses)
+    output = pipeline(sample.image, as_heatmaps(sample), num_hypotheses=hypotheses, **photo_of(sample))
     assert sample.vertices is not None
     cells, captions = [], []
     for person in range(people):
@@ -46,7 +46,7 @@ def validation_picture(
 
 
 def synthetic_picture(
-    data: SyntheticHumans,  # with an image_size
+    data: PeopleSource,  # with an image_size
     path: Path,
     people: int = 16,
     with_keypoints: int = 8,  # the last ones, with the keypoints that the picture shows

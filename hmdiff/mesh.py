@@ -30,6 +30,7 @@ __all__ = [
     "fit_upsampling",
     "load_mesh",
     "partition_patches",
+    "read_mesh",
     "save_mesh",
 ]
 
@@ -235,10 +236,12 @@ def _surface_neighbours(
 def load_mesh(
     body: TemplateMesh,
     num_coarse: int = 432,
+    fitted: bool = True,
 ) -> MeshSampler:
-    """The sampler of a body: from the shipped asset for the free body, computed in some 3 s for any other.
+    """The sampler of a body: from the shipped asset for the free body, else from the cache folder, or made and put there.
 
-    At other numbers of vertices than the asset's (432) nothing has been fitted: `fitted_*` are then `up_*`.
+    At other numbers of the free body's vertices than the asset's (432) nothing has been fitted: `fitted_*` are then
+    `up_*`. They are that too with `fitted` false, and for a template that has no pose.
 
     Raises:
         UserError: the mesh has no level of `num_coarse` vertices, or the body has no faces.
@@ -248,16 +251,35 @@ def load_mesh(
     faces, template = body.faces.cpu(), body.v_template.detach().cpu()
     stored = _read_asset(faces.numpy())
     if stored is None:
+        from hmdiff.body import Body
+        from hmdiff.mesh_cache import cached_mesh
+
+        if isinstance(body, Body):
+            return cached_mesh(body, num_coarse, fitted)
         hierarchy = decimate(template.numpy(), faces.numpy())
     else:
         hierarchy = MeshHierarchy.from_arrays(stored, faces.numpy())
         if int(stored["num_coarse"]) == num_coarse:
-            coarse_ids, coarse_faces = map(torch.from_numpy, hierarchy.level(num_coarse))
-            return MeshSampler(coarse_ids, coarse_faces, *_unpack(stored, "up"), fitted=_unpack(stored, "fitted"))
+            return _stored_sampler(stored, hierarchy)
     try:
         return build_mesh_sampler(template, faces, hierarchy, num_coarse)
     except ValueError as error:
         raise UserError(f"{error}; choose another number of coarse vertices") from None
+
+
+def read_mesh(
+    path: str | Path,
+    faces: Tensor,  # (F, 3) of the full mesh
+) -> MeshSampler:
+    """The sampler that `save_mesh` wrote. Raises ValueError when it was made of other faces."""
+    with np.load(path, allow_pickle=False) as file:
+        stored = dict(file)
+    return _stored_sampler(stored, MeshHierarchy.from_arrays(stored, faces.numpy()))
+
+
+def _stored_sampler(stored: dict[str, np.ndarray], hierarchy: MeshHierarchy) -> MeshSampler:
+    coarse_ids, coarse_faces = map(torch.from_numpy, hierarchy.level(int(stored["num_coarse"])))
+    return MeshSampler(coarse_ids, coarse_faces, *_unpack(stored, "up"), fitted=_unpack(stored, "fitted"))
 
 
 def save_mesh(

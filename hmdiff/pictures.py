@@ -254,7 +254,48 @@ def hypotheses_sheet(
     """Two rows: the photo and hypotheses over it; all hypotheses at once and each alone, from the side."""
     bodies = as_tensor(vertices).float()
     shifts = as_tensor(camera_translation).float().expand(len(bodies), 3)
-    found = [_box(body, focal, principal_point) for body in bodies + shifts[:, None]]
+    crop, centre, scale, (left, top) = person_crop(photo, bodies + shifts[:, None], focal, principal_point, height)
+    width = crop.shape[1]
+
+    shown = min(columns, len(bodies))
+    first = crop
+    if keypoints is not None:
+        moved = as_tensor(keypoints).double().numpy().copy()
+        moved[:, :2] = (moved[:, :2] - [left, top]) * scale
+        first = draw_keypoints(crop, moved, names)
+    colours = [PALETTE[index % len(PALETTE)] for index in range(len(bodies))]
+    size = (height, width)
+    looked_at, extent = reach_of(bodies, size)
+    top_row = [first] + [
+        overlay(crop, bodies[i], faces, shifts[i], focal * scale, centre, colours[i]) for i in range(shown)
+    ]
+    many = list(bodies[: max(shown, 12)])
+    bottom_row = [_studio(many, faces, 90.0, size, colours[: len(many)], extent, looked_at, 0.4)]
+    bottom_row += [turntable_view(bodies[i], faces, 90.0, size, colours[i], extent, looked_at) for i in range(shown)]
+    words = list(captions)[:shown] if captions is not None else [f"hypothesis {i + 1}" for i in range(shown)]
+    below = [f"{len(many)} of {len(bodies)}, side" if len(many) < len(bodies) else f"all {len(many)}, side"]
+    words = ["photo" if keypoints is None else "photo, keypoints", *words, *below, *["side"] * shown]
+    return contact_sheet(top_row + bottom_row, shown + 1, words)
+
+
+def reach_of(
+    bodies: Tensor,  # (N, V, 3) metres
+    size: tuple[int, int],
+) -> tuple[Tensor, float]:  # (3,) the middle of them all; metres from it to the nearer edge of a view that shows them
+    low, high = bodies.amin((0, 1)), bodies.amax((0, 1))
+    reach = 0.58 * (high - low)
+    return (low + high) / 2, max(float(reach[[0, 2]].max()), float(reach[1]) * min(1.0, size[1] / size[0]))
+
+
+def person_crop(
+    photo: np.ndarray,  # (H, W, 3) uint8
+    bodies: Tensor,  # (N, V, 3) metres, absolute: all of them are to be seen
+    focal: float,  # pixels
+    principal_point: ArrayLike | Tensor,  # (2,) pixels
+    height: int,  # of the result
+) -> tuple[np.ndarray, np.ndarray, float, tuple[float, float]]:
+    """The photo about somebody: the cut-out, the principal point in it, its scale, and its left upper corner (x, y)."""
+    found = [_box(body, focal, principal_point) for body in bodies]
     boxes = [box for box in found if box is not None]
     photo_height, photo_width = photo.shape[:2]
     region = (0.0, 0.0, float(photo_width), float(photo_height))
@@ -279,25 +320,4 @@ def hypotheses_sheet(
     base = photo if scale >= 0.5 else cv2.GaussianBlur(photo, (0, 0), 0.4 / scale)
     crop = cv2.warpAffine(base, affine, (width, height), flags=shrink, borderValue=(238, 239, 242))
     centre = (as_tensor(principal_point).double().numpy() - [left, top]) * scale
-
-    shown = min(columns, len(bodies))
-    first = crop
-    if keypoints is not None:
-        moved = as_tensor(keypoints).double().numpy().copy()
-        moved[:, :2] = (moved[:, :2] - [left, top]) * scale
-        first = draw_keypoints(crop, moved, names)
-    colours = [PALETTE[index % len(PALETTE)] for index in range(len(bodies))]
-    size = (height, width)
-    low, high = bodies.amin((0, 1)), bodies.amax((0, 1))
-    looked_at, reach = (low + high) / 2, 0.58 * (high - low)
-    extent = max(float(reach[[0, 2]].max()), float(reach[1]) * min(1.0, width / height))
-    top_row = [first] + [
-        overlay(crop, bodies[i], faces, shifts[i], focal * scale, centre, colours[i]) for i in range(shown)
-    ]
-    many = list(bodies[: max(shown, 12)])
-    bottom_row = [_studio(many, faces, 90.0, size, colours[: len(many)], extent, looked_at, 0.4)]
-    bottom_row += [turntable_view(bodies[i], faces, 90.0, size, colours[i], extent, looked_at) for i in range(shown)]
-    words = list(captions)[:shown] if captions is not None else [f"hypothesis {i + 1}" for i in range(shown)]
-    below = [f"{len(many)} of {len(bodies)}, side" if len(many) < len(bodies) else f"all {len(many)}, side"]
-    words = ["photo" if keypoints is None else "photo, keypoints", *words, *below, *["side"] * shown]
-    return contact_sheet(top_row + bottom_row, shown + 1, words)
+    return crop, centre, scale, (left, top)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
+from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.body import load_body
 from hmdiff.config import Config
 from hmdiff.training import TrainingStream, training_losses
@@ -37,7 +37,7 @@ def measure_throughput(
     model = build_model(config, body, mesh).to(device).train()
     model.upsample_weight.requires_grad_(False)  # as the training does
     scheduler = build_scheduler(config)
-    stream = TrainingStream(build_data(config, body, mesh), config, 0, 1, model.num_points)
+    stream = TrainingStream(build_source(config, body, mesh), config, 0, 1, model.num_points)
     forward: Any = torch.compile(model) if values.compile else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     people, steps, noise = stream[0]

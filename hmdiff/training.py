@@ -34,11 +34,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
+from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.body import load_body
 from hmdiff.config import Config, LossConfig, load_config, save_config
-from hmdiff.data.sample import Sample, concatenate
-from hmdiff.data.synthetic import SyntheticHumans, block_generator
+from hmdiff.data.sample import PeopleSource, Sample, concatenate
+from hmdiff.data.synthetic import block_generator
 from hmdiff.diffusion.noising import (
     WEIGHTINGS,
     clean_estimate,
@@ -49,6 +49,7 @@ from hmdiff.diffusion.noising import (
 )
 from hmdiff.errors import UserError
 from hmdiff.evaluation import evaluate, mean_mesh_error, mean_mesh_errors, save_report
+from hmdiff.geometry import crop_rotation
 from hmdiff.losses.mesh import POINT_LOSSES
 from hmdiff.losses.objective import objective
 from hmdiff.models.recovery import MeshRecoveryModel
@@ -64,7 +65,7 @@ _AT_LEAST_ONE = (
 class TrainingStream(Dataset):
     """Micro-batches of one process: item i holds the people, item i of the noise, both functions of (seed, i)."""
 
-    def __init__(self, data: SyntheticHumans, config: Config, rank: int, processes: int, points: int) -> None:
+    def __init__(self, data: PeopleSource, config: Config, rank: int, processes: int, points: int) -> None:
         training, loss = config.training, config.loss
         self.data, self.seed, self.points = data, config.seed, points
         self.levels = loss.noise_levels
@@ -103,8 +104,12 @@ def training_losses(
     edges: Tensor | None = None,  # (E, 2)
 ) -> dict[str, Tensor]:
     """One forward pass and the objective's terms. HMDiff: predict at x_k; direct: predict from a constant."""
+    sample = sample.silenced()
     assert sample.coarse_vertices is not None and sample.joints_3d is not None
-    truth = plain.to_points(sample.coarse_vertices, sample.joints_3d)[:, None]
+    truth = plain.to_points(sample.coarse_vertices, sample.joints_3d)
+    if plain.config.frame == "crop" and sample.focal is not None and sample.principal_point is not None:
+        truth = truth @ crop_rotation(sample.principal_point, sample.focal)
+    truth = truth[:, None]
     inputs = (sample.image, sample.heatmaps, sample.heatmap_valid)
     if plain.config.mode == "direct":
         start = torch.zeros_like(truth)
@@ -113,6 +118,10 @@ def training_losses(
         share = weight = truth.new_ones(len(truth), 1)
     else:
         kind = scheduler.config.prediction_type
+        # Somebody whose truth is not all there is seen at the last step alone: x_K is noise, whatever x_0 was.
+        for whole in (sample.has_vertices, sample.has_joints_3d):
+            if whole is not None:
+                steps = torch.where(whole[:, None], steps, scheduler.config.num_train_timesteps - 1)
         share = signal_share(scheduler, steps).to(truth)
         noisy = share.sqrt()[..., None, None] * truth + (1 - share).sqrt()[..., None, None] * noise
         fraction = (steps + 1).to(truth) / scheduler.config.num_train_timesteps
@@ -149,11 +158,11 @@ class Trainer:
         # Fitted in closed form already, and the training people have no full mesh to refine it on.
         self.plain.upsample_weight.requires_grad_(False)
         self.scheduler = build_scheduler(config)
-        data = build_data(config, body, mesh)
+        data = build_source(config, body, mesh)
         self.stream = TrainingStream(
             data, config, self.accelerator.process_index, self.accelerator.num_processes, self.plain.num_points
         )
-        self.validation = build_data(config, body, mesh, full_mesh=True)
+        self.validation = build_source(config, body, mesh, full_mesh=True)
         self.pipeline = HMDiffPipeline(
             self.plain, self.scheduler, body, config.diffusion.num_inference_steps, config.diffusion.eta
         )
@@ -476,7 +485,7 @@ def _take_weights(model: MeshRecoveryModel, name: str) -> None:
     stored = HMDiffPipeline.from_pretrained(name).model
     for key, value in model.config.items():
         other = stored.config.get(key)
-        if not key.startswith("_") and key not in ("mode", "pretrained") and other != value:
+        if not key.startswith("_") and key not in ("mode", "pretrained", "frame") and other != value:
             raise UserError(f"training.start_from {name}: its model has {key} {other!r}, this one {value!r}")
     model.load_state_dict(stored.state_dict())
 

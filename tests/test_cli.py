@@ -51,7 +51,8 @@ def make_photo(folder: Path, name: str, shifts: tuple[int, ...] = (0,), width: i
 @pytest.fixture
 def quick_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture is tested with the pictures, and once here by the demo; drawing it is what takes the time."""
-    monkeypatch.setattr("hmdiff.pictures.hypotheses_sheet", lambda *args, **kwargs: np.zeros((4, 4, 3), np.uint8))
+    for name in ("hmdiff.pictures.hypotheses_sheet", "hmdiff.spread_picture.spread_sheet"):
+        monkeypatch.setattr(name, lambda *args, **kwargs: np.zeros((4, 4, 3), np.uint8))
 
 
 def sample(checkpoint: Path, output: Path, *words: Any) -> int:
@@ -125,7 +126,7 @@ def test_sample_writes_everyone_the_same_whoever_is_asked_for_with_them(
     assert sample(checkpoint, tmp_path / "all", one, two) == 0
     assert "3 of 3 people" in capsys.readouterr().out
     names = ("one", "two.people_0", "two.people_1")
-    expected = {f"{name}.{kind}" for name in names for kind in ("npz", "obj", "glb", "png")}
+    expected = {f"{name}{kind}" for name in names for kind in (".npz", ".obj", ".glb", ".png", "_spread.png")}
     assert {path.name for path in (tmp_path / "all").iterdir()} == expected
 
     assert sample(checkpoint, tmp_path / "alone", two) == 0
@@ -141,6 +142,8 @@ def test_sample_writes_everyone_the_same_whoever_is_asked_for_with_them(
     assert alone["vertices"].shape == (2, people, 3) and alone["joints"].shape == (2, 24, 3)
     assert alone["keypoints"].shape == (2, 26, 3) and faces.max() == people - 1
     assert alone["camera"].shape == (3,) and alone["translation"].shape == (2, 3)
+    assert alone["selected"] in (0, 1) and alone["modes"].shape == (2,)
+    np.testing.assert_allclose(alone["mode_weights"], [0.5, 0.5])
     np.testing.assert_allclose(alone["focal"], np.hypot(200, 200), rtol=1e-6)
     np.testing.assert_allclose(alone["principal_point"], [100, 100])
     spread = np.linalg.norm(alone["vertices"] - alone["vertices"].mean(0), axis=-1).mean(0) * 1000
@@ -233,8 +236,10 @@ def test_demo(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import hmdiff.pictures as pictures
+    import hmdiff.spread_picture as spread_picture
 
     monkeypatch.setattr(pictures, "hypotheses_sheet", functools.partial(pictures.hypotheses_sheet, height=80))
+    monkeypatch.setattr(spread_picture, "spread_sheet", functools.partial(spread_picture.spread_sheet, height=80))
     words = ["--checkpoint", str(checkpoint), "--num-hypotheses", "1", "--steps", "1", "--output", str(tmp_path)]
     assert main(["demo", *words]) == 0
     text = capsys.readouterr().out

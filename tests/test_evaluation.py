@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,23 @@ from torch import Tensor
 from hmdiff import evaluation
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.diffusion.hypotheses import select
 from hmdiff.errors import UserError
-from hmdiff.evaluation import as_heatmaps, evaluate, mean_mesh_error, mean_mesh_errors, save_report, split_batches
+from hmdiff.evaluation import (
+    as_heatmaps,
+    evaluate,
+    mean_mesh_error,
+    mean_mesh_errors,
+    measure,
+    photo_of,
+    save_report,
+    split_batches,
+    with_estimate,
+)
+from hmdiff.measured import calibration_interval
+from hmdiff.metrics import coverage, expected_calibration_error, hypothesis_errors
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
-from hmdiff.skeletons import HALPE26, LSP14, joint_indices
+from hmdiff.skeletons import HALPE26, J14, LSP14, joint_indices
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +80,9 @@ class Perfect:
         self.model = small_pipeline("model.mode=direct").model
         self.num_inference_steps = 1
 
-    def __call__(self, images: object, heatmaps: object, hypotheses: int, *_: object, people: list[int]) -> MeshOutput:
+    def __call__(
+        self, images: object, heatmaps: object, hypotheses: int, *_: object, people: list[int], **__: object
+    ) -> MeshOutput:
         body, _mesh = free_body()
         assert self.sample.vertices is not None
         vertices = self.sample.vertices[people][:, None].repeat(1, hypotheses, 1, 1)
@@ -151,3 +167,127 @@ def test_bad_calls_and_saved_reports(pipe: HMDiffPipeline, tmp_path: Path) -> No
         evaluate(pipe, people(True), "vall", 2)
     save_report({"errors": {"pve": 1.5}}, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == {"errors": {"pve": 1.5}}
+
+
+class Chatty:
+    """A pipeline that remembers how it was called, and that tells of likelihoods and guidance as the real one does."""
+
+    def __init__(self, pipe: HMDiffPipeline) -> None:
+        self.pipe, self.asked = pipe, []
+        self.model, self.num_inference_steps = pipe.model, pipe.num_inference_steps
+
+    def __call__(self, *words: object, guidance: object = None, **options: object) -> object:
+        self.asked.append({**options, "people": len(options["people"]), "guidance": guidance})  # type: ignore[arg-type]
+        output = self.pipe(*words, **options)  # type: ignore[arg-type]
+        count, hypotheses = output.vertices.shape[:2]
+        fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+        told = types.SimpleNamespace(
+            gap_before=torch.full((count, hypotheses), 4.0), gap_after=torch.full((count, hypotheses), 3.0),
+            active=torch.tensor([[True], [False]]).expand(2, count), fell_back=torch.zeros(count, hypotheses).bool(),
+        )  # fmt: skip
+        likely = torch.arange(float(hypotheses)).expand(count, -1) * 1000  # the last is the most likely one
+        fields |= {"log_likelihood": likely, "guidance": told if guidance else None}
+        return types.SimpleNamespace(**fields)
+
+
+def test_one_run_serves_several_counts(pipe: HMDiffPipeline) -> None:
+    samples = list(split_batches(people(True), "val", 5))
+    found = measure(pipe, samples, (6, 1, 2), 2, seed=3)
+    assert list(found) == [1, 2, 6]
+    for count, measured in found.items():
+        alone = measure(pipe, samples, (count,), 2, seed=3)[count]
+        assert measured.joints.shape == (5, count, 14, 3)
+        torch.testing.assert_close(measured.joints, alone.joints, rtol=1e-4, atol=1e-5)
+        for metric, kinds in alone.errors.items():
+            for kind, values in kinds.items():
+                torch.testing.assert_close(measured.errors[metric][kind], values, rtol=1e-3, atol=1e-2)
+    # The oracle's curve over counts is the oracle of the smaller runs.
+    for count, values in found[6].best_of["pve"].items():
+        if count in found:
+            torch.testing.assert_close(values, found[count].errors["pve"]["oracle"])
+    assert set(found[6].best_of["pve"]) == {1, 5, 6}
+
+
+def test_meshes_at_once_bound_the_calls_and_nothing_else(
+    pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chatty = Chatty(pipe)
+    whole = evaluate(chatty, people(True), "val", 7, 4, 2)  # type: ignore[arg-type]
+    assert [asked["people"] for asked in chatty.asked] == [7]
+    monkeypatch.setattr(evaluation, "MESHES_AT_ONCE", 13)
+    parts = evaluate(chatty, people(True), "val", 7, 4, 2)  # type: ignore[arg-type]
+    assert [asked["people"] for asked in chatty.asked[1:]] == [3, 3, 1]
+    for kind, value in whole["errors"]["pve"].items():
+        assert parts["errors"]["pve"][kind]["value"] == pytest.approx(value["value"], rel=1e-3)
+
+
+def test_eta_and_guidance_reach_the_pipeline_only_when_asked_for(pipe: HMDiffPipeline) -> None:
+    chatty = Chatty(pipe)
+    report = evaluate(chatty, people(True), "val", 3, 2, 2)  # type: ignore[arg-type]
+    assert "eta" not in chatty.asked[0] and chatty.asked[0]["guidance"] is None and "guidance" not in report
+    report = evaluate(chatty, people(True), "val", 3, 2, 2, eta=0.5, guidance="some")  # type: ignore[arg-type]
+    assert chatty.asked[1]["eta"] == 0.5 and chatty.asked[1]["guidance"] == "some"
+    means = {name: found["value"] for name, found in report["guidance"].items()}
+    assert means == {"gap_before": 4.0, "gap_after": 3.0, "active": 0.5, "fell_back": 0.0}
+
+
+def test_the_selected_hypothesis_is_reported(pipe: HMDiffPipeline) -> None:
+    samples = list(split_batches(people(True), "val", 4))
+    chatty = Chatty(pipe)
+    found = measure(chatty, samples, (5, 1, 2), 2)  # type: ignore[arg-type]
+    assert [asked["people"] for asked in chatty.asked] == [4]  # one run serves them all
+    assert torch.equal(found[1].errors["pve"]["selected"], found[1].errors["pve"]["first"])
+    maps = as_heatmaps(samples[0])
+    for count in (2, 5):
+        alone = pipe(heatmaps=maps, num_hypotheses=count, num_inference_steps=2, **photo_of(samples[0]))
+        likely = torch.arange(float(count)).expand(4, -1) * 1000
+        chosen = select(alone.joints, likely)
+        each, _ = hypothesis_errors(
+            alone.vertices, alone.keypoints[:, :, evaluation._J14], samples[0].vertices,  # type: ignore[index,arg-type]
+            samples[0].keypoints_3d[:, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]
+        )  # fmt: skip
+        expected = each["pve"].gather(1, chosen[:, None])[:, 0]
+        torch.testing.assert_close(found[count].errors["pve"]["selected"], expected, rtol=1e-3, atol=1e-2)
+        assert not torch.equal(chosen, torch.zeros_like(chosen))
+    report = evaluate(pipe, people(True), "val", 4, 5, 2)
+    kinds = report["errors"]["pve"]
+    assert kinds["oracle"]["value"] <= kinds["selected"]["value"]
+
+
+def test_calibration_in_a_report(pipe: HMDiffPipeline) -> None:
+    report = evaluate(pipe, people(True), "val", 8, num_hypotheses=5, num_inference_steps=2)
+    measured = measure(pipe, split_batches(people(True), "val", 8), (5,), 2)[5]
+    expected = expected_calibration_error(measured.joints, measured.true_joints)
+    assert report["expected_calibration_error"] == pytest.approx(expected)
+    assert report["coverage"]["level"] == 0.9
+    share = coverage(measured.joints, measured.true_joints, 0.9).mean().item()
+    assert report["coverage"]["value"] == pytest.approx(share)
+    curve = [report["oracle_curve"]["pve"][count]["value"] for count in ("1", "5")]
+    assert curve[0] >= curve[1] == report["errors"]["pve"]["oracle"]["value"]
+    assert curve[0] == report["errors"]["pve"]["first"]["value"]
+
+
+def test_calibration_interval_holds_the_known_error_of_a_gaussian() -> None:
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(300, 4, 3, generator=generator)
+    samples = torch.randn(300, 200, 4, 3, generator=generator)
+    value, low, high = calibration_interval(samples, target)
+    assert value == pytest.approx(expected_calibration_error(samples, target), abs=1e-6)
+    assert value < 0.03 and low < high < 0.06
+    narrow = calibration_interval(samples * 0.5, target)
+    assert narrow[1] < narrow[0] < narrow[2] and narrow[1] > high
+    assert calibration_interval(samples, target) == (value, low, high)
+
+
+def test_an_estimator_takes_the_place_of_the_heatmaps(pipe: HMDiffPipeline) -> None:
+    sample = people_block("val").map(lambda tensor: tensor[:2])
+    with pytest.raises(UserError, match="reads pictures, and these people have none"):
+        with_estimate(sample, lambda images: images)
+    pictured = dataclasses.replace(sample, image=torch.rand(2, 3, 32, 32))
+    maps = torch.randn(2, 26, 64, 64)
+    found = with_estimate(pictured, lambda images: maps * images.shape[0] / 2)
+    assert found.heatmaps is not None and torch.equal(found.heatmaps, maps.clamp_min(0))
+    assert found.heatmap_valid is not None and found.heatmap_valid.all() and found.heatmap_valid.shape == (2, 26)
+    assert found.vertices is pictured.vertices
+    with pytest.raises(UserError, match="reads pictures"):
+        evaluate(pipe, people(True), "val", 2, 2, 2, estimate=lambda images: maps)

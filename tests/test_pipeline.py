@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hmdiff import pipeline as pipeline_module
 from hmdiff.diffusion.schedule import SCHEDULER_NAMES
+from hmdiff.diffusion.hypotheses import select
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Heatmaps
@@ -32,7 +33,10 @@ def heatmaps(count: int = 4) -> Heatmaps:
 
 
 def same(first: MeshOutput, second: MeshOutput) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+    def equal(a: object, b: object) -> bool:
+        return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+
+    return all(equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -179,8 +183,9 @@ def test_models_that_read_pictures() -> None:
     with pytest.raises(UserError, match="2 images but heatmaps of 1 people"):
         both(image, heatmaps(1))
     alone = small_pipeline("model.inputs=image", "model.backbone=resnet18", "data.image_size=64")
-    output = alone(image, num_hypotheses=1, num_inference_steps=1)
+    output = alone(image, num_hypotheses=3, num_inference_steps=1)
     torch.testing.assert_close(output.principal_point, torch.full((2, 2), 32.0))
+    assert output.log_likelihood is None and torch.equal(output.selected, select(output.joints))
 
 
 def test_folders_that_are_no_pipeline(tmp_path: Path, pipe: HMDiffPipeline) -> None:

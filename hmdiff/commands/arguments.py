@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from hmdiff.config import Config
+    from hmdiff.diffusion.dat import Guidance
     from hmdiff.pipeline import HMDiffPipeline
 
 SAMPLERS = ("ddim", "ddpm", "dpm++", "sde-dpm++", "unipc", "euler", "heun")  # a test holds them to diffusion.schedule
@@ -104,6 +105,28 @@ def add_sampling(parser: argparse.ArgumentParser, eta: bool = True) -> None:
             "--eta", type=number(0), help="ddim's share of fresh noise, 0 none, 1 as ddpm (default: the checkpoint's)"
         )
     parser.add_argument("--seed", type=whole(0), default=0, help="other seed, other hypotheses (default: %(default)s)")
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """How the heatmaps steer the sampling."""
+    parser.add_argument(
+        "--guidance", choices=("dat", "disrupted", "none"), default="dat",
+        help="steer the sampling by the heatmaps: the paper's DAT, its disrupted comparison, or none "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strength", type=number(0), metavar="S", help="of the guidance, 0 is none (default: DAT's own)"
+    )
+
+
+def guidance_of(options: argparse.Namespace, pipeline: HMDiffPipeline) -> Guidance | None:
+    """None where nothing can be steered: a model without steps, a body without keypoints."""
+    from hmdiff.diffusion.dat import Guidance
+
+    if pipeline.model.config.mode == "direct" or pipeline.body.keypoint_regressor is None:
+        return None
+    strength = {} if options.strength is None else {"strength": options.strength}
+    return Guidance(mode=options.guidance, **strength)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -35,6 +35,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--data", action="store_true", help="instead: does the data keep up with the training, at the config's batch"
     )
+    parser.add_argument(
+        "--shards", metavar="FOLDER", help="instead: images a second from a prepared data set, with 0, 1 and 2 workers"
+    )
+    parser.add_argument("--raw", metavar="FOLDER", help="beside --shards: its own files (default: where it came from)")
     arguments.add_device(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the config's")
     parser.set_defaults(run=run)
@@ -43,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
+    from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
     from hmdiff.body import load_body
     from hmdiff.commands.train import memory_text, parameters, peak_gigabytes
     from hmdiff.evaluation import as_heatmaps
@@ -51,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.training import training_losses
 
     config = arguments.read_config(options.config, options.overrides)
+    if options.shards is not None:
+        return _loading(options, config.data.image_size)
     device = arguments.resolve_device(options.device)
     if options.data:
         from hmdiff.throughput import measure_throughput
@@ -62,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     config.data.block_size = options.batch_size
     body = load_body(config.body)
     mesh = build_mesh(config, body)
-    sample = build_data(config, body, mesh).block("train", 0)
+    sample = build_source(config, body, mesh).block("train", 0)
     before = peak_gigabytes()
     model = build_model(config, body, mesh).to(device)
     pipeline = HMDiffPipeline(
@@ -103,6 +109,19 @@ def run(options: argparse.Namespace) -> int:
     seconds = _timed(sampling, device, options.repeats) / people
     count = options.steps or config.diffusion.num_inference_steps
     print(f"sampling {options.num_hypotheses} hypotheses in {count} steps: {1000 * seconds:.0f} ms an image")
+    return 0
+
+
+def _loading(options: argparse.Namespace, image_size: int) -> int:
+    from hmdiff.loading import compare_loading
+
+    print(f"{options.shards}: augmented crops of {image_size} pixels, in batches of 32")
+    for row in compare_loading(options.shards, options.raw, image_size, 32):
+        print(
+            f"{row['store']:10} {row['workers']} workers {row['images_per_second']:8.0f} images/s, peak memory of a "
+            f"loading process {row['peak_gigabytes']:.2f} GB",
+            flush=True,
+        )
     return 0
 
 

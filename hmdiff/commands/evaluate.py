@@ -1,4 +1,7 @@
-"""`hmdiff evaluate`: checkpoints over the synthetic splits, against the mean mesh; what is done is not done again."""
+"""`hmdiff evaluate`: checkpoints over the synthetic splits, against the mean mesh; what is done is not done again.
+
+With --protocol: checkpoints or other people's predictions over a data set by a named protocol (`protocol_run`).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.commands import arguments
+from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
     from hmdiff.body import Body
     from hmdiff.data.synthetic import SyntheticHumans
 
 SPLITS = ("test", "test_occluded", "test_ood", "val")
+PEOPLE = 500  # of a synthetic split
 MEAN_MESH = "mean mesh"
 TABLE_WIDTH = 120  # where the output is no terminal
 
@@ -24,11 +29,16 @@ def add_parser(subparsers: Any) -> None:
     parser = arguments.new_parser(
         subparsers,
         "evaluate",
-        "errors of checkpoints on the synthetic splits, with intervals",
-        "hmdiff evaluate --checkpoint hmdiff_small direct_small --split test test_ood",
+        "errors of checkpoints on the synthetic splits, or of anybody's predictions by a named protocol",
+        "hmdiff evaluate --checkpoint hmdiff_small direct_small --split test test_ood\n"
+        "  hmdiff evaluate --protocol min_of_n --data test --people 100 --num-hypotheses 100\n"
+        "  hmdiff evaluate --protocol spin jotr --data prepared/3dpw --checkpoint runs/smpl\n"
+        "  hmdiff evaluate --protocol spin --data 3dpw --predictions their_results",
         "PVE, MPJPE, PA-MPJPE and PA-PVE in mm, of the first hypothesis, of the mean of all, and of the best (oracle), "
         "with 95 % bootstrap intervals over people; the mean mesh beside. A JSON for each checkpoint and split: one "
-        "that is there with the same settings and the same model is not computed again.",
+        "that is there with the same settings and the same model is not computed again. With --protocol the numbers "
+        "are those of the protocol, which is printed with them, and what papers published by it stands beside; several "
+        "processes (torchrun --nproc_per_node 2 tools/evaluate.py ...) share the people, and a stopped run goes on.",
     )
     parser.add_argument(
         "--checkpoint", nargs="+", default=[arguments.DEFAULT_CHECKPOINT], metavar="NAME",
@@ -39,8 +49,10 @@ def add_parser(subparsers: Any) -> None:
         help=f"of {', '.join(SPLITS)} (default: test)",
     )  # fmt: skip
     parser.add_argument(
-        "--people", type=arguments.whole(2), default=500, help="first people of the split (default: %(default)s)"
-    )
+        "--people", type=arguments.whole(2),
+        help=f"first people of the split (default: {PEOPLE}; of a data set all)",
+    )  # fmt: skip
+    add_protocol(parser)
     arguments.add_sampling(parser, eta=False)
     arguments.add_device(parser)
     parser.add_argument(
@@ -49,10 +61,57 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("by a protocol")
+    group.add_argument(
+        "--protocol", nargs="+", metavar="NAME",
+        help="spin, metro, jotr, humaniflow, emdb, freihand, synthetic, min_of_n or biggs (default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--data", metavar="NAME",
+        help="a folder that hmdiff prepare wrote, its name in the folder HMDIFF_DATA_DIR, or a synthetic split "
+        "(needed by --protocol)",
+    )  # fmt: skip
+    group.add_argument(
+        "--predictions", type=Path, metavar="FOLDER",
+        help="npz files of names, vertices or joints, in place of a checkpoint; hmdiff/predictions.py has the layout "
+        "(default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--base", metavar="NAME",
+        help="the protocol of one hypothesis in min_of_n and biggs (default: spin on SMPL, freihand on MANO, else "
+        "synthetic)",
+    )  # fmt: skip
+    group.add_argument(
+        "--body", metavar="NAME",
+        help="of --predictions (default: what the protocol is about; free for a synthetic split)",
+    )  # fmt: skip
+    group.add_argument(
+        "--group", nargs="+", metavar="NAME", help="only these sequences of the data set, * for anything (default: all)"
+    )
+    group.add_argument(
+        "--heatmaps", default="labels", metavar="WHAT",
+        help="what the model sees of a data set: labels (its 2D keypoints), none, or a folder of NAME.npz "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--same-body", action="store_true",
+        help="the data set's labels are about the model's own body, whatever they say (default: they are not)",
+    )  # fmt: skip
+
+
 def run(options: argparse.Namespace) -> int:
     from hmdiff.evaluation import evaluate, save_report
     from hmdiff.storage import make_folder
 
+    if options.protocol:
+        from hmdiff.commands.protocol_run import run_protocols
+
+        return run_protocols(options)
+    for name in ("data", "predictions", "base", "body", "group"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} goes with --protocol; name one, such as --protocol spin")
+    options.people = options.people or PEOPLE
     folder = make_folder(options.output)
     device = arguments.resolve_device(options.device)
     pipelines = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hmdiff.heatmaps import Heatmaps, PersonKeypoints
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 photo pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +59,20 @@ def read_people(
     photo: Path,
     keypoints: Path | None = None,  # None: looked for beside the photo
     heatmaps: Path | None = None,
-    box: tuple[float, float, float, float] | None = None,  # x1, y1, x2, y2 photo pixels
+    box: Box | None = None,
+    estimate: Callable[[np.ndarray, list[Box] | None], tuple[Heatmaps, Tensor]] | None = None,
+    boxes: list[Box] | None = None,  # of the people to estimate; None: found
 ) -> PhotoPeople:
     """The people of a photo.
 
-    Heatmaps win over keypoints, which are then only drawn. Raises `UserError` when there is neither, or one is damaged.
+    Heatmaps win over keypoints, which are then only drawn; `estimate` makes heatmaps where there is neither. Raises
+    `UserError` when nothing is known, or what is known is damaged or about another photo.
     """
     from hmdiff.canvas import read_picture
     from hmdiff.heatmaps import crop_from_box, heatmaps_from_keypoints, load_heatmaps
 
-    height, width = read_picture(photo).shape[:2]
+    picture = read_picture(photo)
+    height, width = picture.shape[:2]
     given = keypoints is not None
     if keypoints is None and photo.with_suffix(".json").is_file():
         keypoints = photo.with_suffix(".json")
@@ -78,6 +84,7 @@ def read_people(
         if box is not None:
             raise UserError(f"{heatmaps}: heatmaps hold their crop, so --box says nothing; leave it out")
         maps = load_heatmaps(heatmaps)
+        _check_crops(heatmaps, maps, (width, height))
         persons = []
         if keypoints is not None:
             try:
@@ -87,13 +94,19 @@ def read_people(
                     raise
         drawn = [(person.points, person.names) for person in persons]
         if len(drawn) != len(maps):
-            drawn = _peaks(maps)
+            drawn = peaks(maps)
         return PhotoPeople(photo, (width, height), maps, drawn, f"heatmaps of {heatmaps}")
+    if estimate is not None and (keypoints is None or (not given and _box_alone(keypoints))):
+        maps, _ = estimate(picture, boxes or _json_boxes(keypoints))
+        return PhotoPeople(photo, (width, height), maps, peaks(maps), "heatmaps of the pose estimator")
     if keypoints is None:
         raise UserError(
             f"{photo}: nothing is known of the people in it; give --keypoints FILE (COCO or OpenPose JSON) or "
-            f"--heatmaps FILE.npz, or put {photo.stem}.json or {beside.name} beside it"
+            f"--heatmaps FILE.npz, or put {photo.stem}.json or {beside.name} beside it, or run a pose estimator by "
+            "--pose MODEL"
         )
+    if boxes is not None and len(boxes) > 1:
+        raise UserError(f"{keypoints}: {len(boxes)} boxes, but keypoints take one, their person's; leave them out")
     persons = read_keypoints_of(keypoints, photo, (width, height))
     center = side = None
     if box is not None:
@@ -110,6 +123,16 @@ def read_people(
     return PhotoPeople(photo, (width, height), maps, drawn, f"keypoints of {keypoints}")
 
 
+def _check_crops(path: Path, heatmaps: Heatmaps, size: tuple[int, int]) -> None:
+    """A crop that does not touch the photo is another photo's."""
+    for index, ((x, y), side) in enumerate(zip(heatmaps.center.tolist(), heatmaps.side.tolist(), strict=True)):
+        if not (-side / 2 < x < size[0] + side / 2 and -side / 2 < y < size[1] + side / 2):
+            raise UserError(
+                f"{path}: the crop of person {index}, {side:.0f} pixels about ({x:.0f}, {y:.0f}), lies outside the "
+                f"{size[0]} x {size[1]} photo; give the heatmaps that were made of this photo at this size"
+            )
+
+
 def read_keypoints_of(path: Path, photo: Path, size: tuple[int, int]) -> list[PersonKeypoints]:
     from hmdiff.heatmaps import read_keypoints
 
@@ -118,8 +141,8 @@ def read_keypoints_of(path: Path, photo: Path, size: tuple[int, int]) -> list[Pe
     except UserError:
         if _box_alone(path):
             raise UserError(
-                f"{path}: a box but no keypoints, and a box is not enough; add COCO or OpenPose keypoints to it, or "
-                "give --heatmaps FILE.npz"
+                f"{path}: a box but no keypoints, and a box is not enough; add COCO or OpenPose keypoints to it, "
+                "give --heatmaps FILE.npz, or run a pose estimator by --pose MODEL"
             ) from None
         raise
 
@@ -134,7 +157,18 @@ def _box_alone(path: Path) -> bool:
     return any("box" in key for key in data)
 
 
-def _peaks(heatmaps: Heatmaps) -> list[tuple[Tensor, tuple[str, ...]]]:
+def _json_boxes(path: Path | None) -> list[Box] | None:
+    """The box of a JSON without keypoints; None where it is none, and for the detector to find."""
+    try:
+        box = json.loads(path.read_bytes())["box_xyxy"] if path is not None else ()
+        x1, y1, x2, y2 = (float(number) for number in box)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return [(x1, y1, x2, y2)]
+
+
+def peaks(heatmaps: Heatmaps) -> list[tuple[Tensor, tuple[str, ...]]]:
+    """Of each person the places of the peaks, photo pixels, with the confidence (J, 3), and the J names."""
     import torch
 
     from hmdiff.geometry import crop_to_photo

@@ -1,4 +1,4 @@
-"""`hmdiff prepare`: makes what the package ships, from its sources. Nobody needs it to use the package."""
+"""`hmdiff prepare`: data sets to shards that load fast; and what the package ships, from its sources."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from typing import Any
 
 from hmdiff.commands import arguments
 
+# Of hmdiff.data.readers, which a test holds them to: importing it would slow every other command's start.
+DATASETS = (
+    "3dpw", "3dpw_oc", "3dpw_pc", "3dpw_crowd", "human36m", "freihand", "spin", "hmr2", "bedlam", "coco", "3doh",
+    "sports",
+)  # fmt: skip
+
 
 def add_parser(subparsers: Any) -> None:
     parser = arguments.new_parser(
         subparsers,
         "prepare",
-        "make the shipped assets again: body, mesh, poses, sample, checkpoint",
-        "hmdiff prepare sample --output assets",
+        "prepare a data set for training; or make the shipped assets again: body, mesh, poses, sample, estimator ...",
+        "hmdiff prepare 3dpw /data/3DPW prepared/3dpw_train --split train",
     )
     parts = parser.add_subparsers(metavar="WHAT", dest="what", required=True)
 
@@ -62,6 +68,78 @@ def add_parser(subparsers: Any) -> None:
     checkpoint.add_argument("--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: as saved)")
     _output(checkpoint, "assets/hmdiff_small", "FOLDER")
     checkpoint.set_defaults(run=_run(_checkpoint))
+
+    _add_temperature(parts)
+
+    estimator = arguments.new_parser(
+        parts, "estimator", "a small mmpose pose estimator, trained on synthetic people",
+        "hmdiff prepare estimator --output runs/pose_small",
+        "Needs the extra mmpose. Killed at any moment, the same command goes on.",
+    )  # fmt: skip
+    _output(estimator, "runs/pose_small", "FOLDER")
+    for option, default, words in (
+        ("--steps", 2000, "of 16 people in 2 crops each"),
+        ("--image-size", 96, "pixels a side that the network reads, a multiple of 32"),
+        ("--width", 16, "channels of its finest branch"),
+        ("--people", 512, "of each test split, to measure it"),
+    ):
+        estimator.add_argument(option, type=arguments.whole(1), default=default, help=f"{words} (default: %(default)s)")
+    estimator.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
+    arguments.add_device(estimator)
+    estimator.set_defaults(run=_run(_estimator))
+
+    for name in DATASETS:
+        _add_dataset(parts, name)
+
+
+def _add_temperature(parts: Any) -> None:
+    temperature = arguments.new_parser(
+        parts, "temperature", "by what a pipeline's spread is multiplied to be calibrated, fitted on people",
+        "hmdiff prepare temperature runs/hmdiff_small --steps 3 10",
+        "It is written into the pipeline's hmdiff.json, one for each number of steps; meshes are not changed by it.",
+    )  # fmt: skip
+    temperature.add_argument("source", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
+    temperature.add_argument(
+        "--steps", type=arguments.whole(1), nargs="+", metavar="K", help="denoising steps (default: the pipeline's own)"
+    )
+    temperature.add_argument("--sampler", metavar="NAME", help="another sampler (default: the pipeline's own)")
+    temperature.add_argument("--eta", type=arguments.number(0), help="ddim's fresh noise (default: the pipeline's own)")
+    temperature.add_argument("--split", default="val", help="synthetic people to fit it on (default: %(default)s)")
+    for option, least, default, words in (("--people", 8, 128, "of the split"), ("--num-hypotheses", 5, 25, "of each")):
+        temperature.add_argument(
+            option, type=arguments.whole(least), default=default, metavar="N", help=f"{words} (default: %(default)s)"
+        )
+    temperature.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
+    arguments.add_device(temperature)
+    temperature.set_defaults(run=_run(_temperature))
+
+
+def _add_dataset(parts: Any, name: str) -> None:
+    dataset = arguments.new_parser(
+        parts, name, f"the data set {name}, from its own files to shards",
+        f"hmdiff prepare {name} /data/{name} prepared/{name}",
+        "Stopped at any moment, the same command goes on. Then: data.kind=recorded "
+        f"data.sources=[prepared/{name}].",
+    )  # fmt: skip
+    dataset.add_argument("source", type=Path, help="the folder of the data set, as its authors hand it out")
+    dataset.add_argument("output", type=Path, metavar="OUT", help="the folder to write")
+    dataset.add_argument("--split", help="which part of it (default: the reader's first; a wrong one lists them)")
+    dataset.add_argument(
+        "--resolution", type=arguments.whole(32), default=384, metavar="PIXELS",
+        help="of the stored pictures, a person's crop at most so many a side (default: %(default)s)",
+    )  # fmt: skip
+    dataset.add_argument(
+        "--margin", type=arguments.number(1), default=1.8,
+        help="stored around the crop for augmentation, times its side (default: %(default)s)",
+    )  # fmt: skip
+    dataset.add_argument("--quality", type=arguments.whole(1), default=92, help="of the jpgs (default: %(default)s)")
+    dataset.add_argument(
+        "--shard-records", type=arguments.whole(1), default=1000, help="people a file (default: %(default)s)"
+    )
+    dataset.add_argument(
+        "--workers", type=arguments.whole(1), default=2, help="threads that read photos (default: %(default)s)"
+    )
+    dataset.set_defaults(run=_run(_dataset))
 
 
 def _output(parser: argparse.ArgumentParser, default: str, kind: str = "FILE") -> None:
@@ -110,3 +188,48 @@ def _checkpoint(options: argparse.Namespace) -> Mapping[str, Any]:
     pipeline.save_pretrained(options.output, half=True)
     size = sum(path.stat().st_size for path in Path(options.output).rglob("*") if path.is_file())
     return {"parameters": sum(p.numel() for p in pipeline.model.parameters()), "megabytes": size / 1e6}
+
+
+def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
+    from hmdiff.calibration import calibrate, store_temperature
+    from hmdiff.commands.evaluate import progress, test_people
+
+    pipeline = arguments.load_pipeline(options.source, arguments.resolve_device(options.device))
+    options.output = arguments.checkpoint_folder(options.source)
+    model, chosen = pipeline.model.config, options.steps or [pipeline.num_inference_steps]
+    for options.steps in chosen:
+        arguments.check_sampling(pipeline, options)
+    data = test_people(pipeline.body, None if model.inputs == "heatmaps" else model.image_size)
+    found: dict[str, Any] = {}
+    for steps in chosen:
+        with progress(f"{options.split}, {steps} steps", options.people) as update:
+            fitted = calibrate(
+                pipeline, data, options.split, options.people, options.num_hypotheses, steps, options.sampler,
+                options.eta, options.seed, progress=update,
+            )  # fmt: skip
+        store_temperature(options.output, fitted)
+        error = [fitted.fitted_on[f"expected_calibration_error_{when}"] for when in ("before", "after")]
+        found[str(fitted.sampling)] = f"{fitted.temperature:.3g}, calibration error {error[0]:.3f} -> {error[1]:.3f}"
+    return found
+
+
+def _dataset(options: argparse.Namespace) -> Mapping[str, Any]:
+    from hmdiff.data.readers import open_reader
+    from hmdiff.prepare.dataset import prepare_dataset
+
+    reader = open_reader(options.what, options.source, options.split)
+    for line in reader.summary:
+        print(f"  {line}", flush=True)
+    return prepare_dataset(
+        reader, options.output, options.margin, options.resolution, options.quality, options.shard_records,
+        options.workers, options.what, options.source, options.split or "",
+    )  # fmt: skip
+
+
+def _estimator(options: argparse.Namespace) -> Mapping[str, Any]:
+    from hmdiff.prepare.estimator import EstimatorTraining, prepare_estimator
+
+    values = EstimatorTraining(
+        steps=options.steps, image_size=options.image_size, width=options.width, seed=options.seed
+    )  # fmt: skip
+    return prepare_estimator(options.output, values, arguments.resolve_device(options.device), options.people)

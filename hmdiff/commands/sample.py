@@ -14,21 +14,26 @@ from hmdiff.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hmdiff.commands.photos import PhotoPeople
+    from hmdiff.commands.estimation import Estimation
+    from hmdiff.commands.photos import Box, PhotoPeople
     from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; changes no result
 SHOWN = 5  # hypotheses of the picture
+MODES = 5  # groups of hypotheses in the npz, at most
 
 
 def add_parser(subparsers: Any) -> None:
+    from hmdiff.commands.estimation import add_estimation
+
     parser = arguments.new_parser(
         subparsers,
         "sample",
         "recover 3D bodies of the people in photos",
         "hmdiff sample photo.jpg --keypoints photo.json",
-        "For each person it writes NAME.npz (vertices, joints, keypoints, camera, spread), NAME.obj (the mean body), "
-        "NAME.glb (mean and hypotheses) and NAME.png (a picture of them over the photo and from the side); "
+        "For each person it writes NAME.npz (vertices, joints, keypoints, camera, spread, the number of the selected "
+        "hypothesis, modes and their weights), NAME.obj (the mean body), NAME.glb (mean and hypotheses), NAME.png (a "
+        "picture of them over the photo and from the side) and NAME_spread.png (the selected one, coloured by spread); "
         "NAME_0, NAME_1, ... where there are several people.",
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="jpg, png, webp, ...")
@@ -41,11 +46,14 @@ def add_parser(subparsers: Any) -> None:
         help="npz with heatmaps, center, side; they win over keypoints (default: NAME_heatmaps.npz beside the photo)",
     )  # fmt: skip
     parser.add_argument(
-        "--box", type=arguments.box, metavar="X1,Y1,X2,Y2",
-        help="the person's box in photo pixels (default: the JSON's, or about the keypoints)",
+        "--box", type=arguments.box, action="append", metavar="X1,Y1,X2,Y2",
+        help="the person's box in photo pixels; with --pose once for each person (default: the JSON's, or about the "
+        "keypoints; with --pose the detector's)",
     )  # fmt: skip
+    add_estimation(parser)
     arguments.add_checkpoint(parser)
     arguments.add_sampling(parser)
+    arguments.add_guidance(parser)
     parser.add_argument(
         "--focal", type=arguments.number(0, above=True), metavar="PX", help="focal length (default: the diagonal)"
     )
@@ -55,21 +63,28 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from hmdiff.cli import report
-    from hmdiff.commands.photos import pair_files, read_people
+    from hmdiff.commands.estimation import Estimation, needs_pose
+    from hmdiff.commands.photos import pair_files
     from hmdiff.storage import make_folder
 
     if options.box is not None and len(options.photos) > 1:
         raise UserError(f"--box is about one photo, {len(options.photos)} were given; sample them one by one")
     keypoints = pair_files("--keypoints", options.keypoints, options.photos)
     heatmaps = pair_files("--heatmaps", options.heatmaps, options.photos)
+    needs_pose(options)
     make_folder(options.output)
 
+    estimate = None if options.pose is None else Estimation(options)
     failures: list[str] = []
     people: list[PhotoPeople] = []
-    for photo, keypoint_file, heatmap_file in zip(options.photos, keypoints, heatmaps, strict=True):
+    files = list(zip(options.photos, keypoints, heatmaps, strict=True))
+    hidden = True if estimate is None else None  # reading is quick, estimating is not
+    for photo, keypoint_file, heatmap_file in tqdm(files, "estimating", disable=hidden, leave=False, unit="photo"):
         try:
-            people.append(read_people(photo, keypoint_file, heatmap_file, options.box))
+            people.append(_read(photo, keypoint_file, heatmap_file, options.box, estimate))
         except UserError as error:
             failures.append(_about(photo, error))
     if people:
@@ -79,6 +94,21 @@ def run(options: argparse.Namespace) -> int:
     for failure in failures:
         report(failure)
     return 2 if failures else 0
+
+
+def _read(
+    photo: Path,
+    keypoints: Path | None,
+    heatmaps: Path | None,
+    boxes: list[Box] | None,
+    estimate: Estimation | None,
+) -> PhotoPeople:
+    """One box also sets the crop of keypoints; several are people for the pose estimator."""
+    from hmdiff.commands.photos import read_people
+
+    if boxes is not None and len(boxes) > 1 and estimate is None:
+        raise UserError(f"{len(boxes)} times --box, but only --pose MODEL takes several people's; give one")
+    return read_people(photo, keypoints, heatmaps, boxes[0] if boxes else None, estimate, boxes)
 
 
 def _about(photo: Path, error: UserError) -> str:
@@ -164,6 +194,7 @@ def sample_batch(
         focal=None if options.focal is None else torch.full((len(batch),), options.focal),
         people=[person for _, person in batch],
         progress=progress,
+        guidance=arguments.guidance_of(options, pipeline),
     )
     return output
 
@@ -190,6 +221,7 @@ def write_person(
     from hmdiff.canvas import read_picture
     from hmdiff.export import save_glb, save_npz, save_obj
     from hmdiff.pictures import PALETTE, hypotheses_sheet, save_picture
+    from hmdiff.spread_picture import spread_sheet
 
     def path(suffix: str) -> Path:
         return stem.with_name(stem.name + suffix)  # with_suffix would cut a name like "2024.01"
@@ -205,8 +237,14 @@ def write_person(
         "faces": faces,
         "spread_mm": output.spread[row],
     }
+    if output.guidance is not None:
+        report = output.guidance
+        arrays |= {"gap_before": report.gap_before[row], "gap_after": report.gap_after[row],
+                   "guided": report.active[:, row], "fell_back": report.fell_back[row]}  # fmt: skip
     if output.keypoints is not None:
         arrays["keypoints"] = output.keypoints[row]
+    selected, modes = int(output.selected[row]), output.modes(min(MODES, len(vertices)))
+    arrays |= {"selected": output.selected[row], "modes": modes.index[row], "mode_weights": modes.weights[row]}
     save_npz(path(".npz"), **arrays)
     save_obj(path(".obj"), mean, faces)
     meshes: dict[str, tuple[Any, Any]] = {"mean": (mean, faces)}
@@ -221,8 +259,16 @@ def write_person(
         output.principal_point[row].cpu(), min(SHOWN, len(vertices)), points, names,
     )  # fmt: skip
     save_picture(path(".png"), sheet)
+    heat = spread_sheet(
+        read_picture(photo.photo), vertices[selected], output.spread[row].cpu(), faces,
+        output.translation[row, selected].cpu(), float(output.focal[row]), output.principal_point[row].cpu(),
+    )  # fmt: skip
+    save_picture(path("_spread.png"), heat)
     spread, fit = float(output.spread[row].mean()), ""
+    if output.guidance is not None:
+        before, after = (float(gap[row].mean()) for gap in (output.guidance.gap_before, output.guidance.gap_after))
+        fit = f"gap {1000 * before:.2f} -> {1000 * after:.2f} e-3; "
     if distance is not None:
         away, side = float(distance[row].mean()), float(photo.heatmaps.side[person])
-        fit = f"2D distance {away:.1f} px, {100 * away / side:.1f} % of the crop; "
-    return f"{photo.photo} -> {stem}.npz .obj .glb .png  ({fit}spread {spread:.0f} mm; from {photo.source})"
+        fit += f"2D distance {away:.1f} px, {100 * away / side:.1f} % of the crop; "
+    return f"{photo.photo} -> {stem}.npz .obj .glb .png _spread.png  ({fit}spread {spread:.0f} mm; from {photo.source})"

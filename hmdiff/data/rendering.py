@@ -107,4 +107,4 @@ class Photographer:
 @functools.lru_cache(maxsize=2)
 def _drawn_mesh(body: Body) -> MeshSampler:
     """A second or more of work, that training and validation data share."""
-    return load_mesh(body, min(RENDERED_VERTICES, body.num_vertices))
+    return load_mesh(body, min(RENDERED_VERTICES, body.num_vertices), fitted=False)

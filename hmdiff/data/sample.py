@@ -1,7 +1,7 @@
 """The sample contract: what every data set, real or synthetic, hands to training and evaluation.
 
 One frozen dataclass serves single samples and batches (a leading B on every field). A missing label is None, or, where
-only some samples of a batch have it, marked by its `has_*` mask: never a zero that counts. Frames and units are those
+only some samples of a batch have it, marked by its mask (`MASKS`): never a zero that counts. Frames and units are those
 of `hmdiff.geometry`: metres relative to the pelvis in the camera frame, crop coordinates -1..1.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,15 +28,20 @@ class Sample:
     joints_3d: Tensor | None = None  # (B, K, 3)
     has_joints_3d: Tensor | None = None  # (B,) bool
     keypoints_3d: Tensor | None = None  # (B, J, 3)
+    has_keypoints_3d: Tensor | None = None  # (B, J) bool: real data sets have some of them each
     joints_2d: Tensor | None = None  # (B, J, 2) crop coordinates of the keypoints
     joints_2d_confidence: Tensor | None = None  # (B, J) 0..1, 0 = not labelled
     visible: Tensor | None = None  # (B, J) bool: not hidden by an occluder, inside the crop
     silhouette: Tensor | None = None  # (B, h, w) 0..1
+    has_silhouette: Tensor | None = None  # (B,) bool
     depth: Tensor | None = None  # (B, h, w) metres from the camera; 0 where there is no body
+    has_depth: Tensor | None = None  # (B,) bool
     camera: Tensor | None = None  # (B, 3) weak-perspective scale, tx, ty in the crop
+    has_camera: Tensor | None = None  # (B,) bool
     pelvis: Tensor | None = None  # (B, 3) metres, pelvis in the camera frame
     focal: Tensor | None = None  # (B,) focal length in crop half-sides
     principal_point: Tensor | None = None  # (B, 2) crop coordinates
+    has_perspective: Tensor | None = None  # (B,) bool: pelvis, focal and principal_point are known
     visible_fraction: Tensor | None = None  # (B,) visible part of the body in the crop, 0..1
     index: Tensor | None = None  # (B,) position in the split: the seed of what is random about this sample
 
@@ -47,6 +53,19 @@ class Sample:
     def to(self, device: torch.device | str) -> Sample:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def silenced(self) -> Sample:
+        """The same sample with 0 wherever a mask says 'not labelled': what stood there, even NaN, is gone.
+
+        A loss must not only multiply by its mask: NaN times 0 is NaN, in the value or in the gradient.
+        """
+        changed = {}
+        for name, mask_name in MASKS.items():
+            value, mask = getattr(self, name), getattr(self, mask_name)
+            if value is not None and mask is not None and name != "heatmaps":  # an input, and the largest field
+                there = (mask > 0).reshape(*mask.shape, *(1,) * (value.dim() - mask.dim()))
+                changed[name] = torch.where(there, value, torch.zeros_like(value))
+        return dataclasses.replace(self, **changed)
+
     def __len__(self) -> int:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -55,13 +74,71 @@ class Sample:
         return 0
 
 
+# What says that a field is there. None as a mask means that all of them are.
+MASKS = {
+    "heatmaps": "heatmap_valid", "vertices": "has_vertices", "coarse_vertices": "has_vertices",
+    "joints_3d": "has_joints_3d", "keypoints_3d": "has_keypoints_3d", "joints_2d": "joints_2d_confidence",
+    "visible": "joints_2d_confidence", "silhouette": "has_silhouette", "visible_fraction": "has_silhouette",
+    "depth": "has_depth", "camera": "has_camera", "pelvis": "has_perspective", "focal": "has_perspective",
+    "principal_point": "has_perspective",
+}  # fmt: skip
+_PER_KEYPOINT = {"heatmaps", "keypoints_3d", "joints_2d", "visible"}  # their masks are (B, J), the others' (B,)
+
+
+class PeopleSource(Protocol):
+    """Where blocks of people come from: synthetic people, a prepared data set, a mixture of several."""
+
+    block_size: int
+    full_mesh: bool  # its samples have `vertices`
+    image_size: int | None  # S of its pictures; None: it has none
+
+    def block(self, stream: str, number: int) -> Sample: ...  # a function of (the source, stream, number) alone
+
+    def __hash__(self) -> int: ...  # by identity: what was computed of a source is kept with it
+
+
 def concatenate(samples: list[Sample]) -> Sample:
-    """Batches joined along B. A field must be there in all of them or in none."""
-    merged = {}
+    """Batches joined along B. Where only some have a label, the others get zeros there, and False in its mask.
+
+    Raises:
+        ValueError: a field without a mask (the image) is there in some only; or a mask promises what is not there.
+    """
+    merged: dict[str, Tensor | None] = {}
     for field in dataclasses.fields(Sample):
         values = [getattr(sample, field.name) for sample in samples]
         present = [value for value in values if value is not None]
         if present and len(present) != len(values):
-            raise ValueError(f"field {field.name!r} is there in {len(present)} of {len(values)} batches")
-        merged[field.name] = torch.cat(present) if present else None
+            if field.name in MASKS:
+                values = [_blank(sample, field.name, present[0]) for sample in samples]
+            elif field.name in MASKS.values():
+                values = [_mask(sample, field.name, present[0]) for sample in samples]
+            else:
+                raise ValueError(f"field {field.name!r} is there in {len(present)} of {len(values)} batches")
+        merged[field.name] = torch.cat(values) if present else None
+    for name, mask_name in MASKS.items():  # a mask that nobody had, because each batch alone was whole
+        if merged[mask_name] is None and any(getattr(sample, name) is None for sample in samples):
+            value = merged[name]
+            if value is not None:
+                like = value.new_zeros(value.shape[: 2 if name in _PER_KEYPOINT else 1], dtype=torch.bool)
+                merged[mask_name] = torch.cat([_mask(sample, mask_name, like) for sample in samples])
     return Sample(**merged)
+
+
+def _blank(sample: Sample, name: str, like: Tensor) -> Tensor:
+    """The field, or zeros in its place."""
+    value = getattr(sample, name)
+    if value is not None:
+        return value
+    mask = getattr(sample, MASKS[name])
+    if mask is not None and (mask > 0).any():
+        raise ValueError(f"{MASKS[name]!r} says that {name!r} is there, and it is not")
+    return like.new_zeros(len(sample), *like.shape[1:])
+
+
+def _mask(sample: Sample, mask_name: str, like: Tensor) -> Tensor:
+    """The mask, or one that says of all people whether the fields it is about are there."""
+    mask = getattr(sample, mask_name)
+    if mask is not None:
+        return mask
+    there = any(getattr(sample, name) is not None for name, of in MASKS.items() if of == mask_name)
+    return like.new_full((len(sample), *like.shape[1:]), there)

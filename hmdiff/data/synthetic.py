@@ -82,7 +82,8 @@ class SyntheticHumans:
         self.poses = poses
         self.device = torch.device(device)
         if body.keypoint_regressor is None:
-            raise UserError(f"body {body.name!r} has no keypoint regressor: synthetic heatmaps need the free body")
+            raise UserError(f"body {body.name!r} has no keypoint regressor: synthetic heatmaps need one, as free has")
+        body.from_smpl(torch.eye(3).expand(24, 3, 3))  # a body without SMPL's joints is refused now, not in a worker
         self.coarse_ids = coarse_ids
         self.image_size = image_size
         self._photographer = None if image_size is None else Photographer(body, image_size, self.device)
@@ -109,7 +110,8 @@ class SyntheticHumans:
         betas = torch.randn(n, self.body.num_betas, generator=generator).clamp(-2.5, 2.5).to(self.device)
         rotations = self.poses.sample(n, generator, tail=scene.tail).clone()
         rotations[:, 0] = sample_orientation(n, generator, tail=scene.tail)
-        output = self.body(betas, rotations.to(self.device))
+        rotations = self.body.from_smpl(rotations.to(self.device))
+        output = self.body(betas, rotations)
         pelvis = output.joints[:, :1]
         vertices, joints = output.vertices - pelvis, output.joints - pelvis
         keypoints = self.body.keypoints(vertices)
@@ -130,7 +132,7 @@ class SyntheticHumans:
         pictures = {}
         if self._photographer is not None:
             looks = block_generator(seed, f"{stream}/picture", number)
-            drawn = self._photographer(betas, rotations.to(self.device), place, focal, principal, boxes, looks)
+            drawn = self._photographer(betas, rotations, place, focal, principal, boxes, looks)
             pictures = {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
         return Sample(
             heatmaps=heatmaps,

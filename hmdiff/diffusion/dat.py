@@ -40,13 +40,14 @@ from hmdiff.heatmaps.distribution import draw_samples, normalised, soft_argmax
 MODES = ("none", "disrupted", "dat")
 _CHOICES = {
     "mode": MODES,
-    "pairing": ("paired", "mean"),
+    "pairing": ("mean", "paired"),
     "gap": ("samples", "likelihood"),
     "gradient": ("denoiser", "estimate"),
     "projection": ("fit", "camera"),
     "step": ("line", "score"),
 }
 _LEAST_SIGNAL = 0.1  # sqrt(abar) below which the score's factor grows no further
+_NO_SIGNAL = 1e-6  # abar of a terminal step: nothing is steered through the denoiser there
 _BACKGROUND = 0.1  # of the peak: what lies below is an estimator's background, wide and meaningless
 _LONGEST = 2.0  # root mean square of a point's move, in units of the data
 
@@ -58,7 +59,7 @@ class Guidance:
     mode: str = "dat"  # "none"; "disrupted", with gap and gradient at x_k itself; "dat"
     strength: float = 1.0  # s; 0 is exactly "none"
     threshold: float = 0.05  # of the relative gap R_k, below which DAT is off
-    pairing: str = "paired"  # u_i drawn for hypothesis i, or for all the "mean" of U
+    pairing: str = "mean"  # all compared with the mean of U, or "paired": u_i drawn from U for hypothesis i
     gap: str = "samples"  # squared distance to u_i, or the "likelihood" of the keypoints under U
     gradient: str = "denoiser"  # through the denoiser's Jacobian, or stopped at the "estimate" x̂_0
     projection: str = "fit"  # the camera: closed-form fit of x̂_0 to u_i, differentiated through; or the head's "camera"
@@ -208,6 +209,13 @@ class AlignedDenoiser:
         if not self.on.any():  # off for good: nothing more than the denoiser is computed
             self.steps.append(torch.zeros_like(self.on))
             return self.denoise(points, step)
+        if through and share < _NO_SIGNAL:
+            # x_K is noise alone: x̂_0 does not depend on it, and the Jacobian of a trained network there means nothing.
+            prediction = self.denoise(points, step)
+            self.first_estimate = clean_estimate(prediction, points, share, self.kind)
+            self._switch(self.gap(self.first_estimate))
+            self.steps.append(torch.zeros_like(self.on))
+            return prediction
         with torch.enable_grad():
             noisy = points.detach().requires_grad_(through or guidance.mode == "disrupted")
             with torch.set_grad_enabled(through):
@@ -225,9 +233,8 @@ class AlignedDenoiser:
             leaf = noisy if guidance.mode == "disrupted" or through else place
             (gradient,) = torch.autograd.grad(gap.sum(), leaf)
         clean = clean.detach()
-        factor = 1.0 if leaf is place or guidance.mode == "disrupted" else (1 - share) / share.sqrt()
         if guidance.step == "line":
-            move = self._line(clean, gradient * factor)
+            move = self._line(clean, gradient)
         else:
             # The form of the paper's ĝ, in terms of x̂_0; stopped at x̂_0, its gradient is that over sqrt(abar).
             signal = share.sqrt().clamp_min(_LEAST_SIGNAL)

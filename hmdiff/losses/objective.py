@@ -28,15 +28,19 @@ def objective(
     num_coarse: int,
     edges: Tensor | None = None,  # (E, 2) of the coarse mesh
 ) -> dict[str, Tensor]:  # scalars: every term, weighted, and their sum as "loss"
-    """Sum the terms. A sample without a label adds nothing to that label's term."""
+    """Sum the terms. A sample without a label adds nothing to that label's term, whatever stands in its place."""
+    sample = sample.silenced()
     weight = torch.ones(prediction.shape[-2], device=prediction.device)
     weight[num_coarse:] = config.joints
-    if sample.has_joints_3d is not None:
-        is_vertex = torch.arange(len(weight), device=weight.device) < num_coarse
-        weight = weight * (is_vertex | sample.has_joints_3d[:, None, None])  # (B, 1, P)
+    labelled = None
+    if sample.has_vertices is not None or sample.has_joints_3d is not None:
+        weight = weight * _labelled_points(sample, len(prediction), len(weight), num_coarse)  # (B, 1, P)
+        target, truth = (torch.where(weight[..., None] > 0, points, 0.0) for points in (target, truth))
+        labelled = (weight > 0).any(-1)[:, 0]
+        weight = torch.where(labelled[:, None, None], weight, 1.0)  # its mean over no point would be 0 / 0
     terms: dict[str, Tensor] = {}
     error = point_error(prediction, target, config.points, weight) * level_weight
-    terms["points"] = silence(error, sample.has_vertices).mean()
+    terms["points"] = silence(error, labelled).mean()
     if config.camera:
         terms["camera"] = config.camera * _camera_term(sample, camera).mean()
     if config.edges and edges is not None:
@@ -47,11 +51,29 @@ def objective(
     return terms
 
 
+def _labelled_points(sample: Sample, people: int, points: int, num_coarse: int) -> Tensor:  # (B, 1, P) bool
+    """Which points of which people are labelled: the coarse vertices, then the joints."""
+    parts = []
+    for has, count in ((sample.has_vertices, num_coarse), (sample.has_joints_3d, points - num_coarse)):
+        given = next(mask for mask in (has, sample.has_vertices, sample.has_joints_3d) if mask is not None)
+        known = torch.ones_like(given) if has is None else has
+        parts.append(known[:, None, None].expand(people, 1, count))
+    return torch.cat(parts, -1)
+
+
 def _camera_term(sample: Sample, camera: Tensor) -> Tensor:  # (B,)
-    """Against the true camera where it is known, else through the projected keypoints."""
+    """Against the true camera where it is known, else through the projected keypoints; 0 where neither is labelled."""
+    known = camera.new_zeros(len(camera))
+    has_camera = torch.zeros_like(known, dtype=torch.bool)
     if sample.camera is not None:
-        return camera_error(camera, sample.camera)
+        known = silence(camera_error(camera, sample.camera), sample.has_camera)
+        if sample.has_camera is None:
+            return known
+        has_camera = sample.has_camera
     if sample.keypoints_3d is None or sample.joints_2d is None or sample.joints_2d_confidence is None:
-        return camera.new_zeros(len(camera))
+        return known
+    confidence = sample.joints_2d_confidence
+    if sample.has_keypoints_3d is not None:
+        confidence = confidence * sample.has_keypoints_3d
     projected = weak_perspective_projection(sample.keypoints_3d, camera)
-    return reprojection_error(projected, sample.joints_2d, sample.joints_2d_confidence)
+    return torch.where(has_camera, known, reprojection_error(projected, sample.joints_2d, confidence))

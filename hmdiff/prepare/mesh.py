@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body, load_body
+from hmdiff.body import load_body
 from hmdiff.decimation import decimate
 from hmdiff.errors import UserError
-from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.mesh import build_mesh_sampler, fit_upsampling, partition_patches, save_mesh
+from hmdiff.mesh_cache import random_bodies
 from hmdiff.surface import surface_distances
 
 NUM_COARSE = 432  # the lineage has 431; 432 divides into patches of 2, 3, 4, 6, 8, 9 and 12
@@ -56,28 +56,6 @@ def prepare_mesh(
         "random_patch_diameter_mm": _diameter_mm(by_chance, distance),
         "kilobytes": Path(output).stat().st_size / 1000,
     }
-
-
-@torch.no_grad()
-def random_bodies(
-    body: Body,
-    count: int,
-    seed: int,
-    spread: float = 0.5,  # radians, standard deviation per axis of every joint
-) -> Tensor:  # (count, V, 3) metres, relative to the root joint
-    """Bodies in poses no person need be able to take, elbows and knees folded by up to 2 radians."""
-    generator = torch.Generator().manual_seed(seed)
-    axis_angle = spread * torch.randn(count, body.num_joints, 3, generator=generator)
-    for name, axis, sign in (("left_elbow", 1, -1), ("right_elbow", 1, 1), ("left_knee", 0, 1), ("right_knee", 0, 1)):
-        if name in body.joint_names:
-            fold = 2 * torch.rand(count, generator=generator)
-            axis_angle[:, body.joint_names.index(name), axis] += sign * fold
-    betas = torch.randn(count, body.num_betas, generator=generator)
-    parts = []
-    for beta, rotation in zip(betas.split(16), axis_angle_to_matrix(axis_angle).split(16), strict=True):
-        posed = body(beta, rotation)
-        parts.append(posed.vertices - posed.joints[:, :1])
-    return torch.cat(parts)
 
 
 def _mean_mm(

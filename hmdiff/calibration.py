@@ -1,0 +1,181 @@
+"""Calibration: the temperature that makes a pipeline's hypotheses spread as far as they are wrong.
+
+Hypotheses drawn in few steps lie too close together. Their deviations from the mean are multiplied by one scalar,
+fitted on people whose bodies are known so that the expected calibration error (`hmdiff.metrics`) is least. One scalar
+is enough (LOG.md); one for each joint would each be fitted to less. All of it is our choice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hmdiff.data.sample import PeopleSource
+from hmdiff.diffusion.hypotheses import apply_temperature
+from hmdiff.errors import UserError
+from hmdiff.evaluation import MESHES_AT_ONCE, ROOT, as_heatmaps, ask, split_batches
+from hmdiff.metrics import coverage, expected_calibration_error, root_of
+from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.skeletons import HALPE26, J14, joint_indices
+from hmdiff.storage import atomic_file
+from hmdiff.temperature import Temperature
+
+if TYPE_CHECKING:
+    from hmdiff.diffusion.dat import Guidance
+
+LOWEST, HIGHEST = 1 / 8, 8.0
+COVERAGE_LEVEL = 0.9
+_COARSE, _FINE = 25, 41  # temperatures of the two grids, evenly spaced in the logarithm
+_J14 = joint_indices(J14, HALPE26)
+
+
+def fit_temperature(
+    samples: Tensor,  # (B, S, J, 3) metres, root-relative
+    target: Tensor,  # (B, J, 3)
+) -> float:
+    """The temperature of least expected calibration error, found on a grid and then on a finer one about its best.
+
+    Raises:
+        UserError: the samples of a person are all the same, or nobody is given.
+    """
+    if len(samples) == 0 or samples.shape[1] < 2:
+        raise UserError(f"temperature: {len(samples)} people with {samples.shape[1]} samples each; give more to fit it")
+    if float((samples - samples.mean(1, keepdim=True)).abs().amax()) < 1e-6:
+        raise UserError("temperature: the hypotheses are all the same (a direct baseline?); there is nothing to scale")
+    error = tempered_error(samples, target)
+    best = _best(error, LOWEST, HIGHEST, _COARSE)
+    step = (HIGHEST / LOWEST) ** (1 / (_COARSE - 1))
+    return _best(error, best / step, best * step, _FINE)
+
+
+def tempered_error(
+    samples: Tensor,  # (B, S, J, 3) metres, root-relative
+    target: Tensor,  # (B, J, 3)
+    levels: int = 21,
+) -> Callable[[float], float]:
+    """`expected_calibration_error(apply_temperature(samples, T), target)` as a function of T, quick to evaluate.
+
+    The median by coordinate and the distances to it follow a linear map: their quantiles are computed once.
+    """
+    mean = samples.mean(1)  # (B, J, 3)
+    q = torch.linspace(0, 1, levels, dtype=samples.dtype, device=samples.device)
+    centers, radii = [], []
+    for person in samples - mean[:, None]:  # torch.quantile refuses more than 16 million numbers
+        center = torch.quantile(person, 0.5, dim=0)
+        centers.append(center)
+        radii.append(torch.quantile((person - center).norm(dim=-1), q, dim=0))
+    center, radius, offset = torch.stack(centers), torch.stack(radii), target - mean
+
+    def error(temperature: float) -> float:
+        inside = temperature * radius > (offset - temperature * center).norm(dim=-1)[:, None]  # (B, Q, J)
+        frequency = inside.to(samples.dtype).mean(0)
+        return (torch.quantile(frequency, 0.5, dim=1) - q).abs().mean().item()
+
+    return error
+
+
+def _best(error: Callable[[float], float], low: float, high: float, count: int) -> float:
+    grid = torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64).tolist()
+    errors = [error(each) for each in grid]
+    least = min(errors)
+    # The error moves in steps: of several equal ones the middle.
+    equal = [each for each, error in zip(grid, errors, strict=True) if error <= least + 1e-9]
+    return equal[len(equal) // 2]
+
+
+@torch.no_grad()
+def draw(
+    pipeline: HMDiffPipeline,
+    data: PeopleSource,
+    split: str,
+    people: int,
+    num_hypotheses: int = 25,
+    num_inference_steps: int | None = None,
+    scheduler: str | None = None,
+    eta: float | None = None,
+    seed: int = 0,
+    guidance: Guidance | None = None,
+    progress: Callable[[int], None] | None = None,  # told how many people are done
+) -> tuple[Tensor, Tensor]:  # (P, N, 14, 3) and (P, 14, 3) metres, relative to the middle of the hips
+    """The hypotheses' and the true joints of a split's people, as `hmdiff.evaluation` numbers and roots them."""
+    drawn, true = [], []
+    at_once = max(1, MESHES_AT_ONCE // num_hypotheses)
+    for block in split_batches(data, split, people):
+        for first in range(0, len(block), at_once):
+            part = block.map(lambda tensor, first=first: tensor[first : first + at_once])  # type: ignore[misc]
+            output = ask(
+                pipeline, part, as_heatmaps(part), num_hypotheses, num_inference_steps, seed, scheduler, eta, guidance
+            )
+            assert output.keypoints is not None and part.keypoints_3d is not None
+            joints, target = output.keypoints[:, :, _J14].cpu(), part.keypoints_3d[:, _J14].cpu()
+            drawn.append(joints - root_of(joints, J14, ROOT))
+            true.append(target - root_of(target, J14, ROOT))
+            if progress is not None:
+                progress(len(target))
+    return torch.cat(drawn), torch.cat(true)
+
+
+def calibrate(
+    pipeline: HMDiffPipeline,
+    data: PeopleSource,  # with the bodies of `split`
+    split: str = "val",
+    people: int = 128,
+    num_hypotheses: int = 25,
+    num_inference_steps: int | None = None,  # None: the pipeline's own
+    scheduler: str | None = None,
+    eta: float | None = None,
+    seed: int = 0,
+    guidance: Guidance | None = None,
+    progress: Callable[[int], None] | None = None,  # told how many people are done
+) -> Temperature:
+    """Fit the temperature of one way of sampling, and set it in the pipeline, which then saves it.
+
+    Raises:
+        UserError: a model without diffusion, a body without keypoints, or fewer than 2 hypotheses.
+    """
+    if pipeline.model.config.mode == "direct":
+        raise UserError("temperature: a direct baseline gives one mesh; there is no spread to calibrate")
+    if pipeline.body.keypoint_regressor is None:
+        raise UserError(f"temperature: body {pipeline.body.name!r} has no keypoints to calibrate by")
+    samples, target = draw(
+        pipeline, data, split, people, num_hypotheses, num_inference_steps, scheduler, eta, seed, guidance, progress
+    )
+    temperature = fit_temperature(samples, target)
+    about: dict[str, Any] = {"split": split, "people": people, "num_hypotheses": num_hypotheses, "seed": seed}
+    for name, scale in (("before", 1.0), ("after", temperature)):
+        tempered = apply_temperature(samples, scale)
+        about[f"expected_calibration_error_{name}"] = expected_calibration_error(tempered, target)
+        about[f"coverage_{name}"] = coverage(tempered, target, COVERAGE_LEVEL).mean().item()
+    sampling = pipeline.sampling(num_inference_steps, scheduler, eta, guidance)
+    fitted = Temperature(sampling, temperature, about)
+    pipeline.set_temperature(fitted)
+    return fitted
+
+
+def store_temperature(
+    folder: str | Path,  # of a saved pipeline
+    fitted: Temperature,
+) -> None:
+    """Write it into the pipeline's hmdiff.json, atomically; only the record of the same way of sampling is replaced.
+
+    Raises:
+        UserError: no saved pipeline there, a damaged one, or the place may not be written.
+    """
+    path = Path(folder) / "hmdiff.json"
+    try:
+        about = json.loads(path.read_text())
+        older = about.get("temperatures", [])
+        kept = [each for each in older if Temperature.from_json(each).sampling != fitted.sampling]
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a saved hmdiff pipeline (it has no hmdiff.json)") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); save the pipeline again") from None
+    about["temperatures"] = [*kept, fitted.as_json()]
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(about, indent=2) + "\n")

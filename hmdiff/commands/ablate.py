@@ -1,0 +1,97 @@
+"""`hmdiff ablate`: the paper's comparisons as tables, over a fixed split, with bootstrap intervals."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hmdiff.commands import arguments, studies
+from hmdiff.errors import UserError
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = arguments.new_parser(
+        subparsers,
+        "ablate",
+        "tables: diffusion or not; no guidance, disrupted or DAT; how many hypotheses",
+        "hmdiff ablate diffusion dat hypotheses --checkpoint hmdiff_small --direct direct_small",
+        "Tables: diffusion (against the same network in one step, and stacked), dat (no guidance, disrupted and DAT at "
+        "5, 10, 20 and 40 steps), hypotheses (the best, the mean and the selected of 1, 5, 10, 25, 100). A cell that "
+        "was computed is not computed again. Strength and threshold are to be chosen on val, by hmdiff sweep.",
+    )
+    parser.add_argument(
+        "tables", nargs="*", metavar="TABLE", help="of diffusion, dat, hypotheses; all of them if none is named"
+    )
+    parser.add_argument(
+        "--checkpoint", default=arguments.DEFAULT_CHECKPOINT, metavar="NAME",
+        help="the diffusion model: a shipped checkpoint, or the folder of a training or of save_pretrained "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--direct", metavar="NAME", help="baseline A, in one step (default: none, its row is left out)")
+    parser.add_argument("--stacked", metavar="NAME", help="baseline B, stacked (default: none, its row is left out)")
+    parser.add_argument(
+        "--num-hypotheses", type=arguments.whole(1), default=25, metavar="N", help="bodies a person, where the table "
+        "does not say (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=arguments.whole(1), metavar="K",
+        help="denoising steps, where the table does not say (default: the checkpoint's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strength", type=arguments.number(0), metavar="S", help="of DAT and disrupted (default: DAT's own)"
+    )
+    parser.add_argument(
+        "--threshold", type=arguments.number(0), metavar="R",
+        help="relative gap under which the guidance is off (default: DAT's own)",
+    )  # fmt: skip
+    studies.add_guidance(parser)
+    studies.add_people(parser, "test", 500)
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/ablation"), metavar="FOLDER", help="(default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from hmdiff.ablations import ROLES, TABLES, csv_rows, find_table, rows_of, settings_of, texts
+    from hmdiff.comparison import save_csv
+
+    names = list(dict.fromkeys(options.tables)) or list(TABLES)
+    tables = {name: find_table(name) for name in names}
+    given = {role: getattr(options, role) for role in ROLES if getattr(options, role) is not None}
+    study = studies.make_study(options, list(given.values()), options.output / "cells")
+    roles = dict(zip(given, study.pipelines, strict=True))
+    _check_modes(study, roles)
+
+    def guide(mode: str) -> Any:
+        return studies.make_guidance(options, mode, options.strength, options.threshold)
+
+    rows = {name: rows_of(table, roles) for name, table in tables.items()}
+    settings = {
+        name: settings_of(rows[name], roles, guide, options.num_hypotheses, options.steps) for name in tables
+    }
+    # All tables at once: cells that several of them need are computed once, and the time that is left is of all.
+    results = studies.compute(study, [setting for each in settings.values() for setting in each])
+    for name, table in tables.items():
+        mine, results = results[: len(rows[name])], results[len(rows[name]) :]
+        save_csv(csv_rows(name, rows[name], mine), options.output / f"{name}.csv")
+        title = f"{table.title}: {study.split}, {study.people} people, mm (95 % interval)"
+        if any(row.num_hypotheses is None for row in rows[name]):
+            title += f", N = {options.num_hypotheses}"
+        lines = texts(table, rows[name], mine)
+        studies.print_table(title, ["", *(column.title for column in table.columns)], lines, table.note)
+        left_out = [f"--{role}" for role in dict.fromkeys(row.role for row in table.rows) if role not in roles]
+        if left_out:
+            print(f"left out, since no model was given for them: the rows of {', '.join(left_out)}")
+    written = ", ".join(f"{options.output}/{name}.csv" for name in tables)
+    print(f"written: {written}, and a JSON for each cell in cells/")
+    return 0
+
+
+def _check_modes(study: Any, roles: dict[str, str]) -> None:
+    for role, label in roles.items():
+        mode = study.pipelines[label].model.config.mode
+        expected = "diffusion" if role == "checkpoint" else "direct"
+        if role in ("checkpoint", "direct", "stacked") and mode != expected:
+            raise UserError(f"--{role} {label}: a model of mode {mode!r}, {expected!r} is expected; see hmdiff info")

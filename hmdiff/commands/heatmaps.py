@@ -1,0 +1,119 @@
+"""`hmdiff heatmaps`: photos in; for each an npz of everybody's heatmaps by mmpose, and a picture to check them by."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.commands import arguments
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from hmdiff.heatmaps import Heatmaps
+
+
+def add_parser(subparsers: Any) -> None:
+    from hmdiff.commands.estimation import add_estimation
+
+    parser = arguments.new_parser(
+        subparsers,
+        "heatmaps",
+        "run a pose estimator of mmpose on photos and keep its heatmaps",
+        "hmdiff heatmaps photo.jpg --pose human",
+        "For each photo it writes NAME_heatmaps.npz, everybody's heatmaps, and NAME_heatmaps.png, which shows boxes, "
+        "heat and peaks over the photo. `hmdiff sample` finds the npz by itself where it lies beside the photo, and "
+        "takes it by --heatmaps from anywhere.",
+    )
+    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="jpg, png, webp, ...")
+    add_estimation(parser, required=True)
+    parser.add_argument(
+        "--box", type=arguments.box, action="append", metavar="X1,Y1,X2,Y2",
+        help="a person's box in photo pixels, once for each person of one photo (default: the detector's)",
+    )  # fmt: skip
+    arguments.add_device(parser)
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="(default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hmdiff.canvas import read_picture, save_picture
+    from hmdiff.cli import report
+    from hmdiff.commands.estimation import Estimation
+    from hmdiff.heatmaps import save_heatmaps
+    from hmdiff.storage import make_folder
+
+    if options.box is not None and len(options.photos) > 1:
+        raise UserError(f"--box is about one photo, {len(options.photos)} were given; give them one by one")
+    make_folder(options.output)
+    estimate, names = Estimation(options), output_names(options.photos)
+    failures = people = 0
+    bar = tqdm(options.photos, unit="photo", desc="loading models", disable=None, leave=False)
+    for photo, name in zip(bar, names, strict=True):
+        try:
+            picture = read_picture(photo)
+            maps, boxes = estimate(picture, options.box)
+            path = options.output / f"{name}_heatmaps.npz"
+            save_heatmaps(path, maps)
+            save_picture(path.with_suffix(".png"), heat_picture(picture, maps, boxes))
+        except UserError as error:
+            text = str(error) if str(photo) in str(error) else f"{photo}: {error}"
+            bar.clear()
+            report(text)
+            failures += 1
+            continue
+        finally:
+            bar.set_description("estimating")
+        people += len(maps)
+        tqdm.write(f"{photo} -> {path} and .png  ({len(maps)} people, {int(maps.valid[0].sum())} joints each)")
+    print(f"{people} people in {len(options.photos) - failures} of {len(options.photos)} photos, in {options.output}/")
+    return 2 if failures else 0
+
+
+def output_names(photos: list[Path]) -> list[str]:
+    """Of every photo its own name, -2 where it is taken."""
+    names: list[str] = []
+    for photo in photos:
+        name, copy = photo.stem, 2
+        while name in names:
+            name, copy = f"{photo.stem}-{copy}", copy + 1
+        names.append(name)
+    return names
+
+
+def heat_picture(
+    photo: np.ndarray,  # (H, W, 3) uint8
+    heatmaps: Heatmaps,  # of P people
+    boxes: Tensor,  # (P, 4) x1, y1, x2, y2 photo pixels
+) -> np.ndarray:  # (H, W, 3) uint8
+    """The strongest joint's heat in every pixel, the peaks as keypoints, the boxes."""
+    import cv2
+    import numpy as np
+
+    from hmdiff.canvas import draw_keypoints, heat_colours
+    from hmdiff.commands.photos import peaks
+    from hmdiff.heatmaps import HEATMAP_SIZE
+
+    height, width = photo.shape[:2]
+    heat = np.zeros((height, width), np.float32)
+    for person, (x, y), side in zip(heatmaps.values, heatmaps.center.tolist(), heatmaps.side.tolist(), strict=True):
+        scale = HEATMAP_SIZE / side
+        # Photo index to heatmap index; both count from a pixel's centre here.
+        place = np.array([[scale, 0, (side / 2 - x) * scale], [0, scale, (side / 2 - y) * scale]])
+        place[:, 2] += 0.5 * scale - 0.5
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        strongest = person.amax(0).clamp(0, 1).numpy()
+        heat = np.maximum(heat, cv2.warpAffine(strongest, place, (width, height), flags=flags))
+    share = 0.65 * heat[..., None]
+    picture = (photo * (1 - share) + 255 * heat_colours(heat, 0, 1) * share).astype(np.uint8)
+    thick = max(1, round(max(height, width) / 400))
+    for box in boxes.round().int().tolist():
+        cv2.rectangle(picture, box[:2], box[2:], (250, 250, 250), thick, cv2.LINE_AA)
+    for points, names in peaks(heatmaps):
+        picture = draw_keypoints(picture, points, names)
+    return picture

@@ -1,0 +1,284 @@
+"""`hmdiff evaluate --protocol`: who is scored on what, by which protocol; the numbers, and what was published by it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.commands import arguments
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hmdiff.body import Body
+    from hmdiff.data.shards import PreparedShards
+    from hmdiff.pipeline import HMDiffPipeline
+    from hmdiff.protocols import Protocol
+    from hmdiff.scored_people import Truths
+    from hmdiff.scoring import People, Processes
+
+DATA_VARIABLE = "HMDIFF_DATA_DIR"
+SYNTHETIC = "synthetic split"
+SEEN = {"labels": "heatmaps of the data set's own 2D keypoints, which no estimator gives: say so with the number"}
+TABLE_WIDTH = 140  # where the output is no terminal
+
+
+class Scored:
+    """What is scored: a checkpoint, or a folder of predictions."""
+
+    def __init__(self, label: str, body: Body, identity: dict[str, Any], pipeline: HMDiffPipeline | None) -> None:
+        self.label, self.body, self.identity, self.pipeline = label, body, identity, pipeline
+
+
+def run_protocols(options: argparse.Namespace) -> int:
+    from hmdiff.commands.evaluate import stored
+    from hmdiff.ground_truth import body_kind, check_body, protocol_regressors
+    from hmdiff.protocols import get_protocol
+    from hmdiff.scoring import Processes, report_of, save_scores, score_people
+    from hmdiff.storage import make_folder
+
+    if options.data is None:
+        raise UserError("--protocol needs --data: a prepared folder, its name in HMDIFF_DATA_DIR, or a synthetic split")
+    for name in options.protocol:
+        get_protocol(name, None if options.base is None or name not in ("min_of_n", "biggs") else options.base)
+    data = Data(options)
+    folder = make_folder(options.output)
+    device = arguments.resolve_device(options.device)
+    processes = Processes(cpu=device.type == "cpu")
+    reports = []
+    for scored in everyone(options, processes.device(device)):
+        for name in dict.fromkeys(options.protocol):
+            base = options.base if name in ("min_of_n", "biggs") else None
+            protocol = get_protocol(name, base, body_kind(scored.body))
+            check_body(protocol, scored.body, options.same_body)
+            regressors = protocol_regressors(protocol, scored.body)
+            people, names, settings = data.people(options, scored, protocol)
+            settings |= {"protocol_name": protocol.title, "scored": scored.label, **scored.identity}
+            path = folder / f"{scored.label}_{protocol.title.replace('/', '-')}_{data.label}.json"
+            report = stored(path, settings)
+            if report is None:
+                title = f"{scored.label} {protocol.title} {data.label}"
+                with bar(title, people, processes) as update:
+                    parts = path.with_suffix(".parts")
+                    scores = score_people(protocol, people, regressors, parts, settings, processes, update)
+                report = report_of(protocol, scores, settings)
+                if processes.first:
+                    save_scores(protocol, scores, names(), report, path)
+                processes.wait()
+            reports.append((protocol, path, report))
+    if processes.first:
+        for protocol in {protocol.title: protocol for protocol, _, _ in reports}.values():
+            print_protocol(protocol, data.words, [report for p, _, report in reports if p.title == protocol.title])
+        print("written: " + ", ".join(str(path) for _, path, _ in reports) + ", and everybody's values beside, as npz")
+    return 0
+
+
+def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
+    """The checkpoints, or the one folder of predictions."""
+    from hmdiff.body import load_body
+    from hmdiff.commands.evaluate import SPLITS, labels, model_hash
+    from hmdiff.protocols import get_protocol
+
+    if options.predictions is None:
+        if options.body is not None:
+            raise UserError("--body goes with --predictions; a checkpoint has its own")
+        found = []
+        for name, label in zip(options.checkpoint, labels(options.checkpoint), strict=True):
+            pipeline = arguments.load_pipeline(name, device)
+            arguments.check_sampling(pipeline, options)
+            found.append(
+                Scored(label, pipeline.body, {"model": model_hash(arguments.checkpoint_folder(name))}, pipeline)
+            )
+        return found
+    kinds = {get_protocol(name, options.base if name in ("min_of_n", "biggs") else None, "smpl").kind
+             for name in options.protocol}  # fmt: skip
+    name = options.body or ("free" if options.data in SPLITS else "mano_right" if kinds == {"mano"} else "smpl")
+    return [Scored(options.predictions.resolve().name, load_body(name), {"body": name}, None)]
+
+
+class Data:
+    """--data: a synthetic split, or a prepared data set."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from hmdiff.commands.evaluate import SPLITS
+
+        self.split: str | None = options.data if options.data in SPLITS else None
+        self.store: PreparedShards | None = None
+        self.label, self.numbers = options.data, None
+        if self.split is not None:
+            if options.group:
+                raise UserError(f"--group chooses sequences of a data set, and {options.data} is a synthetic split")
+            self.words = f"{SYNTHETIC} {options.data}"
+            return
+        from hmdiff.data.shards import PreparedShards
+
+        folder = data_folder(options.data)
+        self.store, self.label = PreparedShards(folder), folder.resolve().name
+        self.words = f"{self.label} ({self.store.index['settings'].get('reader') or 'prepared'})"
+        if options.group:
+            self.numbers = self.store.numbers_of(options.group)
+            self.words += f", groups {' '.join(options.group)}"
+
+    def people(
+        self, options: argparse.Namespace, scored: Scored, protocol: Protocol
+    ) -> tuple[People, Any, dict[str, Any]]:  # who is scored, their names by a call, the settings
+        """For one who is scored and one protocol."""
+        from hmdiff.predictions import PredictionFiles
+        from hmdiff.scored_people import PipelinePeople, PredictedPeople
+
+        truths, count, settings = self._truths(options, scored, protocol)
+        if options.predictions is not None:
+            files = PredictionFiles(options.predictions, scored.body.num_vertices)
+            predicted = PredictedPeople(files, truths, count)
+            return predicted, lambda: predicted.names, settings | {"predictions": files.fingerprint()}
+        from hmdiff.ground_truth import raw_placement
+
+        pipeline = scored.pipeline
+        assert pipeline is not None
+        source, split = self._source(options, pipeline), self.split or self.label
+        settings |= {
+            "num_hypotheses": options.num_hypotheses,
+            "num_inference_steps": options.steps or pipeline.num_inference_steps,
+            "sampler": options.sampler or "as saved", "seed": options.seed,
+        }  # fmt: skip
+        asked = (options.num_hypotheses, options.steps, options.seed, options.sampler)
+        placement = None if protocol.centre else raw_placement(protocol, scored.body)
+        people = PipelinePeople(pipeline, source, split, truths, count, *asked, placement)
+        return people, lambda: truths.names()[:count], settings
+
+    def _truths(
+        self, options: argparse.Namespace, scored: Scored, protocol: Protocol
+    ) -> tuple[Truths, int, dict[str, Any]]:
+        from hmdiff.commands.evaluate import PEOPLE, test_people
+        from hmdiff.ground_truth import GroundTruth
+        from hmdiff.scored_people import RecordTruths, SampleTruths
+
+        if self.split is not None:
+            if not protocol.centre:
+                raise UserError(
+                    f"protocol {protocol.title} compares SMPL's raw output, which synthetic people have not; give a "
+                    "prepared data set"
+                )
+            count = options.people or PEOPLE
+            truths = SampleTruths(test_people(scored.body), self.split, count)
+            return truths, count, {"data": self.split, "people": count}
+        assert self.store is not None
+        numbers = None if self.numbers is None else self.numbers.tolist()
+        recorded = RecordTruths(self.store, GroundTruth(protocol, scored.body, options.same_body), numbers)
+        total = len(recorded.numbers)
+        count = options.people or total
+        if count > total:
+            raise UserError(f"--people {count}: {self.words} has {total}; give fewer, or leave it out for all")
+        settings = {
+            "data": self.label, "people": count, "of": total, "groups": options.group or "all",
+            "heatmaps": "none" if options.predictions else options.heatmaps, "same_body": options.same_body,
+            "checksums": [shard["sha256"][:16] for shard in self.store.index["shards"]],
+        }  # fmt: skip
+        return recorded, count, settings
+
+    def _source(self, options: argparse.Namespace, pipeline: HMDiffPipeline) -> Any:
+        import torch
+
+        from hmdiff.commands.evaluate import test_people
+        from hmdiff.data.recorded import RecordedPeople
+
+        model = pipeline.model.config
+        size = None if model.inputs == "heatmaps" else model.image_size
+        if self.split is not None:
+            return test_people(pipeline.body, size)
+        assert self.store is not None
+        return RecordedPeople(
+            self.store, pipeline.body, torch.zeros(1, dtype=torch.long), image_size=size, heatmaps=options.heatmaps,
+            same_body=options.same_body, numbers=self.numbers,
+        )  # fmt: skip
+
+
+def data_folder(name: str) -> Path:
+    """A prepared folder by its path, or by its name in HMDIFF_DATA_DIR."""
+    place, root = Path(name), os.environ.get(DATA_VARIABLE)
+    if place.is_dir():
+        return place
+    if root and (Path(root) / name).is_dir():
+        return Path(root) / name
+    where = f"nor in {root} ({DATA_VARIABLE})" if root else f"and {DATA_VARIABLE} is not set"
+    raise UserError(f"--data {name}: no such folder here {where}; hmdiff prepare writes one, or give a synthetic split")
+
+
+def bar(title: str, people: People, processes: Processes) -> Any:
+    """Of the first process, over its own share."""
+    import contextlib
+
+    from hmdiff.commands.evaluate import progress
+
+    if not processes.first:
+        return contextlib.nullcontext(lambda done: None)
+    blocks = range(0, (people.people + people.block_size - 1) // people.block_size, processes.count)
+    share = sum(min(people.block_size, people.people - block * people.block_size) for block in blocks)
+    return progress(title, share)
+
+
+def cell(protocol: Protocol, metric: str, value: float | dict[str, float] | None) -> str:
+    if value is None:
+        return "-"
+    digits = 3 if metric == "ece" or protocol.metrics[metric].unit == "share" else 1
+    if isinstance(value, dict):
+        return f"{value['value']:.{digits}f} ({value['low']:.{digits}f}-{value['high']:.{digits}f})"
+    return f"{value:.{digits}f}"
+
+
+def print_protocol(protocol: Protocol, data: str, reports: list[dict[str, Any]]) -> None:
+    """The protocol in words, a table of everybody who was scored by it, and what papers published by it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hmdiff.published import published_rows
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    print(f"\nprotocol {protocol.title}: {protocol.citation}")
+    for word in ("ground_truth", "joints", "root", "alignment"):
+        print(textwrap.fill(f"{word.replace('_', ' ')}: {getattr(protocol, word)}", console.width, initial_indent="  ",
+                            subsequent_indent="    "))  # fmt: skip
+    if data.startswith(SYNTHETIC):
+        print("  here the ground truth is the synthetic people's own mesh, on the model's body")
+    elif reports[0].get("heatmaps", "none") != "none":
+        print(f"  the model sees: {SEEN.get(reports[0]['heatmaps'], reports[0]['heatmaps'])}")
+    shown = [m for m in protocol.metrics if f"{protocol.title}/{m}" in reports[0]["errors"]]
+    ece = f"{protocol.title}/ece"
+    counted = f"{reports[0]['people']} people"
+    if reports[0].get("of", reports[0]["people"]) != reports[0]["people"]:
+        counted += f" of {reports[0]['of']}: no published number compares"
+    table = Table(title=f"{protocol.title} on {data}, {counted}, mm (95 % interval)", title_justify="left")
+    table.add_column("scored", overflow="fold")
+    table.add_column("hypothesis,\nor data", no_wrap=True)
+    for metric in shown:
+        table.add_column(f"{protocol.name}\n{protocol.metrics[metric].header}", justify="right", no_wrap=True)
+    with_ece = any(ece in report for report in reports)
+    if with_ece:
+        table.add_column(f"{protocol.name}\nECE", justify="right", no_wrap=True)
+    for report in reports:
+        before = None
+        for row in next(iter(report["errors"].values())):
+            values = [cell(protocol, metric, report["errors"][f"{protocol.title}/{metric}"][row]) for metric in shown]
+            if with_ece:
+                values.append(cell(protocol, "ece", report.get(ece)) if before is None else "")
+            table.add_row(report["scored"] if before is None else "", row, *values)
+            before = row
+        table.add_section()
+    rows = published_rows(protocol.name)
+    for published in rows:
+        values = [cell(protocol, m, published.values.get(m)) for m in [*shown, *(["ece"] if with_ece else [])]]
+        table.add_row(f"{published.method} (published)", published.data, *values)
+    console.print(table)
+    if not rows:
+        print(f"no published row is kept for {protocol.name}")
+    elif data.startswith(SYNTHETIC):
+        print("the published rows are of other data and of SMPL's mesh: nothing here compares with them")
+    for published in rows:
+        if published.note:
+            print(f"  {published.method}, {published.data}: {published.source}; {published.note}")

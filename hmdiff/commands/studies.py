@@ -1,0 +1,202 @@
+"""What `hmdiff sweep` and `hmdiff ablate` share: their models and people, the guidance's options, progress, tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.commands import arguments
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hmdiff.data.sample import PeopleSource
+    from hmdiff.experiments import Progress, Setting, Study
+    from hmdiff.pipeline import HMDiffPipeline
+
+MODES = ("none", "disrupted", "dat")
+TABLE_WIDTH = 140  # where the output is no terminal
+# How DAT works, beside its mode, strength and threshold, as `hmdiff.diffusion.dat.Guidance`; a test holds them to it.
+CHOICES = {
+    "pairing": ("mean", "paired"),
+    "gap": ("samples", "likelihood"),
+    "gradient": ("denoiser", "estimate"),
+    "projection": ("fit", "camera"),
+    "step": ("line", "score"),
+}
+
+
+def add_people(parser: argparse.ArgumentParser, split: str, people: int) -> None:
+    from hmdiff.commands.evaluate import SPLITS
+
+    parser.add_argument(
+        "--split", default=split, choices=SPLITS, metavar="SPLIT", help=f"of {', '.join(SPLITS)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--people", type=arguments.whole(2), default=people, help="first people of the split (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=arguments.whole(0), default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=arguments.whole(1), default=8, metavar="B",
+        help="people at once: changes the times alone (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--estimator", metavar="FOLDER",
+        help="a heatmap network of hmdiff prepare estimator, in place of the split's heatmaps (default: those)",
+    )  # fmt: skip
+    arguments.add_device(parser)
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    for name, choices in CHOICES.items():
+        parser.add_argument(
+            "--step-length" if name == "step" else f"--{name}", dest=name, choices=choices, metavar="NAME",
+            help=f"DAT's: {' or '.join(choices)} (default: {choices[0]})",
+        )  # fmt: skip
+    parser.add_argument(
+        "--sharpness", type=arguments.number(0), metavar="P",
+        help="power to which DAT raises the heatmaps (default: DAT's own)",
+    )  # fmt: skip
+
+
+def make_guidance(
+    options: argparse.Namespace, mode: str, strength: float | None = None, threshold: float | None = None
+) -> Any:
+    """A `Guidance` of the mode; what is not asked for keeps its own default."""
+    from hmdiff.diffusion.dat import Guidance
+
+    values: dict[str, Any] = {"strength": strength, "threshold": threshold}
+    values |= {name: getattr(options, name) for name in (*CHOICES, "sharpness")}
+    return Guidance(mode=mode, **{name: value for name, value in values.items() if value is not None})
+
+
+def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) -> Study:
+    """Load the checkpoints; their labels are the pipelines' keys, in order."""
+    from hmdiff.commands.evaluate import labels, model_hash, test_people
+    from hmdiff.experiments import Study
+    from hmdiff.storage import make_folder
+
+    make_folder(folder)
+    device = arguments.resolve_device(options.device)
+    pipelines = {
+        label: arguments.load_pipeline(name, device) for name, label in zip(names, labels(list(names)), strict=True)
+    }
+    hashes = {
+        label: model_hash(arguments.checkpoint_folder(name)) for name, label in zip(names, pipelines, strict=True)
+    }
+    estimate, heatmaps, picture = None, "synthetic", None
+    if options.estimator is not None:
+        if not Path(options.estimator).is_dir():
+            raise UserError(f"--estimator {options.estimator}: no such folder; 'hmdiff prepare estimator' writes one")
+        estimate, picture = load_estimator(options.estimator, device)
+        heatmaps = f"{Path(options.estimator).resolve().name} {model_hash(Path(options.estimator))}"
+    made: dict[tuple[str, int | None], PeopleSource] = {}
+
+    def people_of(pipeline: HMDiffPipeline) -> PeopleSource:
+        model, body = pipeline.model.config, pipeline.body
+        size = picture if model.inputs == "heatmaps" else model.image_size
+        if (body.name, size) not in made:
+            made[body.name, size] = test_people(body, size)
+        return made[body.name, size]
+
+    return Study(
+        pipelines, hashes, people_of, folder, options.split, options.people, options.seed, options.batch_size,
+        estimate, heatmaps,
+    )  # fmt: skip
+
+
+def load_estimator(
+    folder: str, device: torch.device
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:  # and the side of the pictures that it reads
+    from hmdiff.heatmaps.estimated import SyntheticEstimator
+
+    network = SyntheticEstimator.load(folder, device)
+    return network.estimate, network.image_size
+
+
+class Teller:
+    """A bar over the people of the running cell on a terminal; a line after every cell, with the time that is left."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def start(self, setting: Setting, people: int) -> Callable[[int], None]:
+        from tqdm import tqdm
+
+        self.close()
+        self.bar = tqdm(total=people, desc=name_of(setting), unit="person", disable=None, leave=False)
+        update: Callable[[int], None] = self.bar.update
+        return update
+
+    def told(self, progress: Progress) -> None:
+        self.close()
+        errors = progress.result["errors"]["pve"]
+        found = ", ".join(f"{kind} {errors[kind]['value']:.1f}" for kind in ("mean", "oracle"))
+        milliseconds = progress.result["time"]["milliseconds_per_image"]
+        left = "" if progress.done == progress.total else f"; about {duration(progress.seconds_left)} left"
+        print(
+            f"[{progress.done}/{progress.total}] {name_of(progress.setting)}: PVE {found} mm, "
+            f"{milliseconds:.0f} ms an image{left}", flush=True,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def compute(study: Study, settings: Sequence[Setting]) -> list[dict[str, Any]]:
+    """Run the cells with bars and lines; what was there already is told in one line."""
+    from hmdiff.experiments import code_digest, resolved, run_cells
+
+    cells = {resolved(setting, study.pipelines[setting.model]) for setting in settings}
+    there = sum(study.stored(setting) is not None for setting in cells)
+    words = f"{len(cells)} cells of {study.people} people of {study.split}"
+    print(f"{words}, {there} of them there already" if there else words, flush=True)
+    teller = Teller()
+    try:
+        results = run_cells(study, settings, teller.told, lambda setting: teller.start(setting, study.people))
+    finally:
+        teller.close()
+    older = sum(result.get("code") != code_digest() for result in results)
+    if older:
+        print(f"{older} cells are of another version of the code; remove them from {study.folder} to compute them anew")
+    machines = {(result["time"]["device"], result["time"]["threads"]) for result in results}
+    if len(machines) > 1:
+        named = ", ".join(f"{device} with {threads} threads" for device, threads in sorted(machines))
+        print(f"the times are not comparable: cells were computed on {named}; use another --output to time them anew")
+    return results
+
+
+def name_of(setting: Setting) -> str:
+    guidance = setting.guidance
+    guided = "" if guidance is None else f", {guidance.mode} s {guidance.strength:g}, R {guidance.threshold:g}"
+    steps = f"{setting.steps} step{'' if setting.steps == 1 else 's'}"
+    return f"{setting.model}, {setting.sampler}, {steps}, N {setting.num_hypotheses}{guided}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "an unknown time"
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH, file=sys.stdout)
+    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,157 @@
+"""`hmdiff sweep`: steps x sampler x N x DAT's strength x threshold over a fixed split; CSV, and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.commands import arguments, studies
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from hmdiff.experiments import Setting, Study
+
+METRICS = ("pve", "mpjpe", "pa_mpjpe", "pa_pve")  # a test holds them to hmdiff.evaluation
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = arguments.new_parser(
+        subparsers,
+        "sweep",
+        "errors and times over a grid of sampling settings, with a plot",
+        "hmdiff sweep --steps 2 5 10 20 --sampler ddim dpm++\n"
+        "  hmdiff sweep --steps 10 --guidance none dat --strength 0.1 0.3 1 --threshold 0.05 0.2",
+        "All cells see the same people and the same noise. A cell that was computed is not computed again, and a grid "
+        "may grow; a killed sweep goes on by the same command. Strength, threshold and steps are to be chosen on val: "
+        "report the test splits with what val chose.",
+    )
+    parser.add_argument(
+        "--checkpoint", nargs="+", default=[arguments.DEFAULT_CHECKPOINT], metavar="NAME",
+        help="shipped checkpoints, or folders of trainings or of save_pretrained (default: hmdiff_small)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", nargs="+", type=arguments.whole(1), default=[1, 2, 3, 5, 10, 20, 40], metavar="K",
+        help="denoising steps (default: 1 2 3 5 10 20 40)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sampler", nargs="+", metavar="NAME",
+        help=f"of {', '.join(arguments.SAMPLERS)} (default: the checkpoint's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-hypotheses", nargs="+", type=arguments.whole(1), default=[25], metavar="N",
+        help="bodies a person (default: 25)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--eta", nargs="+", type=arguments.number(0), metavar="ETA",
+        help="ddim's share of fresh noise (default: the checkpoint's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--guidance", nargs="+", choices=studies.MODES, default=["none"], metavar="MODE",
+        help=f"of {', '.join(studies.MODES)} (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strength", nargs="+", type=arguments.number(0), metavar="S", help="of the guidance (default: DAT's own)"
+    )
+    parser.add_argument(
+        "--threshold", nargs="+", type=arguments.number(0), metavar="R",
+        help="relative gap under which the guidance is off (default: DAT's own)",
+    )  # fmt: skip
+    studies.add_guidance(parser)
+    studies.add_people(parser, "val", 128)
+    parser.add_argument(
+        "--metric", choices=METRICS, default="pve", help="of the table and the plot (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/sweep"), metavar="FOLDER", help="(default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from hmdiff.comparison import save_csv, table_row
+    from hmdiff.experiments import resolved
+    from hmdiff.plots import plot_sweep
+
+    if (options.strength or options.threshold) and set(options.guidance) == {"none"}:
+        raise UserError("--strength and --threshold are of guidance: add --guidance dat (or disrupted)")
+    study = studies.make_study(options, options.checkpoint, options.output / "cells")
+    settings = [
+        resolved(setting, pipeline) for label, pipeline in study.pipelines.items() for setting in grid(label, options)
+    ]
+    cells = studies.compute(study, list(dict.fromkeys(settings)))
+    reference = reference_of(study, cells)
+    save_csv([table_row(cell, reference) for cell in cells], options.output / "sweep.csv")
+    title = f"hmdiff sweep, {', '.join(study.pipelines)}"
+    plot_sweep(cells, options.output / "sweep.png", options.metric, reference=reference, title=title)
+    print_cells(cells, reference, options.metric)
+    print(f"written: {options.output}/sweep.csv, {options.output}/sweep.png, and a JSON for each cell in cells/")
+    return 0
+
+
+def grid(label: str, options: argparse.Namespace) -> list[Setting]:
+    """Every combination; what has no guidance has no strength and no threshold either."""
+    from hmdiff.experiments import Setting
+
+    guidances: list[Any] = []
+    for mode in options.guidance:
+        if mode == "none":
+            guidances.append(None)
+            continue
+        for strength, threshold in itertools.product(options.strength or [None], options.threshold or [None]):
+            guidances.append(studies.make_guidance(options, mode, strength, threshold))
+    return [
+        Setting(label, count, steps, sampler, eta, guidance)
+        for guidance, sampler, eta, count, steps in itertools.product(
+            guidances, options.sampler or [None], options.eta or [None], options.num_hypotheses, options.steps
+        )
+    ]
+
+
+def reference_of(study: Study, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The cell of a pipeline's own sampling, unguided, if the grid has it; else the first."""
+    for label, pipeline in study.pipelines.items():
+        for cell in cells:
+            settings = cell["settings"]
+            own = settings["model"] == label and settings["steps"] == pipeline.num_inference_steps
+            if own and settings["guidance"] is None:
+                return cell
+    return cells[0]
+
+
+def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metric: str) -> None:
+    from hmdiff.comparison import difference, pareto_front
+    from hmdiff.evaluation import METRICS
+
+    points = [(cell["time"]["milliseconds_per_image"], cell["errors"][metric]["mean"]["value"]) for cell in cells]
+    front = set(pareto_front(points))
+    rows = []
+    for number, cell in enumerate(cells):
+        settings, errors = cell["settings"], cell["errors"][metric]
+        guidance = settings["guidance"]
+        mean, apart = errors["mean"], difference(cell, reference, metric)
+        ece = cell.get("expected_calibration_error")
+        rows.append([
+            settings["model"], settings["sampler"] + (f" eta {settings['eta']:g}" if settings["eta"] else ""),
+            str(settings["steps"]), str(settings["num_hypotheses"]),
+            "-" if guidance is None else f"{guidance['mode']} s {guidance['strength']:g}, R {guidance['threshold']:g}",
+            f"{mean['value']:.1f} ({mean['low']:.1f}-{mean['high']:.1f})",
+            "reference" if cell is reference
+            else f"{apart['value']:+.1f} ({apart['low']:+.1f} to {apart['high']:+.1f})",
+            f"{errors['oracle']['value']:.1f}", f"{errors['selected']['value']:.1f}" if "selected" in errors else "-",
+            "-" if ece is None else f"{ece:.2f}", f"{points[number][0]:.0f}", "*" if number in front else "",
+        ])  # fmt: skip
+    first, name = cells[0]["settings"], METRICS[metric]
+    columns = (
+        "checkpoint", "sampler", "steps", "N", "guidance", f"{name} mean", "paired difference", "oracle", "selected",
+        "ECE", "ms/image", "front",
+    )  # fmt: skip
+    kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
+    studies.print_table(
+        f"{first['split']}: {first['people']} people, mm (95 % interval)",
+        [columns[i] for i in kept],
+        [[row[i] for i in kept] for row in rows],
+        "s: strength, R: threshold; front: on the Pareto front of the mean's error against milliseconds",
+    )

@@ -1,0 +1,90 @@
+"""A weighted mixture of data sets, and a training stream with its own splits: both are sources of blocks themselves.
+
+Blocks are the unit that is mixed: every block comes of one source, in a fixed order that spreads each source evenly
+and keeps its exact share. So a mixture's block is a function of its number, as anybody's, and each source still gives
+its own blocks one after the other: none is skipped, its epochs stay whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.errors import UserError
+
+PERIOD = 1000  # blocks after which the order repeats: weights count to a tenth of a percent
+
+
+class Mixture:
+    """Several sources as one, by weight. What one has no label for, `sample.concatenate` marks as missing."""
+
+    def __init__(
+        self,
+        sources: Sequence[PeopleSource],
+        weights: Sequence[float],  # > 0; only their ratios count
+    ) -> None:
+        if not sources or len(sources) != len(weights):
+            raise UserError(f"a mixture of {len(sources)} sources with {len(weights)} weights; each needs one")
+        if not all(np.isfinite(weight) and weight > 0 for weight in weights):
+            raise UserError(f"weights {list(weights)}: numbers above 0 are expected; leave a source out to weigh it 0")
+        for name in ("block_size", "image_size"):
+            values = {getattr(source, name) for source in sources}
+            if len(values) > 1:
+                raise UserError(f"the sources of a mixture differ in {name}: {sorted(map(str, values))}")
+        self.sources = list(sources)
+        self.block_size, self.image_size = sources[0].block_size, sources[0].image_size
+        self.full_mesh = all(source.full_mesh for source in sources)
+        self._turn = schedule(weights)
+        counts = np.zeros((len(sources), PERIOD), np.int64)
+        counts[self._turn, np.arange(PERIOD)] = 1
+        self._total = counts.sum(1)
+        self._before = counts.cumsum(1) - counts  # blocks of each source before a place of the period
+
+    def block(self, stream: str, number: int) -> Sample:
+        source, own = self.turn(number)
+        return self.sources[source].block(stream, own)
+
+    def turn(self, number: int) -> tuple[int, int]:
+        """Which source gives this block, and the number that it has there."""
+        period, place = divmod(number, PERIOD)
+        source = int(self._turn[place])
+        return source, int(period * self._total[source] + self._before[source, place])
+
+
+def schedule(weights: Sequence[float]) -> np.ndarray:  # (PERIOD,) int
+    """Whose turn it is: always that of the source that is furthest behind its share. Each has at least one turn."""
+    share = np.asarray(weights, np.float64) / np.sum(weights)
+    turns = np.maximum(1, np.floor(share * PERIOD).astype(np.int64))
+    while turns.sum() != PERIOD:  # the rest goes to those that lost most by rounding
+        step = 1 if turns.sum() < PERIOD else -1
+        behind = step * (share * PERIOD - turns)
+        behind[turns + step < 1] = -np.inf
+        turns[int(np.argmax(behind))] += step
+    given = np.zeros(len(turns))
+    order = np.zeros(PERIOD, np.int64)
+    for place in range(PERIOD):
+        source = int(np.argmax(turns * (place + 1) / PERIOD - given))
+        order[place] = source
+        given[source] += 1
+    return order
+
+
+class WithSplits:
+    """A source for the stream `train`, and one for each split by name."""
+
+    def __init__(self, train: PeopleSource, splits: Mapping[str, PeopleSource]) -> None:
+        self.train, self.splits = train, dict(splits)
+        self.block_size, self.image_size, self.full_mesh = train.block_size, train.image_size, train.full_mesh
+
+    def block(self, stream: str, number: int) -> Sample:
+        """Raises `UserError` for a split that is not there."""
+        if stream == "train":
+            return self.train.block(stream, number)
+        if stream not in self.splits:
+            raise UserError(
+                f"split {stream!r} is not there ({', '.join(self.splits) or 'none is'}); give data.splits.{stream}, "
+                "a prepared folder or synthetic"
+            )
+        return self.splits[stream].block(stream, number)

@@ -1,0 +1,80 @@
+"""What of a record lies in the plane of its crop: the picture, named points, a pose estimator's heatmaps.
+
+J keypoints in our order (HALPE26; of a hand, HAND21), S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.data.record import Record
+from hmdiff.data.shards import Stored
+from hmdiff.data.transforms import NO_CHANGE, Change, change_colours, crop_picture
+from hmdiff.heatmaps.arrays import load_heatmaps
+from hmdiff.heatmaps.distribution import HEATMAP_SIZE, pixel_coordinates
+from hmdiff.skeletons import HALPE26, mirror_permutation
+
+
+def by_name(
+    values: np.ndarray | None,  # (P, D)
+    confidence: np.ndarray | None,  # (P,); None: all 1
+    names: Sequence[str],  # P
+    wanted: Sequence[str],  # J
+    dimensions: int,  # D
+) -> tuple[np.ndarray, np.ndarray]:  # (J, D), (J,): 0 where not labelled
+    """A data set's points in our order. Of several of one name the surest counts, the first of equals."""
+    found, sure = np.zeros((len(wanted), dimensions)), np.zeros(len(wanted))
+    if values is None:
+        return found, sure
+    places = {name: place for place, name in enumerate(wanted)}
+    for number, name in enumerate(names):
+        place = places.get(name)
+        trust = 1.0 if confidence is None else float(confidence[number])
+        if place is not None and trust > sure[place]:
+            found[place], sure[place] = values[number], trust
+    return found, sure
+
+
+def read_crop(
+    stored: Stored,
+    affine: np.ndarray,  # (2, 3)
+    size: int,  # S
+    change: Change = NO_CHANGE,
+) -> np.ndarray:  # (S, S, 3) uint8 RGB
+    """The crop of a record's picture. Raises `UserError` naming the record's source where there is none."""
+    if stored.picture is None:
+        raise stored.record.error("it has no picture, and the model reads pictures; give inputs=heatmaps")
+    # As the labels were made, an EXIF orientation is not followed.
+    picture = cv2.imdecode(stored.picture, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if picture is None:
+        raise stored.record.error("its picture cannot be decoded; prepare the data set again")
+    region = stored.region or (0.0, 0.0, float(picture.shape[1]), float(picture.shape[0]))
+    crop = crop_picture(picture, region, affine, size)
+    return change_colours(cv2.cvtColor(crop, cv2.COLOR_BGR2RGB), change)
+
+
+def read_heatmaps(
+    folder: Path,
+    record: Record,
+    affine: np.ndarray,  # (2, 3) photo pixels to crop coordinates
+    change: Change,
+) -> tuple[Tensor, Tensor]:  # (1, J, 64, 64), (1, J) bool
+    """An estimator's own, from FOLDER/NAME.npz, in this crop. Raises `UserError` where the file is missing or bad."""
+    path = folder / f"{record.name}.npz"
+    if not path.is_file():
+        raise record.error(f"its heatmaps {path} are missing; give heatmaps: labels, or make them")
+    maps = load_heatmaps(path)
+    grid = pixel_coordinates(HEATMAP_SIZE, maps.values).numpy().astype(np.float64)
+    crop = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
+    photo = (crop - affine[:, 2]) @ np.linalg.inv(affine[:, :2]).T
+    local = (photo - maps.center[0].numpy()) * (2 / maps.side[0].item())
+    places = torch.from_numpy(local).float().reshape(1, HEATMAP_SIZE, HEATMAP_SIZE, 2)
+    values = torch.nn.functional.grid_sample(maps.values[:1], places, align_corners=False)
+    order = mirror_permutation(HALPE26) if change.flip else list(range(len(HALPE26)))
+    return values[:, order], maps.valid[:1, order]

@@ -1,0 +1,310 @@
+"""Recorded people: prepared records as blocks of samples, cropped, augmented, with an estimator's heatmaps.
+
+The stream `train` goes through all records in a new order every epoch, for ever; any other name is the records in their
+order, unchanged. Block i of a stream is a function of (seed, stream, i) alone, as of the synthetic people. n people a
+block, C coarse vertices, K joints, J keypoints (HALPE26; of a hand, HAND21), S pixels a side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.body import Body
+from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility
+from hmdiff.data.labelled_bodies import LabelledBodies, PosedBodies
+from hmdiff.data.record import Record
+from hmdiff.data.record_crops import by_name, read_crop, read_heatmaps
+from hmdiff.data.sample import Sample
+from hmdiff.data.shards import RecordStore
+from hmdiff.data.synthetic import block_generator
+from hmdiff.data.transforms import (
+    NO_CHANGE,
+    AugmentOptions,
+    Change,
+    crop_camera,
+    crop_map,
+    draw_change,
+    map_points,
+    mirrored,
+    turn_points,
+    turn_pose,
+)
+from hmdiff.errors import UserError
+from hmdiff.geometry import perspective_projection, weak_perspective_fit
+from hmdiff.heatmaps.distribution import gaussian_heatmaps
+from hmdiff.skeletons import HALPE26
+
+_SIGMA = 2.0  # heatmap pixels of a labelled keypoint
+_LEAST_TO_FIT = 6  # keypoints known in 2D and in 3D from which a weak-perspective camera is fitted
+_NEAREST = 0.1  # metres: nobody stands nearer to the lens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Person:
+    """A record on its way to a sample: everything of the picture's plane."""
+
+    record: Record
+    change: Change
+    affine: np.ndarray  # (2, 3) photo pixels to crop coordinates
+    image: np.ndarray | None  # (S, S, 3) uint8 RGB
+    points: np.ndarray  # (J, 2) crop coordinates
+    confidence: np.ndarray  # (J,) 0..1, 0 = not labelled
+
+
+class RecordedPeople:
+    """Blocks of recorded people. `coarse_vertices` and `joints_3d` are always there, with their masks.
+
+    A keypoint counts as `visible` when it is labelled and inside the crop: real data sets say no more. Where no 2D
+    keypoint is labelled, they are projected from the labelled body, if the camera is known; heatmaps made of those know
+    the truth, so an evaluation on them compares with nothing published. Betas beyond the body's are left out.
+    """
+
+    def __init__(
+        self,
+        store: RecordStore,
+        body: Body,  # the model's
+        coarse_ids: Tensor,  # (C,)
+        block_size: int = 32,
+        seed: int = 0,
+        full_mesh: bool = False,
+        image_size: int | None = None,  # S of the pictures; None: none are read
+        augment: AugmentOptions | None = None,  # of the stream train
+        faults: EstimatorFaults | None = None,
+        heatmaps: str | Path = "faults",  # "faults", "labels" (as they are), "none", or a folder of NAME.npz
+        same_body: bool = False,  # see LabelledBodies
+        numbers: np.ndarray | None = None,  # (N,) which records of the store; None: all
+    ) -> None:
+        self.store, self.body = store, body
+        self.block_size, self.seed, self.full_mesh, self.image_size = block_size, seed, full_mesh, image_size
+        self.augment, self.faults = augment or AugmentOptions(), faults or EstimatorFaults()
+        self.heatmaps = heatmaps
+        if heatmaps not in ("faults", "labels", "none") and not Path(heatmaps).is_dir():
+            raise UserError(f"heatmaps {str(heatmaps)!r}: faults, labels, none or a folder of NAME.npz is expected")
+        self.names = HALPE26 if body.keypoint_names is None else body.keypoint_names
+        self.bodies = LabelledBodies(body, coarse_ids, full_mesh, same_body)
+        self.numbers = np.arange(len(store)) if numbers is None else np.asarray(numbers)
+        if not len(self.numbers):
+            raise UserError("no record is left of the data set; choose other groups")
+        self._side = "left" if body.name == "mano_left" else "right"
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def block(
+        self,
+        stream: str,  # "train", or the name of a split
+        number: int,
+    ) -> Sample:
+        """The people of one block; a split's last block may be smaller. Raises `UserError` beyond a split's end."""
+        positions = range(number * self.block_size, (number + 1) * self.block_size)
+        if stream != "train":
+            positions = range(positions.start, min(positions.stop, len(self)))
+            if not positions:
+                raise UserError(
+                    f"split {stream!r} has {len(self)} people, and more are asked for; give evaluation.people="
+                    f"{len(self)} or less"
+                )
+        people = [self._person(stream, position) for position in positions]
+        if stream != "train" and self.full_mesh:
+            for person in people:
+                if person.record.pose is None and person.record.vertices is None:
+                    raise person.record.error(f"no body is labelled, so split {stream!r} cannot be evaluated on it")
+        generator = block_generator(self.seed if stream == "train" else 0, f"{stream}/heatmaps", number)
+        return self._sample(people, torch.tensor(list(positions)), generator)
+
+    # -- one person --------------------------------------------------------------------------------------------------
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        words = [self.seed % 2**32, self.seed >> 32, zlib.crc32(b"order"), epoch]
+        return np.random.default_rng(words).permutation(len(self.numbers))
+
+    def _person(self, stream: str, position: int) -> _Person:
+        change, chosen = NO_CHANGE, position
+        if stream == "train":
+            epoch, place = divmod(position, len(self))
+            chosen = self._order(epoch)[place]
+            words = [self.seed % 2**32, self.seed >> 32, zlib.crc32(b"change"), position]
+            change = draw_change(self.augment, np.random.default_rng(words))
+        stored = self.store[int(self.numbers[chosen])]
+        record = stored.record
+        if record.body == "mano":  # a hand's mirror image is the other hand: mirrored to the model's, and only then
+            change = dataclasses.replace(change, flip=record.hand is not None and record.hand != self._side)
+        elif record.vertices is not None and record.pose is None:
+            change = dataclasses.replace(change, flip=False)  # the mirror image of a bare mesh has other vertices
+        affine = crop_map(record.center, record.side, change)
+        image = None if self.image_size is None else read_crop(stored, affine, self.image_size, change)
+        points, confidence = by_name(
+            record.keypoints_2d, record.keypoints_2d_confidence, record.keypoint_names, self.names, 2
+        )
+        points = mirrored(map_points(points, affine), self.names, change)
+        return _Person(record, change, affine, image, points, mirrored(confidence, self.names, change))
+
+    # -- a block -----------------------------------------------------------------------------------------------------
+
+    def _sample(self, people: list[_Person], index: Tensor, generator: torch.Generator) -> Sample:
+        n, joints = len(people), len(self.names)
+        fields: dict[str, Tensor] = {
+            "coarse_vertices": torch.zeros(n, len(self.bodies.coarse_ids), 3),
+            "joints_3d": torch.zeros(n, self.body.num_joints, 3),
+            "keypoints_3d": torch.zeros(n, joints, 3),
+            "has_keypoints_3d": torch.zeros(n, joints, dtype=torch.bool),
+            **{name: torch.zeros(n, dtype=torch.bool) for name in ("has_vertices", "has_perspective", "has_camera")},
+            "pelvis": torch.zeros(n, 3), "focal": torch.zeros(n), "principal_point": torch.zeros(n, 2),
+            "joints_2d": torch.from_numpy(np.stack([person.points for person in people])).float(),
+            "joints_2d_confidence": torch.from_numpy(np.stack([person.confidence for person in people])).float(),
+        }  # fmt: skip
+        if self.full_mesh:
+            fields["vertices"] = torch.zeros(n, self.body.num_vertices, 3)
+        for rows, posed in self._posed(people):
+            self._fill_bodies(fields, rows, posed)
+        fields["has_joints_3d"] = fields["has_vertices"].clone()
+        roots = fields.pop("root", torch.full((n, 3), torch.nan))
+        for row, person in enumerate(people):
+            self._fill_joints(fields, row, person)
+            self._fill_camera(fields, row, person, roots[row].numpy())
+        self._fill_projections(fields)
+        self._fill_weak_camera(fields)
+        inside = (fields["joints_2d"].abs() <= 1).all(-1)
+        fields["visible"] = (fields["joints_2d_confidence"] > 0) & inside
+        if self.image_size is not None:
+            pictures = np.stack([person.image for person in people])  # type: ignore[misc]
+            fields["image"] = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        if self.heatmaps != "none" and self.names == HALPE26:
+            fields["heatmaps"], fields["heatmap_valid"] = self._heatmaps(people, fields, generator)
+        return Sample(index=index, **fields)
+
+    def _posed(self, people: list[_Person]) -> list[tuple[list[int], PosedBodies]]:
+        """The bodies of those who have one, in as few batches as there are bodies."""
+        by_key: dict[str, list[int]] = {}
+        for row, person in enumerate(people):
+            if person.record.pose is not None:
+                by_key.setdefault(self.bodies.key(person.record), []).append(row)
+            elif person.record.vertices is not None:
+                self.bodies.key(person.record)
+                by_key.setdefault("", []).append(row)
+        found = []
+        for key, rows in by_key.items():
+            chosen = [people[row] for row in rows]
+            if key:
+                names = self.body.joint_names
+                poses = [turn_pose(p.record.pose, names[: len(p.record.pose)], p.change) for p in chosen]  # type: ignore
+                found.append((rows, self.bodies.pose(key, poses, [p.record.betas for p in chosen])))  # type: ignore
+            else:
+                found.append((rows, self.bodies.from_vertices(torch.stack([self._mesh(p) for p in chosen]))))
+        return found
+
+    def _mesh(self, person: _Person) -> Tensor:  # (V, 3)
+        vertices = person.record.vertices
+        assert vertices is not None
+        if len(vertices) != self.body.num_vertices:
+            raise person.record.error(
+                f"a mesh of {len(vertices)} vertices, and the model's body {self.body.name!r} has "
+                f"{self.body.num_vertices}; give the body it is of"
+            )
+        return torch.from_numpy(turn_points(vertices, person.change)).float()
+
+    def _fill_bodies(self, fields: dict[str, Tensor], rows: list[int], posed: PosedBodies) -> None:
+        fields["has_vertices"][rows] = True
+        fields["coarse_vertices"][rows], fields["joints_3d"][rows] = posed.coarse, posed.joints
+        if posed.vertices is not None:
+            fields["vertices"][rows] = posed.vertices
+        if posed.keypoints is not None:
+            fields["keypoints_3d"][rows], fields["has_keypoints_3d"][rows] = posed.keypoints, True
+        fields.setdefault("root", torch.full((len(fields["focal"]), 3), torch.nan))[rows] = posed.root
+
+    def _fill_joints(self, fields: dict[str, Tensor], row: int, person: _Person) -> None:
+        """Labelled 3D joints: the keypoints that they name, and, of a full set of the body's own joints, those."""
+        record, change = person.record, person.change
+        if record.joints_3d is None or fields["has_keypoints_3d"][row].any():
+            return
+        joints = turn_points(record.joints_3d.astype(np.float64), change)
+        there = np.ones(len(joints), bool) if record.joints_3d_valid is None else record.joints_3d_valid > 0
+        places = {name: joints[number] for number, name in enumerate(record.joint_names) if there[number]}
+        root = next((places[name] for name in ("pelvis", "mid_hip", "wrist") if name in places), None)
+        if root is None and {"left_hip", "right_hip"} <= places.keys():
+            root = (places["left_hip"] + places["right_hip"]) / 2
+        if root is None:
+            return  # relative to nothing, they say nothing
+        known, valid = by_name(joints - root, there.astype(np.float64), record.joint_names, self.names, 3)
+        fields["keypoints_3d"][row] = torch.from_numpy(mirrored(known, self.names, change)).float()
+        fields["has_keypoints_3d"][row] = torch.from_numpy(mirrored(valid, self.names, change) > 0)
+        names = self.body.joint_names
+        if record.joint_names == names and not fields["has_vertices"][row] and there.all():
+            fields["joints_3d"][row] = torch.from_numpy(mirrored(joints - root, names, change)).float()
+            fields["has_joints_3d"][row] = True
+
+    def _fill_camera(self, fields: dict[str, Tensor], row: int, person: _Person, root: np.ndarray) -> None:
+        """Where the pelvis is and what camera sees it, where both are labelled."""
+        record = person.record
+        if record.intrinsics is None or not np.isfinite(root).all():
+            return
+        if record.pose is not None:
+            if record.translation is None:
+                return
+            root = turn_points(root + record.translation, person.change)
+        if root[2] < _NEAREST:
+            return
+        focal, principal = crop_camera(record.intrinsics.astype(np.float64), person.affine)
+        fields["pelvis"][row], fields["focal"][row] = torch.from_numpy(root).float(), focal
+        fields["principal_point"][row], fields["has_perspective"][row] = torch.from_numpy(principal).float(), True
+
+    def _fill_projections(self, fields: dict[str, Tensor]) -> None:
+        """2D keypoints of those who have none labelled, through the camera."""
+        unlabelled = ~(fields["joints_2d_confidence"] > 0).any(-1)
+        rows = (unlabelled & fields["has_perspective"] & fields["has_keypoints_3d"].any(-1)).nonzero()[:, 0]
+        if not len(rows):
+            return
+        points = fields["keypoints_3d"][rows] + fields["pelvis"][rows, None]
+        points = torch.cat([points[..., :2], points[..., 2:].clamp_min(_NEAREST)], -1)
+        seen = perspective_projection(points, fields["focal"][rows], fields["principal_point"][rows])
+        fields["joints_2d"][rows] = seen
+        fields["joints_2d_confidence"][rows] = fields["has_keypoints_3d"][rows].float()
+
+    def _fill_weak_camera(self, fields: dict[str, Tensor]) -> None:
+        known = fields["has_perspective"]
+        z = torch.where(known, fields["pelvis"][:, 2], 1.0)
+        scale = fields["focal"] / z
+        exact = torch.cat(
+            [scale[:, None], fields["pelvis"][:, :2] * scale[:, None] + fields["principal_point"]], -1
+        )
+        weight = fields["joints_2d_confidence"] * fields["has_keypoints_3d"]
+        fitted = weak_perspective_fit(fields["keypoints_3d"], fields["joints_2d"], weight)
+        fits = ~known & ((weight > 0).sum(-1) >= _LEAST_TO_FIT)
+        fields["camera"] = torch.where(known[:, None], exact, torch.where(fits[:, None], fitted, 0.0))
+        fields["has_camera"] = known | fits
+
+    def _heatmaps(
+        self,
+        people: list[_Person],
+        fields: dict[str, Tensor],
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:  # (n, J, 64, 64), (n, J) bool
+        points, confidence = fields["joints_2d"], fields["joints_2d_confidence"]
+        if self.heatmaps == "labels":
+            inside = (points.abs() <= 1).all(-1)
+            return gaussian_heatmaps(points, confidence.clamp(max=1) * inside, _SIGMA), confidence > 0
+        if self.heatmaps == "faults":
+            labelled = confidence > 0
+            face = torch.ones_like(labelled)
+            whole = fields["has_keypoints_3d"].all(-1)
+            face[whole] = face_visibility(fields["keypoints_3d"][whole])
+            values, valid = estimate_heatmaps(points, labelled, face, self.faults, generator)
+            return values * labelled[..., None, None], valid & labelled
+        read = [read_heatmaps(Path(self.heatmaps), p.record, p.affine, p.change) for p in people]
+        return torch.cat([values for values, _ in read]), torch.cat([valid for _, valid in read])

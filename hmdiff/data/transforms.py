@@ -1,0 +1,170 @@
+"""The square crop of a photo, and augmentation: one affine map for the picture, its points, its camera and its 3D.
+
+A photo pixel p lands at crop coordinates u = 2 / (scale * side) F R(angle) (p - center): turned about the crop's
+centre, then mirrored where F says so. With 3D turned by the same F R about the optical axis, the focal length divided
+by the same half-side and the principal point mapped like any point, the pinhole projection holds exactly, wherever the
+crop lies in the photo. Figures: SPIN's and FastMETRO's (flip, channel noise, rotation, scale). V points, J joints, S
+pixels a side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+
+from hmdiff.errors import UserError
+from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
+from hmdiff.skeletons import mirror_permutation
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentOptions:
+    """How much a crop is changed in training."""
+
+    flip: float = 0.5  # probability
+    noise: float = 0.4  # each colour channel is multiplied by U(1 - noise, 1 + noise)
+    rotation: float = 30.0  # degrees, standard deviation, cut at twice as much
+    upright: float = 0.6  # probability of no rotation
+    scale: float = 0.25  # standard deviation of the crop's side about 1, cut there
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("flip", 0, 1), ("upright", 0, 1), ("noise", 0, 1), ("rotation", 0, 90), ("scale", 0, 0.9)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and low <= value <= high):
+                raise UserError(f"data.augment: {name} {value!r}: a number from {low} to {high} is expected")
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One crop's augmentation. The default changes nothing."""
+
+    flip: bool = False
+    angle: float = 0.0  # radians; positive turns the picture's x axis towards its y axis, clockwise to the eye
+    scale: float = 1.0  # of the crop's side: over 1 the person is smaller
+    gains: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of red, green, blue
+
+    @property
+    def plane(self) -> np.ndarray:  # (2, 2)
+        """F R: what happens to directions in the picture."""
+        cosine, sine = math.cos(self.angle), math.sin(self.angle)
+        mirror = -1.0 if self.flip else 1.0
+        return np.array([[mirror * cosine, -mirror * sine], [sine, cosine]])
+
+    @property
+    def space(self) -> np.ndarray:  # (3, 3) orthogonal, of determinant -1 with a flip
+        """The same about the optical axis."""
+        matrix = np.eye(3)
+        matrix[:2, :2] = self.plane
+        return matrix
+
+
+NO_CHANGE = Change()
+
+
+def draw_change(options: AugmentOptions, generator: np.random.Generator) -> Change:
+    """Always the same number of draws, so that one option does not change what another gives."""
+    flip, upright, angle, scale = generator.random(), generator.random(), generator.normal(), generator.normal()
+    gains = 1 + options.noise * (2 * generator.random(3) - 1)
+    turned = 0.0 if upright < options.upright else options.rotation * float(np.clip(angle, -2, 2))
+    return Change(
+        flip=bool(flip < options.flip),
+        angle=math.radians(turned),
+        scale=1 + options.scale * float(np.clip(scale, -1, 1)),
+        gains=(float(gains[0]), float(gains[1]), float(gains[2])),
+    )
+
+
+def crop_map(
+    center: np.ndarray,  # (2,) photo pixels
+    side: float,  # photo pixels
+    change: Change = NO_CHANGE,
+) -> np.ndarray:  # (2, 3): photo pixels to crop coordinates
+    linear = change.plane * (2 / (change.scale * side))
+    return np.concatenate([linear, -(linear @ np.asarray(center, np.float64))[:, None]], 1)
+
+
+def map_points(
+    points: np.ndarray,  # (..., 2)
+    affine: np.ndarray,  # (2, 3)
+) -> np.ndarray:  # (..., 2)
+    return points @ affine[:, :2].T + affine[:, 2]
+
+
+def turn_points(
+    points: np.ndarray,  # (..., 3) metres, camera frame
+    change: Change,
+) -> np.ndarray:  # (..., 3)
+    return points @ change.space.T
+
+
+def mirrored(
+    values: np.ndarray,  # (J, ...)
+    names: Sequence[str],  # J
+    change: Change,
+) -> np.ndarray:
+    """A value a joint in the order of the mirrored person: the left wrist's is the right wrist's now, with a flip."""
+    return values[mirror_permutation(names)] if change.flip else values
+
+
+def turn_pose(
+    pose: np.ndarray,  # (J, 3) axis-angle, the root's in the camera frame
+    names: Sequence[str],  # J
+    change: Change,
+) -> np.ndarray:  # (J, 3)
+    """The pose of the turned, then mirrored person. A reflection R -> F R F turns the axis (x, y, z) to (x, -y, -z).
+
+    Exact for a body that is its own mirror image; SMPL's is so within a few millimetres, as everywhere in the field.
+    """
+    pose = np.array(pose, np.float64)
+    turn = axis_angle_to_matrix(torch.tensor([0.0, 0.0, change.angle], dtype=torch.float64))
+    root = turn @ axis_angle_to_matrix(torch.from_numpy(pose[0]))
+    pose[0] = matrix_to_axis_angle(root).numpy()
+    return mirrored(pose, names, change) * np.array([1.0, -1.0, -1.0]) if change.flip else pose
+
+
+def crop_camera(
+    intrinsics: np.ndarray,  # (3, 3) photo pixels
+    affine: np.ndarray,  # (2, 3) of `crop_map`
+) -> tuple[float, np.ndarray]:  # focal length in crop half-sides, principal point (2,) in crop coordinates
+    """The photo's camera as the crop's. fx and fy, which differ by under 1 % in real cameras, are averaged."""
+    magnification = math.sqrt(abs(np.linalg.det(affine[:, :2])))
+    focal = (intrinsics[0, 0] + intrinsics[1, 1]) / 2 * magnification
+    return float(focal), map_points(intrinsics[:2, 2], affine)
+
+
+def crop_picture(
+    picture: np.ndarray,  # (H, W, 3) uint8
+    region: Sequence[float],  # x0, y0, x1, y1: the part of the photo that it shows, photo pixels
+    affine: np.ndarray,  # (2, 3) of `crop_map`
+    size: int,  # S
+) -> np.ndarray:  # (S, S, 3) uint8, black outside the picture
+    """The crop, warped once from the picture; smoothed first where it is coarser, so that nothing aliases."""
+    height, width = picture.shape[:2]
+    x0, y0, x1, y1 = region
+    stretch = np.array([(x1 - x0) / width, (y1 - y0) / height])  # photo pixels a stored pixel
+    linear = affine[:, :2] * stretch * (size / 2)
+    offset = (map_points(np.array([x0, y0]), affine) + 1) * (size / 2)
+    # OpenCV counts from the centre of the first pixel, we from its corner.
+    offset = offset + linear @ np.array([0.5, 0.5]) - 0.5
+    scale = math.sqrt(abs(np.linalg.det(linear)))
+    if scale < 0.7:
+        picture = cv2.GaussianBlur(picture, (0, 0), 0.4 / scale)
+    return cv2.warpAffine(picture, np.concatenate([linear, offset[:, None]], 1), (size, size), flags=cv2.INTER_LINEAR)
+
+
+def change_colours(
+    picture: np.ndarray,  # (H, W, 3) uint8 RGB
+    change: Change,
+) -> np.ndarray:  # (H, W, 3) uint8 RGB
+    """The channels multiplied by the change's gains, cut at white."""
+    if change.gains == NO_CHANGE.gains:
+        return picture
+    table = np.clip(np.arange(256)[:, None] * np.array(change.gains), 0, 255).round().astype(np.uint8)
+    return cv2.LUT(picture, table[None])

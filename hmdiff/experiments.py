@@ -1,0 +1,315 @@
+"""A grid of settings over one split: all cells on the same people and the same noise, so that differences are paired.
+
+A cell is a JSON file, named by its settings and the model's hash and written whole: what was done is not done again,
+and a grid may grow. It keeps the error of every person, from which paired intervals of differences come. Hypotheses are
+nested by seed, so that cells that differ in their number alone share one run. Our choice throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hmdiff.comparison import UNGUIDED
+from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.diffusion.schedule import change_scheduler, sampler_name
+from hmdiff.errors import UserError
+from hmdiff.evaluation import (
+    MESHES_AT_ONCE,
+    as_heatmaps,
+    ask,
+    measure,
+    save_report,
+    split_batches,
+    with_estimate,
+)
+from hmdiff.measured import Measured, covered, summary
+from hmdiff.pipeline import HMDiffPipeline
+
+if TYPE_CHECKING:
+    from hmdiff.diffusion.dat import Guidance
+
+FORMAT = 1
+NO_SAMPLER = "none"  # of a model without diffusion
+REPEATS = 5  # timed calls a cell, at least
+# What a step costs beside an unguided one, before a cell of its kind was timed: DAT goes back through the denoiser.
+_STEP_COST = {UNGUIDED: 1.0, "disrupted": 1.2, "dat": 3.0}
+_MESH_COST = 2.0  # unguided steps that upsampling and scoring a hypothesis are worth
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is asked of a pipeline. None is the pipeline's own, which `resolved` fills in."""
+
+    model: str  # its label
+    num_hypotheses: int = 25
+    steps: int | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    guidance: Guidance | None = None  # None, or one that does nothing: no guidance
+
+    @property
+    def mode(self) -> str:
+        return UNGUIDED if self.guidance is None else self.guidance.mode
+
+
+def resolved(setting: Setting, pipeline: HMDiffPipeline) -> Setting:
+    """The setting with nothing left open, and equal to any other that asks for the same.
+
+    Raises:
+        UserError: an unknown sampler, or a number of steps that the model does not have.
+    """
+    if pipeline.model.config.mode == "direct":  # one step, without noise: its hypotheses are all the same
+        return Setting(setting.model, 1, 1, NO_SAMPLER, 0.0)
+    steps = pipeline.num_inference_steps if setting.steps is None else setting.steps
+    total = pipeline.scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
+    if not 1 <= steps <= total:
+        raise UserError(f"steps {steps}: {setting.model} was trained with {total} steps; give 1 to {total}")
+    if setting.num_hypotheses < 1:
+        raise UserError(f"number of hypotheses {setting.num_hypotheses}: at least 1 is needed")
+    sampler = sampler_name(pipeline.scheduler) if setting.sampler is None else setting.sampler
+    change_scheduler(pipeline.scheduler, sampler)
+    return dataclasses.replace(
+        setting,
+        steps=steps,
+        sampler=sampler,
+        eta=(pipeline.eta if setting.eta is None else setting.eta) if sampler == "ddim" else 0.0,
+        guidance=setting.guidance if setting.guidance is not None and setting.guidance.active else None,
+    )
+
+
+@dataclasses.dataclass
+class Study:
+    """The models, the people, and the folder of the cells."""
+
+    pipelines: dict[str, HMDiffPipeline]
+    hashes: dict[str, str]  # of every model, as files
+    people_of: Callable[[HMDiffPipeline], PeopleSource]  # with the full mesh, and the pictures that it needs
+    folder: Path
+    split: str = "val"
+    people: int = 500
+    seed: int = 0
+    batch: int = 8  # people a call: changes the times alone
+    estimate: Callable[[Tensor], Tensor] | None = None  # a pose estimator in place of the split's own heatmaps
+    heatmaps: str = "synthetic"  # the name of that estimator, with its hash
+    _estimated: dict[int, list[Sample]] = dataclasses.field(default_factory=dict, repr=False)  # by data set
+
+    def samples(self, pipeline: HMDiffPipeline) -> Iterator[Sample]:
+        """The people. An estimator's heatmaps are kept in memory, 0.4 MB a person: it is slower than the data."""
+        data = self.people_of(pipeline)
+        if not data.full_mesh:
+            raise UserError("experiments need the full mesh of their people: build the data with full_mesh=True")
+        batches = split_batches(data, self.split, self.people)
+        if self.estimate is None:
+            yield from batches
+            return
+        kept = self._estimated.setdefault(id(data), [])
+        for number, sample in enumerate(batches):
+            if number == len(kept):
+                maps = with_estimate(sample, self.estimate)
+                kept.append(Sample(heatmaps=maps.heatmaps, heatmap_valid=maps.heatmap_valid))
+            maps = kept[number]
+            yield dataclasses.replace(sample, heatmaps=maps.heatmaps, heatmap_valid=maps.heatmap_valid)
+
+    def settings(self, setting: Setting) -> dict[str, Any]:
+        """All that a cell's result depends on, as JSON; `setting` is resolved."""
+        values = {
+            "format": FORMAT, "model": setting.model, "model_hash": self.hashes[setting.model], "split": self.split,
+            "people": self.people, "seed": self.seed, "batch": self.batch, "heatmaps": self.heatmaps,
+            "num_hypotheses": setting.num_hypotheses, "steps": setting.steps, "sampler": setting.sampler,
+            "eta": setting.eta, "guidance": None if setting.guidance is None else dataclasses.asdict(setting.guidance),
+        }  # fmt: skip
+        result: dict[str, Any] = json.loads(json.dumps(values, default=lambda tensor: tensor.tolist()))
+        return result
+
+    def path(self, setting: Setting) -> Path:
+        digest = hashlib.sha256(json.dumps(self.settings(setting), sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / f"{setting.model}_{self.split}_{digest}.json"
+
+    def stored(self, setting: Setting) -> dict[str, Any] | None:
+        """The cell's result; None where it is not there, or damaged."""
+        try:
+            report: dict[str, Any] = json.loads(self.path(setting).read_text())
+            whole = report["settings"] == self.settings(setting) and {"errors", "values", "time"} <= report.keys()
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return None
+        return report if whole else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Told after every cell."""
+
+    done: int  # cells, the stored ones included
+    total: int
+    seconds_left: float | None  # None: nothing was timed yet
+    setting: Setting
+    result: dict[str, Any]
+
+
+def run_cells(
+    study: Study,
+    settings: Sequence[Setting],
+    report: Callable[[Progress], None] | None = None,
+    people_done: Callable[[Setting], Callable[[int], None]] | None = None,  # starts a bar over the people of a run
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict[str, Any]]:  # in the order of the settings
+    """Compute the cells that are not there yet, the cheap ones first, so that the time of the rest is soon known."""
+    wanted = [resolved(setting, study.pipelines[setting.model]) for setting in settings]
+    results: dict[Setting, dict[str, Any]] = {}
+    for setting in dict.fromkeys(wanted):
+        found = study.stored(setting)
+        if found is not None:
+            results[setting] = found
+    total, rates = len(dict.fromkeys(wanted)), Rates()
+    for setting, found in results.items():
+        rates.add(setting, study.people, found["seconds"])
+    runs = sorted(_runs([s for s in dict.fromkeys(wanted) if s not in results]), key=lambda run: work(run[-1]))
+    warm: set[str] = set()
+    for number, run in enumerate(runs):
+        pipeline, largest = study.pipelines[run[-1].model], run[-1]
+        if largest.model not in warm:  # a first call takes longer
+            timed_calls(study, largest, 1, clock, warm=False)
+            warm.add(largest.model)
+        bar = None if people_done is None else people_done(largest)
+        started = clock()
+        measured = measure(
+            pipeline, study.samples(pipeline), [setting.num_hypotheses for setting in run], largest.steps, study.seed,
+            _sampler(largest), largest.eta, largest.guidance, bar, clock, study.batch,
+        )  # fmt: skip
+        seconds = clock() - started
+        rates.add(largest, study.people, seconds)
+        left = rates.seconds([other[-1] for other in runs[number + 1 :]], study.people)
+        for setting in run:
+            found = cell(study, setting, measured[setting.num_hypotheses], clock)
+            # A smaller one of a shared run counts what it would have cost by itself.
+            found["seconds"] = seconds * work(setting) / work(largest)
+            save_report(found, study.path(setting))
+            results[setting] = found
+            if report is not None:
+                report(Progress(len(results), total, left, setting, found))
+    return [results[setting] for setting in wanted]
+
+
+def _runs(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Settings that differ in their number of hypotheses alone: one run of the pipeline each, the largest last."""
+    runs: dict[Setting, list[Setting]] = {}
+    for setting in settings:
+        runs.setdefault(dataclasses.replace(setting, num_hypotheses=1), []).append(setting)
+    return [sorted(run, key=lambda setting: setting.num_hypotheses) for run in runs.values()]
+
+
+def cell(
+    study: Study,
+    setting: Setting,
+    measured: Measured,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    """A cell's JSON: settings, summary, the values of every person, milliseconds per image."""
+    pipeline = study.pipelines[setting.model]
+    diffusion = pipeline.model.config.mode == "diffusion"
+    values: dict[str, Any] = {
+        metric: {kind: _rounded(errors) for kind, errors in kinds.items()} for metric, kinds in measured.errors.items()
+    }
+    report = summary(measured, diffusion)
+    if "coverage" in report:
+        values["coverage"] = _rounded(covered(measured), 6)
+    values |= {name: _rounded(numbers, 6) for name, numbers in measured.guidance.items()}
+    calls = [call for call in measured.calls if call[0] == measured.calls[0][0]]  # but for a last, smaller one
+    if len(calls) < REPEATS:
+        calls += timed_calls(study, setting, REPEATS - len(calls), clock, warm=not calls)
+    milliseconds = sorted(1000 * seconds / people for people, seconds in calls)
+    quarter = len(milliseconds) // 4
+    return {
+        "settings": study.settings(setting),
+        "code": code_digest(),
+        **report,
+        "time": {
+            "milliseconds_per_image": statistics.median(milliseconds),
+            "low": milliseconds[quarter],  # quartiles
+            "high": milliseconds[-1 - quarter],
+            "calls": len(milliseconds),
+            "batch": calls[-1][0],
+            "device": str(pipeline.device),
+            "threads": torch.get_num_threads(),
+        },
+        "values": values,
+    }
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the code that draws people and samples them. Cells of older code are still used, but are told apart by it."""
+    digest, package = hashlib.sha256(), Path(__file__).resolve().parent
+    folders = [package / name for name in ("data", "diffusion", "heatmaps", "models")]
+    for path in sorted([package / "pipeline.py", *(path for folder in folders for path in folder.rglob("*.py"))]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def timed_calls(
+    study: Study,
+    setting: Setting,  # resolved
+    repeats: int,
+    clock: Callable[[], float],
+    warm: bool,  # one call more before them, which does not count
+) -> list[tuple[int, float]]:  # people and seconds
+    """Further calls on the first people of the split."""
+    pipeline = study.pipelines[setting.model]
+    sample = next(study.samples(pipeline))
+    size = min(len(sample), study.batch, max(1, MESHES_AT_ONCE // setting.num_hypotheses))
+    sample = sample.map(lambda tensor: tensor[:size])
+    heatmaps, calls = as_heatmaps(sample), []
+    for _ in range(repeats + warm):
+        started = clock()
+        ask(
+            pipeline, sample, heatmaps, setting.num_hypotheses, setting.steps, study.seed,
+            _sampler(setting), setting.eta, setting.guidance,
+        )  # fmt: skip
+        calls.append((size, clock() - started))
+    return calls[warm:]
+
+
+def _sampler(setting: Setting) -> str | None:
+    return None if setting.sampler == NO_SAMPLER else setting.sampler
+
+
+def _rounded(values: Tensor, digits: int = 4) -> list[float]:
+    return [round(value, digits) for value in values.double().tolist()]
+
+
+def work(setting: Setting) -> float:
+    """What a person costs, in unguided denoising steps of one hypothesis."""
+    steps = (setting.steps or 1) * (2 if setting.sampler == "heun" else 1)
+    return setting.num_hypotheses * (steps * _STEP_COST.get(setting.mode, 1.0) + _MESH_COST)
+
+
+class Rates:
+    """Seconds a unit of work, of every model and kind of guidance that was timed; the latest counts."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str], float] = {}
+
+    def add(self, setting: Setting, people: int, seconds: float) -> None:
+        self.found[setting.model, setting.mode] = seconds / (work(setting) * people)
+
+    def seconds(self, settings: Sequence[Setting], people: int) -> float | None:
+        """Of all these; a kind that was not timed costs what the others do. None: nothing was timed."""
+        if not self.found:
+            return None
+        total = 0.0
+        for setting in settings:
+            same = [rate for (model, _), rate in self.found.items() if model == setting.model]
+            rate = self.found.get((setting.model, setting.mode)) or max(same or self.found.values())
+            total += rate * work(setting) * people
+        return total

@@ -1,0 +1,252 @@
+"""Pose and shape of a body model from its vertices, so that a recovered mesh can be animated.
+
+min over R, beta, t of sum_v |x_v - v(R, beta, t)|^2 + sigma^2 |beta|^2, sigma the noise that is expected of a vertex: the
+most likely body, betas being standard normal. Each bone's rotation starts from an orthogonal Procrustes fit of its own
+vertices (Kabsch, Acta Cryst. 1976), which no large pose traps; Levenberg-Marquardt then fits everything together.
+Symbols: N bodies, P points (vertices that are fitted), J joints, B shape coefficients. The method is our choice.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.body import Body
+from hmdiff.errors import UserError
+from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
+
+AT_ONCE = 64  # bodies: bounds the memory, changes no result
+POINTS = 640  # vertices that are fitted, spread over the surface
+POINTS_A_BONE = 12  # at least, of those that a bone moves most
+NOISE = 0.005  # sigma, metres
+ROUNDS = 8
+
+
+class FittedBodies(NamedTuple):
+    pose: Tensor  # (N, J, 3) axis-angles, each relative to its parent; the first is the root's
+    betas: Tensor  # (N, B)
+    translation: Tensor  # (N, 3) metres; body(betas, axis_angle_to_matrix(pose), translation) is the fitted mesh
+    error_mm: Tensor  # (N,) mean distance of the given vertices to the fitted ones, over all vertices
+
+
+@torch.no_grad()
+def fit_parameters(
+    body: Body,
+    vertices: Tensor,  # (N, V, 3) metres, in any upright or turned frame: the root's rotation takes it up
+    rounds: int = ROUNDS,
+) -> FittedBodies:
+    """Fit every mesh on its own: a result does not depend on the batch. Pose blend shapes are counted.
+
+    Raises:
+        UserError: vertices of another shape than the body's, or that are not finite.
+    """
+    if vertices.dim() != 3 or vertices.shape[1:] != (body.num_vertices, 3):
+        raise UserError(
+            f"vertices {tuple(vertices.shape)} found, (N, {body.num_vertices}, 3) of body {body.name!r} expected"
+        )
+    finite = vertices.isfinite().flatten(1).all(1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0, 0])
+        raise UserError(f"vertices of mesh {first} are not finite: there is no body to fit to them")
+    vertices = vertices.to(body.v_template)
+    fitter = _fitter(body, body.v_template.device)
+    parts = []
+    for group in vertices.split(AT_ONCE):
+        rotations, betas, translation = fitter.fit(group[:, fitter.ids], rounds)
+        found = body(betas, rotations, translation).vertices
+        error = 1000 * (found - group).norm(dim=-1).mean(-1)
+        parts.append(FittedBodies(matrix_to_axis_angle(rotations), betas, translation, error))
+    if not parts:
+        empty = vertices.new_zeros
+        return FittedBodies(empty(0, body.num_joints, 3), empty(0, body.num_betas), empty(0, 3), empty(0))
+    return FittedBodies(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+@functools.lru_cache(maxsize=4)
+def _fitter(body: Body, device: torch.device) -> _Fitter:
+    return _Fitter(body)
+
+
+class _State(NamedTuple):
+    """Parameters of N bodies, and the least-squares problem linearised there."""
+
+    rotations: Tensor  # (N, J, 3, 3) relative to the parent
+    betas: Tensor  # (N, B)
+    translation: Tensor  # (N, 3)
+    cost: Tensor  # (N,)
+    normal: Tensor  # (N, U, U) J^T J of the unknowns: 3 J turns (x of all joints first), B, 3
+    slope: Tensor  # (N, U) J^T r
+
+
+class _Fitter:
+    """What of a body does not change from fit to fit."""
+
+    def __init__(self, body: Body) -> None:
+        self.ids = _spread_vertices(body)
+        small = body.select(self.ids)
+        self.template, self.shapedirs, self.posedirs = small.v_template, small.shapedirs, small.posedirs
+        self.weights = small.lbs_weights  # (P, J)
+        self.joint_basis = torch.cat([body.joint_template[..., None], body.joint_shapedirs], -1)  # (J, 3, 1 + B)
+        self.parents = body.parents
+        self.above = torch.tensor([max(parent, 0) for parent in body.parents], device=self.template.device)
+        below = torch.eye(body.num_joints)  # below[j, k]: joint k hangs on j, or is j
+        for joint in range(body.num_joints - 1, 0, -1):
+            below[body.parents[joint]] += below[joint]
+        self.below = below.to(self.weights)
+        self.moved = self.weights @ self.below.T  # (P, J) how much of a vertex turns with a joint
+        depth = [0] * body.num_joints
+        for joint in range(1, body.num_joints):
+            depth[joint] = depth[body.parents[joint]] + 1
+        self.levels = [[j for j, d in enumerate(depth) if d == level] for level in range(max(depth) + 1)]
+
+    def fit(
+        self,
+        target: Tensor,  # (N, P, 3)
+        rounds: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # rotations (N, J, 3, 3), betas (N, B), translation (N, 3)
+        centre = target.mean(1)  # far from the origin float32 would lose the millimetres
+        target = target - centre[:, None]
+        rotations = self._bone_rotations(target)
+        betas = target.new_zeros(len(target), self.shapedirs.shape[-1])
+        best = self._linearise(rotations, betas, torch.zeros_like(centre), target)
+        damping = torch.full_like(best.cost, 1e-4)
+        joints = len(self.parents)
+        for _ in range(rounds):
+            diagonal = best.normal.diagonal(dim1=-2, dim2=-1)
+            damped = best.normal + torch.diag_embed(damping[:, None] * diagonal + 1e-7)
+            step = torch.linalg.solve(damped.double(), best.slope.double()).to(target)
+            turn, growth, shift = step.split([3 * joints, betas.shape[1], 3], -1)
+            parents = self._chain(best.rotations)[:, self.above].clone()
+            parents[:, 0] = torch.eye(3).to(parents)
+            local = (parents.mT @ turn.unflatten(-1, (3, -1)).mT[..., None])[..., 0]
+            proposed = self._linearise(
+                axis_angle_to_matrix(local) @ best.rotations, best.betas + growth, best.translation + shift, target
+            )
+            better = proposed.cost < best.cost
+            damping = torch.where(better, damping / 10, damping * 10).clamp(1e-8, 1e4)
+            best = _State(*(
+                torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
+                for new, old in zip(proposed, best, strict=True)
+            ))  # fmt: skip
+        return best.rotations, best.betas, best.translation + centre
+
+    def _bone_rotations(
+        self,
+        target: Tensor,  # (N, P, 3)
+    ) -> Tensor:  # (N, J, 3, 3) relative to the parent
+        """Each bone's own Procrustes fit, from the root outwards, with a slight pull towards its parent's rotation."""
+        weight = self.weights.square()
+        weight = weight / weight.sum(0).clamp_min(1e-9)  # (P, J)
+        rest = self.template - self.template.mean(0)
+        middle = (weight.T @ rest)[None, :, :, None] * (weight.T @ target)[:, :, None]  # (N, J, 3, 3), rest by target
+        design = (weight[:, :, None] * rest[:, None]).flatten(1)  # (P, J * 3)
+        covariance = (design.T @ target).unflatten(1, (-1, 3)) - middle
+        pull = 1e-4  # square metres: a bone of a few centimetres follows its own vertices
+        turned: list[Tensor | None] = [None] * len(self.parents)
+        identity = torch.eye(3).to(target).expand(len(target), 1, 3, 3)
+        for level in self.levels:
+            above = [self.parents[joint] for joint in level]
+            towards = identity if level == [0] else torch.stack([turned[parent] for parent in above], 1)  # type: ignore[arg-type,misc]
+            strength = 1e-9 if level == [0] else pull
+            u, _, vh = torch.linalg.svd(covariance[:, level].mT + strength * towards)
+            sign = torch.ones_like(u[..., 0])
+            sign[..., -1] = torch.linalg.det(u @ vh)
+            for row, joint in enumerate(level):
+                turned[joint] = ((u * sign[..., None, :]) @ vh)[:, row]
+        world = torch.stack(turned, 1)  # type: ignore[arg-type]
+        return torch.cat([world[:, :1], world[:, self.above[1:]].mT @ world[:, 1:]], 1)
+
+    def _chain(self, rotations: Tensor) -> Tensor:  # (N, J, 3, 3) -> in the world
+        turned: list[Tensor] = []
+        for joint, parent in enumerate(self.parents):
+            turned.append(rotations[:, joint] if joint == 0 else turned[parent] @ rotations[:, joint])
+        return torch.stack(turned, 1)
+
+    def _linearise(
+        self,
+        rotations: Tensor,  # (N, J, 3, 3)
+        betas: Tensor,  # (N, B)
+        translation: Tensor,  # (N, 3)
+        target: Tensor,  # (N, P, 3)
+    ) -> _State:
+        """Residuals, and the normal equations from one Gram matrix.
+
+        A turn w of joint j, in the world, moves a vertex by w x d_vj, with d_vj = sum_{k at or below j} W_vk (G_k v -
+        p_j). So every block of J^T J is a sum of products of d, of the posed shape directions and of the residual. The
+        pose blend shapes' own dependence on the pose is small, and left out of J alone.
+        """
+        count, points, num_betas = len(target), len(self.template), betas.shape[1]
+        world = self._chain(rotations)
+        placed = [self.joint_basis[:1].expand(count, -1, -1, -1)[:, 0]]  # (N, 3, 1 + B): joints are linear in betas
+        for joint, parent in enumerate(self.parents[1:], 1):
+            bone = self.joint_basis[joint] - self.joint_basis[parent]
+            placed.append(placed[parent] + world[:, parent] @ bone)
+        joints = torch.stack(placed, 1)  # (N, J, 3, 1 + B)
+        shift = joints - world @ self.joint_basis  # G_k v = world_k v + shift_k
+        betas_one = torch.cat([betas.new_ones(count, 1), betas], 1)
+
+        rest = self.template + (betas @ self.shapedirs.flatten(0, 1).T).unflatten(-1, (-1, 3))
+        if self.posedirs is not None:
+            feature = (rotations[:, 1:] - torch.eye(3).to(rotations)).flatten(1)
+            rest = rest + (feature @ self.posedirs.flatten(0, 1).T).unflatten(-1, (-1, 3))
+        # (N, P, 3, J): every vertex as every bone places it, by its weight
+        placed_by = (rest @ world.permute(0, 3, 2, 1).flatten(2)).unflatten(-1, (3, -1))
+        moved = (placed_by + (shift @ betas_one[:, None, :, None])[..., 0].mT[:, None]) * self.weights[:, None]
+        residual = target - moved.sum(-1) - translation[:, None]
+        pivot = (joints @ betas_one[:, None, :, None])[..., 0].mT  # (N, 3, J)
+        arm = moved @ self.below.T - self.moved[:, None] * pivot[:, None]
+
+        blended = (self.weights @ world.flatten(2)).unflatten(-1, (3, 3)).transpose(0, 1).flatten(1, 2)  # (P, N * 3, 3)
+        grown = (blended @ self.shapedirs).unflatten(1, (count, 3)).transpose(0, 1)  # (N, P, 3, B)
+        grown = grown + (self.weights @ shift[..., 1:].flatten(2)).unflatten(-1, (3, num_betas))
+        identity = torch.eye(3).to(target)
+        linear = torch.cat([grown, identity.expand(count, points, 3, 3), residual[..., None]], -1)  # (N, P, 3, L)
+        everything = torch.cat([arm.flatten(2), linear.flatten(2)], -1)
+        gram = everything.mT @ everything
+
+        num_joints, columns = len(self.parents), linear.shape[-1]
+        turns = 3 * num_joints
+        among = gram[:, :turns, :turns].unflatten(1, (3, num_joints)).unflatten(3, (3, num_joints))  # a j b i
+        trace = among.diagonal(dim1=1, dim2=3).sum(-1)  # (N, J, J)
+        turn_turn = identity[None, :, None, :, None] * trace[:, None, :, None] - among.transpose(1, 3)
+        cross = gram[:, :turns, turns:].unflatten(1, (3, num_joints)).unflatten(3, (3, columns))  # c j d l
+        # (arm x column)_a = arm_b column_c - arm_c column_b for a, b, c in turn
+        turn_linear = torch.cat(
+            [cross[:, 1, :, 2] - cross[:, 2, :, 1], cross[:, 2, :, 0] - cross[:, 0, :, 2],
+             cross[:, 0, :, 1] - cross[:, 1, :, 0]], 1,
+        )  # fmt: skip
+        inner = gram[:, turns:, turns:].unflatten(1, (3, columns)).unflatten(3, (3, columns))
+        linear_linear = inner.diagonal(dim1=1, dim2=3).sum(-1)  # (N, L, L)
+
+        normal = torch.cat([
+            torch.cat([turn_turn.flatten(3, 4).flatten(1, 2), turn_linear[..., :-1]], -1),
+            torch.cat([turn_linear[..., :-1].mT, linear_linear[:, :-1, :-1]], -1),
+        ], 1)  # fmt: skip
+        slope = torch.cat([turn_linear[..., -1], linear_linear[:, :-1, -1]], -1)
+        prior = NOISE**2
+        at = slice(turns, turns + num_betas)
+        normal.diagonal(dim1=-2, dim2=-1)[:, at] += prior
+        slope[:, at] -= prior * betas
+        cost = residual.square().sum((1, 2)) + prior * betas.square().sum(-1)
+        return _State(rotations, betas, translation, cost, normal, slope)
+
+
+def _spread_vertices(body: Body) -> Tensor:  # (P,) ascending
+    """Vertices spread over the surface by farthest-point sampling, and of every bone those that it moves most."""
+    points = body.v_template.detach().cpu().numpy().astype(np.float64)
+    weights = body.lbs_weights.detach().cpu().numpy()
+    chosen = [int(points[:, 1].argmax())]
+    distance = np.full(len(points), np.inf)
+    for _ in range(min(POINTS, len(points)) - 1):
+        distance = np.minimum(distance, np.square(points - points[chosen[-1]]).sum(-1))
+        chosen.append(int(distance.argmax()))
+    kept = set(chosen)
+    for bone in weights.T:
+        order = np.argsort(-bone, kind="stable")
+        if (bone[chosen] > 0.5).sum() < POINTS_A_BONE:
+            kept |= set(order[:POINTS_A_BONE][bone[order[:POINTS_A_BONE]] > 1e-3].tolist())
+    return torch.tensor(sorted(kept), device=body.v_template.device)

@@ -1,0 +1,132 @@
+"""Heatmaps by a real network: a small pose estimator of mmpose's own classes, trained on our synthetic people.
+
+`hmdiff prepare estimator` makes the folder it is loaded from: config.py, which mmpose's `init_model` reads, and
+model.safetensors, the state of that model in half precision. Here the pictures are the square crops themselves, as
+tensors, so that an experiment on rendered people meets this network's faults in place of drawn ones. The config is
+parsed, never run. B pictures of S x S pixels; the network reads N x N and answers with M x M.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hmdiff.errors import UserError
+from hmdiff.heatmaps.distribution import HEATMAP_SIZE, Heatmaps, pixel_coordinates
+from hmdiff.heatmaps.openmmlab import import_openmmlab, load_weights, quiet
+from hmdiff.skeletons import HALPE26
+
+CONFIG, WEIGHTS = "config.py", "model.safetensors"
+
+
+class SyntheticEstimator:
+    """The network with the crop's conventions about it. Each picture is read by itself, whatever batch it sits in."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.eval()
+        self.image_size, self.heatmap_size = codec_sizes(network)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> SyntheticEstimator:
+        """Raises `UserError` for a folder without the two files, damaged files, and where mmpose is not installed."""
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: no {name} in it; give a folder that 'hmdiff prepare estimator' wrote")
+        network = build_network(read_config(folder / CONFIG))
+        load_weights(network, folder / WEIGHTS)
+        return cls(network.to(device))
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        images: Tensor,  # (B, 3, S, S) RGB 0..1, square crops
+    ) -> Tensor:  # (B, 26, 64, 64) >= 0, float32; joints in the order of HALPE26, the peak is the confidence
+        """The network's raw regression on our grid, clamped at 0. Pictures of another size are resized first."""
+        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+            raise UserError(f"pictures: shape {tuple(images.shape)} found, (B, 3, S, S) expected: square RGB crops")
+        images = images.to(next(self.network.parameters()).device).float()
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+        values = self.network(network_input(self.network, images), None, mode="tensor").float()
+        # Bicubic: bilinear between pixels of a coarser grid would draw every peak towards one of them.
+        along = pixel_coordinates(HEATMAP_SIZE, values) - grid_shift(self.image_size, self.heatmap_size)
+        grid = torch.stack(torch.meshgrid(along, along, indexing="xy"), -1).expand(len(images), -1, -1, -1)
+        values = F.grid_sample(values, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+        return values.clamp_min(0)
+
+    def heatmaps(
+        self,
+        images: Tensor,  # (B, 3, S, S)
+    ) -> Heatmaps:
+        """The same as `Heatmaps`; the crop stands for the photo, two pixels a side (as in `hmdiff.evaluation`)."""
+        values = self.estimate(images)
+        count = len(values)
+        valid = torch.ones(count, len(HALPE26), dtype=torch.bool, device=values.device)
+        return Heatmaps(values, valid, values.new_ones(count, 2), values.new_full((count,), 2.0))
+
+
+def codec_sizes(network: Any) -> tuple[int, int]:  # N, M
+    """Sides of picture and heatmap. Raises `UserError` for a codec whose grid is not the one assumed here."""
+    codec = network.head.decoder
+    if type(codec).__name__ != "MSRAHeatmap":
+        raise UserError(f"pose estimator: codec {type(codec).__name__} found, MSRAHeatmap expected; prepare it again")
+    return int(codec.input_size[0]), int(codec.heatmap_size[0])
+
+
+def grid_shift(
+    image_size: int,  # N
+    heatmap_size: int,  # M
+) -> float:  # crop coordinates
+    """Where the middle of mmpose's heatmap lies in our crop.
+
+    The MSRA codec divides pixel indices: heatmap pixel j stands for picture pixel j N/M, whose centre lies at
+    ``-1 + 2 (j N/M + 1/2) / N``. Pixel areas laid side by side would put it at ``-1 + 2 (j + 1/2) / M``.
+    """
+    return (1 - image_size / heatmap_size) / image_size
+
+
+def network_input(
+    network: Any,
+    images: Tensor,  # (B, 3, N, N) RGB 0..1
+) -> Tensor:  # (B, 3, N, N) what the network's own preprocessor makes of the same picture in 8 bits, BGR
+    preprocessor = network.data_preprocessor
+    return (images * 255 - preprocessor.mean) / preprocessor.std
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A config of plain values, ``name = value`` each. Raises `UserError` for one that has anything to run in it."""
+    path = Path(path)
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        values = {}
+        for statement in body:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                continue  # a docstring
+            if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
+                raise ValueError(f"line {statement.lineno} is no plain assignment")
+            values[statement.targets[0].id] = ast.literal_eval(statement.value)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not a config that 'hmdiff prepare estimator' wrote ({error})") from None
+    if "model" not in values:
+        raise UserError(f"{path}: no 'model' in it; give a config that 'hmdiff prepare estimator' wrote")
+    return values
+
+
+def build_network(config: dict[str, Any]) -> nn.Module:
+    """mmpose's model of a config, untrained. Raises `UserError` where mmpose is missing or refuses the config."""
+    models = import_openmmlab("mmpose.models")
+    from mmengine.registry import DefaultScope
+
+    try:
+        with quiet(), DefaultScope.overwrite_default_scope("mmpose"):
+            network: nn.Module = models.build_pose_estimator(config["model"])
+    except Exception as error:  # mmengine passes on whatever a constructor raises
+        raise UserError(f"pose estimator: mmpose cannot build it ({' '.join(str(error).split())[:160]})") from None
+    return network

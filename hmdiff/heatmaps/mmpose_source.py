@@ -1,0 +1,369 @@
+"""Heatmaps of any top-down model of mmpose: people in a photo in, `Heatmaps` over our square crop out.
+
+P people, K joints of the model. Pixel k of a heatmap stands for the pixel k * stride of the model's input: the stride
+is input / heatmap for MSRA's codec (arXiv 1804.06208), (input - 1) / (heatmap - 1) for UDP's (arXiv 1911.07524), one
+over the split ratio for the bins of SimCC (arXiv 2107.03332). How the photo is warped into the input, as UDP or not, is
+a choice of its own in a config. Photo pixels are counted as mmpose counts its keypoints. Our choice: SimCC's bins are
+spread to the width of Gaussian heatmaps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.errors import UserError
+from hmdiff.heatmaps.distribution import (
+    HEATMAP_SIZE,
+    Heatmaps,
+    concatenate_heatmaps,
+    crop_from_box,
+    heatmaps_from_values,
+    pixel_coordinates,
+)
+from hmdiff.heatmaps.openmmlab import (
+    find_checkpoint,
+    find_model,
+    import_openmmlab,
+    load_weights,
+    quiet,
+    read_config,
+)
+from hmdiff.skeletons import HALPE26, shared_joints
+
+PEOPLE_AT_ONCE = 16  # bounds the memory; changes no result
+CODECS = ("MSRAHeatmap", "UDPHeatmap", "SimCCLabel")
+_SIMCC_SIGMA = 2.0  # our heatmaps' pixels, as Gaussian heatmaps have
+# Joints that mmpose's data sets name otherwise. A "head" is its top in some sets only; MPII's upper neck is not ours.
+_NAMES = {
+    "halpe": {"head": "top_head", "hip": "mid_hip"},
+    "mpii": {"head_top": "top_head", "thorax": "neck", "pelvis": "mid_hip"},
+    "aic": {"head_top": "top_head"},
+    "coco": {"head_top": "top_head"},
+    "humanart": {"head_top": "top_head"},
+}
+
+
+class MMPoseEstimator:
+    """A top-down model of mmpose with its weights.
+
+    Args:
+        config: a config file, an alias such as "human" or "rtmpose-l", a shipped config's name, or a `Config`.
+        checkpoint: .pth or .safetensors, a file or an address; None: downloaded, where mmpose lists the weights.
+        untrained: leave the weights random; for tests.
+
+    Raises:
+        UserError: mmpose is not installed; an unknown model; a model that gives no heatmaps; missing or foreign
+            weights; a data set whose joints are unknown or do not match the model's.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | Any,
+        checkpoint: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        untrained: bool = False,
+    ) -> None:
+        apis = import_openmmlab("mmpose.apis")
+        weights = None
+        if isinstance(config, (str, Path)):
+            self.name = str(config)
+            path, weights = find_model(config, "mmpose")
+            config = read_config(path)
+        else:
+            self.name, config = "config", copy.deepcopy(config)
+        _check_kind(self.name, config)
+        file = None if untrained else find_checkpoint(self.name, checkpoint, weights, "mmpose")
+        meta = _dataset_meta(config, apis)
+        with quiet():
+            self.model = _build(self.name, config, apis)
+        if file is not None:
+            stored = load_weights(self.model, file).get("dataset_meta")
+            meta = stored if isinstance(stored, dict) and "keypoint_id2name" in stored else meta
+        self.model.dataset_meta = _checked_meta(self.name, meta, self.model.head.out_channels)
+        self._simcc = type(self.model.head.decoder).__name__ == "SimCCLabel"
+        self.model.test_cfg = {**(self.model.test_cfg or {}), "output_heatmaps": not self._simcc}
+        self.model.to(device).eval()
+        self.use_udp = _warps_by_udp(self.name, config)
+        names = joint_names(self.model.dataset_meta)
+        chosen = self.model.test_cfg.get("output_keypoint_indices")
+        self._chosen = list(range(len(names))) if chosen is None else list(chosen)
+        self.names = tuple(names[index] for index in self._chosen)
+
+    def heatmaps(
+        self,
+        photo: np.ndarray,  # (H, W, 3) uint8 RGB
+        boxes: Tensor | np.ndarray | Sequence[Sequence[float]],  # (P, 4) x1, y1, x2, y2, photo pixels
+    ) -> Heatmaps:  # of P people, in the order of the boxes
+        """The model's heatmaps over the crop of `crop_from_box`, on the CPU.
+
+        Raises:
+            UserError: nobody; a box that is no box or outside the photo; NaN or only zeros from the model.
+        """
+        people = check_boxes(boxes, photo.shape[1], photo.shape[0])
+        parts = (self._some(photo, people[i : i + PEOPLE_AT_ONCE]) for i in range(0, len(people), PEOPLE_AT_ONCE))
+        try:
+            return concatenate_heatmaps(list(parts))
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
+
+    @torch.no_grad()
+    def _some(self, photo: np.ndarray, boxes: Tensor) -> Heatmaps:
+        from mmpose.apis import inference_topdown
+
+        head, bins = self.model.head, _Bins(self.model.head)
+        with quiet(), bins if self._simcc else contextlib.nullcontext():
+            found = inference_topdown(self.model, np.ascontiguousarray(photo[..., ::-1]), boxes.numpy())
+        center, scale = (torch.from_numpy(np.stack([one.metainfo[key] for one in found])).double()
+                         for key in ("input_center", "input_scale"))  # fmt: skip
+        crop = (self.names, head.decoder, center, scale, self.use_udp, *crop_from_box(boxes))
+        if self._simcc:
+            x, y, scores = (part[:, self._chosen] for part in bins.distributions())
+            return heatmaps_from_simcc(x, y, scores, *crop)
+        return heatmaps_from_codec(torch.stack([one.pred_fields.heatmaps for one in found]).cpu().float(), *crop)
+
+
+class _Bins:
+    """Takes a SimCC head's output, the flipped one averaged in, on its way to being decoded.
+
+    mmpose's own heatmaps of these heads are the bins scaled to a peak of 1, whatever the loss made of them.
+    """
+
+    def __init__(self, head: Any) -> None:
+        self.head = head
+
+    def __enter__(self) -> None:
+        decode = self.head.decode
+
+        def taking(outputs: tuple[Tensor, Tensor]) -> Any:
+            self.raw = outputs
+            return decode(outputs)
+
+        self.head.decode = taking
+
+    def __exit__(self, *error: object) -> None:
+        del self.head.decode  # the class's is there again
+
+    def distributions(self) -> tuple[Tensor, Tensor, Tensor]:  # (P, K, bins) twice, >= 0; (P, K) confidence
+        """What the loss taught the output to be: the label itself, or the logits of the distribution."""
+        raw = [part.detach().cpu().float() for part in self.raw]
+        loss, codec = self.head.loss_module, self.head.decoder
+        if getattr(loss, "label_softmax", True):
+            x, y = (part.clamp_min(0) for part in raw)
+            return x, y, torch.minimum(x.amax(-1), y.amax(-1))
+        x, y = ((part * getattr(loss, "beta", 1.0)).softmax(-1) for part in raw)
+        # 1 where the distribution is as narrow as its label.
+        peaks = [1 / (sigma * math.sqrt(2 * math.pi)) if codec.smoothing_type == "gaussian" else 1.0
+                 for sigma in codec.sigma]  # fmt: skip
+        return x, y, torch.minimum(x.amax(-1) / peaks[0], y.amax(-1) / peaks[1])
+
+
+def heatmaps_from_codec(
+    values: Tensor,  # (P, K, h, w) the model's heatmaps
+    names: Sequence[str],  # K
+    codec: Any,  # mmpose's MSRAHeatmap or UDPHeatmap
+    center: Tensor,  # (P, 2) centre of the model's input, photo pixels
+    scale: Tensor,  # (P, 2) width and height of the input, photo pixels
+    use_udp: bool,  # the warp into the input is UDP's
+    to_center: Tensor,  # (P, 2) our crop
+    to_side: Tensor,  # (P,)
+) -> Heatmaps:
+    """The same heatmaps over our crop, through cubic splines: bilinear steps would move the peak of a Gaussian."""
+    size = torch.tensor([values.shape[-1], values.shape[-2]])
+    first, step = _grid(codec, center, scale, use_udp, size)
+    across, down = (
+        torch.stack([_spline(int(size[axis]), places) for places in
+                     (_targets(to_center, to_side, axis) - first[:, axis, None]) / step[:, axis, None]])
+        for axis in (0, 1)
+    )  # fmt: skip
+    moved = torch.einsum("pik,pjkl,pml->pjim", down, values, across)
+    return heatmaps_from_values(moved, names, to_center, to_side)
+
+
+def _targets(center: Tensor, side: Tensor, axis: int) -> Tensor:  # (P, 64) photo places of our pixels, double
+    return center[:, axis, None].double() + pixel_coordinates(HEATMAP_SIZE, side.double()) / 2 * side[:, None].double()
+
+
+def _spline(
+    size: int,
+    places: Tensor,  # (n,) in pixels from the first
+) -> Tensor:  # (n, size) float32
+    """The weights of `size` values at places between them; none beyond the outer pixels' edges."""
+    from scipy.interpolate import make_interp_spline
+
+    weights = make_interp_spline(np.arange(size), np.eye(size), k=3)(places.clamp(0, size - 1).numpy())
+    inside = (places > -0.5) & (places < size - 0.5)
+    return (torch.from_numpy(weights) * inside[:, None]).float()
+
+
+def heatmaps_from_simcc(
+    x: Tensor,  # (P, K, bins of the width) >= 0
+    y: Tensor,  # (P, K, bins of the height)
+    scores: Tensor,  # (P, K) the confidence
+    names: Sequence[str],  # K
+    codec: Any,  # mmpose's SimCCLabel
+    center: Tensor,  # (P, 2) centre of the model's input, photo pixels
+    scale: Tensor,  # (P, 2) width and height of the input, photo pixels
+    use_udp: bool,
+    to_center: Tensor,  # (P, 2) our crop
+    to_side: Tensor,  # (P,)
+) -> Heatmaps:
+    """The outer product of the two distributions, its peak the score. It cannot hold two modes apart from their mirror
+    images: (x1 or x2) and (y1 or y2) make four peaks.
+
+    Each bin is spread by a Gaussian, so that a label of SimCC becomes as wide as heatmaps are (`_SIMCC_SIGMA`).
+    """
+    size = torch.tensor([x.shape[-1], y.shape[-1]])
+    first, step = _grid(codec, center, scale, use_udp, size)
+    pixel = to_side / HEATMAP_SIZE
+    profiles = []
+    for axis, bins in enumerate((x, y)):
+        label = codec.sigma[axis] if codec.smoothing_type == "gaussian" else 0.0
+        width = ((_SIMCC_SIGMA * pixel) ** 2 - (label * step[:, axis]) ** 2).clamp_min((pixel / 2) ** 2).sqrt()
+        places = first[:, axis, None] + step[:, axis, None] * torch.arange(int(size[axis]))  # (P, bins)
+        spread = _spread(bins, places, _targets(to_center, to_side, axis), width)
+        # The peak may lie outside our crop, so it is taken where the bins are.
+        profiles.append(spread / _spread(bins, places, places, width).amax(-1, keepdim=True).clamp_min(1e-12))
+    values = profiles[1][..., :, None] * profiles[0][..., None, :] * scores.clamp(0, 1)[..., None, None]
+    return heatmaps_from_values(values, names, to_center, to_side)
+
+
+def _spread(
+    bins: Tensor,  # (P, K, n)
+    places: Tensor,  # (P, n) where the bins are
+    at: Tensor,  # (P, m)
+    width: Tensor,  # (P,) the Gaussian's sigma
+) -> Tensor:  # (P, K, m)
+    distance = (at[:, None, :] - places[:, :, None]) / width[:, None, None]
+    return bins @ torch.exp(-0.5 * distance.double().square()).to(bins.dtype)
+
+
+def _grid(
+    codec: Any, center: Tensor, scale: Tensor, use_udp: bool, size: Tensor
+) -> tuple[Tensor, Tensor]:  # (P, 2) photo place of a heatmap's first pixel, (P, 2) photo pixels from one to the next
+    entry = torch.tensor(codec.input_size, dtype=torch.float64)
+    kind = type(codec).__name__
+    if kind == "SimCCLabel":
+        stride = torch.full((2,), 1 / codec.simcc_split_ratio, dtype=torch.float64)
+    else:
+        stride = (entry - 1) / (size - 1) if kind == "UDPHeatmap" else entry / size
+    return center - scale / 2, stride * scale / (entry - int(use_udp))
+
+
+def check_boxes(
+    boxes: Tensor | np.ndarray | Sequence[Sequence[float]],  # (P, 4) x1, y1, x2, y2, photo pixels
+    width: int,  # of the photo
+    height: int,
+) -> Tensor:  # (P, 4) float32
+    """Boxes that lie in the photo, at least partly. Raises `UserError` naming the first that does not."""
+    people = torch.as_tensor(np.asarray(boxes, dtype=np.float32))
+    if people.numel() == 0:
+        raise UserError("boxes: nobody is given; give a box x1,y1,x2,y2 for each person in the photo")
+    if people.dim() != 2 or people.shape[1] != 4 or not people.isfinite().all():
+        raise UserError(f"boxes: shape {tuple(people.shape)} found, or NaN; (P, 4) numbers x1, y1, x2, y2 are expected")
+    for index, (x1, y1, x2, y2) in enumerate(people.tolist()):
+        text = f"boxes: box {index} ({x1:g},{y1:g},{x2:g},{y2:g})"
+        if x2 <= x1 or y2 <= y1:
+            raise UserError(f"{text} has no size; x1 < x2 and y1 < y2 are expected, in photo pixels")
+        if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
+            raise UserError(f"{text} lies outside the {width} x {height} photo; give the box of a person in it")
+    return people
+
+
+# ---- configs ----
+
+
+def joint_names(
+    meta: dict[str, Any],  # mmpose's data set meta, parsed
+) -> tuple[str, ...]:
+    """The joints' names in the model's order, ours where mmpose's differ."""
+    others = {}
+    for start, table in _NAMES.items():
+        if str(meta.get("dataset_name", "")).lower().startswith(start):
+            others = table
+    named = {int(index): str(name) for index, name in meta["keypoint_id2name"].items()}
+    return tuple(others.get(named[index], named[index]) for index in sorted(named))
+
+
+def _check_kind(name: str, config: Any) -> None:
+    """Refuse what gives no heatmaps of one person, before anything is built or downloaded."""
+    model = config.get("model")
+    kind = _type(model)
+    if kind != "TopdownPoseEstimator":
+        raise UserError(f"{name}: a {kind or 'config without model'}; a TopdownPoseEstimator with heatmaps is expected")
+    head = _type(model.get("head"))
+    codec = (model.get("head") or {}).get("decoder") or {}
+    if "Reg" in head or head in ("RLEHead", "DSNTHead") or _type(codec) == "RegressionLabel":
+        raise UserError(
+            f"{name}: its head {head} regresses coordinates and gives no heatmaps; take a heatmap or SimCC model, such "
+            "as td-hm_hrnet-w32_8xb64-210e_coco-256x192 or rtmpose-l"
+        )
+    kind = _type(codec)
+    if kind not in CODECS or codec.get("heatmap_type", "gaussian") != "gaussian":
+        kind += f" {codec.get('heatmap_type')!r}" if "heatmap_type" in codec else ""
+        raise UserError(f"{name}: the codec {kind or 'of its head'} is not supported; {', '.join(CODECS)} are")
+
+
+def _type(config: Any) -> str:
+    kind = config.get("type", "") if isinstance(config, dict) else ""
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+
+
+def _steps(config: Any) -> Iterator[Any]:
+    try:
+        yield from config.test_dataloader.dataset.pipeline
+    except AttributeError:
+        return
+
+
+def _warps_by_udp(name: str, config: Any) -> bool:
+    for step in _steps(config):
+        if _type(step) == "TopdownAffine":
+            return bool(step.get("use_udp", False))
+    raise UserError(f"{name}: no TopdownAffine in `test_dataloader.dataset.pipeline`; give a complete config of mmpose")
+
+
+def _dataset_meta(config: Any, apis: Any) -> dict[str, Any] | None:
+    for mode in ("train", "val", "test"):
+        info = config.get(f"{mode}_dataloader", {}).get("dataset", {}).get("metainfo")
+        if isinstance(info, dict) and "keypoint_info" in info:  # of JSON, whose keys are texts
+            info["keypoint_info"] = {int(index): joint for index, joint in info["keypoint_info"].items()}
+        with quiet():
+            meta: dict[str, Any] | None = apis.inference.dataset_meta_from_config(config, mode)
+        if meta is not None:
+            return meta
+    return None
+
+
+def _build(name: str, config: Any, apis: Any) -> Any:
+    if "mmpretrain." in str(config.model):  # ViTPose's backbone; it too asks for the operators when it is imported
+        import_openmmlab("mmpretrain.models")
+    try:
+        return apis.init_model(config, None, "cpu")
+    except UserError:
+        raise
+    except Exception as error:  # registries, torch and the modules raise their own
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{name}: the model cannot be built ({reason}); give a config of mmpose 1.x") from None
+
+
+def _checked_meta(name: str, meta: dict[str, Any] | None, channels: int) -> dict[str, Any]:
+    if meta is None:
+        raise UserError(f"{name}: neither config nor checkpoint names the joints; give the data set's `metainfo`")
+    names = joint_names(meta)
+    if len(names) != channels:
+        raise UserError(
+            f"{name}: the model gives {channels} heatmaps but its data set {meta.get('dataset_name')!r} names "
+            f"{len(names)} joints; give the config that the weights were trained with"
+        )
+    if not shared_joints(names, HALPE26)[0]:
+        raise UserError(f"{name}: none of its joints ({names[0]}, ...) is a body's; take a model of human bodies")
+    return meta

@@ -1,0 +1,277 @@
+"""What mmpose and mmdet need before they are used: importing them, models by alias, their weights. Our choice.
+
+mmcv-lite has no compiled operators, yet mmpose's modules ask for them when they are imported: a stand-in answers. A
+config in .py is a program, which mmengine runs: use configs that you trust. Checkpoints are only data, never programs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib
+import importlib.util
+import json
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hmdiff.errors import UserError
+
+INSTALL = "uv sync --extra mmpose"
+# Files of a model: what finds them when they are not given. The scope is mmengine's name of a package.
+OPTIONS = {"mmpose": ("--pose", "--pose-checkpoint"), "mmdet": ("--detector", "--detector-checkpoint")}
+
+
+def _nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
+    """mmcv's operator, by torchvision; `offset` 1 counts both end pixels of a box."""
+    from torchvision.ops import nms
+
+    kept: Tensor = nms(torch.cat([bboxes[:, :2], bboxes[:, 2:] + offset], 1), scores, iou_threshold)
+    return kept
+
+
+def _missing_operator(name: str) -> Callable[..., Any]:
+    def refuse(*args: object, **kwargs: object) -> Any:
+        raise UserError(
+            f"this model needs {name!r} of the full mmcv build, which mmcv-lite lacks; install mmcv 2.1 in its place, "
+            "or take a model without it (HRNet, ResNet, RTMPose; RTMDet to detect)"
+        )
+
+    return refuse
+
+
+class _StandIn(types.ModuleType):
+    """`mmcv._ext` while it is imported: every operator is there, most only to say that it is not."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _nms if name == "nms" else _missing_operator(name)
+
+
+@functools.cache
+def import_openmmlab(name: str) -> types.ModuleType:
+    """A module such as `mmpose.apis`; takes seconds the first time.
+
+    Raises:
+        UserError: it is not installed, or what it needs is not.
+    """
+    try:
+        with quiet():
+            import mmcv
+
+            extension = f"{mmcv.__name__}._ext"
+            if importlib.util.find_spec(extension) is not None:
+                return importlib.import_module(name)
+            sys.modules[extension] = _StandIn(extension)
+            try:
+                return importlib.import_module(name)
+            finally:
+                # mmengine takes its presence for the full build.
+                sys.modules.pop(extension, None)
+    except ImportError as error:
+        package, missing = name.split(".")[0], error.name or str(error)
+        how = f"install the extra mmpose: {INSTALL}" if package in OPTIONS else "install it, or take another model"
+        raise UserError(f"{package}: {missing} is not installed; {how}") from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings and logs that these packages give for ordinary use."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        # Recorded, not filtered: these packages set filters of their own on the way.
+        with warnings.catch_warnings(record=True):
+            yield
+    finally:
+        logging.disable(previous)
+
+
+# ---- configs ----
+
+
+def find_model(
+    name: str | Path,  # a config file, an alias such as "human", or the name of a shipped config
+    scope: str,  # "mmpose" or "mmdet"
+) -> tuple[Path, str | None]:  # the config, and where its weights can be downloaded
+    """The config file, as it is or by mmpose's list of its models. Raises `UserError` naming the nearest."""
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{name}: is a folder; name the config in it")
+    if path.is_file():
+        return path, None
+    if path.suffix in (".py", ".json", ".yaml", ".yml") or len(path.parts) > 1:
+        raise UserError(f"{name}: no such config; give a config of {scope}, or one of its aliases such as 'human'")
+    import_openmmlab(f"{scope}.apis")
+    models, aliases = _models(scope)
+    if scope == "mmdet" and str(name) == "human":
+        from mmpose.apis.inferencers.utils.default_det_models import default_det_models
+
+        return Path(default_det_models["human"]["model"]), default_det_models["human"]["weights"]
+    full = aliases.get(str(name), str(name))
+    if full not in models:
+        near = difflib.get_close_matches(str(name), [*aliases, *models], 1, cutoff=0)[0]
+        raise UserError(f"{name}: neither a config file nor a model that {scope} knows; did you mean {near!r}?")
+    return models[full]
+
+
+@functools.cache
+def _models(scope: str) -> tuple[dict[str, tuple[Path, str | None]], dict[str, str]]:
+    """Every model with its config and weights, and every alias with its model, as the package lists them."""
+    from mmengine.infer import BaseInferencer
+
+    folder = BaseInferencer._get_repo_or_mim_dir(scope)
+    models: dict[str, tuple[Path, str | None]] = {}
+    aliases: dict[str, str] = {}
+    for entry in BaseInferencer._get_models_from_metafile(folder):
+        if "Config" not in entry:
+            continue
+        # Two packages spell the folder of their configs differently; both ship it under `configs`.
+        models[entry["Name"]] = Path(folder, entry["Config"]), entry.get("Weights")
+        alias = entry.get("Alias", [])
+        aliases.update(dict.fromkeys([alias] if isinstance(alias, str) else alias, entry["Name"]))
+    return models, aliases
+
+
+def read_config(path: str | Path) -> Any:
+    """An mmengine `Config` from .py, .json or .yaml. Raises `UserError` when it is damaged or lacks something."""
+    from mmengine.config import Config
+
+    try:
+        with quiet():
+            return Config.fromfile(str(path))
+    except ImportError as error:
+        raise UserError(f"{path}: needs what is not installed ({error}); install it, or take another config") from None
+    except Exception as error:  # the config is a program
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: cannot be read as a config ({reason}); give one of mmpose or mmdet") from None
+
+
+# ---- weights ----
+
+
+def find_checkpoint(
+    model: str,  # what the user calls it
+    checkpoint: str | Path | None,  # a file, an address, or nothing
+    weights: str | None,  # the address that the package knows
+    scope: str,
+) -> Path:
+    """The file of the weights, downloaded to torch's cache where it is an address.
+
+    Raises:
+        UserError: no such file, no address known, or the download failed; it names the file and how to pass it.
+    """
+    option = OPTIONS[scope][1]
+    if checkpoint is not None and "://" not in str(checkpoint):
+        if not Path(checkpoint).is_file():
+            raise UserError(f"{checkpoint}: no such checkpoint; give the weights of {model} by {option} FILE")
+        return Path(checkpoint)
+    address = weights if checkpoint is None else str(checkpoint)
+    if address is None:
+        raise UserError(f"{model}: a config without weights; give its .pth or .safetensors by {option} FILE")
+    place = Path(torch.hub.get_dir(), "checkpoints", address.rsplit("/", 1)[-1])
+    if place.is_file():
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # The last part of the name is the start of the content's SHA-256, as OpenMMLab publishes it.
+        torch.hub.download_url_to_file(address, str(place), progress=sys.stderr.isatty())
+    except Exception as error:  # of sockets, of HTTP, of TLS, of the disk
+        raise UserError(
+            f"{model}: its weights could not be downloaded from {address} ({error}); download {place.name} where there "
+            f"is a network and give it by {option} FILE, or put it into {place.parent}"
+        ) from None
+    return place
+
+
+class _Inert:
+    """Stands for an object of a class that is not loaded: takes any state and does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:  # weights, meta
+    """The weights of a .pth or .safetensors file, and what it says about itself (`dataset_meta`), on the CPU.
+
+    From a .pth torch's restricted reader builds tensors, containers and numpy arrays; what else is in it (the history
+    of a training) becomes an inert shell. From a .safetensors `dataset_meta` is JSON in the header.
+
+    Raises:
+        UserError: not such a file, damaged, or without weights.
+    """
+    path = Path(path)
+    try:
+        stored, meta = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
+        stored = {name.removeprefix("module."): value for name, value in stored.items() if isinstance(value, Tensor)}
+    except UserError:
+        raise
+    except Exception as error:  # torch, zipfile, safetensors and pickle each raise their own
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); download or save it again") from None
+    if not stored:
+        raise UserError(f"{path}: no weights in it; give a checkpoint with a `state_dict`")
+    return stored, meta
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+    return stored, {key: json.loads(text) for key, text in header.items() if key == "dataset_meta"}
+
+
+def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    import numpy as np
+
+    arrays = {"_reconstruct": np.array(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+    known: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilBHILefdSU"}]
+    known += [(arrays[name], f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in arrays]
+    with contextlib.suppress(ValueError):  # of files in torch's format before 1.6, which cannot be listed
+        allowed = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__name__}" for entry in known}
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        known += [(type("_Inert", (_Inert,), {}), name) for name in names if name not in allowed]
+    with torch.serialization.safe_globals(known):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; a checkpoint with a `state_dict` is expected")
+    stored, meta = content.get("state_dict", content), content.get("meta", {})
+    return dict(stored), meta if isinstance(meta, dict) else {}
+
+
+def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:  # the checkpoint's meta
+    """Put a checkpoint's weights into a model.
+
+    Raises:
+        UserError: the file is damaged, or its weights are another model's.
+    """
+    stored, meta = read_checkpoint(path)
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    try:
+        with quiet():
+            missing = [
+                name for name in model.load_state_dict(stored, strict=False).missing_keys
+                if not name.endswith("num_batches_tracked")
+            ]  # fmt: skip
+    except RuntimeError:  # sizes differ
+        wrong = [name for name, value in stored.items() if name in wanted and wanted[name] != value.shape]
+        missing = wrong or list(wanted)
+    if missing:
+        raise UserError(
+            f"{path}: not the weights of this config: {len(missing)} of {len(wanted)} are missing or of another size, "
+            f"such as {missing[0]}; give the checkpoint that was trained with it"
+        )
+    return meta

@@ -1,0 +1,119 @@
+"""What a protocol reports of N hypotheses: a row of errors for each way to make one number of them.
+
+One estimate: `estimate`. Several, by a protocol of one: `first`, `mean of N`, `oracle of N`, `selected of N`. By
+min_of_n the same for every N that the literature reports. By biggs: `pick of n of N`, see `hmdiff.protocols.MANY`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from hmdiff.metrics import calibration_curve, root_of
+from hmdiff.protocol_errors import HIPS, Bodies, Errors
+from hmdiff.protocols import Protocol
+
+COUNTS = (1, 5, 10, 25, 100)  # numbers of hypotheses that the literature reports
+REPRESENTATIVES = (5, 10, 25)
+LEAST_TO_CALIBRATE = 5  # hypotheses
+Choose = Callable[[int], Tensor | None]  # count -> (B,) which of the first so many; None: nothing chooses
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Rows of one block of people."""
+
+    rows: dict[str, Errors]  # row -> metric -> (B,)
+    inside: Tensor | None = None  # (B, Q, J) for the calibration error, see `metrics.calibration_curve`
+
+
+def nobody(count: int) -> None:
+    """Nothing chooses."""
+
+
+def score_hypotheses(
+    protocol: Protocol,
+    predicted: Bodies,  # (B, N, ...)
+    target: Bodies,  # (B, ...)
+    regressors: Mapping[str, Tensor] | None = None,
+    choose: Choose = nobody,
+) -> Scores:
+    """All rows of these people by the protocol."""
+    regressors = regressors or {}
+    predicted, target = protocol.both(predicted, target, regressors)
+    assert predicted.joints is not None
+    total = predicted.joints.shape[1]
+    each = protocol.score(predicted, target.map(lambda points: points[:, None]), regressors)
+    if total == 1:
+        return Scores({"estimate": {metric: errors[:, 0] for metric, errors in each.items()}})
+    rows = {"first": {metric: errors[:, 0] for metric, errors in each.items()}}
+    if protocol.name == "biggs":
+        joints = _about_root(protocol, predicted)
+        for count in REPRESENTATIVES:
+            if count < total:
+                rows[f"pick of {count} of {total}"] = _picked(each, joints, count)
+        return Scores(rows)
+    counts = COUNTS if protocol.name == "min_of_n" else (total,)
+    for count in sorted({*(count for count in counts if 1 < count <= total), total}):
+        first = predicted.map(lambda points, count=count: points[:, :count])  # type: ignore[misc]
+        rows[f"mean of {count}"] = protocol.score(protocol.mean(first, regressors), target, regressors)
+        rows[f"oracle of {count}"] = {
+            metric: (torch.amax if protocol.metrics[metric].higher_is_better else torch.amin)(errors[:, :count], 1)
+            for metric, errors in each.items()
+        }
+        chosen = choose(count)
+        if chosen is not None:
+            rows[f"selected of {count}"] = {
+                metric: errors.gather(1, chosen.to(errors.device)[:, None])[:, 0] for metric, errors in each.items()
+            }
+    inside = None
+    if protocol.name == "min_of_n" and total >= LEAST_TO_CALIBRATE:
+        inside = _inside(_about_root(protocol, predicted), _about_root(protocol, target))
+    return Scores(rows, inside)
+
+
+def _about_root(protocol: Protocol, bodies: Bodies) -> Tensor:  # (..., J, 3)
+    """The protocol's joints about its root, or, where it moves nothing, about the middle of the hips."""
+    centre = protocol.centre or HIPS
+    return bodies.named(protocol.needed) - root_of(bodies.named(centre), centre, centre)
+
+
+def _inside(drawn: Tensor, truth: Tensor) -> Tensor:  # (B, N, J, 3), (B, J, 3) -> (B, Q, J)
+    return torch.stack([calibration_curve(one[None], real[None])[1] for one, real in zip(drawn, truth, strict=True)])
+
+
+def calibration_error(inside: Tensor) -> float:  # of (P, Q, J)
+    """Expected calibration error of all people, `metrics.expected_calibration_error` of their curves."""
+    frequency = inside.double().mean(0)
+    levels = torch.linspace(0, 1, len(frequency), dtype=torch.float64)
+    return (torch.quantile(frequency, 0.5, dim=1) - levels).abs().mean().item()
+
+
+def _picked(each: Errors, joints: Tensor, count: int) -> Errors:  # (B, N) each, (B, N, J, 3) -> (B,) each
+    picks = []
+    for person in range(len(joints)):
+        chosen = torch.from_numpy(representatives(joints[person], count)).to(joints.device)
+        picks.append(chosen[each["mpjpe"][person, chosen].argmin()])
+    pick = torch.stack(picks)[:, None]
+    return {metric: errors.gather(1, pick)[:, 0] for metric, errors in each.items()}
+
+
+def representatives(
+    joints: Tensor,  # (N, J, 3) metres, about a root
+    count: int,
+) -> np.ndarray:  # (<= count,) ascending indices
+    """The hypothesis nearest to each centre of K-means (scipy's, seeded); fewer where they fall together."""
+    points = joints.detach().double().cpu().flatten(1).numpy()
+    if (points == points[0]).all():
+        return np.zeros(1, np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of an empty cluster, which then keeps its last centre
+        centres, _ = kmeans2(points, count, iter=20, minit="++", seed=np.random.default_rng(0))
+    distance = np.linalg.norm(points[:, None] - centres[None], axis=-1)
+    return np.unique(distance.argmin(0))

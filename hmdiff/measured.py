@@ -1,0 +1,91 @@
+"""What was measured of a pipeline, person by person, and its summary: intervals over people, calibration.
+
+Intervals are 95 % percentile bootstraps (Efron 1979), people drawn with replacement. Calibration is that of
+`hmdiff.metrics`; its interval, and the mean coverage over the joints, are our choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hmdiff.metrics import bootstrap_interval, calibration_curve, coverage
+
+COVERAGE_LEVEL = 0.9
+LEAST_TO_CALIBRATE = 5  # hypotheses
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a pipeline gave for P people with n hypotheses each. Everything is on the CPU."""
+
+    errors: dict[str, dict[str, Tensor]]  # metric -> kind -> (P,) mm
+    best_of: dict[str, dict[int, Tensor]]  # metric -> count -> (P,) mm, the oracle of the first so many
+    joints: Tensor  # (P, n, 14, 3) metres, relative to the root
+    true_joints: Tensor  # (P, 14, 3) metres
+    guidance: dict[str, Tensor]  # (P,) of what guidance tells: gap_before, gap_after, active, fell_back; {} without it
+    calls: tuple[tuple[int, float], ...]  # people and seconds of every call for n hypotheses; none where a larger number was drawn
+
+
+def summary(measured: Measured, diffusion: bool = True) -> dict[str, Any]:
+    """Means with 95 % bootstrap intervals over people, as JSON; calibration where hypotheses differ (diffusion)."""
+    report: dict[str, Any] = {
+        "errors": {
+            metric: {kind: interval(values) for kind, values in kinds.items()}
+            for metric, kinds in measured.errors.items()
+        }
+    }
+    if diffusion and measured.joints.shape[1] > 1:
+        report["oracle_curve"] = {
+            metric: {str(count): interval(values) for count, values in curve.items()}
+            for metric, curve in measured.best_of.items()
+        }
+    if diffusion and measured.joints.shape[1] >= LEAST_TO_CALIBRATE:
+        value, low, high = calibration_interval(measured.joints, measured.true_joints)
+        report["expected_calibration_error"] = value
+        report["expected_calibration_error_interval"] = {"low": low, "high": high}
+        report["coverage"] = {"level": COVERAGE_LEVEL, **interval(covered(measured))}
+    if measured.guidance:
+        report["guidance"] = {name: interval(values) for name, values in measured.guidance.items()}
+    return report
+
+
+def interval(values: Tensor) -> dict[str, float]:  # of (P,)
+    value, low, high = bootstrap_interval(values)
+    return {"value": value, "low": low, "high": high}
+
+
+def covered(measured: Measured) -> Tensor:  # (P,) share of a person's joints
+    """How many of a person's joints lie within the ball of the level's share of the hypotheses."""
+    pairs = zip(measured.joints, measured.true_joints, strict=True)
+    return torch.stack([coverage(drawn[None], truth[None], COVERAGE_LEVEL).mean() for drawn, truth in pairs])
+
+
+def calibration_interval(
+    samples: Tensor,  # (P, S, J, 3) metres, root-relative
+    target: Tensor,  # (P, J, 3)
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """`metrics.expected_calibration_error`, and its 95 % percentile-bootstrap interval over people.
+
+    The error is an absolute value, so that resampling, which adds noise, can only raise it: near 0 the interval lies
+    above the value. With few samples (S under about 50) even a perfect posterior has an error above 0.
+    """
+    curves = [calibration_curve(drawn[None], truth[None]) for drawn, truth in zip(samples, target, strict=True)]
+    q, inside = curves[0][0].double(), torch.stack([curve[1] for curve in curves]).double()  # (Q,), (P, Q, J)
+    people = len(inside)
+    generator = torch.Generator().manual_seed(seed)
+    drawn_people = torch.randint(people, (resamples, people), generator=generator)
+    weight = torch.zeros(resamples, people, dtype=inside.dtype)
+    weight.scatter_add_(1, drawn_people, torch.ones_like(weight))
+    frequency = (weight / people @ inside.flatten(1)).unflatten(1, inside.shape[1:])
+
+    def error(curve: Tensor) -> Tensor:  # (..., Q, J) -> (...)
+        return (torch.quantile(curve, 0.5, dim=-1) - q).abs().mean(-1)
+
+    low, high = torch.quantile(error(frequency), q.new_tensor([0.025, 0.975])).tolist()
+    return error(inside.mean(0)).item(), low, high

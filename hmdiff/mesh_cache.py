@@ -1,0 +1,128 @@
+"""The coarse mesh of a body that nothing is shipped for: decimated, its upsampling fitted, kept in a cache folder.
+
+A file is named by a digest of the mesh (triangles and vertices at rest), so that each body, and each sex of it, gets its
+own, the same on every machine. It holds which vertices are kept and how the others are blended from them: no vertex.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.body import Body
+from hmdiff.decimation import MeshHierarchy, decimate, faces_digest
+from hmdiff.errors import UserError
+from hmdiff.geometry import axis_angle_to_matrix
+from hmdiff.mesh import MeshSampler, build_mesh_sampler, fit_upsampling, read_mesh, save_mesh
+from hmdiff.storage import atomic_file
+
+FOLDER_VARIABLE = "HMDIFF_CACHE_DIR"
+# Levels of the METRO lineage (arXiv 2012.09760), by the number of vertices. The default of 432 splits into patches.
+LEVELS = {6890: (1723, 431), 10475: (2619, 655), 778: (195,)}
+FITTED_ON = 320  # bodies
+
+
+def cache_folder() -> Path:
+    """HMDIFF_CACHE_DIR, or hmdiff/ in the user's own cache folder."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "hmdiff"
+
+
+def mesh_digest(body: Body) -> str:  # 16 hexadecimal digits
+    """Changes with the triangles and with any vertex at rest."""
+    assert body.faces is not None
+    template = np.ascontiguousarray(body.v_template.detach().cpu().numpy(), dtype="<f4")
+    return hashlib.sha256(faces_digest(body.faces.cpu().numpy()).encode() + template.tobytes()).hexdigest()[:16]
+
+
+def load_hierarchy(
+    body: Body,  # with faces
+) -> MeshHierarchy:
+    """The body's hierarchy from the cache, or decimated (some seconds) and put there."""
+    assert body.faces is not None
+    faces = body.faces.cpu().numpy()
+    path = cache_folder() / f"hierarchy_{mesh_digest(body)}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return MeshHierarchy.from_arrays(dict(stored), faces)
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # a damaged zip can fail in any way
+        print(f"{path}: damaged ({error}); making it again", file=sys.stderr)
+    hierarchy = decimate(body.v_template.detach().cpu().numpy(), faces)
+    try:
+        with atomic_file(path) as temporary:
+            np.savez_compressed(temporary, **hierarchy.arrays())  # type: ignore[arg-type]
+    except UserError as error:
+        _tell_not_kept(error)
+    return hierarchy
+
+
+def cached_mesh(
+    body: Body,  # with faces
+    num_coarse: int,
+    fitted: bool = True,  # False: by the closest point of the coarse surface alone, which is quicker and coarser
+) -> MeshSampler:
+    """The body's sampler from the cache, or made (a quarter of a minute where it is fitted) and put there.
+
+    Raises:
+        UserError: the mesh has no level of `num_coarse` vertices.
+    """
+    assert body.faces is not None
+    path = cache_folder() / f"mesh_{mesh_digest(body)}_{num_coarse}.npz"
+    if fitted and path.is_file():
+        try:
+            return read_mesh(path, body.faces.cpu())
+        except Exception as error:  # a damaged zip can fail in any way
+            print(f"{path}: damaged ({error}); making it again", file=sys.stderr)
+    hierarchy = load_hierarchy(body)
+    try:
+        sampler = build_mesh_sampler(body.v_template.detach().cpu(), body.faces.cpu(), hierarchy, num_coarse)
+    except ValueError as error:
+        raise UserError(f"{error}; choose another number of coarse vertices") from None
+    if not fitted:
+        return sampler
+    print(f"fitting the coarse mesh of body {body.name!r}, once; it is kept in {path}", file=sys.stderr, flush=True)
+    meshes = random_bodies(copy.deepcopy(body).cpu(), FITTED_ON, seed=0)
+    sampler.fitted_index, sampler.fitted_weight = fit_upsampling(sampler, meshes, min(12, num_coarse))
+    try:
+        save_mesh(path, hierarchy, sampler)
+        return read_mesh(path, body.faces.cpu())  # as every later call: the weights are stored in half precision
+    except UserError as error:
+        _tell_not_kept(error)
+    return sampler
+
+
+def _tell_not_kept(error: UserError) -> None:
+    print(f"{error}; it will be made again the next time, or name a folder in {FOLDER_VARIABLE}", file=sys.stderr)
+
+
+@torch.no_grad()
+def random_bodies(
+    body: Body,
+    count: int,
+    seed: int,
+    spread: float = 0.5,  # radians, standard deviation per axis of every joint
+) -> Tensor:  # (count, V, 3) metres, relative to the root joint
+    """Bodies in poses no person need be able to take, elbows and knees folded by up to 2 radians."""
+    generator = torch.Generator().manual_seed(seed)
+    axis_angle = spread * torch.randn(count, body.num_joints, 3, generator=generator)
+    for name, axis, sign in (("left_elbow", 1, -1), ("right_elbow", 1, 1), ("left_knee", 0, 1), ("right_knee", 0, 1)):
+        if name in body.joint_names:
+            fold = 2 * torch.rand(count, generator=generator)
+            axis_angle[:, body.joint_names.index(name), axis] += sign * fold
+    betas = torch.randn(count, body.num_betas, generator=generator)
+    parts = []
+    for beta, rotation in zip(betas.split(16), axis_angle_to_matrix(axis_angle).split(16), strict=True):
+        posed = body(beta, rotation)
+        parts.append(posed.vertices - posed.joints[:, :1])
+    return torch.cat(parts)

@@ -1,0 +1,112 @@
+"""`MeshOutput`: what the pipeline gives back, and what can be said of its hypotheses.
+
+B people, N hypotheses, V vertices, K body joints, J keypoints (HALPE26).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hmdiff.diffusion.dat import GuidanceReport
+from hmdiff.diffusion.hypotheses import Modes, apply_temperature, heatmap_log_likelihood, modes, select, spread, take
+from hmdiff.errors import UserError
+from hmdiff.geometry import crop_to_photo, perspective_projection, photo_to_crop
+from hmdiff.heatmaps import Heatmaps, heatmap_peaks
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOutput:
+    """What was recovered. Meshes are in the camera's frame (x right, y down, z forward), the pelvis at the origin."""
+
+    vertices: Tensor  # (B, N, V, 3) metres
+    joints: Tensor  # (B, N, K, 3) metres, the body's own joints
+    keypoints: Tensor | None  # (B, N, J, 3) metres, HALPE26 regressed from the mesh; None for a body without them
+    camera: Tensor  # (B, 3) weak perspective in the crop: scale (half-sides per metre), tx, ty
+    translation: Tensor  # (B, N, 3) metres, every hypothesis' pelvis in the frame of the full photo's camera
+    focal: Tensor  # (B,) pixels, of the full photo's camera
+    principal_point: Tensor  # (B, 2) pixels
+    faces: Tensor  # (F, 3) long
+    guidance: GuidanceReport | None = None  # what DAT did, where it was asked for
+    log_likelihood: Tensor | None = None  # (B, N) nats, of every hypothesis under the heatmaps; None without them
+    temperature: float = 1.0  # of this way of sampling: 1 where none was fitted
+
+    @property
+    def mean_vertices(self) -> Tensor:  # (B, V, 3)
+        """The mean of the hypotheses: the estimate with the least expected squared error."""
+        return self.vertices.mean(1)
+
+    @property
+    def mean_joints(self) -> Tensor:  # (B, K, 3)
+        return self.joints.mean(1)
+
+    @property
+    def selected(self) -> Tensor:  # (B,) long
+        """The hypothesis to show where it must be one, chosen without the ground truth (`hypotheses.select`)."""
+        return select(self.joints, self.log_likelihood)
+
+    @property
+    def selected_vertices(self) -> Tensor:  # (B, V, 3)
+        return take(self.vertices, self.selected)
+
+    def modes(self, count: int = 5) -> Modes:
+        """Hypotheses that look alike, with their weights: `modes(3).pick(output.vertices)` is (B, 3, V, 3)."""
+        return modes(self.joints, count)
+
+    @property
+    def spread(self) -> Tensor:  # (B, V) millimetres
+        """Mean distance of the hypotheses' vertex to their mean, calibrated: where the photo leaves the body open.
+
+        Only the reported number is multiplied by the temperature. The vertices are not: a mesh whose deviations are
+        stretched is no longer a person. `calibrated` does it to points for which that does not matter.
+        """
+        return spread(self.vertices) * self.temperature * 1000
+
+    def calibrated(
+        self,
+        points: Tensor,  # (B, N, ..., 3) of the hypotheses, such as the joints
+    ) -> Tensor:
+        """Samples whose spread about their mean is the calibrated one."""
+        return apply_temperature(points, self.temperature)
+
+
+def projected_keypoints(
+    keypoints: Tensor,  # (B, N, J, 3) metres, relative to the pelvis
+    translation: Tensor,  # (B, N, 3)
+    focal: Tensor,  # (B,)
+    principal_point: Tensor,  # (B, 2)
+) -> Tensor:  # (B, N, J, 2) photo pixels
+    """Where the photo's camera sees the hypotheses' keypoints."""
+    return perspective_projection(keypoints + translation[:, :, None], focal[:, None], principal_point[:, None])
+
+
+def log_likelihood(
+    keypoints: Tensor,  # (B, N, J, 3) metres, relative to the pelvis
+    translation: Tensor,  # (B, N, 3)
+    focal: Tensor,  # (B,)
+    principal_point: Tensor,  # (B, 2)
+    heatmaps: Heatmaps,  # of the same B people
+) -> Tensor:  # (B, N) nats
+    """How likely the heatmaps make each hypothesis, seen where it was placed."""
+    pixels = projected_keypoints(keypoints, translation, focal, principal_point)
+    center, side = heatmaps.center.to(pixels), heatmaps.side.to(pixels)
+    seen = photo_to_crop(pixels, center[:, None], side[:, None])
+    return heatmap_log_likelihood(seen, heatmaps.values.to(pixels))
+
+
+def keypoint_distance(
+    output: MeshOutput,
+    heatmaps: Heatmaps,  # of the same B people
+    least_confidence: float = 0.1,  # of a peak that counts
+) -> Tensor:  # (B, N) photo pixels; NaN for a person without such a peak
+    """Mean distance of every hypothesis' projected keypoints to the heatmaps' peaks: how well it fits the photo."""
+    if output.keypoints is None:
+        raise UserError("this body has no keypoints to compare with the heatmaps")
+    projected = projected_keypoints(output.keypoints, output.translation, output.focal, output.principal_point)
+    peaks, confidence = heatmap_peaks(heatmaps.values.to(projected))
+    seen = crop_to_photo(peaks, heatmaps.center.to(projected), heatmaps.side.to(projected))
+    distance = (projected - seen[:, None]).norm(dim=-1)
+    counted = (confidence >= least_confidence)[:, None]
+    return torch.where(counted, distance, distance.new_tensor(float("nan"))).nanmean(-1)

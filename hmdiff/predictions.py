@@ -1,0 +1,201 @@
+"""Predictions from files: other people's methods, scored by our protocols. FOLDER/*.npz, any number of files, each with
+
+    names        (M,)             the people's names, as the data set's records have them
+    vertices     (M, V, 3)        metres, camera frame (x right, y down, z forward); or (M, N, V, 3), N hypotheses
+    joints       (M, J, 3)        instead of vertices, or beside them; or (M, N, J, 3)
+    joint_names  (J,)             what they are called; joints need them
+    selected     (M,)             optional: which of the N hypotheses the method chooses, without the truth
+
+The files together must predict everybody who is scored, once. Nothing is unpickled. Translation counts for nothing but
+in humaniflow, which compares SMPL's raw output.
+"""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.errors import UserError
+from hmdiff.protocol_errors import Bodies
+
+_ARRAYS = ("vertices", "joints")
+
+
+class Predicted(NamedTuple):
+    bodies: Bodies  # (B, N, ...)
+    selected: Tensor | None  # (B,) long
+
+
+class PredictionFiles:
+    """A folder of predictions; nothing but names and shapes is read at first.
+
+    Raises:
+        UserError: no such folder, no file, a file that is not of the layout above, or somebody predicted twice.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        num_vertices: int,  # of the body that is scored
+    ) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"--predictions {self.folder}: no such folder; give one of npz files")
+        self.files = sorted(self.folder.glob("*.npz"))
+        if not self.files:
+            raise UserError(f"--predictions {self.folder}: no npz file in it; see hmdiff/predictions.py for the layout")
+        self.num_vertices = num_vertices
+        self.places: dict[str, tuple[int, int]] = {}
+        self.joint_names: tuple[str, ...] = ()
+        self._layout: tuple[tuple[str, ...], int] | None = None
+        for number, path in enumerate(self.files):
+            self._add(number, path)
+        self._read = functools.lru_cache(maxsize=2)(self._arrays)
+
+    @property
+    def num_hypotheses(self) -> int:
+        assert self._layout is not None
+        return self._layout[1]
+
+    def fingerprint(self) -> list[list[object]]:
+        """Of the files, by name, size and time: whether they are those of an earlier run."""
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.files]
+
+    def check_names(
+        self,
+        wanted: Sequence[str],  # that are scored
+        known: Sequence[str] | None = None,  # all of the data set; None: the same
+    ) -> None:
+        """Raises `UserError` naming the first who has no prediction, or whom the data set does not know."""
+        missing = [name for name in wanted if name not in self.places]
+        if missing:
+            raise UserError(
+                f"{self.folder}: {len(missing)} of {len(wanted)} people have no prediction, the first is "
+                f"{missing[0]!r}; predict all of them, or score fewer with --people"
+            )
+        there = set(wanted if known is None else known)
+        for name, (file, _) in self.places.items():
+            if name not in there:
+                raise UserError(f"{self.files[file]}: {name!r} is nobody of this data; is it the right split?")
+
+    def take(self, names: Sequence[str]) -> Predicted:
+        """The predictions of these people. Raises `UserError` naming the one whose numbers are not finite."""
+        rows = []
+        for name in names:
+            file, row = self.places[name]
+            arrays = self._read(file)
+            values = {key: np.asarray(value[row], np.float32) for key, value in arrays.items() if key in _ARRAYS}
+            for key, value in values.items():
+                if not np.isfinite(value).all():
+                    raise UserError(f"{self.files[file]}: {key} of {name!r} hold NaN or infinity; predict it again")
+            if "selected" in arrays:
+                values["selected"] = arrays["selected"][row]
+            rows.append(values)
+        found: dict[str, Tensor] = {}
+        for key in rows[0]:
+            found[key] = torch.from_numpy(np.stack([values[key] for values in rows]))
+            if key in _ARRAYS and found[key].dim() == 3:
+                found[key] = found[key][:, None]
+        selected = found["selected"].long() if "selected" in found else None
+        return Predicted(Bodies(found.get("vertices"), found.get("joints"), self.joint_names), selected)
+
+    # -- one file ----------------------------------------------------------------------------------------------------
+
+    def _add(self, number: int, path: Path) -> None:
+        shapes = _shapes(path)
+        if "names" not in shapes:
+            raise UserError(f"{path}: no array 'names' in it; found {', '.join(shapes) or 'nothing'}")
+        if not set(_ARRAYS) & set(shapes):
+            raise UserError(f"{path}: neither vertices nor joints in it; found {', '.join(shapes)}")
+        small = _load(path, [key for key in ("names", "joint_names", "selected") if key in shapes])
+        if small["names"].ndim != 1 or small["names"].dtype.kind not in "US":
+            found = f"{small['names'].dtype} {small['names'].shape}"
+            raise UserError(f"{path}: names: {found} found, text of shape (M,) is expected")
+        hypotheses = self._check_arrays(path, shapes, len(small["names"]))
+        self._check_joint_names(path, shapes, small)
+        layout = (tuple(key for key in (*_ARRAYS, "selected") if key in shapes), hypotheses)
+        if self._layout not in (None, layout):
+            raise UserError(f"{path}: {_words(layout)}, and {self.files[0]} has {_words(self._layout)}; all must agree")
+        self._layout = layout
+        if "selected" in small:
+            chosen = small["selected"]
+            fits = chosen.dtype.kind in "iu" and chosen.shape == small["names"].shape
+            if not fits or (chosen < 0).any() or (chosen >= hypotheses).any():
+                raise UserError(f"{path}: selected: whole numbers (M,) from 0 to {hypotheses - 1} are expected")
+        for row, raw in enumerate(small["names"]):
+            name = raw.decode() if isinstance(raw, bytes) else str(raw)
+            if name in self.places:
+                file, before = self.places[name]
+                other = f"{self.files[file]}, row {before}"
+                raise UserError(f"{path}, row {row}: {name!r} is predicted twice, also in {other}")
+            self.places[name] = (number, row)
+
+    def _check_arrays(self, path: Path, shapes: dict[str, tuple[int, ...]], people: int) -> int:
+        counts = {}
+        for key in _ARRAYS:
+            if key not in shapes:
+                continue
+            shape = shapes[key]
+            if len(shape) not in (3, 4) or shape[0] != people or shape[-1] != 3:
+                raise UserError(
+                    f"{path}: {key} {shape}; (M, P, 3) or (M, N, P, 3) is expected, M = {people} as in names"
+                )
+            counts[key] = shape[1] if len(shape) == 4 else 1
+            if key == "vertices" and shape[-2] != self.num_vertices:
+                raise UserError(
+                    f"{path}: vertices of {shape[-2]} a mesh, and the body that is scored has {self.num_vertices}; "
+                    "give the meshes of that body"
+                )
+        if len(set(counts.values())) > 1 or 0 in counts.values():
+            raise UserError(f"{path}: hypotheses: {counts}; vertices and joints need the same number, at least 1")
+        return next(iter(counts.values()))
+
+    def _check_joint_names(self, path: Path, shapes: dict[str, tuple[int, ...]], small: dict[str, np.ndarray]) -> None:
+        if "joints" not in shapes:
+            return
+        if "joint_names" not in small or small["joint_names"].shape != (shapes["joints"][-2],):
+            found = small["joint_names"].shape if "joint_names" in small else "none"
+            raise UserError(f"{path}: joint_names: {found}; {shapes['joints'][-2]} names are expected")
+        names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in small["joint_names"])
+        if self.joint_names not in ((), names):
+            raise UserError(f"{path}: its joint_names are not those of {self.files[0]}; all files must agree")
+        self.joint_names = names
+
+    def _arrays(self, file: int) -> dict[str, np.ndarray]:
+        assert self._layout is not None
+        return _load(self.files[file], list(self._layout[0]))
+
+
+def _words(layout: tuple[tuple[str, ...], int] | None) -> str:
+    assert layout is not None
+    return f"{', '.join(layout[0])} of {layout[1]} hypotheses"
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of the arrays of an npz file, read off their headers."""
+    shapes = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.namelist():
+                with archive.open(entry) as handle:
+                    old = np.lib.format.read_magic(handle) == (1, 0)
+                    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                    shapes[entry.removesuffix(".npy")] = read(handle)[0]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a readable npz file ({error}); write it again") from None
+    return shapes
+
+
+def _load(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in keys}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a readable npz file of plain arrays ({error}); write it again") from None

@@ -1,0 +1,118 @@
+"""The pose estimator's config: a small HRNet with a deconvolution head, of mmpose's classes, as plain values.
+
+HRNet: Wang et al., arXiv 1908.07919, in the smallest of the published forms (one module a stage, two blocks a branch);
+the head: Xiao et al., arXiv 1804.06208; the codec: MSRA's with unrounded Gaussians (arXiv 1910.06278). Sizes are our
+choice: N pixels in, heatmaps of N/2, so that N = 96 trains on a processor core and N = 128 has the crop's own 64.
+"""
+
+from __future__ import annotations
+
+import pprint
+from pathlib import Path
+from typing import Any
+
+from hmdiff.errors import UserError
+from hmdiff.heatmaps.distribution import BOX_PADDING
+from hmdiff.skeletons import HALPE26, mirror_permutation
+from hmdiff.storage import atomic_file
+
+SIGMA = 2.0  # heatmap pixels, at 64 a side
+# ImageNet's, as mmpose's models have them; any would do for a network that starts from nothing.
+_MEAN, _STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+_LOSS_WEIGHT = 1000.0  # a mean over nearly empty heatmaps is tiny
+# Of OKS, as mmpose's own halpe26 has them; no figure here uses them, but its metainfo wants some.
+_SIGMAS = [0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087,
+           0.089, 0.089, 0.026, 0.026, 0.066, 0.079, 0.079, 0.079, 0.079, 0.079, 0.079]  # fmt: skip
+
+
+def estimator_config(
+    image_size: int = 96,  # N pixels
+    width: int = 16,  # channels of the finest branch
+) -> dict[str, Any]:
+    """Top-level names and values of the config. Raises `UserError` for a size that the branches cannot halve."""
+    if image_size % 32 or image_size < 32:
+        raise UserError(f"image_size {image_size}: a multiple of 32 is needed, such as 96")
+    channels = [width * 2**branch for branch in range(4)]
+    heatmap = image_size // 2
+
+    def stage(branches: int) -> dict[str, Any]:
+        return {
+            "num_modules": 1, "num_branches": branches, "block": "BASIC", "num_blocks": (2,) * branches,
+            "num_channels": tuple(channels[:branches]),
+        }  # fmt: skip
+
+    first = {
+        "num_modules": 1, "num_branches": 1, "block": "BOTTLENECK", "num_blocks": (1,), "num_channels": (2 * width,),
+    }  # fmt: skip
+    model = {
+        "type": "TopdownPoseEstimator",
+        "data_preprocessor": {"type": "PoseDataPreprocessor", "mean": _MEAN, "std": _STD, "bgr_to_rgb": True},
+        "backbone": {
+            "type": "HRNet",
+            "in_channels": 3,
+            "extra": {
+                "stage1": first,
+                "stage2": stage(2),
+                "stage3": stage(3),
+                "stage4": {**stage(4), "multiscale_output": False},
+            },
+        },
+        "head": {
+            "type": "HeatmapHead",
+            "in_channels": width,
+            "out_channels": len(HALPE26),
+            "deconv_out_channels": (2 * width,),
+            "deconv_kernel_sizes": (4,),
+            "loss": {"type": "KeypointMSELoss", "use_target_weight": True, "loss_weight": _LOSS_WEIGHT},
+            "decoder": {
+                "type": "MSRAHeatmap",
+                "input_size": (image_size, image_size),
+                "heatmap_size": (heatmap, heatmap),
+                "sigma": SIGMA * heatmap / 64,
+                "unbiased": True,
+            },
+        },
+        "train_cfg": {"compute_acc": False},
+        "test_cfg": {"flip_test": False, "output_heatmaps": True},
+    }
+    pipeline = [
+        {"type": "LoadImage"},
+        {"type": "GetBBoxCenterScale", "padding": BOX_PADDING},
+        {"type": "TopdownAffine", "input_size": (image_size, image_size)},
+        {"type": "PackPoseInputs"},
+    ]
+    return {
+        "default_scope": "mmpose",
+        "model": model,
+        "train_dataloader": {"dataset": {"metainfo": _metainfo()}},
+        "test_dataloader": {"dataset": {"pipeline": pipeline}},
+    }
+
+
+def _metainfo() -> dict[str, Any]:
+    """Names, sides and left-right pairs of the 26 keypoints, as mmpose's `parse_pose_metainfo` reads them."""
+    upper = HALPE26.index("left_hip")
+    keypoints = {
+        index: {
+            "name": name,
+            "id": index,
+            "type": "upper" if index < upper or name in ("top_head", "neck") else "lower",
+            "swap": "" if mirrored == index else HALPE26[mirrored],
+        }
+        for index, (name, mirrored) in enumerate(zip(HALPE26, mirror_permutation(HALPE26), strict=True))
+    }
+    return {
+        "dataset_name": "hmdiff_synthetic_halpe26",
+        "keypoint_info": keypoints,
+        "skeleton_info": {},
+        "joint_weights": [1.0] * len(HALPE26),
+        "sigmas": _SIGMAS,
+    }
+
+
+def write_config(config: dict[str, Any], path: str | Path) -> None:
+    """A Python file of plain assignments: what mmengine runs, and what we parse."""
+    lines = ['"""A pose estimator of mmpose\'s classes, trained on synthetic people: `hmdiff prepare estimator`."""\n']
+    lines += [f"{name} = {pprint.pformat(value, width=110, sort_dicts=False)}" for name, value in config.items()]
+    with atomic_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

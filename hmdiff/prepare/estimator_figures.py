@@ -1,0 +1,65 @@
+"""How good a pose estimator is on synthetic people: PCK, visible and hidden joints apart.
+
+PCK@a: the share of joints whose peak lies within `a` of the crop's side from the truth (after Yang and Ramanan, PAMI
+2013, who take the person's box). PCKh@0.5: within half of the person's own head segment, top of the head to neck as it
+appears in the picture (after Andriluka et al., CVPR 2014). Joints outside the crop do not count. Our choice of what is
+reported.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.heatmaps.distribution import heatmap_peaks
+from hmdiff.heatmaps.estimated import SyntheticEstimator
+from hmdiff.skeletons import HALPE26
+
+THRESHOLDS = (0.05, 0.1)
+_HEAD = (HALPE26.index("top_head"), HALPE26.index("neck"))
+
+
+def within(
+    predicted: Tensor,  # (B, J, 2)
+    truth: Tensor,  # (B, J, 2)
+    radius: Tensor | float,  # (B, 1) or one number, in the points' unit
+) -> Tensor:  # (B, J) bool
+    return (predicted - truth).norm(dim=-1) <= radius
+
+
+def pck_figures(
+    estimator: SyntheticEstimator,
+    data: SyntheticHumans,  # with pictures
+    split: str,
+    people: int,
+) -> dict[str, dict[str, float]]:
+    """For "visible" joints and "hidden" ones (behind an occluder): how many, PCK, PCKh, and the mean peak."""
+    names = (*map(_name, THRESHOLDS), "pckh@0.5", "peak", "seen", "there")
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    for number in range(-(-people // data.block_size)):
+        kept = min(data.block_size, people - number * data.block_size)
+        sample = data.block(split, number).map(lambda tensor, kept=kept: tensor[:kept])  # type: ignore[misc]
+        assert sample.image is not None and sample.joints_2d is not None and sample.visible is not None
+        assert sample.joints_2d_confidence is not None
+        points, peaks = heatmap_peaks(estimator.estimate(sample.image))
+        truth = sample.joints_2d
+        for threshold in THRESHOLDS:
+            rows[_name(threshold)].append(within(points, truth, 2 * threshold))  # the crop's side is 2
+        head = (truth[:, _HEAD[0]] - truth[:, _HEAD[1]]).norm(dim=-1, keepdim=True)
+        rows["pckh@0.5"].append(within(points, truth, 0.5 * head))
+        rows["peak"].append(peaks)
+        rows["seen"].append(sample.visible)
+        rows["there"].append(sample.joints_2d_confidence > 0)
+    joined = {name: torch.cat(parts).cpu() for name, parts in rows.items()}
+    seen, there = joined.pop("seen"), joined.pop("there")
+    figures = {}
+    for kind, mask in (("visible", seen), ("hidden", there & ~seen)):
+        # No hidden joint at all is a share of nothing: 0 joints, and zeros that count for nobody.
+        shares = {name: value[mask].float().mean().item() if mask.any() else 0.0 for name, value in joined.items()}
+        figures[kind] = {"joints": int(mask.sum()), **shares}
+    return figures
+
+
+def _name(threshold: float) -> str:
+    return f"pck@{threshold:g}"

@@ -1,0 +1,158 @@
+"""Who is scored, block by block: a pipeline's people or predictions from files, beside the truth of each.
+
+A block is the unit of work: its people and the batches within it do not depend on how many processes share the blocks,
+so neither do the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hmdiff.data.record import Record
+from hmdiff.data.sample import PeopleSource
+from hmdiff.data.shards import RecordStore
+from hmdiff.errors import UserError
+from hmdiff.evaluation import MESHES_AT_ONCE, SELECTED, as_heatmaps, ask
+from hmdiff.ground_truth import GroundTruth
+from hmdiff.hypothesis_rows import Choose, nobody
+from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.predictions import PredictionFiles
+from hmdiff.protocol_errors import Bodies
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some people, predicted and true."""
+
+    index: Tensor  # (B,) among all who are scored
+    predicted: Bodies  # (B, N, ...)
+    target: Bodies  # (B, ...)
+    choose: Choose = nobody
+
+
+class Truths(Protocol):
+    """The true bodies of a data set, by position."""
+
+    def names(self) -> list[str]: ...  # of everybody
+
+    def take(self, positions: Sequence[int]) -> Bodies: ...  # (B, ...)
+
+
+class RecordTruths:
+    """Of records: prepared shards, or a part of them."""
+
+    def __init__(
+        self,
+        store: RecordStore,
+        ground_truth: GroundTruth,
+        numbers: Sequence[int] | None = None,  # which records; None: all
+    ) -> None:
+        self.store, self.ground_truth = store, ground_truth
+        self.numbers = list(range(len(store))) if numbers is None else [int(number) for number in numbers]
+
+    def names(self) -> list[str]:
+        return [self._record(position).name for position in range(len(self.numbers))]
+
+    def take(self, positions: Sequence[int]) -> Bodies:
+        return self.ground_truth([self._record(position) for position in positions])
+
+    def _record(self, position: int) -> Record:
+        return self.store[self.numbers[position]].record
+
+
+class SampleTruths:
+    """Of synthetic people, whose bodies are the model's own; named SPLIT/000000."""
+
+    def __init__(self, data: PeopleSource, split: str, people: int) -> None:
+        self.data, self.split, self.people = data, split, people
+        self._block = functools.lru_cache(maxsize=1)(functools.partial(data.block, split))
+
+    def names(self) -> list[str]:
+        return [f"{self.split}/{position:06d}" for position in range(self.people)]
+
+    def take(self, positions: Sequence[int]) -> Bodies:
+        found = []
+        for position in positions:
+            number, row = divmod(position, self.data.block_size)
+            vertices = self._block(number).vertices
+            if vertices is None:
+                raise UserError("scoring needs the full mesh of its people: build the data with full_mesh=True")
+            found.append(vertices[row])
+        return Bodies(torch.stack(found))
+
+
+class PredictedPeople:
+    """Predictions from files."""
+
+    def __init__(self, files: PredictionFiles, truths: Truths, people: int, block_size: int = 32) -> None:
+        known = truths.names()
+        self.names = known[:people]
+        files.check_names(self.names, known)
+        self.files, self.truths, self.people, self.block_size = files, truths, people, block_size
+
+    def parts(self, number: int) -> Iterator[Part]:
+        positions = range(number * self.block_size, min((number + 1) * self.block_size, self.people))
+        size = max(1, min(self.block_size, MESHES_AT_ONCE // self.files.num_hypotheses))
+        for first in range(positions.start, positions.stop, size):
+            chosen = list(range(first, min(first + size, positions.stop)))
+            found = self.files.take([self.names[position] for position in chosen])
+            yield Part(
+                torch.tensor(chosen), found.bodies, self.truths.take(chosen),
+                _choice(found.selected, self.files.num_hypotheses),
+            )  # fmt: skip
+
+
+class PipelinePeople:
+    """What a pipeline recovers of the people of a data set."""
+
+    def __init__(
+        self,
+        pipeline: HMDiffPipeline,
+        data: PeopleSource,
+        split: str,
+        truths: Truths,
+        people: int,
+        num_hypotheses: int = 25,
+        num_inference_steps: int | None = None,
+        seed: int = 0,
+        scheduler: str | None = None,
+        placement: Tensor | None = None,  # (3,) added to every mesh, see `ground_truth.raw_placement`
+    ) -> None:
+        self.pipeline, self.data, self.split, self.truths, self.people = pipeline, data, split, truths, people
+        self.num_hypotheses, self.block_size = num_hypotheses, data.block_size
+        self.asked: tuple[Any, ...] = (num_inference_steps, seed, scheduler)
+        self.placement = placement
+
+    def parts(self, number: int) -> Iterator[Part]:
+        first_of_block = number * self.block_size
+        count = min(self.block_size, self.people - first_of_block)
+        block = self.data.block(self.split, number).map(lambda tensor: tensor[:count])
+        size = max(1, MESHES_AT_ONCE // self.num_hypotheses)
+        for first in range(0, count, size):
+            sample = block.map(lambda tensor, first=first: tensor[first : first + size])  # type: ignore[misc]
+            positions = list(range(first_of_block + first, first_of_block + first + len(sample)))
+            heatmaps = as_heatmaps(sample)
+            output = ask(self.pipeline, sample, heatmaps, self.num_hypotheses, *self.asked)
+            vertices = output.vertices
+            predicted = Bodies(vertices if self.placement is None else vertices + self.placement.to(vertices))
+            target = self.truths.take(positions).map(lambda tensor: tensor.to(vertices.device))  # noqa: B023
+
+            def choose(count: int, output: Any = output, sample: Any = sample, maps: Any = heatmaps) -> Tensor | None:
+                chosen: Tensor | None = getattr(output, SELECTED, None)
+                if chosen is None or count == self.num_hypotheses:
+                    return chosen
+                # Which of the first few is selected may depend on which there are: they are asked for by themselves.
+                return getattr(ask(self.pipeline, sample, maps, count, *self.asked), SELECTED)
+
+            yield Part(torch.tensor(positions), predicted, target, choose)
+
+
+def _choice(chosen: Tensor | None, total: int) -> Choose:
+    """A file's choice is among all hypotheses, so it says nothing of the first few."""
+    return lambda count: chosen if count == total else None

@@ -1,0 +1,222 @@
+"""A protocol over a data set: blocks of people shared by several processes, gathered by index, resumed after a kill.
+
+Each block's scores are written to FOLDER/NAME.parts as soon as they are there; the same call again, with the same
+settings and any number of processes, does the blocks that are missing. At the end all processes tell what they have,
+everybody must be there once, and the report is made of the same numbers in the same order whoever computed them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.errors import UserError
+from hmdiff.evaluation import save_report
+from hmdiff.hypothesis_rows import calibration_error, score_hypotheses
+from hmdiff.measured import interval
+from hmdiff.protocols import Protocol as ScoringProtocol
+from hmdiff.published import published_rows
+from hmdiff.scored_people import Part
+from hmdiff.storage import atomic_file, make_folder
+
+_SETTINGS, _INDEX, _INSIDE = "settings.json", "index", "inside"
+
+
+class People(Protocol):
+    """Who is scored: see `hmdiff.scored_people`."""
+
+    people: int
+    block_size: int
+
+    def parts(self, number: int) -> Iterator[Part]: ...  # of one block
+
+
+class Processes:
+    """This process among those that torchrun or `accelerate launch` started; alone where none did."""
+
+    def __init__(self, cpu: bool = True) -> None:  # cpu: by gloo
+        self.number, self.count = 0, 1
+        self._device: torch.device | None = None
+        wanted = int(os.environ.get("WORLD_SIZE", "1"))
+        if wanted > 1:
+            from accelerate import PartialState
+
+            # A process whose blocks are done waits for the slowest.
+            state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=2))
+            self.number, self.count, self._device = state.process_index, state.num_processes, state.device
+            if self.count != wanted:  # accelerate may silently start each as if it were alone
+                raise UserError(
+                    f"{wanted} processes were started and {self.count} found each other; start them with torchrun, and "
+                    "on processors with --device cpu"
+                )
+
+    @property
+    def first(self) -> bool:
+        return self.number == 0
+
+    def device(self, wanted: torch.device) -> torch.device:
+        """Of this process: each has its own where several share the GPUs."""
+        mine = self._device
+        return mine if mine is not None and mine.type == wanted.type and wanted.index is None else wanted
+
+    def wait(self) -> None:
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def gather(self, mine: list[Any]) -> list[Any]:
+        """Everybody's items, in the order of the processes."""
+        if self.count == 1:
+            return mine
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, mine)
+        return [item for part in found for item in part]
+
+
+@dataclasses.dataclass(frozen=True)
+class PersonScores:
+    """What everybody's prediction is worth; P people in their order."""
+
+    rows: dict[str, dict[str, Tensor]]  # row -> metric -> (P,) float64
+    inside: Tensor | None  # (P, Q, J), of min_of_n
+
+
+def score_people(
+    protocol: ScoringProtocol,
+    people: People,
+    regressors: Mapping[str, Tensor],
+    folder: str | Path,  # of the parts, kept until the report is written
+    settings: Mapping[str, Any],  # whatever decides the numbers: parts of other settings are thrown away
+    processes: Processes | None = None,
+    progress: Callable[[int], None] | None = None,  # told how many people this process has done, those of before too
+) -> PersonScores:
+    """Score all people. Raises `UserError` where somebody is missing at the end, or there twice."""
+    processes, folder = processes or Processes(), Path(folder)
+    if processes.first:
+        _open(folder, {**settings, "people": people.people, "block_size": people.block_size})
+    processes.wait()
+    blocks = range((people.people + people.block_size - 1) // people.block_size)
+    mine = []
+    for number in blocks[processes.number :: processes.count]:
+        path = folder / f"block_{number:06d}.npz"
+        arrays = _read(path)
+        if arrays is None:
+            arrays = _score_block(protocol, people, number, regressors)
+            with atomic_file(path) as temporary:
+                np.savez(temporary, **arrays)  # type: ignore[arg-type]
+        mine.append(arrays)
+        if progress is not None:
+            progress(len(arrays[_INDEX]))
+    return _assembled(processes.gather(mine), people.people)
+
+
+def _open(folder: Path, settings: dict[str, Any]) -> None:
+    """A folder of these settings, with what is done of it."""
+    words = json.dumps(settings, sort_keys=True)
+    path = folder / _SETTINGS
+    if folder.exists() and (not path.is_file() or path.read_text() != words):
+        shutil.rmtree(folder)
+    make_folder(folder)
+    with atomic_file(path) as temporary:
+        temporary.write_text(words)
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except FileNotFoundError:
+        return None
+    except Exception:  # a damaged part is computed again
+        return None
+
+
+def _score_block(
+    protocol: ScoringProtocol, people: People, number: int, regressors: Mapping[str, Tensor]
+) -> dict[str, np.ndarray]:
+    """Index, and a column for every row and metric."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for part in people.parts(number):
+        on = next(t for t in (part.predicted.vertices, part.predicted.joints) if t is not None)
+        moved = {name: regressor.to(on.device) for name, regressor in regressors.items()}
+        scores = score_hypotheses(protocol, part.predicted, part.target, moved, part.choose)
+        found = {f"{row}|{metric}": v for row, errors in scores.rows.items() for metric, v in errors.items()}
+        found |= {_INDEX: part.index} | ({} if scores.inside is None else {_INSIDE: scores.inside})
+        for name, values in found.items():
+            whole = values.long() if name == _INDEX else values.bool() if name == _INSIDE else values.double()
+            columns.setdefault(name, []).append(whole.cpu().numpy())
+    return {name: np.concatenate(values) for name, values in columns.items()}
+
+
+def _assembled(blocks: list[dict[str, np.ndarray]], people: int) -> PersonScores:
+    """In the order of the people, each of whom must be there once."""
+    index = np.concatenate([block[_INDEX] for block in blocks])
+    counted = np.bincount(index, minlength=people)
+    wrong = np.flatnonzero(counted != 1)
+    if len(counted) != people or len(wrong):
+        who, times = (wrong[0], counted[wrong[0]]) if len(wrong) else (people, 1)
+        raise UserError(f"person {who} was scored {times} times, once is expected; remove the parts, run again")
+    names = {name for block in blocks for name in block}
+    for block in blocks:
+        if names - set(block):
+            lacking = min(names - set(block))
+            raise UserError(f"the people from {block[_INDEX][0]} on have no {lacking}, others have; score them apart")
+    order = np.argsort(index)
+    joined = {name: torch.from_numpy(np.concatenate([block[name] for block in blocks])[order]) for name in blocks[0]}
+    rows: dict[str, dict[str, Tensor]] = {}
+    for name, values in joined.items():
+        if "|" in name:
+            row, _, metric = name.partition("|")
+            rows.setdefault(row, {})[metric] = values
+    return PersonScores(rows, joined.get(_INSIDE))
+
+
+def report_of(
+    protocol: ScoringProtocol,
+    scores: PersonScores,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """report["errors"]["spin/mpjpe"][row] = {value, low, high}: the mean and its 95 % interval over people."""
+    statement = {key: getattr(protocol, key) for key in ("citation", "ground_truth", "joints", "root", "alignment")}
+    errors: dict[str, dict[str, Any]] = {}
+    for row, metrics in scores.rows.items():
+        for metric, values in metrics.items():
+            errors.setdefault(f"{protocol.title}/{metric}", {})[row] = interval(values)
+    report: dict[str, Any] = {
+        **settings,
+        "protocol": {"name": protocol.title, **statement},
+        "units": {f"{protocol.title}/{metric}": m.unit for metric, m in protocol.metrics.items()},
+        "errors": errors,
+    }
+    if scores.inside is not None:
+        report[f"{protocol.title}/ece"] = calibration_error(scores.inside)
+    report["published"] = [{**row._asdict(), "published": True} for row in published_rows(protocol.name)]
+    return report
+
+
+def save_scores(
+    protocol: ScoringProtocol,
+    scores: PersonScores,
+    names: list[str],  # P
+    report: Mapping[str, Any],
+    path: Path,  # NAME.json; NAME.npz, everybody's values, beside it; NAME.parts is removed
+) -> None:
+    """Write the report last: where it is, everything is."""
+    values = {
+        f"{protocol.title}/{metric}/{row}": errors.numpy()
+        for row, metrics in scores.rows.items()
+        for metric, errors in metrics.items()
+    }
+    with atomic_file(path.with_suffix(".npz")) as temporary:
+        np.savez(temporary, names=np.array(names), **values)  # type: ignore[arg-type]
+    save_report(dict(report), path)
+    shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)

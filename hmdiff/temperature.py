@@ -1,0 +1,69 @@
+"""Temperatures of a saved pipeline: by what its hypotheses' spread is multiplied to be calibrated.
+
+One scalar for each way of sampling (steps, sampler, eta, guidance), since each spreads the hypotheses differently;
+fitted by `hmdiff.calibration` on people whose bodies are known, kept in the pipeline's hmdiff.json with what it was
+fitted on. A way of sampling that nothing was fitted for has temperature 1: the spread as it is. Our choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from hmdiff.diffusion.dat import Guidance
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What the spread of hypotheses depends on, beside the model."""
+
+    num_inference_steps: int
+    sampler: str
+    eta: float = 0.0  # of ddim alone: the other samplers have none
+    guidance: str = ""  # JSON of the guidance; empty without one
+
+    @classmethod
+    def of(cls, steps: int, sampler: str, eta: float, guidance: Guidance | None) -> Sampling:
+        active = guidance is not None and guidance.active
+        said = json.dumps(dataclasses.asdict(guidance), sort_keys=True) if active else ""  # type: ignore[arg-type]
+        return cls(steps, sampler, float(eta) if sampler == "ddim" else 0.0, said)
+
+    def __str__(self) -> str:
+        eta = f", eta {self.eta:g}" if self.eta else ""
+        return f"{self.sampler}, {self.num_inference_steps} steps{eta}{', guided' if self.guidance else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """A fitted temperature and where it comes from. Raises `UserError` for one that is not a finite number above 0."""
+
+    sampling: Sampling
+    temperature: float
+    fitted_on: dict[str, Any] = dataclasses.field(default_factory=dict)  # split, people, errors before and after
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UserError(f"temperature {self.temperature}: a finite number above 0 is needed")
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(self.sampling),
+            "guidance": json.loads(self.sampling.guidance) if self.sampling.guidance else None,
+            "temperature": self.temperature,
+            "fitted_on": self.fitted_on,
+        }
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Temperature:
+        """Raises `KeyError`, `TypeError`, `ValueError` or `UserError` for what `as_json` did not write."""
+        guidance = found.get("guidance")
+        sampling = Sampling(
+            int(found["num_inference_steps"]), str(found["sampler"]), float(found.get("eta", 0.0)),
+            json.dumps(dict(guidance), sort_keys=True) if guidance else "",
+        )  # fmt: skip
+        return cls(sampling, float(found["temperature"]), dict(found.get("fitted_on", {})))

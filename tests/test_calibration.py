@@ -1,0 +1,176 @@
+"""Calibration: the temperature of a pipeline, fitted, used, kept with it, and what the hypotheses say with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import free_body, people, people_block, small_pipeline
+
+from hmdiff.calibration import calibrate, draw, store_temperature
+from hmdiff.cli import main
+from hmdiff.diffusion.dat import Guidance
+from hmdiff.diffusion.hypotheses import heatmap_log_likelihood, select
+from hmdiff.errors import UserError
+from hmdiff.evaluation import as_heatmaps, photo_of
+from hmdiff.geometry import perspective_projection
+from hmdiff.heatmaps import Heatmaps
+from hmdiff.metrics import expected_calibration_error
+from hmdiff.output import log_likelihood
+from hmdiff.pipeline import HMDiffPipeline, MeshOutput
+from hmdiff.temperature import Sampling, Temperature
+
+
+@pytest.fixture
+def pipe() -> HMDiffPipeline:
+    return small_pipeline()
+
+
+@pytest.fixture(scope="module")
+def maps() -> Heatmaps:
+    found = as_heatmaps(people_block())
+    assert found is not None
+    return found[[0, 1, 2]]
+
+
+def photo(first: int = 0, last: int = 3) -> dict[str, Any]:
+    return {name: value[first:last] for name, value in photo_of(people_block()).items()}
+
+
+def fitted(temperature: float, steps: int = 2, sampler: str = "ddim", eta: float = 0.0) -> Temperature:
+    return Temperature(Sampling(steps, sampler, eta), temperature, {"split": "val"})
+
+
+def test_the_output_selects_by_heatmaps_and_joints(pipe: HMDiffPipeline, maps: Heatmaps) -> None:
+    output = pipe(heatmaps=maps, num_hypotheses=4, num_inference_steps=2, **photo())
+    assert output.keypoints is not None and output.log_likelihood is not None
+    assert output.log_likelihood.shape == (3, 4) and output.log_likelihood.std(1).min() > 0
+    # By hand: the crop's camera is that of the photo, moved and scaled.
+    placed = output.keypoints[1] + output.translation[1][:, None]
+    pixels = perspective_projection(placed, output.focal[1].expand(4), output.principal_point[1].expand(4, 2))
+    seen = (pixels - maps.center[1]) / (maps.side[1] / 2)
+    expected = heatmap_log_likelihood(seen[None], maps.values[1:2])
+    torch.testing.assert_close(output.log_likelihood[1:2], expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(output.selected, select(output.joints, output.log_likelihood))
+    assert torch.equal(output.selected_vertices[2], output.vertices[2, output.selected[2]])
+    alone = pipe(heatmaps=maps[2], num_hypotheses=4, num_inference_steps=2, people=[2], **photo(2, 3))
+    assert alone.selected[0] == output.selected[2]
+    modes = output.modes(2)
+    assert modes.pick(output.vertices).shape == (3, 2, *output.vertices.shape[2:])
+    assert torch.equal(alone.modes(2).label[0], modes.label[2])
+
+
+def test_likelier_is_what_projects_onto_the_peaks(maps: Heatmaps) -> None:
+    """The true body, where it truly stood, is likelier than the same body elsewhere, turned, or mirrored."""
+    sample = people_block()
+    assert sample.keypoints_3d is not None and sample.pelvis is not None and sample.focal is not None
+    true = sample.keypoints_3d[:3]
+    turned = true * torch.tensor([-1.0, 1.0, -1.0])
+    shifted = true + torch.tensor([0.3, 0.0, 0.0])
+    bodies = torch.stack([true, turned, shifted], 1)
+    translation = sample.pelvis[:3, None].expand(-1, 3, -1)
+    found = log_likelihood(bodies, translation, sample.focal[:3], photo()["photo_sizes"] / 2, maps)
+    assert (found[:, :1] > found[:, 1:] + 10).all()
+
+
+def test_a_temperature_changes_what_is_said_of_the_spread_and_no_mesh(pipe: HMDiffPipeline, maps: Heatmaps) -> None:
+    def run(steps: int = 2, **options: object) -> MeshOutput:
+        return pipe(heatmaps=maps, num_hypotheses=3, num_inference_steps=steps, **options)  # type: ignore[arg-type]
+
+    plain = run()
+    pipe.set_temperature(fitted(2.5))
+    hot = run()
+    assert hot.temperature == 2.5 and torch.equal(hot.vertices, plain.vertices)
+    assert torch.equal(hot.selected, plain.selected)
+    torch.testing.assert_close(hot.spread, plain.spread * 2.5)
+    tempered = hot.calibrated(hot.joints)
+    torch.testing.assert_close(tempered.mean(1), plain.mean_joints, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tempered - tempered.mean(1, True), 2.5 * (hot.joints - hot.joints.mean(1, True)))
+    # Another way of sampling was not fitted.
+    assert run(steps=3).temperature == 1.0 and run(eta=1.0).temperature == 1.0
+    assert run(scheduler="ddpm").temperature == 1.0 and run(scheduler="ddim").temperature == 2.5
+    assert run(guidance=Guidance()).temperature == 1.0 and run(guidance=Guidance("none")).temperature == 2.5
+    pipe.set_temperature(fitted(1.5, sampler="ddpm"))
+    assert run(scheduler="ddpm", eta=0.7).temperature == 1.5  # eta is ddim's alone
+    guided = Temperature(pipe.sampling(2, guidance=Guidance(strength=0.5)), 3.0)
+    pipe.set_temperature(guided)
+    assert pipe.temperature(2, guidance=Guidance(strength=0.5)) == 3.0
+    assert pipe.temperature(2, guidance=Guidance(strength=0.6)) == 1.0
+
+
+def test_temperatures_are_saved_with_the_pipeline(pipe: HMDiffPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "older")
+    assert "temperatures" not in json.loads((tmp_path / "older" / "hmdiff.json").read_text())
+    assert HMDiffPipeline.from_pretrained(tmp_path / "older").temperatures == {}  # as all were before
+    guided = Temperature(pipe.sampling(5, guidance=Guidance(joint_weights=(1.0, 0.5))), 3.0)
+    for each in (fitted(2.5), fitted(1.25, 7, "ddim", 0.5), guided):
+        pipe.set_temperature(each)
+    pipe.save_pretrained(tmp_path / "saved", half=True)
+    again = HMDiffPipeline.from_pretrained(tmp_path / "saved")
+    assert again.temperatures == pipe.temperatures
+    assert again.temperature(5, guidance=Guidance(joint_weights=(1.0, 0.5))) == 3.0
+
+    store_temperature(tmp_path / "saved", fitted(4.0))  # in place of the first
+    stored = HMDiffPipeline.from_pretrained(tmp_path / "saved")
+    assert [each.temperature for each in stored.temperatures.values()] == [1.25, 3.0, 4.0]
+    store_temperature(tmp_path / "older", fitted(4.0))
+    assert HMDiffPipeline.from_pretrained(tmp_path / "older").temperature(2) == 4.0
+
+
+def test_bad_temperatures_are_named(pipe: HMDiffPipeline, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"temperature 0\.0: a finite number above 0"):
+        fitted(0.0)
+    with pytest.raises(UserError, match=r"not a saved hmdiff pipeline \(it has no hmdiff.json\)"):
+        store_temperature(tmp_path, fitted(1.0))
+    pipe.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "hmdiff.json"
+    about = json.loads(path.read_text())
+    for record in (3, {}, {**fitted(1.0).as_json(), "temperature": "hot"}, {**fitted(1.0).as_json(), "guidance": 7}):
+        path.write_text(json.dumps({**about, "temperatures": [record]}))
+        for act in (HMDiffPipeline.from_pretrained, lambda place: store_temperature(place, fitted(1.0))):
+            with pytest.raises(UserError, match=r"hmdiff.json: damaged .*; save the pipeline again"):
+                act(tmp_path / "saved")
+    path.write_text(json.dumps({**about, "temperatures": [{**fitted(1.0).as_json(), "temperature": -1}]}))
+    with pytest.raises(UserError, match=r"hmdiff.json: damaged .*temperature -1\.0: a finite number above 0"):
+        HMDiffPipeline.from_pretrained(tmp_path / "saved")
+    direct = small_pipeline("model.mode=direct")
+    with pytest.raises(UserError, match="a direct baseline gives one mesh; there is no spread"):
+        calibrate(direct, people(True), people=8)
+    body, _ = free_body()
+    pipe.body = body.select(torch.arange(body.num_vertices))
+    pipe.body.keypoint_regressor = None
+    with pytest.raises(UserError, match="has no keypoints to calibrate by"):
+        calibrate(pipe, people(True), people=8)
+
+
+def test_calibration_sets_the_temperature_and_lowers_the_error(pipe: HMDiffPipeline) -> None:
+    done: list[int] = []
+    found = calibrate(pipe, people(True), "val", 8, 6, 2, progress=done.append)
+    assert sum(done) == 8 and pipe.temperature(2) == found.temperature != 1.0
+    about = found.fitted_on
+    assert about["expected_calibration_error_after"] < about["expected_calibration_error_before"]
+    assert (about["split"], about["people"], about["num_hypotheses"]) == ("val", 8, 6)
+    samples, target = draw(pipe, people(True), "val", 8, 6, 2)
+    assert samples.shape == (8, 6, 14, 3)
+    assert about["expected_calibration_error_before"] == pytest.approx(expected_calibration_error(samples, target))
+    torch.testing.assert_close(samples[:, :, [2, 3]].mean(2), torch.zeros(8, 6, 3), rtol=0, atol=1e-6)  # the hips
+
+
+def test_the_command_writes_it_into_the_pipeline(
+    pipe: HMDiffPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hmdiff.commands.evaluate.test_people", lambda body, image_size: people(True))
+    pipe.save_pretrained(tmp_path / "run" / "pipeline")
+    before = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    words = ["--people", "8", "--num-hypotheses", "5", "--steps", "1", "2", "--device", "cpu"]
+    assert main(["prepare", "temperature", str(tmp_path / "run"), *words]) == 0
+    told = capsys.readouterr().out
+    assert "ddim, 2 steps" in told and "calibration error" in told and str(tmp_path / "run" / "pipeline") in told
+    after = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert {(each.num_inference_steps, each.sampler) for each in after.temperatures} == {(1, "ddim"), (2, "ddim")}
+    assert after.temperature(2) != 1.0 and before.temperature(2) == 1.0
+    assert main(["prepare", "temperature", str(tmp_path / "run"), *words[:4], "--steps", "999"]) == 2
+    assert "--steps 999: the model was trained with 200 steps" in capsys.readouterr().err

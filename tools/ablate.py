@@ -1,0 +1,8 @@
+"""`hmdiff ablate`."""
+
+import sys
+
+from hmdiff.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["ablate", *sys.argv[1:]]))

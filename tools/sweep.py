@@ -1,0 +1,8 @@
+"""`hmdiff sweep`."""
+
+import sys
+
+from hmdiff.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["sweep", *sys.argv[1:]]))
