@@ -158,7 +158,7 @@ def _parents(kintree_table: np.ndarray) -> list[int]:
 
 def _smpl_arrays(data: dict[str, Any]) -> dict[str, Any]:
     parents = _parents(data["kintree_table"])
-    arrays = {
+    arrays: dict[str, Any] = {
         "v_template": np.asarray(data["v_template"], np.float32),
         "shapedirs": np.asarray(data["shapedirs"], np.float32)[:, :, :NUM_BETAS],
         "posedirs": np.asarray(data["posedirs"], np.float32) if "posedirs" in data else None,

@@ -1,9 +1,9 @@
 """Keypoint regressors for licensed bodies, made from their own arrays: HALPE26 for SMPL and SMPL-X, HAND21 for MANO.
 
-Nose, eyes, ears, feet and fingertips are single vertices: facts of smplx's `vertex_ids.py`. The highest vertex is the top
-of the head. Limbs are SMPL's joints, as in SPIN's and smplx's use, hips included; since a keypoint is read off the posed
-mesh, `joint_row` makes a row of vertices that follows its joint. That, and the top of the head, are our choice. MANO's
-joints are its own J_regressor's rows, as FreiHAND's evaluation takes them.
+Nose, eyes, ears, feet and fingertips are single vertices: facts of smplx's `vertex_ids.py`. The highest vertex is the
+top of the head. Limbs are SMPL's joints, as in SPIN's and smplx's use, hips included; since a keypoint is read off the
+posed mesh, `joint_row` makes a row of vertices that follows its joint. That, and the top of the head, are our choice.
+MANO's joints are its own J_regressor's rows, as FreiHAND's evaluation takes them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def joint_row(
 ) -> np.ndarray:  # (V,) >= 0, summing to 1, few non-zero
     """Weights r of vertices that stay at a joint in every pose and shape of linear blend skinning.
 
-    sum_v r_v sum_k W_vk G_k v is the joint c when, for each of the two bones that meet there, sum_v r_v W_vk (v - c) = 0
+    sum_v r_v sum_k W_vk G_k v is the joint c when, for each of the two bones meeting there, sum_v r_v W_vk (v - c) = 0
     (both bones leave c where it is), and no other bone counts: sum_v r_v W_vk = 0. The same holds of the shape
     directions. Non-negative least squares, once on all candidates and again on the largest weights.
     """

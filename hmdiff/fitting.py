@@ -1,6 +1,6 @@
 """Pose and shape of a body model from its vertices, so that a recovered mesh can be animated.
 
-min over R, beta, t of sum_v |x_v - v(R, beta, t)|^2 + sigma^2 |beta|^2, sigma the noise that is expected of a vertex: the
+min over R, beta, t of sum_v |x_v - v(R, beta, t)|^2 + sigma^2 |beta|^2, sigma the noise expected of a vertex: the
 most likely body, betas being standard normal. Each bone's rotation starts from an orthogonal Procrustes fit of its own
 vertices (Kabsch, Acta Cryst. 1976), which no large pose traps; Levenberg-Marquardt then fits everything together.
 Symbols: N bodies, P points (vertices that are fitted), J joints, B shape coefficients. The method is our choice.

@@ -27,7 +27,7 @@ class Measured:
     joints: Tensor  # (P, n, 14, 3) metres, relative to the root
     true_joints: Tensor  # (P, 14, 3) metres
     guidance: dict[str, Tensor]  # (P,) of what guidance tells: gap_before, gap_after, active, fell_back; {} without it
-    calls: tuple[tuple[int, float], ...]  # people and seconds of every call for n hypotheses; none where a larger number was drawn
+    calls: tuple[tuple[int, float], ...]  # people and seconds of every call for n; none where more were drawn
 
 
 def summary(measured: Measured, diffusion: bool = True) -> dict[str, Any]:

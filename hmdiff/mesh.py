@@ -238,7 +238,7 @@ def load_mesh(
     num_coarse: int = 432,
     fitted: bool = True,
 ) -> MeshSampler:
-    """The sampler of a body: from the shipped asset for the free body, else from the cache folder, or made and put there.
+    """The sampler of a body: from the shipped asset for the free body, else from the cache folder, or made.
 
     At other numbers of the free body's vertices than the asset's (432) nothing has been fitted: `fitted_*` are then
     `up_*`. They are that too with `fitted` false, and for a template that has no pose.

@@ -1,7 +1,8 @@
 """The coarse mesh of a body that nothing is shipped for: decimated, its upsampling fitted, kept in a cache folder.
 
-A file is named by a digest of the mesh (triangles and vertices at rest), so that each body, and each sex of it, gets its
-own, the same on every machine. It holds which vertices are kept and how the others are blended from them: no vertex.
+A file is named by a digest of the mesh (triangles and vertices at rest), so that each body, and each sex of it, gets
+its own, the same on every machine. It holds which vertices are kept and how the others are blended from them, and no
+vertex itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The mmpose source: places kept through mmpose's own warps and codecs, real models, weights, refusals, the commands."""
+"""The mmpose source: places kept through its own warps and codecs, real models, weights, refusals, the commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import json
 import pickle
 import sys
-import types
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
@@ -64,10 +63,22 @@ def photo() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
 
 
+def awaken(model: Any, *size: int) -> None:
+    """Batch norm's statistics of a random batch: without them random weights answer the same to every photo."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train().forward(torch.randn(8, 3, *size), None, mode="tensor")
+    model.eval()
+
+
 @pytest.fixture(scope="module")
 def msra() -> MMPoseEstimator:
     torch.manual_seed(0)
-    return MMPoseEstimator(shipped(MSRA), untrained=True)
+    estimator = MMPoseEstimator(shipped(MSRA), untrained=True)
+    awaken(estimator.model, 256, 192)
+    return estimator
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +175,10 @@ def test_what_lies_outside_the_model_s_input_is_zero_and_a_mode_stays_a_mode() -
     crop = (["nose"], MSRAHeatmap((192, 256), (48, 64), sigma=2), center, scale, False, *crop_from_box(
         torch.tensor([[60.0, 20, 140, 180]])))  # fmt: skip
     maps = heatmaps_from_codec(torch.ones(1, 1, 64, 48), *crop)
-    # The input is 150 of the crop's 200 pixels wide, and pixel 0's centre is its edge: half a step less on the left.
-    columns = maps.values[0, 0, 32].nonzero()[:, 0]
-    assert columns.tolist() == list(range(8, 56)) or columns.tolist() == list(range(7, 56))
+    # The first of 48 pixels has its centre on the input's left edge, half a pixel before the centre of our 8th, and
+    # what lies half a pixel or more beyond the outer centres is outside.
+    assert maps.values[0, 0, 32].nonzero()[:, 0].tolist() == list(range(8, 55))
+    assert maps.values[0, 0, :, 32].nonzero()[:, 0].tolist() == list(range(63))
     torch.testing.assert_close(maps.values[0, 0, 20:40, 20:40], torch.ones(20, 20))
     assert maps.valid.sum() == 1
 
@@ -177,7 +189,7 @@ def test_what_lies_outside_the_model_s_input_is_zero_and_a_mode_stays_a_mode() -
     codec = SimCCLabel((192, 256), smoothing_type="standard")
     values = heatmaps_from_simcc(two, one, torch.tensor([[0.6]]), ["nose"], codec, *crop[2:]).values[0, 0]
     row = values[values.amax(1).argmax()]
-    peaks = [i for i in range(1, 63) if row[i] > row[i - 1] and row[i] > row[i + 1]]
+    peaks = [i for i in range(1, 63) if row[i] > row[i - 1] and row[i] >= row[i + 1]]
     assert len(peaks) == 2 and row[peaks[1]] / row[peaks[0]] == pytest.approx(0.5, abs=0.1)
     assert values.max() == pytest.approx(0.6, rel=0.1)  # between two pixels the peak itself is not sampled
     width = (row[:32].log()[peaks[0] - 1] + row[:32].log()[peaks[0] + 1] - 2 * row[:32].log()[peaks[0]]).abs()
@@ -213,9 +225,9 @@ def test_planted_heatmaps_come_back_through_the_whole_of_mmpose(name: str, photo
     def outputs() -> Any:
         if not rounds:
             return torch.from_numpy(np.stack([one["heatmaps"] for one in encoded]))
-        labels = [torch.from_numpy(np.concatenate([one[f"keypoint_{axis}_labels"] for one in encoded])) for axis in "xy"]
+        labels = [np.concatenate([one[f"keypoint_{axis}_labels"] for one in encoded]) for axis in "xy"]
         # SimCCHead's loss makes its output the logits of the label, RTMPose's makes it the label.
-        return tuple(label.clamp_min(1e-9).log() if name == SIMCC else label for label in labels)
+        return tuple(torch.from_numpy(np.log(label + 1e-9) + 30 if name == SIMCC else label) for label in labels)
 
     planted(estimator, outputs)
     found = estimator.heatmaps(photo, BOXES)
@@ -254,13 +266,14 @@ def test_the_model_sees_the_photo_in_its_own_colours(msra: MMPoseEstimator, phot
     meta = [torch.from_numpy(theirs.metainfo[key])[None].double() for key in ("input_center", "input_scale")]
     crop = (COCO17, msra.model.head.decoder, *meta, False, ours.center, ours.side)
     assert torch.equal(heatmaps_from_codec(theirs.pred_fields.heatmaps[None], *crop).values, ours.values)
-    assert not torch.allclose(msra.heatmaps(photo[..., ::-1], BOXES[:1]).values, ours.values, atol=1e-3)
+    swapped = msra.heatmaps(photo[..., ::-1], BOXES[:1])
+    assert (swapped.values - ours.values).abs().max() > 1e-3 * ours.values.amax()
 
 
 def test_what_a_model_says_that_is_no_heatmap(photo: np.ndarray) -> None:
     estimator = MMPoseEstimator(shipped(MSRA), untrained=True)
     planted(estimator, lambda: torch.full((1, 17, 64, 48), float("nan")))
-    with pytest.raises(UserError, match="mobilenetv2.*NaN or infinite values in joint 'nose' of person 0"):
+    with pytest.raises(UserError, match=r"mobilenetv2.*NaN or infinite values in joint 'nose' of person 0"):
         estimator.heatmaps(photo, BOXES[:1])
     planted(estimator, lambda: torch.full((1, 17, 64, 48), -0.1))
     with pytest.raises(UserError, match="all zero for person 0: nobody was seen there"):
@@ -303,25 +316,26 @@ def test_models_without_heatmaps(name: str, message: str) -> None:
 
 
 def test_configs_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="gone.py: no such config"):
+    with pytest.raises(UserError, match=r"gone\.py: no such config"):
         MMPoseEstimator(tmp_path / "gone.py")
     with pytest.raises(UserError, match="is a folder"):
         MMPoseEstimator(tmp_path)
-    with pytest.raises(UserError, match="hrnett: neither a config file nor a model .* did you mean '"):
+    with pytest.raises(UserError, match=r"hrnett: neither a config file nor a model .* did you mean '"):
         MMPoseEstimator("hrnett")
     (tmp_path / "broken.py").write_text("model = dict(")
-    with pytest.raises(UserError, match="broken.py: cannot be read as a config"):
+    with pytest.raises(UserError, match=r"broken.py: cannot be read as a config"):
         MMPoseEstimator(tmp_path / "broken.py")
     (tmp_path / "empty.py").write_text("a = 1")
-    with pytest.raises(UserError, match="empty.py: a config without model"):
+    with pytest.raises(UserError, match=r"empty.py: a config without model"):
         MMPoseEstimator(tmp_path / "empty.py")
-    (tmp_path / "imports.py").write_text("custom_imports = dict(imports=['no_such_package'], allow_failed_imports=False)")
-    with pytest.raises(UserError, match="needs what is not installed .*no_such_package"):
+    imports = "custom_imports = dict(imports=['no_such_package'], allow_failed_imports=False)"
+    (tmp_path / "imports.py").write_text(imports)
+    with pytest.raises(UserError, match=r"needs what is not installed .*no_such_package"):
         MMPoseEstimator(tmp_path / "imports.py")
 
     config = small_config(MSRA)
     config.model.backbone.type = "NoNet"
-    with pytest.raises(UserError, match="cannot be built .*NoNet"):
+    with pytest.raises(UserError, match=r"cannot be built .*NoNet"):
         MMPoseEstimator(config, untrained=True)
     config = small_config(MSRA)
     config.model.head.out_channels = 26
@@ -345,7 +359,7 @@ def test_configs_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_without_mmpose_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mmcv", None)
-    with pytest.raises(UserError, match="mmpose: mmcv is not installed; .* uv sync --extra mmpose"):
+    with pytest.raises(UserError, match=r"mmpose: mmcv is not installed; .* uv sync --extra mmpose"):
         openmmlab.import_openmmlab.__wrapped__("mmpose.apis")
 
 
@@ -392,7 +406,7 @@ def test_joints_are_mapped_by_name() -> None:
     hand = small_config(MSRA)
     hand.train_dataloader.dataset.type = "FreiHandDataset"
     hand.model.head.out_channels = 21
-    with pytest.raises(UserError, match="none of its joints .* is a body's"):
+    with pytest.raises(UserError, match=r"none of its joints .* is a body's"):
         MMPoseEstimator(hand, untrained=True)
 
 
@@ -409,8 +423,8 @@ def test_a_model_of_our_own_training(suffix: str, tmp_path: Path, photo: np.ndar
         path.write_text(json.dumps(values))
     trained = MMPoseEstimator(path, untrained=True)
     assert trained.names == HALPE26
-    half = {name: value.half().contiguous() for name, value in trained.model.state_dict().items() if "num_b" not in name}
-    save_file(half, tmp_path / "pose.safetensors")
+    state = {name: value for name, value in trained.model.state_dict().items() if "num_batches" not in name}
+    save_file({name: value.half().contiguous() for name, value in state.items()}, tmp_path / "pose.safetensors")
     loaded = MMPoseEstimator(path, tmp_path / "pose.safetensors")
     first, second = (estimator.heatmaps(photo, BOXES) for estimator in (trained, loaded))
     assert first.valid.all() and first.values.amax() > 0
@@ -447,11 +461,11 @@ class Evil:
 
 
 def test_weights_that_are_no_weights(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="gone.pth: no such checkpoint; .* --pose-checkpoint FILE"):
+    with pytest.raises(UserError, match=r"gone.pth: no such checkpoint; .* --pose-checkpoint FILE"):
         MMPoseEstimator(shipped(MSRA), tmp_path / "gone.pth")
-    with pytest.raises(UserError, match="a config without weights; .* --pose-checkpoint FILE"):
+    with pytest.raises(UserError, match=r"a config without weights; .* --pose-checkpoint FILE"):
         MMPoseEstimator(shipped(MSRA))
-    with pytest.raises(UserError, match="not the weights of this config: .* such as .*; give the checkpoint"):
+    with pytest.raises(UserError, match=r"not the weights of this config: .* such as .*; give the checkpoint"):
         MMPoseEstimator(shipped(UDP), weights)
     half = weights.read_bytes()
     for name, content in {"cut.safetensors": half[: len(half) // 2], "text.pth": b"hello", "empty.pth": b""}.items():
@@ -490,7 +504,7 @@ def test_a_download_that_fails_names_the_file_and_the_option(
     assert file.endswith(".pth") and f"download {file} where" in str(caught.value)
     assert "no route to host" in str(caught.value) and "by --pose-checkpoint FILE" in str(caught.value)
     assert str(tmp_path / "checkpoints") in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="rtmdet_m.*--detector-checkpoint FILE"):
+    with pytest.raises(UserError, match=r"rtmdet_m.*--detector-checkpoint FILE"):
         PersonDetector("human")
     # Put where the message says, it is found.
     (tmp_path / "checkpoints" / file).write_bytes(b"")
@@ -520,6 +534,7 @@ def detector() -> PersonDetector:
     torch.manual_seed(0)
     config = Path(import_openmmlab("mmpose.apis").__file__ or "").parents[1] / ".mim" / "demo" / "mmdetection_cfg"
     found = PersonDetector(config / "rtmdet_nano_320-8xb32_coco-person.py", untrained=True)
+    awaken(found.model, 320, 320)
     with torch.no_grad():
         for branch in found.model.bbox_head.rtm_reg:
             branch.bias += 3
@@ -535,8 +550,9 @@ def test_people_are_found(detector: PersonDetector, photo: np.ndarray) -> None:
     assert torch.equal(boxes, check_boxes(boxes, 400, 300))
     pairs = itertools.combinations(boxes[:20], 2)
     assert max(overlap(a, b) for a, b in pairs) <= 0.66  # of the config's 0.6, and the photo's edge cuts some
-    few = detector.boxes(photo, 0.6)
-    assert 0 < len(few) < len(boxes) and torch.equal(few, boxes[: len(few)])  # the surest come first
+    fewer = [detector.boxes(photo, floor) for floor in (0.4, 0.45, 0.5)]
+    assert all(torch.equal(few, boxes[: len(few)]) for few in fewer)  # the surest come first
+    assert len(fewer[-1]) < len(boxes)
 
 
 def test_a_photo_with_nobody(detector: PersonDetector, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -583,9 +599,10 @@ def test_heatmaps_are_saved_and_sampled_as_if_estimated(
     assert torch.equal(maps.values, msra.heatmaps(photo, BOXES[:2]).values)
     with Image.open(saved / "photo_heatmaps.png") as drawn:
         assert drawn.size == (400, 300)
-        assert np.abs(np.asarray(drawn)[40, 50:150].astype(int) - 250).max() < 6  # the first box's upper edge
+        assert np.median(np.asarray(drawn)[40, 50:150]) == 250  # the first box's upper edge, but for joints on it
 
-    monkeypatch.setattr("hmdiff.pictures.hypotheses_sheet", lambda *args, **kwargs: np.zeros((4, 4, 3), np.uint8))
+    for drawn_by in ("hmdiff.pictures.hypotheses_sheet", "hmdiff.spread_picture.spread_sheet"):
+        monkeypatch.setattr(drawn_by, lambda *args, **kwargs: np.zeros((4, 4, 3), np.uint8))
     small_pipeline().save_pretrained(tmp_path / "pipeline")
     quick = ["--checkpoint", str(tmp_path / "pipeline"), "--num-hypotheses", "2", "--steps", "2", "--device", "cpu"]
     assert main(["sample", str(picture), *model[:-2], *quick, "--output", str(tmp_path / "a")]) == 0
@@ -653,7 +670,8 @@ def test_one_bad_photo_does_not_keep_the_others(
     again = tmp_path / "other" / "photo.png"
     again.parent.mkdir()
     again.write_bytes(picture.read_bytes())
-    maps = Heatmaps(torch.ones(1, 26, 64, 64), torch.ones(1, 26, dtype=torch.bool), torch.zeros(1, 2), torch.ones(1) * 9)
+    valid = torch.ones(1, 26, dtype=torch.bool)
+    maps = Heatmaps(torch.ones(1, 26, 64, 64), valid, torch.zeros(1, 2), torch.ones(1) * 9)
     monkeypatch.setattr(estimation.Estimation, "__call__", lambda self, photo, boxes: (maps, torch.ones(1, 4)))
     photos = map(str, (bad, picture, again))
     assert main(["heatmaps", *photos, "--pose", "human", "--output", str(tmp_path / "out")]) == 2

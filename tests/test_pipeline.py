@@ -11,8 +11,8 @@ from small import free_body, people_block, small_pipeline
 from torch import Tensor
 
 from hmdiff import pipeline as pipeline_module
-from hmdiff.diffusion.schedule import SCHEDULER_NAMES
 from hmdiff.diffusion.hypotheses import select
+from hmdiff.diffusion.schedule import SCHEDULER_NAMES
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Heatmaps

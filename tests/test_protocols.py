@@ -1,4 +1,4 @@
-"""Protocols: answers worked out by hand, invariances, the two orders of J14, and what is reported of many hypotheses."""
+"""Protocols: answers by hand, invariances, the two orders of J14, and what is reported of many hypotheses."""
 
 from __future__ import annotations
 

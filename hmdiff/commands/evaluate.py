@@ -70,7 +70,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data", metavar="NAME",
         help="a folder that hmdiff prepare wrote, its name in the folder HMDIFF_DATA_DIR, or a synthetic split "
-        "(needed by --protocol)",
+        "(default: none; --protocol needs it)",
     )  # fmt: skip
     group.add_argument(
         "--predictions", type=Path, metavar="FOLDER",

@@ -113,7 +113,7 @@ def heat_picture(
     picture = (photo * (1 - share) + 255 * heat_colours(heat, 0, 1) * share).astype(np.uint8)
     thick = max(1, round(max(height, width) / 400))
     for box in boxes.round().int().tolist():
-        cv2.rectangle(picture, box[:2], box[2:], (250, 250, 250), thick, cv2.LINE_AA)
+        cv2.rectangle(picture, box[:2], box[2:], (250, 250, 250), thick)
     for points, names in peaks(heatmaps):
         picture = draw_keypoints(picture, points, names)
     return picture

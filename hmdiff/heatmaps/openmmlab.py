@@ -244,7 +244,7 @@ def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         allowed = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__name__}" for entry in known}
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         known += [(type("_Inert", (_Inert,), {}), name) for name in names if name not in allowed]
-    with torch.serialization.safe_globals(known):
+    with quiet(), torch.serialization.safe_globals(known):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; a checkpoint with a `state_dict` is expected")
