@@ -42,6 +42,16 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[int], tuple[Tensor, ...]
         # Near a true camera: the scale's lower bound has no gradient.
         lambda b: ((p := randn(b, 5, 3)), 0.8 * p[..., :2] + 0.1 * randn(b, 5, 2), randn(b, 5).abs() + 0.1),
     ),
+    "perspective_fit": (
+        g.perspective_fit,
+        lambda b: (0.4 * randn(b, 7, 3), 0.5 * randn(b, 7, 2), randn(b, 7).abs() + 0.1, 0.3 * randn(b, 2)),
+    ),
+    "fitted_projection": (
+        g.fitted_projection,
+        # A nearness within its bounds, which have no gradient.
+        lambda b: (0.3 * randn(b, 5, 3), torch.tensor([1.0, 0.1, -0.2, 0.3]) + 0.05 * torch.rand(b, 4), randn(b, 2)),
+    ),
+    "crop_rotation": (g.crop_rotation, lambda b: (randn(b, 2), randn(b).abs() + 2)),
     "weak_to_full_camera": (
         g.weak_to_full_camera,
         lambda b: (randn(b, 3).abs() + 0.5, randn(b, 2) * 100, randn(b).abs() * 100 + 50, randn(b).abs() + 900,

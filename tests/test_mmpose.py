@@ -66,7 +66,7 @@ def photo() -> np.ndarray:
 def awaken(model: Any, *size: int) -> None:
     """Batch norm's statistics of a random batch: without them random weights answer the same to every photo."""
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
     with torch.no_grad():
         model.train().forward(torch.randn(8, 3, *size), None, mode="tensor")
@@ -538,8 +538,6 @@ def detector() -> PersonDetector:
     with torch.no_grad():
         for branch in found.model.bbox_head.rtm_reg:
             branch.bias += 3
-        for branch in found.model.bbox_head.rtm_cls:
-            branch.weight *= 30
     return found
 
 
@@ -548,9 +546,9 @@ def test_people_are_found(detector: PersonDetector, photo: np.ndarray) -> None:
     assert 1 < len(boxes) <= 100
     assert (boxes >= 0).all() and (boxes <= torch.tensor([400, 300, 400, 300])).all()
     assert torch.equal(boxes, check_boxes(boxes, 400, 300))
-    pairs = itertools.combinations(boxes[:20], 2)
-    assert max(overlap(a, b) for a, b in pairs) <= 0.66  # of the config's 0.6, and the photo's edge cuts some
-    fewer = [detector.boxes(photo, floor) for floor in (0.4, 0.45, 0.5)]
+    whole = [box for box in boxes if (box > 0).all() and (box < torch.tensor([400, 300, 400, 300])).all()]
+    assert len(whole) > 3 and max(overlap(a, b) for a, b in itertools.combinations(whole, 2)) <= 0.6  # the config's
+    fewer = [detector.boxes(photo, floor) for floor in (0.6, 0.65, 0.7)]
     assert all(torch.equal(few, boxes[: len(few)]) for few in fewer)  # the surest come first
     assert len(fewer[-1]) < len(boxes)
 
