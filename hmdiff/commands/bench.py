@@ -36,8 +36,9 @@ def add_parser(subparsers: Any) -> None:
         "--data", action="store_true", help="instead: does the data keep up with the training, at the config's batch"
     )
     parser.add_argument(
-        "--shards", metavar="FOLDER", help="instead: images a second from a prepared data set, with 0, 1 and 2 workers (default: none)"
-    )
+        "--shards", metavar="FOLDER",
+        help="instead: images a second from a prepared data set, with 0, 1 and 2 workers (default: none)",
+    )  # fmt: skip
     parser.add_argument("--raw", metavar="FOLDER", help="beside --shards: its own files (default: where it came from)")
     arguments.add_device(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the config's")
