@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from small import small_pipeline
 
 from hmdiff.diffusion.dat import AlignedDenoiser, Guidance, aligned_sample, distribution_gap, make_target, project
 from hmdiff.diffusion.sampling import hypothesis_generators, initial_noise
@@ -14,7 +15,6 @@ from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError
 from hmdiff.geometry import crop_rotation, fitted_projection, perspective_fit, photo_to_crop
 from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
-from tests.small import small_pipeline
 
 JOINTS, POINTS = 12, 20
 KINDS = ("sample", "epsilon", "v_prediction")

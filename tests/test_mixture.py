@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from records import MARKED, ListReader, make_records, red_place
+from small import awaken, free_body, people, small_config
 from torch import Tensor
 
 from hmdiff.assembly import build_model, build_scheduler, build_source
@@ -28,8 +30,6 @@ from hmdiff.mesh import MeshSampler
 from hmdiff.prepare.dataset import prepare_dataset
 from hmdiff.skeletons import HALPE26, SMPL24, mirror_permutation
 from hmdiff.training import Trainer, TrainingStream, training_losses
-from tests.records import MARKED, ListReader, make_records, red_place
-from tests.small import awaken, free_body, people, small_config
 
 PLAIN = AugmentOptions(flip=0, noise=0, rotation=0, scale=0)
 WILD = AugmentOptions(flip=0.5, noise=0, upright=0, scale=0.25)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small import free_body
 
 from hmdiff.body import Body, load_body
 from hmdiff.data.labelled_bodies import LabelledBodies
@@ -23,7 +24,6 @@ from hmdiff.prepare.dataset import prepare_dataset
 from hmdiff.skeletons import HAND21
 from tests import standin_tables as tables
 from tests import standins as s
-from tests.small import free_body
 
 TURNED = AugmentOptions(flip=0.5, noise=0, upright=0)
 

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from records import ListReader, make_records
+from small import free_body, people, small_pipeline
+from standins import body_arrays, licensed_folder, make_freihand
 from torch import Tensor
 
 from hmdiff import scoring
@@ -33,9 +36,6 @@ from hmdiff.protocols import PROTOCOLS, get_protocol
 from hmdiff.scored_people import PipelinePeople, PredictedPeople, RecordTruths, SampleTruths
 from hmdiff.scoring import Processes, report_of, save_scores, score_people
 from hmdiff.skeletons import H36M17, HAND21, J14, SMPL24, SMPL24_PARENTS, joint_indices
-from tests.records import ListReader, make_records
-from tests.small import free_body, people, small_pipeline
-from tests.standins import body_arrays, licensed_folder, make_freihand
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VERTICES = 90

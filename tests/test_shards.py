@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from records import HEIGHT, MARKED, WIDTH, ListReader, draw_photo, make_records, red_place
 
 from hmdiff import cli
 from hmdiff.commands.prepare import DATASETS
@@ -24,7 +25,6 @@ from hmdiff.errors import UserError
 from hmdiff.loading import Crops, compare_loading, measure_loading
 from hmdiff.prepare import dataset
 from hmdiff.prepare.dataset import prepare_dataset
-from tests.records import HEIGHT, MARKED, WIDTH, ListReader, draw_photo, make_records, red_place
 
 
 def prepared(folder: Path, records: list[Record], **options: object) -> PreparedShards:

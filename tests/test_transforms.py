@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from records import INTRINSICS, draw_photo, make_records, red_place
+from small import free_body
 
 from hmdiff.data.transforms import (
     AugmentOptions,
@@ -25,8 +27,6 @@ from hmdiff.data.transforms import (
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix, photo_to_crop
 from hmdiff.skeletons import HALPE26, SMPL24
-from tests.records import INTRINSICS, draw_photo, make_records, red_place
-from tests.small import free_body
 
 CHANGES = [
     Change(flip, math.radians(degrees), scale)

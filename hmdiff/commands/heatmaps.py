@@ -109,7 +109,7 @@ def heat_picture(
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         strongest = person.amax(0).clamp(0, 1).numpy()
         heat = np.maximum(heat, cv2.warpAffine(strongest, place, (width, height), flags=flags))
-    share = 0.65 * heat[..., None]
+    share = 0.8 * np.sqrt(heat)[..., None]
     picture = (photo * (1 - share) + 255 * heat_colours(heat, 0, 1) * share).astype(np.uint8)
     thick = max(1, round(max(height, width) / 400))
     for box in boxes.round().int().tolist():

@@ -81,11 +81,11 @@ class MMPoseEstimator:
         else:
             self.name, config = "config", copy.deepcopy(config)
         _check_kind(self.name, config)
-        file = None if untrained else find_checkpoint(self.name, checkpoint, weights, "mmpose")
         meta = _dataset_meta(config, apis)
         with quiet():
             self.model = _build(self.name, config, apis)
-        if file is not None:
+        if not untrained:  # the last of all that may fail: it may have to be downloaded
+            file = find_checkpoint(self.name, checkpoint, weights, "mmpose")
             stored = load_weights(self.model, file).get("dataset_meta")
             meta = stored if isinstance(stored, dict) and "keypoint_id2name" in stored else meta
         self.model.dataset_meta = _checked_meta(self.name, meta, self.model.head.out_channels)
