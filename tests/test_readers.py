@@ -12,6 +12,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import standin_tables as tables
+import standins as s
 
 from hmdiff.body import Body, load_body
 from hmdiff.commands.prepare import DATASETS
@@ -21,8 +23,6 @@ from hmdiff.data.readers.lens import Lens, pinhole_about
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 from hmdiff.skeletons import COCO17, H36M17, HALPE26, J14, SMPL24, SPIN24, joint_indices
-from tests import standin_tables as tables
-from tests import standins as s
 
 
 def _records(name: str, folder: Path, split: str | None = None) -> dict[str, Record]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import standin_tables as tables
+import standins as s
 import torch
 from small import free_body
 
@@ -22,8 +24,6 @@ from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
 from hmdiff.prepare.dataset import prepare_dataset
 from hmdiff.skeletons import HAND21
-from tests import standin_tables as tables
-from tests import standins as s
 
 TURNED = AugmentOptions(flip=0.5, noise=0, upright=0)
 

@@ -1,10 +1,7 @@
-"""Heatmaps of any top-down model of mmpose: people in a photo in, `Heatmaps` over our square crop out.
+"""Any top-down model of mmpose as the source of heatmaps: a photo and boxes in, `Heatmaps` over our square crop out.
 
-P people, K joints of the model. Pixel k of a heatmap stands for the pixel k * stride of the model's input: the stride
-is input / heatmap for MSRA's codec (arXiv 1804.06208), (input - 1) / (heatmap - 1) for UDP's (arXiv 1911.07524), one
-over the split ratio for the bins of SimCC (arXiv 2107.03332). How the photo is warped into the input, as UDP or not, is
-a choice of its own in a config. Photo pixels are counted as mmpose counts its keypoints. Our choice: SimCC's bins are
-spread to the width of Gaussian heatmaps.
+P people, K joints of the model. Heatmap and SimCC heads are read, heads that regress coordinates are refused; what they
+give is brought into our crop by `mmpose_codecs`. All choices of names and batches are ours.
 """
 
 from __future__ import annotations
@@ -22,13 +19,11 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 from hmdiff.heatmaps.distribution import (
-    HEATMAP_SIZE,
     Heatmaps,
     concatenate_heatmaps,
     crop_from_box,
-    heatmaps_from_values,
-    pixel_coordinates,
 )
+from hmdiff.heatmaps.mmpose_codecs import heatmaps_from_codec, heatmaps_from_simcc
 from hmdiff.heatmaps.openmmlab import (
     find_checkpoint,
     find_model,
@@ -41,7 +36,6 @@ from hmdiff.skeletons import HALPE26, shared_joints
 
 PEOPLE_AT_ONCE = 16  # bounds the memory; changes no result
 CODECS = ("MSRAHeatmap", "UDPHeatmap", "SimCCLabel")
-_SIMCC_SIGMA = 2.0  # our heatmaps' pixels, as Gaussian heatmaps have
 # Joints that mmpose's data sets name otherwise. A "head" is its top in some sets only; MPII's upper neck is not ours.
 _NAMES = {
     "halpe": {"head": "top_head", "hip": "mid_hip"},
@@ -164,98 +158,6 @@ class _Bins:
         peaks = [1 / (sigma * math.sqrt(2 * math.pi)) if codec.smoothing_type == "gaussian" else 1.0
                  for sigma in codec.sigma]  # fmt: skip
         return x, y, torch.minimum(x.amax(-1) / peaks[0], y.amax(-1) / peaks[1])
-
-
-def heatmaps_from_codec(
-    values: Tensor,  # (P, K, h, w) the model's heatmaps
-    names: Sequence[str],  # K
-    codec: Any,  # mmpose's MSRAHeatmap or UDPHeatmap
-    center: Tensor,  # (P, 2) centre of the model's input, photo pixels
-    scale: Tensor,  # (P, 2) width and height of the input, photo pixels
-    use_udp: bool,  # the warp into the input is UDP's
-    to_center: Tensor,  # (P, 2) our crop
-    to_side: Tensor,  # (P,)
-) -> Heatmaps:
-    """The same heatmaps over our crop, through cubic splines: bilinear steps would move the peak of a Gaussian."""
-    size = torch.tensor([values.shape[-1], values.shape[-2]])
-    first, step = _grid(codec, center, scale, use_udp, size)
-    across, down = (
-        torch.stack([_spline(int(size[axis]), places) for places in
-                     (_targets(to_center, to_side, axis) - first[:, axis, None]) / step[:, axis, None]])
-        for axis in (0, 1)
-    )  # fmt: skip
-    moved = torch.einsum("pik,pjkl,pml->pjim", down, values, across)
-    return heatmaps_from_values(moved, names, to_center, to_side)
-
-
-def _targets(center: Tensor, side: Tensor, axis: int) -> Tensor:  # (P, 64) photo places of our pixels, double
-    return center[:, axis, None].double() + pixel_coordinates(HEATMAP_SIZE, side.double()) / 2 * side[:, None].double()
-
-
-def _spline(
-    size: int,
-    places: Tensor,  # (n,) in pixels from the first
-) -> Tensor:  # (n, size) float32
-    """The weights of `size` values at places between them; none beyond the outer pixels' edges."""
-    from scipy.interpolate import make_interp_spline
-
-    weights = make_interp_spline(np.arange(size), np.eye(size), k=3)(places.clamp(0, size - 1).numpy())
-    inside = (places > -0.5) & (places < size - 0.5)
-    return (torch.from_numpy(weights) * inside[:, None]).float()
-
-
-def heatmaps_from_simcc(
-    x: Tensor,  # (P, K, bins of the width) >= 0
-    y: Tensor,  # (P, K, bins of the height)
-    scores: Tensor,  # (P, K) the confidence
-    names: Sequence[str],  # K
-    codec: Any,  # mmpose's SimCCLabel
-    center: Tensor,  # (P, 2) centre of the model's input, photo pixels
-    scale: Tensor,  # (P, 2) width and height of the input, photo pixels
-    use_udp: bool,
-    to_center: Tensor,  # (P, 2) our crop
-    to_side: Tensor,  # (P,)
-) -> Heatmaps:
-    """The outer product of the two distributions, its peak the score. It cannot hold two modes apart from their mirror
-    images: (x1 or x2) and (y1 or y2) make four peaks.
-
-    Each bin is spread by a Gaussian, so that a label of SimCC becomes as wide as heatmaps are (`_SIMCC_SIGMA`).
-    """
-    size = torch.tensor([x.shape[-1], y.shape[-1]])
-    first, step = _grid(codec, center, scale, use_udp, size)
-    pixel = to_side / HEATMAP_SIZE
-    profiles = []
-    for axis, bins in enumerate((x, y)):
-        label = codec.sigma[axis] if codec.smoothing_type == "gaussian" else 0.0
-        width = ((_SIMCC_SIGMA * pixel) ** 2 - (label * step[:, axis]) ** 2).clamp_min((pixel / 2) ** 2).sqrt()
-        places = first[:, axis, None] + step[:, axis, None] * torch.arange(int(size[axis]))  # (P, bins)
-        spread = _spread(bins, places, _targets(to_center, to_side, axis), width)
-        # The peak may lie outside our crop, so it is taken where the bins are.
-        profiles.append(spread / _spread(bins, places, places, width).amax(-1, keepdim=True).clamp_min(1e-12))
-    values = profiles[1][..., :, None] * profiles[0][..., None, :] * scores.clamp(0, 1)[..., None, None]
-    return heatmaps_from_values(values, names, to_center, to_side)
-
-
-def _spread(
-    bins: Tensor,  # (P, K, n)
-    places: Tensor,  # (P, n) where the bins are
-    at: Tensor,  # (P, m)
-    width: Tensor,  # (P,) the Gaussian's sigma
-) -> Tensor:  # (P, K, m)
-    distance = (at[:, None, :] - places[:, :, None]) / width[:, None, None]
-    return bins @ torch.exp(-0.5 * distance.double().square()).to(bins.dtype)
-
-
-def _grid(
-    codec: Any, center: Tensor, scale: Tensor, use_udp: bool, size: Tensor
-) -> tuple[Tensor, Tensor]:  # (P, 2) photo place of a heatmap's first pixel, (P, 2) photo pixels from one to the next
-    entry = torch.tensor(codec.input_size, dtype=torch.float64)
-    kind = type(codec).__name__
-    if kind == "SimCCLabel":
-        stride = torch.full((2,), 1 / codec.simcc_split_ratio, dtype=torch.float64)
-    else:
-        stride = (entry - 1) / (size - 1) if kind == "UDPHeatmap" else entry / size
-    return center - scale / 2, stride * scale / (entry - int(use_udp))
 
 
 def check_boxes(
