@@ -1,6 +1,7 @@
 """Heatmaps: what a 2D pose estimator knows, as a distribution over the crop for every joint.
 
-`distribution` holds the type and its mathematics; `keypoints` and `arrays` are the sources that need no network.
+`distribution` holds the type and its mathematics; `keypoints` and `arrays` are the sources that need no network,
+`mmpose_source` runs one of mmpose's. The latter is imported from its own module, so that mmpose stays optional.
 """
 
 from hmdiff.heatmaps.arrays import load_heatmaps, save_heatmaps

@@ -3,7 +3,8 @@
 Of each photo is kept the square about the person, `margin` times the crop's side, so that every augmentation (scale
 1.25, any rotation: 1.25 * sqrt 2) still finds its context; brought to at most `resolution` pixels a crop's side, which
 is a half more than a model of 256 pixels reads; as a jpg. Photos that lie inside it whole, and need no scaling, keep
-their own bytes. Our choice: a 1920 x 1080 frame of 600 KB and 15 ms becomes some 50 KB and 2 ms.
+their own bytes. Our choice, size against speed: of 1920 x 1080 frames of 391 KB 65 KB a person are left, and a crop of
+224 pixels is read 5 times as fast (243 against 46 a second of one core's time).
 """
 
 from __future__ import annotations
