@@ -19,11 +19,11 @@ from hmdiff.body import Body
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
 
-AT_ONCE = 64  # bodies: bounds the memory, changes no result
+AT_ONCE = 32  # bodies: bounds the memory, changes no result
 POINTS = 640  # vertices that are fitted, spread over the surface
 POINTS_A_BONE = 12  # at least, of those that a bone moves most
 NOISE = 0.005  # sigma, metres
-ROUNDS = 8
+ROUNDS = 4
 
 
 class FittedBodies(NamedTuple):
@@ -78,7 +78,7 @@ class _State(NamedTuple):
     betas: Tensor  # (N, B)
     translation: Tensor  # (N, 3)
     cost: Tensor  # (N,)
-    normal: Tensor  # (N, U, U) J^T J of the unknowns: 3 J turns (x of all joints first), B, 3
+    normal: Tensor  # (N, U, U) J^T J; U = 3 J turns (x of all joints first) + B + 3
     slope: Tensor  # (N, U) J^T r
 
 
