@@ -22,7 +22,7 @@ from hmdiff.unpickling import load_pickle
 
 FOLDER_VARIABLE = "HMDIFF_BODY_DIR"
 NUM_BETAS = 10
-_GENDERS = {"neutral": ("neutral", "n"), "female": ("female", "f"), "male": ("male", "m")}
+_GENDERS = {"neutral": "neutral", "female": "f", "male": "m"}  # and how SMPL's published files name them
 _SIDES = {"right": "RIGHT", "neutral": "RIGHT", "left": "LEFT"}
 _SITES = {
     "smpl": "https://smpl.is.tue.mpg.de",
@@ -67,7 +67,7 @@ def find_body_file(
     folder = body_folder()
     if folder:
         there = files_by_name(folder)
-        for name in (f"{Path(names[0]).stem}.npz", *names):  # what `hmdiff prepare licensed` wrote is read the faster
+        for name in (own_name(kind, gender), *names):  # what `hmdiff prepare licensed` wrote is read the faster
             if (path := there.get(name.lower())) is not None:
                 return path
     place_text = f"not in {folder} ({FOLDER_VARIABLE})" if folder else f"{FOLDER_VARIABLE} is not set"
@@ -76,6 +76,23 @@ def find_body_file(
         f"{Path(folder or '<folder>') / kind / names[0]} and set {FOLDER_VARIABLE}={folder or '<folder>'} "
         f"(also taken: {', '.join(names[1:])}), or use the free body"
     )
+
+
+def own_name(
+    kind: str,  # one of LICENSED
+    gender: str,
+) -> str:
+    """The name under which `hmdiff prepare licensed` keeps such a body."""
+    return f"{Path(_published_names(kind, gender)[0]).stem}.npz"
+
+
+def published_rank(
+    kind: str,  # one of LICENSED
+    gender: str,
+    file: str,
+) -> int:
+    """Place of a file among the published ones of its kind: of two, the one that comes first is read."""
+    return [name.lower() for name in _published_names(kind, gender)].index(file.lower())
 
 
 def _published_names(kind: str, gender: str) -> list[str]:
@@ -91,8 +108,8 @@ def _published_names(kind: str, gender: str) -> list[str]:
         return [f"SMPLX_{upper}.npz", f"SMPLX_{upper}.pkl", f"SMPLX_{upper}_2020.npz"]
     return [
         f"SMPL_{upper}.pkl", f"SMPL_{upper}.npz",
-        *(f"basicModel_{word}_lbs_10_207_0_v{version}.{suffix}" for suffix in ("pkl", "npz")
-          for version in ("1.1.0", "1.0.0") for word in _GENDERS[gender]),
+        *(f"basicModel_{_GENDERS[gender]}_lbs_10_207_0_v{version}.{suffix}" for suffix in ("pkl", "npz")
+          for version in ("1.1.0", "1.0.0")),
     ]  # fmt: skip
 
 
@@ -116,6 +133,19 @@ def read_body_file(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged, or not a body.
     """
+    path, data = Path(path), raw_arrays(path)
+    try:
+        return _free_arrays(data) if "keypoint_names" in data else _smpl_arrays(data)
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"{path}: not laid out as a body file ({error!r}); download it again") from None
+
+
+def raw_arrays(path: str | Path) -> dict[str, Any]:
+    """What a body file holds, under the names it was published with.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a body.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such body file; give free, {', '.join(LICENSED)} or the path of a .npz or .pkl")
@@ -130,10 +160,7 @@ def read_body_file(path: str | Path) -> dict[str, Any]:
     wanted = {"v_template", "shapedirs", "kintree_table"}
     if wanted - data.keys():
         raise UserError(f"{path}: not a body file: it has no {', '.join(sorted(wanted - data.keys()))}")
-    try:
-        return _free_arrays(data) if "keypoint_names" in data else _smpl_arrays(data)
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise UserError(f"{path}: not laid out as a body file ({error!r}); download it again") from None
+    return data
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({
         "body", "body_files", "canvas", "decimation", "export", "heatmaps", "mesh", "pictures", "render",
         "render_numba", "spread_picture", "surface", "data.sample",
-        "body_keypoints", "fitting", "licensed", "mesh_cache", "regressors",
+        "body_keypoints", "fitting", "mesh_cache", "regressors",
     }),
     frozenset({"models", "diffusion", "losses", "metrics", "hand_metrics", "data"}),
     frozenset({

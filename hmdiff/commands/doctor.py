@@ -8,12 +8,13 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hmdiff.commands import arguments
 
 NEEDED = ("torch", "accelerate", "diffusers", "timm", "numpy", "scipy", "cv2", "PIL", "safetensors", "omegaconf",
-          "trimesh", "matplotlib", "rich", "tqdm", "tensorboard")  # fmt: skip
+          "trimesh", "matplotlib", "rich", "tqdm", "tensorboard", "pyarrow")  # fmt: skip
 OPTIONAL = {
     "numba": ("draws training people faster on a CPU", "pip install 'hmdiff[fast]'"),
     "mmpose": ("heatmaps from photos alone, without keypoints", "uv sync --extra mmpose"),
@@ -40,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     missing = 0
     for state, what, remark in findings():
-        print(f"{state:8} {what:16} {remark}")
+        print(f"{state:8} {what:20} {remark}")
         missing += state == "MISSING"
     if missing:
         print(f"{missing} missing: do what the lines say, then run hmdiff doctor again")
@@ -57,6 +58,8 @@ def findings() -> Iterator[Finding]:
     yield _device()
     yield from (_package(name, use, mend, False) for name, (use, mend) in OPTIONAL.items())
     yield from _bodies()
+    yield from _regressors()
+    yield from _datasets()
     yield from map(_asset, ASSETS)
 
 
@@ -82,17 +85,80 @@ def _device() -> Finding:
 
 
 def _bodies() -> Iterator[Finding]:
-    from hmdiff.body_files import FOLDER_VARIABLE, LICENSED, find_body_file
+    from hmdiff.body_files import FOLDER_VARIABLE, LICENSED, body_folder, find_body_file
     from hmdiff.errors import UserError
 
-    if not os.environ.get(FOLDER_VARIABLE):
-        yield Finding("-", "licensed bodies", f"{FOLDER_VARIABLE} is not set; only needed for {', '.join(LICENSED)}")
+    folder = body_folder()
+    if folder is None:
+        words = f"{FOLDER_VARIABLE} is not set to the folder of your files; only for {', '.join(LICENSED)}"
+        yield Finding("-", "licensed bodies", words)
+        return
+    if not folder.is_dir():
+        yield Finding("-", "licensed bodies", f"{folder}: no such folder, and {FOLDER_VARIABLE} names it")
         return
     for kind in LICENSED:
+        first = None
+        for gender in ("right", "left") if kind == "mano" else ("neutral", "female", "male"):
+            try:
+                path = find_body_file(kind, gender)
+            except UserError as error:
+                first = first or error
+                continue
+            mend = f"; hmdiff prepare licensed {folder} makes it an npz" if path.suffix.lower() == ".pkl" else ""
+            yield Finding("ok", f"body {kind} {gender}", f"{path}{mend}")
+        if first is not None:
+            yield Finding("-", f"body {kind}", str(first))
+
+
+def _regressors() -> Iterator[Finding]:
+    from hmdiff.body_files import body_folder
+    from hmdiff.errors import UserError
+    from hmdiff.regressors import REGRESSORS, load_regressor
+
+    if body_folder() is None:
+        yield Finding("-", "regressors", "looked for beside the bodies; only protocols of SMPL and Human3.6M need them")
+        return
+    for name, regressor in REGRESSORS.items():
         try:
-            yield Finding("ok", f"body {kind}", str(find_body_file(kind)))
+            joints, vertices = load_regressor(name).shape
         except UserError as error:
-            yield Finding("-", f"body {kind}", str(error))
+            yield Finding("-", f"joints {name}", str(error))
+        else:
+            yield Finding("ok", f"joints {name}", f"{regressor.file}, {joints} joints of {vertices} vertices")
+
+
+def _datasets() -> Iterator[Finding]:
+    from hmdiff.commands.prepare import DATASETS
+    from hmdiff.commands.protocol_run import DATA_VARIABLE
+
+    mend = f"hmdiff prepare NAME SOURCE FOLDER, with {', '.join(DATASETS)}; synthetic people need none"
+    root = os.environ.get(DATA_VARIABLE)
+    if not root or not os.path.isdir(root):
+        words = f"{DATA_VARIABLE} is not set" if not root else f"{root}: no such folder, and {DATA_VARIABLE} names it"
+        yield Finding("-", "data sets", f"{words}; {mend}")
+        return
+    indices = sorted(Path(root).glob("*/index.json"))
+    yield from map(_dataset, indices)
+    if not indices:
+        yield Finding("-", "data sets", f"none in {root} ({DATA_VARIABLE}); {mend}")
+
+
+def _dataset(index: Path) -> Finding:
+    import json
+
+    what = f"data {index.parent.name}"
+    try:
+        about = json.loads(index.read_text())
+        records, shards = int(about["records"]), about["shards"]
+        changed = [s["file"] for s in shards if os.stat(index.parent / s["file"]).st_size != s["bytes"]]
+        complete = bool(about["complete"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Finding("-", what, f"{index}: not a whole prepared data set ({error!r}); prepare it again")
+    if changed:
+        return Finding("-", what, f"{index.parent / changed[0]}: not of the size it was written with; prepare it again")
+    if not complete:
+        return Finding("-", what, f"{records} people so far: its preparation was stopped; the same command goes on")
+    return Finding("ok", what, f"{records} people in {len(shards)} shards")
 
 
 def _asset(name: str) -> Finding:

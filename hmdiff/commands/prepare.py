@@ -69,6 +69,7 @@ def add_parser(subparsers: Any) -> None:
     _output(checkpoint, "assets/hmdiff_small", "FOLDER")
     checkpoint.set_defaults(run=_run(_checkpoint))
 
+    _add_licensed(parts)
     _add_temperature(parts)
 
     estimator = arguments.new_parser(
@@ -90,6 +91,17 @@ def add_parser(subparsers: Any) -> None:
 
     for name in DATASETS:
         _add_dataset(parts, name)
+
+
+def _add_licensed(parts: Any) -> None:
+    licensed = arguments.new_parser(
+        parts, "licensed", "your own SMPL, SMPL-X and MANO files and their regressors, to npz, once",
+        "hmdiff prepare licensed SMPL_python_v.1.1.0.zip --output /data/bodies",
+        "Reads chumpy pickles without chumpy. Then: HMDIFF_BODY_DIR=/data/bodies, and hmdiff train body=smpl.",
+    )  # fmt: skip
+    licensed.add_argument("source", type=Path, help="a body file, a folder of them, or a zip archive as published")
+    licensed.add_argument("--output", type=Path, metavar="FOLDER", help="(default: the folder HMDIFF_BODY_DIR)")
+    licensed.set_defaults(run=_run(_licensed))
 
 
 def _add_temperature(parts: Any) -> None:
@@ -168,6 +180,16 @@ def _mesh(options: argparse.Namespace) -> Mapping[str, Any]:
     from hmdiff.prepare.mesh import prepare_mesh
 
     return prepare_mesh(options.body, options.output, options.num_coarse, options.seed)
+
+
+def _licensed(options: argparse.Namespace) -> Mapping[str, Any]:
+    from hmdiff.body_files import body_folder
+    from hmdiff.prepare.licensed import prepare_licensed
+
+    if options.output is None:
+        options.output = body_folder()
+    written = prepare_licensed(options.source, options.output, lambda line: print(f"  {line}", flush=True))
+    return {"files written": len(written)}
 
 
 def _poses(options: argparse.Namespace) -> Mapping[str, Any]:

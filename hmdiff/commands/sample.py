@@ -14,6 +14,7 @@ from hmdiff.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hmdiff.body import Body
     from hmdiff.commands.estimation import Estimation
     from hmdiff.commands.photos import Box, PhotoPeople
     from hmdiff.pipeline import HMDiffPipeline, MeshOutput
@@ -32,8 +33,8 @@ def add_parser(subparsers: Any) -> None:
         "recover 3D bodies of the people in photos",
         "hmdiff sample photo.jpg --keypoints photo.json",
         "For each person it writes NAME.npz (vertices, joints, keypoints, camera, spread, the number of the selected "
-        "hypothesis, modes and their weights), NAME.obj (the mean body), NAME.glb (mean and hypotheses), NAME.png (a "
-        "picture of them over the photo and from the side) and NAME_spread.png (the selected one, coloured by spread); "
+        "hypothesis, modes and their weights, and the pose and shape fitted to each hypothesis), NAME.obj (the mean "
+        "body), NAME.glb (mean and hypotheses), NAME.png (a picture of them over the photo and from the side) and NAME_spread.png (the selected one, coloured by spread); "
         "NAME_0, NAME_1, ... where there are several people.",
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="jpg, png, webp, ...")
@@ -135,7 +136,7 @@ def sample_people(pipeline: HMDiffPipeline, people: Sequence[PhotoPeople], optio
             bar.set_description(f"writing {names[number, person]}")
             try:
                 stem = Path(options.output) / names[number, person]
-                text = write_person(output, row, photo, person, stem, distance)
+                text = write_person(output, row, photo, person, stem, pipeline.body, distance)
             except UserError as error:
                 failures[photo.photo] = _about(photo.photo, error)
                 continue
@@ -209,12 +210,31 @@ def _distance(output: MeshOutput, people: Sequence[PhotoPeople], batch: Sequence
     return keypoint_distance(output, concatenate_heatmaps([people[n].heatmaps[person] for n, person in batch]))
 
 
+def fitted_parameters(
+    body: Body,
+    vertices: Tensor,  # (N, V, 3) the hypotheses
+    mean: Tensor,  # (V, 3)
+) -> dict[str, Any]:
+    """Pose and shape of every hypothesis and of the mean, to animate them; translations are in the vertices' frame."""
+    import torch
+
+    from hmdiff.fitting import fit_parameters
+
+    found = fit_parameters(body, torch.cat([vertices, mean[None]]))
+    arrays: dict[str, Any] = {"body": body.name}
+    for name, values in (("pose", found.pose), ("betas", found.betas), ("pose_translation", found.translation),
+                         ("fit_error_mm", found.error_mm)):  # fmt: skip
+        arrays |= {name: values[:-1], f"mean_{name}": values[-1]}
+    return arrays
+
+
 def write_person(
     output: MeshOutput,
     row: int,  # of the person in the output
     photo: PhotoPeople,
     person: int,  # number in the photo
     stem: Path,
+    body: Body,
     distance: Tensor | None = None,  # (B, N) pixels
 ) -> str:
     """npz, obj, glb and png of one person; returns a line about them."""
@@ -245,7 +265,8 @@ def write_person(
         arrays["keypoints"] = output.keypoints[row]
     selected, modes = int(output.selected[row]), output.modes(min(MODES, len(vertices)))
     arrays |= {"selected": output.selected[row], "modes": modes.index[row], "mode_weights": modes.weights[row]}
-    save_npz(path(".npz"), **arrays)
+    fitted = fitted_parameters(body, vertices, mean)
+    save_npz(path(".npz"), **arrays, **fitted)
     save_obj(path(".obj"), mean, faces)
     meshes: dict[str, tuple[Any, Any]] = {"mean": (mean, faces)}
     colours: list[Any] = [(0.75, 0.75, 0.78)]
@@ -264,7 +285,7 @@ def write_person(
         output.translation[row, selected].cpu(), float(output.focal[row]), output.principal_point[row].cpu(),
     )  # fmt: skip
     save_picture(path("_spread.png"), heat)
-    spread, fit = float(output.spread[row].mean()), ""
+    spread, fit = float(output.spread[row].mean()), f"parameters within {fitted['mean_fit_error_mm']:.0f} mm; "
     if output.guidance is not None:
         before, after = (float(gap[row].mean()) for gap in (output.guidance.gap_before, output.guidance.gap_after))
         fit = f"gap {1000 * before:.2f} -> {1000 * after:.2f} e-3; "
