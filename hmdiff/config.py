@@ -45,7 +45,10 @@ class DataConfig:
     block_size: int = 32  # people drawn at once; the batch is a whole number of blocks
     image_size: int = 224  # of the rendered pictures, drawn where the model reads images
     pictures: bool = False  # draw them for every model: their silhouettes and depths are labels too
+    map_size: int = 0  # of silhouettes and depths, drawn at this size with or without pictures; 0: as the pictures
+    depth_faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of hmdiff.data.depth_faults.DepthFaults
     faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of hmdiff.data.estimator.EstimatorFaults
+    label_noise: float = 0.0  # metres by which training labels are displaced, see hmdiff/data/label_noise.py
     workers: int = 0  # processes that draw ahead of the training
 
 
@@ -61,6 +64,13 @@ class LossConfig:
     joints: float = 1.0  # weight of a joint point against a vertex point
     camera: float = 0.1
     edges: float = 0.0
+    # Of the optional paths, see hmdiff/losses/paths.py
+    projection: float = 0.0  # D2A-HMR's L_2D, of the joints
+    rle: float = 0.0  # D2A-HMR's L_RLE, of what model.rle names
+    silhouette: float = 0.0  # D2A-HMR's L_silh
+    estimates: float = 0.0  # JOTR's joints after each block
+    joint_contrast: float = 0.0  # JOTR's two, 0.1 each there
+    non_joint_contrast: float = 0.0
 
 
 @dataclasses.dataclass
@@ -78,6 +88,7 @@ class TrainingConfig:
     ema_decay: float = 0.999
     mixed_precision: str = "no"  # "bf16" where the processor has it
     compile: bool = False
+    gradient_checkpointing: bool = False  # compute the blocks twice and keep less: for large models
     log_every: int = 20
     evaluate_every: int = 500
     picture_every: int = 0  # steps between pictures of validation people; 0: at every evaluation

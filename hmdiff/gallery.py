@@ -11,7 +11,7 @@ import torch
 from hmdiff.canvas import contact_sheet, draw_keypoints, save_picture, to_bytes
 from hmdiff.data.sample import PeopleSource
 from hmdiff.errors import UserError
-from hmdiff.evaluation import as_heatmaps, photo_of
+from hmdiff.evaluation import as_heatmaps, depth_of, photo_of
 from hmdiff.pictures import PALETTE, turntable_view
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.skeletons import HALPE26
@@ -29,7 +29,8 @@ def validation_picture(
 ) -> None:
     """A row a person: the heatmaps, the truth and hypotheses from the front, then from the side. Written to `path`."""
     sample = data.block(split, 0).map(lambda tensor: tensor[:people])
-    output = pipeline(sample.image, as_heatmaps(sample), num_hypotheses=hypotheses, **photo_of(sample))
+    given = photo_of(sample) | depth_of(pipeline, sample)
+    output = pipeline(sample.image, as_heatmaps(sample), num_hypotheses=hypotheses, **given)
     assert sample.vertices is not None
     cells, captions = [], []
     for person in range(people):

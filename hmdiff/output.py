@@ -32,6 +32,9 @@ class MeshOutput:
     guidance: GuidanceReport | None = None  # what DAT did, where it was asked for
     log_likelihood: Tensor | None = None  # (B, N) nats, of every hypothesis under the heatmaps; None without them
     temperature: float = 1.0  # of this way of sampling: 1 where none was fitted
+    confidence: Tensor | None = None  # (B, K) 0..1 of the joints, from RLE's σ̂ (D2A-HMR); None without RLE
+    joint_scale: Tensor | None = None  # (B, K, 3) metres, RLE's σ̂ of the joints, camera's or crop's axes as the model's
+    rle_log_likelihood: Tensor | None = None  # (B, N) nats, of every hypothesis under the model's own regression
 
     @property
     def mean_vertices(self) -> Tensor:  # (B, V, 3)
@@ -45,7 +48,7 @@ class MeshOutput:
     @property
     def selected(self) -> Tensor:  # (B,) long
         """The hypothesis to show where it must be one, chosen without the ground truth (`hypotheses.select`)."""
-        return select(self.joints, self.log_likelihood)
+        return select(self.joints, self.log_likelihood, self.rle_log_likelihood)
 
     @property
     def selected_vertices(self) -> Tensor:  # (B, V, 3)

@@ -34,6 +34,7 @@ from hmdiff.geometry import (
     weak_to_full_camera,
 )
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
+from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.output import MeshOutput, keypoint_distance, log_likelihood
@@ -113,6 +114,7 @@ class HMDiffPipeline:
         callback: Callback | None = None,
         progress: Callable[[int], None] | None = None,  # told how many hypotheses are done
         guidance: Guidance | None = None,  # DAT towards `heatmaps`, which an image model may be given for this alone
+        depth: Tensor | None = None,  # (B, h, w) of the crops, larger = farther, any scale and shift, NaN = not known
     ) -> MeshOutput:
         """Recover the people. The same seed gives the same result whatever the batch or the device's number of rows.
 
@@ -122,7 +124,8 @@ class HMDiffPipeline:
         if num_hypotheses < 1:
             raise UserError(f"num_hypotheses {num_hypotheses}: at least 1 is needed")
         images, values, valid = self._inputs(images, heatmaps)
-        conditioning, camera = self.model.encode(images, values, valid)
+        depth = self._depth(depth, len(values) if values is not None else len(images))  # type: ignore[arg-type]
+        conditioning, camera = self.model.encode(images, values, valid, depth)
         count = len(camera)
         people = list(range(count)) if people is None else list(people)
         if len(people) != count:
@@ -147,6 +150,7 @@ class HMDiffPipeline:
         points, report = self.denoised(
             conditioning, people, num_hypotheses, num_inference_steps, seed, scheduler, eta, callback, progress, plan
         )
+        certainty = self._certainty(conditioning, points)
         if rotation is not None:
             points = points @ rotation[:, None].mT
         coarse, joints = self.model.to_coarse(points), self.model.to_joints(points)
@@ -167,7 +171,7 @@ class HMDiffPipeline:
             likelihood = log_likelihood(keypoints, translation, focal, principal, heatmaps)
         return MeshOutput(
             vertices, joints, keypoints, camera, translation, focal, principal, self.faces, report, likelihood,
-            self.temperature(num_inference_steps, scheduler, eta, guidance),
+            self.temperature(num_inference_steps, scheduler, eta, guidance), *certainty,
         )  # fmt: skip
 
     def sampling(
@@ -249,6 +253,38 @@ class HMDiffPipeline:
             if progress is not None:
                 progress(width * count)
         return torch.cat(parts, 1), GuidanceReport.join(reports) if reports else None
+
+    def _certainty(
+        self,
+        conditioning: Conditioning,
+        points: Tensor,  # (B, N, P, 3) of the hypotheses, the model's frame
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[()]:
+        """Confidence and σ̂ of the joints and the likelihood of every hypothesis, by RLE where the model has it.
+
+        At the last step, where σ̂ is of p(x_0 | image): see `losses/rle.py`.
+        """
+        if "joints" not in self.model.config.rle:
+            return ()
+        at_last = self.model.at_last_step(conditioning)
+        mean, scale = at_last.points[:, 0, self.model.config.num_coarse :], at_last.scale["joints"][:, 0]
+        flow = self.model.flow_log_probs()["joints"]
+        joints = points[..., self.model.config.num_coarse :, :]
+        likelihood = rle_log_likelihood(joints, mean, scale, flow, self.model.config.rle_variant)
+        return joint_confidence(scale), scale * self.model.config.mesh_scale, likelihood
+
+    def _depth(self, depth: Tensor | None, people: int) -> Tensor | None:
+        """The depth maps, checked against what the model reads."""
+        if not self.model.config.depth_map:
+            if depth is not None:
+                raise UserError("this model reads no depth maps: leave depth out, or take one with model.depth_map=true")
+            return None
+        if depth is None:
+            raise UserError("this model reads depth maps: give depth=(B, h, w), NaN where it is not known")
+        if depth.dim() != 3 or len(depth) != people or min(depth.shape[1:]) < 2:
+            raise UserError(f"depth: shape {tuple(depth.shape)} found, ({people}, h, w) expected: a map for each person")
+        if not depth.is_floating_point():
+            depth = depth.float()
+        return depth.to(self.device)
 
     def _guidance_plan(
         self,

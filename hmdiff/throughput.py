@@ -13,7 +13,8 @@ import torch
 from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.body import load_body
 from hmdiff.config import Config
-from hmdiff.training import TrainingStream, training_losses
+from hmdiff.training import TrainingStream
+from hmdiff.training_step import training_losses
 
 
 def measure_throughput(
@@ -37,11 +38,12 @@ def measure_throughput(
     model = build_model(config, body, mesh).to(device).train()
     model.upsample_weight.requires_grad_(False)  # as the training does
     scheduler = build_scheduler(config)
-    stream = TrainingStream(build_source(config, body, mesh), config, 0, 1, model.num_points)
-    forward: Any = torch.compile(model) if values.compile else model
+    stream = TrainingStream(build_source(config, body, mesh), config, 0, 1, model)
+    if values.compile:
+        model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    people, steps, noise = stream[0]
-    people, steps, noise = people.to(device), steps.to(device), noise.to(device)
+    people, draws = stream[0]
+    people, draws = people.to(device), draws.to(device)
 
     def draw() -> None:
         stream[1]
@@ -49,7 +51,7 @@ def measure_throughput(
     def step() -> None:
         narrow = values.mixed_precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if narrow else contextlib.nullcontext():
-            loss = training_losses(forward, model, scheduler, config.loss, people, steps, noise)["loss"]
+            loss = training_losses(model, scheduler, config.loss, people, draws)["loss"]
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), values.gradient_clip)
         optimizer.step()

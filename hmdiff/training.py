@@ -36,25 +36,19 @@ from tqdm import tqdm
 
 from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.body import load_body
-from hmdiff.config import Config, LossConfig, load_config, save_config
+from hmdiff.config import Config, load_config, save_config
 from hmdiff.data.sample import PeopleSource, Sample, concatenate
 from hmdiff.data.synthetic import block_generator
-from hmdiff.diffusion.noising import (
-    WEIGHTINGS,
-    clean_estimate,
-    draw_steps,
-    loss_weight,
-    signal_share,
-    training_target,
-)
+from hmdiff.diffusion.noising import WEIGHTINGS, draw_steps
 from hmdiff.errors import UserError
 from hmdiff.evaluation import evaluate, mean_mesh_error, mean_mesh_errors, save_report
-from hmdiff.geometry import crop_rotation
 from hmdiff.losses.mesh import POINT_LOSSES
-from hmdiff.losses.objective import objective
+from hmdiff.losses.rle import RLE_VARIANTS
+from hmdiff.models.masking import draw_hidden
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.storage import atomic_file, make_folder
+from hmdiff.training_step import Draws, TrainingStep, used_by_no_loss
 
 _AT_LEAST_ONE = (
     "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every", "checkpoint_every",
@@ -63,11 +57,14 @@ _AT_LEAST_ONE = (
 
 
 class TrainingStream(Dataset):
-    """Micro-batches of one process: item i holds the people, item i of the noise, both functions of (seed, i)."""
+    """Micro-batches of one process: item i holds the people, and all that is random: functions of (seed, i) alone."""
 
-    def __init__(self, data: PeopleSource, config: Config, rank: int, processes: int, points: int) -> None:
+    def __init__(
+        self, data: PeopleSource, config: Config, rank: int, processes: int, model: MeshRecoveryModel
+    ) -> None:
         training, loss = config.training, config.loss
-        self.data, self.seed, self.points = data, config.seed, points
+        self.data, self.seed = data, config.seed
+        self.points, self.tokens, self.masked = model.num_points, model.num_tokens, model.config.masked
         self.levels = loss.noise_levels
         self.blocks = training.batch_size // data.block_size
         if self.blocks * data.block_size != training.batch_size:
@@ -81,57 +78,23 @@ class TrainingStream(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[Sample, Tensor, Tensor]:  # people, steps (B, M), noise (B, M, P, 3)
+    def __getitem__(self, index: int) -> tuple[Sample, Draws]:
         first = (index * self.processes + self.rank) * self.blocks
-        people, steps, noise = [], [], []
+        people, steps, noise, hidden = [], [], [], []
         for number in range(first, first + self.blocks):
             people.append(self.data.block("train", number))
             generator = block_generator(self.seed, "noise", number)
             shape = (self.data.block_size, self.levels)
             steps.append(draw_steps(shape, self.total, self.terminal, generator))
             noise.append(torch.randn(*shape, self.points, 3, generator=generator))
-        return concatenate(people), torch.cat(steps), torch.cat(noise)
+            if self.masked:
+                hidden.append(draw_hidden((*shape, self.tokens), self.masked, generator))
+        draws = Draws(torch.cat(steps), torch.cat(noise), torch.cat(hidden) if hidden else None, self._seed(index))
+        return concatenate(people), draws
 
-
-def training_losses(
-    model: torch.nn.Module,  # MeshRecoveryModel, or a wrapper of it
-    plain: MeshRecoveryModel,
-    scheduler: Any,
-    config: LossConfig,
-    sample: Sample,
-    steps: Tensor,  # (B, M)
-    noise: Tensor,  # (B, M, P, 3)
-    edges: Tensor | None = None,  # (E, 2)
-) -> dict[str, Tensor]:
-    """One forward pass and the objective's terms. HMDiff: predict at x_k; direct: predict from a constant."""
-    sample = sample.silenced()
-    assert sample.coarse_vertices is not None and sample.joints_3d is not None
-    truth = plain.to_points(sample.coarse_vertices, sample.joints_3d)
-    if plain.config.frame == "crop" and sample.focal is not None and sample.principal_point is not None:
-        truth = truth @ crop_rotation(sample.principal_point, sample.focal)
-    truth = truth[:, None]
-    inputs = (sample.image, sample.heatmaps, sample.heatmap_valid)
-    if plain.config.mode == "direct":
-        start = torch.zeros_like(truth)
-        prediction, camera = model(start, start.new_ones(len(truth), 1), *inputs)
-        target, clean = truth, prediction
-        share = weight = truth.new_ones(len(truth), 1)
-    else:
-        kind = scheduler.config.prediction_type
-        # Somebody whose truth is not all there is seen at the last step alone: x_K is noise, whatever x_0 was.
-        for whole in (sample.has_vertices, sample.has_joints_3d):
-            if whole is not None:
-                steps = torch.where(whole[:, None], steps, scheduler.config.num_train_timesteps - 1)
-        share = signal_share(scheduler, steps).to(truth)
-        noisy = share.sqrt()[..., None, None] * truth + (1 - share).sqrt()[..., None, None] * noise
-        fraction = (steps + 1).to(truth) / scheduler.config.num_train_timesteps
-        prediction, camera = model(noisy, fraction, *inputs)
-        target = training_target(truth.expand_as(noise), noise, share, kind)
-        clean = clean_estimate(prediction, noisy, share, kind)
-        weight = loss_weight(share, kind, config.weighting, config.gamma)
-    return objective(
-        config, sample, prediction, target, weight, clean, truth, share, camera, plain.config.num_coarse, edges
-    )
+    def _seed(self, index: int) -> int:
+        """Of what all processes draw alike."""
+        return int(block_generator(self.seed, "contrast", index).initial_seed())
 
 
 class Trainer:
@@ -143,10 +106,9 @@ class Trainer:
         _check_values(config)
         if values.threads:
             torch.set_num_threads(values.threads)
-        # Without a camera loss its head gets no gradient, nor do HRNet's other resolutions: DDP must expect it.
-        idle = not config.loss.camera or config.model.get("inputs", "heatmaps") != "heatmaps"
-        unused = DistributedDataParallelKwargs(find_unused_parameters=idle)
-        self.accelerator = Accelerator(mixed_precision=values.mixed_precision, kwargs_handlers=[unused])
+        # Its find_unused_parameters is set once the model is known, and read when the model is wrapped.
+        self._wrapping = DistributedDataParallelKwargs()
+        self.accelerator = Accelerator(mixed_precision=values.mixed_precision, kwargs_handlers=[self._wrapping])
         self.folder = make_folder(config.output)
         self._check_same_run()
         device = self.accelerator.device
@@ -160,7 +122,7 @@ class Trainer:
         self.scheduler = build_scheduler(config)
         data = build_source(config, body, mesh)
         self.stream = TrainingStream(
-            data, config, self.accelerator.process_index, self.accelerator.num_processes, self.plain.num_points
+            data, config, self.accelerator.process_index, self.accelerator.num_processes, self.plain
         )
         self.validation = build_source(config, body, mesh, full_mesh=True)
         self.pipeline = HMDiffPipeline(
@@ -168,7 +130,8 @@ class Trainer:
         )
         faces = mesh.coarse_faces
         edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.unique(dim=0)
-        self.edges = edges.to(device) if config.loss.edges else None
+        if values.gradient_checkpointing:
+            self.plain.enable_gradient_checkpointing()
 
         decayed = [p for p in self.plain.parameters() if p.requires_grad and p.dim() > 1]
         others = [p for p in self.plain.parameters() if p.requires_grad and p.dim() <= 1]
@@ -177,7 +140,9 @@ class Trainer:
         # A compiled module renames its parameters, so only its forward is compiled.
         if values.compile:
             self.plain.forward = torch.compile(self.plain.forward)  # type: ignore[method-assign]
-        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+        step = TrainingStep(self.plain, self.scheduler, config.loss, edges.to(device) if config.loss.edges else None)
+        self._wrapping.find_unused_parameters = used_by_no_loss(self.plain, config.loss)
+        self.model, self.optimizer = self.accelerator.prepare(step, optimizer)
         # Not registered with accelerate, which would unpickle whatever stands in its place: `_save` writes it.
         self.ema = EMAModel(
             self.plain.parameters(), decay=values.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
@@ -241,14 +206,12 @@ class Trainer:
             group["lr"] = self._rate()
         totals: dict[str, Tensor] = {}
         for micro in range(values.gradient_accumulation):
-            people, steps, noise = next(batches)
-            people, steps, noise = people.to(device), steps.to(device), noise.to(device)
+            people, draws = next(batches)
+            people, draws = people.to(device), draws.to(device)
             last = micro == values.gradient_accumulation - 1
             quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             with quiet, self.accelerator.autocast():
-                terms = training_losses(
-                    self.model, self.plain, self.scheduler, self.config.loss, people, steps, noise, self.edges
-                )
+                terms = self.model(people, draws)
                 self.accelerator.backward(terms["loss"] / values.gradient_accumulation)
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / values.gradient_accumulation
@@ -462,6 +425,7 @@ def _check_values(config: Config) -> None:
     choices = (
         ("loss.points", config.loss.points, POINT_LOSSES),
         ("loss.weighting", config.loss.weighting, WEIGHTINGS),
+        ("model.rle_variant", config.model.get("rle_variant", "exact"), RLE_VARIANTS),
         ("training.mixed_precision", config.training.mixed_precision, ("no", "bf16", "fp16")),
     )
     for name, value, allowed in choices:

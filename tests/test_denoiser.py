@@ -27,7 +27,7 @@ def context(images: int, length: int = 6) -> Conditioning:
 
 
 def run(model: MeshDenoiser, points: Tensor, step: Tensor, given: Conditioning) -> Tensor:
-    return model(points, step, given, model.keys_values(given.tokens))
+    return model(points, step, given, model.keys_values(given.tokens)).points
 
 
 @pytest.mark.parametrize("images", [1, 3, 4])

@@ -29,7 +29,8 @@ from hmdiff.losses.objective import objective
 from hmdiff.mesh import MeshSampler
 from hmdiff.prepare.dataset import prepare_dataset
 from hmdiff.skeletons import HALPE26, SMPL24, mirror_permutation
-from hmdiff.training import Trainer, TrainingStream, training_losses
+from hmdiff.training import Trainer, TrainingStream
+from hmdiff.training_step import Draws, training_losses
 
 PLAIN = AugmentOptions(flip=0, noise=0, rotation=0, scale=0)
 WILD = AugmentOptions(flip=0.5, noise=0, upright=0, scale=0.25)
@@ -382,7 +383,7 @@ def test_garbage_in_a_masked_label_changes_nothing(mode: str, kind: str) -> None
         model.zero_grad()
         given = with_garbage(sample, value)
         assert value == 0 or not torch.equal(given.camera, sample.camera)
-        terms = training_losses(model, model, scheduler, EVERY_TERM, given, steps, noise, edges)
+        terms = training_losses(model, scheduler, EVERY_TERM, given, Draws(steps, noise), edges)
         terms["loss"].backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found.append((terms, gradients))
@@ -400,7 +401,7 @@ def test_a_label_counts_where_it_is_there() -> None:
     steps, noise = torch.full((4, 2), 100), torch.randn(4, 2, model.num_points, 3)
 
     def points(given: Sample) -> Tensor:
-        return training_losses(model, model, scheduler, EVERY_TERM, given, steps, noise)["points"]
+        return training_losses(model, scheduler, EVERY_TERM, given, Draws(steps, noise))["points"]
 
     plain = points(sample)
     for row in range(4):
@@ -430,7 +431,7 @@ def test_the_loss_of_a_mixture_is_the_sum_over_its_parts(tmp_path: Path) -> None
     edges = torch.stack([torch.arange(20), torch.arange(1, 21)], 1)
 
     def losses(sample: Sample, k: Tensor, e: Tensor) -> dict[str, Tensor]:
-        return training_losses(model, model, scheduler, EVERY_TERM, sample, k, e, edges)
+        return training_losses(model, scheduler, EVERY_TERM, sample, Draws(k, e), edges)
 
     each = [losses(*given) for given in zip(parts, steps, noise, strict=True)]
     together = losses(concatenate(parts), torch.cat(steps), torch.cat(noise))
@@ -486,7 +487,7 @@ def test_a_mixture_trains_together(tmp_path: Path, folders: tuple[str, str]) -> 
                "model.pretrained=false", "training.threads=1")  # fmt: skip
     body, mesh = free_body()
     config = mixed(folders, tmp_path / "run", *options)
-    stream = TrainingStream(build_source(config, body, mesh), config, 0, 1, 456)
+    stream = TrainingStream(build_source(config, body, mesh), config, 0, 1, build_model(config, body, mesh))
     sample = stream[0][0]
     assert sample.image.shape == (8, 3, 32, 32) and len(sample.has_vertices) == 8
     result = Trainer(config).run()

@@ -28,7 +28,7 @@ def test_encoded_once_equals_encoded_every_time(stack: int) -> None:
     conditioning, camera = model.encode(None, heatmaps, valid)
     assert len(conditioning.keys_values) == 2 * stack
     whole = model.denoise(points, step, conditioning)
-    again, camera_again = model(points, step, None, heatmaps, valid)
+    again, camera_again, *_ = model(points, step, None, heatmaps, valid)
     assert torch.equal(whole, again) and torch.equal(camera, camera_again)
     for number in range(4):  # one hypothesis at a time
         one = model.denoise(points[:, number : number + 1], step[:, number : number + 1], conditioning)
@@ -52,7 +52,7 @@ def test_stacked_denoisers_follow_each_other() -> None:
     points, step = torch.randn(2, 1, model.num_points, 3), torch.rand(2, 1)
     first, second = model.denoisers
     pairs = conditioning.keys_values
-    expected = second(first(points, step, conditioning, pairs[:1]), step, conditioning, pairs[1:])
+    expected = second(first(points, step, conditioning, pairs[:1]).points, step, conditioning, pairs[1:]).points
     assert torch.equal(model.denoise(points, step, conditioning), expected)
 
 
@@ -61,7 +61,7 @@ def test_the_image_decides_and_the_masked_does_not() -> None:
     model = small_pipeline().model
     heatmaps, valid = inputs(2)
     points, step = torch.randn(1, 1, model.num_points, 3).expand(2, 1, -1, -1), torch.full((2, 1), 0.5)
-    prediction, camera = model(points, step, None, heatmaps, valid)
+    prediction, camera, *_ = model(points, step, None, heatmaps, valid)
     assert (prediction[0] - prediction[1]).abs().max() > 1e-3 and (camera[0] - camera[1]).abs().max() > 1e-4
     rubbish = torch.where(valid[..., None, None], heatmaps, torch.rand_like(heatmaps))
     assert torch.equal(model(points, step, None, rubbish, valid)[0], prediction)
@@ -76,10 +76,10 @@ def test_masked_tokens_are_masked_all_the_way(monkeypatch: pytest.MonkeyPatch) -
     assert not valid.all()
     tokens, mask = model.feature_backbone(heatmaps, valid)
     points, step = torch.randn(2, 1, model.num_points, 3), torch.full((2, 1), 0.5)
-    before, camera = model(points, step, None, heatmaps, valid)
+    before, camera, *_ = model(points, step, None, heatmaps, valid)
     tokens = torch.where(mask[..., None], tokens, torch.randn_like(tokens))
     monkeypatch.setattr(model.feature_backbone, "forward", lambda *_: (tokens, mask))
-    after, camera_after = model(points, step, None, heatmaps, valid)
+    after, camera_after, *_ = model(points, step, None, heatmaps, valid)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(camera_after, camera, rtol=1e-5, atol=1e-6)
 

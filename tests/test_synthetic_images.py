@@ -178,7 +178,7 @@ def training_stream():
     config.training.batch_size, config.training.steps = 4, 4
     body = load_body()
     mesh = build_mesh(config, body)
-    return TrainingStream(build_data(config, body, mesh), config, 0, 1, mesh.num_coarse + body.num_joints)
+    return TrainingStream(build_data(config, body, mesh), config, 0, 1, build_model(config, body, mesh))
 
 
 def test_workers_draw_the_same_people():
@@ -186,9 +186,10 @@ def test_workers_draw_the_same_people():
     alone = list(DataLoader(stream, batch_size=None))
     ahead = list(DataLoader(stream, batch_size=None, num_workers=2, prefetch_factor=2))
     assert len(alone) == len(ahead) == 4
-    for (one, steps, noise), (other, steps_, noise_) in zip(alone, ahead, strict=True):
+    for (one, draws), (other, again) in zip(alone, ahead, strict=True):
         assert torch.equal(one.image, other.image) and torch.equal(one.heatmaps, other.heatmaps)
-        assert torch.equal(steps, steps_) and torch.equal(noise, noise_)
+        assert torch.equal(draws.steps, again.steps) and torch.equal(draws.noise, again.noise)
+        assert draws.contrast_seed == again.contrast_seed
 
 
 def test_pictures_come_where_they_are_read_or_asked_for(body, mesh):
@@ -218,7 +219,7 @@ def test_shipped_configs_load_and_build(path, body):
     build_scheduler(config)
     data = build_data(config, body, mesh)
     assert (data.image_size is None) == (model.config.inputs == "heatmaps")
-    TrainingStream(data, config, 0, 1, model.num_points)  # batches are whole blocks
+    TrainingStream(data, config, 0, 1, model)  # batches are whole blocks
     if path.stem.endswith("_paper"):
         patches = model.denoisers[0].patches
         assert model.num_points == 455 and patches.shape == (431, 1) and model.feature_backbone.num_tokens == 49

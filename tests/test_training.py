@@ -31,8 +31,10 @@ from hmdiff import training
 from hmdiff.assembly import build_model, build_scheduler
 from hmdiff.config import Config
 from hmdiff.errors import UserError
+from hmdiff.models.prediction import Prediction
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.training import Trainer, TrainingStream, training_losses
+from hmdiff.training import Trainer, TrainingStream
+from hmdiff.training_step import Draws, training_losses
 
 State = dict[str, Tensor]
 
@@ -120,7 +122,7 @@ def test_a_training_learns_and_leaves_a_pipeline(tmp_path: Path, quick: None) ->
     state = checkpoint(tmp_path, 60)
     for number, (name, value) in enumerate(saved.model.named_parameters()):
         assert torch.equal(value, state[f"ema.{number:04d}"]), name  # the EMA is what is shipped
-    assert any(not torch.equal(value, state[f"model.{name}"]) for name, value in saved.model.named_parameters())
+    assert any(not torch.equal(value, state[f"model.model.{name}"]) for name, value in saved.model.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_every_variant_learns_a_batch(overrides: tuple[str, ...]) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(6):
-        terms = training_losses(model, model, scheduler, values.loss, people, steps, noise, edges)
+        terms = training_losses(model, scheduler, values.loss, people, Draws(steps, noise), edges)
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
@@ -174,11 +176,13 @@ def test_losses_say_what_the_noise_level_was_told() -> None:
     steps, noise = torch.tensor([[0, 49, 99]] * 8), torch.randn(8, 3, plain.num_points, 3)
     seen: dict[str, Tensor] = {}
 
-    def knowing(points: Tensor, step: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def knowing(points: Tensor, step: Tensor, *_: Any) -> Prediction:
         seen.update(points=points, step=step)
-        return truth.expand_as(points), people.camera  # type: ignore[return-value]
+        assert people.camera is not None
+        return Prediction(truth.expand_as(points), people.camera)
 
-    terms = training_losses(knowing, plain, scheduler, values.loss, people, steps, noise)  # type: ignore[arg-type]
+    plain.forward = knowing  # type: ignore[method-assign]
+    terms = training_losses(plain, scheduler, values.loss, people, Draws(steps, noise))
     assert terms["loss"].item() < 1e-6
     torch.testing.assert_close(seen["step"][0], torch.tensor([0.01, 0.5, 1.0]))
     assert torch.equal(seen["points"][:, 2], noise[:, 2])  # the last step is pure noise
@@ -227,16 +231,18 @@ def test_a_stream_is_shared_without_overlap(tmp_path: Path) -> None:
     trainer = Trainer(values)
     whole = trainer.stream
     half = config(tmp_path, 4, "training.batch_size=4")
-    parts = [TrainingStream(whole.data, half, rank, 2, whole.points) for rank in (0, 1)]
+    parts = [TrainingStream(whole.data, half, rank, 2, trainer.plain) for rank in (0, 1)]
     for index in range(2):
-        people, steps, noise = whole[index]
+        people, draws = whole[index]
         pieces = [part[index] for part in parts]
         assert people.joints_3d is not None
         assert torch.equal(people.joints_3d, torch.cat([piece[0].joints_3d for piece in pieces]))  # type: ignore[misc]
-        assert torch.equal(steps, torch.cat([piece[1] for piece in pieces]))
-        assert torch.equal(noise, torch.cat([piece[2] for piece in pieces]))
+        assert torch.equal(draws.steps, torch.cat([piece[1].steps for piece in pieces]))
+        assert torch.equal(draws.noise, torch.cat([piece[1].noise for piece in pieces]))
+        assert {piece[1].contrast_seed for piece in pieces} == {draws.contrast_seed}
+    assert whole[0][1].contrast_seed != whole[1][1].contrast_seed
     with pytest.raises(UserError, match=r"training.batch_size 6 is not a multiple of data.block_size 4"):
-        TrainingStream(whole.data, config(tmp_path, 4, "training.batch_size=6"), 0, 1, whole.points)
+        TrainingStream(whole.data, config(tmp_path, 4, "training.batch_size=6"), 0, 1, trainer.plain)
 
 
 def test_accumulation_equals_a_bigger_batch(tmp_path: Path, quick: None) -> None:

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.commands.train import memory_text, parameters, peak_gigabytes
     from hmdiff.evaluation import as_heatmaps
     from hmdiff.pipeline import HMDiffPipeline
-    from hmdiff.training import training_losses
+    from hmdiff.training_step import Draws, training_losses
 
     config = arguments.read_config(options.config, options.overrides)
     if options.shards is not None:
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     noise = torch.randn(people, levels, model.num_points, 3, generator=generator).to(device)
 
     def train_step() -> None:
-        loss = training_losses(model, model, pipeline.scheduler, config.loss, moved, steps, noise)["loss"]
+        loss = training_losses(model, pipeline.scheduler, config.loss, moved, Draws(steps, noise))["loss"]
         loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
 

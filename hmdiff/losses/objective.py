@@ -1,7 +1,7 @@
 """The training objective: named terms, each weighted, each a plain mean over the samples.
 
-L = L_points (on what the network predicts, weighted by noise level) + w_cam L_camera + w_e L_edges.
-Which of them the paper uses is unknown; the sum is ours.
+L = L_points (on what the network predicts, weighted by noise level) + w_cam L_camera + w_e L_edges, and the terms of the
+optional paths (`losses/paths.py`). Which of them the paper uses is unknown; the sum is ours.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from hmdiff.config import LossConfig
 from hmdiff.data.sample import Sample
 from hmdiff.geometry import weak_perspective_projection
 from hmdiff.losses.mesh import camera_error, edge_error, point_error, reprojection_error, silence
+from hmdiff.losses.paths import PathOutputs, path_terms
 
 
 def objective(
@@ -27,6 +28,7 @@ def objective(
     camera: Tensor,  # (B, 3)
     num_coarse: int,
     edges: Tensor | None = None,  # (E, 2) of the coarse mesh
+    paths: PathOutputs | None = None,
 ) -> dict[str, Tensor]:  # scalars: every term, weighted, and their sum as "loss"
     """Sum the terms. A sample without a label adds nothing to that label's term, whatever stands in its place."""
     sample = sample.silenced()
@@ -47,6 +49,8 @@ def objective(
         # Only where the noise is low: the mean of several poses, which is right at high noise, has short edges.
         error = edge_error(clean[..., :num_coarse, :], truth[..., :num_coarse, :], edges) * share
         terms["edges"] = config.edges * silence(error, sample.has_vertices).mean()
+    if paths is not None:
+        terms |= path_terms(config, sample, paths, clean, truth, level_weight, camera, num_coarse)
     terms["loss"] = torch.stack(list(terms.values())).sum()
     return terms
 

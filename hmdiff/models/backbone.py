@@ -92,7 +92,7 @@ class ConvHeatmapBackbone(nn.Module):
             channels = out
         layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 1)]
         self.network = nn.Sequential(*layers)
-        self.num_tokens = 64
+        self.grid, self.num_tokens = 8, 64
         self.register_buffer("position", sinusoidal_position_2d(8, 8, width), persistent=False)
 
     def forward(

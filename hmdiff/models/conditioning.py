@@ -1,4 +1,4 @@
-"""What the denoiser is told of the image: tokens, computed once per image, shared by all hypotheses and all steps."""
+"""What the denoiser is told of the image, computed once per image, shared by all hypotheses and all steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,25 @@ from hmdiff.models.layers import KeysValues
 
 
 @dataclasses.dataclass(frozen=True)
+class LiftedVolume:
+    """JOTR's volume of 3D features, and what maps a joint into it."""
+
+    features: Tensor  # (B, V, D, H, W)
+    camera: Tensor  # (B, 3) scale, tx, ty
+    exponent: Tensor  # () k
+
+    def rows(self, index: Tensor) -> LiftedVolume:
+        return LiftedVolume(self.features[index], self.camera[index], self.exponent)
+
+
+@dataclasses.dataclass(frozen=True)
 class Conditioning:
-    """Context tokens of B images. Optional paths (depth, lifting) add tokens by `joined_with`."""
+    """Context tokens of B images, and their volume where the model lifts."""
 
     tokens: Tensor  # (B, L, C)
     mask: Tensor  # (B, L) bool, True = real token
     keys_values: tuple[KeysValues, ...] = ()  # of every cross-attention of the denoiser, once they are computed
+    volume: LiftedVolume | None = None
 
     def joined_with(
         self,
@@ -26,7 +39,7 @@ class Conditioning:
         """The same image with more tokens; keys and values must be computed anew."""
         if mask is None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Conditioning(torch.cat([self.tokens, tokens], 1), torch.cat([self.mask, mask], 1))
+        return Conditioning(torch.cat([self.tokens, tokens], 1), torch.cat([self.mask, mask], 1), volume=self.volume)
 
     def rows(
         self,
@@ -34,4 +47,5 @@ class Conditioning:
     ) -> Conditioning:
         """Conditioning of some of the images, in the order of `index`."""
         keys_values = tuple((keys[index], values[index]) for keys, values in self.keys_values)
-        return Conditioning(self.tokens[index], self.mask[index], keys_values)
+        volume = None if self.volume is None else self.volume.rows(index)
+        return Conditioning(self.tokens[index], self.mask[index], keys_values, volume)

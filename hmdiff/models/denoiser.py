@@ -2,18 +2,27 @@
 
 x_k is a noisy mesh of P points: C coarse vertices, then K body joints. The points become tokens, one per patch of p
 neighbouring vertices (p = 1 is the paper's lineage) and one per joint; the joint tokens and the patches are ours.
-B images, N hypotheses of each, T tokens, L context tokens.
+
+Optional, and without a parameter when off: RLE's scale heads and masked modelling (D2A-HMR, arXiv 2403.09063), joints
+that look into the image's volume after each block (JOTR, arXiv 2307.16377).
+B images, N hypotheses of each, T tokens, L context tokens, C coarse vertices, K joints.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hmdiff.models.conditioning import Conditioning
+from hmdiff.models.fusion import JointFusion
 from hmdiff.models.layers import Attention, FeedForward, KeysValues, StepModulation
+from hmdiff.models.prediction import Denoised
+
+SCALED = ("joints", "vertices", "joints_2d")  # what RLE's σ̂ can be of
 
 
 class DenoiserBlock(nn.Module):
@@ -34,6 +43,7 @@ class DenoiserBlock(nn.Module):
         keys_values: KeysValues,  # of the image, (B, H, L, C/H)
         context_mask: Tensor,  # (B, 1, 1, L) bool
         neighbours: Tensor | None,  # (T, T) bool or None for all
+        hidden: Tensor | None = None,  # (B*N, T) bool: tokens that may not read the image
     ) -> Tensor:
         (scale_1, shift_1, gate_1), (scale_2, shift_2, gate_2), (scale_3, shift_3, gate_3) = self.modulation(step)
         tokens = tokens + gate_1 * self.self_attention(self.norm(tokens) * scale_1 + shift_1, mask=neighbours)
@@ -41,6 +51,8 @@ class DenoiserBlock(nn.Module):
         images = len(keys_values[0])
         queries = (self.norm(tokens) * scale_2 + shift_2).reshape(images, -1, tokens.shape[-1])
         attended = self.cross_attention(queries, keys_values, context_mask).reshape(tokens.shape)
+        if hidden is not None:
+            attended = attended.masked_fill(hidden[..., None], 0.0)
         tokens = tokens + gate_2 * attended
         return tokens + gate_3 * self.feed_forward(self.norm(tokens) * scale_3 + shift_3)
 
@@ -51,6 +63,7 @@ class MeshDenoiser(nn.Module):
     patches: Tensor
     place: Tensor
     neighbours: Tensor | None
+    _gradient_checkpointing_func: Any  # diffusers' ModelMixin sets it
 
     def __init__(
         self,
@@ -62,6 +75,10 @@ class MeshDenoiser(nn.Module):
         context_width: int,
         ratio: float = 4.0,
         neighbours: Tensor | None = None,  # (T_v, T_v) bool: FastMETRO's mask between vertex tokens; joints see all
+        scaled: Sequence[str] = (),  # of SCALED: predict RLE's σ̂ of them
+        maskable: bool = False,  # tokens can be hidden
+        volume_width: int = 0,  # channels of the image's volume; 0: there is none
+        mesh_scale: float = 0.3,  # metres that make one unit; where the joints are in the volume
     ) -> None:
         super().__init__()
         num_patches, patch_size = patches.shape
@@ -86,6 +103,18 @@ class MeshDenoiser(nn.Module):
         self.joint_bias = nn.Parameter(torch.zeros(num_joints, 3))
         for layer in (self.to_patch, self.to_joint):
             nn.init.zeros_(layer.weight)
+        # What is optional comes last: without it the first weights are those of a model that knows nothing of it.
+        self.gradient_checkpointing = False
+        self.mesh_scale = mesh_scale
+        self.mask_token = nn.Parameter(torch.zeros(width)) if maskable else None
+        sizes = {"joints": 3, "vertices": 3 * patch_size, "joints_2d": 2}
+        self.to_scale = nn.ModuleDict({name: nn.Linear(width, sizes[name]) for name in scaled})
+        for head in self.to_scale.values():
+            assert isinstance(head, nn.Linear)
+            nn.init.zeros_(head.weight)
+            nn.init.constant_(head.bias, -1.0)  # σ̂ = 0.27 units at first: 8 cm where a unit is 0.3 m
+        fusions = depth - 1 if volume_width else 0
+        self.fusions = nn.ModuleList(JointFusion(width, volume_width) for _ in range(fusions))
 
     def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
         """Keys and values of every block's cross-attention, once per image. context: (B, L, C)."""
@@ -97,24 +126,65 @@ class MeshDenoiser(nn.Module):
         step: Tensor,  # (B, N) the step as a fraction of K, 0..1
         conditioning: Conditioning,  # of the B images, with keys and values
         keys_values: tuple[KeysValues, ...],
-    ) -> Tensor:  # (B, N, P, 3)
+        hidden: Tensor | None = None,  # (B, N, T) bool: tokens replaced by the mask token, that may not read the image
+    ) -> Denoised:
+        """Masked modelling, as in METRO (arXiv 2012.09760): a hidden token has its place but neither x_k nor image."""
         images, hypotheses, num_points, _ = points.shape
         if num_points != self.num_vertices + self.num_joints:
             raise ValueError(f"x has {num_points} points, not {self.num_vertices} vertices + {self.num_joints} joints")
         flat = points.flatten(0, 1)
         vertices, joints = flat[:, : self.num_vertices], flat[:, self.num_vertices :]
         patches = vertices[:, self.patches.flatten()].reshape(len(flat), len(self.patches), -1)
-        tokens = torch.cat([self.embed_patch(patches), self.embed_joint(joints)], 1) + self.identity
+        tokens = torch.cat([self.embed_patch(patches), self.embed_joint(joints)], 1)
+        if hidden is not None:
+            if self.mask_token is None:
+                raise ValueError("tokens are hidden, and this denoiser was made without a mask token")
+            hidden = hidden.flatten(0, 1)
+            tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
+        tokens = tokens + self.identity
         embedded = self.embed_step(_step_waves(step.flatten()))
         context_mask = conditioning.mask[:, None, None, :]
-        for block, pair in zip(self.blocks, keys_values, strict=True):
-            tokens = block(tokens, embedded, pair, context_mask, self.neighbours)
-        tokens = self.norm(tokens)
         count = len(self.patches)
+        estimates: list[Tensor] = []
+        for number, (block, pair) in enumerate(zip(self.blocks, keys_values, strict=True)):
+            given = (tokens, embedded, pair, context_mask, self.neighbours, hidden)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, *given)
+            else:
+                tokens = block(*given)
+            if number < len(self.fusions):
+                tokens, found = self._look(number, tokens, estimates, conditioning)
+                estimates.append(found)
+        tokens = self.norm(tokens)
         patches = self.to_patch(tokens[:, :count]) + self.patch_bias
         vertices = patches.reshape(len(flat), -1, 3)[:, self.place]
         joints = self.to_joint(tokens[:, count:]) + self.joint_bias
-        return torch.cat([vertices, joints], 1).reshape(images, hypotheses, num_points, 3).to(points.dtype)
+        result = torch.cat([vertices, joints], 1).reshape(images, hypotheses, num_points, 3).to(points.dtype)
+        on_the_way = torch.stack(estimates, 1).unflatten(0, (images, hypotheses)) if estimates else None
+        scale = {name: value.unflatten(0, (images, hypotheses)) for name, value in self._scale(tokens).items()}
+        return Denoised(result, scale, on_the_way)
+
+    def _look(
+        self, number: int, tokens: Tensor, estimates: list[Tensor], conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor]:  # tokens (B*N, T, C), joints (B*N, K, 3)
+        """The joint tokens look into the volume, where they believe their joints to be."""
+        volume, count = conditioning.volume, len(self.patches)
+        if volume is None:
+            raise ValueError("this denoiser looks into a volume: give a conditioning that has one")
+        previous = estimates[-1] if estimates else None
+        joint_tokens, found = self.fusions[number](
+            tokens[:, count:], previous, volume.features, volume.camera, self.mesh_scale, volume.exponent
+        )
+        return torch.cat([tokens[:, :count], joint_tokens], 1), found
+
+    def _scale(self, tokens: Tensor) -> dict[str, Tensor]:  # (B*N, K or C, 3 or 2)
+        """RLE's σ̂ = sigmoid(linear), as in the authors' code of RLE, in units of the diffusion."""
+        found, count = {}, len(self.patches)
+        for name, head in self.to_scale.items():
+            part = tokens[:, :count] if name == "vertices" else tokens[:, count:]
+            value = head(part).float().sigmoid()
+            found[name] = value.reshape(len(tokens), -1, 3)[:, self.place] if name == "vertices" else value
+        return found
 
 
 def _step_waves(

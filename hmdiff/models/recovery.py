@@ -4,12 +4,20 @@
     x_k, k, Conditioning -> denoiser -> prediction                                 K times, N hypotheses at once
     coarse mesh -> learned upsampling -> full mesh                                 once per hypothesis
 
+    optional: depth map -> fused into the context tokens before the encoder        D2A-HMR (arXiv 2403.09063)
+              context tokens -> silhouette; denoiser's tokens -> RLE's scale       D2A-HMR, in training
+              feature map -> volume, which joints look into between blocks         JOTR (arXiv 2307.16377)
+
 Source: HMDiff (arXiv 2308.13369) for the split, the block order and the direct baselines; what its paper leaves open
 (backbone, sizes, camera head, joint tokens, patches) is ours. P points = C coarse vertices, then K body joints.
+A path that is off has no parameter, and leaves every number of the others as it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +27,14 @@ from torch import Tensor, nn
 
 from hmdiff.mesh import blend
 from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
-from hmdiff.models.conditioning import Conditioning
-from hmdiff.models.denoiser import MeshDenoiser
+from hmdiff.models.conditioning import Conditioning, LiftedVolume
+from hmdiff.models.denoiser import SCALED, MeshDenoiser
+from hmdiff.models.depth import DepthFusion
+from hmdiff.models.flow import RealNVP
 from hmdiff.models.layers import EncoderBlock
+from hmdiff.models.lifting import Lifting
+from hmdiff.models.prediction import Denoised, Prediction
+from hmdiff.models.silhouette import SilhouetteDecoder
 
 INPUTS = ("heatmaps", "image", "both")
 MODES = ("diffusion", "direct")
@@ -31,6 +44,8 @@ FRAMES = ("camera", "crop")
 class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own bases disagree
     """Encode once, denoise many times."""
 
+    _supports_gradient_checkpointing = True
+    _gradient_checkpointing_func: Any
     config: Any  # the constructor's arguments as attributes; diffusers calls it a dict
     coarse_ids: Tensor
     upsample_index: Tensor
@@ -66,12 +81,27 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         upsample_neighbours: int = 12,  # coarse vertices that a full vertex is blended from
         mesh_scale: float = 0.3,  # metres that make one unit inside the diffusion
         frame: str = "camera",  # of the predicted mesh; "crop" looks along the ray through the crop's centre
+        depth_map: bool = False,  # D2A-HMR: read a (pseudo-)depth map
+        depth_layers: int = 2,  # of its fusion
+        depth_size: int = 64,  # pixels of its side
+        rle: Sequence[str] = (),  # D2A-HMR: RLE's σ̂ and flow, of "joints", "vertices", "joints_2d"
+        rle_variant: str = "exact",  # of hmdiff/losses/rle.py
+        silhouette: bool = False,  # D2A-HMR: decode the silhouette, in training
+        masked: float = 0.0,  # D2A-HMR: at most this share of the denoiser's tokens is hidden, in training
+        lifting: bool = False,  # JOTR: lift the feature map to a volume that joints look into
+        volume_width: int = 128,
+        volume_size: int = 8,
     ) -> None:
         super().__init__()
         if mode not in MODES or inputs not in INPUTS:
             raise ValueError(f"mode {mode!r} must be one of {MODES}, inputs {inputs!r} one of {INPUTS}")
         if frame not in FRAMES:
             raise ValueError(f"frame {frame!r} must be one of {FRAMES}")
+        if isinstance(rle, str) or not set(rle) <= set(SCALED):
+            raise ValueError(f"rle {rle!r} must be a list of some of {', '.join(SCALED)}")
+        self.register_to_config(rle=list(rle))  # as JSON gives it back
+        if not 0 <= masked < 1:
+            raise ValueError(f"masked {masked} is the largest share of hidden tokens: 0 to below 1")
         self.feature_backbone: nn.Module  # not "backbone": ModelMixin would answer with the config entry
         if inputs == "heatmaps":
             kind = {"joints": JointHeatmapBackbone, "conv": ConvHeatmapBackbone}.get(backbone)
@@ -92,12 +122,26 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
             raise ValueError(f"{num_coarse} coarse vertices do not fall into patches of {patch_size}")
         neighbours = torch.ones(num_patches, num_patches, dtype=torch.bool) if neighbour_mask else None
         self.denoisers = nn.ModuleList(
-            MeshDenoiser(patches, num_joints, width, depth, heads, encoder_width, feed_forward_ratio, neighbours)
-            for _ in range(stack)
-        )
+            MeshDenoiser(
+                patches, num_joints, width, depth, heads, encoder_width, feed_forward_ratio, neighbours,
+                rle if number == stack - 1 else (), masked > 0, volume_width if lifting else 0, mesh_scale,
+            )
+            for number in range(stack)
+        )  # fmt: skip
         self.register_buffer("coarse_ids", torch.zeros(num_coarse, dtype=torch.long))
         self.register_buffer("upsample_index", torch.zeros(num_vertices, upsample_neighbours, dtype=torch.long))
         self.upsample_weight = nn.Parameter(torch.zeros(num_vertices, upsample_neighbours))
+
+        self.gradient_checkpointing = False
+        # The optional paths come last: without them the first weights are those of a model that knows nothing of them.
+        self.depth_fusion = DepthFusion(encoder_width, encoder_heads, depth_layers, depth_size) if depth_map else None
+        self.flows = nn.ModuleDict({name: RealNVP(2 if name == "joints_2d" else 3) for name in rle})
+        self.silhouette_decoder = SilhouetteDecoder(encoder_width, encoder_heads) if silhouette else None
+        self.volume_lifting: Lifting | None = None  # not "lifting": ModelMixin would answer with the config entry
+        if lifting:
+            if not hasattr(self.feature_backbone, "grid"):
+                raise ValueError(f"lifting needs a feature map, which backbone {backbone!r} has not; take 'conv' or images")
+            self.volume_lifting = Lifting(encoder_width, volume_width, volume_size)
 
     def set_topology(
         self,
@@ -130,26 +174,54 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         image: Tensor | None = None,  # (B, 3, S, S) RGB 0..1
         heatmaps: Tensor | None = None,  # (B, J, h, w)
         heatmap_valid: Tensor | None = None,  # (B, J) bool
+        depth: Tensor | None = None,  # (B, h, w) larger = farther, any scale and shift, NaN = not known; None: no map
     ) -> tuple[Conditioning, Tensor]:  # and the camera (B, 3): scale (crop half-sides per metre), tx, ty
         """Run the heavy part, once per image."""
         if self.config.inputs == "heatmaps":
             tokens, mask = self.feature_backbone(heatmaps, heatmap_valid)
         else:
             tokens, mask = self.feature_backbone(image, heatmaps, heatmap_valid)
+        features = tokens
         tokens = torch.cat([self.camera_token.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], 1)
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1)
+        if self.depth_fusion is not None and depth is not None:
+            tokens = self.depth_fusion(tokens, mask, depth)
         for block in self.encoder:
-            tokens = block(tokens, mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens, mask)
+            else:
+                tokens = block(tokens, mask)
         tokens = self.norm_context(tokens)
         camera = self.to_camera(tokens[:, 0]).float()
         # A person fills about the crop: one metre is about one half-side. exp keeps the scale positive.
         camera = torch.cat([camera[:, :1].clamp(-3, 3).exp(), camera[:, 1:]], -1)
-        return self.with_keys_values(Conditioning(tokens, mask)), camera
+        volume = None
+        if self.volume_lifting is not None:
+            side = math.isqrt(features.shape[1])
+            lifted = self.volume_lifting(features.mT.unflatten(2, (side, side)))
+            # Where a joint is seen is the camera head's to learn from its own loss, not from what a volume holds there.
+            volume = LiftedVolume(lifted, camera.detach(), self.volume_lifting.exponent)
+        return self.with_keys_values(Conditioning(tokens, mask, volume=volume)), camera
 
     def with_keys_values(self, conditioning: Conditioning) -> Conditioning:
         """Compute the denoisers' keys and values once, so that no hypothesis and no step does it again."""
         pairs = sum((denoiser.keys_values(conditioning.tokens) for denoiser in self.denoisers), ())  # type: ignore
-        return Conditioning(conditioning.tokens, conditioning.mask, pairs)
+        return dataclasses.replace(conditioning, keys_values=pairs)
+
+    def predict(
+        self,
+        points: Tensor,  # (B, N, P, 3)
+        step: Tensor,  # (B, N) fraction of the process, 1 = pure noise
+        conditioning: Conditioning,
+        hidden: Tensor | None = None,  # (B, N, T) bool: masked modelling's tokens
+    ) -> Denoised:
+        """One evaluation of the denoiser(s), with all that the optional paths say."""
+        depth = self.config.depth
+        found = Denoised(points)
+        for index, denoiser in enumerate(self.denoisers):
+            pairs = conditioning.keys_values[index * depth : (index + 1) * depth]
+            found = denoiser(found.points, step, conditioning, pairs, hidden)
+        return found
 
     def denoise(
         self,
@@ -157,20 +229,35 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         step: Tensor,  # (B, N) fraction of the process, 1 = pure noise
         conditioning: Conditioning,
     ) -> Tensor:  # (B, N, P, 3)
-        """One evaluation of the denoiser(s)."""
-        depth = self.config.depth
-        for index, denoiser in enumerate(self.denoisers):
-            pairs = conditioning.keys_values[index * depth : (index + 1) * depth]
-            points = denoiser(points, step, conditioning, pairs)
-        return points
+        """One evaluation of the denoiser(s): what a sampler calls."""
+        return self.predict(points, step, conditioning).points
+
+    @property
+    def num_tokens(self) -> int:
+        """T, of the denoiser."""
+        return self.config.num_coarse // self.config.patch_size + self.config.num_joints
+
+    def flow_log_probs(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """RLE's log G by what it is of."""
+        return {name: flow.log_prob for name, flow in self.flows.items() if isinstance(flow, RealNVP)}
 
     def regress(
         self,
         conditioning: Conditioning,  # of B images
     ) -> Tensor:  # (B, 1, P, 3)
         """The direct baseline: one evaluation at the last step, from a constant input."""
+        return self.at_last_step(conditioning).points
+
+    def at_last_step(
+        self,
+        conditioning: Conditioning,  # of B images
+    ) -> Denoised:  # N = 1
+        """One evaluation where nothing is known of x_0 but the image: its x̂_0 is a regressor, RLE's σ̂ of p(x_0 | image).
+
+        From a constant input, the mean of the noise, so that it is the same for every hypothesis and every seed.
+        """
         constant = conditioning.tokens.new_zeros((len(conditioning.tokens), 1, self.num_points, 3), dtype=torch.float32)
-        return self.denoise(constant, constant.new_ones(len(constant), 1), conditioning)
+        return self.predict(constant, constant.new_ones(len(constant), 1), conditioning)
 
     def to_coarse(self, points: Tensor) -> Tensor:
         """Points (..., P, 3) of the diffusion -> coarse vertices (..., C, 3) in metres."""
@@ -206,7 +293,17 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         image: Tensor | None = None,
         heatmaps: Tensor | None = None,
         heatmap_valid: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # prediction (B, N, P, 3), camera (B, 3)
-        """Encode and denoise in one call: what training wraps (DDP, torch.compile)."""
-        conditioning, camera = self.encode(image, heatmaps, heatmap_valid)
-        return self.denoise(points, step, conditioning), camera
+        depth: Tensor | None = None,
+        hidden: Tensor | None = None,  # (B, N, T) bool
+    ) -> Prediction:
+        """Encode and denoise in one call: what a training step runs (and torch.compile compiles)."""
+        conditioning, camera = self.encode(image, heatmaps, heatmap_valid, depth)
+        found = self.predict(points, step, conditioning, hidden)
+        silhouette = None
+        if self.silhouette_decoder is not None:
+            silhouette = self.silhouette_decoder(conditioning.tokens, conditioning.mask)
+        volume = conditioning.volume
+        return Prediction(
+            found.points, camera, found.scale, silhouette, found.estimates,
+            None if volume is None else volume.features, None if volume is None else volume.exponent,
+        )  # fmt: skip

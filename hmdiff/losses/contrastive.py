@@ -1,0 +1,151 @@
+"""JOTR's contrastive losses (arXiv 2307.16377): 3D features of a joint are alike in all images, and unlike all else.
+
+InfoNCE on cosines: for an anchor a, each positive p and the negatives n, -log[e^{a·p/τ} / (e^{a·p/τ} + Σ_n e^{a·n/τ})],
+then the mean over anchors and positives. `joint_to_joint` tells joints apart, `joint_to_non_joint` joints from voxels
+without one.
+
+The pool is that of all processes, and only of people with 3D labels. With the generator in the same state everywhere
+(seed it by the step), P processes with B people each give the value, and after DDP's averaging the gradient, of one
+process with their P·B people in the order of the ranks. How the counts are drawn is ours: without replacement, all
+where there are fewer. Every process must call with as many people.
+
+B people, K joints, V channels, L voxels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as distributed
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def joint_to_joint(
+    predicted: Tensor,  # (B, K, V) features at the predicted joints: anchors and negatives
+    truth: Tensor,  # (B, K, V) features at the true joints: positives
+    has_joints: Tensor | None,  # (B,) bool, 3D labels; None = all
+    generator: torch.Generator,  # on the CPU, in the same state in every process
+    anchors: int = 100,
+    positives: int = 128,  # of the anchor's joint, in any image
+    negatives: int = 256,  # of other joints, in any image
+    temperature: float = 0.07,
+) -> Tensor:  # ()
+    """An anchor joint against the same joint's true places and other joints' predicted places; 0 without labels."""
+    people = _labelled(predicted, has_joints)
+    rows = _rows(people, predicted.shape[1])
+    joint = rows % predicted.shape[1]
+    found, true = _take(predicted, rows), _take(truth, rows)  # (n*K, V)
+    anchor = torch.randperm(len(rows), generator=generator)[:anchors]
+    alike = joint[anchor, None] == joint
+    same, other = _draw(alike, positives, generator), _draw(~alike, negatives, generator)
+    queries = found[anchor.to(found.device)]
+    positive = _cosines(queries, true).gather(1, same.to(found.device))
+    negative = _cosines(queries, found).gather(1, other.to(found.device))
+    return _info_nce(positive, negative, temperature)
+
+
+def joint_to_non_joint(
+    predicted: Tensor,  # (B, K, V) features at the predicted joints: anchors and positives
+    voxels: Tensor,  # (B, L, V) features of the voxels
+    away: Tensor,  # (B, L) or (B, D, H, W) bool, voxels with no predicted joint near: negatives
+    has_joints: Tensor | None,  # (B,) bool, 3D labels; None = all
+    generator: torch.Generator,  # on the CPU, in the same state in every process
+    anchors: int = 100,
+    positives: int = 1024,  # other predicted joints, of any kind
+    negatives: int = 2048,
+    temperature: float = 0.07,
+) -> Tensor:  # ()
+    """An anchor joint against other joints and voxels without one; 0 without labels. That anchors are 100 is ours."""
+    people = _labelled(predicted, has_joints)
+    rows = _rows(people, predicted.shape[1])
+    found = _take(predicted, rows)
+    anchor = torch.randperm(len(rows), generator=generator)[:anchors]
+    others = _draw(anchor[:, None] != torch.arange(len(rows)), positives, generator)
+    empty = _gather(away.flatten(1))[people]  # (n, L)
+    person, voxel = empty.nonzero().unbind(-1)
+    places = people[person] * empty.shape[1] + voxel
+    nothing = _take(voxels, places[torch.randperm(len(places), generator=generator)[:negatives]])
+    queries = found[anchor.to(found.device)]
+    positive = _cosines(queries, found).gather(1, others.to(found.device))
+    return _info_nce(positive, _cosines(queries, nothing), temperature)
+
+
+def _info_nce(
+    positive: Tensor,  # (A, P) cosines
+    negative: Tensor,  # (A, N)
+    temperature: float,
+) -> Tensor:  # ()
+    if not positive.numel() or not negative.numel():
+        return positive.sum() * 0 + negative.sum() * 0  # in the graph, for DDP
+    return F.softplus((negative / temperature).logsumexp(1, keepdim=True) - positive / temperature).mean()
+
+
+def _cosines(
+    first: Tensor,  # (A, V) unit length
+    second: Tensor,  # (R, V)
+) -> Tensor:  # (A, R)
+    with torch.autocast(first.device.type, enabled=False):  # bf16 would be off by 0.05 once divided by τ
+        return first @ second.mT
+
+
+def _draw(
+    allowed: Tensor,  # (A, R) bool, as many in every row
+    count: int,
+    generator: torch.Generator,
+) -> Tensor:  # (A, at most count) long
+    """Some of the allowed of every row, none of them twice."""
+    most = int(allowed[:1].sum())
+    return torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1).topk(min(count, most)).indices
+
+
+def _processes() -> tuple[int, int]:  # rank, count
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _gather(
+    mask: Tensor,  # (B, ...) bool
+) -> Tensor:  # (P*B, ...) bool, on the CPU
+    """Everybody's, in the order of the ranks."""
+    _, count = _processes()
+    if count > 1:
+        parts = [torch.empty_like(mask, dtype=torch.uint8) for _ in range(count)]
+        distributed.all_gather(parts, mask.to(torch.uint8).contiguous())
+        mask = torch.cat(parts) > 0
+    return mask.cpu()
+
+
+def _labelled(predicted: Tensor, has_joints: Tensor | None) -> Tensor:  # (n,) long, on the CPU
+    """The people of the whole pool that have 3D labels."""
+    if has_joints is None:
+        has_joints = torch.ones(len(predicted), dtype=torch.bool, device=predicted.device)
+    return _gather(has_joints).nonzero()[:, 0]
+
+
+def _rows(people: Tensor, joints: int) -> Tensor:  # (n,), K -> (n*K,)
+    return (people[:, None] * joints + torch.arange(joints)).flatten()
+
+
+def _take(
+    features: Tensor,  # (B, R, V) of this process
+    index: Tensor,  # (n,) rows of the pool (P*B*R, V), on the CPU, the same in every process
+) -> Tensor:  # (n, V) float32 or float64, unit length
+    """Rows of the pool as unit vectors. Only a process's own rows carry its gradient, P times: DDP takes the mean of P.
+
+    The rows that were drawn travel, not the pool: a volume has hundreds.
+    """
+    own = features.flatten(0, 1)
+    rank, count = _processes()
+    index = index - rank * len(own)
+    here = ((index >= 0) & (index < len(own))).nonzero()[:, 0]
+    mine = own[index[here].to(own.device)]
+    mine = mine.to(torch.promote_types(mine.dtype, torch.float32))
+    mine = F.normalize(mine, dim=-1, eps=1e-4)  # eps bounds the gradient at a zero feature
+    if count == 1:
+        return mine
+    rows = mine.new_zeros(len(index), mine.shape[1])
+    here = here.to(own.device)
+    everyone = rows.index_copy(0, here, mine.detach())
+    distributed.all_reduce(everyone)
+    return everyone.index_copy(0, here, mine.detach() + count * (mine - mine.detach()))

@@ -1,0 +1,101 @@
+"""The terms of the optional paths, each named and weighted; a path that is off, or a weight of 0, has none.
+
+D2A-HMR (arXiv 2403.09063, poster eq. 2): L = λ_d L_RLE + λ_v L_v + λ_3D L_3D + λ_2D L_2D + λ_s L_silh. L_v and L_3D are the
+point error of `objective`; all λ are unknown. JOTR (arXiv 2307.16377): two contrastive terms, 0.1 each, and the joints
+after every layer supervised as the last ones are. B people, M noise levels, K joints, C coarse vertices.
+
+How RLE applies in a diffusion model, and why, is said in `losses/rle.py`: on x̂_0 at every level with σ̂ of that level; below
+the last step the mean is detached, so that there the squared error alone trains it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hmdiff.config import LossConfig
+from hmdiff.data.sample import Sample
+from hmdiff.geometry import weak_perspective_projection
+from hmdiff.losses.mesh import point_error, reprojection_error, silence
+from hmdiff.losses.rle import rle_error
+from hmdiff.losses.silhouette import silhouette_error
+
+
+@dataclasses.dataclass(frozen=True)
+class PathOutputs:
+    """What the optional paths of a model said in one step."""
+
+    mesh_scale: float = 1.0  # metres of one unit of the points
+    scale: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # RLE's σ̂: (B, M, K or C, 3 or 2)
+    flows: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)  # log G of each of them
+    rle_variant: str = "exact"
+    silhouette: Tensor | None = None  # (B, S, S) logits
+    estimates: Tensor | None = None  # (B, M, E, K, 3) joints after each block but the last
+    contrast: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # by name, unweighted
+    regressed: Tensor | None = None  # (B, M) bool: x_k says nothing of x_0, so x̂_0 is a regressor; None: all
+
+
+def path_terms(
+    config: LossConfig,
+    sample: Sample,  # silenced
+    paths: PathOutputs,
+    clean: Tensor,  # (B, M, P, 3) x̂_0
+    truth: Tensor,  # (B, 1, P, 3)
+    level_weight: Tensor,  # (B, M)
+    camera: Tensor,  # (B, 3) predicted
+    num_coarse: int,
+) -> dict[str, Tensor]:  # scalars, weighted
+    """Every term of a path that is on. A sample without a label adds nothing to that label's term."""
+    terms: dict[str, Tensor] = {}
+    joints, true_joints = clean[..., num_coarse:, :], truth[..., num_coarse:, :]
+    if config.projection:
+        error = reprojection_error(*_projected(sample, joints, true_joints, camera, paths.mesh_scale))
+        terms["projection"] = config.projection * silence(error, sample.has_joints_3d).mean()
+    if config.rle:
+        for name, scale in paths.scale.items():
+            labelled = sample.has_vertices if name == "vertices" else sample.has_joints_3d
+            weight = None
+            if name == "joints_2d":
+                mean, target, weight = _projected(sample, joints, true_joints, camera, paths.mesh_scale)
+            elif name == "vertices":
+                mean, target = clean[..., :num_coarse, :], truth[..., :num_coarse, :]
+            else:
+                mean, target = joints, true_joints
+            if paths.regressed is not None:
+                mean = torch.where(paths.regressed[..., None, None], mean, mean.detach())
+            error = rle_error(mean, scale, target.expand_as(mean), paths.flows[name], paths.rle_variant, weight)
+            terms[f"rle_{name}"] = config.rle * silence(error, labelled).mean()
+    if config.silhouette and paths.silhouette is not None and sample.silhouette is not None:
+        target = sample.silhouette[:, None].to(paths.silhouette)
+        target = F.interpolate(target, paths.silhouette.shape[-2:], mode="bilinear", antialias=True)[:, 0]
+        error = silhouette_error(paths.silhouette, target.clamp(0, 1))
+        terms["silhouette"] = config.silhouette * silence(error, sample.has_silhouette).mean()
+    if config.estimates and paths.estimates is not None:
+        error = point_error(paths.estimates, true_joints[:, :, None], config.points).mean(-1) * level_weight
+        terms["estimates"] = config.estimates * silence(error, sample.has_joints_3d).mean()
+    weights = {"joint_contrast": config.joint_contrast, "non_joint_contrast": config.non_joint_contrast}
+    for name, value in paths.contrast.items():
+        terms[name] = weights[name] * value
+    return terms
+
+
+def _projected(
+    sample: Sample,
+    joints: Tensor,  # (B, M, K, 3) units of the diffusion
+    true_joints: Tensor,  # (B, 1, K, 3)
+    camera: Tensor,  # (B, 3)
+    mesh_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # predicted (B, M, K, 2), true (B, M, K, 2), counted (B, M, K) 0 or 1
+    """The joints in the crop: predicted ones by the predicted camera, true ones by the true one where it is known."""
+    predicted = weak_perspective_projection(joints * mesh_scale, camera[:, None])
+    known = torch.zeros(len(camera), device=camera.device)
+    true_camera = torch.zeros_like(camera)
+    if sample.camera is not None:
+        true_camera = sample.camera.to(camera)
+        known = torch.ones_like(known) if sample.has_camera is None else sample.has_camera.to(known)
+    true = weak_perspective_projection(true_joints * mesh_scale, true_camera[:, None]).expand_as(predicted)
+    return predicted, true, known[:, None, None].expand(predicted.shape[:-1])

@@ -1,0 +1,143 @@
+"""Lifting: an image's feature map to a volume of 3D features, and the one map between metres and that volume.
+
+Source: JOTR (arXiv 2307.16377): a 1 x 1 convolution to V·D channels, rescaled relative coordinates (RRC) joined to
+every voxel, X = r, Y = r, Z = r^k with a learned k that starts at 3 and stays in 1..20, then a 2-layer encoder.
+JOTR samples its volume at a linear z, though its coordinates say r^k, and marks voxels by (x, y, z) in a volume that
+lies (z, y, x). Here everything goes through `volume_coordinates`, and every index is (z, y, x).
+
+Ours: r_i = (i + 1/2) / D, the *centres* of the cells (JOTR: i / D), so grid_sample runs with align_corners=False, and x
+and y of the grid are the crop's coordinates, as the feature map's are. Depth runs over DEPTH_RANGE about the pelvis.
+
+B images, V channels, D x H x W voxels (z, y, x), M places. r: 0..1 along an axis of the volume; Z: 0..1 along depth.
+With k > 1 the cells at the near end (towards the camera) are the thin ones: layer i reaches over r_i^k. At k = 3 and
+D = 8 the pelvis, Z = 1/2, lies in the seventh layer of eight, and at k = 1 between the fourth and the fifth.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hmdiff.geometry import weak_perspective_projection
+from hmdiff.models.layers import EncoderBlock
+
+DEPTH_RANGE = 1.2  # metres before and behind the pelvis: an adult's arm, stretched towards the camera, stays within
+EXPONENTS = (1.0, 20.0)
+# Z^(1/k) is infinitely steep at 0. A ten-thousandth of the depth, 0.24 mm, is no more than a point on the near face.
+NEAREST = 1e-4
+
+
+class Lifting(nn.Module):
+    """Feature map -> volume. Runs once per image; all hypotheses and steps sample the same volume."""
+
+    relative: Tensor  # (S,)
+
+    def __init__(
+        self,
+        feature_width: int,  # C
+        volume_width: int,  # V
+        size: int = 8,  # S: voxels along each axis
+        layers: int = 2,
+        heads: int = 8,
+        exponent: float = 3.0,  # k at the start
+    ) -> None:
+        super().__init__()
+        if not EXPONENTS[0] <= exponent <= EXPONENTS[1]:
+            raise ValueError(f"exponent {exponent} is not in {EXPONENTS[0]:g}..{EXPONENTS[1]:g}")
+        self.size = size
+        self.lift = nn.Conv2d(feature_width, volume_width * size, 1)
+        self.free_exponent = nn.Parameter(torch.tensor([float(exponent)]))
+        self.register_buffer("relative", relative_places(size), persistent=False)
+        self.join = nn.Linear(volume_width + 3, volume_width)  # a Conv3d of kernel 1, on voxels as tokens
+        self.encoder = nn.ModuleList(EncoderBlock(volume_width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(volume_width)
+
+    @property
+    def exponent(self) -> Tensor:  # ()
+        """k, in 1..20. The gradient passes the bounds: a k that went over one would have none, and never come back."""
+        free = self.free_exponent[0]
+        return free + (free.clamp(*EXPONENTS) - free).detach()
+
+    def voxel_coordinates(self) -> Tensor:  # (S, S, S, 3)
+        """RRC of every voxel (z, y, x): its Z = r^k, Y = r, X = r, in JOTR's order."""
+        r = self.relative.to(self.free_exponent.dtype)
+        axes = torch.meshgrid(r**self.exponent, r, r, indexing="ij")
+        return torch.stack(axes, -1)
+
+    def forward(
+        self,
+        features: Tensor,  # (B, C, h, w) of the crop, cell centres
+    ) -> Tensor:  # (B, V, D, H, W)
+        size = self.size
+        if features.shape[-2:] != (size, size):
+            features = F.adaptive_avg_pool2d(features, size)  # keeps every cell at its place in the crop
+        voxels = self.lift(features).unflatten(1, (-1, size)).flatten(2).mT  # (B, D*H*W, V)
+        places = self.voxel_coordinates().flatten(0, 2).expand(len(voxels), -1, -1)
+        voxels = self.join(torch.cat([voxels, places.to(voxels.dtype)], -1))
+        for block in self.encoder:
+            voxels = block(voxels)
+        return self.norm(voxels).mT.unflatten(2, (size, size, size))
+
+
+def relative_places(size: int) -> Tensor:  # (size,)
+    """r of the cells' centres along an axis, (i + 1/2) / size."""
+    return (torch.arange(size) + 0.5) / size
+
+
+def volume_coordinates(
+    points: Tensor,  # (..., P, 3) metres, relative to the pelvis, the model's frame
+    camera: Tensor,  # (..., 3) weak perspective: scale (crop half-sides per metre), tx, ty
+    exponent: Tensor | float,  # k
+) -> Tensor:  # (..., P, 3) x, y, z in -1..1, as grid_sample wants them
+    """Metres to the volume: x and y where the camera sees them in the crop, z at r = Z^(1/k), since r holds depth r^k.
+
+    Z = (z + DEPTH_RANGE) / (2 DEPTH_RANGE): 0 before, 1/2 at, 1 behind the pelvis. Differentiable; a point nearer than
+    the range lies on its near face and has no gradient in z.
+    """
+    place = weak_perspective_projection(points, camera)
+    depth = (points[..., 2:] / (2 * DEPTH_RANGE) + 0.5).clamp_min(NEAREST)
+    return torch.cat([place, 2 * depth ** (1 / exponent) - 1], -1)
+
+
+def from_volume_coordinates(
+    coordinates: Tensor,  # (..., P, 3) x, y, z in -1..1
+    camera: Tensor,  # (..., 3) scale, tx, ty
+    exponent: Tensor | float,
+) -> Tensor:  # (..., P, 3) metres, relative to the pelvis
+    """The inverse of `volume_coordinates`, for points behind the near face."""
+    place = (coordinates[..., :2] - camera[..., None, 1:]) / camera[..., None, :1]
+    depth = ((coordinates[..., 2:] + 1) / 2).clamp_min(0) ** exponent
+    return torch.cat([place, (depth - 0.5) * 2 * DEPTH_RANGE], -1)
+
+
+def sample_volume(
+    volume: Tensor,  # (B, V, D, H, W)
+    coordinates: Tensor,  # (B, M, 3) x, y, z in -1..1
+) -> Tensor:  # (B, M, V)
+    """Trilinear. Outside the outermost voxels' centres the nearest voxels of the border answer, without a gradient.
+
+    Differentiable in both arguments, once in the coordinates (a kink at every voxel). N hypotheses of an image are more
+    places of one volume, which is not copied for them.
+    """
+    grid = coordinates[:, None, None]
+    # A coordinate in half precision would be off by a hundredth of the crop.
+    kind = torch.promote_types(volume.dtype, grid.dtype)
+    sampled = F.grid_sample(volume.to(kind), grid.to(kind), "bilinear", padding_mode="border", align_corners=False)
+    return sampled[:, :, 0, 0].mT
+
+
+def voxels_away_from(
+    coordinates: Tensor,  # (B, K, 3) x, y, z in -1..1 of an image's joints
+    size: tuple[int, int, int],  # D, H, W
+) -> Tensor:  # (B, D, H, W) bool
+    """The voxels that are none of the 8 corners between which any of the joints is sampled: JOTR's non-joints."""
+    depth, height, width = size
+    extent = torch.tensor([width, height, depth], device=coordinates.device)
+    lower = (((coordinates.detach() + 1) * extent - 1) / 2).floor().long()  # (B, K, 3) x, y, z
+    away = torch.ones(len(coordinates), *size, dtype=torch.bool, device=coordinates.device)
+    image = torch.arange(len(coordinates), device=coordinates.device)[:, None].expand(lower.shape[:2])
+    for corner in torch.cartesian_prod(*[torch.arange(2, device=coordinates.device)] * 3):
+        x, y, z = (lower + corner).clamp_min(0).minimum(extent - 1).unbind(-1)
+        away[image, z, y, x] = False
+    return away
