@@ -20,20 +20,24 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"geometry", "skeletons", "published", "storage", "resources", "unpickling", "config"}),
     frozenset({
         "body", "body_files", "canvas", "decimation", "export", "heatmaps", "mesh", "pictures", "render",
-        "render_numba", "spread_picture", "surface", "data.sample",
-        "body_keypoints", "fitting", "mesh_cache", "regressors",
+        "render_numba", "spread_picture", "stress_picture", "surface", "data.sample",
+        "body_keypoints", "depth_estimator", "depth_sources", "fitting", "mesh_cache", "regressors",
     }),
-    frozenset({"models", "diffusion", "losses", "metrics", "hand_metrics", "data"}),
+    frozenset({"models", "diffusion", "losses", "metrics", "hand_metrics", "uncertainty_metrics", "data"}),
     frozenset({
         "output", "pipeline", "prepare", "temperature",
         "protocols", "protocol_errors", "hypothesis_rows", "ground_truth", "predictions",
     }),
     frozenset({
         "ablations", "assembly", "comparison", "evaluation", "experiments", "gallery", "measured", "plots",
-        "calibration", "scored_people", "scoring",
+        "calibration", "scored_people", "scoring", "visibility_bands", "occlusion_maps", "trained_ablations",
+        "training_step",
     }),
     frozenset({"training"}),
-    frozenset({"loading", "throughput", "cli", "commands", "__main__"}),
+    frozenset({
+        "loading", "throughput", "fit_figures", "cli", "commands", "__main__",
+        "ablation_runs", "ablation_cells", "ablation_costs", "ablation_tables", "ablation_plots",
+    }),
 )  # fmt: skip
 ROOMS = 3
 # Beyond the layers: what these import of ours, at most.
@@ -41,7 +45,7 @@ AT_MOST = {"geometry": frozenset[str](), "skeletons": frozenset[str]()}
 NEVER = {"models": frozenset({"data.sample"})}  # models never see a data set, not even its type
 
 # Not installed by default, or slow to load: only inside functions, but for the modules that exist for them.
-OPTIONAL = {"smplx", "numba", "mmpose", "mmdet", "mmcv", "mmengine", "anny", "robust_laplacian"}
+OPTIONAL = {"smplx", "numba", "mmpose", "mmdet", "mmcv", "mmengine", "anny", "robust_laplacian", "transformers"}
 MADE_FOR_THEM = {"numba": {"render_numba"}}
 
 
