@@ -11,7 +11,9 @@ import torch
 
 from hmdiff.body import Body, load_body
 from hmdiff.config import Config, check_keys
+from hmdiff.data.depth_faults import DepthFaults
 from hmdiff.data.estimator import EstimatorFaults
+from hmdiff.data.label_noise import NoisyLabels
 from hmdiff.data.mixture import Mixture, WithSplits
 from hmdiff.data.poses import PoseMixture
 from hmdiff.data.sample import PeopleSource
@@ -71,10 +73,13 @@ def build_data(
     full_mesh: bool = False,
     device: torch.device | str = "cpu",
 ) -> SyntheticHumans:
-    """The synthetic people of a config, with pictures where the model reads them."""
+    """The synthetic people of a config, with pictures where the model reads them and maps where they are asked for."""
+    check_keys(
+        config.data.depth_faults, [f.name for f in dataclasses.fields(DepthFaults)], "section 'data.depth_faults'"
+    )
     return SyntheticHumans(
         body, PoseMixture(), mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, _faults(config), device,
-        _picture_size(config),
+        _picture_size(config), _map_size(config), DepthFaults(**config.data.depth_faults),
     )  # fmt: skip
 
 
@@ -95,7 +100,7 @@ def build_source(
     if data.kind == "synthetic":
         if data.sources or data.splits:
             raise UserError("data.sources and data.splits are of data.kind recorded and mixture, and it is synthetic")
-        return build_data(config, body, mesh, full_mesh)
+        return _labelled(config, body, mesh, build_data(config, body, mesh, full_mesh))
     if data.kind == "recorded" and len(data.sources) != 1:
         raise UserError(f"data.kind recorded takes one source, data.sources has {len(data.sources)}; give mixture")
     entries = [_source_entry(entry, f"data.sources[{number}]") for number, entry in enumerate(data.sources)]
@@ -110,7 +115,14 @@ def build_source(
         )
     if full_mesh:
         _check_splits(config, splits)
-    return WithSplits(Mixture(sources, weights), splits)
+    return _labelled(config, body, mesh, WithSplits(Mixture(sources, weights), splits))
+
+
+def _labelled(config: Config, body: Body, mesh: MeshSampler, source: PeopleSource) -> PeopleSource:
+    """The source, its training labels displaced where `data.label_noise` says so; never those of an evaluation."""
+    if not config.data.label_noise or source.full_mesh:
+        return source
+    return NoisyLabels(source, body, mesh.coarse_ids, config.data.label_noise, config.seed)
 
 
 DATA_KINDS = ("synthetic", "recorded", "mixture")
@@ -176,6 +188,13 @@ def _picture_size(config: Config) -> int | None:
     reads_images = config.model.get("inputs", "heatmaps") != "heatmaps"
     size = int(config.model.get("image_size", config.data.image_size))
     return size if reads_images or config.data.pictures else None
+
+
+def _map_size(config: Config) -> int | None:
+    if config.data.map_size:
+        return config.data.map_size
+    needed = config.model.get("depth_map") or config.model.get("silhouette")
+    return int(config.model.get("depth_size", 64)) if needed else None
 
 
 def build_pipeline(config: Config) -> HMDiffPipeline:

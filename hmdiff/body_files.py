@@ -187,7 +187,7 @@ def _smpl_arrays(data: dict[str, Any]) -> dict[str, Any]:
     parents = _parents(data["kintree_table"])
     arrays: dict[str, Any] = {
         "v_template": np.asarray(data["v_template"], np.float32),
-        "shapedirs": np.asarray(data["shapedirs"], np.float32)[:, :, :NUM_BETAS],
+        "shapedirs": shape_components(np.asarray(data["shapedirs"], np.float32), len(parents)),
         "posedirs": np.asarray(data["posedirs"], np.float32) if "posedirs" in data else None,
         "lbs_weights": np.asarray(data["weights"], np.float32),
         "J_regressor": np.asarray(data["J_regressor"], np.float32),
@@ -201,6 +201,18 @@ def _smpl_arrays(data: dict[str, Any]) -> dict[str, Any]:
     if keypoints is not None:
         arrays["keypoint_names"], arrays["keypoint_regressor"] = keypoints
     return arrays
+
+
+def shape_components(
+    shapedirs: np.ndarray,  # (V, 3, >= 10) as published, or (V, 3, 11) as `hmdiff prepare licensed` keeps them
+    joints: int,
+) -> np.ndarray:  # (V, 3, B)
+    """Ten, and eleven of SMPL-X v1.1, whose files hold 300 before its expressions: BEDLAM's labels are of eleven.
+
+    SMPL-X v1.0 has ten, then ten expressions: of such a file the eleventh label is left out.
+    """
+    eleven = joints == 55 and (shapedirs.shape[2] >= 300 or shapedirs.shape[2] == NUM_BETAS + 1)
+    return shapedirs[:, :, : NUM_BETAS + eleven]
 
 
 def _mean_pose(data: dict[str, Any], joints: int) -> np.ndarray | None:  # (J, 3)

@@ -1,9 +1,11 @@
 """Keypoint regressors for licensed bodies, made from their own arrays: HALPE26 for SMPL and SMPL-X, HAND21 for MANO.
 
-Nose, eyes, ears, feet and fingertips are single vertices: facts of smplx's `vertex_ids.py`. The highest vertex is the
-top of the head. Limbs are SMPL's joints, as in SPIN's and smplx's use, hips included; since a keypoint is read off the
-posed mesh, `joint_row` makes a row of vertices that follows its joint. That, and the top of the head, are our choice.
-MANO's joints are its own J_regressor's rows, as FreiHAND's evaluation takes them.
+Nose, eyes, ears and feet are single vertices: facts of smplx's `vertex_ids.py`. So are fingertips, by FreiHAND's
+`mano_utils.py` (kpId2vertices), since HAND21 is its order and its labels are scored: ring 555 and pinky 672, where
+smplx has their neighbours 554 and 671. FreiHAND's hands are right ones; a left MANO gets the same numbers, as in smplx.
+The highest vertex is the top of the head. Limbs are SMPL's joints, as in SPIN's and smplx's use, hips included; since a
+keypoint is read off the posed mesh, `joint_row` makes a row of vertices that follows its joint. That, and the top of
+the head, are our choice. MANO's joints are its own J_regressor's rows, as FreiHAND's evaluation takes them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _NAMES = ("nose", "right_eye", "left_eye", "right_ear", "left_ear", "left_big_to
 LANDMARKS: dict[int, dict[str, int]] = {
     6890: dict(zip(_NAMES, (332, 6260, 2800, 4071, 583, 3216, 3226, 3387, 6617, 6624, 6787), strict=True)),
     10475: dict(zip(_NAMES, (9120, 9929, 9448, 616, 6, 5770, 5780, 8846, 8463, 8474, 8635), strict=True)),
-    778: {"thumb4": 744, "index4": 320, "middle4": 443, "ring4": 554, "pinky4": 671},
+    778: {"thumb4": 744, "index4": 320, "middle4": 443, "ring4": 555, "pinky4": 672},
 }
 _CANDIDATES = 200  # vertices about a joint that its row may read
 _KEPT = 24

@@ -36,6 +36,7 @@ from hmdiff.metrics import (
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 from hmdiff.skeletons import HALPE26, J14, joint_indices
 from hmdiff.storage import atomic_file
+from hmdiff.visibility_bands import BandWatch
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance
@@ -73,6 +74,7 @@ def measure(
     progress: Callable[[int], None] | None = None,  # told how many people are done
     clock: Callable[[], float] = time.perf_counter,
     batch: int | None = None,  # people a call, at most; None: as the samples come
+    observe: Callable[[Sample, MeshOutput], None] | None = None,  # shown every call's people and hypotheses
 ) -> dict[int, Measured]:  # by count
     """The errors of every person. Hypotheses, guided ones too, are nested by seed: one run serves several counts."""
     counts = sorted(set(counts))
@@ -104,6 +106,8 @@ def measure(
                 "guidance": _guidance_report(output, count),
             })
         true.append((target - root_of(target, J14, ROOT)).cpu())
+        if observe is not None:
+            observe(sample, output)
         if progress is not None:
             progress(len(target))
     return {
@@ -126,7 +130,7 @@ def ask(
     guidance: Guidance | None = None,
 ) -> MeshOutput:
     """One call of the pipeline; people are numbered by their place in the split. Returns when the device is done."""
-    options: dict[str, Any] = photo_of(sample)
+    options: dict[str, Any] = photo_of(sample) | depth_of(pipeline, sample)
     if eta is not None:
         options["eta"] = eta
     if guidance is not None:
@@ -191,6 +195,7 @@ def evaluate(
     eta: float | None = None,
     guidance: Guidance | None = None,
     estimate: Callable[[Tensor], Tensor] | None = None,  # a pose estimator in place of the split's own heatmaps
+    bands: bool = False,  # also report["bands"], see `hmdiff.visibility_bands`; the data needs pictures or maps
 ) -> dict[str, Any]:
     """Errors with 95 % bootstrap intervals over people: report["errors"][metric][kind] = {value, low, high} in mm.
 
@@ -201,9 +206,11 @@ def evaluate(
     samples: Iterable[Sample] = split_batches(data, split, people)
     if estimate is not None:
         samples = (with_estimate(sample, estimate) for sample in samples)
+    watch = BandWatch() if bands else None
     measured = measure(
-        pipeline, samples, (num_hypotheses,), num_inference_steps, seed, scheduler, eta, guidance, progress
-    )[num_hypotheses]
+        pipeline, samples, (num_hypotheses,), num_inference_steps, seed, scheduler, eta, guidance, progress,
+        observe=watch,
+    )[num_hypotheses]  # fmt: skip
     return {
         "split": split,
         "people": people,
@@ -213,6 +220,7 @@ def evaluate(
         "seed": seed,
         "protocol": "J14 regressed from the mesh, root mid-hip, mm",
         **summary(measured, pipeline.model.config.mode == "diffusion"),
+        **({} if watch is None else {"bands": watch.report(measured)}),
     }
 
 
@@ -250,6 +258,15 @@ def photo_of(sample: Sample) -> dict[str, Any]:
     if sample.principal_point is None or sample.focal is None or sample.heatmaps is None:
         return {}
     return {"photo_sizes": torch.full((len(sample.focal), 2), PHOTO), "focal": sample.focal}
+
+
+def depth_of(pipeline: HMDiffPipeline, sample: Sample) -> dict[str, Any]:
+    """The depth maps, for a pipeline that reads them; NaN all over where the data has none."""
+    if not pipeline.model.config.depth_map:
+        return {}
+    if sample.depth_input is not None:
+        return {"depth": sample.depth_input}
+    return {"depth": torch.full((len(sample), 2, 2), float("nan"))}
 
 
 @functools.lru_cache(maxsize=4)

@@ -27,7 +27,7 @@ ROUNDS = 4
 
 
 class FittedBodies(NamedTuple):
-    pose: Tensor  # (N, J, 3) axis-angles, each relative to its parent; the first is the root's
+    pose: Tensor  # (N, J, 3) axis-angles, relative to the parent; the root's first; a hand's mean pose included
     betas: Tensor  # (N, B)
     translation: Tensor  # (N, 3) metres; body(betas, axis_angle_to_matrix(pose), translation) is the fitted mesh
     error_mm: Tensor  # (N,) mean distance of the given vertices to the fitted ones, over all vertices
@@ -39,7 +39,10 @@ def fit_parameters(
     vertices: Tensor,  # (N, V, 3) metres, in any upright or turned frame: the root's rotation takes it up
     rounds: int = ROUNDS,
 ) -> FittedBodies:
-    """Fit every mesh on its own: a result does not depend on the batch. Pose blend shapes are counted.
+    """Fit every mesh on its own: a result does not depend on the batch, but for rounding. Pose blend shapes count.
+
+    The body's own sex and hand are fitted, whatever the mesh's: load the body that the mesh is of. A mesh that is no
+    body of the model's (a mirror image, noise) gets the nearest one found, and its `error_mm` says so.
 
     Raises:
         UserError: vertices of another shape than the body's, or that are not finite.
@@ -53,7 +56,7 @@ def fit_parameters(
         first = int((~finite).nonzero()[0, 0])
         raise UserError(f"vertices of mesh {first} are not finite: there is no body to fit to them")
     vertices = vertices.to(body.v_template)
-    fitter = _fitter(body, body.v_template.device)
+    fitter = _fitter(body, body.v_template.device, body.v_template.dtype)
     parts = []
     for group in vertices.split(AT_ONCE):
         rotations, betas, translation = fitter.fit(group[:, fitter.ids], rounds)
@@ -67,8 +70,8 @@ def fit_parameters(
 
 
 @functools.lru_cache(maxsize=4)
-def _fitter(body: Body, device: torch.device) -> _Fitter:
-    return _Fitter(body)
+def _fitter(body: Body, device: torch.device, dtype: torch.dtype) -> _Fitter:
+    return _Fitter(body)  # of the body as it is now: `.to()` changes a body in its place
 
 
 class _State(NamedTuple):
@@ -118,7 +121,7 @@ class _Fitter:
         for _ in range(rounds):
             diagonal = best.normal.diagonal(dim1=-2, dim2=-1)
             damped = best.normal + torch.diag_embed(damping[:, None] * diagonal + 1e-7)
-            step = torch.linalg.solve(damped.double(), best.slope.double()).to(target)
+            step = torch.linalg.solve_ex(damped.double(), best.slope.double())[0].to(target)
             turn, growth, shift = step.split([3 * joints, betas.shape[1], 3], -1)
             parents = self._chain(best.rotations)[:, self.above].clone()
             parents[:, 0] = torch.eye(3).to(parents)

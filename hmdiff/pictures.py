@@ -39,9 +39,11 @@ __all__ = [
     "heat_colours",
     "hypotheses_sheet",
     "overlay",
+    "overlay_all",
     "read_picture",
     "save_picture",
     "turntable_view",
+    "view_all",
 ]
 
 Colour = tuple[float, float, float]
@@ -127,6 +129,43 @@ def overlay(
     return result
 
 
+def overlay_all(
+    photo: np.ndarray,  # (H, W, 3) uint8
+    bodies: ArrayLike | Tensor,  # (N, V, 3) metres, relative to the pelvis
+    faces: ArrayLike | Tensor,  # (F, 3)
+    translations: ArrayLike | Tensor,  # (N, 3) metres
+    focal: float,  # pixels
+    principal_point: ArrayLike | Tensor,  # (2,) pixels
+    colours: Sequence[Colour | ArrayLike | Tensor],  # one a body, each one colour or (V, 3)
+    opacity: float = 0.4,  # of each body
+) -> np.ndarray:  # (H, W, 3) uint8
+    """Several translucent meshes over the photo at once; where they agree they are dense. The order does not matter."""
+    height, width = photo.shape[:2]
+    centre = as_tensor(principal_point).tolist()
+    lens = ((2 * focal / width, 2 * focal / height), (2 * centre[0] / width - 1, 2 * centre[1] / height - 1))
+    faces = as_tensor(faces).long()
+    layers = []
+    for body, shift, colour in zip(as_tensor(bodies).float(), as_tensor(translations).float(), colours, strict=True):
+        tint = colour if isinstance(colour, tuple) else as_tensor(colour).float()
+        layers.append(_mesh_layer(body + shift, faces, *lens, (height, width), tint, 2))
+    return to_bytes(_blended(photo / 255.0, layers, opacity))
+
+
+def _blended(
+    picture: np.ndarray,  # (H, W, 3) 0..1
+    layers: Sequence[tuple[np.ndarray, np.ndarray]],  # of `_mesh_layer`
+    opacity: float,
+) -> np.ndarray:  # (H, W, 3) 0..1
+    """Translucent bodies by their mean colour, so none hides another (McGuire and Bavoil, JCGT 2013)."""
+    through, weight = np.ones((*picture.shape[:2], 1)), np.full((*picture.shape[:2], 1), 1e-6)
+    total = np.zeros(picture.shape)
+    for layer, alpha in layers:
+        through = through * (1 - opacity * alpha[..., None])
+        total, weight = total + layer, weight + alpha[..., None]
+    blended: np.ndarray = picture * through + (1 - through) * total / weight
+    return blended
+
+
 def _finer(size: tuple[int, int]) -> int:
     return 3 if max(size) <= 500 else 2 if max(size) <= 1400 else 1
 
@@ -155,6 +194,20 @@ def turntable_view(
 ) -> np.ndarray:  # (H, W, 3) uint8
     """A second view from slightly above, on a light ground with the body's shadow at its lowest point."""
     return _studio([as_tensor(vertices)], faces, degrees, size, [colour], extent, centre, 1.0)
+
+
+def view_all(
+    bodies: ArrayLike | Tensor,  # (N, V, 3) metres
+    faces: ArrayLike | Tensor,  # (F, 3)
+    degrees: float,
+    size: int | tuple[int, int],
+    colours: Sequence[Colour | ArrayLike | Tensor],  # one a body, each one colour or (V, 3)
+    extent: float | None = None,
+    centre: ArrayLike | Tensor | None = None,  # (3,)
+    opacity: float = 0.4,  # of each body
+) -> np.ndarray:  # (H, W, 3) uint8
+    """`turntable_view` of several translucent bodies at once."""
+    return _studio(list(as_tensor(bodies).float()), faces, degrees, size, list(colours), extent, centre, opacity)
 
 
 def _studio(
@@ -195,16 +248,11 @@ def _studio(
         shadows = np.maximum(shadows, silhouette(drawn)[0].numpy())
     near, wide = (cv2.GaussianBlur(shadows, (0, 0), shorter / softness) for softness in (60, 22))
     picture = picture * (1 - 0.34 * (0.6 * near + 0.4 * wide)[..., None])
-    # Translucent bodies are blended by their mean colour, so none hides another (McGuire and Bavoil, JCGT 2013).
-    through, weight = np.ones((height, width, 1)), np.full((height, width, 1), 1e-6)
-    layers = np.zeros((height, width, 3))
+    layers = []
     for body, colour in zip(bodies, colours, strict=True):
         tint = colour if isinstance(colour, tuple) else as_tensor(colour).float()
-        layer, alpha = _mesh_layer(placed(body.float()), faces, focal, (0.0, 0.0), (height, width), tint, finer)
-        through = through * (1 - opacity * alpha[..., None])
-        layers, weight = layers + layer, weight + alpha[..., None]
-    picture = picture * through + (1 - through) * layers / weight
-    return to_bytes(picture)
+        layers.append(_mesh_layer(placed(body.float()), faces, focal, (0.0, 0.0), (height, width), tint, finer))
+    return to_bytes(_blended(picture, layers, opacity))
 
 
 def _ground(

@@ -23,6 +23,8 @@ from hmdiff.models.lifting import sample_volume, volume_coordinates, voxels_away
 from hmdiff.models.prediction import Prediction
 from hmdiff.models.recovery import MeshRecoveryModel
 
+RLE_VERTICES = 48  # coarse vertices whose likelihood a step takes, where RLE is of the vertices too
+
 
 class Draws(NamedTuple):
     """All that is random in the step of a batch, a function of (seed, batch) alone."""
@@ -30,11 +32,11 @@ class Draws(NamedTuple):
     steps: Tensor  # (B, M) long
     noise: Tensor  # (B, M, P, 3)
     hidden: Tensor | None = None  # (B, M, T) bool, masked modelling's
-    contrast_seed: int = 0  # the same in every process
+    shared_seed: int = 0  # the same in every process
 
     def to(self, device: torch.device | str) -> Draws:
         hidden = None if self.hidden is None else self.hidden.to(device)
-        return Draws(self.steps.to(device), self.noise.to(device), hidden, self.contrast_seed)
+        return Draws(self.steps.to(device), self.noise.to(device), hidden, self.shared_seed)
 
 
 def training_losses(
@@ -76,15 +78,23 @@ def training_losses(
         target = training_target(truth.expand_as(noise), noise, share, kind)
         clean = clean_estimate(found.points, noisy, share, kind)
         weight = loss_weight(share, kind, config.weighting, config.gamma)
-    contrast = _contrast(model, config, sample, found, truth, clean, share, draws.contrast_seed)
+    contrast = _contrast(model, config, sample, found, truth, clean, share, draws.shared_seed)
     paths = PathOutputs(
         model.config.mesh_scale, found.scale, model.flow_log_probs(),
-        model.config.rle_variant, found.silhouette, found.estimates, contrast, None if model.config.mode == "direct" else share < 1e-6,
+        model.config.rle_variant, found.silhouette, found.estimates, contrast,
+        vertices=_some_vertices(model, draws).to(truth.device),
+        regressed=None if model.config.mode == "direct" else share < 1e-6,
     )  # fmt: skip
     return objective(
         config, sample, found.points, target, weight, clean, truth, share, found.camera, model.config.num_coarse, edges,
         paths,
     )  # fmt: skip
+
+
+def _some_vertices(model: MeshRecoveryModel, draws: Draws) -> Tensor:  # (v,) long
+    """RLE's flow costs more than the denoiser where it sees every vertex: others are taken in every step."""
+    generator = torch.Generator().manual_seed(draws.shared_seed)
+    return torch.randperm(model.config.num_coarse, generator=generator)[:RLE_VERTICES]
 
 
 def _contrast(

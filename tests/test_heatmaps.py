@@ -319,4 +319,7 @@ def test_real_heatmaps_load(shared_data: Path, photo: str) -> None:
     after, _ = heatmap_peaks(loaded.values[0, target])
     sure = confidence > 0.3
     distance = (before - after)[sure].norm(dim=-1) / PIXEL
-    assert len(distance) >= 8 and distance.median() < 0.5 and distance.max() < 1.5
+    # Their peaks are plateaus of up to three equal pixels of 96, two of ours, on which any place is the highest.
+    assert len(distance) >= 8 and distance.median() < 0.5 and distance.max() < 2
+    shift = soft_argmax(values[source].clamp_min(0)) - soft_argmax(loaded.values[0, target])
+    assert shift[sure].norm(dim=-1).max() / PIXEL < 0.05

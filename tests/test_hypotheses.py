@@ -105,6 +105,19 @@ def test_selection_is_near_the_mean_and_pulled_by_the_likelihood() -> None:
     assert select(moved).tolist() == [2]
 
 
+def test_selection_uses_the_regressions_likelihood_where_there_is_one() -> None:
+    joints, likelihood = people()
+    regression = torch.zeros(3, 9)
+    assert torch.equal(select(joints, likelihood, regression), select(joints, likelihood))
+    regression[torch.arange(3), torch.tensor([4, 0, 7])] = 1e4  # eight are equal, one is 2.8 deviations above
+    copies = joints[:, :1].expand(-1, 9, -1, -1)
+    assert select(copies, None, regression).tolist() == [4, 0, 7]  # nothing else tells them apart
+    line = torch.zeros(1, 5, 2, 3)
+    line[0, :, 1, 0] = torch.tensor([-0.2, -0.1, 0.05, 0.06, 0.19])  # mean 0: the third is nearest
+    assert select(line, None, torch.tensor([[0.0, 0.0, 0.0, 3.0, 0.0]])).tolist() == [3]
+    assert select(line, None, torch.tensor([[0.0, 0.0, 3.0, 3.1, 0.0]])).tolist() == [2]
+
+
 def test_selection_of_one_of_copies_and_of_a_constant_likelihood() -> None:
     joints, likelihood = people()
     assert select(joints[:, :1], likelihood[:, :1]).tolist() == [0, 0, 0]

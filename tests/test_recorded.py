@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import standin_tables as tables
 import standins as s
 import torch
+from records import make_records
 from small import free_body
 
 from hmdiff.body import Body, load_body
@@ -23,7 +25,7 @@ from hmdiff.data.transforms import AugmentOptions
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
 from hmdiff.prepare.dataset import prepare_dataset
-from hmdiff.skeletons import HAND21
+from hmdiff.skeletons import HALPE26, HAND21
 
 TURNED = AugmentOptions(flip=0.5, noise=0, upright=0)
 
@@ -82,7 +84,7 @@ def test_freihand(tmp_path: Path, bodies: Path, split: str) -> None:
         np.testing.assert_allclose(found.numpy(), truths[name].vertices, atol=1e-4)
     assert sample.keypoints_3d.shape[1:] == (21, 3) and sample.heatmaps is None
     # Turned but never mirrored. Of the stand-in's joints these are vertices: the others no regressor gives exactly.
-    tips = [HAND21.index(name) for name in ("thumb4", "index4", "middle4")]
+    tips = [HAND21.index(name) for name in ("thumb4", "index4", "middle4", "ring4", "pinky4")]
     agrees(sample, 1e-4, tips)
     agrees(turned, 1e-4, tips)
 
@@ -118,6 +120,37 @@ def test_coco_has_no_third_dimension(tmp_path: Path) -> None:
     sample = RecordedPeople(shards, body, mesh.coarse_ids, len(shards)).block("train", 0)
     assert not sample.has_vertices.any() and not sample.has_camera.any() and not sample.has_keypoints_3d.any()
     assert (sample.joints_2d_confidence > 0).any(-1).all() and sample.heatmaps.amax((1, 2, 3)).gt(0).all()
+
+
+@pytest.mark.parametrize("stream", ["val", "train"])
+def test_joints_without_a_body_are_placed_before_their_camera(tmp_path: Path, stream: str) -> None:
+    """Joints in the camera frame say where the root is, even where no pose is labelled; 2D labels, or joints, agree."""
+    body, mesh = free_body()
+    records = make_records(tmp_path, 4, photos=False)
+    posed = RecordedPeople(
+        RecordFiles(records), body, mesh.coarse_ids, 4, augment=TURNED, heatmaps="none", same_body=True
+    ).block(stream, 0)
+    names = (*HALPE26, "pelvis")
+    bare = []
+    for number, record in enumerate(records):
+        whole = RecordedPeople(
+            RecordFiles([record]), body, mesh.coarse_ids, 1, heatmaps="none", same_body=True
+        ).block("val", 0)
+        joints = torch.cat([whole.keypoints_3d[0] + whole.pelvis[0], whole.pelvis]).double().numpy()
+        unseen = {"keypoints_2d": None, "keypoints_2d_confidence": None, "keypoint_names": ()} if number == 3 else {}
+        bare.append(dataclasses.replace(
+            record, pose=None, betas=None, translation=None, joints_3d=joints, joint_names=names, **unseen
+        ))  # fmt: skip
+    people = RecordedPeople(RecordFiles(bare), body, mesh.coarse_ids, 4, augment=TURNED, heatmaps="none")
+    sample = people.block(stream, 0)
+    assert sample.has_perspective.all() and sample.has_camera.all() and not sample.has_vertices.any()
+    for field in ("pelvis", "keypoints_3d", "focal", "principal_point", "joints_2d"):
+        torch.testing.assert_close(getattr(sample, field), getattr(posed, field), rtol=1e-4, atol=1e-4, msg=field)
+    agrees(sample, 1e-3)
+    # Joints that are relative to the pelvis stand nowhere.
+    relative = [dataclasses.replace(r, joints_3d=r.joints_3d - r.joints_3d[-1:]) for r in bare]  # type: ignore[operator]
+    nowhere = RecordedPeople(RecordFiles(relative), body, mesh.coarse_ids, 4, heatmaps="none").block("val", 0)
+    assert not nowhere.has_perspective.any() and nowhere.has_keypoints_3d.all()
 
 
 def test_gendered_bodies(tmp_path: Path, bodies: Path) -> None:

@@ -66,6 +66,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     shards[0].record.pose[0] = 7  # a caller's array is his own
     same(shards[0].record, records[0])
     assert shards.groups().tolist() == [record.group for record in records]
+    assert shards.names().tolist() == [record.name for record in records]
     assert shards.numbers_of(["sequence_0", "sequence_2"]).tolist() == [0, 1, 4, 5]
     assert shards.numbers_of("*_1").tolist() == [2, 3]
     with pytest.raises(UserError, match=r"no group is 'sequence_9'; there are 3, such as sequence_0"):

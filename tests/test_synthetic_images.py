@@ -189,7 +189,7 @@ def test_workers_draw_the_same_people():
     for (one, draws), (other, again) in zip(alone, ahead, strict=True):
         assert torch.equal(one.image, other.image) and torch.equal(one.heatmaps, other.heatmaps)
         assert torch.equal(draws.steps, again.steps) and torch.equal(draws.noise, again.noise)
-        assert draws.contrast_seed == again.contrast_seed
+        assert draws.shared_seed == again.shared_seed
 
 
 def test_pictures_come_where_they_are_read_or_asked_for(body, mesh):

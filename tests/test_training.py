@@ -239,8 +239,8 @@ def test_a_stream_is_shared_without_overlap(tmp_path: Path) -> None:
         assert torch.equal(people.joints_3d, torch.cat([piece[0].joints_3d for piece in pieces]))  # type: ignore[misc]
         assert torch.equal(draws.steps, torch.cat([piece[1].steps for piece in pieces]))
         assert torch.equal(draws.noise, torch.cat([piece[1].noise for piece in pieces]))
-        assert {piece[1].contrast_seed for piece in pieces} == {draws.contrast_seed}
-    assert whole[0][1].contrast_seed != whole[1][1].contrast_seed
+        assert {piece[1].shared_seed for piece in pieces} == {draws.shared_seed}
+    assert whole[0][1].shared_seed != whole[1][1].shared_seed
     with pytest.raises(UserError, match=r"training.batch_size 6 is not a multiple of data.block_size 4"):
         TrainingStream(whole.data, config(tmp_path, 4, "training.batch_size=6"), 0, 1, trainer.plain)
 

@@ -1,4 +1,7 @@
-"""`hmdiff ablate`: the paper's comparisons as tables, over a fixed split, with bootstrap intervals."""
+"""`hmdiff ablate`: the papers' comparisons as tables, over fixed splits, with bootstrap intervals.
+
+Of given checkpoints here; of models that are trained for a table in `ablate_trained`.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,29 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hmdiff.commands import arguments, studies
+from hmdiff.commands import ablate_trained, arguments, studies
 from hmdiff.errors import UserError
+
+OUTPUT = Path("outputs/ablation")
 
 
 def add_parser(subparsers: Any) -> None:
     parser = arguments.new_parser(
         subparsers,
         "ablate",
-        "tables: diffusion or not; no guidance, disrupted or DAT; how many hypotheses",
-        "hmdiff ablate diffusion dat hypotheses --checkpoint hmdiff_small --direct direct_small",
+        "tables: diffusion or not; no guidance, disrupted or DAT; how many hypotheses; the optional paths, trained",
+        "hmdiff ablate diffusion dat hypotheses --checkpoint hmdiff_small --direct direct_small\n"
+        "  hmdiff ablate depth_rle --train --steps 600 --seeds 3 --people 200",
         "Tables: diffusion (against the same network in one step, and stacked), dat (no guidance, disrupted and DAT at "
         "5, 10, 20 and 40 steps), hypotheses (the best, the mean and the selected of 1, 5, 10, 25, 100). A cell that "
-        "was computed is not computed again. Strength and threshold are to be chosen on val, by hmdiff sweep.",
+        "was computed is not computed again. Strength and threshold are to be chosen on val, by hmdiff sweep. The "
+        "other tables train a model for each row and seed, all with one budget: see below.",
     )
     parser.add_argument(
-        "tables", nargs="*", metavar="TABLE", help="of diffusion, dat, hypotheses; all of them if none is named"
-    )
+        "tables", nargs="*", metavar="TABLE",
+        help="of diffusion, dat, hypotheses, all of them if none is named; or of those that are "
+        "trained, below",
+    )  # fmt: skip
     parser.add_argument(
         "--checkpoint", default=arguments.DEFAULT_CHECKPOINT, metavar="NAME",
         help="the diffusion model: a shipped checkpoint, or the folder of a training or of save_pretrained "
@@ -36,7 +45,8 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--steps", type=arguments.whole(1), metavar="K",
-        help="denoising steps, where the table does not say (default: the checkpoint's own)",
+        help="denoising steps, where the table does not say (default: the checkpoint's own); training steps of a table "
+        "that is trained (default: the base config's)",
     )  # fmt: skip
     parser.add_argument(
         "--strength", type=arguments.number(0), metavar="S", help="of DAT and disrupted (default: DAT's own)"
@@ -48,16 +58,30 @@ def add_parser(subparsers: Any) -> None:
     studies.add_guidance(parser)
     studies.add_people(parser, "test", 500)
     parser.add_argument(
-        "--output", type=Path, default=Path("outputs/ablation"), metavar="FOLDER", help="(default: %(default)s)"
-    )
+        "--output", type=Path, metavar="FOLDER",
+        help=f"(default: {OUTPUT}, of a table that is trained {ablate_trained.OUTPUT})",
+    )  # fmt: skip
+    ablate_trained.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     from hmdiff.ablations import ROLES, TABLES, csv_rows, find_table, rows_of, settings_of, texts
     from hmdiff.comparison import save_csv
+    from hmdiff.trained_ablations import TRAINED
 
     names = list(dict.fromkeys(options.tables)) or list(TABLES)
+    for name in names:
+        if name not in TABLES and name not in TRAINED:
+            raise UserError(f"table {name!r} is not known; choose one of {', '.join((*TABLES, *TRAINED))}")
+    trained = [name for name in names if name in TRAINED]
+    options.output = options.output or (ablate_trained.OUTPUT if trained else OUTPUT)
+    if trained:
+        if len(trained) < len(names):
+            others = ", ".join(name for name in names if name not in TRAINED)
+            raise UserError(f"{', '.join(trained)} is trained, {others} is of given checkpoints: ask for them apart")
+        return ablate_trained.run_trained(options, names)
+    ablate_trained.check_absent(options)
     tables = {name: find_table(name) for name in names}
     given = {role: getattr(options, role) for role in ROLES if getattr(options, role) is not None}
     study = studies.make_study(options, list(given.values()), options.output / "cells")

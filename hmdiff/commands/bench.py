@@ -22,7 +22,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--config", default="hmdiff_small", metavar="FILE", help="a YAML file or a shipped name (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=arguments.whole(1), default=1, help="people (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=arguments.whole(1), metavar="B", help="people (default: 1; of --fit, 64 meshes)"
+    )
     parser.add_argument(
         "--num-hypotheses", type=arguments.whole(1), default=25, metavar="N", help="bodies each (default: %(default)s)"
     )
@@ -40,6 +42,10 @@ def add_parser(subparsers: Any) -> None:
         help="instead: images a second from a prepared data set, with 0, 1 and 2 workers (default: none)",
     )  # fmt: skip
     parser.add_argument("--raw", metavar="FOLDER", help="beside --shards: its own files (default: where it came from)")
+    parser.add_argument(
+        "--fit", type=arguments.whole(1), nargs="?", const=500, metavar="BODIES",
+        help="instead: error and time of fitting pose and shape to random bodies (default: none; alone: 500)",
+    )  # fmt: skip
     arguments.add_device(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the config's")
     parser.set_defaults(run=run)
@@ -59,6 +65,9 @@ def run(options: argparse.Namespace) -> int:
     if options.shards is not None:
         return _loading(options, config.data.image_size)
     device = arguments.resolve_device(options.device)
+    if options.fit is not None:
+        return _fitting(options, config.body, device)
+    options.batch_size = options.batch_size or 1
     if options.data:
         from hmdiff.throughput import measure_throughput
 
@@ -121,6 +130,25 @@ def _loading(options: argparse.Namespace, image_size: int) -> int:
         print(
             f"{row['store']:10} {row['workers']} workers {row['images_per_second']:8.0f} images/s, peak memory of a "
             f"loading process {row['peak_gigabytes']:.2f} GB",
+            flush=True,
+        )
+    return 0
+
+
+def _fitting(options: argparse.Namespace, name: str, device: Any) -> int:
+    import torch
+
+    from hmdiff.body import load_body
+    from hmdiff.fit_figures import fit_figures
+
+    body, batch = load_body(name).to(device), options.batch_size or 64
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"body {body.name}, {options.fit} random bodies in batches of {batch}, on {device}, {threads}", flush=True)
+    for row in fit_figures(body, options.fit, batch):
+        print(
+            f"noise {row['noise_mm']:.0f} mm: error to the body {row['mean_mm']:.2f} mm (95 % below "
+            f"{row['p95_mm']:.2f}, worst {row['worst_mm']:.2f}), {row['wall_ms']:.1f} ms a mesh, "
+            f"{row['process_ms']:.1f} ms of processor time",
             flush=True,
         )
     return 0

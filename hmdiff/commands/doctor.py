@@ -18,9 +18,12 @@ NEEDED = ("torch", "accelerate", "diffusers", "timm", "numpy", "scipy", "cv2", "
 OPTIONAL = {
     "numba": ("draws training people faster on a CPU", "pip install 'hmdiff[fast]'"),
     "mmpose": ("heatmaps from photos alone, without keypoints", "uv sync --extra mmpose"),
+    "mmdet": ("finds the people in a photo, for --detector", "uv sync --extra mmpose"),
+    "mmpretrain": ("only mmpose's ViTPose needs it", "pip install --no-deps mmpretrain"),
     "smplx": ("only the tests need it; SMPL files are read without", "pip install 'hmdiff[smplx]'"),
     "anny": ("only `hmdiff prepare body` needs it", "pip install 'hmdiff[prepare]'"),
 }
+COMPANIONS = {"mmpose": ("mmcv", "mmengine", "xtcocotools", "mmdet"), "mmdet": ("mmcv", "mmengine")}
 _DISTRIBUTIONS = {"cv2": "opencv-python", "PIL": "pillow"}
 ASSETS = ("body.npz", "body_mesh.npz", "pose_prior.npz", "sample.jpg", "sample.json", "hmdiff_small")
 
@@ -41,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     missing = 0
     for state, what, remark in findings():
-        print(f"{state:8} {what:20} {remark}")
+        print(f"{state:8} {what:26} {remark}")
         missing += state == "MISSING"
     if missing:
         print(f"{missing} missing: do what the lines say, then run hmdiff doctor again")
@@ -66,6 +69,9 @@ def findings() -> Iterator[Finding]:
 def _package(name: str, use: str, mend: str, needed: bool) -> Finding:
     if importlib.util.find_spec(name) is None:
         return Finding("MISSING" if needed else "-", name, f"not installed ({use}): {mend}")
+    absent = [other for other in COMPANIONS.get(name, ()) if importlib.util.find_spec(other) is None]
+    if absent:
+        return Finding("-", name, f"does not work without {', '.join(absent)} ({use}): {mend}")
     try:
         version = importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
     except importlib.metadata.PackageNotFoundError:  # another distribution of the same module, as opencv has several
@@ -97,17 +103,18 @@ def _bodies() -> Iterator[Finding]:
         yield Finding("-", "licensed bodies", f"{folder}: no such folder, and {FOLDER_VARIABLE} names it")
         return
     for kind in LICENSED:
-        first = None
+        first, absent = None, []
         for gender in ("right", "left") if kind == "mano" else ("neutral", "female", "male"):
             try:
                 path = find_body_file(kind, gender)
             except UserError as error:
                 first = first or error
+                absent.append(gender)
                 continue
             mend = f"; hmdiff prepare licensed {folder} makes it an npz" if path.suffix.lower() == ".pkl" else ""
             yield Finding("ok", f"body {kind} {gender}", f"{path}{mend}")
         if first is not None:
-            yield Finding("-", f"body {kind}", str(first))
+            yield Finding("-", f"body {kind} {', '.join(absent)}", str(first))
 
 
 def _regressors() -> Iterator[Finding]:
@@ -116,7 +123,9 @@ def _regressors() -> Iterator[Finding]:
     from hmdiff.regressors import REGRESSORS, load_regressor
 
     if body_folder() is None:
-        yield Finding("-", "regressors", "looked for beside the bodies; only protocols of SMPL and Human3.6M need them")
+        files = ", ".join(regressor.file for regressor in REGRESSORS.values())
+        words = f"{files} are looked for beside the bodies; only protocols of SMPL and Human3.6M need them"
+        yield Finding("-", "regressors", words)
         return
     for name, regressor in REGRESSORS.items():
         try:

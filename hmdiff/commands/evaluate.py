@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 SPLITS = ("test", "test_occluded", "test_ood", "val")
 PEOPLE = 500  # of a synthetic split
 MEAN_MESH = "mean mesh"
-TABLE_WIDTH = 120  # where the output is no terminal
+BANDS_SIZE = 64  # pixels of the maps that tell how much is visible
+TABLE_WIDTH, BANDS_WIDTH = 120, 150  # where the output is no terminal
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
         "evaluate",
         "errors of checkpoints on the synthetic splits, or of anybody's predictions by a named protocol",
         "hmdiff evaluate --checkpoint hmdiff_small direct_small --split test test_ood\n"
+        "  hmdiff evaluate --split test_occluded --bands\n"
         "  hmdiff evaluate --protocol min_of_n --data test --people 100 --num-hypotheses 100\n"
         "  hmdiff evaluate --protocol spin jotr --data prepared/3dpw --checkpoint runs/smpl\n"
         "  hmdiff evaluate --protocol spin --data 3dpw --predictions their_results",
@@ -51,6 +53,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--people", type=arguments.whole(2),
         help=f"first people of the split (default: {PEOPLE}; of a data set all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bands", action="store_true",
+        help="also errors and spread by how much of a person is visible (over 80, 60-80, 40-60, under 40 %%), and the "
+        "spread of hidden against visible vertices (default: no)",
     )  # fmt: skip
     add_protocol(parser)
     arguments.add_sampling(parser, eta=False)
@@ -107,6 +114,8 @@ def run(options: argparse.Namespace) -> int:
     if options.protocol:
         from hmdiff.commands.protocol_run import run_protocols
 
+        if options.bands:
+            raise UserError("--bands is about the synthetic splits, and --protocol about others; leave one of them out")
         return run_protocols(options)
     for name in ("data", "predictions", "base", "body", "group"):
         if getattr(options, name) is not None:
@@ -122,12 +131,13 @@ def run(options: argparse.Namespace) -> int:
         label: model_hash(arguments.checkpoint_folder(name))
         for name, label in zip(options.checkpoint, pipelines, strict=True)
     }
-    data: dict[tuple[str, int | None], SyntheticHumans] = {}  # made only when something must be computed
+    data: dict[tuple[Any, ...], SyntheticHumans] = {}  # made only when something must be computed
 
-    def people_of(body: Body, image_size: int | None = None) -> SyntheticHumans:
-        if (body.name, image_size) not in data:
-            data[body.name, image_size] = test_people(body, image_size)
-        return data[body.name, image_size]
+    def people_of(body: Body, image_size: int | None = None, map_size: int = 0) -> SyntheticHumans:
+        key = (body.name, image_size, map_size)
+        if key not in data:
+            data[key] = test_people(body, image_size, map_size)
+        return data[key]
 
     reports: list[dict[str, Any]] = []
     for split in dict.fromkeys(options.split):
@@ -140,13 +150,14 @@ def run(options: argparse.Namespace) -> int:
             }  # fmt: skip
             path = folder / f"{label}_{split}.json"
             found = stored(path, settings)
-            if found is None:
+            if found is None or (options.bands and "bands" not in found):
                 model = pipeline.model.config
-                people = people_of(pipeline.body, None if model.inputs == "heatmaps" else model.image_size)
+                pictures = None if model.inputs == "heatmaps" else model.image_size
+                people = people_of(pipeline.body, pictures, BANDS_SIZE if options.bands else 0)
                 with progress(f"{label} {split}", options.people) as update:
                     found = evaluate(
                         pipeline, people, split, options.people, options.num_hypotheses, options.steps,
-                        options.seed, options.sampler, update,
+                        options.seed, options.sampler, update, bands=options.bands,
                     ) | settings  # fmt: skip
                 save_report(found, path)
             reports.append(found)
@@ -156,6 +167,8 @@ def run(options: argparse.Namespace) -> int:
         reports.append(stored(path, settings | {"body": body.name}) or _mean_mesh(people_of(body), settings, path))
     save_report({"reports": reports}, folder / "all.json")
     print_tables(reports)
+    if options.bands:
+        print_bands(reports)
     print(f"written: {folder}/all.json, and a JSON for each checkpoint and split")
     return 0
 
@@ -173,13 +186,13 @@ def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> d
     return report
 
 
-def test_people(body: Body, image_size: int | None = None) -> SyntheticHumans:
+def test_people(body: Body, image_size: int | None = None, map_size: int = 0) -> SyntheticHumans:
     """The people of the splits, the same for every checkpoint: the default data, with pictures where they are read."""
     from hmdiff.assembly import build_data, build_mesh
     from hmdiff.config import load_config
 
     pictures = [] if image_size is None else ["data.pictures=true", f"data.image_size={image_size}"]
-    config = load_config(None, pictures)
+    config = load_config(None, [*pictures, f"data.map_size={map_size}"])
     return build_data(config, body, build_mesh(config, body), full_mesh=True)
 
 
@@ -270,4 +283,27 @@ def print_tables(reports: list[dict[str, Any]]) -> None:
                 table.add_section()
             table.add_row("" if checkpoint == before else checkpoint, kind, *cells)
             before = checkpoint
+        console.print(table)
+
+
+def print_bands(reports: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hmdiff.visibility_bands import COLUMNS, band_rows
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=BANDS_WIDTH)
+    for report in reports:
+        if "bands" not in report:
+            continue
+        title = f"{report['checkpoint']}, {report['split']}, by visible fraction: mm (95 % interval)"
+        table = Table(title=title, title_justify="left")
+        for number, name in enumerate(COLUMNS):
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in band_rows(report["bands"]):
+            if row[0]:
+                table.add_section()
+            table.add_row(*row)
         console.print(table)

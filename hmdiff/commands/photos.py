@@ -31,6 +31,7 @@ class PhotoPeople:
     heatmaps: Heatmaps  # of P people
     points: list[tuple[Tensor, tuple[str, ...]]]  # of each: (J, 3) photo pixels and confidence, J names
     source: str  # what the user is told
+    depth: Tensor | None = None  # (h, w) of the whole photo, larger = farther, NaN = not known
 
 
 def pair_files(kind: str, files: Sequence[Path], photos: Sequence[Path]) -> list[Path | None]:

@@ -25,6 +25,7 @@ MODES = 5  # groups of hypotheses in the npz, at most
 
 
 def add_parser(subparsers: Any) -> None:
+    from hmdiff.commands.depth_maps import add_depth
     from hmdiff.commands.estimation import add_estimation
 
     parser = arguments.new_parser(
@@ -34,8 +35,8 @@ def add_parser(subparsers: Any) -> None:
         "hmdiff sample photo.jpg --keypoints photo.json",
         "For each person it writes NAME.npz (vertices, joints, keypoints, camera, spread, the number of the selected "
         "hypothesis, modes and their weights, and the pose and shape fitted to each hypothesis), NAME.obj (the mean "
-        "body), NAME.glb (mean and hypotheses), NAME.png (a picture of them over the photo and from the side) and NAME_spread.png (the selected one, coloured by spread); "
-        "NAME_0, NAME_1, ... where there are several people.",
+        "body), NAME.glb (mean and hypotheses), NAME.png (a picture of them over the photo and from the side) and "
+        "NAME_spread.png (the selected one, coloured by spread); NAME_0, NAME_1, ... where there are several people.",
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="jpg, png, webp, ...")
     parser.add_argument(
@@ -52,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
         "keypoints; with --pose the detector's)",
     )  # fmt: skip
     add_estimation(parser)
+    add_depth(parser)
     arguments.add_checkpoint(parser)
     arguments.add_sampling(parser)
     arguments.add_guidance(parser)
@@ -67,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hmdiff.cli import report
+    from hmdiff.commands.depth_maps import check_depth, with_depth
     from hmdiff.commands.estimation import Estimation, needs_pose
     from hmdiff.commands.photos import pair_files
     from hmdiff.storage import make_folder
@@ -76,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
     keypoints = pair_files("--keypoints", options.keypoints, options.photos)
     heatmaps = pair_files("--heatmaps", options.heatmaps, options.photos)
     needs_pose(options)
+    check_depth(options)
     make_folder(options.output)
 
     estimate = None if options.pose is None else Estimation(options)
@@ -91,7 +95,10 @@ def run(options: argparse.Namespace) -> int:
     if people:
         pipeline = arguments.load_pipeline(options.checkpoint, arguments.resolve_device(options.device))
         arguments.check_sampling(pipeline, options)
-        failures += sample_people(pipeline, people, options)
+        people, without = with_depth(people, pipeline, options)
+        failures += without
+        if people:
+            failures += sample_people(pipeline, people, options)
     for failure in failures:
         report(failure)
     return 2 if failures else 0
@@ -175,6 +182,7 @@ def sample_batch(
     import torch
 
     from hmdiff.canvas import read_picture
+    from hmdiff.commands.depth_maps import depth_crops
     from hmdiff.commands.photos import crops
     from hmdiff.heatmaps import concatenate_heatmaps
 
@@ -196,6 +204,7 @@ def sample_batch(
         people=[person for _, person in batch],
         progress=progress,
         guidance=arguments.guidance_of(options, pipeline),
+        depth=depth_crops(people, batch) if pipeline.model.config.depth_map else None,
     )
     return output
 
@@ -270,8 +279,8 @@ def write_person(
     save_obj(path(".obj"), mean, faces)
     meshes: dict[str, tuple[Any, Any]] = {"mean": (mean, faces)}
     colours: list[Any] = [(0.75, 0.75, 0.78)]
-    for number, body in enumerate(vertices):
-        meshes[f"hypothesis_{number + 1:02d}"] = (body, faces)
+    for number, hypothesis in enumerate(vertices):
+        meshes[f"hypothesis_{number + 1:02d}"] = (hypothesis, faces)
         colours.append(PALETTE[number % len(PALETTE)])
     save_glb(path(".glb"), meshes, colours)
     points, names = photo.points[person]
@@ -285,11 +294,12 @@ def write_person(
         output.translation[row, selected].cpu(), float(output.focal[row]), output.principal_point[row].cpu(),
     )  # fmt: skip
     save_picture(path("_spread.png"), heat)
-    spread, fit = float(output.spread[row].mean()), f"parameters within {fitted['mean_fit_error_mm']:.0f} mm; "
+    spread, fit = float(output.spread[row].mean()), ""
     if output.guidance is not None:
         before, after = (float(gap[row].mean()) for gap in (output.guidance.gap_before, output.guidance.gap_after))
         fit = f"gap {1000 * before:.2f} -> {1000 * after:.2f} e-3; "
     if distance is not None:
         away, side = float(distance[row].mean()), float(photo.heatmaps.side[person])
         fit += f"2D distance {away:.1f} px, {100 * away / side:.1f} % of the crop; "
+    fit += f"parameters within {fitted['fit_error_mm'].mean():.0f} mm; "
     return f"{photo.photo} -> {stem}.npz .obj .glb .png _spread.png  ({fit}spread {spread:.0f} mm; from {photo.source})"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hmdiff.body import Body
 from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility
+from hmdiff.data.in_front import FrontDrawer
 from hmdiff.data.labelled_bodies import LabelledBodies, PosedBodies
 from hmdiff.data.record import Record
 from hmdiff.data.record_crops import by_name, read_crop, read_heatmaps
@@ -85,6 +86,7 @@ class RecordedPeople:
         self.store, self.body = store, body
         self.block_size, self.seed, self.full_mesh, self.image_size = block_size, seed, full_mesh, image_size
         self.augment, self.faults = augment or AugmentOptions(), faults or EstimatorFaults()
+        self._front = FrontDrawer(self.augment)
         self.heatmaps = heatmaps
         if heatmaps not in ("faults", "labels", "none") and not Path(heatmaps).is_dir():
             raise UserError(f"heatmaps {str(heatmaps)!r}: faults, labels, none or a folder of NAME.npz is expected")
@@ -126,7 +128,10 @@ class RecordedPeople:
                 if person.record.pose is None and person.record.vertices is None:
                     raise person.record.error(f"no body is labelled, so split {stream!r} cannot be evaluated on it")
         generator = block_generator(self.seed if stream == "train" else 0, f"{stream}/heatmaps", number)
-        return self._sample(people, torch.tensor(list(positions)), generator)
+        occluders = None
+        if stream == "train" and self._front.active:
+            occluders = block_generator(self.seed, f"{stream}/front", number)
+        return self._sample(people, torch.tensor(list(positions)), generator, occluders)
 
     # -- one person --------------------------------------------------------------------------------------------------
 
@@ -157,7 +162,13 @@ class RecordedPeople:
 
     # -- a block -----------------------------------------------------------------------------------------------------
 
-    def _sample(self, people: list[_Person], index: Tensor, generator: torch.Generator) -> Sample:
+    def _sample(
+        self,
+        people: list[_Person],
+        index: Tensor,
+        generator: torch.Generator,  # of the heatmaps
+        occluders: torch.Generator | None = None,  # of what is put in front; None: nothing is
+    ) -> Sample:
         n, joints = len(people), len(self.names)
         fields: dict[str, Tensor] = {
             "coarse_vertices": torch.zeros(n, len(self.bodies.coarse_ids), 3),
@@ -176,17 +187,27 @@ class RecordedPeople:
         fields["has_joints_3d"] = fields["has_vertices"].clone()
         roots = fields.pop("root", torch.full((n, 3), torch.nan))
         for row, person in enumerate(people):
-            self._fill_joints(fields, row, person)
-            self._fill_camera(fields, row, person, roots[row].numpy())
+            root = self._fill_joints(fields, row, person)
+            bodiless = person.record.pose is None and person.record.vertices is None
+            self._fill_camera(fields, row, person, root if bodiless and root is not None else roots[row].numpy())
         self._fill_projections(fields)
         self._fill_weak_camera(fields)
         inside = (fields["joints_2d"].abs() <= 1).all(-1)
-        fields["visible"] = (fields["joints_2d_confidence"] > 0) & inside
+        labelled = fields["joints_2d_confidence"] > 0
+        fields["visible"] = labelled & inside
+        front = None
+        covered = torch.zeros_like(labelled)
+        if occluders is not None:
+            front = self._front(fields["joints_2d"], labelled, occluders, self.names)
+            covered = front.cover(fields["joints_2d"])
+            fields["visible"] &= ~covered
         if self.image_size is not None:
             pictures = np.stack([person.image for person in people])  # type: ignore[misc]
             fields["image"] = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+            if front is not None:
+                fields["image"] = front.paint(fields["image"])
         if self.heatmaps != "none" and self.names == HALPE26:
-            fields["heatmaps"], fields["heatmap_valid"] = self._heatmaps(people, fields, generator)
+            fields["heatmaps"], fields["heatmap_valid"] = self._heatmaps(people, fields, generator, covered)
         return Sample(index=index, **fields)
 
     def _posed(self, people: list[_Person]) -> list[tuple[list[int], PosedBodies]]:
@@ -228,11 +249,14 @@ class RecordedPeople:
             fields["keypoints_3d"][rows], fields["has_keypoints_3d"][rows] = posed.keypoints, True
         fields.setdefault("root", torch.full((len(fields["focal"]), 3), torch.nan))[rows] = posed.root
 
-    def _fill_joints(self, fields: dict[str, Tensor], row: int, person: _Person) -> None:
-        """Labelled 3D joints: the keypoints that they name, and, of a full set of the body's own joints, those."""
+    def _fill_joints(self, fields: dict[str, Tensor], row: int, person: _Person) -> np.ndarray | None:
+        """Labelled 3D joints: the keypoints that they name, and, of a full set of the body's own joints, those.
+
+        Returns the joint (3,) that they are about, in the camera frame; None where they were not used.
+        """
         record, change = person.record, person.change
         if record.joints_3d is None or fields["has_keypoints_3d"][row].any():
-            return
+            return None
         joints = turn_points(record.joints_3d.astype(np.float64), change)
         there = np.ones(len(joints), bool) if record.joints_3d_valid is None else record.joints_3d_valid > 0
         places = {name: joints[number] for number, name in enumerate(record.joint_names) if there[number]}
@@ -240,7 +264,7 @@ class RecordedPeople:
         if root is None and {"left_hip", "right_hip"} <= places.keys():
             root = (places["left_hip"] + places["right_hip"]) / 2
         if root is None:
-            return  # relative to nothing, they say nothing
+            return None  # relative to nothing, they say nothing
         known, valid = by_name(joints - root, there.astype(np.float64), record.joint_names, self.names, 3)
         fields["keypoints_3d"][row] = torch.from_numpy(mirrored(known, self.names, change)).float()
         fields["has_keypoints_3d"][row] = torch.from_numpy(mirrored(valid, self.names, change) > 0)
@@ -248,6 +272,7 @@ class RecordedPeople:
         if record.joint_names == names and not fields["has_vertices"][row] and there.all():
             fields["joints_3d"][row] = torch.from_numpy(mirrored(joints - root, names, change)).float()
             fields["has_joints_3d"][row] = True
+        return root
 
     def _fill_camera(self, fields: dict[str, Tensor], row: int, person: _Person, root: np.ndarray) -> None:
         """Where the pelvis is and what camera sees it, where both are labelled."""
@@ -294,17 +319,20 @@ class RecordedPeople:
         people: list[_Person],
         fields: dict[str, Tensor],
         generator: torch.Generator,
+        covered: Tensor,  # (n, J) bool: behind something that was put in front
     ) -> tuple[Tensor, Tensor]:  # (n, J, 64, 64), (n, J) bool
         points, confidence = fields["joints_2d"], fields["joints_2d_confidence"]
         if self.heatmaps == "labels":
-            inside = (points.abs() <= 1).all(-1)
+            inside = (points.abs() <= 1).all(-1) & ~covered
             return gaussian_heatmaps(points, confidence.clamp(max=1) * inside, _SIGMA), confidence > 0
         if self.heatmaps == "faults":
             labelled = confidence > 0
             face = torch.ones_like(labelled)
             whole = fields["has_keypoints_3d"].all(-1)
             face[whole] = face_visibility(fields["keypoints_3d"][whole])
-            values, valid = estimate_heatmaps(points, labelled, face, self.faults, generator)
+            values, valid = estimate_heatmaps(points, labelled & ~covered, face, self.faults, generator)
             return values * labelled[..., None, None], valid & labelled
         read = [read_heatmaps(Path(self.heatmaps), p.record, p.affine, p.change) for p in people]
-        return torch.cat([values for values, _ in read]), torch.cat([valid for _, valid in read])
+        values = torch.cat([values for values, _ in read])
+        # As of an estimator that does not report what it does not see.
+        return torch.where(covered[..., None, None], 0.0, values), torch.cat([valid for _, valid in read])

@@ -1,8 +1,9 @@
 """Pictures of synthetic people: the same bodies, cameras and occluders as their keypoints, rendered (our choice).
 
 What is drawn is a coarser mesh of the body, 3,000 vertices of its hierarchy: at 128 pixels 1.7 times as fast as the
-free body's 12,410, and within a pixel of it. The looks are those of `hmdiff.data.appearance`. n people, O boxes, S
-pixels a side.
+free body's 12,410, and within a pixel of it. The looks are those of `hmdiff.data.appearance`. Where only silhouette and
+depth are wanted, `MapDrawer` draws them without the picture, at a size of their own. n people, O boxes, S pixels a
+side.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from hmdiff.body import Body
 from hmdiff.data.appearance import Wardrobe, compose_rgb
+from hmdiff.data.depth_faults import DepthFaults, estimate_depth
+from hmdiff.data.depth_scene import compose_depth
 from hmdiff.data.draws import grid
 from hmdiff.errors import UserError
 from hmdiff.mesh import MeshSampler, load_mesh
+from hmdiff.render import rasterize
 
 RENDERED_VERTICES = 3000
 
@@ -102,6 +106,60 @@ class Photographer:
         pixels = photo.silhouette.sum((1, 2))
         seen = (photo.silhouette * ~photo.occlusion).sum((1, 2))
         return Pictures(photo.image, photo.silhouette, photo.fragments.depth, seen / pixels.clamp_min(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """Silhouette and depth without the picture. The labels are the body's alone, the input is all that is seen."""
+
+    silhouette: Tensor  # (n, S, S) 0 or 1
+    depth: Tensor  # (n, S, S) metres along the optical axis, 0 where there is no body
+    visible_fraction: Tensor  # (n,) share of the silhouette in the crop that no occluder covers; 0 where it is empty
+    occlusion: Tensor  # (n, S, S) bool: covered by a box, on the person or beside
+    depth_input: Tensor  # (n, S, S) a depth network's estimate, NaN = not known
+
+
+class MapDrawer:
+    """Draws the silhouettes and depths of people that are given by shape, pose and camera, and estimates the depths.
+
+    Raises:
+        UserError: the body has no faces, or a size under 16.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        size: int,  # S pixels
+        faults: DepthFaults | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if body.faces is None:
+            raise UserError(f"body {body.name!r} has no faces, so no depth can be drawn of it; give data.map_size=0")
+        if size < 16:
+            raise UserError(f"data.map_size {size}: 0, or at least 16 pixels, is expected")
+        self.size, self.faults = size, faults or DepthFaults()
+        mesh = _drawn_mesh(body)
+        self.body = body.select(mesh.coarse_ids.to(body.v_template.device)).to(device)
+        self.faces = mesh.coarse_faces.to(device)
+
+    def __call__(
+        self,
+        betas: Tensor,  # (n, B)
+        rotations: Tensor,  # (n, K, 3, 3)
+        pelvis: Tensor,  # (n, 3) metres, camera frame
+        focal: Tensor,  # (n,) crop half-sides
+        principal_point: Tensor,  # (n, 2) crop coordinates
+        boxes: OccluderBoxes,
+        generator: torch.Generator,  # CPU, of the scene and the faults alone
+    ) -> Maps:
+        output = self.body(betas, rotations)
+        vertices = output.vertices + (pelvis - output.joints[:, 0])[:, None]
+        depth = rasterize(vertices, self.faces, focal, principal_point, self.size).depth
+        there = depth > 0
+        covered = boxes.mask(self.size) > 0.5
+        seen = (there & ~covered).sum((1, 2)) / there.sum((1, 2)).clamp_min(1)
+        scene = compose_depth(depth, covered, vertices, focal, principal_point, generator, self.faults.scene)
+        return Maps(there.to(depth.dtype), depth, seen, covered, estimate_depth(scene, self.faults, generator))
 
 
 @functools.lru_cache(maxsize=2)

@@ -36,6 +36,7 @@ class Sample:
     has_silhouette: Tensor | None = None  # (B,) bool
     depth: Tensor | None = None  # (B, h, w) metres from the camera; 0 where there is no body
     has_depth: Tensor | None = None  # (B,) bool
+    depth_input: Tensor | None = None  # (B, s, s) what a model reads: larger = farther, any unit, NaN = not known
     camera: Tensor | None = None  # (B, 3) weak-perspective scale, tx, ty in the crop
     has_camera: Tensor | None = None  # (B,) bool
     pelvis: Tensor | None = None  # (B, 3) metres, pelvis in the camera frame
@@ -43,6 +44,7 @@ class Sample:
     principal_point: Tensor | None = None  # (B, 2) crop coordinates
     has_perspective: Tensor | None = None  # (B,) bool: pelvis, focal and principal_point are known
     visible_fraction: Tensor | None = None  # (B,) visible part of the body in the crop, 0..1
+    occlusion: Tensor | None = None  # (B, h, w) bool: pixels covered by something in front, on the person or beside
     index: Tensor | None = None  # (B,) position in the split: the seed of what is random about this sample
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Sample:
@@ -79,6 +81,7 @@ MASKS = {
     "heatmaps": "heatmap_valid", "vertices": "has_vertices", "coarse_vertices": "has_vertices",
     "joints_3d": "has_joints_3d", "keypoints_3d": "has_keypoints_3d", "joints_2d": "joints_2d_confidence",
     "visible": "joints_2d_confidence", "silhouette": "has_silhouette", "visible_fraction": "has_silhouette",
+    "occlusion": "has_silhouette",
     "depth": "has_depth", "camera": "has_camera", "pelvis": "has_perspective", "focal": "has_perspective",
     "principal_point": "has_perspective",
 }  # fmt: skip
@@ -110,6 +113,12 @@ def concatenate(samples: list[Sample]) -> Sample:
         if present and len(present) != len(values):
             if field.name in MASKS:
                 values = [_blank(sample, field.name, present[0]) for sample in samples]
+            elif field.name == "depth_input":
+                like = present[0]
+                values = [
+                    like.new_full((len(sample), *like.shape[1:]), torch.nan) if value is None else value
+                    for sample, value in zip(samples, values, strict=True)
+                ]
             elif field.name in MASKS.values():
                 values = [_mask(sample, field.name, present[0]) for sample in samples]
             else:

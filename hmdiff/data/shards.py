@@ -204,8 +204,15 @@ class PreparedShards:
 
     def groups(self) -> np.ndarray:  # (len,) of str
         """The group (the sequence) of every record."""
-        columns = [self._batch(shard).column("group").to_pylist() for shard in range(len(self.index["shards"]))]
-        return np.array([group for column in columns for group in column], dtype=str)
+        return self._words("group")
+
+    def names(self) -> np.ndarray:  # (len,) of str
+        """The name of every record; no picture is read for it."""
+        return self._words("name")
+
+    def _words(self, column: str) -> np.ndarray:  # (len,) of str
+        columns = [self._batch(shard).column(column).to_pylist() for shard in range(len(self.index["shards"]))]
+        return np.array([word for words in columns for word in words], dtype=str)
 
     def numbers_of(self, patterns: Sequence[str]) -> np.ndarray:  # (N,) ascending
         """The records whose group is one of these, or matches one (`*` for anything). Raises `UserError` for none."""

@@ -2,8 +2,9 @@
 
 Nothing is stored: people come in blocks, and block i of a stream is a function of (seed, stream, i) alone. So a resumed
 training sees the data it would have seen, several processes share a stream without overlap, and a split is fixed by its
-name. All figures of the process are our choice. The looks of pictures are drawn from a generator of their own, so that
-people are the same with pictures as without. n people a block, V vertices, C coarse vertices, J keypoints (HALPE26).
+name. All figures of the process are our choice. The looks of pictures, and the scene and the faults of depth maps, are
+drawn from generators of their own, so that people are the same with them as without. n people a block, V vertices, C
+coarse vertices, J keypoints (HALPE26).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from hmdiff.body import Body
+from hmdiff.data.depth_faults import DepthFaults
 from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility
 from hmdiff.data.poses import PoseMixture, sample_orientation
-from hmdiff.data.rendering import OccluderBoxes, Photographer
+from hmdiff.data.rendering import MapDrawer, OccluderBoxes, Photographer
 from hmdiff.data.sample import Sample
 from hmdiff.errors import UserError
 
@@ -76,6 +78,8 @@ class SyntheticHumans:
         faults: EstimatorFaults | None = None,
         device: torch.device | str = "cpu",
         image_size: int | None = None,  # S: also image, silhouette, depth (each S x S) and visible_fraction
+        map_size: int | None = None,  # draw silhouette, depth and depth_input at this size, with pictures or without
+        depth_faults: DepthFaults | None = None,  # of depth_input
     ) -> None:
         self.block_size, self.seed, self.full_mesh = block_size, seed, full_mesh
         self.faults = faults or EstimatorFaults()
@@ -87,6 +91,8 @@ class SyntheticHumans:
         self.coarse_ids = coarse_ids
         self.image_size = image_size
         self._photographer = None if image_size is None else Photographer(body, image_size, self.device)
+        self.map_size = map_size
+        self._maps = None if map_size is None else MapDrawer(body, map_size, depth_faults, self.device)
         if full_mesh:
             self.body = body.to(self.device)
             self._coarse = coarse_ids.to(self.device)
@@ -134,6 +140,10 @@ class SyntheticHumans:
             looks = block_generator(seed, f"{stream}/picture", number)
             drawn = self._photographer(betas, rotations, place, focal, principal, boxes, looks)
             pictures = {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
+        if self._maps is not None:
+            scenery = block_generator(seed, f"{stream}/depth", number)
+            maps = self._maps(betas, rotations, place, focal, principal, boxes, scenery)
+            pictures |= {field.name: getattr(maps, field.name) for field in dataclasses.fields(maps)}
         return Sample(
             heatmaps=heatmaps,
             heatmap_valid=valid,

@@ -31,14 +31,32 @@ class AugmentOptions:
     rotation: float = 30.0  # degrees, standard deviation, cut at twice as much
     upright: float = 0.6  # probability of no rotation
     scale: float = 0.25  # standard deviation of the crop's side about 1, cut there
+    # What is put in front, of one kind a person at most, see hmdiff/data/in_front.py
+    objects: float = 0.0  # probability of shapes with textures
+    people: float = 0.0  # probability of another person of the block
+    cutouts: str = ""  # a folder of RGBA pictures to paste
+    pasted: float = 0.5  # probability of one of them, where there is a folder
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("flip", 0, 1), ("upright", 0, 1), ("noise", 0, 1), ("rotation", 0, 90), ("scale", 0, 0.9)
+            ("flip", 0, 1), ("upright", 0, 1), ("noise", 0, 1), ("rotation", 0, 90), ("scale", 0, 0.9),
+            ("objects", 0, 1), ("people", 0, 1), ("pasted", 0, 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if not (isinstance(value, int | float) and low <= value <= high):
                 raise UserError(f"data.augment: {name} {value!r}: a number from {low} to {high} is expected")
+        if not isinstance(self.cutouts, str):
+            raise UserError(f"data.augment: cutouts {self.cutouts!r}: the name of a folder is expected")
+        if sum(self.in_front) > 1:
+            raise UserError(
+                f"data.augment: objects, people and pasted are {', '.join(f'{share:g}' for share in self.in_front)}, "
+                "over 1 together; a person has one of them at most"
+            )
+
+    @property
+    def in_front(self) -> tuple[float, float, float]:
+        """Probabilities of objects, another person, a cut-out."""
+        return self.objects, self.people, self.pasted if self.cutouts else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

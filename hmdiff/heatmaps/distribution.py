@@ -12,10 +12,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hmdiff.errors import UserError
+from hmdiff.heatmaps.resampling import spline_weights
 from hmdiff.skeletons import HALPE26, shared_joints
 
 HEATMAP_SIZE = 64
@@ -204,14 +204,15 @@ def resample_heatmaps(
     to_side: Tensor,  # (B,)
     size: int = HEATMAP_SIZE,
 ) -> Tensor:  # (B, J, size, size)
-    """The same heatmaps over another crop of the same photo, bilinear between pixel centres; 0 outside the old crop."""
+    """The same heatmaps over another crop of the same photo, by cubic splines; 0 outside the old crop."""
     extent = side if side.dim() == 2 else side[:, None].expand(-1, 2)
     grid = pixel_coordinates(size, values) / 2
-    x, y = (to_center[:, axis, None] + grid * to_side[:, None] - center[:, axis, None] for axis in (0, 1))
-    x, y = 2 * x / extent[:, 0, None], 2 * y / extent[:, 1, None]
-    points = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], -1)
-    # align_corners=False is exactly the convention of the module: -1 and 1 are the outer edges of the outer pixels.
-    return F.grid_sample(values, points.to(values.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
+    weights = []
+    for axis, count in ((1, values.shape[-2]), (0, values.shape[-1])):
+        places = (to_center[:, axis, None] + grid * to_side[:, None] - center[:, axis, None]) / extent[:, axis, None]
+        weights.append(spline_weights(count, (places + 0.5) * count - 0.5).to(values.dtype))
+    down, across = weights  # (B, size, H), (B, size, W)
+    return torch.einsum("bik,bjkl,bml->bjim", down, values, across).clamp_min(0)
 
 
 def draw_samples(

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hmdiff.heatmaps.distribution import HEATMAP_SIZE, Heatmaps, heatmaps_from_values, pixel_coordinates
+from hmdiff.heatmaps.resampling import spline_weights
 
 _SIMCC_SIGMA = 2.0  # our heatmaps' pixels, as Gaussian heatmaps have
 
@@ -35,7 +35,7 @@ def heatmaps_from_codec(
     size = torch.tensor([values.shape[-1], values.shape[-2]])
     first, step = _grid(codec, center, scale, use_udp, size)
     across, down = (
-        torch.stack([_spline(int(size[axis]), places) for places in
+        torch.stack([spline_weights(int(size[axis]), places) for places in
                      (_targets(to_center, to_side, axis) - first[:, axis, None]) / step[:, axis, None]])
         for axis in (0, 1)
     )  # fmt: skip
@@ -45,18 +45,6 @@ def heatmaps_from_codec(
 
 def _targets(center: Tensor, side: Tensor, axis: int) -> Tensor:  # (P, 64) photo places of our pixels, double
     return center[:, axis, None].double() + pixel_coordinates(HEATMAP_SIZE, side.double()) / 2 * side[:, None].double()
-
-
-def _spline(
-    size: int,
-    places: Tensor,  # (n,) in pixels from the first
-) -> Tensor:  # (n, size) float32
-    """The weights of `size` values at places between them; none beyond the outer pixels' edges."""
-    from scipy.interpolate import make_interp_spline
-
-    weights = make_interp_spline(np.arange(size), np.eye(size), k=3)(places.clamp(0, size - 1).numpy())
-    inside = (places > -0.5) & (places < size - 0.5)
-    return (torch.from_numpy(weights) * inside[:, None]).float()
 
 
 def heatmaps_from_simcc(

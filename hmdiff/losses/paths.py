@@ -36,6 +36,7 @@ class PathOutputs:
     silhouette: Tensor | None = None  # (B, S, S) logits
     estimates: Tensor | None = None  # (B, M, E, K, 3) joints after each block but the last
     contrast: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # by name, unweighted
+    vertices: Tensor | None = None  # (v,) long: the coarse vertices whose likelihood is taken in this step; None: all
     regressed: Tensor | None = None  # (B, M) bool: x_k says nothing of x_0, so x̂_0 is a regressor; None: all
 
 
@@ -62,7 +63,8 @@ def path_terms(
             if name == "joints_2d":
                 mean, target, weight = _projected(sample, joints, true_joints, camera, paths.mesh_scale)
             elif name == "vertices":
-                mean, target = clean[..., :num_coarse, :], truth[..., :num_coarse, :]
+                rows = torch.arange(num_coarse, device=clean.device) if paths.vertices is None else paths.vertices
+                mean, target, scale = clean[..., rows, :], truth[..., rows, :], scale[..., rows, :]
             else:
                 mean, target = joints, true_joints
             if paths.regressed is not None:

@@ -1,32 +1,33 @@
-"""RLE: residual log-likelihood estimation (Li et al., arXiv 2107.11291), the regression loss of D2A-HMR (arXiv 2403.09063).
+"""RLE: residual log-likelihood estimation (Li et al., arXiv 2107.11291), the regression loss of D2A-HMR (2403.09063).
 
-A regressor gives a mean μ̂ and a scale σ̂; y = (μ_g - μ̂) / σ̂ is the residual in its own units, and a flow G learns its shape.
+A regressor gives a mean μ̂ and a scale σ̂; y = (μ_g - μ̂) / σ̂ is the residual in its own units, and a flow G learns
+its shape.
 
-1. Change of variables: if y has the density p, then x = μ̂ + σ̂ y has p(y) / Π_d σ̂_d, so -log p(x) = Σ_d log σ̂_d - log p(y):
+1. Change of variables: if y has the density p, x = μ̂ + σ̂ y has p(y) / Π_d σ̂_d, so -log p(x) = Σ_d log σ̂_d - log p(y).
    log σ̂ comes in once, from the stretch of the axes.
-2. RLE sets p = Q G / Z, Q(y) = Π_d exp(-|y_d|) / 2 a Laplace density and G the flow's. Both integrate to 1, their product
-   does not: Z = ∫ Q G is at most 2^-D, the height of Q. The paper's constant is c = 1 / Z; it moves with the flow.
-3. `exact` leaves log Z out, as the paper does: Σ_d [log σ̂_d + log 2 + |y_d|] - log G(y). This is a negative
-   log-density but for -log Z >= D log 2: never less than that of Q G / Z, so a bound, and not the same.
-4. What leaving it out costs (ours, measured in LOG.md). The terms are [Σ log σ̂ - log G(y)], a proper likelihood of the
-   residual whatever common factor σ̂ has, since the flow takes that factor up, and Σ |y|, which falls as σ̂ grows. So nothing
-   holds the size of σ̂: it grows until the sigmoid or the flow ends it. Its *order* among the joints is right.
-5. `official` is the authors' code: log σ̂ twice, the one log G added to each of D coordinates, √(2π) and √2 in Q, the sign of y
-   turned. The second log σ̂ is no slip without use, it holds σ̂; counting log G D times takes that back for D >= 2.
-6. `composite` (ours) is the sum of two proper likelihoods of one residual, Laplace's Q(y) / Π σ̂ and the flow's G(y) / Π σ̂:
-   Σ_d [2 log σ̂_d + log 2 + |y_d|] - log G(y). With a flow that fits, σ̂ is the mean absolute residual, as in Laplace's
-   alone, G is its shape, and the confidence 1 - σ̂ means something. Where σ̂ is shown to anybody, use this one.
+2. RLE sets p = Q G / Z, Q(y) = Π_d exp(-|y_d|) / 2 a Laplace density and G the flow's. Both integrate to 1, their
+   product does not: Z = ∫ Q G is at most 2^-D, the height of Q. The paper's constant, c = 1 / Z, moves with the flow.
+3. `exact` leaves log Z out, as the paper does: Σ_d [log σ̂_d + log 2 + |y_d|] - log G(y). This is the negative logarithm
+   of a density plus -log Z >= D log 2: an upper bound of it, not the thing itself.
+4. What that costs (ours; measured in LOG.md). The loss is [Σ log σ̂ - log G(y)], a proper likelihood that stays as it is
+   under a common factor of all σ̂, since the flow takes it up, plus Σ |y|, which falls as σ̂ grows. So nothing holds the
+   size of σ̂: it grows until the sigmoid or the flow ends it. Which σ̂ is larger than which stays right.
+5. `official` is the authors' code: log σ̂ twice, the one log G added to each of D coordinates, √(2π) and √2 in Q, y with
+   the other sign. The second log σ̂ does hold σ̂, but counting log G D times takes that back for D >= 2.
+6. `composite` (ours) adds two proper likelihoods of one residual, Laplace's Q(y) / Π σ̂ and the flow's G(y) / Π σ̂:
+   Σ_d [2 log σ̂_d + log 2 + |y_d|] - log G(y). Where the flow fits, σ̂ is the mean absolute residual, as with Laplace,
+   and G is its shape. Where 1 - σ̂ is shown as a confidence, use this one: its size means something.
 
-In a diffusion model (our choice; the paper has a direct regressor). σ̂ is a head of the denoiser's tokens, so a function of x_k, k
-and the image, and RLE is a likelihood of x_0 given these. Three things follow.
+In a diffusion model (our choice; the paper has a direct regressor) σ̂ is a head of the denoiser's tokens, so a function
+of x_k, k and the image, and RLE is a likelihood of x_0 given these. Three things follow.
 - At the terminal step x_k is noise and x̂_0 the direct regressor: there, and only there, σ̂ is the uncertainty of
   p(x_0 | image), and becomes the confidence. At smaller k it is what is still open once x_k is known.
-- Nats need no weight by noise level: y is already in units of its own level, and every positive weight has the same
-  minimiser. Min-SNR weights are made for squared errors; the plain one is 0 at the terminal step, where σ̂ is wanted
-  most. Use 1 (or a weight with a floor, such as truncated_snr of the *clean* mesh).
-- Samplers take x̂_0 for the mean of p(x_0 | x_k, image). RLE pulls it to a median or mode instead, with a force 1 / σ̂ that
-  grows without bound as the noise falls. So below the terminal step the mean is best detached, and the squared error
-  alone trains it; at the terminal step, and in the direct baseline, RLE may pull at the mean, as in the paper.
+- Nats need no weight by noise level: y is already in units of its own level, and no positive weight moves the minimiser
+  of a head that is told its level. Min-SNR weights are made for squared errors, and the plain one is 0 at the terminal
+  step, where σ̂ is wanted most. The weight is 1.
+- Samplers take x̂_0 for the mean of p(x_0 | x_k, image). RLE pulls it to a median or a mode, by a force of 1 / σ̂,
+  which grows as the noise falls. So below the terminal step the mean is detached and the squared error alone trains
+  it; at the terminal step, and in the direct baseline, RLE pulls at the mean, as in the paper.
 """
 
 from __future__ import annotations

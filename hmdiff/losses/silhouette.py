@@ -13,8 +13,8 @@ def silhouette_error(
 ) -> Tensor:  # (B,) nats a pixel
     """Binary cross-entropy, the mean over the pixels, from logits: stable however sure the network is.
 
-    Not balanced (ours): the crop is made for the person, so that his pixels are not rare, and a weight on them would make
-    the outline too fat, since the least error would no longer be at the true probability.
+    Not balanced (ours): the crop is made for the person, so that his pixels are not rare, and a weight on them would
+    make the outline too fat, since the least error would no longer be at the true probability.
     """
     logits = _precise(logits)
     return F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none").mean((-2, -1))

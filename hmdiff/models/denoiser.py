@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hmdiff.models.conditioning import Conditioning
+from hmdiff.models.flow import scale_of
 from hmdiff.models.fusion import JointFusion
 from hmdiff.models.layers import Attention, FeedForward, KeysValues, StepModulation
 from hmdiff.models.prediction import Denoised
@@ -182,7 +183,7 @@ class MeshDenoiser(nn.Module):
         found, count = {}, len(self.patches)
         for name, head in self.to_scale.items():
             part = tokens[:, :count] if name == "vertices" else tokens[:, count:]
-            value = head(part).float().sigmoid()
+            value = scale_of(head(part))
             found[name] = value.reshape(len(tokens), -1, 3)[:, self.place] if name == "vertices" else value
         return found
 

@@ -42,8 +42,8 @@ def normalise_depth(
 ) -> Tensor:  # (B, S, S) 0 where not known
     """Less the median, over the mean absolute deviation from it, of each map's known pixels.
 
-    The same for depth and a * depth + b with a > 0, which is all that a monocular estimator leaves unknown (MiDaS, arXiv
-    1907.01341). A constant map is all 0.
+    The same for depth and a * depth + b with a > 0, which is all that a monocular estimator leaves unknown (MiDaS,
+    arXiv 1907.01341). A constant map is all 0.
     """
     flat = torch.where(known, values, torch.nan).flatten(1)
     largest = torch.where(known, values.abs(), 0.0).flatten(1).amax(1, keepdim=True)
@@ -96,7 +96,8 @@ class DepthLayer(nn.Module):
 class DepthFusion(nn.Module):
     """A depth map into the image tokens.
 
-    Patches of the normalised map, of its relief, and of which pixels are known, become tokens; a patch with nothing known is masked.
+    Patches of the normalised map, of its relief and of which pixels are known become tokens; a patch with nothing known
+    is masked.
     """
 
     position: Tensor

@@ -1,4 +1,4 @@
-"""RealNVP: the learned density G of a normalised residual, which RLE multiplies its Laplace density with; and the scale σ̂.
+"""RealNVP: the learned density G of a normalised residual, by which RLE multiplies Laplace's; and the scale σ̂.
 
 RealNVP: Dinh et al., arXiv 1605.08803. Sizes, masks and first weights are those of the authors' code of RLE (Li et al.,
 arXiv 2107.11291), which has D = 2 and 3; every other D is ours. Training and log-likelihoods only: no mesh needs it.
@@ -18,8 +18,8 @@ class RealNVP(nn.Module):
     """An invertible map between x and a standard normal latent, so that the density of x is known.
 
     In each coupling the coordinates where its mask is 1 stay, and say by how much the others are stretched and moved:
-    x = z exp(s) + t. The first mask keeps the last ⌊D/2⌋ coordinates, the second all but these, and so on in turn: [0, 1],
-    [1, 0] for D = 2 and [0, 0, 1], [1, 1, 0] for D = 3, as in the authors' code. A stretch is within exp(±1) (Tanh).
+    x = z exp(s) + t. The first mask keeps the last ⌊D/2⌋ coordinates, the second all but these, and so on in turn:
+    [0, 1], [1, 0] for D = 2 and [0, 0, 1], [1, 1, 0] for D = 3, as in the authors' code. A stretch is within exp(±1).
     For D = 1 nothing can say anything of anything: the map is affine, and G a normal density of learned mean and width.
 
     Sharp residuals must not be rounded: inside autocast everything here still runs in the precision of the weights.
@@ -68,7 +68,7 @@ class RealNVP(nn.Module):
         self,
         x: Tensor,  # (..., D)
     ) -> Tensor:  # (...) log G(x), nats
-        """The latent's standard normal log-density, and the logarithm of how much of x's volume becomes the latent's."""
+        """The latent's standard normal log-density, plus the logarithm of how volumes change on the way to it."""
         latent, log_determinant = self.inverse(x)
         return log_determinant - 0.5 * latent.square().sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
 
@@ -88,7 +88,8 @@ def scale_of(
 
 def _network(dim: int, hidden: int, *last: nn.Module) -> nn.Sequential:
     """Almost zero at the start, so that G begins close to a standard normal."""
-    layers = [nn.Linear(dim, hidden), nn.LeakyReLU(), nn.Linear(hidden, hidden), nn.LeakyReLU(), nn.Linear(hidden, dim)]
-    for layer in layers[::2]:
-        nn.init.xavier_uniform_(layer.weight, gain=0.01)  # type: ignore[arg-type]
-    return nn.Sequential(*layers, *last)
+    linear = [nn.Linear(dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, dim)]
+    for layer in linear:
+        nn.init.xavier_uniform_(layer.weight, gain=0.01)
+    first, second, third = linear
+    return nn.Sequential(first, nn.LeakyReLU(inplace=True), second, nn.LeakyReLU(inplace=True), third, *last)

@@ -91,6 +91,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         lifting: bool = False,  # JOTR: lift the feature map to a volume that joints look into
         volume_width: int = 128,
         volume_size: int = 8,
+        volume_exponent: float = 3.0,  # k at the start, JOTR's; 1 gives all depths the same layers (see LOG.md)
     ) -> None:
         super().__init__()
         if mode not in MODES or inputs not in INPUTS:
@@ -141,7 +142,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         if lifting:
             if not hasattr(self.feature_backbone, "grid"):
                 raise ValueError(f"lifting needs a feature map, which backbone {backbone!r} has not; take 'conv' or images")
-            self.volume_lifting = Lifting(encoder_width, volume_width, volume_size)
+            self.volume_lifting = Lifting(encoder_width, volume_width, volume_size, exponent=volume_exponent)
 
     def set_topology(
         self,

@@ -31,8 +31,10 @@ class SilhouetteDecoder(nn.Module):
         self.attention = Attention(width, heads)
         self.norm_feed_forward = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, 2.0)
+        # Few channels: the maps are large, and a step must not be the decoder's.
+        channels = min(width, 64)
+        self.to_map = nn.Linear(width, channels)
         layers: list[nn.Module] = []
-        channels = width
         for _ in range(doublings):
             fewer = max(16, channels // 2)
             layers += [nn.ConvTranspose2d(channels, fewer, 4, stride=2, padding=1), nn.GELU(approximate="tanh")]
@@ -52,7 +54,7 @@ class SilhouetteDecoder(nn.Module):
             self.norm_attention(queries), self.attention.keys_values(context), mask=key_mask
         )
         found = found + self.feed_forward(self.norm_feed_forward(found))
-        grid = found.transpose(1, 2).unflatten(2, (GRID, GRID))
+        grid = self.to_map(found).transpose(1, 2).unflatten(2, (GRID, GRID))
         return self.to_logits(self.deconvolutions(grid))[:, 0]
 
 

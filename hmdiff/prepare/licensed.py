@@ -1,8 +1,8 @@
 """A user's own SMPL, SMPL-X and MANO files to plain npz, once: no pickle is read again, and loading takes a tenth.
 
 `hmdiff prepare licensed SOURCE`. The npz holds the arrays that skinning needs under their published names, in float32,
-with the first ten shape components, so that other programs read it too. Regressors are copied beside it. Nothing else
-ever writes a licensed body to a disk.
+with the shape components that `load_body` takes, so that other programs read it too. Regressors are copied beside it.
+Nothing else ever writes a licensed body to a disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from hmdiff.body import Body, load_body
 from hmdiff.body_files import (
     FOLDER_VARIABLE,
     LICENSED,
-    NUM_BETAS,
     body_folder,
     files_by_name,
     licensed_kind,
@@ -79,10 +78,10 @@ def convert_body(
     output: Path,  # .npz
 ) -> Body:
     """One file; returns the body that the new one gives. Raises `UserError` for a file that is not a body."""
-    load_body(source)  # its shapes are checked before anything is written
+    body = load_body(source)  # its shapes are checked before anything is written
     data = raw_arrays(source)
     arrays: dict[str, Any] = {name: np.asarray(data[name], np.float32) for name in _NEEDED if name in data}
-    arrays["shapedirs"] = arrays["shapedirs"][:, :, :NUM_BETAS]
+    arrays["shapedirs"] = arrays["shapedirs"][:, :, : body.num_betas]
     arrays["kintree_table"] = np.asarray(data["kintree_table"]).astype(np.int64)
     arrays["f"] = np.asarray(data["f"]).astype(np.uint32)
     arrays |= {name: np.asarray(data[name], np.float32) for name in _HANDS if name in data}

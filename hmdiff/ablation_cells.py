@@ -1,0 +1,134 @@
+"""A trained run on a split: the errors of every person, stored; an ablation's tables are made of such cells.
+
+A cell is a JSON file, keyed by the run's config, its weights and what is asked of it, and written whole. It holds
+person by person the errors of `hmdiff.evaluation`, the spread of the hypotheses, how much of the person is visible, and
+how well RLE's scale, where the model has it, ranks the errors of the joints. A split named SPLIT_blur has motion blur.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hmdiff.ablation_runs import Run
+from hmdiff.assembly import build_mesh, build_source
+from hmdiff.body import Body
+from hmdiff.config import Config, load_config
+from hmdiff.data.motion_blur import Blurred
+from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.evaluation import measure, save_report, split_batches
+from hmdiff.measured import Measured
+from hmdiff.output import MeshOutput
+from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.trained_ablations import TrainedRow, digest, essence
+from hmdiff.uncertainty_metrics import uncertainty_correlations
+
+FORMAT = 1
+_DIGITS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """How runs are evaluated, the same for all rows."""
+
+    people: int = 200
+    num_hypotheses: int = 25  # of a diffusion model
+    steps: int | None = None  # of denoising; None: the config's
+    seed: int = 0  # of the noise
+
+    def settings(self, run: Run, row: TrainedRow, split: str, weights: str) -> dict[str, Any]:
+        """All that a cell depends on."""
+        diffusion = run.config.model["mode"] == "diffusion"
+        return {
+            "format": FORMAT, "run": digest(essence(run.config)), "trained_seed": run.seed, "weights": weights,
+            "tested": list(row.tested), "split": split, "people": self.people, "seed": self.seed,
+            "num_hypotheses": self.num_hypotheses if diffusion else 1,
+            "steps": (self.steps or run.config.diffusion.num_inference_steps) if diffusion else 1,
+        }  # fmt: skip
+
+
+def cell_path(folder: Path, settings: dict[str, Any]) -> Path:
+    return folder / f"{settings['run']}_s{settings['trained_seed']}_{settings['split']}_{digest(settings)}.json"
+
+
+def stored_cell(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """None where it is not there, or damaged."""
+    try:
+        cell: dict[str, Any] = json.loads(cell_path(folder, settings).read_text())
+        return cell if cell["settings"] == settings and "values" in cell else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def tested_config(config: Config, row: TrainedRow, folder: Path) -> Config:
+    """The config of the people that a row is tested on: as trained, but for what the row says."""
+    if not row.tested:
+        return config
+    return load_config(folder / "config.yaml", row.tested)
+
+
+def people_of(config: Config, body: Body) -> PeopleSource:
+    """Every split, and its blurred twin, with what the config's model reads."""
+    return Blurred(build_source(config, body, build_mesh(config, body), full_mesh=True))
+
+
+def compute_cell(
+    folder: Path,  # of the cells
+    settings: dict[str, Any],  # of `Asked.settings`
+    pipeline: HMDiffPipeline,
+    data: PeopleSource,
+    progress: Callable[[int], None] | None = None,  # told how many people are done
+) -> dict[str, Any]:
+    """Measure, and write the cell. Raises `UserError` for a split that is not known."""
+    watch = _Watch()
+    count = settings["num_hypotheses"]
+    measured = measure(
+        pipeline, split_batches(data, settings["split"], settings["people"]), (count,), settings["steps"],
+        settings["seed"], progress=progress, observe=watch,
+    )[count]  # fmt: skip
+    values: dict[str, Any] = {
+        metric: {kind: _rounded(errors) for kind, errors in kinds.items()} for metric, kinds in measured.errors.items()
+    }
+    if count > 1:
+        values["spread"] = _rounded(spread_of(measured))
+    if watch.fractions:
+        values["visible_fraction"] = _rounded(torch.cat(watch.fractions))
+    cell = {"settings": settings, "values": values}
+    if watch.uncertainty:
+        found = uncertainty_correlations(torch.cat(watch.uncertainty), torch.cat(watch.errors))
+        cell["correlation"] = {name: list(three) for name, three in found.items()}
+    save_report(cell, cell_path(folder, settings))
+    return cell
+
+
+def spread_of(measured: Measured) -> Tensor:  # (P,) mm
+    """Mean distance of the hypotheses' joints to their mean."""
+    joints = measured.joints  # (P, n, 14, 3)
+    return 1000 * (joints - joints.mean(1, keepdim=True)).norm(dim=-1).mean((1, 2))
+
+
+class _Watch:
+    """Looks on while people are measured, for what the errors alone do not tell."""
+
+    def __init__(self) -> None:
+        self.fractions: list[Tensor] = []  # (B,)
+        self.uncertainty: list[Tensor] = []  # (B, K)
+        self.errors: list[Tensor] = []  # (B, K) mm
+
+    def __call__(self, sample: Sample, output: MeshOutput) -> None:
+        if sample.visible_fraction is not None:
+            self.fractions.append(sample.visible_fraction.detach().cpu())
+        if output.joint_scale is not None and sample.joints_3d is not None:
+            truth = sample.joints_3d.to(output.joints)
+            self.errors.append(1000 * (output.mean_joints - truth).norm(dim=-1).cpu())
+            self.uncertainty.append(output.joint_scale.detach().cpu().mean(-1))
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, _DIGITS) for value in values.double().cpu().tolist()]

@@ -1,0 +1,97 @@
+"""What a row costs: parameters, milliseconds an image, milliseconds a training step; measured, never read off.
+
+All rows in one run of the program and in turn (row 1, row 2, ..., row 1 again), so that whatever else the machine does
+falls on all alike; the medians count. A training step is the real one, without drawing its people: forward,
+backward, clipping, optimizer, EMA. An image is encoded and denoised, as many hypotheses as are asked for. Our choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hmdiff.config import Config, load_config, save_config
+from hmdiff.evaluation import as_heatmaps, ask
+from hmdiff.training import Trainer
+
+REPEATS = 7
+IMAGES = 8  # a call
+
+
+def measure_costs(
+    configs: Sequence[Config],  # one a row; their weights do not matter, so they are those of the start
+    num_hypotheses: int = 25,
+    steps: int | None = None,  # of denoising
+    repeats: int = REPEATS,
+    images: bool = True,  # False: only the training steps
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[int], None] | None = None,  # told how many timings are done
+) -> list[dict[str, Any]]:  # parameters, milliseconds, step_milliseconds and under which conditions
+    with tempfile.TemporaryDirectory(prefix="hmdiff-costs-") as folder:
+        timed = [_Timed(config, Path(folder) / str(number)) for number, config in enumerate(configs)]
+        for turn in range(repeats + 1):  # the first is slower and does not count
+            for row in timed:
+                row.step(clock, turn > 0)
+                if images:
+                    row.image(num_hypotheses, steps, clock, turn > 0)
+                if progress is not None:
+                    progress(1)
+        return [row.found() for row in timed]
+
+
+class _Timed:
+    """A row's trainer, and the batch that it is timed on."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        folder.mkdir()
+        save_config(config, folder / "config.yaml")
+        config = load_config(folder / "config.yaml", [f"output={folder / 'run'}", "training.compile=false"])
+        self.mode = config.model["mode"]
+        self.trainer = Trainer(config)
+        self.batch = self.trainer.stream[0]
+        sample = self.trainer.validation.block("val", 0)
+        self.sample = sample.map(lambda tensor: tensor[:IMAGES])
+        self.step_times: list[float] = []
+        self.image_times: list[float] = []
+
+    def step(self, clock: Callable[[], float], counts: bool) -> None:
+        self.trainer.plain.train()
+        started = clock()
+        self.trainer._one_step(itertools.repeat(self.batch))
+        self._wait()
+        if counts:
+            self.step_times.append(clock() - started)
+
+    def image(self, num_hypotheses: int, steps: int | None, clock: Callable[[], float], counts: bool) -> None:
+        self.trainer.plain.eval()
+        count = num_hypotheses if self.mode == "diffusion" else 1
+        heatmaps = as_heatmaps(self.sample)
+        started = clock()
+        ask(self.trainer.pipeline, self.sample, heatmaps, count, steps, 0, None)
+        self._wait()
+        if counts:
+            self.image_times.append((clock() - started) / len(self.sample))
+
+    def _wait(self) -> None:
+        if self.trainer.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def found(self) -> dict[str, Any]:
+        values = self.trainer.config.training
+        result: dict[str, Any] = {
+            "parameters": sum(p.numel() for p in self.trainer.plain.parameters() if p.requires_grad),
+            "step_milliseconds": 1000 * statistics.median(self.step_times),
+            "batch_size": values.batch_size,
+            "device": str(self.trainer.accelerator.device),
+            "threads": torch.get_num_threads(),
+        }
+        if self.image_times:
+            result["milliseconds"] = 1000 * statistics.median(self.image_times)
+        return result

@@ -1,0 +1,215 @@
+"""The trainings of an ablation: each in a folder of its own, none done twice, a stopped one goes on.
+
+    OUTPUT/runs/MODE_WHAT_DIGEST/seed_N/    a training as `hmdiff train` writes it, and done.json when it is finished
+
+A folder is named by what is trained, so that rows of several tables that are the same model share it; its budget is
+held to that of the call. A run depends on its config alone, so the order, and what was trained before, change nothing.
+Several calls may train one table at once: a run that another process is at is left to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hmdiff.config import Config, load_config, save_config
+from hmdiff.errors import UserError
+from hmdiff.storage import atomic_file, make_folder
+from hmdiff.trained_ablations import TrainedRow, TrainedTable, budget, check_table, essence, row_config, run_name
+
+DONE = "done.json"
+Train = Callable[[Config], int]  # trains on from what is there; the step that it reached
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    folder: Path
+    config: Config = dataclasses.field(compare=False, hash=False)
+    label: str = dataclasses.field(default="", compare=False, hash=False)  # of the first row that needs it
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def pipeline(self) -> Path:
+        return self.folder / "pipeline"
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}, seed {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the tables need. `of[table][row]` are a row's runs, a seed each."""
+
+    of: dict[str, dict[str, list[Run]]]
+    rows: dict[str, dict[str, TrainedRow]]
+
+    @property
+    def runs(self) -> list[Run]:
+        """Each once, all rows of the first seed first: an unfinished plan has whole tables of fewer seeds."""
+        every = [run for rows in self.of.values() for runs in rows.values() for run in runs]
+        return sorted(dict.fromkeys(every), key=lambda run: run.seed)
+
+
+def make_plan(
+    tables: dict[str, TrainedTable],
+    output: Path,
+    seeds: int = 3,
+    mode: str = "direct",
+    steps: int | None = None,
+    changes: Sequence[str] = (),
+    base: str | None = None,
+) -> Plan:
+    """Resolve every row. Raises `UserError` for what a config does not have, and for a folder with another budget."""
+    of: dict[str, dict[str, list[Run]]] = {}
+    for name, table in tables.items():
+        check_table(name, table)
+        of[name] = {}
+        for row in table.rows:
+            runs, resolved = [], row_config(table, row, 0, mode, steps, changes, base)
+            for seed in range(seeds):
+                config = copy.deepcopy(resolved)
+                config.seed = seed
+                folder = output / "runs" / run_name(config, row.overrides) / f"seed_{seed}"
+                config.name, config.output = f"{row.label}, seed {seed}", str(folder)
+                runs.append(Run(folder, config, row.label))
+                check_same(runs[-1])
+            of[name][row.label] = runs
+    return Plan(of, {name: {row.label: row for row in table.rows} for name, table in tables.items()})
+
+
+def check_same(run: Run) -> None:
+    """Raises `UserError` where the folder holds a run with another budget, or of something else."""
+    stored = run.folder / "config.yaml"
+    if not stored.is_file():
+        return
+    before = load_config(stored)
+    for mine, other in ((budget(run.config), budget(before)), (_flat(run.config), _flat(before))):
+        for name in sorted(mine.keys() | other.keys()):
+            if mine.get(name) != other.get(name):
+                raise UserError(
+                    f"{run.folder}: holds a run with {name} {other.get(name)}, and {mine.get(name)} is asked for; rows "
+                    "of a table have one budget: give another --output, or ask for the same"
+                )
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    values = essence(config)
+    model = values.pop("model", {})
+    return values | {f"model.{name}": value for name, value in model.items()} | {"seed": config.seed}
+
+
+def is_done(run: Run) -> bool:
+    return done_of(run) is not None and (run.pipeline / "hmdiff.json").is_file()
+
+
+def done_of(run: Run) -> dict[str, Any] | None:
+    """What was written when the run was finished; None where it is not, or was for fewer steps."""
+    try:
+        found: dict[str, Any] = json.loads((run.folder / DONE).read_text())
+        return found if found["step"] == run.config.training.steps and found["seconds"] >= 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def reached(run: Run) -> int:
+    """The step of the last checkpoint, 0 where there is none."""
+    if is_done(run):
+        return run.config.training.steps
+    found = [re.fullmatch(r"step_(\d+)", path.name) for path in (run.folder / "checkpoints").glob("step_*")]
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def seconds_left(
+    runs: Sequence[Run],
+    step_seconds: float | None = None,  # of one step, where it was measured
+) -> float | None:
+    """Of what is not trained yet, by what the finished ones took a step; None: nothing to tell it by."""
+    found = [done["seconds"] / done["step"] for run in runs if (done := done_of(run)) is not None and done["step"]]
+    rate = statistics.median(found) if found else step_seconds
+    left = sum(run.config.training.steps - reached(run) for run in runs)
+    return 0.0 if not left else None if rate is None else rate * left
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Told after every run."""
+
+    run: Run
+    done: int
+    total: int
+    seconds: float
+    seconds_left: float | None
+
+
+def train_runs(
+    runs: Sequence[Run],
+    train: Train,
+    report: Callable[[Trained], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Run]:  # those that are not finished: stopped, or in the hands of another process
+    """Train what is not trained yet, in the order given. Stops where a training was stopped."""
+    for run in runs:
+        if is_done(run):
+            continue
+        make_folder(run.folder)
+        with _claimed(run.folder) as mine:
+            if not mine or is_done(run):
+                continue
+            check_same(run)
+            save_config(run.config, run.folder / "config.yaml")
+            before, started = reached(run), clock()
+            step, total = train(run.config), run.config.training.steps
+            if step < total:
+                break
+            # A run that went on counts what the whole of it would have taken.
+            seconds = (clock() - started) * total / max(1, total - before)
+            with atomic_file(run.folder / DONE) as temporary:
+                temporary.write_text(json.dumps({"step": step, "seconds": seconds}) + "\n")
+        if report is not None:
+            finished = sum(is_done(each) for each in runs)
+            report(Trained(run, finished, len(runs), seconds, seconds_left(runs)))
+    return [run for run in runs if not is_done(run)]
+
+
+def train_one(config: Config) -> int:
+    """By `hmdiff.training`, in this process. It goes on from the folder's last checkpoint."""
+    from hmdiff.training import Trainer
+
+    trainer = Trainer(config)
+    trainer.run()
+    step = trainer.step
+    del trainer
+    gc.collect()
+    return step
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Whether the folder is this process' own for now. The system lets go of it when the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: one process at a time
+        yield True
+        return
+    with open(folder / "lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

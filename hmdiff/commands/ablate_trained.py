@@ -1,0 +1,282 @@
+"""The tables of `hmdiff ablate` whose models are trained for them: plan, train, evaluate, print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.commands import arguments, studies
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from hmdiff.ablation_cells import Asked
+    from hmdiff.ablation_runs import Plan, Run, Trained
+    from hmdiff.ablation_tables import RowCells
+    from hmdiff.trained_ablations import TrainedRow, TrainedTable
+
+OUTPUT = Path("runs/ablate")
+SEEDS = 3
+# Of no other table; None where they are not given.
+OPTIONS = ("train", "list", "dry_run", "mode", "seeds", "base", "set", "splits", "denoising_steps", "costs")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tables that are trained: depth_rle, silhouette_masked, out_of_distribution, "
+                                      "rendered_depth, occlusion")  # fmt: skip
+    group.add_argument(
+        "--train", action="store_true", default=None,
+        help="train what is not trained yet (default: only make the tables of what is)",
+    )  # fmt: skip
+    group.add_argument(
+        "--list", action="store_true", default=None, help="print what would be trained and what is, and stop"
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", default=None, help="as --list, and time some steps of every row"
+    )
+    group.add_argument("--mode", choices=("direct", "diffusion"), help="of every row's model (default: direct)")
+    group.add_argument(
+        "--seeds", type=arguments.whole(1), metavar="N", help=f"trainings a row (default: {SEEDS})"
+    )
+    group.add_argument("--base", metavar="FILE", help="another base config (default: the table's own)")
+    group.add_argument(
+        "--set", nargs="+", metavar="key=value", help="values over the base config, of every row (default: none)"
+    )
+    group.add_argument(
+        "--splits", nargs="+", metavar="SPLIT",
+        help="to evaluate on; SPLIT_blur: with motion blur (default: the table's own)",
+    )  # fmt: skip
+    group.add_argument(
+        "--denoising-steps", type=arguments.whole(1), metavar="K", help="of a diffusion row (default: the base's)"
+    )
+    group.add_argument(
+        "--costs", action="store_true", default=None,
+        help="measure parameters, ms an image and ms a training step of every row (default: those measured before)",
+    )  # fmt: skip
+
+
+def check_absent(options: argparse.Namespace) -> None:
+    """For the tables that compare given checkpoints."""
+    for name in OPTIONS:
+        if getattr(options, name) is not None:
+            given = name.replace("_", "-")
+            raise UserError(f"--{given} is of the tables that are trained; name one, such as depth_rle")
+
+
+def run_trained(options: argparse.Namespace, names: list[str]) -> int:
+    from hmdiff.ablation_runs import make_plan
+    from hmdiff.trained_ablations import find_trained
+
+    _check_given(options)
+    device = arguments.resolve_device(options.device)
+    if device.type == "cpu":
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    tables = {name: find_trained(name) for name in names}
+    mode = options.mode or "direct"
+    plan = make_plan(
+        tables, options.output, options.seeds or SEEDS, mode, options.steps, options.set or (), options.base
+    )
+    _check_splits(options, tables)
+    if options.list or options.dry_run:
+        rate = _timed_step(plan) if options.dry_run else None
+        _print_plan(options, plan, rate)
+        return 0
+    if options.train:
+        left = _train(plan)
+        if left:
+            print(f"{len(left)} of {len(plan.runs)} trainings are not finished (stopped, or another process is at "
+                  "them): the same command goes on")  # fmt: skip
+            return 0
+    return _tables(options, plan, tables, mode)
+
+
+def _check_given(options: argparse.Namespace) -> None:
+    for name in ("direct", "stacked", "strength", "threshold", "estimator"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} is of the tables that compare given checkpoints, not of trained ones")
+    if options.list and options.train:
+        raise UserError("--list trains nothing: leave --list or --train out")
+
+
+def _check_splits(options: argparse.Namespace, tables: dict[str, TrainedTable]) -> None:
+    """Before hours of training, not after."""
+    from hmdiff.commands.evaluate import SPLITS
+    from hmdiff.data.motion_blur import SUFFIX
+
+    for table in tables.values():
+        for split in options.splits or table.splits:
+            if split.removesuffix(SUFFIX) not in SPLITS:
+                raise UserError(
+                    f"split {split!r} is not known; choose one of {', '.join(SPLITS)}, or one of them with {SUFFIX}"
+                )
+
+
+def _print_plan(options: argparse.Namespace, plan: Plan, rate: float | None) -> None:
+    from rich.markup import escape
+
+    from hmdiff.ablation_runs import is_done, reached, seconds_left
+
+    for name, rows in plan.of.items():
+        lines = []
+        for label, runs in rows.items():
+            states = [
+                "trained" if is_done(run) else f"at {reached(run)}" if reached(run) else "to train" for run in runs
+            ]
+            row = plan.rows[name][label]
+            changes = escape(" ".join((*row.overrides, *(f"tested:{text}" for text in row.tested))))
+            lines.append([label, changes or "-", ", ".join(states), str(runs[0].folder.parent.name)])
+        first = next(iter(rows.values()))[0].config.training
+        title = f"{name}: {first.steps} steps of {first.batch_size * first.gradient_accumulation} people a training"
+        studies.print_table(title, ["row", "over the base", "seeds", f"in {options.output}/runs"], lines)
+    runs = plan.runs
+    left = sum(not is_done(run) for run in runs)
+    needed = sum(len(each) for rows in plan.of.values() for each in rows.values())
+    words = f"{len(runs)} trainings for {needed} rows and seeds of the tables, {left} of them still to do"
+    print(f"{words}; about {studies.duration(seconds_left(runs, rate))}" if left else words)
+
+
+def _timed_step(plan: Plan) -> float:
+    """Mean over the rows of the seconds of a step."""
+    from hmdiff.ablation_costs import measure_costs
+
+    rows = _one_each(plan)
+    costs = measure_costs([run.config for run in rows], repeats=2, images=False)
+    lines = [[run.label, f"{cost['parameters']:,}", f"{cost['step_milliseconds']:.0f}"]
+             for run, cost in zip(rows, costs, strict=True)]  # fmt: skip
+    studies.print_table("without drawing the people", ["row", "parameters", "ms/training step"], lines)
+    return sum(cost["step_milliseconds"] for cost in costs) / len(costs) / 1000
+
+
+def _one_each(plan: Plan) -> list[Run]:
+    """A run of every model there is to train, of the first seed."""
+    return [run for run in plan.runs if run.seed == plan.runs[0].seed]
+
+
+def _train(plan: Plan) -> list[Run]:
+    from hmdiff.ablation_runs import is_done, train_one, train_runs
+
+    runs = plan.runs
+    there = sum(is_done(run) for run in runs)
+    print(f"{len(runs)} trainings, {there} of them there already" if there else f"{len(runs)} trainings", flush=True)
+
+    def told(trained: Trained) -> None:
+        left = "" if trained.done == trained.total else f"; about {studies.duration(trained.seconds_left)} left"
+        seconds = studies.duration(trained.seconds)
+        print(f"[{trained.done}/{trained.total}] {trained.run.name}: trained in {seconds}{left}", flush=True)
+
+    return train_runs(runs, train_one, told)
+
+
+def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, TrainedTable], mode: str) -> int:
+    from hmdiff.ablation_cells import Asked
+    from hmdiff.ablation_plots import plot_bands, plot_differences
+    from hmdiff.ablation_runs import is_done
+    from hmdiff.ablation_tables import SPREAD, band_texts, csv_rows, texts
+    from hmdiff.comparison import save_csv
+    from hmdiff.trained_ablations import COSTS
+    from hmdiff.visibility_bands import BANDS
+
+    if not any(is_done(run) for run in plan.runs):
+        raise UserError(f"{options.output}: nothing of {', '.join(tables)} is trained there; add --train")
+    asked = Asked(options.people, options.num_hypotheses, options.denoising_steps, options.seed)
+    costs = _costs(options, plan, asked, mode)
+    for name, table in tables.items():
+        found = _evaluate(options, plan, name, table, asked, costs)
+        lines: list[dict[str, Any]] = []
+        for split, rows in found.items():
+            lines += csv_rows(name, split, rows, mode, BANDS if table.banded else ())
+            title = f"{table.title}: {mode}, {split}, {asked.people} people, mm (95 % interval)"
+            if mode == "diffusion":
+                title += f", N = {asked.num_hypotheses}"
+            studies.print_table(title, *texts(table, rows, mode), table.note)
+            if table.banded:
+                studies.print_table(f"PVE by visible part (people), {split}", *band_texts(rows, "pve"))
+                studies.print_table(f"% of the reference's PVE, {split}", *band_texts(rows, "pve", relative=True))
+                if mode == "diffusion":
+                    studies.print_table(f"spread by visible part, {split}", *band_texts(rows, SPREAD))
+                    studies.print_table(f"PVE of the best by visible part, {split}", *band_texts(rows, "pve", "oracle"))
+        if costs:
+            any_rows = next(iter(found.values()))
+            note = next(iter(costs.values()))
+            studies.print_table(
+                f"cost: {note['device']}, {note['threads']} threads, medians", *texts(table, any_rows, mode, COSTS)
+            )
+        place = options.output / f"{name}_{mode}"
+        save_csv(lines, place.with_suffix(".csv"))
+        written = [f"{place}.csv"]
+        if plot_differences(found, f"{place}.png", title=table.title):
+            written.append(f"{place}.png")
+        if table.banded and plot_bands(found, f"{place}_bands.png", title=table.title):
+            written.append(f"{place}_bands.png")
+        missing = [run.name for runs in plan.of[name].values() for run in runs if not is_done(run)]
+        if missing:
+            print(f"not trained yet, and left out: {'; '.join(missing)}; add --train")
+        print(f"written: {', '.join(written)}")
+    return 0
+
+
+def _evaluate(
+    options: argparse.Namespace, plan: Plan, name: str, table: TrainedTable, asked: Asked, costs: dict[str, Any]
+) -> dict[str, list[RowCells]]:  # split -> rows
+    """Cells that are stored are read, the others computed, each row's people built once."""
+    from tqdm import tqdm
+
+    from hmdiff.ablation_cells import compute_cell, people_of, stored_cell, tested_config
+    from hmdiff.ablation_runs import is_done
+    from hmdiff.ablation_tables import RowCells
+    from hmdiff.commands.evaluate import model_hash
+    from hmdiff.trained_ablations import digest, essence
+
+    folder = options.output / "cells"
+    splits = list(options.splits or table.splits)
+    found: dict[str, list[RowCells]] = {split: [] for split in splits}
+    for label, runs in plan.of[name].items():
+        row: TrainedRow = plan.rows[name][label]
+        cells: dict[str, dict[int, dict[str, Any]]] = {split: {} for split in splits}
+        data = None
+        for run in filter(is_done, runs):
+            weights, pipeline = model_hash(run.pipeline), None
+            for split in splits:
+                settings = asked.settings(run, row, split, weights)
+                cell = stored_cell(folder, settings)
+                if cell is None:
+                    if pipeline is None:
+                        pipeline = arguments.load_pipeline(str(run.pipeline), arguments.resolve_device(options.device))
+                    if data is None:
+                        data = people_of(tested_config(run.config, row, run.folder), pipeline.body)
+                    words = f"{label}, seed {run.seed}, {split}"
+                    with tqdm(total=asked.people, desc=words, unit="person", disable=None, leave=False) as bar:
+                        cell = compute_cell(folder, settings, pipeline, data, bar.update)
+                cells[split][run.seed] = cell
+        cost = costs.get(digest(essence(runs[0].config)))
+        for split in splits:
+            found[split].append(RowCells(row, cells[split], cost))
+    return found
+
+
+def _costs(options: argparse.Namespace, plan: Plan, asked: Asked, mode: str) -> dict[str, Any]:  # by digest of a run
+    """Measured now, or read; all rows of a call at once, since times of two calls are not to be compared."""
+    from tqdm import tqdm
+
+    from hmdiff.ablation_costs import REPEATS, measure_costs
+    from hmdiff.evaluation import save_report
+    from hmdiff.trained_ablations import digest, essence
+
+    rows = {digest(essence(run.config)): run for run in _one_each(plan)}
+    path = options.output / f"costs_{mode}_{digest([sorted(rows), asked.num_hypotheses, asked.steps])}.json"
+    if not options.costs:
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text())
+            return stored
+        except (OSError, ValueError):
+            return {}
+    print(f"timing {len(rows)} models in turn", flush=True)
+    with tqdm(total=len(rows) * (REPEATS + 1), desc="costs", disable=None, leave=False) as bar:
+        measured = measure_costs(
+            [run.config for run in rows.values()], asked.num_hypotheses, asked.steps, REPEATS, progress=bar.update
+        )
+    found = dict(zip(rows, measured, strict=True))
+    save_report(found, path)
+    return found

@@ -1,0 +1,117 @@
+"""`--depth` of the commands that read photos: a map beside each photo, named files, or a network by its name."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.commands import arguments
+from hmdiff.commands.photos import PhotoPeople, pair_files
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hmdiff.pipeline import HMDiffPipeline
+
+ESTIMATOR = "estimator:"
+SIZE = 64  # pixels a side of a person's map; a model resizes it to its own
+
+
+def add_depth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--depth", nargs="+", default=[], metavar="FILE",
+        help="of a model that reads depth: npy, npz or 16-bit png, one a photo, in any unit; or estimator:MODEL, a "
+        "network of transformers by name or folder (default: NAME_depth.npz, .npy or .png beside the photo, else none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--disparity", action="store_true", help="the maps of --depth are larger where it is nearer (default: farther)"
+    )
+
+
+def check_depth(options: argparse.Namespace) -> None:
+    """What can be said before any work is done."""
+    if not options.depth:
+        if options.disparity:
+            raise UserError("--disparity says what the maps of --depth are, and none is given; add --depth FILE")
+    elif any(name.startswith(ESTIMATOR) for name in options.depth):
+        if len(options.depth) > 1:
+            raise UserError("--depth: give one estimator:MODEL for all photos, or a file for each")
+        if not options.depth[0].removeprefix(ESTIMATOR):
+            raise UserError("--depth estimator: names no model; give estimator:NAME or estimator:FOLDER")
+    else:
+        pair_files("--depth", [Path(name) for name in options.depth], options.photos)
+
+
+def with_depth(
+    people: Sequence[PhotoPeople],
+    pipeline: HMDiffPipeline,
+    options: argparse.Namespace,
+) -> tuple[list[PhotoPeople], list[str]]:  # those whose map is there or is not needed; what is wrong with the others
+    """The photos with their maps. Raises `UserError` when depth is given to a model that reads none."""
+    if not pipeline.model.config.depth_map:
+        if options.depth:
+            raise UserError(f"--depth: checkpoint {options.checkpoint} reads no depth; leave --depth out")
+        return list(people), []
+    from tqdm import tqdm
+
+    estimator = _estimator(options)
+    files = pair_files("--depth", [] if estimator else [Path(name) for name in options.depth], options.photos)
+    named = dict(zip(options.photos, files, strict=True))
+    found, failures = [], []
+    hidden = True if estimator is None else None  # reading is quick, estimating is not
+    for photo in tqdm(people, "depth", disable=hidden, leave=False, unit="photo"):
+        try:
+            depth, source = _map_of(photo, estimator, named.get(photo.photo), options.disparity)
+        except UserError as error:
+            failures.append(str(error) if str(photo.photo) in str(error) else f"{photo.photo}: {error}")
+            continue
+        found.append(dataclasses.replace(photo, depth=depth, source=f"{photo.source}, {source}"))
+    return found, failures
+
+
+def depth_crops(
+    people: Sequence[PhotoPeople],
+    batch: Sequence[tuple[int, int]],  # number of the photo, of the person in it
+) -> Tensor:  # (B, S, S), NaN = not known
+    """The maps of the people of a batch; NaN all over where a photo has none."""
+    import torch
+
+    from hmdiff.depth_sources import crop_depth
+
+    maps = []
+    for number, person in batch:
+        photo, own = people[number], people[number].heatmaps[person]
+        if photo.depth is None:
+            maps.append(torch.full((1, SIZE, SIZE), torch.nan))
+        else:
+            maps.append(crop_depth(photo.depth, photo.size, own.center, own.side, SIZE))
+    return torch.cat(maps)
+
+
+def _estimator(options: argparse.Namespace) -> Any:
+    if not options.depth or not options.depth[0].startswith(ESTIMATOR):
+        return None
+    from hmdiff.depth_estimator import EstimatedDepth
+
+    gives = "disparity" if options.disparity else None
+    return EstimatedDepth(options.depth[0].removeprefix(ESTIMATOR), arguments.resolve_device(options.device), gives)
+
+
+def _map_of(photo: PhotoPeople, estimator: Any, file: Path | None, disparity: bool) -> tuple[Tensor | None, str]:
+    from hmdiff.depth_sources import beside, read_depth
+
+    if estimator is not None:
+        import torch
+
+        from hmdiff.canvas import read_picture
+
+        picture = torch.from_numpy(read_picture(photo.photo)).permute(2, 0, 1)[None].float() / 255
+        return estimator(picture)[0], f"depth of {estimator.name}"
+    path = file or beside(photo.photo)
+    if path is None:
+        return None, "no depth"
+    return read_depth(path, photo.size, "disparity" if disparity else "depth"), f"depth of {path}"

@@ -1,0 +1,255 @@
+"""`hmdiff stress`: slides a patch over a person; maps of how far the mesh moves and how much the hypotheses spread."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmdiff.commands import arguments
+from hmdiff.commands.evaluate import SPLITS
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hmdiff.occlusion_maps import Settings, Stress, Subject
+    from hmdiff.output import MeshOutput
+    from hmdiff.pipeline import HMDiffPipeline
+
+SHOWN = 420  # pixels of a map's side
+NUM_HYPOTHESES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A person to test, and the crop to draw them on."""
+
+    name: str
+    subject: Subject
+    crop: np.ndarray  # (S, S, 3) uint8
+    scale: float  # pixels of the crop in one of the photo's
+    corner: tuple[float, float]  # of the crop in the photo, its pixels
+
+
+def add_parser(subparsers: Any) -> None:
+    from hmdiff.commands.estimation import add_estimation
+
+    parser = arguments.new_parser(
+        subparsers,
+        "stress",
+        "slide an occluding patch over a person: how far the mesh moves, how much the hypotheses spread",
+        "hmdiff stress photo.jpg --keypoints photo.json\n  hmdiff stress --synthetic 4 --split test",
+        "At every place of a grid the patch is grey in the image, the joints whose peak lies under it are taken out "
+        "of the heatmaps, and the person is recovered again with the same seed. It writes NAME_stress.npz (maps in mm) "
+        "and NAME_stress.png (the maps over the photo); NAME_0, NAME_1, ... where there are several people. On "
+        "synthetic people, whose bodies are known, the error's map too.",
+    )
+    parser.add_argument("photo", nargs="?", type=Path, metavar="PHOTO", help="jpg, png, webp, ...")
+    parser.add_argument(
+        "--keypoints", type=Path, metavar="FILE", help="COCO or OpenPose JSON (default: NAME.json beside the photo)"
+    )
+    parser.add_argument(
+        "--heatmaps", type=Path, metavar="FILE",
+        help="npz with heatmaps, center, side; they win over keypoints (default: NAME_heatmaps.npz beside the photo)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--box", type=arguments.box, metavar="X1,Y1,X2,Y2", help="the person's box (default: about the keypoints)"
+    )
+    add_estimation(parser)
+    group = parser.add_argument_group("in place of a photo")
+    group.add_argument("--synthetic", type=arguments.whole(1), metavar="N", help="people of a split (default: none)")
+    group.add_argument("--split", choices=SPLITS, default="test", metavar="SPLIT", help="(default: %(default)s)")
+    group.add_argument(
+        "--first", type=arguments.whole(0), default=0, metavar="I", help="number of the first (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--patch", type=arguments.number(0, above=True), default=0.25, metavar="SHARE",
+        help="the patch's side, of the crop's (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--places", type=arguments.whole(2), default=9, metavar="G", help="of the patch, a side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE",
+        help="also draw the first person's hypotheses without a patch, and with it where they spread most "
+        "(default: no picture)",
+    )  # fmt: skip
+    arguments.add_checkpoint(parser)
+    arguments.add_sampling(parser)
+    arguments.add_guidance(parser)
+    parser.add_argument(
+        "--focal", type=arguments.number(0, above=True), metavar="PX", help="focal length (default: the diagonal)"
+    )
+    arguments.add_device(parser)
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="(default: %(default)s)")
+    # Many places with few hypotheses; unguided, to see what the model itself makes of it.
+    parser.set_defaults(run=run, num_hypotheses=NUM_HYPOTHESES, guidance="none")
+
+
+def run(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hmdiff.occlusion_maps import Settings, patch_grid, stress
+    from hmdiff.storage import make_folder
+
+    _check(options)
+    centres = patch_grid(options.places, options.patch)
+    make_folder(options.output)
+    pipeline = arguments.load_pipeline(options.checkpoint, arguments.resolve_device(options.device))
+    arguments.check_sampling(pipeline, options)
+    if pipeline.body.keypoint_regressor is None:
+        raise UserError(f"body {pipeline.body.name!r} has no keypoints, which heatmaps and crops are about")
+    people = _synthetic(pipeline, options) if options.photo is None else _of_photo(pipeline, options)
+    settings = Settings(
+        options.num_hypotheses, options.steps, options.seed, options.sampler, options.eta,
+        arguments.guidance_of(options, pipeline),
+    )  # fmt: skip
+    with tqdm(total=len(people) * len(centres), unit="place", desc="stress", disable=None, leave=False) as bar:
+        for number, person in enumerate(people):
+            bar.set_description(person.name)
+            found = stress(pipeline, person.subject, centres, options.patch, settings, bar.update)
+            tqdm.write(write(found, person, Path(options.output) / f"{person.name}_stress"))
+            if number == 0 and options.picture is not None:
+                tqdm.write(write_picture(pipeline, found, person, settings, options.picture))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What can be told before anything is loaded."""
+    from hmdiff.commands.estimation import needs_pose
+
+    if (options.photo is None) == (options.synthetic is None):
+        found = "neither was" if options.photo is None else "both were"
+        raise UserError(f"stress: {found} given, a photo and --synthetic; name a PHOTO, or give --synthetic N")
+    if options.synthetic is not None:
+        for name in ("keypoints", "heatmaps", "box", "pose", "focal"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} is about a photo, and --synthetic people need none; leave it out")
+    needs_pose(options)
+    if options.picture is not None and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"{options.picture}: pictures are saved as .png or .jpg; change the suffix")
+
+
+def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
+    import torch
+
+    from hmdiff.canvas import read_picture
+    from hmdiff.commands.estimation import Estimation
+    from hmdiff.commands.photos import crops, read_people
+    from hmdiff.occlusion_maps import Subject
+    from hmdiff.stress_picture import cut_out
+
+    estimate = None if options.pose is None else Estimation(options)
+    boxes = None if options.box is None else [options.box]
+    found = read_people(options.photo, options.keypoints, options.heatmaps, options.box, estimate, boxes)
+    picture = read_picture(options.photo)
+    config = pipeline.model.config
+    people = []
+    for number in range(len(found.heatmaps)):
+        heatmaps = found.heatmaps[number]
+        center, side = heatmaps.center[0].tolist(), float(heatmaps.side[0])
+        image = None if config.inputs == "heatmaps" else crops(picture, heatmaps, config.image_size)
+        subject = Subject(
+            heatmaps, image, number, torch.tensor([found.size], dtype=torch.float32),
+            None if options.focal is None else torch.tensor([options.focal]),
+        )  # fmt: skip
+        name = options.photo.stem + (f"_{number}" if len(found.heatmaps) > 1 else "")
+        corner = (center[0] - side / 2, center[1] - side / 2)
+        people.append(Shown(name, subject, cut_out(picture, center, side, SHOWN), SHOWN / side, corner))
+    return people
+
+
+def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
+    from hmdiff.canvas import to_bytes
+    from hmdiff.commands.evaluate import test_people
+    from hmdiff.evaluation import as_heatmaps, photo_of
+    from hmdiff.occlusion_maps import Subject
+    from hmdiff.stress_picture import cut_out
+
+    config = pipeline.model.config
+    data = test_people(pipeline.body, SHOWN if config.inputs == "heatmaps" else config.image_size)
+    people = []
+    for place in range(options.first, options.first + options.synthetic):
+        block, row = divmod(place, data.block_size)
+        if row == 0 or place == options.first:
+            whole = data.block(options.split, block)
+        sample = whole.map(lambda tensor, row=row: tensor[row : row + 1])  # type: ignore[misc]
+        assert sample.image is not None
+        heatmaps, photo = as_heatmaps(sample), photo_of(sample)
+        assert heatmaps is not None
+        subject = Subject(
+            heatmaps, sample.image, place, photo["photo_sizes"], photo["focal"], sample.vertices, sample.keypoints_3d
+        )
+        picture = to_bytes(sample.image[0].permute(1, 2, 0).numpy())
+        crop = cut_out(picture, (len(picture) / 2,) * 2, len(picture), SHOWN)
+        x, y = heatmaps.center[0].tolist()
+        people.append(Shown(f"{options.split}_{place:04d}", subject, crop, SHOWN / 2, (x - 1, y - 1)))
+    return people
+
+
+def write(found: Stress, person: Shown, stem: Path) -> str:
+    """The npz and the png of one person; returns a line about them."""
+    from hmdiff.canvas import save_picture
+    from hmdiff.export import save_npz
+    from hmdiff.occlusion_maps import rank_correlation
+    from hmdiff.skeletons import HALPE26
+    from hmdiff.stress_picture import stress_sheet
+
+    arrays: dict[str, Any] = {
+        "centres": found.centres, "patch": found.half, "moved_mm": found.map(found.moved),
+        "spread_mm": found.map(found.spread), "hidden": found.hidden, "joints": list(HALPE26),
+        "clear_spread_mm": found.clear_spread, "clear_vertices": found.clear.vertices[0],
+    }  # fmt: skip
+    maps = [("the mesh moves", arrays["moved_mm"]), ("the hypotheses spread", arrays["spread_mm"])]
+    worst = int(found.moved.argmax())
+    told = f"moved {float(found.moved.mean()):.0f} mm, most {float(found.moved[worst]):.0f} mm"
+    told += f"{_joints(found, worst)}; spread {found.clear_spread:.0f} mm, most {float(found.spread.max()):.0f} mm"
+    if found.error is not None and found.clear_error is not None:
+        arrays |= {"error_mm": found.map(found.error), "clear_error_mm": found.clear_error}
+        maps.append(("error (PVE)", arrays["error_mm"]))
+        told += f"; error {found.clear_error:.0f} mm, most {float(found.error.max()):.0f} mm; rank correlation of "
+        told += f"spread and error {rank_correlation(found.spread, found.error):.2f}"
+    save_npz(stem.with_name(stem.name + ".npz"), **arrays)
+    sheet = stress_sheet(person.crop, maps, found.half, found.centres[worst])
+    save_picture(stem.with_name(stem.name + ".png"), sheet)
+    return f"{person.name} -> {stem}.npz .png  ({told})"
+
+
+def _joints(found: Stress, place: int) -> str:
+    """Which joints the patch hides there, in words."""
+    from hmdiff.skeletons import HALPE26
+
+    names = [HALPE26[joint].replace("_", " ") for joint in found.hidden[place].nonzero()[:, 0].tolist()]
+    if not names:
+        return ""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" without {', '.join(names[:3])}{rest}"
+
+
+def write_picture(
+    pipeline: HMDiffPipeline, found: Stress, person: Shown, settings: Settings, path: Path
+) -> str:
+    """The hypotheses without the patch, and with it at the place where they spread most."""
+    from hmdiff.canvas import save_picture
+    from hmdiff.occlusion_maps import recover_covered
+    from hmdiff.stress_picture import draw_patch, hidden_sheet
+
+    place = int(found.spread.argmax())
+    centre = found.centres[place : place + 1]
+    covered, _ = recover_covered(pipeline, person.subject, centre, found.half, settings)
+
+    def row(crop: np.ndarray, output: MeshOutput) -> tuple[Any, ...]:
+        return crop, output.vertices[0].cpu(), output.translation[0].cpu(), output.spread[0].cpu()
+
+    rows = [row(person.crop, found.clear), row(draw_patch(person.crop, centre[0], found.half), covered)]
+    point = found.clear.principal_point[0].cpu()
+    principal = [(float(point[axis]) - person.corner[axis]) * person.scale for axis in (0, 1)]
+    sheet = hidden_sheet(
+        rows, found.clear.faces.cpu(), float(found.clear.focal[0]) * person.scale, principal,
+        ["all is seen", "behind a patch"],
+    )  # fmt: skip
+    save_picture(path, sheet)
+    spreads = f"spread {found.clear_spread:.0f} mm without, {float(found.spread[place]):.0f} mm behind the patch"
+    return f"{path}: {person.name}, {spreads}{_joints(found, place)}"

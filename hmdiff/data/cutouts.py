@@ -1,0 +1,78 @@
+"""Cut-outs: pictures of things, transparent about them, from a folder of the user's, to be pasted in front of people.
+
+Such as the objects of Pascal VOC that are pasted in the field (Sarandi et al., arXiv 1808.09316); none are shipped. M
+cut-outs, A pixels a side.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from hmdiff.errors import UserError
+
+SIZE = 96  # A: what is pasted is drawn from this, so that a folder of thousands stays small
+SUFFIXES = (".png", ".webp", ".tif", ".tiff")
+_LEAST = 16  # of 255: fainter pixels do not count as part of the thing
+
+
+class Cutouts:
+    """The cut-outs of a folder, each cut to its thing and fitted into a square.
+
+    Raises:
+        UserError: no such folder; no picture with transparency in it; one that is damaged, opaque or empty.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"data.augment.cutouts {str(folder)!r}: no such folder; give one of RGBA pictures, as png")
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not files:
+            raise UserError(
+                f"data.augment.cutouts {str(folder)!r}: no picture in it; RGBA pictures ({', '.join(SUFFIXES)}) are "
+                "expected, transparent about the thing"
+            )
+        self.folder, self.files = folder, files
+        self.pictures = torch.stack([_read(path) for path in files])  # (M, 4, A, A) uint8, colours times alpha
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def sampled(
+        self,
+        index: Tensor,  # (n,) which one, 0 .. M - 1
+        points: Tensor,  # (n, P, 2) its own coordinates, -1..1 over the square
+    ) -> Tensor:  # (n, 4, P) colours times alpha, and alpha, 0..1; 0 outside
+        chosen = self.pictures.to(points.device)[index].float() / 255
+        return F.grid_sample(chosen, points[:, None].float(), padding_mode="zeros", align_corners=False)[:, :, 0]
+
+
+def _read(path: Path) -> Tensor:  # (4, A, A) uint8
+    try:
+        with Image.open(path) as opened:
+            transparent = opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info
+            picture = np.asarray(opened.convert("RGBA"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: a cut-out that cannot be read ({reason}); mend it or take it out") from None
+    if not transparent or picture[..., 3].min() == 255:
+        raise UserError(f"{path}: a cut-out without transparency; RGBA is expected, transparent about the thing")
+    rows, columns = (np.nonzero((picture[..., 3] >= _LEAST).any(axis))[0] for axis in (1, 0))
+    if not len(rows):
+        raise UserError(f"{path}: a cut-out that is transparent everywhere; take it out of the folder")
+    values = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
+    values[..., :3] *= values[..., 3:] / 255  # or the colour of what is transparent would bleed in
+    height, width = values.shape[:2]
+    side = max(height, width)
+    square = np.zeros((side, side, 4), np.float32)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = values
+    tensor = torch.from_numpy(square).permute(2, 0, 1)[None]
+    small = F.interpolate(tensor, (SIZE, SIZE), mode="bilinear", align_corners=False, antialias=True)
+    return small[0].round().clamp(0, 255).to(torch.uint8)

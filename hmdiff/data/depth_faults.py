@@ -1,0 +1,115 @@
+"""The faults of a monocular depth network, as a random process: a scene's depth in, an estimate out (our choice).
+
+disparity instead of depth, bent surfaces, edges in the wrong place, blur, grain, missing regions, a missing map, and an
+unknown scale and shift, which D2A-HMR's (arXiv 2403.09063) input has too. All draws come from one CPU generator and
+their number does not depend on the options. n people, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hmdiff.data.draws import gaussian, grid, uniform
+from hmdiff.errors import UserError
+
+_SPOTS = 3  # missing regions of a person who has any, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthFaults:
+    """How bad the network is. `none` alone switches all faults off, `scene` says what there is besides the body."""
+
+    none: bool = False  # True: the rendered depth as it is
+    scene: bool = True  # a wall, a floor and the boxes in front; False: the body alone, NaN elsewhere
+    disparity: float = 0.5  # share of people whose map is a negative disparity, as Depth Anything's becomes
+    bend: float = 0.15  # standard deviation of a smooth error, of the map's own standard deviation
+    edges: float = 0.02  # standard deviation of how far edges are displaced, crop half-sides
+    blur: float = 0.03  # largest standard deviation of the blur, crop half-sides
+    grain: float = 0.02  # largest noise of a pixel, of the map's standard deviation
+    missing: float = 0.15  # share of people with unknown regions
+    missing_map: float = 0.05  # share of people without a map
+    affine: bool = True  # another unit and origin for each person
+
+    def __post_init__(self) -> None:
+        for name, high in (
+            ("disparity", 1), ("missing", 1), ("missing_map", 1), ("bend", 10), ("edges", 1), ("blur", 1), ("grain", 10)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, int | float) and 0 <= value <= high):
+                raise UserError(f"data.depth_faults: {name} {value!r}: a number from 0 to {high} is expected")
+        for name in ("none", "scene", "affine"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"data.depth_faults: {name} {getattr(self, name)!r}: true or false is expected")
+
+
+def estimate_depth(
+    depth: Tensor,  # (n, S, S) metres, NaN = nothing there
+    faults: DepthFaults,
+    generator: torch.Generator,  # CPU
+) -> Tensor:  # (n, S, S) larger = farther, in no unit, NaN = not known
+    """What a network might say of these scenes."""
+    if faults.none:
+        return depth
+    n, size = depth.shape[:2]
+    device = depth.device
+    draw = uniform(generator, n, 8, device=device)
+    smooth = gaussian(generator, n, 3, 4, 4, device=device)
+    fine = gaussian(generator, n, 2, 8, 8, device=device)
+    grain = gaussian(generator, n, size, size, device=device)
+    spots = uniform(generator, n, _SPOTS, 4, device=device)
+
+    known = depth.isfinite()
+    values = torch.where(known, depth, 0.0)
+    count = known.flatten(1).sum(1).clamp_min(1)[:, None, None]
+    turned = (draw[:, 0] < faults.disparity)[:, None, None] & known
+    values = torch.where(turned, -1 / torch.where(turned, values, 1.0), values)
+    # Of the map's own spread, and about its mean: so faults mean the same in depth and in disparity.
+    mean = values.sum((1, 2), keepdim=True) / count
+    values = torch.where(known, values - mean, 0.0)
+    spread = (values.square().sum((1, 2), keepdim=True) / count).sqrt()
+    bent = F.interpolate(smooth[:, :1], (size, size), mode="bicubic", align_corners=False)[:, 0]
+    values = values + faults.bend * spread * bent
+
+    # A pixel reads its value a little elsewhere, smoothly so: where depth jumps, the edge is in the wrong place.
+    x, y = grid(size, size, device)
+    shift = 0.5 * F.interpolate(smooth[:, 1:], (size, size), mode="bicubic", align_corners=False)
+    shift = faults.edges * (shift + 0.9 * F.interpolate(fine, (size, size), mode="bicubic", align_corners=False))
+    places = torch.stack([x + shift[:, 0], y + shift[:, 1]], -1)
+    layers = torch.stack([torch.where(known, values, 0.0), known.to(values.dtype)], 1)
+    layers = F.grid_sample(layers, places, padding_mode="border", align_corners=False)
+    layers = _blurred(layers, faults.blur * draw[:, 1] * (size / 2))
+    known = layers[:, 1] >= 0.5
+    values = layers[:, 0] / layers[:, 1].clamp_min(1e-6) + faults.grain * draw[:, 2, None, None] * spread * grain
+
+    # Unknown ellipses, where a real map has glass, sky or nothing that two networks agree on.
+    wanted = (draw[:, 3] < faults.missing)[:, None] & (torch.arange(_SPOTS, device=device) < _SPOTS * draw[:, 4, None])
+    middle, half = 2 * spots[..., :2] - 1, 0.08 + 0.4 * spots[..., 2:]
+    across = ((x[:, None] - middle[..., 0, None, None]) / half[..., 0, None, None]).square()
+    down = ((y[:, None] - middle[..., 1, None, None]) / half[..., 1, None, None]).square()
+    lost = ((across + down < 1) & wanted[..., None, None]).any(1)
+    lost |= (draw[:, 5] < faults.missing_map)[:, None, None]
+    if faults.affine:
+        unit = 1000 ** (2 * draw[:, 6, None, None] - 1)
+        values = (values + mean) * unit + spread * unit * (4 * draw[:, 7, None, None] - 2)
+    else:
+        values = values + mean
+    return torch.where(known & ~lost, values, torch.nan)
+
+
+def _blurred(
+    maps: Tensor,  # (n, C, S, S)
+    sigma: Tensor,  # (n,) pixels
+) -> Tensor:
+    """Each person's own blur. OpenCV's is several times faster than a grouped convolution on a CPU."""
+    layers = maps.permute(0, 2, 3, 1).cpu().numpy()
+    found = [
+        cv2.GaussianBlur(layer, (0, 0), width, borderType=cv2.BORDER_REPLICATE) if width > 0.2 else layer
+        for layer, width in zip(layers, sigma.tolist(), strict=True)
+    ]
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).to(maps.device)

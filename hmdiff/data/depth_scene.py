@@ -1,0 +1,64 @@
+"""What a depth camera sees of a synthetic person: the body, the box in front of it, a wall and a floor behind it.
+
+A real estimator's map has no silhouette for free, so the body stands in a scene (our choice): two random planes, all of
+the body on their near side. n people, V vertices, S pixels a side. Metres, camera frame.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hmdiff.data.draws import gaussian, grid, uniform
+
+FARTHEST = 60.0  # metres: nothing is farther
+_WALL = (0.05, 20.0)  # metres behind the body's farthest point, log-uniform
+_FLOOR = (0.0, 0.3)  # metres under its lowest point
+
+
+def compose_depth(
+    body: Tensor,  # (n, S, S) metres, 0 where there is no body
+    covered: Tensor,  # (n, S, S) bool: a box is in front
+    vertices: Tensor,  # (n, V, 3) metres, camera frame
+    focal: Tensor,  # (n,) crop half-sides
+    principal_point: Tensor,  # (n, 2) crop coordinates
+    generator: torch.Generator,  # CPU
+    scene: bool = True,  # False: the body alone, NaN elsewhere and behind boxes
+) -> Tensor:  # (n, S, S) metres
+    """The nearest thing of every pixel. What a box covers is the box: the body behind it does not show through."""
+    n, size = body.shape[:2]
+    device = body.device
+    draw = uniform(generator, n, 4, device=device)
+    tilt = gaussian(generator, n, 3, device=device)
+    there = body > 0
+    if not scene:
+        return torch.where(there & ~covered, body, torch.nan)
+    x, y = grid(size, size, device)
+    ray_x = (x - principal_point[:, 0, None, None]) / focal[:, None, None]
+    ray_y = (y - principal_point[:, 1, None, None]) / focal[:, None, None]
+    rays = torch.stack(torch.broadcast_tensors(ray_x, ray_y, torch.ones_like(ray_x)), -1)  # (n, S, S, 3)
+
+    def plane(normal: Tensor, margin: Tensor) -> Tensor:  # normals (n, 3) that point away from the body -> (n, S, S) z
+        normal = F.normalize(normal, dim=-1)
+        reach = (vertices @ normal[:, :, None])[..., 0].amax(1) + margin
+        slope = (rays @ normal[:, None, :, None])[..., 0]
+        distance = reach[:, None, None] / slope.clamp_min(1e-6)
+        return torch.where((slope > 1e-6) & (distance > 0), distance, FARTHEST).clamp_max(FARTHEST)
+
+    low, high = (math.log(value) for value in _WALL)
+    wall = plane(
+        torch.stack([0.3 * tilt[:, 0], 0.1 * tilt[:, 1], torch.ones(n, device=device)], -1),
+        torch.exp(low + (high - low) * draw[:, 0]),
+    )
+    # Cameras look down a little more often than up: the floor then rises with the distance.
+    floor = plane(
+        torch.stack([0.03 * tilt[:, 1], torch.ones(n, device=device), 0.1 + 0.15 * tilt[:, 2]], -1),
+        _FLOOR[0] + (_FLOOR[1] - _FLOOR[0]) * draw[:, 1],
+    )
+    floor = torch.where(draw[:, 2, None, None] < 0.85, floor, FARTHEST)
+    found = torch.where(there, body, torch.minimum(wall, floor))
+    box = vertices[..., 2].amin(1).clamp_min(0.2) * (0.5 + 0.45 * draw[:, 3])
+    return torch.where(covered, box[:, None, None], found)

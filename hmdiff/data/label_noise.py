@@ -1,0 +1,79 @@
+"""Noisy training labels: the 3D labels of the stream `train` are displaced, smoothly over the body. Our choice.
+
+Every joint but the root is displaced by a Gaussian of its own, and a vertex by its joints' displacements in the shares
+of its skinning weights: limbs move about rigidly, the skin stays smooth, labels stay relative to the pelvis. How badly
+a person is labelled is lognormal, so that a few are labelled much worse than most: what a likelihood with a learned
+error (RLE) is said to forgive. The 2D labels, the inputs and all other streams are untouched. C coarse vertices, K
+joints, J keypoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from hmdiff.body import Body
+from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.data.synthetic import block_generator
+from hmdiff.errors import UserError
+
+_UNEVEN = 0.5  # standard deviation of the logarithm of a person's level, as of the estimator's jitter
+MOST = 0.5  # metres: beyond half a body nothing of the label is left
+
+
+class NoisyLabels:
+    """A source whose training labels are displaced. Block i is a function of (the source's block i, seed, i) alone.
+
+    Raises:
+        UserError: a noise that is not a length from 0 to 0.5 metres; a source with the full mesh, which is for
+            evaluation.
+    """
+
+    def __init__(
+        self,
+        source: PeopleSource,
+        body: Body,
+        coarse_ids: Tensor,  # (C,)
+        noise: float,  # metres: root mean square over people of each coordinate of a joint's displacement
+        seed: int,
+    ) -> None:
+        if not math.isfinite(noise) or not 0 <= noise <= MOST:
+            raise UserError(f"data.label_noise {noise}: metres from 0 to {MOST} are expected, such as 0.05")
+        if source.full_mesh:
+            raise UserError("data.label_noise is of training labels: these people have the full mesh, for evaluation")
+        self.source, self.noise, self.seed = source, noise, seed
+        self.block_size, self.full_mesh, self.image_size = source.block_size, False, source.image_size
+        self._coarse = body.lbs_weights[coarse_ids.to(body.lbs_weights.device)]  # (C, K)
+        self._root = body.parents.index(-1)
+        regressor = body.keypoint_regressor
+        self._keypoints = None if regressor is None else regressor @ body.lbs_weights  # (J, K)
+
+    def block(self, stream: str, number: int) -> Sample:
+        sample = self.source.block(stream, number)
+        if stream != "train" or self.noise == 0:
+            return sample
+        generator = block_generator(self.seed, "label_noise", number)
+        moved = self.displacements(len(sample), generator)
+        return dataclasses.replace(
+            sample,
+            coarse_vertices=_added(sample.coarse_vertices, moved, self._coarse),
+            joints_3d=_added(sample.joints_3d, moved, None),
+            keypoints_3d=_added(sample.keypoints_3d, moved, self._keypoints),
+        )
+
+    def displacements(self, count: int, generator: torch.Generator) -> Tensor:  # (count, K, 3) metres, 0 at the root
+        # E[exp(2 (s z - s^2))] = 1, so that the root mean square over people is the noise asked for.
+        level = (_UNEVEN * torch.randn(count, 1, 1, generator=generator) - _UNEVEN**2).exp()
+        moved = self.noise * level * torch.randn(count, self._coarse.shape[1], 3, generator=generator)
+        moved[:, self._root] = 0
+        return moved
+
+
+def _added(label: Tensor | None, moved: Tensor, shares: Tensor | None) -> Tensor | None:
+    if label is None:
+        return None
+    moved = moved.to(label)
+    return label + (moved if shares is None else shares.to(label) @ moved)

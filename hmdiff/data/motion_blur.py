@@ -1,0 +1,83 @@
+"""Motion blur of a model's inputs, for evaluation: pictures and heatmaps smeared along a line, each person his own.
+
+The camera shakes while the shutter is open: one direction and one length for the whole crop, the exposure centred on
+the label. A heatmap is smeared by the same line, so its peak sinks and its tails grow, as an estimator's do that
+hesitates along the smear. Depth maps stay as they are: what a depth network makes of a blurred picture is another
+fault (`data.depth_faults`). Our choice throughout. `Blurred` gives every split a twin, `test_blur` beside `test`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.data.synthetic import block_generator
+
+SUFFIX = "_blur"
+LENGTHS = (0.1, 0.4)  # of the smear, crop half-sides: 5 to 20 % of the crop's side
+
+
+def line_kernels(
+    length: Tensor,  # (B,) pixels
+    angle: Tensor,  # (B,) radians
+    size: int,  # S, odd
+) -> Tensor:  # (B, S, S), each sums to 1
+    """Segments through the middle, a pixel wide. Length 0 is a single 1."""
+    offset = torch.arange(size, dtype=length.dtype, device=length.device) - size // 2
+    direction = torch.stack([angle.cos(), angle.sin()], -1)[:, None, None]  # (B, 1, 1, 2)
+    place = torch.stack(torch.meshgrid(offset, offset, indexing="xy"), -1)[None]  # (1, S, S, 2)
+    along = (place * direction).sum(-1)
+    half = length[:, None, None] / 2
+    nearest = torch.minimum(torch.maximum(along, -half), half)[..., None] * direction
+    weight = (1 - (place - nearest).norm(dim=-1)).clamp_min(0)
+    return weight / weight.sum((1, 2), keepdim=True)
+
+
+def smear(
+    maps: Tensor,  # (B, C, H, W)
+    length: Tensor,  # (B,) crop half-sides
+    angle: Tensor,  # (B,) radians, 0 along x
+    padding: str = "constant",  # what lies outside: nothing ("constant"), or more of the edge ("replicate")
+) -> Tensor:  # (B, C, H, W)
+    """Every person's maps averaged along his own line."""
+    pixels = length * (maps.shape[-1] / 2)
+    reach = math.ceil(float(pixels.max()) / 2) + 1 if len(pixels) else 1
+    kernels = line_kernels(pixels, angle, 2 * reach + 1).to(maps)
+    # People are groups of the convolution, channels its batch.
+    padded = F.pad(maps.transpose(0, 1), (reach,) * 4, mode=padding)
+    return F.conv2d(padded, kernels[:, None], groups=len(maps)).transpose(0, 1)
+
+
+def motion_blur(
+    sample: Sample,
+    generator: torch.Generator,  # CPU
+    lengths: tuple[float, float] = LENGTHS,  # crop half-sides; uniform between
+) -> Sample:
+    """The sample with its picture and its heatmaps smeared by the same lines; labels untouched."""
+    draw = torch.rand(len(sample), 2, generator=generator)
+    length, angle = lengths[0] + (lengths[1] - lengths[0]) * draw[:, 0], math.pi * draw[:, 1]
+    changed = {}
+    for name, padding in (("image", "replicate"), ("heatmaps", "constant")):
+        maps = getattr(sample, name)
+        if maps is not None:
+            changed[name] = smear(maps, length.to(maps.device), angle.to(maps.device), padding)
+    return dataclasses.replace(sample, **changed)
+
+
+class Blurred:
+    """A source whose splits have twins by the name of SPLIT_blur: the same people, their inputs smeared."""
+
+    def __init__(self, source: PeopleSource, lengths: tuple[float, float] = LENGTHS) -> None:
+        self.source, self.lengths = source, lengths
+        self.block_size, self.full_mesh, self.image_size = source.block_size, source.full_mesh, source.image_size
+
+    def block(self, stream: str, number: int) -> Sample:
+        if not stream.endswith(SUFFIX):
+            return self.source.block(stream, number)
+        sample = self.source.block(stream.removesuffix(SUFFIX), number)
+        return motion_blur(sample, block_generator(0, stream, number), self.lengths)

@@ -1,0 +1,222 @@
+"""Where depth maps of photos come from, behind one interface: a file, any callable; `depth_estimator` has networks.
+
+Whatever a source is, its maps are 'larger = farther' with NaN where nothing is known. Unit and origin do not matter:
+the model's normalisation (hmdiff/models/depth.py) removes both, so metres and millimetres give the same result.
+Disparity (larger = nearer, as Depth Anything and MiDaS give it) becomes its negative: it is known up to scale and shift
+alone, so that it cannot be inverted (our choice). The rendered depth of synthetic people is in `Sample.depth_input`.
+B photos of H x W pixels, P people, S pixels a side of a crop.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.errors import UserError
+
+GIVES = ("depth", "disparity")
+SUFFIXES = (".npy", ".npz", ".png")
+ASPECT = 0.02  # relative difference of the sides' ratio that is still the same photo: networks round to patches
+
+
+class DepthSource(Protocol):
+    """Photos in, a map of each out, of the photos' size or another of the same proportions."""
+
+    def __call__(
+        self,
+        images: Tensor,  # (B, 3, H, W) RGB 0..1
+    ) -> Tensor: ...  # (B, h, w) larger = farther, NaN = not known
+
+
+def farther_is_larger(
+    values: Tensor,  # any shape
+    gives: str,  # "depth", or "disparity": larger = nearer
+) -> Tensor:
+    """The values so that larger is farther; what is infinite is not known. Raises `UserError` for another word."""
+    if gives not in GIVES:
+        raise UserError(f"a depth source that gives {gives!r}: one of {', '.join(GIVES)} is expected")
+    values = values.float()
+    values = torch.where(values.isfinite(), values, torch.nan)
+    return -values if gives == "disparity" else values
+
+
+class CallableDepth:
+    """Any function of photos as a depth source. What it returns is checked."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor | np.ndarray],  # (B, 3, H, W) RGB 0..1 -> (B, h, w) or (B, 1, h, w)
+        gives: str = "depth",
+    ) -> None:
+        self.function, self.gives = function, gives
+
+    def __call__(self, images: Tensor) -> Tensor:
+        found = torch.as_tensor(self.function(images))
+        if found.dim() == 4 and found.shape[1] == 1:
+            found = found[:, 0]
+        if found.dim() != 3 or len(found) != len(images) or 0 in found.shape:
+            raise UserError(
+                f"the depth source gave shape {tuple(found.shape)}; ({len(images)}, h, w) is expected, a map of each "
+                "photo"
+            )
+        check_aspect("the depth source's map", found.shape[1:], images.shape[-2:])
+        return farther_is_larger(found, self.gives)
+
+
+class DepthFile:
+    """A map beside a photo: the source for that photo alone. See `read_depth` for what files there are."""
+
+    def __init__(self, path: str | Path, gives: str = "depth") -> None:
+        self.path, self.gives = Path(path), gives
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if len(images) != 1:
+            raise UserError(f"{self.path}: the depth of one photo, {len(images)} were given; give one file a photo")
+        return read_depth(self.path, (images.shape[-1], images.shape[-2]), self.gives)[None]
+
+
+def read_depth(
+    path: str | Path,
+    photo_size: tuple[int, int] | None = None,  # width, height in pixels; None: not checked
+    gives: str = "depth",
+) -> Tensor:  # (h, w) larger = farther, NaN = not known
+    """A depth map on disk: npy; npz with the array `depth` or `disparity`, or with one array alone; 16-bit grey png.
+
+    Any unit. NaN and infinity are not known, nor is 0 in a png, as in KITTI's and most depth cameras'.
+
+    Raises:
+        UserError: the file is missing, damaged, of another kind, not (h, w) numbers, without a known pixel, or not of
+            the photo's proportions.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: a depth map is one of {', '.join(SUFFIXES)} (16-bit grey)")
+    if not path.is_file():
+        raise UserError(f"{path}: no such depth map; check the path")
+    values: np.ndarray[Any, Any]
+    if path.suffix.lower() == ".png":
+        values = _read_png(path)
+    else:
+        values, named = _read_arrays(path)
+        gives = named or gives
+    while values.ndim > 2 and 1 in (values.shape[0], values.shape[-1]):
+        values = values[0] if values.shape[0] == 1 else values[..., 0]
+    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiu":
+        raise UserError(f"{path}: {values.dtype} of shape {values.shape}; one map (h, w) of numbers is expected")
+    if photo_size is not None:
+        check_aspect(str(path), values.shape, (photo_size[1], photo_size[0]))
+    with np.errstate(over="ignore"):
+        found = farther_is_larger(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)), gives)
+    if not found.isfinite().any():
+        raise UserError(f"{path}: no pixel of it is known (NaN, infinite, or 0 in a png); leave the map out")
+    return found
+
+
+def beside(photo: Path) -> Path | None:
+    """The depth map that lies beside a photo: NAME_depth.npz, .npy or .png; None where there is none."""
+    places = [photo.with_name(f"{photo.stem}_depth{suffix}") for suffix in (".npz", ".npy", ".png")]
+    return next((place for place in places if place.is_file()), None)
+
+
+def check_aspect(
+    what: str,
+    found: tuple[int, ...] | torch.Size,  # h, w
+    photo: tuple[int, ...] | torch.Size,  # H, W
+) -> None:
+    """A map of other proportions is another photo's, or turned. Raises `UserError`."""
+    height, width = found
+    if abs(math.log((width / height) * (photo[0] / photo[1]))) > ASPECT and not (
+        abs(width - height * photo[1] / photo[0]) <= 1 or abs(height - width * photo[0] / photo[1]) <= 1
+    ):
+        raise UserError(
+            f"{what}: {width} x {height} pixels, and the photo has {photo[1]} x {photo[0]}; give the map of this "
+            "photo, of its size or of its proportions"
+        )
+
+
+def crop_depth(
+    depth: Tensor,  # (h, w) of the whole photo, NaN = not known
+    photo_size: tuple[int, int],  # width, height in pixels
+    center: Tensor,  # (P, 2) photo pixels
+    side: Tensor,  # (P,) photo pixels
+    size: int = 64,  # S
+) -> Tensor:  # (P, S, S), NaN = not known and outside the photo
+    """The map cut into people's crops, pixel for pixel as `commands.photos.crops` cuts the photo."""
+    found = []
+    for (x, y), length in zip(center.tolist(), side.tolist(), strict=True):
+        scale = 2 / length  # photo pixels to crop coordinates
+        affine = np.array([[scale, 0, -x * scale], [0, scale, -y * scale]])
+        found.append(warp_depth(depth, photo_size, affine, size))
+    return torch.stack(found) if found else depth.new_zeros(0, size, size)
+
+
+def warp_depth(
+    depth: Tensor,  # (h, w) of the whole photo, NaN = not known
+    photo_size: tuple[int, int],  # width, height in pixels
+    affine: np.ndarray,  # (2, 3) photo pixels to crop coordinates, as `data.transforms.crop_map`
+    size: int,  # S
+) -> Tensor:  # (S, S), NaN = not known and outside the photo
+    """One crop, as `data.transforms.crop_picture` warps the photo: smoothed where it is coarser, then bilinear.
+
+    Only known pixels are averaged; a pixel of which less than half is known is not known.
+    """
+    height, width = depth.shape
+    stretch = np.array([photo_size[0] / width, photo_size[1] / height])  # photo pixels a pixel of the map
+    linear = affine[:, :2] * stretch * (size / 2)
+    offset = (affine[:, 2] + 1) * (size / 2)
+    # OpenCV counts from the centre of the first pixel, we from its corner.
+    offset = offset + linear @ np.array([0.5, 0.5]) - 0.5
+    values = depth.float().numpy()
+    known = np.isfinite(values)
+    # About their middle, so that a large origin costs the averages no digits.
+    middle = np.float32(np.median(values[known])) if known.any() else np.float32(0)
+    layers: np.ndarray[Any, Any] = np.stack([np.where(known, values - middle, 0), known], -1).astype(np.float32)
+    scale = math.sqrt(abs(np.linalg.det(linear)))
+    if scale < 0.7:
+        layers = cv2.GaussianBlur(layers, (0, 0), 0.4 / scale, borderType=cv2.BORDER_CONSTANT)
+    matrix = np.concatenate([linear, offset[:, None]], 1)
+    layers = cv2.warpAffine(layers, matrix, (size, size), flags=cv2.INTER_LINEAR)
+    total, share = torch.from_numpy(layers).unbind(-1)
+    return torch.where(share >= 0.5, total / share.clamp_min(1e-6) + float(middle), torch.nan)
+
+
+def _read_png(path: Path) -> np.ndarray[Any, Any]:  # (h, w) float32
+    found = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if found is None:
+        raise UserError(f"{path}: a damaged png; write it again")
+    if found.dtype != np.uint16 or found.ndim != 2:
+        channels = 1 if found.ndim == 2 else found.shape[2]
+        raise UserError(
+            f"{path}: {8 * found.dtype.itemsize} bits in {channels} channel{'s' * (channels > 1)}; a depth map is a "
+            "16-bit grey png (a coloured or 8-bit picture of depth is not one); save an npy"
+        )
+    return np.where(found == 0, np.nan, found.astype(np.float32))
+
+
+def _read_arrays(path: Path) -> tuple[np.ndarray, str | None]:  # the map; what an npz says that it is
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return found, None
+        with found as archive:
+            named = next((name for name in GIVES if name in archive.files), None)
+            if named is None and len(archive.files) != 1:
+                raise UserError(
+                    f"{path}: no array `depth` or `disparity` (found: {', '.join(archive.files) or 'none'}); name it so"
+                )
+            return archive[named or archive.files[0]], named
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+    except (ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        reason = "it holds pickled Python objects" if "pickle" in str(error) else "it is damaged"
+        raise UserError(f"{path}: {reason}; write it again by numpy.save") from None

@@ -1,0 +1,217 @@
+"""Things put in front of people: cut-outs of a folder, shapes, the next person; what they hide, and in which data."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from records import make_records
+from small import free_body, people_block
+
+from hmdiff.data.cutouts import SIZE, Cutouts
+from hmdiff.data.draws import grid
+from hmdiff.data.in_front import CUTOUT, NOTHING, OBJECTS, PERSON, BoxesAndFront, FrontDrawer, InFront
+from hmdiff.data.recorded import RecordedPeople
+from hmdiff.data.rendering import OccluderBoxes
+from hmdiff.data.sample import Sample
+from hmdiff.data.shards import RecordFiles
+from hmdiff.data.transforms import AugmentOptions
+from hmdiff.errors import UserError
+from hmdiff.skeletons import HALPE26
+
+STILL = AugmentOptions(flip=0, noise=0, upright=1, scale=0)
+
+
+def save(path: Path, rgba: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rgba.astype(np.uint8)).save(path)
+
+
+def red_disc(size: int = 40) -> np.ndarray:
+    """Red where opaque, green where transparent: green must never be seen."""
+    y, x = np.mgrid[:size, :size] - size / 2 + 0.5
+    inside = np.hypot(x, y) < size / 4
+    return np.dstack([255 * inside, 255 * ~inside, 0 * x, 255 * inside])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "things" / "disc.png", red_disc())
+    return tmp_path / "things"
+
+
+def test_a_cutout_is_cut_to_its_thing_and_its_colour_does_not_bleed(folder: Path) -> None:
+    bar = np.zeros((30, 60, 4))
+    bar[10:20, 5:45] = (0, 0, 255, 255)
+    save(folder / "deeper" / "bar.webp", bar)
+    cutouts = Cutouts(folder)
+    assert len(cutouts) == 2 and cutouts.pictures.shape == (2, 4, SIZE, SIZE)
+    disc = cutouts.pictures[1].float() / 255
+    assert disc[3].mean() == pytest.approx(np.pi / 4, abs=0.03)  # it fills the square
+    assert disc[1].max() < 0.01  # no green
+    # The bar is four times as wide as high: a quarter of the square, in its middle.
+    blue = cutouts.pictures[0, 2].float() / 255
+    assert blue.mean() == pytest.approx(0.25, abs=0.02) and blue[SIZE // 2].min() > 0.9 and blue[0].max() == 0
+    points = torch.tensor([[[0.0, 0.0], [0.99, 0.99], [3.0, 0.0]]])
+    assert cutouts.sampled(torch.tensor([1]), points)[0, 3].tolist() == pytest.approx([1, 0, 0], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda at: at / "nowhere", "nowhere.*: no such folder; give one of RGBA pictures"),
+        (lambda at: at.mkdir(exist_ok=True) or at, "no picture in it; RGBA pictures .*are expected"),
+        (lambda at: save(at / "rgb.png", np.full((8, 8, 3), 200)) or at, "rgb.png: a cut-out without transparency"),
+        (lambda at: save(at / "solid.png", np.full((8, 8, 4), 255)) or at, "solid.png: a cut-out without transparency"),
+        (lambda at: save(at / "clear.png", np.zeros((8, 8, 4))) or at, "clear.png: .* transparent everywhere"),
+        (lambda at: (at / "bad.png").write_bytes(b"\x89PNG nonsense") and at, "bad.png: a cut-out that cannot be read"),
+    ],
+)
+def test_a_bad_folder_is_named(tmp_path: Path, make, message: str) -> None:  # type: ignore[no-untyped-def]
+    at = tmp_path / "cut"
+    at.mkdir()
+    with pytest.raises(UserError, match=message):
+        Cutouts(make(at))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objects": 0.7, "people": 0.4}, "objects, people and pasted are 0.7, 0.4, 0, over 1 together"),
+        ({"people": 2}, "people 2: a number from 0 to 1"),
+        ({"cutouts": 3}, "cutouts 3: the name of a folder"),
+    ],
+)
+def test_bad_shares_are_named(values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AugmentOptions(**values)
+
+
+def drawn(options: AugmentOptions, count: int = 64, seed: int = 0) -> tuple[InFront, torch.Tensor]:
+    points = torch.cat([people_block("train", number).joints_2d for number in range(count // 8)])
+    known = torch.ones(points.shape[:2], dtype=torch.bool)
+    return FrontDrawer(options)(points, known, torch.Generator().manual_seed(seed)), points
+
+
+def test_shares_are_kept_and_seeds_repeat(folder: Path) -> None:
+    options = AugmentOptions(objects=0.3, people=0.3, cutouts=str(folder), pasted=0.3)
+    front, _ = drawn(options, 160)
+    share = torch.bincount(front.kind, minlength=4) / 160
+    assert (share - torch.tensor([0.1, 0.3, 0.3, 0.3])).abs().max() < 0.1
+    again, _ = drawn(options, 160)
+    for field in ("kind", "shapes", "limbs", "cutout", "pose", "looks"):
+        assert torch.equal(torch.as_tensor(getattr(front, field)), torch.as_tensor(getattr(again, field)))
+    other, _ = drawn(options, 160, seed=1)
+    assert not torch.equal(front.kind, other.kind)
+    fewer, _ = drawn(dataclasses.replace(options, pasted=0.0), 160)
+    others = front.kind != CUTOUT
+    assert torch.equal(fewer.shapes, front.shapes) and torch.equal(fewer.kind[others], front.kind[others])
+    assert not FrontDrawer(AugmentOptions(pasted=1.0)).active  # nothing to paste
+
+
+@pytest.mark.parametrize("kind", [OBJECTS, PERSON, CUTOUT])
+def test_points_mask_and_picture_agree(kind: int, folder: Path) -> None:
+    options = {
+        OBJECTS: AugmentOptions(objects=1), PERSON: AugmentOptions(people=1),
+        CUTOUT: AugmentOptions(cutouts=str(folder), pasted=1),
+    }[kind]  # fmt: skip
+    front, points = drawn(options, 16)
+    assert (front.kind == kind).all()
+    size = 32
+    x, y = grid(size, size, "cpu")
+    centres = torch.stack([x.expand(1, size, size), y.expand(1, size, size)], -1).flatten(1, 2).expand(16, -1, -1)
+    mask = front.mask(size) > 0.5
+    assert torch.equal(front.cover(centres).unflatten(1, (size, size)), mask)
+    image = torch.full((16, 3, size, size), 0.5)
+    painted = front.paint(image)
+    changed = (painted - image).abs().amax(1) > 0.02
+    # Where nothing covers, nothing is painted, but for the soft edge.
+    soft = torch.nn.functional.max_pool2d(mask[:, None].float(), 5, 1, 2)[:, 0] > 0
+    assert not (changed & ~soft).any() and (changed & mask).sum() > 0.8 * mask.sum()
+    assert 0.01 < mask.float().mean() < 0.6 and mask.flatten(1).any(1).float().mean() > 0.7
+    hidden = front.cover(points)
+    assert 0.03 < hidden.float().mean() < 0.7
+    if kind == CUTOUT:
+        assert painted[:, 0][mask].mean() > 0.9 and painted[:, 1][mask].mean() < 0.1
+    # Nobody's thing depends on the others: the same rows alone.
+    alone = dataclasses.replace(front, **{
+        name: getattr(front, name)[3:5] for name in ("kind", "shapes", "limbs", "cutout", "pose")
+    })  # fmt: skip
+    assert torch.equal(alone.mask(size), front.mask(size)[3:5])
+
+
+def test_the_person_in_front_is_the_next_one_moved() -> None:
+    front, points = drawn(AugmentOptions(people=1), 16)
+    limb = 5  # left shoulder to left elbow: see in_front._LIMBS
+    a, b = HALPE26.index("left_shoulder"), HALPE26.index("left_hip")
+    along = front.limbs[:, 4, 2:4] - front.limbs[:, 4, :2]
+    other = points.roll(-1, 0)
+    expected = other[:, b] - other[:, a]
+    scale = (along * expected).sum(-1) / expected.square().sum(-1)
+    assert torch.allclose(along, scale[:, None] * expected, atol=1e-5) and ((scale > 0.69) & (scale < 1.31)).all()
+    assert (front.limbs[:, limb, 4] > 0).all()
+    # Of somebody with hardly a keypoint nobody is made, and unknown ones may be anything.
+    known = torch.ones(16, 26, dtype=torch.bool)
+    known[1, 5:] = False
+    points = points.clone()
+    points[1, 5:] = torch.nan
+    points[3, 9], known[3, 9] = torch.nan, False
+    front = FrontDrawer(AugmentOptions(people=1))(points, known, torch.Generator().manual_seed(0))
+    assert front.kind[0] == NOTHING and (front.kind[1:] == PERSON).all()
+    assert front.limbs[2].isfinite().all() and (front.limbs[2, :, 4] == 0).sum() == 1  # a limb that ends in it
+    hand = FrontDrawer(AugmentOptions(people=1))(points[:, :21], known[:, :21], torch.Generator(), ["wrist"] * 21)
+    assert (hand.kind == NOTHING).all()
+
+
+def test_boxes_and_what_is_in_front_cover_together() -> None:
+    front, points = drawn(AugmentOptions(objects=1), 8)
+    boxes = OccluderBoxes(torch.full((8, 1, 2), -0.5), torch.full((8, 1, 2), 0.3), torch.arange(8) < 4)
+    both = BoxesAndFront.of(boxes, front)
+    assert torch.equal(both.cover(points), boxes.cover(points) | front.cover(points))
+    assert torch.equal(both.mask(16) > 0.5, (boxes.mask(16) > 0.5) | (front.mask(16) > 0.5))
+    assert both.cover(points).sum() > boxes.cover(points).sum()
+
+
+def recorded(folder: Path, heatmaps: str = "faults", **options: object) -> RecordedPeople:
+    if not (folder / "raw").exists():
+        (folder / "raw").mkdir()
+    records = make_records(folder / "raw", 6)
+    body, mesh = free_body()
+    augment = dataclasses.replace(STILL, **options)  # type: ignore[arg-type]
+    return RecordedPeople(
+        RecordFiles(records), body, mesh.coarse_ids, 6, image_size=32, augment=augment, heatmaps=heatmaps,
+        same_body=True,
+    )  # fmt: skip
+
+
+def same(first: Sample, second: Sample) -> bool:
+    fields = [field.name for field in dataclasses.fields(Sample)]
+    pairs = [(getattr(first, name), getattr(second, name)) for name in fields]
+    return all(a is b or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("heatmaps", ["faults", "labels"])
+def test_recorded_people_behind_cutouts(tmp_path: Path, folder: Path, heatmaps: str) -> None:
+    plain = recorded(tmp_path, heatmaps)
+    data = recorded(tmp_path, heatmaps, cutouts=str(folder), pasted=1.0)
+    before, after = plain.block("train", 0), data.block("train", 0)
+    assert same(data.block("val", 0), plain.block("val", 0))  # a split is never changed
+    assert same(after, data.block("train", 0)) and not same(after, data.block("train", 1))
+    assert same(after, pickle.loads(pickle.dumps(data)).block("train", 0))
+    hidden = before.visible & ~after.visible
+    assert hidden.any() and (after.visible <= before.visible).all()
+    assert torch.equal(before.joints_2d, after.joints_2d)  # the labels stay what they are
+    assert torch.equal(before.joints_2d_confidence, after.joints_2d_confidence)
+    assert (after.image[:, 0] - before.image[:, 0]).amax() > 0.2
+    gone = after.heatmaps.flatten(2).amax(-1) == 0
+    if heatmaps == "labels":
+        assert gone[hidden].all() and torch.equal(after.heatmaps[after.visible], before.heatmaps[after.visible])
+
+
+def test_recorded_people_without_anything_in_front_are_as_ever(tmp_path: Path) -> None:
+    assert same(recorded(tmp_path).block("train", 0), recorded(tmp_path, pasted=0.9).block("train", 0))

@@ -1,0 +1,208 @@
+"""Depth tokens: unit and origin do not matter, nothing known changes nothing, every kind of bad map has an answer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import awaken
+
+from hmdiff.models.depth import DepthFusion, near_relief, normalise_depth, resize_depth
+
+WIDTH, PEOPLE, TOKENS, SIZE = 32, 4, 7, 32
+
+
+@pytest.fixture
+def fusion() -> DepthFusion:
+    module = DepthFusion(WIDTH, 2, layers=2, map_size=SIZE, patch=8)
+    awaken(module)
+    return module
+
+
+@pytest.fixture
+def depth(generator: torch.Generator) -> torch.Tensor:
+    """A slope with a nearer box on it, and a corner that is not known."""
+    ramp = torch.linspace(3, 6, SIZE).expand(PEOPLE, SIZE, SIZE).clone()
+    ramp = ramp + 0.3 * torch.rand(PEOPLE, SIZE, SIZE, generator=generator)
+    ramp[:, 10:20, 8:14] -= 1.5
+    ramp[:, :9, :11] = torch.nan
+    return ramp
+
+
+@pytest.fixture
+def tokens(generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(PEOPLE, TOKENS, WIDTH, generator=generator)
+
+
+MASK = torch.tensor([[True] * TOKENS, [True] * 5 + [False] * 2, [True] * TOKENS, [True] + [False] * (TOKENS - 1)])
+
+
+def test_depth_changes_the_tokens_and_other_depth_changes_them_otherwise(fusion, tokens, depth):
+    fused = fusion(tokens, MASK, depth)
+    assert fused.shape == tokens.shape and fused.isfinite().all()
+    assert (fused - tokens).abs().amax((1, 2)).min() > 0.1
+    other = fusion(tokens, MASK, depth.flip(1))
+    assert (fused - other).abs().amax((1, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1000.0, 0.0), (0.001, 0.0), (1.0, 20.0), (0.2, -3.0), (3e30, 0.0)])
+def test_unit_and_origin_do_not_matter(fusion, tokens, depth, scale, shift):
+    expected = fusion(tokens, MASK, depth)
+    torch.testing.assert_close(fusion(tokens, MASK, scale * depth + shift), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_sign_matters(fusion, tokens, depth):
+    assert (fusion(tokens, MASK, -depth) - fusion(tokens, MASK, depth)).abs().max() > 1e-2
+
+
+def test_normalisation_is_the_median_and_mean_deviation(depth):
+    values, known = resize_depth(depth, SIZE)
+    found = normalise_depth(values, known)
+    for person in range(PEOPLE):
+        there = depth[person][depth[person].isfinite()].double()
+        centred = there - there.median()
+        torch.testing.assert_close(
+            found[person][known[person]].double(), centred / centred.abs().mean(), rtol=1e-4, atol=1e-4
+        )
+    assert (found[~known] == 0).all()
+
+
+def test_relief_of_the_person_survives_a_far_wall():
+    """Two limbs 20 cm apart before a wall at 40 m: their difference is still seen."""
+    values = torch.full((1, SIZE, SIZE), 40.0)
+    values[:, 6:28, 8:24], values[:, 6:28, 12:16] = 4.0, 3.8
+    known = torch.ones_like(values, dtype=torch.bool)
+    normalised = normalise_depth(values, known)
+    relief = near_relief(normalised, known)
+    plain = (normalised[0, 10, 20] - normalised[0, 10, 13]).abs()
+    assert (relief[0, 10, 20] - relief[0, 10, 13]) > 3 * plain
+    assert relief[0, 0, 0] > 0.95 and relief.abs().max() <= 1
+    assert (near_relief(normalised, ~known) == 0).all()
+
+
+def test_nobody_known_gets_the_very_tokens_and_finite_gradients(fusion, tokens, depth):
+    """Missing for half of a batch."""
+    depth[::2] = torch.nan
+    tokens.requires_grad_()
+    fused = fusion(tokens, MASK, depth)
+    assert torch.equal(fused[::2], tokens[::2])
+    assert (fused[1::2] - tokens[1::2]).abs().amax((1, 2)).min() > 0.1
+    fused.square().sum().backward()
+    gradients = [tokens.grad, *(parameter.grad for parameter in fusion.parameters())]
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+    assert torch.equal(tokens.grad[::2], 2 * tokens[::2])
+
+
+def test_no_depth_for_anybody_gives_finite_zero_gradients(fusion, tokens):
+    fused = fusion(tokens, MASK, torch.full((PEOPLE, SIZE, SIZE), torch.nan))
+    assert torch.equal(fused, tokens)
+    (fused.sum() + 0 * sum(parameter.sum() for parameter in fusion.parameters())).backward()
+    assert all((parameter.grad == 0).all() for parameter in fusion.parameters())
+
+
+def test_the_others_of_a_batch_do_not_matter(fusion, tokens, depth):
+    depth[1] = torch.nan
+    together = fusion(tokens, MASK, depth)
+    for person in range(PEOPLE):
+        rows = slice(person, person + 1)
+        torch.testing.assert_close(fusion(tokens[rows], MASK[rows], depth[rows])[0], together[person])
+
+
+def test_masked_image_tokens_tell_the_others_nothing(fusion, tokens, depth):
+    before = fusion(tokens, MASK, depth)
+    changed = torch.where(MASK[..., None], tokens, tokens + 5)
+    after = fusion(changed, MASK, depth)
+    assert torch.equal(before[MASK], after[MASK])
+    assert not torch.equal(before[~MASK], after[~MASK])
+    nobody = torch.zeros_like(MASK)
+    assert fusion(tokens, nobody, depth).isfinite().all()
+
+
+def test_infinite_is_not_known(fusion, tokens, depth):
+    expected = fusion(tokens, MASK, depth)
+    for value in (torch.inf, -torch.inf):
+        assert torch.equal(fusion(tokens, MASK, depth.nan_to_num(value, value, value)), expected)
+
+
+def test_where_it_is_unknown_matters(fusion, tokens, depth):
+    """Not known is no depth of its own: neither 0 nor the mean."""
+    _, there = fusion.tokens(depth)
+    assert there.sum(1).tolist() == [15] * PEOPLE and not there[:, 0].any()  # the first patch of 16 is unknown
+    assert not torch.allclose(fusion(tokens, MASK, depth), fusion(tokens, MASK, depth.nan_to_num(0.0)))
+
+
+def test_a_constant_map_says_nothing_of_shape_and_all_constants_are_the_same(fusion, tokens):
+    maps = torch.full((PEOPLE, SIZE, SIZE), 3.7)
+    fused = fusion(tokens, MASK, maps)
+    assert fused.isfinite().all()
+    for constant in (0.0, -2.0, 1e20):
+        torch.testing.assert_close(fusion(tokens, MASK, torch.full_like(maps, constant)), fused)
+    noisy = maps * (1 + 1e-7 * torch.randn_like(maps))  # rounding is no shape
+    torch.testing.assert_close(fusion(tokens, MASK, noisy), fused)
+    values, known = resize_depth(maps, SIZE)
+    assert (normalise_depth(values, known) == 0).all()
+
+
+def test_one_known_pixel_is_enough(fusion, tokens):
+    maps = torch.full((PEOPLE, SIZE, SIZE), torch.nan)
+    maps[:, 20, 20] = 2.0
+    fused = fusion(tokens, MASK, maps)
+    assert fused.isfinite().all() and (fused - tokens).abs().amax((1, 2)).min() > 0.01
+
+
+def test_maps_of_another_size(fusion, tokens, depth):
+    expected = fusion(tokens, MASK, depth)
+    twice = depth.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    torch.testing.assert_close(fusion(tokens, MASK, twice), expected, rtol=1e-3, atol=1e-3)
+    smaller = fusion(tokens, MASK, F.avg_pool2d(depth[:, None], 2)[:, 0])
+    assert smaller.isfinite().all() and (smaller - expected).abs().max() < (expected - tokens).abs().max()
+    assert fusion(tokens, MASK, torch.rand(PEOPLE, 45, 45)).isfinite().all()
+
+
+def test_resizing_averages_what_is_known():
+    maps = torch.tensor([[[1.0, 3.0, torch.nan, torch.nan], [5.0, 7.0, torch.nan, 2.0],
+                          [1.0, torch.nan, 4.0, 4.0], [3.0, torch.nan, 4.0, torch.inf]]])  # fmt: skip
+    values, known = resize_depth(maps, 2)
+    assert known.tolist() == [[[True, False], [True, True]]]  # under half of a pixel known: not known
+    torch.testing.assert_close(values, torch.tensor([[[4.0, 0.0], [2.0, 4.0]]]))
+    values, known = resize_depth(torch.tensor([[[1.0, torch.nan], [2.0, 3.0]]]), 4)
+    assert values[0, 3].tolist() == [2.0, 2.0, 3.0, 3.0] and known[0, 0].tolist() == [True, True, False, False]
+
+
+def test_places_have_both_codes(fusion, depth):
+    """The same patch everywhere: tokens differ by their place, by the fixed code and by the learned table."""
+    maps = torch.full((1, SIZE, SIZE), 2.0)
+    read, _ = fusion.tokens(maps)
+    assert torch.cdist(read, read)[0].add(10 * torch.eye(16)).min() > 0.01
+    with torch.no_grad():
+        fusion.place.zero_()
+    fixed, _ = fusion.tokens(maps)
+    assert torch.cdist(fixed, fixed)[0].add(10 * torch.eye(16)).min() > 0.01 and not torch.allclose(read, fixed)
+    assert "place" in fusion.state_dict() and "position" not in fusion.state_dict()
+
+
+def test_half_precision_of_the_tokens(fusion, tokens, depth):
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = fusion(tokens, MASK, depth)
+    torch.testing.assert_close(fused.float(), fusion(tokens, MASK, depth), rtol=0.1, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((PEOPLE - 1, SIZE, SIZE), r"depth: shape \(3, 32, 32\) found, \(4, 32, 32\) expected"),
+        ((PEOPLE, 1, SIZE, SIZE), "a map of each person's crop"),
+        ((PEOPLE, 0, 0), "shape"),
+        ((PEOPLE, SIZE, 2 * SIZE), "maps of 32 x 64 pixels; a square crop's are expected"),
+    ],
+)
+def test_other_shapes_are_refused(fusion, tokens, shape, message):
+    with pytest.raises(ValueError, match=message):
+        fusion(tokens, MASK, torch.rand(shape))
+
+
+def test_other_kinds_are_refused(fusion, tokens):
+    with pytest.raises(ValueError, match="int64 found; floating-point numbers are expected"):
+        fusion(tokens, MASK, torch.ones(PEOPLE, SIZE, SIZE, dtype=torch.long))
+    with pytest.raises(ValueError, match="30 pixels a side does not fall into patches of 8"):
+        DepthFusion(WIDTH, 2, map_size=30)
+    with pytest.raises(ValueError, match="0 layers; at least 1 is needed"):
+        DepthFusion(WIDTH, 2, layers=0)

@@ -1,0 +1,149 @@
+"""Parameters from meshes: what a body was posed with comes back, whatever the batch, the frame and the noise."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import standin_bodies as s
+import torch
+from torch import Tensor
+
+from hmdiff.body import Body, load_body
+from hmdiff.cli import main
+from hmdiff.errors import UserError
+from hmdiff.fitting import fit_parameters
+from hmdiff.geometry import axis_angle_to_matrix
+from hmdiff.mesh_cache import random_bodies
+
+
+@functools.cache
+def free() -> Body:
+    return load_body()
+
+
+def posed(body: Body, count: int, seed: int = 0, spread: float = 0.4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotations, betas, translations, vertices."""
+    generator = torch.Generator().manual_seed(seed)
+    rotations = axis_angle_to_matrix(spread * torch.randn(count, body.num_joints, 3, generator=generator))
+    betas = torch.randn(count, body.num_betas, generator=generator)
+    translation = torch.randn(count, 3, generator=generator)
+    return rotations, betas, translation, body(betas, rotations, translation).vertices
+
+
+def angle(first: Tensor, second: Tensor) -> Tensor:
+    """Degrees between rotations."""
+    trace = (first.mT @ second).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.rad2deg(torch.acos(((trace - 1) / 2).clamp(-1, 1)))
+
+
+def rebuilt(body: Body, found: object) -> Tensor:
+    return body(found.betas, axis_angle_to_matrix(found.pose), found.translation).vertices  # type: ignore[attr-defined]
+
+
+def test_pose_and_shape_come_back() -> None:
+    rotations, betas, _, vertices = posed(free(), 8)
+    found = fit_parameters(free(), vertices)
+    assert angle(axis_angle_to_matrix(found.pose), rotations).median() < 0.2
+    assert angle(axis_angle_to_matrix(found.pose), rotations).max() < 5  # two joints in line share a twist
+    assert (found.betas - betas).abs().max() < 0.2
+    assert found.error_mm.max() < 0.5
+    told = 1000 * (rebuilt(free(), found) - vertices).norm(dim=-1).mean(-1)
+    torch.testing.assert_close(found.error_mm, told, rtol=1e-3, atol=1e-3)
+    assert not any(value.requires_grad for value in found)
+
+
+def test_random_bodies_are_met_within_a_millimetre() -> None:
+    """The issue's bound is 5 mm, on bodies as in `hmdiff bench --fit`."""
+    assert fit_parameters(free(), random_bodies(free(), 24, seed=3)).error_mm.max() < 1
+
+
+def test_noise_is_averaged_out() -> None:
+    _, betas, _, vertices = posed(free(), 8)
+    noisy = vertices + 0.01 * torch.randn(vertices.shape, generator=torch.Generator().manual_seed(1))
+    found = fit_parameters(free(), noisy)
+    assert (1000 * (rebuilt(free(), found) - vertices).norm(dim=-1)).mean() < 6  # of noise that is 16 mm long
+    assert (found.betas - betas).abs().mean() < 0.6
+    assert 14 < found.error_mm.mean() < 18
+
+
+def test_a_fit_does_not_depend_on_its_batch() -> None:
+    vertices = random_bodies(free(), 34, seed=1)
+    vertices = vertices + 0.005 * torch.randn(vertices.shape, generator=torch.Generator().manual_seed(2))
+    together = fit_parameters(free(), vertices)
+    for row in (0, 31, 33):
+        for all_of_them, alone in zip(together, fit_parameters(free(), vertices[row : row + 1]), strict=True):
+            torch.testing.assert_close(all_of_them[row], alone[0], rtol=0, atol=1e-3)
+    assert [value.shape[0] for value in fit_parameters(free(), vertices[:0])] == [0] * 4
+
+
+def test_a_turned_and_moved_mesh_turns_the_root_alone() -> None:
+    _, _, _, vertices = posed(free(), 4)
+    turn, shift = axis_angle_to_matrix(torch.tensor([0.4, -2.5, 1.1])), torch.tensor([3.0, -1.0, 40.0])
+    before, after = fit_parameters(free(), vertices), fit_parameters(free(), vertices @ turn.mT + shift)
+    torch.testing.assert_close(after.pose[:, 1:], before.pose[:, 1:], rtol=0, atol=5e-3)
+    torch.testing.assert_close(after.betas, before.betas, rtol=0, atol=5e-3)
+    root = axis_angle_to_matrix(before.pose[:, 0])
+    assert angle(axis_angle_to_matrix(after.pose[:, 0]), turn @ root).max() < 0.1
+    assert after.error_mm.max() < 0.5
+
+
+def test_what_is_no_body_gets_rotations_and_a_large_error() -> None:
+    _, _, _, vertices = posed(free(), 3)
+    mirror = vertices * torch.tensor([-1.0, 1, 1])
+    for strange in (mirror, torch.zeros_like(vertices), torch.randn(vertices.shape)):
+        found = fit_parameters(free(), strange)
+        assert all(value.isfinite().all() for value in found)
+        assert torch.linalg.det(axis_angle_to_matrix(found.pose)).min() > 0.99
+        assert found.error_mm.min() > 15
+
+
+def test_precision_follows_the_body() -> None:
+    body = load_body()
+    vertices = posed(body, 2)[3]
+    assert fit_parameters(body.double(), vertices).pose.dtype == torch.float64
+    assert fit_parameters(body.float(), vertices).pose.dtype == torch.float32
+
+
+def test_pose_blend_shapes_and_the_sex_count(tmp_path: Path) -> None:
+    """Each stand-in's own meshes are met by its own file; the other sex's file cannot."""
+    bodies = [
+        load_body(s.write_pickle(tmp_path / f"SMPL_{name}.pkl", s.smpl_arrays(seed)))
+        for seed, name in ((0, "FEMALE"), (1, "MALE"))
+    ]
+    vertices = [posed(body, 4)[3] for body in bodies]
+    for own, other in ((0, 1), (1, 0)):
+        found = fit_parameters(bodies[own], vertices[own])
+        assert found.error_mm.max() < 1 and found.betas.shape == (4, 10)
+        assert fit_parameters(bodies[own], vertices[other]).error_mm.min() > found.error_mm.max() + 1
+
+
+def test_a_hand(tmp_path: Path) -> None:
+    """Sixteen joints; the pose found is the whole one, the mean hand's included."""
+    hand = load_body(s.write_pickle(tmp_path / "MANO_RIGHT.pkl", s.mano_arrays()))
+    assert hand.mean_pose is not None
+    rotations = axis_angle_to_matrix(hand.mean_pose + 0.2 * torch.randn(6, 16, 3))
+    vertices = hand(torch.randn(6, 10), rotations).vertices
+    found = fit_parameters(hand, vertices)
+    assert found.pose.shape == (6, 16, 3) and found.error_mm.max() < 0.5
+    assert angle(axis_angle_to_matrix(found.pose), rotations).median() < 2
+
+
+def test_bad_meshes_are_named() -> None:
+    with pytest.raises(UserError, match=r"vertices \(2, 5, 3\) found, \(N, 12410, 3\) of body 'free' expected"):
+        fit_parameters(free(), torch.zeros(2, 5, 3))
+    vertices = posed(free(), 3)[3]
+    vertices[1, 7, 2] = torch.nan
+    with pytest.raises(UserError, match="vertices of mesh 1 are not finite"):
+        fit_parameters(free(), vertices)
+
+
+def test_bench_fit_prints_error_and_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--fit", "6", "--batch-size", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "body free, 6 random bodies in batches of 4" in out
+    rows = [line for line in out.splitlines() if line.startswith("noise")]
+    assert [row.split(":")[0] for row in rows] == ["noise 0 mm", "noise 10 mm"]
+    assert float(rows[0].split("error to the body ")[1].split()[0]) < 1
+    assert all("ms a mesh" in row for row in rows)

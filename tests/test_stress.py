@@ -1,0 +1,253 @@
+"""Stress maps: what a patch covers, that only the patch changes anything, the command on photos and synthetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import free_body, people, small_pipeline
+
+from hmdiff.cli import main
+from hmdiff.errors import UserError
+from hmdiff.evaluation import as_heatmaps, evaluate, photo_of
+from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
+from hmdiff.occlusion_maps import (
+    Settings,
+    Subject,
+    cover_heatmaps,
+    cover_image,
+    patch_grid,
+    rank_correlation,
+    recover_covered,
+    stress,
+)
+from hmdiff.pictures import overlay, overlay_all
+from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.skeletons import HALPE26
+from hmdiff.stress_picture import cut_out, draw_patch, hidden_sheet, map_over, stress_sheet
+
+QUICK = Settings(num_hypotheses=3, num_inference_steps=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> HMDiffPipeline:
+    return small_pipeline()
+
+
+def subject_of(row: int = 2) -> Subject:
+    sample = people(True).block("test", 0).map(lambda tensor: tensor[row : row + 1])
+    photo = photo_of(sample)
+    return Subject(
+        as_heatmaps(sample), None, row, photo["photo_sizes"], photo["focal"], sample.vertices, sample.keypoints_3d
+    )
+
+
+def test_the_patch_goes_from_edge_to_edge() -> None:
+    centres = patch_grid(3, 0.25)
+    assert centres.tolist() == [[x, y] for y in (-0.75, 0.0, 0.75) for x in (-0.75, 0.0, 0.75)]
+    assert patch_grid(1, 0.5).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0, 0.2), "0 places of the patch a side"), ((3, 1.0), "patch: 1 of the crop's side; a share above 0 and below")],
+)
+def test_a_bad_grid_is_told(arguments: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        patch_grid(*arguments)
+
+
+def test_the_patch_on_an_image_is_grey_and_covers_its_share() -> None:
+    image = torch.rand(1, 3, 64, 64)
+    covered = cover_image(image, torch.tensor([[0.0, 0.0], [-0.75, 0.75]]), 0.25)
+    changed = (covered != image).any(1)
+    assert changed.float().mean((1, 2)).tolist() == pytest.approx([1 / 16, 1 / 16])
+    assert (covered.permute(0, 2, 3, 1)[changed] == 0.5).all()
+    assert changed[0, 24:40, 24:40].all() and changed[1, 48:, :16].all()  # x to the left, y downwards
+
+
+def test_joints_under_the_patch_are_gone_and_the_others_untouched() -> None:
+    points = torch.zeros(1, 26, 2)
+    points[0, :, 0] = torch.linspace(-0.9, 0.9, 26)
+    confidence = torch.full((1, 26), 0.8)
+    confidence[0, 3] = 0.0
+    values = gaussian_heatmaps(points, confidence, 2.0)
+    maps = Heatmaps(values, torch.ones(1, 26, dtype=torch.bool), torch.zeros(1, 2), torch.ones(1))
+    covered, taken = cover_heatmaps(maps, torch.tensor([[-0.7, 0.0], [0.0, 0.9], [0.0, 0.0]]), 0.3)
+    expected = (points[0, :, 0] + 0.7).abs() <= 0.3
+    expected[3] = False  # an estimator that did not find it has nothing to lose
+    assert torch.equal(taken[0], expected) and not taken[1].any()
+    assert (covered.values[0][expected] == 0).all() and torch.equal(covered.values[0][~expected], values[0][~expected])
+    assert torch.equal(covered.values[1], values[0]) and covered.valid.all()
+    whole, taken = cover_heatmaps(maps, torch.zeros(1, 2), 0.99)
+    assert taken.sum() == 25 and 0 < whole.values.sum() < 1e-5  # nothing is left, and it is still somebody
+
+
+def test_a_patch_that_hides_nothing_moves_nothing(pipe: HMDiffPipeline) -> None:
+    subject = subject_of()
+    centres = torch.tensor([[-0.99, -0.99], [0.0, 0.0]])
+    found = stress(pipe, subject, centres, 0.008, QUICK)
+    assert not found.hidden[0].any()
+    assert found.moved[0] < 1e-2 and found.spread[0] == pytest.approx(found.clear_spread, rel=1e-4)
+    assert found.error is not None and found.error[0] == pytest.approx(found.clear_error, rel=1e-4)
+
+
+def test_maps_do_not_depend_on_the_chunks_and_are_those_of_single_calls(pipe: HMDiffPipeline) -> None:
+    subject, centres = subject_of(), patch_grid(3, 0.35)
+    told: list[int] = []
+    whole = stress(pipe, subject, centres, 0.35, QUICK, told.append)
+    parts = stress(pipe, subject, centres, 0.35, QUICK, at_once=2)
+    assert sum(told) == 9
+    for name in ("moved", "spread", "error"):
+        torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=1e-3, atol=1e-2)
+    taken = whole.hidden.any(1)
+    assert taken.any() and not taken.all() and whole.moved[taken].min() > 10 * whole.moved[~taken].max()
+    assert whole.map(whole.moved)[2, 1] == whole.moved[7]
+    one, taken = recover_covered(pipe, subject, centres[4:5], 0.35, QUICK)
+    assert torch.equal(taken[0], whole.hidden[4])
+    moved = (one.mean_vertices - whole.clear.mean_vertices).norm(dim=-1).mean() * 1000
+    assert float(moved) == pytest.approx(float(whole.moved[4]), rel=1e-3)
+    assert float(one.spread.mean()) == pytest.approx(float(whole.spread[4]), rel=1e-3)
+
+
+def test_the_error_is_that_of_the_evaluation(pipe: HMDiffPipeline) -> None:
+    sample = people(True).block("test", 0).map(lambda tensor: tensor[:2])
+    alone = [stress(pipe, subject_of(row), patch_grid(1, 0.1), 0.1, QUICK).clear_error for row in range(2)]
+    report = evaluate(pipe, people(True), "test", 2, 3, 2, seed=1)
+    assert len(sample) == 2
+    assert np.mean(alone) == pytest.approx(report["errors"]["pve"]["mean"]["value"], rel=1e-3)
+
+
+def test_an_image_model_sees_the_grey_patch() -> None:
+    pipe = small_pipeline("model.inputs=image", "model.backbone=resnet18", "model.image_size=64")
+    subject = dataclasses.replace(subject_of(), image=torch.rand(1, 3, 64, 64))
+    # Off every joint, so that the heatmaps, which place the camera alone, are the same.
+    found = stress(pipe, subject, torch.tensor([[-0.9, -0.9]]), 0.1, QUICK)
+    assert not found.hidden.any() and found.moved[0] > 1e-3
+    blind = stress(small_pipeline(), subject, torch.tensor([[-0.9, -0.9]]), 0.1, QUICK)
+    assert blind.moved[0] < 1e-2  # heatmaps alone are read: the image is nothing to it
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    values = torch.tensor([1.0, 5.0, 2.0, 9.0])
+    assert rank_correlation(values, values**3) == pytest.approx(1)
+    assert rank_correlation(values, -values) == pytest.approx(-1)
+    assert np.isnan(rank_correlation(values, torch.ones(4)))
+
+
+def test_the_map_is_drawn_where_the_patch_was() -> None:
+    crop = np.full((100, 100, 3), 128, np.uint8)
+    values = torch.zeros(9, 9)
+    values[2, 6] = 100.0
+    drawn = map_over(crop, values, 0.2, 0, 100).astype(float)
+    x, y = ((np.array([0.4, -0.4]) + 1) * 50).astype(int)
+    dark = drawn.sum(-1)
+    assert np.unravel_index(dark.argmin(), dark.shape) == pytest.approx((y, x), abs=1)
+    assert (drawn[0] == 128).all()  # no patch was centred at the very edge
+    with pytest.raises(UserError, match=r"map: shape \(3, 4\) found"):
+        map_over(crop, torch.zeros(3, 4), 0.2, 0, 1)
+    patched = draw_patch(np.zeros((100, 100, 3), np.uint8), (0.5, 0.0), 0.25)
+    assert (patched[38:62, 63:87] == 128).all() and (patched == 128).all(-1).mean() == pytest.approx(1 / 16, abs=0.005)
+    sheet = stress_sheet(crop, [("moves", values), ("spreads", values + 50)], 0.2, (0.4, -0.4))
+    assert sheet.shape[1] > 300 and sheet.dtype == np.uint8
+
+
+def test_the_cut_out_shows_the_crop() -> None:
+    photo = np.zeros((60, 80, 3), np.uint8)
+    photo[20:40, 30:50] = 200
+    assert (cut_out(photo, (40, 30), 20, 40)[8:-8, 8:-8] == 200).all()
+    assert (cut_out(photo, (0, 0), 20, 40)[:18, :18] > 200).all()  # outside the photo it is light
+
+
+def test_translucent_bodies_agree_where_they_are_the_same() -> None:
+    body, mesh = free_body()
+    vertices, faces = body.v_template[mesh.coarse_ids], mesh.coarse_faces
+    photo, shift = np.full((60, 60, 3), 90, np.uint8), torch.tensor([0.0, 0.0, 4.0])
+    far = torch.tensor([0.6, 0.0, 4.0])
+    colours = [(1.0, 0.2, 0.2), (0.2, 0.2, 1.0)]
+    both = [torch.stack([vertices, vertices]), faces, torch.stack([shift, far]), 60.0, (30.0, 30.0)]
+    one = overlay_all(photo, *both, colours)
+    turned = overlay_all(photo, both[0], faces, torch.stack([far, shift]), 60.0, (30.0, 30.0), colours[::-1])
+    assert np.abs(one.astype(int) - turned).max() <= 1  # the order does not matter
+    alone = overlay_all(photo, vertices[None], faces, shift[None], 60.0, (30.0, 30.0), colours[:1], opacity=1.0)
+    solid = overlay(photo, vertices, faces, shift, 60.0, (30.0, 30.0), colours[0], opacity=1.0)
+    inside = (alone != 90).any(-1) & (solid != 90).any(-1)
+    assert inside.sum() > 100 and np.abs(alone[inside].astype(int) - solid[inside]).mean() < 25
+    sheet = hidden_sheet(
+        [(photo, both[0], both[2], torch.full((len(vertices),), 40.0))], faces, 60.0, (30.0, 30.0), ["seen"], shown=2
+    )
+    assert sheet.shape[1] > 3 * 60
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, pipe: HMDiffPipeline) -> str:
+    folder = tmp_path_factory.mktemp("stress") / "tiny"
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "two.png")
+    people = [[[x + 3 * (j % 4), 10 + 4 * j, 2] for j in range(17)] for x in (20, 80)]
+    (tmp_path / "two.json").write_text(json.dumps({"keypoints": people}))
+    return tmp_path / "two.png"
+
+
+@pytest.fixture
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hmdiff.commands.stress.SHOWN", 96)
+
+
+@pytest.mark.usefixtures("small_pictures")
+def test_the_command_on_a_photo_of_two(checkpoint: str, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = photo.parent / "out"
+    options = ["--places", "2", "--num-hypotheses", "2", "--steps", "1", "--checkpoint", checkpoint]
+    picture = out / "p.jpg"
+    assert main(["stress", str(photo), "--output", str(out), "--picture", str(picture), *options]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "two_0_stress.npz", "two_0_stress.png", "two_1_stress.npz", "two_1_stress.png", "p.jpg",
+    }  # fmt: skip
+    arrays = dict(np.load(out / "two_1_stress.npz"))
+    assert arrays["moved_mm"].shape == arrays["spread_mm"].shape == (2, 2) and arrays["hidden"].shape == (4, 26)
+    assert arrays["joints"].tolist() == list(HALPE26) and "error_mm" not in arrays
+    text = capsys.readouterr().out
+    assert "two_1 ->" in text and "p.jpg: two_0, spread" in text
+
+
+@pytest.mark.usefixtures("small_pictures")
+def test_the_command_on_synthetic_people(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--places", "2", "--num-hypotheses", "2", "--steps", "1", "--checkpoint", checkpoint]
+    arguments = ["stress", "--synthetic", "2", "--first", "3", "--output", str(tmp_path), *options]
+    assert main([*arguments, "--guidance", "dat"]) == 0
+    assert {path.name for path in tmp_path.glob("*.npz")} == {"test_0003_stress.npz", "test_0004_stress.npz"}
+    arrays = dict(np.load(tmp_path / "test_0004_stress.npz"))
+    assert arrays["error_mm"].shape == (2, 2) and arrays["clear_error_mm"] > 0
+    assert "rank correlation of spread and error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "neither was given, a photo and --synthetic"),
+        (["PHOTO", "--synthetic", "2"], "both were given"),
+        (["--synthetic", "2", "--box", "1,2,3,4"], "--box is about a photo"),
+        (["PHOTO", "--picture", "p.gif"], "p.gif: pictures are saved as .png or .jpg"),
+        (["PHOTO", "--patch", "1.5"], "patch: 1.5 of the crop's side; a share above 0 and below 1"),
+        (["nowhere.jpg"], "nowhere.jpg: no such picture"),
+        (["PHOTO", "--pose-checkpoint", "x.pth"], "weights without a model"),
+    ],
+)
+def test_bad_input_is_one_line(
+    checkpoint: str, photo: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(photo) if text == "PHOTO" else text for text in arguments]
+    assert main(["stress", *arguments, "--checkpoint", checkpoint, "--output", str(photo.parent / "out")]) == 2
+    text = capsys.readouterr().err
+    assert message in text and text.count("\n") == 1

@@ -1,0 +1,166 @@
+"""Bands of the visible fraction: edges, means by hand, hidden and visible vertices, and that nothing else changes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from small import free_body, people, small_config, small_pipeline
+
+from hmdiff.assembly import build_data
+from hmdiff.commands.evaluate import print_bands
+from hmdiff.data.rendering import OccluderBoxes
+from hmdiff.data.sample import Sample
+from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.errors import UserError
+from hmdiff.evaluation import evaluate
+from hmdiff.geometry import perspective_projection
+from hmdiff.visibility_bands import (
+    BANDS,
+    COLUMNS,
+    GROUPS,
+    band_of,
+    band_report,
+    band_rows,
+    grouped_spread,
+    ratio_interval,
+    vertex_groups,
+)
+
+
+def test_edges_belong_to_the_band_below() -> None:
+    fractions = torch.tensor([1.0, 0.81, 0.8, 0.61, 0.6, 0.41, 0.4, 0.0])
+    assert [BANDS[number] for number in band_of(fractions)] == [
+        "over 80 %", "over 80 %", "60-80 %", "60-80 %", "40-60 %", "40-60 %", "under 40 %", "under 40 %",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [1.2, -0.1, float("nan")])
+def test_a_fraction_is_a_share(value: float) -> None:
+    with pytest.raises(UserError, match="a share from 0 to 1 is expected"):
+        band_of(torch.tensor([0.5, value]))
+
+
+def by_hand() -> list[dict]:
+    fraction = torch.tensor([0.9, 0.95, 0.5, 0.1])
+    first, mean, oracle = (torch.tensor([10.0, 20.0, 30.0, 40.0]) * scale for scale in (1.0, 0.9, 0.6))
+    errors = {name: {"first": first, "mean": mean, "oracle": oracle} for name in ("pve", "pa_mpjpe")}
+    grouped = torch.tensor([
+        [10.0, 11.0, 30.0, 12.0], [10.0, 9.0, torch.nan, torch.nan], [20.0, 5.0, 30.0, 10.0], [30.0, 5.0, 90.0, 45.0]
+    ])  # fmt: skip
+    return band_report(errors, fraction, torch.tensor([10.0, 12.0, 20.0, 50.0]), grouped)
+
+
+def test_a_report_by_hand() -> None:
+    report = {entry["band"]: entry for entry in by_hand()}
+    assert list(report) == [*BANDS, "all"] and [entry["people"] for entry in report.values()] == [2, 0, 1, 1, 4]
+    assert report["60-80 %"] == {"band": "60-80 %", "people": 0}
+    clear = report["over 80 %"]
+    assert clear["errors"]["pve"]["first"]["value"] == 15 and clear["errors"]["pve"]["first"]["low"] == 10
+    assert clear["errors"]["pa_mpjpe"]["mean"]["value"] == pytest.approx(13.5)
+    assert clear["spread"]["value"] == 11 and clear["visible_fraction"] == pytest.approx(0.925)
+    assert clear["oracle_gain"]["value"] == pytest.approx(1 / 3)
+    assert clear["spread_of"]["hidden"] == {"value": 30, "low": 30, "high": 30, "people": 1}
+    assert clear["hidden_over_visible"]["value"] == 3 and clear["hidden_over_visible"]["people"] == 1
+    assert clear["hidden_over_same_vertices_visible"]["value"] == 2.5
+    everybody = report["all"]
+    assert everybody["hidden_over_visible"]["value"] == pytest.approx(150 / 60)
+    assert everybody["hidden_over_same_vertices_visible"]["value"] == pytest.approx(150 / 67)
+
+
+def test_a_ratio_of_proportional_numbers_is_sure() -> None:
+    values = torch.rand(50)
+    found = ratio_interval(2 * values, values)
+    assert found == pytest.approx({"value": 2, "low": 2, "high": 2})
+    other = torch.rand(50)
+    wide = ratio_interval(other, values)
+    assert wide["low"] < wide["value"] < wide["high"]
+    assert wide["value"] == pytest.approx((other.mean() / values.mean()).item(), rel=1e-5)
+    nothing = ratio_interval(torch.zeros(5), torch.zeros(5))  # a direct baseline spreads nowhere
+    assert all(value != value for value in nothing.values())
+
+
+def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = band_rows(by_hand())
+    assert all(len(row) == len(COLUMNS) for row in rows) and len(rows) == 3 * 4 + 1
+    assert rows[0] == ["over 80 %", "2", "first", "15 (10-20)", "15 (10-20)", "11 (10-12)", "visible 10 (10-10)",
+                       "theirs 3.00 (3.00-3.00)"]  # fmt: skip
+    assert rows[2][5:7] == ["oracle gains 33 %", "hidden 30 (30-30)"] and rows[3][1:4] == ["0", "-", "-"]
+    print_bands([{"checkpoint": "a", "split": "test", "bands": by_hand()}, {"checkpoint": "b", "split": "test"}])
+    text = capsys.readouterr().out
+    assert "a, test, by visible fraction" in text and "15 (10-20)" in text and "b, test" not in text
+
+
+def test_the_spread_of_hidden_vertices_is_compared_with_the_same_vertices() -> None:
+    visible, away, hidden = range(3)
+    spread = torch.tensor([[1.0, 10.0, 2.0], [3.0, 20.0, 4.0], [5.0, 30.0, 6.0]])
+    groups = torch.tensor([[visible, hidden, hidden], [visible, visible, hidden], [hidden, away, hidden]])
+    found = grouped_spread(spread, groups)
+    assert found[0].tolist()[0] == 1 and found[0].tolist()[2] == 6
+    assert torch.isnan(found[0, 1])
+    # Vertex 1 is visible in person 1 alone (20), vertex 2 in nobody; vertex 0 in persons 0 and 1 (2 on average).
+    assert found[0, 3] == 20 and torch.isnan(found[1, 3]) and found[2, 3] == 2
+
+
+@pytest.fixture(scope="module")
+def mapped() -> SyntheticHumans:
+    return build_data(small_config("unused", "data.block_size=4", "data.map_size=64"), *free_body(), full_mesh=True)
+
+
+def test_vertices_behind_a_box_are_hidden(mapped: SyntheticHumans) -> None:
+    sample = mapped.block("test_occluded", 0)
+    sample = dataclasses.replace(sample, principal_point=sample.principal_point + 0.5)  # half out of the crop
+    faces = free_body()[0].faces
+    groups = vertex_groups(sample, faces)
+    assert groups.shape == sample.vertices.shape[:2]
+    placed = sample.vertices + sample.pelvis[:, None]
+    points = perspective_projection(placed, sample.focal, sample.principal_point)
+    outside = (points.abs() > 1).any(-1)
+    assert outside.any(1).all() and (groups[outside] == 2).float().mean() > 0.999
+    # A box over the left half of the crop hides what projects there, and nothing else.
+    left = torch.zeros_like(sample.occlusion)
+    left[..., :32] = True
+    halves = vertex_groups(dataclasses.replace(sample, occlusion=left), faces)
+    clear = (points[..., 0].abs() > 0.05) & ~outside
+    assert ((halves == 2) == (points[..., 0] < 0))[clear].float().mean() > 0.999
+    # Without a map nothing is in front: some vertices are seen and some are turned away, of everybody.
+    bare = vertex_groups(dataclasses.replace(sample, occlusion=None), faces)
+    inside = ~outside
+    assert (bare[inside] != 2).float().mean() > 0.999
+    assert all(0.2 < (bare[row][inside[row]] == 0).float().mean() < 0.8 for row in range(4))
+    with pytest.raises(UserError, match="no full mesh with a camera"):
+        vertex_groups(dataclasses.replace(sample, vertices=None), faces)
+
+
+def test_the_maps_occlusion_is_that_of_the_keypoints(mapped: SyntheticHumans) -> None:
+    sample = mapped.block("test_occluded", 0)
+    inside = (sample.joints_2d.abs() < 0.98).all(-1)
+    pixel = ((sample.joints_2d + 1) * 32).long().clamp(0, 63)
+    at = sample.occlusion.flatten(1).gather(1, pixel[..., 1] * 64 + pixel[..., 0])
+    assert (at == ~sample.visible)[inside].float().mean() > 0.95  # but on a box's edge
+    boxes = OccluderBoxes(torch.zeros(4, 1, 2), torch.full((4, 1, 2), 0.5), torch.ones(4, dtype=torch.bool))
+    assert (boxes.mask(64) > 0.5).float().mean() == pytest.approx(0.25)
+
+
+def test_evaluate_reports_bands_and_changes_nothing_else(mapped: SyntheticHumans) -> None:
+    pipe = small_pipeline()
+    options = {"num_hypotheses": 3, "num_inference_steps": 2}
+    report = evaluate(pipe, mapped, "test_occluded", 7, bands=True, **options)
+    plain = evaluate(pipe, mapped, "test_occluded", 7, **options)
+    bands = report.pop("bands")
+    assert report == plain
+    assert sum(entry["people"] for entry in bands[:-1]) == bands[-1]["people"] == 7
+    for metric in ("pve", "pa_mpjpe"):
+        for kind in ("first", "mean", "oracle"):
+            assert bands[-1]["errors"][metric][kind] == plain["errors"][metric][kind]
+    assert bands[-1]["spread"]["value"] > 0 and set(bands[-1]["spread_of"]) == set(GROUPS)
+    with pytest.raises(UserError, match=r"do not carry one; give them pictures \(data.pictures\) or maps"):
+        evaluate(pipe, people(True), "test", 2, bands=True, **options)
+
+
+def test_samples_keep_their_occlusion_map(mapped: SyntheticHumans) -> None:
+    sample = mapped.block("test_occluded", 1)
+    assert isinstance(sample, Sample) and sample.occlusion.dtype == torch.bool
+    seen = (sample.silhouette.bool() & ~sample.occlusion).sum((1, 2)) / sample.silhouette.sum((1, 2))
+    assert torch.allclose(seen, sample.visible_fraction)

@@ -1,0 +1,8 @@
+"""`hmdiff stress`."""
+
+import sys
+
+from hmdiff.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["stress", *sys.argv[1:]]))
