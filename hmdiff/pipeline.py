@@ -114,7 +114,7 @@ class HMDiffPipeline:
         callback: Callback | None = None,
         progress: Callable[[int], None] | None = None,  # told how many hypotheses are done
         guidance: Guidance | None = None,  # DAT towards `heatmaps`, which an image model may be given for this alone
-        depth: Tensor | None = None,  # (B, h, w) of the crops, larger = farther, any scale and shift, NaN = not known
+        depth: Tensor | None = None,  # (B, S, S) of the crops, larger = farther, any scale and shift, NaN = not known
     ) -> MeshOutput:
         """Recover the people. The same seed gives the same result whatever the batch or the device's number of rows.
 
@@ -276,12 +276,13 @@ class HMDiffPipeline:
         """The depth maps, checked against what the model reads."""
         if not self.model.config.depth_map:
             if depth is not None:
-                raise UserError("this model reads no depth maps: leave depth out, or take one with model.depth_map=true")
+                raise UserError("this model reads no depth maps: leave depth out, or take one with model.depth_map")
             return None
         if depth is None:
-            raise UserError("this model reads depth maps: give depth=(B, h, w), NaN where it is not known")
-        if depth.dim() != 3 or len(depth) != people or min(depth.shape[1:]) < 2:
-            raise UserError(f"depth: shape {tuple(depth.shape)} found, ({people}, h, w) expected: a map for each person")
+            raise UserError("this model reads depth maps: give depth=(B, S, S), NaN where it is not known")
+        if depth.dim() != 3 or len(depth) != people or depth.shape[1] != depth.shape[2] or depth.shape[1] < 2:
+            found = tuple(depth.shape)
+            raise UserError(f"depth: shape {found} found, ({people}, S, S) expected: a map of each person's square crop")
         if not depth.is_floating_point():
             depth = depth.float()
         return depth.to(self.device)

@@ -47,8 +47,8 @@ def sampled(folders, monkeypatch):
     monkeypatch.setattr("hmdiff.commands.sample.write_person", write)
 
     def run(*more):
-        code = main(["sample", str(folders / "photo.jpg"), "--num-hypotheses", "2", "--steps", "1", "--guidance",
-                     "none", "--checkpoint", str(folders / "reads"), "--output", str(folders / "o"), *more])  # fmt: skip
+        files = [str(folders / "photo.jpg"), "--checkpoint", str(folders / "reads"), "--output", str(folders / "out")]
+        code = main(["sample", *files, "--num-hypotheses", "2", "--steps", "1", "--guidance", "none", *more])
         return code, written.pop() if code == 0 else None
 
     return run

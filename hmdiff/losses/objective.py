@@ -1,7 +1,7 @@
 """The training objective: named terms, each weighted, each a plain mean over the samples.
 
-L = L_points (on what the network predicts, weighted by noise level) + w_cam L_camera + w_e L_edges, and the terms of the
-optional paths (`losses/paths.py`). Which of them the paper uses is unknown; the sum is ours.
+L = L_points (on what the network predicts, weighted by noise level) + w_cam L_camera + w_e L_edges, and the terms of
+the optional paths (`losses/paths.py`). Which of them the paper uses is unknown; the sum is ours.
 """
 
 from __future__ import annotations

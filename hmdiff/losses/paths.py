@@ -1,11 +1,11 @@
 """The terms of the optional paths, each named and weighted; a path that is off, or a weight of 0, has none.
 
-D2A-HMR (arXiv 2403.09063, poster eq. 2): L = λ_d L_RLE + λ_v L_v + λ_3D L_3D + λ_2D L_2D + λ_s L_silh. L_v and L_3D are the
-point error of `objective`; all λ are unknown. JOTR (arXiv 2307.16377): two contrastive terms, 0.1 each, and the joints
-after every layer supervised as the last ones are. B people, M noise levels, K joints, C coarse vertices.
+D2A-HMR (arXiv 2403.09063, poster eq. 2): L = λ_d L_RLE + λ_v L_v + λ_3D L_3D + λ_2D L_2D + λ_s L_silh. L_v and L_3D are
+the point error of `objective`; all λ are unknown. JOTR (arXiv 2307.16377): two contrastive terms, 0.1 each, and the
+joints after every layer supervised as the last ones are. B people, M noise levels, K joints, C coarse vertices.
 
-How RLE applies in a diffusion model, and why, is said in `losses/rle.py`: on x̂_0 at every level with σ̂ of that level; below
-the last step the mean is detached, so that there the squared error alone trains it.
+How RLE applies in a diffusion model, and why, is said in `losses/rle.py`: on x̂_0 at every level with σ̂ of that level;
+below the last step the mean is detached, so that there the squared error alone trains it.
 """
 
 from __future__ import annotations

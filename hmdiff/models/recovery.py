@@ -141,7 +141,9 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         self.volume_lifting: Lifting | None = None  # not "lifting": ModelMixin would answer with the config entry
         if lifting:
             if not hasattr(self.feature_backbone, "grid"):
-                raise ValueError(f"lifting needs a feature map, which backbone {backbone!r} has not; take 'conv' or images")
+                raise ValueError(
+                    f"lifting needs a feature map, which backbone {backbone!r} has not; take 'conv' or images"
+                )
             self.volume_lifting = Lifting(encoder_width, volume_width, volume_size, exponent=volume_exponent)
 
     def set_topology(
@@ -253,7 +255,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         self,
         conditioning: Conditioning,  # of B images
     ) -> Denoised:  # N = 1
-        """One evaluation where nothing is known of x_0 but the image: its x̂_0 is a regressor, RLE's σ̂ of p(x_0 | image).
+        """One evaluation where only the image is known: its x̂_0 is a regressor, RLE's σ̂ that of p(x_0 | image).
 
         From a constant input, the mean of the noise, so that it is the same for every hypothesis and every seed.
         """

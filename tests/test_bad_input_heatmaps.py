@@ -1,0 +1,162 @@
+"""Heatmaps that cannot be used, photos with nobody, boxes outside the photo: one line each; ten thousand hypotheses.
+
+A detector that finds nobody and the boxes given to mmpose are in test_mmpose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import small_pipeline
+
+from hmdiff import pipeline as pipeline_module
+from hmdiff.cli import main
+from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
+from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.skeletons import COCO17, HALPE26
+
+WIDTH, HEIGHT = 160, 200
+
+
+@pytest.fixture(scope="module")
+def pipe() -> HMDiffPipeline:
+    return small_pipeline()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pipe: HMDiffPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.new("RGB", (WIDTH, HEIGHT), (120, 130, 140)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def sample(checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `hmdiff sample` on the photo, which must fail, and write nothing; returns its one line."""
+
+    def run(*words: Any) -> str:
+        code = main([
+            "sample", str(photo), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"),
+            *map(str, words),
+        ])  # fmt: skip
+        error = capsys.readouterr().err
+        assert code == 2 and error.startswith("hmdiff: error: ") and error.count("\n") == 1, error
+        assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
+        return error
+
+    return run
+
+
+def arrays(**changes: Any) -> dict[str, Any]:
+    points = torch.linspace(-0.5, 0.5, 2 * len(COCO17)).reshape(1, -1, 2)
+    values = gaussian_heatmaps(points, torch.ones(1, len(COCO17)), 2.0)
+    good = {
+        "heatmaps": values.numpy(), "joints": np.array(COCO17), "center": np.array([[80.0, 100.0]]),
+        "side": np.array([150.0]),
+    }  # fmt: skip
+    return {key: value for key, value in {**good, **changes}.items() if value is not None}
+
+
+def spoilt(value: float) -> np.ndarray:
+    heatmaps = arrays()["heatmaps"].copy()
+    heatmaps[0, 9, 3, 4] = value
+    return heatmaps
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heatmaps": spoilt(float("nan"))}, "NaN or infinite values in joint 'left_wrist' of person 0"),
+        ({"heatmaps": spoilt(float("inf"))}, "NaN or infinite values in joint 'left_wrist' of person 0"),
+        ({"heatmaps": np.zeros((17, 64, 64))}, "all zero for person 0: nobody was seen there"),
+        ({"heatmaps": np.full((17, 64, 64), -1.0)}, "all zero for person 0: nobody was seen there"),
+        ({"joints": np.array(HALPE26)}, "17 heatmaps but 26 joint names"),
+        ({"joints": np.array([*COCO17[:16], "tail"])}, "joint 'tail' is unknown; the nearest known name is"),
+        ({"joints": None, "heatmaps": np.ones((19, 64, 64))}, "19 heatmaps without names"),
+        ({"heatmaps": np.ones((3, 64, 64)), "joints": np.array(["jaw", "spine1", "spine2"])}, "none of the joints jaw"),
+        ({"center": np.array([[900.0, 100.0]])}, "the crop of person 0, 150 pixels about (900, 100), lies outside the "
+         "160 x 200 photo; give the heatmaps that were made of this photo at this size"),
+        ({"center": np.array([[80.0, float("nan")]])}, "`center` and `side` of the crop must be finite"),
+        ({"side": np.array([0.0])}, "the side above 0 pixels"),
+    ],
+)  # fmt: skip
+def test_heatmaps(sample: Callable[..., str], tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "h.npz", **arrays(**changes))
+    line = sample("--heatmaps", tmp_path / "h.npz")
+    assert message in line and "h.npz" in line
+
+
+def test_a_good_file_is_not_refused(
+    checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the tests above spoil one thing of."""
+    np.savez(tmp_path / "h.npz", **arrays())
+    words = ["sample", photo, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--heatmaps", tmp_path / "h.npz",
+             "--num-hypotheses", "2", "--steps", "1"]  # fmt: skip
+    assert main([str(word) for word in words]) == 0, capsys.readouterr().err
+    assert (tmp_path / "out" / "photo.npz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("people", "message"),
+    [([], "nobody"), ([[[0, 0, 0]] * 17], "photo.json"), ([[[5000 + i, 5000, 1] for i in range(17)]], "photo")],
+)
+def test_a_photo_with_nobody_in_its_keypoints(
+    sample: Callable[..., str], photo: Path, people: list[Any], message: str
+) -> None:
+    rows = [{"keypoints": [number for point in person for number in point]} for person in people]
+    photo.with_suffix(".json").write_text(json.dumps(rows))
+    assert message in sample()
+
+
+@pytest.mark.parametrize("box", ["900,900,950,990", "-90,20,-10,90"])
+def test_a_box_outside_the_photo(sample: Callable[..., str], photo: Path, box: str) -> None:
+    photo.with_suffix(".json").write_text(json.dumps({"keypoints_coco17": [[60 + 3 * i, 20 + 9 * i, 1] for i in range(17)]}))
+    line = sample(f"--box={box}")
+    assert "box" in line or "crop" in line
+
+
+def example(people: int) -> Heatmaps:
+    points = torch.rand(people, 26, 2, generator=torch.Generator().manual_seed(3)) - 0.5
+    values = gaussian_heatmaps(points, torch.ones(people, 26), 2.0)
+    valid = torch.ones(people, 26, dtype=torch.bool)
+    return Heatmaps(values, valid, torch.full((people, 2), 100.0), torch.full((people,), 150.0))
+
+
+def test_ten_thousand_hypotheses(pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of bounded size, with the same result: the first of 10,000 are those of a few, in any chunk."""
+    heatmaps = example(1)
+    conditioning, _ = pipe.model.encode(None, heatmaps.values, heatmaps.valid)
+    rows: list[int] = []
+    denoise = pipe.model.denoise
+
+    def counted(points: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(points.shape[0] * points.shape[1])
+        return denoise(points, *rest)
+
+    monkeypatch.setattr(pipe.model, "denoise", counted)
+    with torch.no_grad():
+        many, _ = pipe.denoised(conditioning, [0], 10_000, 1)
+        assert many.shape[:2] == (1, 10_000) and many.isfinite().all()
+        limit = pipeline_module.ROWS_AT_ONCE
+        assert max(rows) <= limit and sum(rows) == 10_000
+        few, _ = pipe.denoised(conditioning, [0], 5, 1)
+        assert torch.equal(many[:, :5], few)
+        monkeypatch.setattr(pipeline_module, "ROWS_AT_ONCE", 37)
+        rows.clear()
+        some, _ = pipe.denoised(conditioning, [0], 300, 1)
+    assert max(rows) == 37
+    torch.testing.assert_close(some, many[:, :300], rtol=0, atol=1e-5)
