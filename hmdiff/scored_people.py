@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from hmdiff.hypothesis_rows import Choose, nobody
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.predictions import PredictionFiles
 from hmdiff.protocol_errors import Bodies
+
+if TYPE_CHECKING:
+    from hmdiff.diffusion.dat import Guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +126,11 @@ class PipelinePeople:
         seed: int = 0,
         scheduler: str | None = None,
         placement: Tensor | None = None,  # (3,) added to every mesh, see `ground_truth.raw_placement`
+        guidance: Guidance | None = None,
     ) -> None:
         self.pipeline, self.data, self.split, self.truths, self.people = pipeline, data, split, truths, people
         self.num_hypotheses, self.block_size = num_hypotheses, data.block_size
-        self.asked: tuple[Any, ...] = (num_inference_steps, seed, scheduler)
+        self.asked: tuple[Any, ...] = (num_inference_steps, seed, scheduler, None, guidance)
         self.placement = placement
 
     def parts(self, number: int) -> Iterator[Part]:

@@ -107,10 +107,10 @@ def add_sampling(parser: argparse.ArgumentParser, eta: bool = True) -> None:
     parser.add_argument("--seed", type=whole(0), default=0, help="other seed, other hypotheses (default: %(default)s)")
 
 
-def add_guidance(parser: argparse.ArgumentParser) -> None:
+def add_guidance(parser: argparse.ArgumentParser, default: str = "dat") -> None:
     """How the heatmaps steer the sampling."""
     parser.add_argument(
-        "--guidance", choices=("dat", "disrupted", "none"), default="dat",
+        "--guidance", choices=("dat", "disrupted", "none"), default=default,
         help="steer the sampling by the heatmaps: the paper's DAT, its disrupted comparison, or none "
         "(default: %(default)s)",
     )  # fmt: skip

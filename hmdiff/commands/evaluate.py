@@ -18,6 +18,7 @@ from hmdiff.errors import UserError
 if TYPE_CHECKING:
     from hmdiff.body import Body
     from hmdiff.data.synthetic import SyntheticHumans
+    from hmdiff.diffusion.dat import Guidance
 
 SPLITS = ("test", "test_occluded", "test_ood", "val")
 PEOPLE = 500  # of a synthetic split
@@ -33,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
         "errors of checkpoints on the synthetic splits, or of anybody's predictions by a named protocol",
         "hmdiff evaluate --checkpoint hmdiff_small direct_small --split test test_ood\n"
         "  hmdiff evaluate --split test_occluded --bands\n"
+        "  hmdiff evaluate --split test --guidance dat --steps 3\n"
         "  hmdiff evaluate --protocol min_of_n --data test --people 100 --num-hypotheses 100\n"
         "  hmdiff evaluate --protocol spin jotr --data prepared/3dpw --checkpoint runs/smpl\n"
         "  hmdiff evaluate --protocol spin --data 3dpw --predictions their_results",
@@ -61,6 +63,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     add_protocol(parser)
     arguments.add_sampling(parser, eta=False)
+    arguments.add_guidance(parser, "none")
     arguments.add_device(parser)
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/evaluation"), metavar="FOLDER", help="(default: %(default)s)"
@@ -111,6 +114,8 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.evaluation import evaluate, save_report
     from hmdiff.storage import make_folder
 
+    if options.strength is not None and options.guidance == "none":
+        raise UserError("--strength is of a guidance: add --guidance dat (or disrupted)")
     if options.protocol:
         from hmdiff.commands.protocol_run import run_protocols
 
@@ -142,13 +147,16 @@ def run(options: argparse.Namespace) -> int:
     reports: list[dict[str, Any]] = []
     for split in dict.fromkeys(options.split):
         for label, pipeline in pipelines.items():
+            guidance = arguments.guidance_of(options, pipeline)
+            guided = guided_by(guidance)
             settings = {
-                "checkpoint": label, "model": hashes[label], "split": split, "people": options.people,
+                "checkpoint": label if guided is None else f"{label} with {options.guidance}", "model": hashes[label], "split": split, "people": options.people,
                 "num_hypotheses": options.num_hypotheses,
                 "num_inference_steps": options.steps or pipeline.num_inference_steps,
                 "sampler": options.sampler or "as saved", "seed": options.seed,
+                "guided_by": guided,
             }  # fmt: skip
-            path = folder / f"{label}_{split}.json"
+            path = folder / f"{label}_{split}{suffix(guided)}.json"
             found = stored(path, settings)
             if found is None or (options.bands and "bands" not in found):
                 model = pipeline.model.config
@@ -157,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
                 with progress(f"{label} {split}", options.people) as update:
                     found = evaluate(
                         pipeline, people, split, options.people, options.num_hypotheses, options.steps,
-                        options.seed, options.sampler, update, bands=options.bands,
+                        options.seed, options.sampler, update, guidance=guidance, bands=options.bands,
                     ) | settings  # fmt: skip
                 save_report(found, path)
             reports.append(found)
@@ -194,6 +202,18 @@ def test_people(body: Body, image_size: int | None = None, map_size: int = 0) ->
     pictures = [] if image_size is None else ["data.pictures=true", f"data.image_size={image_size}"]
     config = load_config(None, [*pictures, f"data.map_size={map_size}"])
     return build_data(config, body, build_mesh(config, body), full_mesh=True)
+
+
+def guided_by(guidance: Guidance | None) -> dict[str, Any] | None:
+    """What a report is kept with: None where nothing steers, as in reports that knew of no guidance."""
+    import dataclasses
+
+    return dataclasses.asdict(guidance) if guidance is not None and guidance.active else None
+
+
+def suffix(guided: dict[str, Any] | None) -> str:
+    """Of a report's file: guided and unguided ones stand beside each other."""
+    return "" if guided is None else f"_{guided['mode']}"
 
 
 def labels(names: list[str]) -> list[str]:

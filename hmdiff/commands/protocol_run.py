@@ -35,7 +35,7 @@ class Scored:
 
 
 def run_protocols(options: argparse.Namespace) -> int:
-    from hmdiff.commands.evaluate import stored
+    from hmdiff.commands.evaluate import stored, suffix
     from hmdiff.ground_truth import body_kind, check_body, protocol_regressors
     from hmdiff.protocols import get_protocol
     from hmdiff.scoring import Processes, report_of, save_scores, score_people
@@ -58,7 +58,8 @@ def run_protocols(options: argparse.Namespace) -> int:
             regressors = protocol_regressors(protocol, scored.body)
             people, names, settings = data.people(options, scored, protocol)
             settings |= {"protocol_name": protocol.title, "scored": scored.label, **scored.identity}
-            path = folder / f"{scored.label}_{protocol.title.replace('/', '-')}_{data.label}.json"
+            file = f"{scored.label}_{protocol.title.replace('/', '-')}_{data.label}{suffix(settings.get('guided_by'))}"
+            path = folder / f"{file}.json"
             report = stored(path, settings)
             if report is None:
                 title = f"{scored.label} {protocol.title} {data.label}"
@@ -83,6 +84,8 @@ def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
     from hmdiff.commands.evaluate import SPLITS, labels, model_hash
     from hmdiff.protocols import get_protocol
 
+    if options.predictions is not None and options.guidance != "none":
+        raise UserError("--guidance steers a checkpoint's sampling, and --predictions are there already")
     if options.predictions is None:
         if options.body is not None:
             raise UserError("--body goes with --predictions; a checkpoint has its own")
@@ -135,6 +138,7 @@ class Data:
             files = PredictionFiles(options.predictions, scored.body.num_vertices)
             predicted = PredictedPeople(files, truths, count)
             return predicted, lambda: predicted.names, settings | {"predictions": files.fingerprint()}
+        from hmdiff.commands.evaluate import guided_by
         from hmdiff.ground_truth import raw_placement
 
         pipeline = scored.pipeline
@@ -145,9 +149,12 @@ class Data:
             "num_inference_steps": options.steps or pipeline.num_inference_steps,
             "sampler": options.sampler or "as saved", "seed": options.seed,
         }  # fmt: skip
+        guidance = arguments.guidance_of(options, pipeline)
+        if guided := guided_by(guidance):
+            settings |= {"guided_by": guided}
         asked = (options.num_hypotheses, options.steps, options.seed, options.sampler)
         placement = None if protocol.centre else raw_placement(protocol, scored.body)
-        people = PipelinePeople(pipeline, source, split, truths, count, *asked, placement)
+        people = PipelinePeople(pipeline, source, split, truths, count, *asked, placement, guidance)
         return people, lambda: truths.names()[:count], settings
 
     def _truths(
@@ -248,6 +255,8 @@ def print_protocol(protocol: Protocol, data: str, reports: list[dict[str, Any]])
         print("  here the ground truth is the synthetic people's own mesh, on the model's body")
     elif reports[0].get("heatmaps", "none") != "none":
         print(f"  the model sees: {SEEN.get(reports[0]['heatmaps'], reports[0]['heatmaps'])}")
+    if guided := reports[0].get("guided_by"):
+        print(f"  steered by those heatmaps: {guided['mode']}, strength {guided['strength']:g}")
     shown = [m for m in protocol.metrics if f"{protocol.title}/{m}" in reports[0]["errors"]]
     ece = f"{protocol.title}/ece"
     counted = f"{reports[0]['people']} people"
