@@ -13,11 +13,13 @@ from hmdiff.body import Body, load_body
 from hmdiff.config import Config, check_keys
 from hmdiff.data.depth_faults import DepthFaults
 from hmdiff.data.estimator import EstimatorFaults
+from hmdiff.data.in_front import FrontDrawer
 from hmdiff.data.label_noise import NoisyLabels
 from hmdiff.data.mixture import Mixture, WithSplits
 from hmdiff.data.poses import PoseMixture
 from hmdiff.data.sample import PeopleSource
 from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.transforms import AugmentOptions
 from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError
 from hmdiff.mesh import MeshSampler, load_mesh, partition_patches
@@ -80,6 +82,7 @@ def build_data(
     return SyntheticHumans(
         body, PoseMixture(), mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, _faults(config), device,
         _picture_size(config), _map_size(config), DepthFaults(**config.data.depth_faults),
+        FrontDrawer(_augment(config)),
     )  # fmt: skip
 
 
@@ -148,16 +151,14 @@ def _recorded(
         return build_data(config, body, mesh, full_mesh)
     from hmdiff.data.recorded import RecordedPeople
     from hmdiff.data.shards import PreparedShards
-    from hmdiff.data.transforms import AugmentOptions
 
     store = PreparedShards(entry["path"])
     numbers = None
     if "groups" in entry:
         numbers = store.numbers_of(entry["groups"])
-    check_keys(config.data.augment, [f.name for f in dataclasses.fields(AugmentOptions)], "section 'data.augment'")
     return RecordedPeople(
         store, body, mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, _picture_size(config),
-        AugmentOptions(**config.data.augment), _faults(config), entry.get("heatmaps", heatmaps),
+        _augment(config), _faults(config), entry.get("heatmaps", heatmaps),
         bool(entry.get("same_body", False)), numbers,
     )  # fmt: skip
 
@@ -177,6 +178,11 @@ def _check_splits(config: Config, splits: dict[str, PeopleSource]) -> None:
         if isinstance(split, Sized) and len(split) < people:
             key = "people" if name == "val" else "test_people"
             raise UserError(f"data.splits.{name} has {len(split)} people, and evaluation.{key} is {people}; give fewer")
+
+
+def _augment(config: Config) -> AugmentOptions:
+    check_keys(config.data.augment, [f.name for f in dataclasses.fields(AugmentOptions)], "section 'data.augment'")
+    return AugmentOptions(**config.data.augment)
 
 
 def _faults(config: Config) -> EstimatorFaults:

@@ -1,10 +1,11 @@
 """Stress maps: a patch slides over a person's crop, and at every place the person is recovered again.
 
-At each place a square patch hides a part of the input. In the image it is grey. In the heatmaps the joints whose peak
-lies under it are gone, as of an estimator that does not report what it does not see (which is what the synthetic
-estimator does most often, `hmdiff.data.estimator`): their channels are zero and stay valid. Noise is the same at every
-place, so what changes is due to the patch. G places a side, M = G * G places, N hypotheses, V vertices. After the
-occlusion-sensitivity maps of Zeiler and Fergus (arXiv 1311.2901), applied to bodies; the measures are our choice.
+At each place a square patch hides a part of the input. In the image it is grey, in a depth map not known. In the
+heatmaps the joints whose peak lies under it are gone, as of an estimator that does not report what it does not see
+(which is what the synthetic estimator does most often, `hmdiff.data.estimator`): their channels are zero and stay
+valid. Noise is the same at every place, so what changes is due to the patch. G places a side, M = G * G places, N
+hypotheses, V vertices. After the occlusion-sensitivity maps of Zeiler and Fergus (arXiv 1311.2901), applied to bodies;
+the measures are our choice.
 """
 
 from __future__ import annotations
@@ -77,11 +78,22 @@ def cover_image(
     half: float,
 ) -> Tensor:  # (M, 3, S, S)
     """The image once for each place, grey where the patch lies over a pixel's centre."""
-    size = image.shape[-1]
-    pixel = (torch.arange(size, device=image.device) + 0.5) * (2 / size) - 1
-    inside = (pixel - centres.to(image.device)[..., None]).abs() <= half  # (M, 2, S)
-    under = inside[:, 1, :, None] & inside[:, 0, None, :]
-    return torch.where(under[:, None], GREY, image)
+    return torch.where(_under(image.shape[-1], centres.to(image.device), half)[:, None], GREY, image)
+
+
+def cover_depth(
+    depth: Tensor,  # (1, S, S) any scale, NaN = not known
+    centres: Tensor,  # (M, 2) crop coordinates
+    half: float,
+) -> Tensor:  # (M, S, S)
+    """The depth map once for each place, NaN under the patch."""
+    return torch.where(_under(depth.shape[-1], centres.to(depth.device), half), torch.nan, depth)
+
+
+def _under(size: int, centres: Tensor, half: float) -> Tensor:  # (M, S, S) bool
+    pixel = (torch.arange(size, device=centres.device) + 0.5) * (2 / size) - 1
+    inside = (pixel - centres[..., None]).abs() <= half  # (M, 2, S)
+    return inside[:, 1, :, None] & inside[:, 0, None, :]
 
 
 def cover_heatmaps(
@@ -107,6 +119,7 @@ class Subject:
 
     heatmaps: Heatmaps | None  # B = 1
     image: Tensor | None = None  # (1, 3, S, S) RGB 0..1
+    depth: Tensor | None = None  # (1, S, S) for a model that reads depth maps; None: nowhere known
     number: int = 0  # among all: seeds the hypotheses
     photo_size: Tensor | None = None  # (1, 2)
     focal: Tensor | None = None  # (1,)
@@ -170,6 +183,7 @@ def recover_covered(
     image = None if subject.image is None else cover_image(subject.image, centres, half)
     covered = dataclasses.replace(
         subject, heatmaps=heatmaps, image=image,
+        depth=None if subject.depth is None else cover_depth(subject.depth, centres, half),
         photo_size=None if subject.photo_size is None else subject.photo_size.expand(count, -1),
         focal=None if subject.focal is None else subject.focal.expand(count),
     )  # fmt: skip
@@ -179,11 +193,14 @@ def recover_covered(
 def recover(pipeline: HMDiffPipeline, subject: Subject, settings: Settings, count: int = 1) -> MeshOutput:
     """One call of the pipeline; all `count` rows of the subject are the same person, so they share the noise."""
     reads = pipeline.model.config.inputs
+    depth = None
+    if pipeline.model.config.depth_map:
+        depth = torch.full((count, 2, 2), torch.nan) if subject.depth is None else subject.depth
     output: MeshOutput = pipeline(
         None if reads == "heatmaps" else subject.image, subject.heatmaps, settings.num_hypotheses,
         settings.num_inference_steps, settings.seed, settings.scheduler, settings.eta,
         photo_sizes=subject.photo_size, focal=subject.focal, people=[subject.number] * count,
-        guidance=settings.guidance,
+        guidance=settings.guidance, depth=depth,
     )  # fmt: skip
     return output
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from records import make_records
-from small import free_body, people_block
+from small import free_body, people_block, small_config
 
+from hmdiff.assembly import build_data
 from hmdiff.data.cutouts import SIZE, Cutouts
 from hmdiff.data.draws import grid
 from hmdiff.data.in_front import CUTOUT, NOTHING, OBJECTS, PERSON, BoxesAndFront, FrontDrawer, InFront
@@ -215,3 +216,25 @@ def test_recorded_people_behind_cutouts(tmp_path: Path, folder: Path, heatmaps: 
 
 def test_recorded_people_without_anything_in_front_are_as_ever(tmp_path: Path) -> None:
     assert same(recorded(tmp_path).block("train", 0), recorded(tmp_path, pasted=0.9).block("train", 0))
+
+
+def test_synthetic_people_with_more_in_front(folder: Path) -> None:
+    config = ("data.block_size=8", "data.pictures=true", "data.image_size=48", "data.map_size=48")
+    share = f"data.augment={{objects: 0.3, people: 0.3, cutouts: {folder}, pasted: 0.3}}"
+    plain, data = (build_data(small_config("unused", *config, *more), *free_body()) for more in ((), (share,)))
+    before, after = plain.block("train", 0), data.block("train", 0)
+    assert same(plain.block("val", 0), data.block("val", 0)) and same(after, data.block("train", 0))
+    for name in ("coarse_vertices", "joints_2d", "joints_2d_confidence", "silhouette", "depth", "camera"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name  # the people are the same
+    assert (after.visible_fraction <= before.visible_fraction).all() and (after.visible <= before.visible).all()
+    more = after.occlusion & ~before.occlusion
+    changed = (before.image - after.image).abs().amax(1) > 0.02
+    assert changed[more].float().mean() > 0.8 and not (before.occlusion & ~after.occlusion).any()
+    untouched = ~more.flatten(1).any(1)
+    assert untouched.any() and not untouched.all()
+    assert torch.equal(before.heatmaps[untouched], after.heatmaps[untouched])
+    assert torch.equal(before.image[untouched], after.image[untouched])
+    inside = (after.joints_2d.abs() < 0.98).all(-1)
+    pixel = ((after.joints_2d + 1) * 24).long().clamp(0, 47)
+    at = after.occlusion.flatten(1).gather(1, pixel[..., 1] * 48 + pixel[..., 0])
+    assert (at == ~after.visible)[inside].float().mean() > 0.9  # but on an edge

@@ -100,7 +100,7 @@ def test_by_a_protocol(
         (["--guidance", "dta"], "invalid choice: 'dta'"),
         (["--guidance", "dat", "--strength", "-1"], "'-1': a number of at least 0 is expected"),
         (
-            ["--guidance", "dat", "--protocol", "emdb", "--data", "test", "--predictions", "nowhere", "--device", "cpu"],
+            ["--guidance", "dat", "--protocol", "emdb", "--data", "test", "--predictions", "nowhere"],
             "--guidance steers a checkpoint's sampling, and --predictions are there already",
         ),
     ],

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hmdiff"
 # A module imports from lower layers, and from its own, but for the rooms, which never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"geometry", "skeletons", "published", "storage", "resources", "unpickling", "config"}),
+    frozenset({"geometry", "skeletons", "published", "memory", "storage", "resources", "unpickling", "config"}),
     frozenset({
         "body", "body_files", "canvas", "decimation", "export", "heatmaps", "mesh", "pictures", "render",
         "render_numba", "spread_picture", "stress_picture", "surface", "data.sample",
@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     }),
     frozenset({"training"}),
     frozenset({
-        "loading", "throughput", "fit_figures", "cli", "commands", "__main__",
+        "loading", "throughput", "dry_run", "fit_figures", "cli", "commands", "__main__",
         "ablation_runs", "ablation_cells", "ablation_costs", "ablation_tables", "ablation_plots",
     }),
 )  # fmt: skip

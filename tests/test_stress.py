@@ -19,6 +19,7 @@ from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
 from hmdiff.occlusion_maps import (
     Settings,
     Subject,
+    cover_depth,
     cover_heatmaps,
     cover_image,
     patch_grid,
@@ -43,7 +44,7 @@ def subject_of(row: int = 2) -> Subject:
     sample = people(True).block("test", 0).map(lambda tensor: tensor[row : row + 1])
     photo = photo_of(sample)
     return Subject(
-        as_heatmaps(sample), None, row, photo["photo_sizes"], photo["focal"], sample.vertices, sample.keypoints_3d
+        as_heatmaps(sample), None, None, row, photo["photo_sizes"], photo["focal"], sample.vertices, sample.keypoints_3d
     )
 
 
@@ -131,6 +132,18 @@ def test_an_image_model_sees_the_grey_patch() -> None:
     assert not found.hidden.any() and found.moved[0] > 1e-3
     blind = stress(small_pipeline(), subject, torch.tensor([[-0.9, -0.9]]), 0.1, QUICK)
     assert blind.moved[0] < 1e-2  # heatmaps alone are read: the image is nothing to it
+
+
+def test_a_depth_model_does_not_know_the_depth_under_the_patch() -> None:
+    covered = cover_depth(torch.ones(1, 32, 32), torch.tensor([[0.0, 0.0], [0.9, 0.9]]), 0.25)
+    assert covered.isnan().float().mean((1, 2)).tolist() == pytest.approx([1 / 16, (0.35 / 2) ** 2], abs=0.006)
+    pipe = small_pipeline("model.depth_map=true")
+    depth = torch.rand(1, 32, 32) + 2
+    place = torch.tensor([[-0.9, -0.9]])  # off every joint
+    found = stress(pipe, dataclasses.replace(subject_of(), depth=depth), place, 0.1, QUICK)
+    assert not found.hidden.any() and found.moved[0] > 1e-3
+    unknown = stress(pipe, subject_of(), place, 0.1, QUICK)  # of a photo: nowhere known, so nothing to cover
+    assert unknown.moved[0] < 1e-2 < (unknown.clear.vertices - found.clear.vertices).abs().max() * 1000
 
 
 def test_rank_correlation_is_spearmans() -> None:

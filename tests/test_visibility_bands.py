@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from small import free_body, people, small_config, small_pipeline
 
 from hmdiff.assembly import build_data
+from hmdiff.cli import main
 from hmdiff.commands.evaluate import print_bands
 from hmdiff.data.rendering import OccluderBoxes
 from hmdiff.data.sample import Sample
@@ -164,3 +167,19 @@ def test_samples_keep_their_occlusion_map(mapped: SyntheticHumans) -> None:
     assert isinstance(sample, Sample) and sample.occlusion.dtype == torch.bool
     seen = (sample.silhouette.bool() & ~sample.occlusion).sum((1, 2)) / sample.silhouette.sum((1, 2))
     assert torch.allclose(seen, sample.visible_fraction)
+
+
+def test_the_command_prints_and_keeps_the_bands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_pipeline().save_pretrained(tmp_path / "tiny")
+    arguments = ["evaluate", "--checkpoint", str(tmp_path / "tiny"), "--split", "test_occluded", "--people", "3",
+                 "--num-hypotheses", "2", "--steps", "1", "--output", str(tmp_path / "out")]  # fmt: skip
+    assert main(arguments) == 0
+    path = tmp_path / "out" / "tiny_test_occluded.json"
+    plain = json.loads(path.read_text())
+    assert "bands" not in plain and "by visible fraction" not in capsys.readouterr().out
+    assert main([*arguments, "--bands"]) == 0  # what is stored does not tell, so it is computed
+    found = json.loads(path.read_text())
+    assert found.pop("bands")[-1]["people"] == 3 and found == plain
+    assert "tiny, test_occluded, by visible fraction" in capsys.readouterr().out
+    assert main(["evaluate", "--bands", "--protocol", "spin"]) == 2
+    assert "--bands is about the synthetic splits" in capsys.readouterr().err

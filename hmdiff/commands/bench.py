@@ -56,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
 
     from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
     from hmdiff.body import load_body
-    from hmdiff.commands.train import memory_text, parameters, peak_gigabytes
     from hmdiff.evaluation import as_heatmaps
+    from hmdiff.memory import memory_text, parameters, peak_gigabytes
     from hmdiff.pipeline import HMDiffPipeline
     from hmdiff.training_step import Draws, training_losses
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SPLITS = ("test", "test_occluded", "test_ood", "val")
 PEOPLE = 500  # of a synthetic split
 MEAN_MESH = "mean mesh"
-BANDS_SIZE = 64  # pixels of the maps that tell how much is visible
+MAP_SIZE = 64  # pixels of the maps that tell how much is visible, and of the depths that some models read
 TABLE_WIDTH, BANDS_WIDTH = 120, 150  # where the output is no terminal
 
 
@@ -150,7 +150,8 @@ def run(options: argparse.Namespace) -> int:
             guidance = arguments.guidance_of(options, pipeline)
             guided = guided_by(guidance)
             settings = {
-                "checkpoint": label if guided is None else f"{label} with {options.guidance}", "model": hashes[label], "split": split, "people": options.people,
+                "checkpoint": label if guided is None else f"{label} with {options.guidance}",
+                "model": hashes[label], "split": split, "people": options.people,
                 "num_hypotheses": options.num_hypotheses,
                 "num_inference_steps": options.steps or pipeline.num_inference_steps,
                 "sampler": options.sampler or "as saved", "seed": options.seed,
@@ -161,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
             if found is None or (options.bands and "bands" not in found):
                 model = pipeline.model.config
                 pictures = None if model.inputs == "heatmaps" else model.image_size
-                people = people_of(pipeline.body, pictures, BANDS_SIZE if options.bands else 0)
+                people = people_of(pipeline.body, pictures, MAP_SIZE if options.bands or model.depth_map else 0)
                 with progress(f"{label} {split}", options.people) as update:
                     found = evaluate(
                         pipeline, people, split, options.people, options.num_hypotheses, options.steps,

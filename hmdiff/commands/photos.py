@@ -117,7 +117,7 @@ def read_people(
             raise UserError(f"{keypoints}: {len(persons)} people, but --box is about one; leave it out, or keep one")
         if not (box[0] < width and box[1] < height and box[2] > 0 and box[3] > 0):
             corners = ",".join(f"{number:g}" for number in box)
-            raise UserError(f"--box {corners}: lies outside the {width} x {height} photo; give x1,y1,x2,y2 in its pixels")
+            raise UserError(f"--box {corners}: lies outside the {width} x {height} photo; give it in its pixels")
         center, side = crop_from_box(torch.tensor([box]))
     try:
         maps = heatmaps_from_keypoints(persons, center, side)

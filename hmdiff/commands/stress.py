@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SHOWN = 420  # pixels of a map's side
 NUM_HYPOTHESES = 10
+MAP_SIZE = 64  # pixels of the depth maps of synthetic people, for models that read them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sho
         center, side = heatmaps.center[0].tolist(), float(heatmaps.side[0])
         image = None if config.inputs == "heatmaps" else crops(picture, heatmaps, config.image_size)
         subject = Subject(
-            heatmaps, image, number, torch.tensor([found.size], dtype=torch.float32),
+            heatmaps, image, None, number, torch.tensor([found.size], dtype=torch.float32),
             None if options.focal is None else torch.tensor([options.focal]),
         )  # fmt: skip
         name = options.photo.stem + (f"_{number}" if len(found.heatmaps) > 1 else "")
@@ -169,7 +170,10 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
     from hmdiff.stress_picture import cut_out
 
     config = pipeline.model.config
-    data = test_people(pipeline.body, SHOWN if config.inputs == "heatmaps" else config.image_size)
+    data = test_people(
+        pipeline.body, SHOWN if config.inputs == "heatmaps" else config.image_size,
+        MAP_SIZE if config.depth_map else 0,
+    )  # fmt: skip
     people = []
     for place in range(options.first, options.first + options.synthetic):
         block, row = divmod(place, data.block_size)
@@ -180,8 +184,9 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
         heatmaps, photo = as_heatmaps(sample), photo_of(sample)
         assert heatmaps is not None
         subject = Subject(
-            heatmaps, sample.image, place, photo["photo_sizes"], photo["focal"], sample.vertices, sample.keypoints_3d
-        )
+            heatmaps, sample.image, sample.depth_input, place, photo["photo_sizes"], photo["focal"], sample.vertices,
+            sample.keypoints_3d,
+        )  # fmt: skip
         picture = to_bytes(sample.image[0].permute(1, 2, 0).numpy())
         crop = cut_out(picture, (len(picture) / 2,) * 2, len(picture), SHOWN)
         x, y = heatmaps.center[0].tolist()

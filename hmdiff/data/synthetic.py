@@ -19,6 +19,7 @@ from torch import Tensor
 from hmdiff.body import Body
 from hmdiff.data.depth_faults import DepthFaults
 from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility
+from hmdiff.data.in_front import BoxesAndFront, FrontDrawer
 from hmdiff.data.poses import PoseMixture, sample_orientation
 from hmdiff.data.rendering import MapDrawer, OccluderBoxes, Photographer
 from hmdiff.data.sample import Sample
@@ -80,10 +81,11 @@ class SyntheticHumans:
         image_size: int | None = None,  # S: also image, silhouette, depth (each S x S) and visible_fraction
         map_size: int | None = None,  # draw silhouette, depth and depth_input at this size, with pictures or without
         depth_faults: DepthFaults | None = None,  # of depth_input
+        in_front: FrontDrawer | None = None,  # what more is put in front of the people of the stream train
     ) -> None:
         self.block_size, self.seed, self.full_mesh = block_size, seed, full_mesh
         self.faults = faults or EstimatorFaults()
-        self.poses = poses
+        self.poses, self.in_front = poses, in_front
         self.device = torch.device(device)
         if body.keypoint_regressor is None:
             raise UserError(f"body {body.name!r} has no keypoint regressor: synthetic heatmaps need one, as free has")
@@ -130,7 +132,11 @@ class SyntheticHumans:
         scale = focal / place[:, 2]
         camera = torch.cat([scale[:, None], place[:, :2] / place[:, 2:] * focal[:, None] + principal], -1)
 
-        boxes = self._occluders(scene, generator)
+        boxes, front = self._occluders(scene, generator), None
+        if stream == "train" and self.in_front is not None and self.in_front.active:
+            inside = (points.abs() <= 1).all(-1)
+            front = self.in_front(points, inside, block_generator(seed, f"{stream}/front", number))
+            boxes = BoxesAndFront.of(boxes, front)
         visible = ~boxes.cover(points)
         heatmaps, valid = estimate_heatmaps(points, visible, face_visibility(keypoints), self.faults, generator)
         inside = (points.abs() <= 1).all(-1)
@@ -140,6 +146,8 @@ class SyntheticHumans:
             looks = block_generator(seed, f"{stream}/picture", number)
             drawn = self._photographer(betas, rotations, place, focal, principal, boxes, looks)
             pictures = {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
+            if front is not None:
+                pictures["image"] = front.paint(pictures["image"])
         if self._maps is not None:
             scenery = block_generator(seed, f"{stream}/depth", number)
             maps = self._maps(betas, rotations, place, focal, principal, boxes, scenery)
