@@ -17,7 +17,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hmdiff"
 # A module imports from lower layers, and from its own, but for the rooms, which never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"geometry", "skeletons", "published", "memory", "storage", "resources", "unpickling", "config"}),
+    frozenset({
+        "geometry", "skeletons", "published", "memory", "sharding", "storage", "resources", "unpickling", "config",
+    }),
     frozenset({
         "body", "body_files", "canvas", "decimation", "export", "heatmaps", "mesh", "pictures", "render",
         "render_numba", "spread_picture", "stress_picture", "surface", "data.sample",
