@@ -121,12 +121,8 @@ TRAINED: dict[str, TrainedTable] = {
         (
             TrainedRow("plain"),
             TrainedRow("RLE", _RLE, "plain"),
-            TrainedRow("depth", _DEPTH, "plain"),
-            TrainedRow("depth + RLE", _DEPTH + _RLE, "plain"),
             TrainedRow("plain, noisy labels", _NOISY, "plain"),
             TrainedRow("RLE, noisy labels", _RLE + _NOISY, "plain, noisy labels"),
-            TrainedRow("depth, noisy labels", _DEPTH + _NOISY, "plain, noisy labels"),
-            TrainedRow("depth + RLE, noisy labels", _DEPTH + _RLE + _NOISY, "plain, noisy labels"),
         ),
         ("test", "test_ood", "test_blur"),
         _WITH_CONFIDENCE,

@@ -444,14 +444,33 @@ def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
     return {f"{number:04d}": tensor.contiguous() for number, tensor in enumerate(tensors)}
 
 
+# Entries of the optional paths: a path that the saved pipeline has not starts as it is built.
+_PATHS = (
+    "depth_map", "depth_layers", "depth_size", "rle", "rle_variant", "silhouette", "masked", "lifting", "volume_width",
+    "volume_size", "volume_exponent",
+)  # fmt: skip
+
+
 def _take_weights(model: MeshRecoveryModel, name: str) -> None:
-    """Start from a saved pipeline's weights. Raises `UserError` where the two models differ."""
+    """Start from a saved pipeline's weights. What a path adds to it starts as it is built.
+
+    Raises:
+        UserError: the two models differ in more than an added path.
+    """
     stored = HMDiffPipeline.from_pretrained(name).model
     for key, value in model.config.items():
         other = stored.config.get(key)
-        if not key.startswith("_") and key not in ("mode", "pretrained", "frame") and other != value:
+        if not key.startswith("_") and key not in ("mode", "pretrained", "frame", *_PATHS) and other != value:
             raise UserError(f"training.start_from {name}: its model has {key} {other!r}, this one {value!r}")
-    model.load_state_dict(stored.state_dict())
+    mine, theirs = model.state_dict(), stored.state_dict()
+    for key, value in theirs.items():
+        if key not in mine or mine[key].shape != value.shape:
+            path = next((path for path in _PATHS if stored.config.get(path) != model.config.get(path)), key)
+            raise UserError(
+                f"training.start_from {name}: its model has {path} {stored.config.get(path)!r}, this one "
+                f"{model.config.get(path)!r}: a path can be added, not taken away or changed in size"
+            )
+    model.load_state_dict(theirs, strict=False)
 
 
 def train(config: Config) -> dict[str, Any]:

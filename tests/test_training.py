@@ -502,6 +502,28 @@ def test_starting_from_a_saved_pipeline(tmp_path: Path, quick: None, uninterrupt
         Trainer(other)
 
 
+def test_a_path_joins_a_saved_pipeline(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
+    start_from = f"training.start_from={uninterrupted / 'pipeline'}"
+    with_depth = config(tmp_path / "depth", 1, *STEADY, start_from, "seed=7", "model.depth_map=true")
+    trainer = Trainer(with_depth)
+    saved = load_file(uninterrupted / "pipeline" / "model" / "diffusion_pytorch_model.safetensors")
+    mine = trainer.plain.state_dict()
+    assert_same({name: mine[name] for name in saved}, saved)
+    assert any(name.startswith("depth_fusion") for name in mine.keys() - saved.keys())
+    # It says what it said: the new path adds nothing before it has learned.
+    plain = Trainer(config(tmp_path / "plain", 1, *STEADY, start_from, "seed=7")).plain.eval()
+    heatmaps = torch.rand(2, plain.config.num_keypoints, 64, 64)
+    valid = torch.ones(2, plain.config.num_keypoints, dtype=torch.bool)
+    with torch.no_grad():
+        before = plain.encode(heatmaps=heatmaps, heatmap_valid=valid)
+        after = trainer.plain.eval().encode(heatmaps=heatmaps, heatmap_valid=valid, depth=torch.rand(2, 64, 64))
+    assert torch.equal(before[0].tokens, after[0].tokens) and torch.equal(before[1], after[1])
+    trainer.pipeline.save_pretrained(tmp_path / "saved")
+    without = config(tmp_path / "without", 1, *STEADY, f"training.start_from={tmp_path / 'saved'}")
+    with pytest.raises(UserError, match="depth_map True, this one False"):
+        Trainer(without)
+
+
 # -- bad values -------------------------------------------------------------------------------------------------------
 
 

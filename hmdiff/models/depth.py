@@ -80,6 +80,10 @@ class DepthLayer(nn.Module):
         self.norm_image = nn.LayerNorm(width)
         self.cross_attention = Attention(width, heads)
         self.block = EncoderBlock(width, heads, ratio)
+        # It adds nothing at the start, so that depth can join a model that is trained already (training.start_from).
+        for last in (self.cross_attention.to_out, self.block.attention.to_out, self.block.feed_forward[-1]):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(
         self,
