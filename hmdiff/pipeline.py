@@ -282,7 +282,7 @@ class HMDiffPipeline:
             raise UserError("this model reads depth maps: give depth=(B, S, S), NaN where it is not known")
         if depth.dim() != 3 or len(depth) != people or depth.shape[1] != depth.shape[2] or depth.shape[1] < 2:
             found = tuple(depth.shape)
-            raise UserError(f"depth: shape {found} found, ({people}, S, S) expected: a map of each person's square crop")
+            raise UserError(f"depth: shape {found} found, ({people}, S, S) expected: a map of each square crop")
         if not depth.is_floating_point():
             depth = depth.float()
         return depth.to(self.device)

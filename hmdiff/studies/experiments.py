@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hmdiff.comparison import UNGUIDED
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.diffusion.schedule import change_scheduler, sampler_name
 from hmdiff.errors import UserError
@@ -35,6 +34,7 @@ from hmdiff.evaluation import (
 )
 from hmdiff.measured import Measured, covered, summary
 from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.studies.comparison import UNGUIDED
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance

@@ -80,7 +80,8 @@ COSTS = (
 
 _DEGRADED = ("model.depth_map=true",)  # as an estimator would give it: the faults that the data has by itself
 _DEPTH = (*_DEGRADED, "data.depth_faults.none=true")  # as rendered
-_RLE = ("model.rle=[joints,vertices]", "model.rle_variant=composite", "loss.rle=0.1")  # the one whose sigma means something
+# composite: the variant whose sigma means something
+_RLE = ("model.rle=[joints,vertices]", "model.rle_variant=composite", "loss.rle=0.1")
 _SILHOUETTE = ("model.silhouette=true", "loss.silhouette=0.1")
 _MASKED = ("model.masked=0.3",)  # as METRO's: at most 30 % of the tokens
 _NOISY = ("data.label_noise=0.05",)
