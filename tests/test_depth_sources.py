@@ -10,8 +10,8 @@ import torch
 
 from hmdiff.commands.photos import crops
 from hmdiff.data.transforms import Change, crop_map, crop_picture
-from hmdiff.depth_estimator import EstimatedDepth
-from hmdiff.depth_sources import (
+from hmdiff.depth.estimator import EstimatedDepth
+from hmdiff.depth.sources import (
     CallableDepth,
     DepthFile,
     beside,
@@ -299,7 +299,7 @@ def test_models_that_cannot_be_had_are_named(network, tmp_path, monkeypatch):
 def test_kinds_of_networks_whose_sign_is_not_known_are_asked_about():
     from types import SimpleNamespace
 
-    from hmdiff.depth_estimator import _what_it_gives
+    from hmdiff.depth.estimator import _what_it_gives
 
     assert _what_it_gives("x", SimpleNamespace(model_type="dpt")) == "disparity"
     assert _what_it_gives("x", SimpleNamespace(model_type="zoedepth")) == "depth"

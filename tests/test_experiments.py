@@ -19,19 +19,19 @@ from PIL import Image
 from small import people, small_pipeline
 from torch import Tensor
 
-from hmdiff import experiments, plots
-from hmdiff.ablations import ROLES, TABLES, Row, csv_rows, find_table, rows_of, settings_of, texts
 from hmdiff.cli import main
 from hmdiff.commands import studies
 from hmdiff.commands.sweep import METRICS as SWEEP_METRICS
-from hmdiff.comparison import difference, pareto_front, save_csv, table_row
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic import SyntheticHumans
 from hmdiff.diffusion.dat import _CHOICES, MODES, Guidance
 from hmdiff.errors import UserError
 from hmdiff.evaluation import COUNTS, METRICS, evaluate
-from hmdiff.experiments import Progress, Rates, Setting, Study, resolved, run_cells, work
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
+from hmdiff.studies import experiments, plots
+from hmdiff.studies.ablations import ROLES, TABLES, Row, csv_rows, find_table, rows_of, settings_of, texts
+from hmdiff.studies.comparison import difference, pareto_front, save_csv, table_row
+from hmdiff.studies.experiments import Progress, Rates, Setting, Study, resolved, run_cells, work
 
 
 class Counted:

@@ -16,29 +16,34 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hmdiff"
 
 # A module imports from lower layers, and from its own, but for the rooms, which never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "version"}),
+    frozenset({"errors", "version", "scoring", "studies"}),
     frozenset({
-        "geometry", "skeletons", "published", "memory", "sharding", "storage", "resources", "unpickling", "config",
+        "geometry", "skeletons", "scoring.published", "memory", "sharding", "storage", "resources", "unpickling",
+        "config",
     }),
     frozenset({
         "body", "body_files", "canvas", "decimation", "export", "heatmaps", "mesh", "pictures", "render",
         "render_numba", "spread_picture", "stress_picture", "surface", "data.sample",
-        "body_keypoints", "depth_estimator", "depth_sources", "fitting", "mesh_cache", "regressors",
+        "body_keypoints", "depth", "fitting", "mesh_cache", "regressors",
     }),
-    frozenset({"models", "diffusion", "losses", "metrics", "hand_metrics", "uncertainty_metrics", "data"}),
+    frozenset({"models", "diffusion", "losses", "metrics", "scoring.hand_metrics", "uncertainty_metrics", "data"}),
     frozenset({
         "output", "pipeline", "prepare", "temperature",
-        "protocols", "protocol_errors", "hypothesis_rows", "ground_truth", "predictions",
+        "scoring.protocols", "scoring.protocol_errors", "scoring.hypothesis_rows", "scoring.ground_truth",
+        "scoring.predictions",
     }),
     frozenset({
-        "ablations", "assembly", "comparison", "evaluation", "experiments", "gallery", "measured", "plots",
-        "calibration", "scored_people", "scoring", "visibility_bands", "occlusion_maps", "trained_ablations",
+        "assembly", "calibration", "evaluation", "gallery", "measured", "occlusion_maps", "visibility_bands",
+        "scoring.report", "scoring.scored_people",
+        "studies.ablations", "studies.comparison", "studies.experiments", "studies.plots",
+        "studies.trained_ablations",
         "training_step",
     }),
     frozenset({"training"}),
     frozenset({
         "loading", "throughput", "dry_run", "fit_figures", "cli", "commands", "__main__",
-        "ablation_runs", "ablation_cells", "ablation_costs", "ablation_tables", "ablation_plots",
+        "studies.trained_runs", "studies.trained_cells", "studies.trained_costs", "studies.trained_tables",
+        "studies.trained_plots",
     }),
 )  # fmt: skip
 ROOMS = 3

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.hand_metrics import curve_area, f_score
-from hmdiff.hypothesis_rows import COUNTS, representatives, score_hypotheses
-from hmdiff.hypothesis_rows import calibration_error as curve_error
 from hmdiff.metrics import expected_calibration_error, joint_error, procrustes_error
-from hmdiff.protocol_errors import HIPS, Bodies, freihand_errors
-from hmdiff.protocols import MANY, PROTOCOLS, Protocol, get_protocol
-from hmdiff.published import PUBLISHED, published_rows
+from hmdiff.scoring.hand_metrics import curve_area, f_score
+from hmdiff.scoring.hypothesis_rows import COUNTS, representatives, score_hypotheses
+from hmdiff.scoring.hypothesis_rows import calibration_error as curve_error
+from hmdiff.scoring.protocol_errors import HIPS, Bodies, freihand_errors
+from hmdiff.scoring.protocols import MANY, PROTOCOLS, Protocol, get_protocol
+from hmdiff.scoring.published import PUBLISHED, published_rows
 from hmdiff.skeletons import H36M14, H36M17, HAND21, J14, SMPL24, SPIN_H36M17, joint_indices
 
 WIDE = 40  # vertices of the toy mesh: more than joints

@@ -17,7 +17,6 @@ from small import free_body, people, small_pipeline
 from standins import body_arrays, licensed_folder, make_freihand
 from torch import Tensor
 
-from hmdiff import scoring
 from hmdiff.body import load_body
 from hmdiff.cli import main
 from hmdiff.data.readers import open_reader
@@ -27,14 +26,15 @@ from hmdiff.data.shards import PreparedShards, RecordFiles
 from hmdiff.errors import UserError
 from hmdiff.evaluation import as_heatmaps, evaluate
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.ground_truth import GroundTruth, protocol_regressors, raw_placement
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.predictions import PredictionFiles
 from hmdiff.prepare.dataset import prepare_dataset
-from hmdiff.protocol_errors import HIPS
-from hmdiff.protocols import PROTOCOLS, get_protocol
-from hmdiff.scored_people import PipelinePeople, PredictedPeople, RecordTruths, SampleTruths
-from hmdiff.scoring import Processes, report_of, save_scores, score_people
+from hmdiff.scoring import report as scoring
+from hmdiff.scoring.ground_truth import GroundTruth, protocol_regressors, raw_placement
+from hmdiff.scoring.predictions import PredictionFiles
+from hmdiff.scoring.protocol_errors import HIPS
+from hmdiff.scoring.protocols import PROTOCOLS, get_protocol
+from hmdiff.scoring.report import Processes, report_of, save_scores, score_people
+from hmdiff.scoring.scored_people import PipelinePeople, PredictedPeople, RecordTruths, SampleTruths
 from hmdiff.skeletons import H36M17, HAND21, J14, SMPL24, SMPL24_PARENTS, joint_indices
 
 REPOSITORY = Path(__file__).resolve().parent.parent

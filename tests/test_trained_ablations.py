@@ -20,11 +20,7 @@ import torch
 from accelerate.state import AcceleratorState
 from small import SMALL, free_body, people, small_config, small_pipeline
 
-from hmdiff import ablation_plots, training
-from hmdiff.ablation_cells import Asked, cell_path, compute_cell, stored_cell
-from hmdiff.ablation_costs import measure_costs
-from hmdiff.ablation_runs import Plan, Run, Trained, _claimed, is_done, make_plan, reached, seconds_left, train_runs
-from hmdiff.ablation_tables import RowCells, band_texts, csv_rows, difference_of, mean_of, texts
+from hmdiff import training
 from hmdiff.assembly import build_source
 from hmdiff.cli import main
 from hmdiff.config import Config, load_config, save_config
@@ -33,7 +29,8 @@ from hmdiff.data.motion_blur import Blurred, line_kernels, smear
 from hmdiff.errors import UserError
 from hmdiff.evaluation import evaluate
 from hmdiff.models.recovery import MeshRecoveryModel
-from hmdiff.trained_ablations import (
+from hmdiff.studies import trained_plots as ablation_plots
+from hmdiff.studies.trained_ablations import (
     COSTS,
     TRAINED,
     TrainedRow,
@@ -44,6 +41,20 @@ from hmdiff.trained_ablations import (
     row_config,
     run_name,
 )
+from hmdiff.studies.trained_cells import Asked, cell_path, compute_cell, stored_cell
+from hmdiff.studies.trained_costs import measure_costs
+from hmdiff.studies.trained_runs import (
+    Plan,
+    Run,
+    Trained,
+    _claimed,
+    is_done,
+    make_plan,
+    reached,
+    seconds_left,
+    train_runs,
+)
+from hmdiff.studies.trained_tables import RowCells, band_texts, csv_rows, difference_of, mean_of, texts
 from hmdiff.training import Trainer
 
 # -- the tables as data ------------------------------------------------------------------------------------------------

@@ -66,9 +66,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from hmdiff.ablations import ROLES, TABLES, csv_rows, find_table, rows_of, settings_of, texts
-    from hmdiff.comparison import save_csv
-    from hmdiff.trained_ablations import TRAINED
+    from hmdiff.studies.ablations import ROLES, TABLES, csv_rows, find_table, rows_of, settings_of, texts
+    from hmdiff.studies.comparison import save_csv
+    from hmdiff.studies.trained_ablations import TRAINED
 
     names = list(dict.fromkeys(options.tables)) or list(TABLES)
     for name in names:

@@ -12,10 +12,10 @@ from hmdiff.commands import arguments, studies
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from hmdiff.ablation_cells import Asked
-    from hmdiff.ablation_runs import Plan, Run, Trained
-    from hmdiff.ablation_tables import RowCells
-    from hmdiff.trained_ablations import TrainedRow, TrainedTable
+    from hmdiff.studies.trained_ablations import TrainedRow, TrainedTable
+    from hmdiff.studies.trained_cells import Asked
+    from hmdiff.studies.trained_runs import Plan, Run, Trained
+    from hmdiff.studies.trained_tables import RowCells
 
 OUTPUT = Path("runs/ablate")
 SEEDS = 3
@@ -66,8 +66,8 @@ def check_absent(options: argparse.Namespace) -> None:
 
 
 def run_trained(options: argparse.Namespace, names: list[str]) -> int:
-    from hmdiff.ablation_runs import make_plan
-    from hmdiff.trained_ablations import find_trained
+    from hmdiff.studies.trained_ablations import find_trained
+    from hmdiff.studies.trained_runs import make_plan
 
     _check_given(options)
     device = arguments.resolve_device(options.device)
@@ -116,7 +116,7 @@ def _check_splits(options: argparse.Namespace, tables: dict[str, TrainedTable]) 
 def _print_plan(options: argparse.Namespace, plan: Plan, rate: float | None) -> None:
     from rich.markup import escape
 
-    from hmdiff.ablation_runs import is_done, reached, seconds_left
+    from hmdiff.studies.trained_runs import is_done, reached, seconds_left
 
     for name, rows in plan.of.items():
         lines = []
@@ -139,7 +139,7 @@ def _print_plan(options: argparse.Namespace, plan: Plan, rate: float | None) -> 
 
 def _timed_step(plan: Plan) -> float:
     """Mean over the rows of the seconds of a step."""
-    from hmdiff.ablation_costs import measure_costs
+    from hmdiff.studies.trained_costs import measure_costs
 
     rows = _one_each(plan)
     costs = measure_costs([run.config for run in rows], repeats=2, images=False)
@@ -155,7 +155,7 @@ def _one_each(plan: Plan) -> list[Run]:
 
 
 def _train(plan: Plan) -> list[Run]:
-    from hmdiff.ablation_runs import is_done, train_one, train_runs
+    from hmdiff.studies.trained_runs import is_done, train_one, train_runs
 
     runs = plan.runs
     there = sum(is_done(run) for run in runs)
@@ -170,12 +170,12 @@ def _train(plan: Plan) -> list[Run]:
 
 
 def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, TrainedTable], mode: str) -> int:
-    from hmdiff.ablation_cells import Asked
-    from hmdiff.ablation_plots import plot_bands, plot_differences
-    from hmdiff.ablation_runs import is_done
-    from hmdiff.ablation_tables import SPREAD, band_texts, csv_rows, texts
-    from hmdiff.comparison import save_csv
-    from hmdiff.trained_ablations import COSTS
+    from hmdiff.studies.comparison import save_csv
+    from hmdiff.studies.trained_ablations import COSTS
+    from hmdiff.studies.trained_cells import Asked
+    from hmdiff.studies.trained_plots import plot_bands, plot_differences
+    from hmdiff.studies.trained_runs import is_done
+    from hmdiff.studies.trained_tables import SPREAD, band_texts, csv_rows, texts
     from hmdiff.visibility_bands import BANDS
 
     if not any(is_done(run) for run in plan.runs):
@@ -223,11 +223,11 @@ def _evaluate(
     """Cells that are stored are read, the others computed, each row's people built once."""
     from tqdm import tqdm
 
-    from hmdiff.ablation_cells import compute_cell, people_of, stored_cell, tested_config
-    from hmdiff.ablation_runs import is_done
-    from hmdiff.ablation_tables import RowCells
     from hmdiff.commands.evaluate import model_hash
-    from hmdiff.trained_ablations import digest, essence
+    from hmdiff.studies.trained_ablations import digest, essence
+    from hmdiff.studies.trained_cells import compute_cell, people_of, stored_cell, tested_config
+    from hmdiff.studies.trained_runs import is_done
+    from hmdiff.studies.trained_tables import RowCells
 
     folder = options.output / "cells"
     splits = list(options.splits or table.splits)
@@ -260,9 +260,9 @@ def _costs(options: argparse.Namespace, plan: Plan, asked: Asked, mode: str) -> 
     """Measured now, or read; all rows of a call at once, since times of two calls are not to be compared."""
     from tqdm import tqdm
 
-    from hmdiff.ablation_costs import REPEATS, measure_costs
     from hmdiff.evaluation import save_report
-    from hmdiff.trained_ablations import digest, essence
+    from hmdiff.studies.trained_ablations import digest, essence
+    from hmdiff.studies.trained_costs import REPEATS, measure_costs
 
     rows = {digest(essence(run.config)): run for run in _one_each(plan)}
     path = options.output / f"costs_{mode}_{digest([sorted(rows), asked.num_hypotheses, asked.steps])}.json"

@@ -84,8 +84,8 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--predictions", type=Path, metavar="FOLDER",
-        help="npz files of names, vertices or joints, in place of a checkpoint; hmdiff/predictions.py has the layout "
-        "(default: none)",
+        help="npz files of names, vertices or joints, in place of a checkpoint; the layout is in "
+        "hmdiff/scoring/predictions.py (default: none)",
     )  # fmt: skip
     group.add_argument(
         "--base", metavar="NAME",

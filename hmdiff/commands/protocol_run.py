@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from hmdiff.body import Body
     from hmdiff.data.shards import PreparedShards
     from hmdiff.pipeline import HMDiffPipeline
-    from hmdiff.protocols import Protocol
-    from hmdiff.scored_people import Truths
-    from hmdiff.scoring import People, Processes
+    from hmdiff.scoring.protocols import Protocol
+    from hmdiff.scoring.report import People, Processes
+    from hmdiff.scoring.scored_people import Truths
 
 DATA_VARIABLE = "HMDIFF_DATA_DIR"
 SYNTHETIC = "synthetic split"
@@ -36,9 +36,9 @@ class Scored:
 
 def run_protocols(options: argparse.Namespace) -> int:
     from hmdiff.commands.evaluate import stored, suffix
-    from hmdiff.ground_truth import body_kind, check_body, protocol_regressors
-    from hmdiff.protocols import get_protocol
-    from hmdiff.scoring import Processes, report_of, save_scores, score_people
+    from hmdiff.scoring.ground_truth import body_kind, check_body, protocol_regressors
+    from hmdiff.scoring.protocols import get_protocol
+    from hmdiff.scoring.report import Processes, report_of, save_scores, score_people
     from hmdiff.storage import make_folder
 
     if options.data is None:
@@ -82,7 +82,7 @@ def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
     """The checkpoints, or the one folder of predictions."""
     from hmdiff.body import load_body
     from hmdiff.commands.evaluate import SPLITS, labels, model_hash
-    from hmdiff.protocols import get_protocol
+    from hmdiff.scoring.protocols import get_protocol
 
     if options.predictions is not None and options.guidance != "none":
         raise UserError("--guidance steers a checkpoint's sampling, and --predictions are there already")
@@ -130,8 +130,8 @@ class Data:
         self, options: argparse.Namespace, scored: Scored, protocol: Protocol
     ) -> tuple[People, Any, dict[str, Any]]:  # who is scored, their names by a call, the settings
         """For one who is scored and one protocol."""
-        from hmdiff.predictions import PredictionFiles
-        from hmdiff.scored_people import PipelinePeople, PredictedPeople
+        from hmdiff.scoring.predictions import PredictionFiles
+        from hmdiff.scoring.scored_people import PipelinePeople, PredictedPeople
 
         truths, count, settings = self._truths(options, scored, protocol)
         if options.predictions is not None:
@@ -139,7 +139,7 @@ class Data:
             predicted = PredictedPeople(files, truths, count)
             return predicted, lambda: predicted.names, settings | {"predictions": files.fingerprint()}
         from hmdiff.commands.evaluate import guided_by
-        from hmdiff.ground_truth import raw_placement
+        from hmdiff.scoring.ground_truth import raw_placement
 
         pipeline = scored.pipeline
         assert pipeline is not None
@@ -161,8 +161,8 @@ class Data:
         self, options: argparse.Namespace, scored: Scored, protocol: Protocol
     ) -> tuple[Truths, int, dict[str, Any]]:
         from hmdiff.commands.evaluate import PEOPLE, test_people
-        from hmdiff.ground_truth import GroundTruth
-        from hmdiff.scored_people import RecordTruths, SampleTruths
+        from hmdiff.scoring.ground_truth import GroundTruth
+        from hmdiff.scoring.scored_people import RecordTruths, SampleTruths
 
         if self.split is not None:
             if not protocol.centre:
@@ -242,7 +242,7 @@ def print_protocol(protocol: Protocol, data: str, reports: list[dict[str, Any]])
     from rich.console import Console
     from rich.table import Table
 
-    from hmdiff.published import published_rows
+    from hmdiff.scoring.published import published_rows
 
     console = Console()
     if not console.is_terminal:

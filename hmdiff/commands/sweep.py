@@ -12,7 +12,7 @@ from hmdiff.commands import arguments, studies
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from hmdiff.experiments import Setting, Study
+    from hmdiff.studies.experiments import Setting, Study
 
 METRICS = ("pve", "mpjpe", "pa_mpjpe", "pa_pve")  # a test holds them to hmdiff.evaluation
 
@@ -71,9 +71,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from hmdiff.comparison import save_csv, table_row
-    from hmdiff.experiments import resolved
-    from hmdiff.plots import plot_sweep
+    from hmdiff.studies.comparison import save_csv, table_row
+    from hmdiff.studies.experiments import resolved
+    from hmdiff.studies.plots import plot_sweep
 
     if (options.strength or options.threshold) and set(options.guidance) == {"none"}:
         raise UserError("--strength and --threshold are of guidance: add --guidance dat (or disrupted)")
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
 
 def grid(label: str, options: argparse.Namespace) -> list[Setting]:
     """Every combination; what has no guidance has no strength and no threshold either."""
-    from hmdiff.experiments import Setting
+    from hmdiff.studies.experiments import Setting
 
     guidances: list[Any] = []
     for mode in options.guidance:
@@ -122,8 +122,8 @@ def reference_of(study: Study, cells: Sequence[dict[str, Any]]) -> dict[str, Any
 
 
 def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metric: str) -> None:
-    from hmdiff.comparison import difference, pareto_front
     from hmdiff.evaluation import METRICS
+    from hmdiff.studies.comparison import difference, pareto_front
 
     points = [(cell["time"]["milliseconds_per_image"], cell["errors"][metric]["mean"]["value"]) for cell in cells]
     front = set(pareto_front(points))

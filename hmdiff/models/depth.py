@@ -82,8 +82,8 @@ class DepthLayer(nn.Module):
         self.block = EncoderBlock(width, heads, ratio)
         # It adds nothing at the start, so that depth can join a model that is trained already (training.start_from).
         for last in (self.cross_attention.to_out, self.block.attention.to_out, self.block.feed_forward[-1]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
         self,

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hmdiff.comparison import UNGUIDED
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.diffusion.schedule import change_scheduler, sampler_name
 from hmdiff.errors import UserError
@@ -35,6 +34,7 @@ from hmdiff.evaluation import (
 )
 from hmdiff.measured import Measured, covered, summary
 from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.studies.comparison import UNGUIDED
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance
@@ -250,7 +250,7 @@ def cell(
 @functools.cache
 def code_digest() -> str:
     """Of the code that draws people and samples them. Cells of older code are still used, but are told apart by it."""
-    digest, package = hashlib.sha256(), Path(__file__).resolve().parent
+    digest, package = hashlib.sha256(), Path(__file__).resolve().parents[1]
     folders = [package / name for name in ("data", "diffusion", "heatmaps", "models")]
     for path in sorted([package / "pipeline.py", *(path for folder in folders for path in folder.rglob("*.py"))]):
         digest.update(path.read_bytes())

@@ -11,10 +11,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.comparison import UNGUIDED, difference, table_row
 from hmdiff.errors import UserError
 from hmdiff.evaluation import COUNTS, METRICS
-from hmdiff.experiments import Setting
+from hmdiff.studies.comparison import UNGUIDED, difference, table_row
+from hmdiff.studies.experiments import Setting
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance

@@ -20,9 +20,9 @@ from hmdiff.body_files import licensed_kind
 from hmdiff.data.labelled_bodies import LabelledBodies
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
-from hmdiff.protocol_errors import Bodies
-from hmdiff.protocols import Protocol
 from hmdiff.regressors import load_regressor
+from hmdiff.scoring.protocol_errors import Bodies
+from hmdiff.scoring.protocols import Protocol
 
 
 def body_kind(body: Body) -> str:

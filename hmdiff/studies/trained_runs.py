@@ -24,7 +24,15 @@ from typing import Any
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.errors import UserError
 from hmdiff.storage import atomic_file, make_folder
-from hmdiff.trained_ablations import TrainedRow, TrainedTable, budget, check_table, essence, row_config, run_name
+from hmdiff.studies.trained_ablations import (
+    TrainedRow,
+    TrainedTable,
+    budget,
+    check_table,
+    essence,
+    row_config,
+    run_name,
+)
 
 DONE = "done.json"
 Train = Callable[[Config], int]  # trains on from what is there; the step that it reached

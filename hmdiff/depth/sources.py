@@ -1,4 +1,4 @@
-"""Where depth maps of photos come from, behind one interface: a file, any callable; `depth_estimator` has networks.
+"""Where depth maps of photos come from, behind one interface: a file, any callable; `estimator` has networks.
 
 Whatever a source is, its maps are 'larger = farther' with NaN where nothing is known. Unit and origin do not matter:
 the model's normalisation (hmdiff/models/depth.py) removes both, so metres and millimetres give the same result.

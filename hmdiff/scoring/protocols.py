@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 from hmdiff.metrics import root_of
-from hmdiff.protocol_errors import (
+from hmdiff.scoring.protocol_errors import (
     HIPS,
     Bodies,
     Errors,

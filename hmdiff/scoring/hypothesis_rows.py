@@ -1,7 +1,7 @@
 """What a protocol reports of N hypotheses: a row of errors for each way to make one number of them.
 
 One estimate: `estimate`. Several, by a protocol of one: `first`, `mean of N`, `oracle of N`, `selected of N`. By
-min_of_n the same for every N that the literature reports. By biggs: `pick of n of N`, see `hmdiff.protocols.MANY`.
+min_of_n the same for every N that the literature reports. By biggs: `pick of n of N`, see `protocols.MANY`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from hmdiff.metrics import calibration_curve, root_of
-from hmdiff.protocol_errors import HIPS, Bodies, Errors
-from hmdiff.protocols import Protocol
+from hmdiff.scoring.protocol_errors import HIPS, Bodies, Errors
+from hmdiff.scoring.protocols import Protocol
 
 COUNTS = (1, 5, 10, 25, 100)  # numbers of hypotheses that the literature reports
 REPRESENTATIVES = (5, 10, 25)

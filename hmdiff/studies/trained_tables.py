@@ -20,7 +20,7 @@ from torch import Tensor
 from hmdiff.errors import UserError
 from hmdiff.evaluation import METRICS
 from hmdiff.measured import interval
-from hmdiff.trained_ablations import TrainedColumn, TrainedRow, TrainedTable
+from hmdiff.studies.trained_ablations import TrainedColumn, TrainedRow, TrainedTable
 from hmdiff.visibility_bands import BANDS, band_of, ratio_interval
 
 BandOf = Callable[[Tensor], Tensor]  # visible fractions (P,) -> number of the band (P,)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmdiff.ablation_runs import Run
 from hmdiff.assembly import build_mesh, build_source
 from hmdiff.body import Body
 from hmdiff.config import Config, load_config
@@ -26,7 +25,8 @@ from hmdiff.evaluation import measure, save_report, split_batches
 from hmdiff.measured import Measured
 from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.trained_ablations import TrainedRow, digest, essence
+from hmdiff.studies.trained_ablations import TrainedRow, digest, essence
+from hmdiff.studies.trained_runs import Run
 from hmdiff.uncertainty_metrics import uncertainty_correlations
 
 FORMAT = 1

@@ -19,11 +19,11 @@ from hmdiff.data.sample import PeopleSource
 from hmdiff.data.shards import RecordStore
 from hmdiff.errors import UserError
 from hmdiff.evaluation import MESHES_AT_ONCE, SELECTED, as_heatmaps, ask
-from hmdiff.ground_truth import GroundTruth
-from hmdiff.hypothesis_rows import Choose, nobody
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.predictions import PredictionFiles
-from hmdiff.protocol_errors import Bodies
+from hmdiff.scoring.ground_truth import GroundTruth
+from hmdiff.scoring.hypothesis_rows import Choose, nobody
+from hmdiff.scoring.predictions import PredictionFiles
+from hmdiff.scoring.protocol_errors import Bodies
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.errors import UserError
-from hmdiff.protocol_errors import Bodies
+from hmdiff.scoring.protocol_errors import Bodies
 
 _ARRAYS = ("vertices", "joints")
 
@@ -50,7 +50,9 @@ class PredictionFiles:
             raise UserError(f"--predictions {self.folder}: no such folder; give one of npz files")
         self.files = sorted(self.folder.glob("*.npz"))
         if not self.files:
-            raise UserError(f"--predictions {self.folder}: no npz file in it; see hmdiff/predictions.py for the layout")
+            raise UserError(
+                f"--predictions {self.folder}: no npz file in it; hmdiff/scoring/predictions.py says what they hold"
+            )
         self.num_vertices = num_vertices
         self.places: dict[str, tuple[int, int]] = {}
         self.joint_names: tuple[str, ...] = ()

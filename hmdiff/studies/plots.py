@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hmdiff.comparison import UNGUIDED, difference, pareto_front
 from hmdiff.evaluation import METRICS
 from hmdiff.storage import atomic_file
+from hmdiff.studies.comparison import UNGUIDED, difference, pareto_front
 
 ECE = "calibration"
 RESOLUTION = 130  # dots an inch

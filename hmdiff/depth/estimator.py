@@ -1,4 +1,4 @@
-"""A monocular depth network by its name, through transformers: a depth source (hmdiff/depth_sources.py).
+"""A monocular depth network by its name, through transformers: a depth source (hmdiff/depth/sources.py).
 
 Depth Anything V2 (arXiv 2406.09414) small is the default, as the second version of D2A-HMR used Depth Anything.
 B photos of H x W pixels.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmdiff.depth_sources import GIVES, farther_is_larger
+from hmdiff.depth.sources import GIVES, farther_is_larger
 from hmdiff.errors import UserError
 
 DEFAULT_MODEL = "depth-anything/Depth-Anything-V2-Small-hf"

@@ -1,6 +1,6 @@
 """What each named protocol computes of predicted and true bodies: pure functions, any leading dimensions.
 
-Every function takes bodies whose joints are already those of the protocol (`hmdiff.protocols` regresses them) and gives
+Every function takes bodies whose joints are already those of the protocol (`protocols` regresses them) and gives
 a dictionary of metrics: millimetres, or shares of 0..1. Vertices may be missing; what needs them is then left out.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 from hmdiff.geometry import similarity_transform
-from hmdiff.hand_metrics import curve_area, f_score, orthogonal_align
 from hmdiff.metrics import MILLIMETRES, joint_error, mean_distance, procrustes_error, root_of, vertex_error
+from hmdiff.scoring.hand_metrics import curve_area, f_score, orthogonal_align
 from hmdiff.skeletons import H36M14, J14, SMPL24, joint_indices
 
 HIPS = ("left_hip", "right_hip")

@@ -1,0 +1,1 @@
+"""Depth maps of photos: files, callables and monocular networks behind one interface."""

@@ -1,0 +1,1 @@
+"""Named protocols: what is compared with what, and the numbers of one or several processes."""
