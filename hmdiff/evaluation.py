@@ -219,7 +219,10 @@ def evaluate(
         "sampler": scheduler or "as saved",
         "seed": seed,
         "protocol": "J14 regressed from the mesh, root mid-hip, mm",
-        **summary(measured, pipeline.model.config.mode == "diffusion"),
+        **summary(
+            measured, pipeline.model.config.mode == "diffusion",
+            pipeline.temperature(num_inference_steps, scheduler, eta, guidance),
+        ),
         **({} if watch is None else {"bands": watch.report(measured)}),
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hmdiff.diffusion.hypotheses import apply_temperature
 from hmdiff.metrics import bootstrap_interval, calibration_curve, coverage
 
 COVERAGE_LEVEL = 0.9
@@ -30,8 +31,15 @@ class Measured:
     calls: tuple[tuple[int, float], ...]  # people and seconds of every call for n; none where more were drawn
 
 
-def summary(measured: Measured, diffusion: bool = True) -> dict[str, Any]:
-    """Means with 95 % bootstrap intervals over people, as JSON; calibration where hypotheses differ (diffusion)."""
+def summary(
+    measured: Measured,
+    diffusion: bool = True,
+    temperature: float = 1.0,  # that was fitted for this way of sampling; 1: none was
+) -> dict[str, Any]:
+    """Means with 95 % bootstrap intervals over people, as JSON; calibration where hypotheses differ (diffusion).
+
+    The errors, and the calibration outside "tempered", are of the hypotheses as they are drawn.
+    """
     report: dict[str, Any] = {
         "errors": {
             metric: {kind: interval(values) for kind, values in kinds.items()}
@@ -44,13 +52,22 @@ def summary(measured: Measured, diffusion: bool = True) -> dict[str, Any]:
             for metric, curve in measured.best_of.items()
         }
     if diffusion and measured.joints.shape[1] >= LEAST_TO_CALIBRATE:
-        value, low, high = calibration_interval(measured.joints, measured.true_joints)
-        report["expected_calibration_error"] = value
-        report["expected_calibration_error_interval"] = {"low": low, "high": high}
-        report["coverage"] = {"level": COVERAGE_LEVEL, **interval(covered(measured))}
+        report |= _calibration(measured)
+        if temperature != 1:
+            scaled = dataclasses.replace(measured, joints=apply_temperature(measured.joints, temperature))
+            report["tempered"] = {"temperature": temperature, **_calibration(scaled)}
     if measured.guidance:
         report["guidance"] = {name: interval(values) for name, values in measured.guidance.items()}
     return report
+
+
+def _calibration(measured: Measured) -> dict[str, Any]:
+    value, low, high = calibration_interval(measured.joints, measured.true_joints)
+    return {
+        "expected_calibration_error": value,
+        "expected_calibration_error_interval": {"low": low, "high": high},
+        "coverage": {"level": COVERAGE_LEVEL, **interval(covered(measured))},
+    }
 
 
 def interval(values: Tensor) -> dict[str, float]:  # of (P,)

@@ -156,6 +156,7 @@ def run(options: argparse.Namespace) -> int:
                 "num_inference_steps": options.steps or pipeline.num_inference_steps,
                 "sampler": options.sampler or "as saved", "seed": options.seed,
                 "guided_by": guided,
+                "temperature": pipeline.temperature(options.steps, options.sampler, None, guidance),
             }  # fmt: skip
             path = folder / f"{label}_{split}{suffix(guided)}.json"
             found = stored(path, settings)
@@ -305,6 +306,26 @@ def print_tables(reports: list[dict[str, Any]]) -> None:
             table.add_row("" if checkpoint == before else checkpoint, kind, *cells)
             before = checkpoint
         console.print(table)
+        for report in reports:
+            if report["split"] == split and "coverage" in report:
+                console.print(calibration_line(report), soft_wrap=True)
+
+
+def calibration_line(report: dict[str, Any]) -> str:
+    """How well the spread is calibrated, and with the temperature that was fitted for this way of sampling."""
+    level = report["coverage"]["level"]
+
+    def told(found: dict[str, Any]) -> str:
+        ece, within = found["expected_calibration_error"], found["expected_calibration_error_interval"]
+        return (
+            f"{ece:.3f} ({within['low']:.3f}-{within['high']:.3f}), {found['coverage']['value']:.0%} of the joints "
+            f"within {level:.0%} of the hypotheses"
+        )
+
+    line = f"{report['checkpoint']}: expected calibration error {told(report)}"
+    if "tempered" in report:
+        line += f"; with temperature {report['tempered']['temperature']:.2f}: {told(report['tempered'])}"
+    return line
 
 
 def print_bands(reports: list[dict[str, Any]]) -> None:

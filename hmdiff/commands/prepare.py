@@ -107,8 +107,9 @@ def _add_licensed(parts: Any) -> None:
 def _add_temperature(parts: Any) -> None:
     temperature = arguments.new_parser(
         parts, "temperature", "by what a pipeline's spread is multiplied to be calibrated, fitted on people",
-        "hmdiff prepare temperature runs/hmdiff_small --steps 3 10",
-        "It is written into the pipeline's hmdiff.json, one for each number of steps; meshes are not changed by it.",
+        "hmdiff prepare temperature runs/hmdiff_small --steps 3 10 --guidance dat",
+        "It is written into the pipeline's hmdiff.json, one for each number of steps and each guidance; meshes are not "
+        "changed by it.",
     )  # fmt: skip
     temperature.add_argument("source", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
     temperature.add_argument(
@@ -116,6 +117,7 @@ def _add_temperature(parts: Any) -> None:
     )
     temperature.add_argument("--sampler", metavar="NAME", help="another sampler (default: the pipeline's own)")
     temperature.add_argument("--eta", type=arguments.number(0), help="ddim's fresh noise (default: the pipeline's own)")
+    arguments.add_guidance(temperature)
     temperature.add_argument("--split", default="val", help="synthetic people to fit it on (default: %(default)s)")
     for option, least, default, words in (("--people", 8, 128, "of the split"), ("--num-hypotheses", 5, 25, "of each")):
         temperature.add_argument(
@@ -222,12 +224,13 @@ def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
     for options.steps in chosen:
         arguments.check_sampling(pipeline, options)
     data = test_people(pipeline.body, None if model.inputs == "heatmaps" else model.image_size)
+    guidance = arguments.guidance_of(options, pipeline)
     found: dict[str, Any] = {}
     for steps in chosen:
         with progress(f"{options.split}, {steps} steps", options.people) as update:
             fitted = calibrate(
                 pipeline, data, options.split, options.people, options.num_hypotheses, steps, options.sampler,
-                options.eta, options.seed, progress=update,
+                options.eta, options.seed, guidance, progress=update,
             )  # fmt: skip
         store_temperature(options.output, fitted)
         error = [fitted.fitted_on[f"expected_calibration_error_{when}"] for when in ("before", "after")]
