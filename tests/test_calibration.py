@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from small import free_body, people, people_block, small_pipeline
 
 from hmdiff.calibration import calibrate, draw, store_temperature
 from hmdiff.cli import main
+from hmdiff.commands.evaluate import calibration_line
 from hmdiff.diffusion.dat import Guidance
-from hmdiff.diffusion.hypotheses import heatmap_log_likelihood, select
+from hmdiff.diffusion.hypotheses import apply_temperature, heatmap_log_likelihood, select
 from hmdiff.errors import UserError
 from hmdiff.evaluation import as_heatmaps, photo_of
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Heatmaps
+from hmdiff.measured import Measured, summary
 from hmdiff.metrics import expected_calibration_error
 from hmdiff.output import log_likelihood
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
@@ -166,11 +169,33 @@ def test_the_command_writes_it_into_the_pipeline(
     pipe.save_pretrained(tmp_path / "run" / "pipeline")
     before = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     words = ["--people", "8", "--num-hypotheses", "5", "--steps", "1", "2", "--device", "cpu"]
-    assert main(["prepare", "temperature", str(tmp_path / "run"), *words]) == 0
+    assert main(["prepare", "temperature", str(tmp_path / "run"), *words, "--guidance", "none"]) == 0
     told = capsys.readouterr().out
     assert "ddim, 2 steps" in told and "calibration error" in told and str(tmp_path / "run" / "pipeline") in told
     after = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert {(each.num_inference_steps, each.sampler) for each in after.temperatures} == {(1, "ddim"), (2, "ddim")}
     assert after.temperature(2) != 1.0 and before.temperature(2) == 1.0
+    assert main(["prepare", "temperature", str(tmp_path / "run"), *words]) == 0
+    guided = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert guided.temperature(2) == after.temperature(2)  # both are kept
+    assert guided.temperature(2, guidance=Guidance()) != 1.0
     assert main(["prepare", "temperature", str(tmp_path / "run"), *words[:4], "--steps", "999"]) == 2
     assert "--steps 999: the model was trained with 200 steps" in capsys.readouterr().err
+
+
+def test_the_report_with_a_temperature() -> None:
+    drawn = torch.Generator().manual_seed(3)
+    truth = torch.randn(60, 14, 3, generator=drawn)
+    joints = torch.randn(60, 20, 14, 3, generator=drawn) * 0.4  # as far as they should be, times 0.4
+    errors = {"pve": {"mean": torch.rand(60, generator=drawn)}}
+    plain = Measured(errors, {}, joints, truth, {}, ())
+    report, as_drawn = summary(plain, temperature=2.5), summary(plain)
+    assert "tempered" not in as_drawn
+    assert {name: value for name, value in report.items() if name != "tempered"} == as_drawn
+    scaled = summary(dataclasses.replace(plain, joints=apply_temperature(joints, 2.5)))
+    tempered = report["tempered"]
+    assert tempered.pop("temperature") == 2.5
+    assert tempered == {name: scaled[name] for name in tempered}
+    assert tempered["expected_calibration_error"] < 0.07 < 0.2 < as_drawn["expected_calibration_error"]
+    told = calibration_line({"checkpoint": "ours", **report, "tempered": {"temperature": 2.5, **tempered}})
+    assert told.startswith("ours: expected calibration error 0.") and "with temperature 2.50" in told

@@ -80,6 +80,9 @@ class Perfect:
         self.model = small_pipeline("model.mode=direct").model
         self.num_inference_steps = 1
 
+    def temperature(self, *_: object) -> float:
+        return 1.0
+
     def __call__(
         self, images: object, heatmaps: object, hypotheses: int, *_: object, people: list[int], **__: object
     ) -> MeshOutput:
@@ -175,6 +178,9 @@ class Chatty:
     def __init__(self, pipe: HMDiffPipeline) -> None:
         self.pipe, self.asked = pipe, []
         self.model, self.num_inference_steps = pipe.model, pipe.num_inference_steps
+
+    def temperature(self, *_: object) -> float:
+        return 1.25
 
     def __call__(self, *words: object, guidance: object = None, **options: object) -> object:
         self.asked.append({**options, "people": len(options["people"]), "guidance": guidance})  # type: ignore[arg-type]
