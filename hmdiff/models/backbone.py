@@ -70,6 +70,15 @@ class ImageBackbone(nn.Module):
         tokens = self.project(features.flatten(2).transpose(1, 2)) + self.position
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
 
+    def look(
+        self,
+        maps: Tensor,  # (B, K, S, S) over the crop
+        heatmaps: Tensor | None = None,
+        heatmap_valid: Tensor | None = None,
+    ) -> Tensor:  # (B, L, K): the mean over each token's cell
+        """What each token sees of a map."""
+        return nn.functional.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)
+
 
 class ConvHeatmapBackbone(nn.Module):
     """Heatmaps (and which of them are there) to an 8 x 8 grid of tokens by strided convolutions."""
@@ -104,6 +113,15 @@ class ConvHeatmapBackbone(nn.Module):
         maps = torch.cat([heatmaps * valid, valid.expand_as(heatmaps)], 1)
         tokens = self.network(maps).flatten(2).transpose(1, 2) + self.position
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+
+    def look(
+        self,
+        maps: Tensor,  # (B, K, S, S) over the crop
+        heatmaps: Tensor | None = None,
+        heatmap_valid: Tensor | None = None,
+    ) -> Tensor:  # (B, L, K): the mean over each token's cell
+        """What each token sees of a map."""
+        return nn.functional.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)
 
 
 class JointHeatmapBackbone(nn.Module):
@@ -144,13 +162,30 @@ class JointHeatmapBackbone(nn.Module):
         heatmaps: Tensor,  # (B, J, h, w) >= 0, peak = confidence
         heatmap_valid: Tensor,  # (B, J) bool
     ) -> tuple[Tensor, Tensor]:  # tokens (B, J, C), mask (B, J) bool
-        flat = heatmaps.flatten(2).float()
-        peak = flat.amax(-1, keepdim=True)
-        # A real estimator's background is small but 4,096 pixels wide: below a tenth of the peak nothing is a place.
-        flat = (flat - 0.1 * peak).relu()
+        flat, peak = self._above_background(heatmaps)
         mass = flat.sum(-1, keepdim=True)
         there = heatmap_valid & (peak[..., 0] > 1e-3)
         moments = (flat @ self.basis) / mass.clamp_min(1e-6)
         spread = (mass / peak.clamp_min(1e-6) / 25).clamp(max=8)  # area of the peak over that of a sigma 2 Gaussian
         tokens = self.embed(torch.cat([moments, peak, spread], -1)) + self.joint
         return tokens * there[..., None], there
+
+    @staticmethod
+    def _above_background(heatmaps: Tensor) -> tuple[Tensor, Tensor]:  # (B, J, h w), and the peaks (B, J, 1)
+        """A real network's background is faint but 4,096 pixels wide: under a tenth of the peak nothing is a place."""
+        flat = heatmaps.flatten(2).float()
+        peak = flat.amax(-1, keepdim=True)
+        return (flat - 0.1 * peak).relu(), peak
+
+    def look(
+        self,
+        maps: Tensor,  # (B, K, S, S) over the crop
+        heatmaps: Tensor,  # (B, J, h, w)
+        heatmap_valid: Tensor,  # (B, J) bool
+    ) -> Tensor:  # (B, J, K): the mean under each joint's heatmap, 0 where it is missing
+        """What each token sees of a map."""
+        flat, _ = self._above_background(heatmaps)
+        weight = flat * heatmap_valid[..., None] / flat.sum(-1, keepdim=True).clamp_min(1e-6)
+        if maps.shape[-2:] != heatmaps.shape[-2:]:
+            maps = nn.functional.interpolate(maps, heatmaps.shape[-2:], mode="bilinear", align_corners=False)
+        return weight.to(maps.dtype) @ maps.flatten(2).transpose(1, 2)

@@ -4,10 +4,15 @@ D2A-HMR (arXiv 2403.09063): pseudo-depth is tokenised and fused with the image t
 hybrid positional encoding (a sinusoidal 2D code plus a learned table). Which of the two is the query is unknown; that
 the image tokens are, and the normalisation, are our choices.
 
+Attention finds out only slowly where a token should look. So each image token also reads the map at its own place (a
+joint's under its heatmap, a cell's over the cell), which is our addition.
+
 B people, L image tokens, M depth tokens, C channels, S pixels a side of the map, p pixels a side of a patch.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +75,44 @@ def near_relief(
     window = torch.where(known, normalised, torch.nan)[:, middle, middle].flatten(1)
     person = window.nanquantile(0.25, dim=1).nan_to_num(0.0)[:, None, None]
     return torch.where(known, torch.tanh(4 * (normalised - person)), 0.0)
+
+
+class DepthAtTokens(nn.Module):
+    """What each image token sees of the depth map at its own place. It adds nothing before it has learned."""
+
+    def __init__(self, width: int, map_size: int = 64, limit: float = 4.0) -> None:
+        super().__init__()
+        self.map_size = map_size
+        self.limit = limit  # of the profile: a limb's depth beside a wall's
+        self.embed = nn.Sequential(nn.Linear(3, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width))
+        for parameter in self.embed[2].parameters():
+            nn.init.zeros_(parameter)
+
+    def profile(
+        self,
+        depth: Tensor,  # (B, h, w) larger = farther, in any unit, NaN or infinite = not known
+        look: Callable[[Tensor], Tensor],  # maps (B, K, S, S) to what each token sees of them, (B, L, K)
+    ) -> Tensor:  # (B, L, 3): depth among the tokens' depths, relief, the share that is known; 0 where nothing is
+        """The same for any a * depth + b with a > 0."""
+        values, known = resize_depth(depth.detach().float(), self.map_size)
+        normalised = normalise_depth(values, known)
+        relief, there = near_relief(normalised, known), known.to(normalised.dtype)
+        seen = look(torch.stack([normalised * there, relief * there, there], 1))
+        share = seen[..., 2]
+        some = share > 1e-3
+        mean = torch.where(some[..., None], seen[..., :2] / share.clamp_min(1e-3)[..., None], 0.0)
+        # The wall behind a person is most of the map's range: once more, among the places that tokens look at.
+        among = normalise_depth(mean[..., 0, None], some[..., None])[..., 0].clamp(-self.limit, self.limit)
+        return torch.stack([among, mean[..., 1], torch.where(some, share, 0.0)], -1)
+
+    def forward(
+        self,
+        depth: Tensor,  # (B, h, w)
+        look: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # (B, L, C), to add to the tokens; 0 for a token that sees nothing known
+        seen = self.profile(depth, look)
+        read: Tensor = self.embed(seen.to(next(self.embed.parameters()).dtype))
+        return read * (seen[..., 2:] > 0)
 
 
 class DepthLayer(nn.Module):

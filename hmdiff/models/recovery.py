@@ -16,6 +16,7 @@ A path that is off has no parameter, and leaves every number of the others as it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from hmdiff.mesh import blend
 from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
 from hmdiff.models.conditioning import Conditioning, LiftedVolume
 from hmdiff.models.denoiser import SCALED, MeshDenoiser
-from hmdiff.models.depth import DepthFusion
+from hmdiff.models.depth import DepthAtTokens, DepthFusion
 from hmdiff.models.flow import RealNVP
 from hmdiff.models.layers import EncoderBlock
 from hmdiff.models.lifting import Lifting
@@ -136,6 +137,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         self.gradient_checkpointing = False
         # The optional paths come last: without them the first weights are those of a model that knows nothing of them.
         self.depth_fusion = DepthFusion(encoder_width, encoder_heads, depth_layers, depth_size) if depth_map else None
+        self.depth_at_tokens = DepthAtTokens(encoder_width, depth_size) if depth_map else None
         self.flows = nn.ModuleDict({name: RealNVP(2 if name == "joints_2d" else 3) for name in rle})
         self.silhouette_decoder = SilhouetteDecoder(encoder_width, encoder_heads) if silhouette else None
         self.volume_lifting: Lifting | None = None  # not "lifting": ModelMixin would answer with the config entry
@@ -185,6 +187,10 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         else:
             tokens, mask = self.feature_backbone(image, heatmaps, heatmap_valid)
         features = tokens
+        if self.depth_at_tokens is not None and depth is not None:
+            places: Any = self.feature_backbone
+            look = functools.partial(places.look, heatmaps=heatmaps, heatmap_valid=heatmap_valid)
+            tokens = tokens + self.depth_at_tokens(depth, look) * mask[..., None]
         tokens = torch.cat([self.camera_token.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], 1)
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1)
         if self.depth_fusion is not None and depth is not None:
