@@ -260,9 +260,9 @@ def test_evaluate_is_not_done_twice(
     calls = []
     real = module.evaluate
 
-    def counted(*words: Any) -> Any:
+    def counted(*words: Any, **options: Any) -> Any:
         calls.append(words[2])
-        return real(*words)
+        return real(*words, **options)
 
     monkeypatch.setattr(module, "evaluate", counted)
     own = tmp_path / "own"
