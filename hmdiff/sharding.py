@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 
+def shared_out(
+    tensors: Iterable[Tensor],
+) -> bool:
+    """Whether any of them lives in parts."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
 @torch.no_grad()
 def whole(
     tensors: Iterable[Tensor],

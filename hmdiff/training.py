@@ -47,6 +47,7 @@ from hmdiff.losses.rle import RLE_VARIANTS
 from hmdiff.models.masking import draw_hidden
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.sharding import fill, shared_out, whole
 from hmdiff.storage import atomic_file, make_folder
 from hmdiff.training_step import Draws, TrainingStep, used_by_no_loss
 
@@ -142,12 +143,17 @@ class Trainer:
             self.plain.forward = torch.compile(self.plain.forward)  # type: ignore[method-assign]
         step = TrainingStep(self.plain, self.scheduler, config.loss, edges.to(device) if config.loss.edges else None)
         self._wrapping.find_unused_parameters = used_by_no_loss(self.plain, config.loss)
+        self._tell_deepspeed()
         self.model, self.optimizer = self.accelerator.prepare(step, optimizer)
         # Not registered with accelerate, which would unpickle whatever stands in its place: `_save` writes it.
         self.ema = EMAModel(
             self.plain.parameters(), decay=values.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
         )
         self.ema.to(device)
+        # Whoever evaluates alone needs whole weights: its own, where those that are trained live in parts (FSDP).
+        self.shown = self.plain
+        if shared_out(self.plain.parameters()):
+            self.shown = self.pipeline.model = build_model(config, body, mesh).to(device).eval()
         self.step = 0
         self.stopping = False
 
@@ -212,11 +218,13 @@ class Trainer:
             quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             with quiet, self.accelerator.autocast():
                 terms = self.model(people, draws)
-                self.accelerator.backward(terms["loss"] / values.gradient_accumulation)
+                # DeepSpeed divides by itself.
+                share = 1 if self._deepspeed is not None else values.gradient_accumulation
+                self.accelerator.backward(terms["loss"] / share)
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / values.gradient_accumulation
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), values.gradient_clip)
-        if not torch.isfinite(norm):
+        if norm is not None and not math.isfinite(float(whole([torch.as_tensor(norm)])[0])):
             raise UserError(
                 f"step {self.step}: the gradient is not finite; start again from {self.folder}/checkpoints with a "
                 "lower training.learning_rate, or with training.mixed_precision=no"
@@ -227,6 +235,19 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             totals = {name: self.accelerator.reduce(value, "mean") for name, value in totals.items()}
         return totals
+
+    @property
+    def _deepspeed(self) -> Any:
+        return self.accelerator.state.deepspeed_plugin
+
+    def _tell_deepspeed(self) -> None:
+        """DeepSpeed accumulates and clips by itself, by the launcher's file: the config's values go over that."""
+        if self._deepspeed is not None:
+            self._deepspeed.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": self.config.training.batch_size,
+                "gradient_accumulation_steps": self.config.training.gradient_accumulation,
+                "gradient_clipping": self.config.training.gradient_clip,
+            }
 
     def _rate(self) -> float:
         """Linear warm-up, then a cosine to zero: the learning rate of the current step."""
@@ -286,10 +307,11 @@ class Trainer:
             shutil.rmtree(part, ignore_errors=True)
             make_folder(part)
         self.accelerator.wait_for_everyone()
+        averaged = whole(self.ema.shadow_params)
         try:
             self.accelerator.save_state(str(part), safe_serialization=True)
             if self.accelerator.is_main_process:
-                save_file(_numbered(self.ema.shadow_params), part / "ema.safetensors")
+                save_file(_numbered(averaged), part / "ema.safetensors")
                 progress = {"step": self.step, "ema_steps": self.ema.optimization_step}
                 (part / "progress.json").write_text(json.dumps(progress))
         except Exception as error:  # of a full disk the file system, torch and safetensors each tell in their own way
@@ -318,7 +340,7 @@ class Trainer:
             progress = json.loads((found[-1] / "progress.json").read_text())
             stored = load_file(found[-1] / "ema.safetensors", device=str(self.accelerator.device))
             for mine, name in zip(self.ema.shadow_params, sorted(stored), strict=True):
-                mine.copy_(stored[name])
+                fill(mine, stored[name])
             self.step, self.ema.optimization_step = int(progress["step"]), int(progress["ema_steps"])
         except Exception as error:  # torch, safetensors and JSON each raise their own
             reason = str(error).split("\n")[0][:160]
@@ -367,23 +389,18 @@ class Trainer:
 
     def _evaluate(self, log: Any) -> dict[str, Any]:
         """The EMA weights on the validation split; then they are saved as a pipeline."""
+        averaged = whole(self.ema.shadow_params)
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return {}
         values = self.config.evaluation
-        self.ema.store(self.plain.parameters())
-        self.ema.copy_to(self.plain.parameters())
-        self.plain.eval()
-        try:
+        with self._showing(averaged):
             report = evaluate(
                 self.pipeline, self.validation, "val", values.people, values.num_hypotheses, values.num_inference_steps
             )
             self.pipeline.save_pretrained(self.folder / "pipeline")
             if not self.config.training.picture_every or self.step % self.config.training.picture_every == 0:
                 self._picture()
-        finally:
-            self.ema.restore(self.plain.parameters())
-            self.plain.train()
         row = {f"val_{metric}_{kind}": value["value"] for metric, kinds in report["errors"].items()
                for kind, value in kinds.items()}  # fmt: skip
         log({"step": self.step, **row, "val_pve_of_mean_mesh": mean_mesh_error(self.validation, "val", values.people)})
@@ -394,6 +411,26 @@ class Trainer:
         )
         self.accelerator.wait_for_everyone()
         return report
+
+    @contextlib.contextmanager
+    def _showing(self, averaged: list[Tensor]) -> Iterator[None]:
+        """The pipeline with the EMA weights, all in one piece."""
+        if self.shown is not self.plain:
+            with torch.no_grad():
+                for mine, value in zip(self.shown.parameters(), averaged, strict=True):
+                    mine.copy_(value)
+                for buffer, value in zip(self.shown.buffers(), self.plain.buffers(), strict=True):
+                    buffer.copy_(value)
+            yield
+            return
+        self.ema.store(self.plain.parameters())
+        self.ema.copy_to(self.plain.parameters())
+        self.plain.eval()
+        try:
+            yield
+        finally:
+            self.ema.restore(self.plain.parameters())
+            self.plain.train()
 
     def _test(self) -> None:
         """The finished pipeline on the test split, beside what the mean mesh gives; written to test.json."""

@@ -162,7 +162,7 @@ class JointHeatmapBackbone(nn.Module):
         heatmaps: Tensor,  # (B, J, h, w) >= 0, peak = confidence
         heatmap_valid: Tensor,  # (B, J) bool
     ) -> tuple[Tensor, Tensor]:  # tokens (B, J, C), mask (B, J) bool
-        flat, peak = self._above_background(heatmaps)
+        flat, peak = self._above(heatmaps, 0.1)
         mass = flat.sum(-1, keepdim=True)
         there = heatmap_valid & (peak[..., 0] > 1e-3)
         moments = (flat @ self.basis) / mass.clamp_min(1e-6)
@@ -171,20 +171,20 @@ class JointHeatmapBackbone(nn.Module):
         return tokens * there[..., None], there
 
     @staticmethod
-    def _above_background(heatmaps: Tensor) -> tuple[Tensor, Tensor]:  # (B, J, h w), and the peaks (B, J, 1)
+    def _above(heatmaps: Tensor, share: float) -> tuple[Tensor, Tensor]:  # (B, J, h w), and the peaks (B, J, 1)
         """A real network's background is faint but 4,096 pixels wide: under a tenth of the peak nothing is a place."""
         flat = heatmaps.flatten(2).float()
         peak = flat.amax(-1, keepdim=True)
-        return (flat - 0.1 * peak).relu(), peak
+        return (flat - share * peak).relu(), peak
 
     def look(
         self,
         maps: Tensor,  # (B, K, S, S) over the crop
         heatmaps: Tensor,  # (B, J, h, w)
         heatmap_valid: Tensor,  # (B, J) bool
-    ) -> Tensor:  # (B, J, K): the mean under each joint's heatmap, 0 where it is missing
+    ) -> Tensor:  # (B, J, K): the mean about each joint's peak, down to half of it; 0 where the joint is missing
         """What each token sees of a map."""
-        flat, _ = self._above_background(heatmaps)
+        flat, _ = self._above(heatmaps, 0.5)
         weight = flat * heatmap_valid[..., None] / flat.sum(-1, keepdim=True).clamp_min(1e-6)
         if maps.shape[-2:] != heatmaps.shape[-2:]:
             maps = nn.functional.interpolate(maps, heatmaps.shape[-2:], mode="bilinear", align_corners=False)

@@ -80,9 +80,12 @@ def near_relief(
 class DepthAtTokens(nn.Module):
     """What each image token sees of the depth map at its own place. It adds nothing before it has learned."""
 
-    def __init__(self, width: int, map_size: int = 64, limit: float = 4.0) -> None:
+    def __init__(self, width: int, map_size: int = 64, nearness: float = 5.0, limit: float = 4.0) -> None:
         super().__init__()
         self.map_size = map_size
+        # How much more a near pixel counts: a limb is thin, and what is beside it is behind it. Without it what is read
+        # hardly correlates with the joints' depths (tests/test_depth.py has both).
+        self.nearness = nearness
         self.limit = limit  # of the profile: a limb's depth beside a wall's
         self.embed = nn.Sequential(nn.Linear(3, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width))
         for parameter in self.embed[2].parameters():
@@ -97,10 +100,11 @@ class DepthAtTokens(nn.Module):
         values, known = resize_depth(depth.detach().float(), self.map_size)
         normalised = normalise_depth(values, known)
         relief, there = near_relief(normalised, known), known.to(normalised.dtype)
-        seen = look(torch.stack([normalised * there, relief * there, there], 1))
-        share = seen[..., 2]
+        weight = there * (-self.nearness * (relief + 1)).exp()  # relief is -1 where it is nearest
+        seen = look(torch.stack([normalised * weight, relief * weight, weight, there], 1))
+        share = seen[..., 3]
         some = share > 1e-3
-        mean = torch.where(some[..., None], seen[..., :2] / share.clamp_min(1e-3)[..., None], 0.0)
+        mean = seen[..., :2] / seen[..., 2:3].clamp_min(1e-12) * some[..., None]
         # The wall behind a person is most of the map's range: once more, among the places that tokens look at.
         among = normalise_depth(mean[..., 0, None], some[..., None])[..., 0].clamp(-self.limit, self.limit)
         return torch.stack([among, mean[..., 1], torch.where(some, share, 0.0)], -1)
