@@ -338,7 +338,7 @@ class Trainer:
         try:
             self.accelerator.load_state(str(found[-1]))
             progress = json.loads((found[-1] / "progress.json").read_text())
-            stored = load_file(found[-1] / "ema.safetensors", device=str(self.accelerator.device))
+            stored = load_file(found[-1] / "ema.safetensors")
             for mine, name in zip(self.ema.shadow_params, sorted(stored), strict=True):
                 fill(mine, stored[name])
             self.step, self.ema.optimization_step = int(progress["step"]), int(progress["ema_steps"])

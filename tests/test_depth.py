@@ -1,11 +1,17 @@
 """Depth tokens: unit and origin do not matter, nothing known changes nothing, every kind of bad map has an answer."""
 
+import functools
+import statistics
+
 import pytest
 import torch
 import torch.nn.functional as F
-from small import awaken
+from small import awaken, free_body
 
-from hmdiff.models.depth import DepthFusion, near_relief, normalise_depth, resize_depth
+from hmdiff.assembly import build_data
+from hmdiff.config import load_config
+from hmdiff.models.backbone import JointHeatmapBackbone
+from hmdiff.models.depth import DepthAtTokens, DepthFusion, near_relief, normalise_depth, resize_depth
 
 WIDTH, PEOPLE, TOKENS, SIZE = 32, 4, 7, 32
 
@@ -206,3 +212,38 @@ def test_other_kinds_are_refused(fusion, tokens):
         DepthFusion(WIDTH, 2, map_size=30)
     with pytest.raises(ValueError, match="0 layers; at least 1 is needed"):
         DepthFusion(WIDTH, 2, layers=0)
+
+
+def test_what_is_read_at_the_joints_goes_with_their_depth():
+    """Rendered people before a wall, heatmaps with an estimator's faults: the median correlation over people."""
+    values = load_config(None, ["model.depth_map=true", "data.depth_faults.none=true", "data.map_size=64"])
+    body, mesh = free_body()
+    sample = build_data(values, body, mesh).block("val", 0)
+    assert sample.depth_input is not None and sample.keypoints_3d is not None
+    look = functools.partial(
+        JointHeatmapBackbone(26, 64, WIDTH).look, heatmaps=sample.heatmaps, heatmap_valid=sample.heatmap_valid
+    )
+
+    def correlation(nearness: float) -> float:
+        seen = DepthAtTokens(WIDTH, 64, nearness).profile(sample.depth_input, look)
+        found = []
+        for profile, joints in zip(seen, sample.keypoints_3d, strict=True):
+            there = profile[:, 2] > 0.1
+            if there.sum() > 5:
+                found.append(torch.corrcoef(torch.stack([profile[there, 0], joints[there, 2]]))[0, 1].item())
+        return statistics.median(found)
+
+    assert correlation(5.0) > 0.65 > 0.4 > correlation(0.0)
+
+
+@pytest.mark.parametrize("scale", [1000.0, 0.001])
+def test_unit_and_origin_do_not_matter_at_the_joints_either(depth, scale):
+    heatmaps, valid = torch.rand(PEOPLE, 5, SIZE, SIZE) ** 20, torch.tensor([True] * 4 + [False]).expand(PEOPLE, -1)
+    look = functools.partial(JointHeatmapBackbone(5, SIZE, WIDTH).look, heatmaps=heatmaps, heatmap_valid=valid)
+    reading = DepthAtTokens(WIDTH, SIZE)
+    assert not reading(depth, look).any()  # it adds nothing before it has learned
+    awaken(reading)
+    read = reading(depth, look)
+    assert read[:, :4].abs().amax(-1).min() > 0 and not read[:, 4].any()  # a missing joint reads nothing
+    torch.testing.assert_close(reading(scale * depth + 7, look), read, rtol=1e-2, atol=1e-2)
+    assert not reading(torch.full_like(depth, torch.nan), look).any()
