@@ -165,15 +165,20 @@ def test_data_sets_without_some_labels(tmp_path: Path) -> None:
     sample = recorded(records, heatmaps="none", full_mesh=False).block("val", 0)
     torch.testing.assert_close(sample.joints_2d[0], full.joints_2d[0], rtol=0, atol=1e-5)
     assert (sample.joints_2d_confidence[0] == 1).all()
-    assert sample.has_perspective.tolist() == [True, False, False, False]
-    assert sample.has_camera.tolist() == [True, True, False, False]
+    assert sample.has_perspective.tolist() == [True, False, False, True]  # of the last, joints that the camera sees
+    torch.testing.assert_close(sample.pelvis[3], full.pelvis[0], rtol=0, atol=1e-5)
+    assert sample.has_camera.tolist() == [True, True, False, True]
     torch.testing.assert_close(sample.camera[1], full.camera[1], rtol=0.1, atol=0.05)
     assert sample.has_vertices.tolist() == [True, True, False, False]
     assert sample.has_joints_3d.tolist() == [True, True, False, True]
     torch.testing.assert_close(sample.joints_3d[3], full.joints_3d[0], rtol=0, atol=1e-5)
     named = [name in SMPL24 for name in HALPE26]
     assert sample.has_keypoints_3d[2:].tolist() == [[False] * 26, named]
-    assert (sample.joints_2d_confidence[3] == 0).all() and not sample.visible[3].any()
+    assert (sample.joints_2d_confidence[3] > 0).tolist() == named  # projected, where nothing is labelled in the photo
+    at = [SMPL24.index(name) for name in HALPE26 if name in SMPL24]
+    camera = (sample.focal[3], sample.principal_point[3])
+    seen = perspective_projection((full.joints_3d[0, at] + full.pelvis[0])[None], camera[0][None], camera[1][None])[0]
+    torch.testing.assert_close(sample.joints_2d[3, named], seen, rtol=0, atol=1e-4)
     with pytest.raises(UserError, match=r"row 2: no body is labelled, so split 'val' cannot be evaluated on it"):
         recorded(records).block("val", 0)
 
