@@ -288,7 +288,7 @@ class GuidanceReport:
     gap_before: Tensor  # (B, N)
     gap_after: Tensor  # (B, N)
     active: Tensor  # (K, B) share of the person's hypotheses on which DAT acted at each step
-    fell_back: Tensor  # (B, N) bool: guidance did not lower the gap, so the unguided mesh was taken
+    fell_back: Tensor  # (B, N) bool: guidance raised the gap, so the unguided mesh was taken
 
     @classmethod
     def join(cls, parts: list[GuidanceReport]) -> GuidanceReport:
@@ -312,7 +312,9 @@ def aligned_sample(
     people: int,  # B; M = B * N
     callback: Callback | None = None,
 ) -> tuple[Tensor, GuidanceReport]:  # x_0 (M, P, 3)
-    """The reverse process with DAT. A hypothesis that ends with a larger gap than its first x̂_0 is drawn without."""
+    """The reverse process with DAT. A hypothesis that ends with a larger gap than its first x̂_0, which is the mean of all,
+    is also drawn without, and the one with the smaller gap is kept.
+    """
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"guidance needs a scheduler with a signal share; {type(scheduler).__name__} has none")
     aligned = AlignedDenoiser(denoise, scheduler, keypoints, target, guidance)
@@ -324,8 +326,9 @@ def aligned_sample(
     if worse.any():
         noise, generators = start()
         plain = sample(denoise, scheduler, noise, num_inference_steps, generators, eta)
-        points = torch.where(worse[:, None, None], plain, points)
-        after = aligned.gap(points)
+        without = aligned.gap(plain)
+        worse &= without < after
+        points, after = torch.where(worse[:, None, None], plain, points), torch.where(worse, without, after)
     active = torch.stack(aligned.steps).float().unflatten(1, (people, -1)).mean(-1)
     rows = (people, -1)
     return points, GuidanceReport(before.unflatten(0, rows), after.unflatten(0, rows), active, worse.unflatten(0, rows))
