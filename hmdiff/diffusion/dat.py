@@ -312,8 +312,10 @@ def aligned_sample(
     people: int,  # B; M = B * N
     callback: Callback | None = None,
 ) -> tuple[Tensor, GuidanceReport]:  # x_0 (M, P, 3)
-    """The reverse process with DAT. A hypothesis that ends with a larger gap than its first x̂_0, which is the mean of all,
-    is also drawn without, and the one with the smaller gap is kept.
+    """The reverse process with DAT.
+
+    A hypothesis that ends with a larger gap than its first x̂_0 (the mean of all) is also drawn without, and the one with
+    the smaller gap is kept.
     """
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"guidance needs a scheduler with a signal share; {type(scheduler).__name__} has none")
