@@ -314,8 +314,8 @@ def aligned_sample(
 ) -> tuple[Tensor, GuidanceReport]:  # x_0 (M, P, 3)
     """The reverse process with DAT.
 
-    A hypothesis that ends with a larger gap than its first x̂_0 (the mean of all) is also drawn without, and the one with
-    the smaller gap is kept.
+    A hypothesis that ends with a larger gap than its first x̂_0 (the mean of all) is also drawn without, and the one
+    with the smaller gap is kept.
     """
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"guidance needs a scheduler with a signal share; {type(scheduler).__name__} has none")
