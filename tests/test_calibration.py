@@ -165,7 +165,7 @@ def test_calibration_sets_the_temperature_and_lowers_the_error(pipe: HMDiffPipel
 def test_the_command_writes_it_into_the_pipeline(
     pipe: HMDiffPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hmdiff.commands.evaluate.test_people", lambda body, image_size: people(True))
+    monkeypatch.setattr("hmdiff.commands.evaluate.test_people", lambda body, image_size, map_size: people(True))
     pipe.save_pretrained(tmp_path / "run" / "pipeline")
     before = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     words = ["--people", "8", "--num-hypotheses", "5", "--steps", "1", "2", "--device", "cpu"]
@@ -179,6 +179,8 @@ def test_the_command_writes_it_into_the_pipeline(
     guided = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert guided.temperature(2) == after.temperature(2)  # both are kept
     assert guided.temperature(2, guidance=Guidance()) != 1.0
+    assert main(["prepare", "temperature", str(tmp_path / "run"), "--guidance", "none", "--strength", "1"]) == 2
+    assert "--strength is of a guidance" in capsys.readouterr().err
     assert main(["prepare", "temperature", str(tmp_path / "run"), *words[:4], "--steps", "999"]) == 2
     assert "--steps 999: the model was trained with 200 steps" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hmdiff.commands import arguments
+from hmdiff.errors import UserError
 
 # Of hmdiff.data.readers, which a test holds them to: importing it would slow every other command's start.
 DATASETS = (
@@ -216,14 +217,17 @@ def _checkpoint(options: argparse.Namespace) -> Mapping[str, Any]:
 
 def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
     from hmdiff.calibration import calibrate, store_temperature
-    from hmdiff.commands.evaluate import progress, test_people
+    from hmdiff.commands.evaluate import MAP_SIZE, progress, test_people
 
+    if options.strength is not None and options.guidance == "none":
+        raise UserError("--strength is of a guidance: add --guidance dat (or disrupted)")
     pipeline = arguments.load_pipeline(options.source, arguments.resolve_device(options.device))
     options.output = arguments.checkpoint_folder(options.source)
     model, chosen = pipeline.model.config, options.steps or [pipeline.num_inference_steps]
     for options.steps in chosen:
         arguments.check_sampling(pipeline, options)
-    data = test_people(pipeline.body, None if model.inputs == "heatmaps" else model.image_size)
+    pictures = None if model.inputs == "heatmaps" else model.image_size
+    data = test_people(pipeline.body, pictures, MAP_SIZE if model.depth_map else 0)
     guidance = arguments.guidance_of(options, pipeline)
     found: dict[str, Any] = {}
     for steps in chosen:

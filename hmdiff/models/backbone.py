@@ -19,7 +19,22 @@ from torch import Tensor, nn
 from hmdiff.models.layers import sinusoidal_position_2d
 
 
-class ImageBackbone(nn.Module):
+class GridBackbone(nn.Module):
+    """One whose tokens are the cells of a square grid over the crop."""
+
+    grid: int  # cells a side
+
+    def look(
+        self,
+        maps: Tensor,  # (B, K, S, S) over the crop
+        heatmaps: Tensor | None = None,
+        heatmap_valid: Tensor | None = None,
+    ) -> Tensor:  # (B, L, K): the mean over each token's cell
+        """What each token sees of a map."""
+        return nn.functional.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)
+
+
+class ImageBackbone(GridBackbone):
     """A timm network; the deepest feature map gives the tokens.
 
     With `heatmap_channels` the heatmaps, enlarged to the image, are further input channels. JOTR joins them behind
@@ -70,17 +85,8 @@ class ImageBackbone(nn.Module):
         tokens = self.project(features.flatten(2).transpose(1, 2)) + self.position
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
 
-    def look(
-        self,
-        maps: Tensor,  # (B, K, S, S) over the crop
-        heatmaps: Tensor | None = None,
-        heatmap_valid: Tensor | None = None,
-    ) -> Tensor:  # (B, L, K): the mean over each token's cell
-        """What each token sees of a map."""
-        return nn.functional.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)
 
-
-class ConvHeatmapBackbone(nn.Module):
+class ConvHeatmapBackbone(GridBackbone):
     """Heatmaps (and which of them are there) to an 8 x 8 grid of tokens by strided convolutions."""
 
     def __init__(
@@ -113,15 +119,6 @@ class ConvHeatmapBackbone(nn.Module):
         maps = torch.cat([heatmaps * valid, valid.expand_as(heatmaps)], 1)
         tokens = self.network(maps).flatten(2).transpose(1, 2) + self.position
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
-
-    def look(
-        self,
-        maps: Tensor,  # (B, K, S, S) over the crop
-        heatmaps: Tensor | None = None,
-        heatmap_valid: Tensor | None = None,
-    ) -> Tensor:  # (B, L, K): the mean over each token's cell
-        """What each token sees of a map."""
-        return nn.functional.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)
 
 
 class JointHeatmapBackbone(nn.Module):
@@ -172,7 +169,7 @@ class JointHeatmapBackbone(nn.Module):
 
     @staticmethod
     def _above(heatmaps: Tensor, share: float) -> tuple[Tensor, Tensor]:  # (B, J, h w), and the peaks (B, J, 1)
-        """A real network's background is faint but 4,096 pixels wide: under a tenth of the peak nothing is a place."""
+        """What exceeds a share of the peak: a real network's background is faint, but 4,096 pixels wide."""
         flat = heatmaps.flatten(2).float()
         peak = flat.amax(-1, keepdim=True)
         return (flat - share * peak).relu(), peak
