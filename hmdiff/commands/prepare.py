@@ -79,10 +79,15 @@ def add_parser(subparsers: Any) -> None:
         "Needs the extra mmpose. Killed at any moment, the same command goes on.",
     )  # fmt: skip
     _output(estimator, "runs/pose_small", "FOLDER")
+    estimator.add_argument(
+        "--network", choices=("hrnet", "resnet18"), default="hrnet",
+        help="resnet18: its weights also start a mesh model's backbone, model.pretrained=FOLDER/model.safetensors "
+        "(default: %(default)s)",
+    )  # fmt: skip
     for option, default, words in (
         ("--steps", 2000, "of 16 people in 2 crops each"),
         ("--image-size", 96, "pixels a side that the network reads, a multiple of 32"),
-        ("--width", 16, "channels of its finest branch"),
+        ("--width", 16, "channels of HRNet's finest branch, and half as many as of ResNet's last deconvolution"),
         ("--people", 512, "of each test split, to measure it"),
     ):
         estimator.add_argument(option, type=arguments.whole(1), default=default, help=f"{words} (default: %(default)s)")
@@ -259,6 +264,7 @@ def _estimator(options: argparse.Namespace) -> Mapping[str, Any]:
     from hmdiff.prepare.estimator import EstimatorTraining, prepare_estimator
 
     values = EstimatorTraining(
-        steps=options.steps, image_size=options.image_size, width=options.width, seed=options.seed
+        steps=options.steps, network=options.network, image_size=options.image_size, width=options.width,
+        seed=options.seed,
     )  # fmt: skip
     return prepare_estimator(options.output, values, arguments.resolve_device(options.device), options.people)

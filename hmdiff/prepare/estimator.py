@@ -51,7 +51,8 @@ class EstimatorTraining:
     people: int = 16  # drawn a step
     views: int = 2  # crops of each: drawing a picture costs about as much as learning from it
     image_size: int = 96
-    width: int = 16  # channels of the finest branch; twice, four and eight times as many in the others
+    network: str = "hrnet"  # or resnet18, whose weights can start a mesh model's backbone (model.pretrained)
+    width: int = 16  # of `estimator_config`
     learning_rate: float = 3e-3
     warmup: int = 100
     weight_decay: float = 1e-2
@@ -96,7 +97,7 @@ class EstimatorRun:
             if getattr(values, name) < 1:
                 raise UserError(f"{name} {getattr(values, name)}: at least 1 is needed")
         self.output, self.values, self.device = make_folder(output), values, torch.device(device)
-        self.config = estimator_config(values.image_size, values.width)
+        self.config = estimator_config(values.image_size, values.width, values.network)
         self.network: Any = build_network(self.config)
         _initialise(self.network, values.seed)
         self.network.to(self.device).to(memory_format=torch.channels_last).train()

@@ -1,8 +1,9 @@
-"""The pose estimator's config: a small HRNet with a deconvolution head, of mmpose's classes, as plain values.
+"""The pose estimator's config: a small HRNet or a ResNet-18 with deconvolutions, of mmpose's classes, as plain values.
 
 HRNet: Wang et al., arXiv 1908.07919, in the smallest of the published forms (one module a stage, two blocks a branch);
-the head: Xiao et al., arXiv 1804.06208; the codec: MSRA's with unrounded Gaussians (arXiv 1910.06278). Sizes are our
-choice: N pixels in, heatmaps of N/2, so that N = 96 trains on a processor core and N = 128 has the crop's own 64.
+ResNet and the head: Xiao et al., arXiv 1804.06208; the codec: MSRA's with unrounded Gaussians (arXiv 1910.06278). Sizes
+are our choice: N pixels in, heatmaps of N/2, so that N = 96 trains on a processor core and N = 128 has the crop's own
+64. The HRNet is the smaller file; the ResNet's weights can also start a mesh model's backbone (`model.pretrained`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from hmdiff.heatmaps.distribution import BOX_PADDING
 from hmdiff.skeletons import HALPE26, mirror_permutation
 from hmdiff.storage import atomic_file
 
+NETWORKS = ("hrnet", "resnet18")
 SIGMA = 2.0  # heatmap pixels, at 64 a side
 # ImageNet's, as mmpose's models have them; any would do for a network that starts from nothing.
 _MEAN, _STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -27,42 +29,30 @@ _SIGMAS = [0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062,
 
 def estimator_config(
     image_size: int = 96,  # N pixels
-    width: int = 16,  # channels of the finest branch
+    width: int = 16,  # channels of HRNet's finest branch; half as many as of ResNet's last deconvolution
+    network: str = "hrnet",
 ) -> dict[str, Any]:
     """Top-level names and values of the config. Raises `UserError` for a size that the branches cannot halve."""
+    if network not in NETWORKS:
+        raise UserError(f"network {network!r} is not known; choose one of {', '.join(NETWORKS)}")
     if image_size % 32 or image_size < 32:
         raise UserError(f"image_size {image_size}: a multiple of 32 is needed, such as 96")
-    channels = [width * 2**branch for branch in range(4)]
     heatmap = image_size // 2
-
-    def stage(branches: int) -> dict[str, Any]:
-        return {
-            "num_modules": 1, "num_branches": branches, "block": "BASIC", "num_blocks": (2,) * branches,
-            "num_channels": tuple(channels[:branches]),
-        }  # fmt: skip
-
-    first = {
-        "num_modules": 1, "num_branches": 1, "block": "BOTTLENECK", "num_blocks": (1,), "num_channels": (2 * width,),
-    }  # fmt: skip
+    if network == "hrnet":
+        backbone, channels, deconvolutions = _hrnet(width), width, (2 * width,)
+    else:
+        backbone, channels = {"type": "ResNet", "depth": 18, "in_channels": 3, "out_indices": (3,)}, 512
+        deconvolutions = (4 * width, 4 * width, 4 * width, 2 * width)
     model = {
         "type": "TopdownPoseEstimator",
         "data_preprocessor": {"type": "PoseDataPreprocessor", "mean": _MEAN, "std": _STD, "bgr_to_rgb": True},
-        "backbone": {
-            "type": "HRNet",
-            "in_channels": 3,
-            "extra": {
-                "stage1": first,
-                "stage2": stage(2),
-                "stage3": stage(3),
-                "stage4": {**stage(4), "multiscale_output": False},
-            },
-        },
+        "backbone": backbone,
         "head": {
             "type": "HeatmapHead",
-            "in_channels": width,
+            "in_channels": channels,
             "out_channels": len(HALPE26),
-            "deconv_out_channels": (2 * width,),
-            "deconv_kernel_sizes": (4,),
+            "deconv_out_channels": deconvolutions,
+            "deconv_kernel_sizes": (4,) * len(deconvolutions),
             "loss": {"type": "KeypointMSELoss", "use_target_weight": True, "loss_weight": _LOSS_WEIGHT},
             "decoder": {
                 "type": "MSRAHeatmap",
@@ -87,6 +77,24 @@ def estimator_config(
         "train_dataloader": {"dataset": {"metainfo": _metainfo()}},
         "test_dataloader": {"dataset": {"pipeline": pipeline}},
     }
+
+
+def _hrnet(width: int) -> dict[str, Any]:
+    channels = [width * 2**branch for branch in range(4)]
+
+    def stage(branches: int) -> dict[str, Any]:
+        return {
+            "num_modules": 1, "num_branches": branches, "block": "BASIC", "num_blocks": (2,) * branches,
+            "num_channels": tuple(channels[:branches]),
+        }  # fmt: skip
+
+    first = {
+        "num_modules": 1, "num_branches": 1, "block": "BOTTLENECK", "num_blocks": (1,), "num_channels": (2 * width,),
+    }  # fmt: skip
+    stages = {
+        "stage1": first, "stage2": stage(2), "stage3": stage(3), "stage4": {**stage(4), "multiscale_output": False},
+    }  # fmt: skip
+    return {"type": "HRNet", "in_channels": 3, "extra": stages}
 
 
 def _metainfo() -> dict[str, Any]:
