@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from hmdiff.errors import UserError
 from hmdiff.heatmaps import gaussian_heatmaps
 from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
 
@@ -121,3 +125,32 @@ def test_image_backbone(channels: int) -> None:
             backbone(image)
     else:
         assert torch.equal(other, tokens) and torch.equal(hidden, tokens)
+
+
+@pytest.mark.parametrize("start", ["", "backbone."])
+def test_image_backbone_starts_from_a_file(start: str, tmp_path: Path) -> None:
+    """A pose network's weights: the same features, and with heatmaps beside the picture the same ones at first."""
+    torch.manual_seed(0)
+    first = ImageBackbone("resnet18", 64, 32).eval()
+    stored = {start + name: value for name, value in first.network.state_dict().items()}
+    save_file({**stored, "head.final_layer.weight": torch.ones(2)}, tmp_path / "pose.safetensors")
+    torch.save({"state_dict": stored, "meta": {}}, tmp_path / "pose.pth")
+    image, heatmaps, valid = torch.rand(2, 3, 64, 64), torch.rand(2, 5, 16, 16), torch.ones(2, 5).bool()
+    for name in ("pose.safetensors", "pose.pth"):
+        plain = ImageBackbone("resnet18", 64, 32, pretrained=str(tmp_path / name)).eval()
+        fused = ImageBackbone("resnet18", 64, 32, heatmap_channels=5, pretrained=str(tmp_path / name)).eval()
+        fused.project = plain.project
+        with torch.no_grad():
+            torch.testing.assert_close(plain.network(image)[-1], first.network(image)[-1], rtol=0, atol=0)
+            torch.testing.assert_close(fused(image, heatmaps, valid)[0], plain(image)[0], rtol=1e-4, atol=1e-5)
+        fused(image, heatmaps, valid)[0].square().sum().backward()
+        assert fused.network.conv1.weight.grad[:, 3:].abs().max() > 0  # the heatmaps' channels learn
+    with pytest.raises(UserError, match=r"not the weights of this backbone: \d+ of \d+ are missing"):
+        ImageBackbone("resnet34", 64, 32, pretrained=str(tmp_path / "pose.pth"))
+    stored.pop(start + "conv1.weight")
+    save_file(stored, tmp_path / "less.safetensors")
+    with pytest.raises(UserError, match=r"1 of \d+ are missing or of another size, such as conv1.weight"):
+        ImageBackbone("resnet18", 64, 32, pretrained=str(tmp_path / "less.safetensors"))
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        ImageBackbone("resnet18", 64, 32, pretrained=str(tmp_path / "nowhere.pth"))
+

@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version", "scoring", "studies"}),
     frozenset({
         "geometry", "skeletons", "scoring.published", "memory", "sharding", "storage", "resources", "unpickling",
-        "config",
+        "foreign_weights", "config",
     }),
     frozenset({
         "body", "body_files", "canvas", "decimation", "export", "heatmaps", "mesh", "pictures", "render",

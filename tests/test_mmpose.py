@@ -24,12 +24,13 @@ from hmdiff.cli import main
 from hmdiff.commands import estimation
 from hmdiff.commands.photos import read_people
 from hmdiff.errors import UserError
+from hmdiff.foreign_weights import read_checkpoint
 from hmdiff.geometry import crop_to_photo
 from hmdiff.heatmaps import Heatmaps, crop_from_box, heatmap_peaks, load_heatmaps, openmmlab
 from hmdiff.heatmaps.detector import PersonDetector
 from hmdiff.heatmaps.mmpose_codecs import heatmaps_from_codec, heatmaps_from_simcc
 from hmdiff.heatmaps.mmpose_source import MMPoseEstimator, check_boxes, joint_names
-from hmdiff.heatmaps.openmmlab import find_checkpoint, find_model, import_openmmlab, read_checkpoint, read_config
+from hmdiff.heatmaps.openmmlab import find_checkpoint, find_model, import_openmmlab, read_config
 from hmdiff.skeletons import COCO17, HALPE26, J14
 
 pytestmark = pytest.mark.skipif(

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hmdiff.errors import UserError
+from hmdiff.foreign_weights import read_checkpoint
 from hmdiff.models.layers import sinusoidal_position_2d
 
 
@@ -38,7 +40,8 @@ class ImageBackbone(GridBackbone):
     """A timm network; the deepest feature map gives the tokens.
 
     With `heatmap_channels` the heatmaps, enlarged to the image, are further input channels. JOTR joins them behind
-    ResNet's stem; at the input the same idea serves every timm network (ours).
+    ResNet's stem; at the input the same idea serves every timm network (ours). Weights that were trained on pictures
+    alone see the pictures alone at first: those of the heatmaps' channels start at zero.
     """
 
     pixel_mean: Tensor
@@ -50,14 +53,21 @@ class ImageBackbone(GridBackbone):
         image_size: int,
         width: int,  # channels of the tokens
         heatmap_channels: int = 0,
-        pretrained: bool = False,  # ImageNet weights, downloaded by timm
+        pretrained: bool | str = False,  # True: ImageNet's weights, downloaded by timm; or a file, `initial_weights`
     ) -> None:
         super().__init__()
         import timm  # seconds to import, and heatmap-only models do not need it
 
-        network: Any = timm.create_model(
-            name, pretrained=pretrained, features_only=True, in_chans=3 + heatmap_channels, out_indices=(-1,)
-        )
+        def build(channels: int, download: bool) -> Any:
+            return timm.create_model(
+                name, pretrained=download, features_only=True, in_chans=channels, out_indices=(-1,)
+            )  # fmt: skip
+
+        network = build(3 + heatmap_channels, False)
+        if pretrained is True:
+            network.load_state_dict(_widened(build(3, True).state_dict(), network.state_dict()))
+        elif pretrained:
+            network.load_state_dict(initial_weights(network, pretrained), strict=False)
         self.heatmap_channels = heatmap_channels
         self.network = network
         info = network.feature_info.info[-1]
@@ -84,6 +94,42 @@ class ImageBackbone(GridBackbone):
         features = self.network(pixels)[-1]
         tokens = self.project(features.flatten(2).transpose(1, 2)) + self.position
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+
+
+_STARTS = ("", "backbone.", "model.")  # of the names in a network's own file, in a pose network's, in a wrapper's
+
+
+def initial_weights(network: nn.Module, path: str) -> dict[str, Tensor]:
+    """What a file has for a timm network, under the network's names.
+
+    Of timm, torchvision, or a pose network of mmpose with the same backbone: ResNets have the same names in all three,
+    and JOTR and its lineage start from a ResNet trained for 2D pose. What else is in the file (a head) is left out.
+
+    Raises:
+        UserError: the file cannot be read, or lacks weights of the network.
+    """
+    stored, _ = read_checkpoint(path)
+    wanted = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    named = [{name: stored[start + name] for name in wanted if start + name in stored} for start in _STARTS]
+    found = max(named, key=len)
+    found = _widened({name: value.to(wanted[name].dtype) for name, value in found.items()}, wanted)
+    lacking = [name for name, value in wanted.items() if name not in found or found[name].shape != value.shape]
+    if lacking:
+        raise UserError(
+            f"{path}: not the weights of this backbone: {len(lacking)} of {len(wanted)} are missing or of another "
+            f"size, such as {lacking[0]}"
+        )
+    return found
+
+
+def _widened(stored: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With zeros for the input channels that only `wanted` has."""
+    result = dict(stored)
+    for name, value in stored.items():
+        target = wanted[name]
+        if value.dim() == target.dim() == 4 and value.shape[1] == 3 < target.shape[1]:
+            result[name] = torch.cat([value, value.new_zeros(len(value), target.shape[1] - 3, *value.shape[2:])], 1)
+    return result
 
 
 class ConvHeatmapBackbone(GridBackbone):

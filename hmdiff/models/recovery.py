@@ -62,7 +62,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         stack: int = 1,  # denoisers one after the other with weights of their own, the paper's baseline B when direct
         inputs: str = "heatmaps",  # "heatmaps", "image", or "both" fused early
         backbone: str = "joints",  # "joints" or "conv" for heatmaps alone; a timm name where there is an image
-        pretrained: bool = False,  # ImageNet weights for a timm backbone; never read back when a checkpoint is loaded
+        pretrained: bool | str = False,  # weights that a timm backbone starts from: ImageNet's, or a file's; not saved
         image_size: int = 224,
         num_keypoints: int = 26,  # heatmap channels, in the order of HALPE26
         heatmap_size: int = 64,
@@ -101,7 +101,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
             raise ValueError(f"frame {frame!r} must be one of {FRAMES}")
         if isinstance(rle, str) or not set(rle) <= set(SCALED):
             raise ValueError(f"rle {rle!r} must be a list of some of {', '.join(SCALED)}")
-        self.register_to_config(rle=list(rle))  # as JSON gives it back
+        self.register_to_config(rle=list(rle), pretrained=False)  # a list, as JSON gives it back; what starts is past
         if not 0 <= masked < 1:
             raise ValueError(f"masked {masked} is the largest share of hidden tokens: 0 to below 1")
         self.feature_backbone: nn.Module  # not "backbone": ModelMixin would answer with the config entry

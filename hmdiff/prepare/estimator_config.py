@@ -38,6 +38,7 @@ def estimator_config(
     if image_size % 32 or image_size < 32:
         raise UserError(f"image_size {image_size}: a multiple of 32 is needed, such as 96")
     heatmap = image_size // 2
+    deconvolutions: tuple[int, ...]
     if network == "hrnet":
         backbone, channels, deconvolutions = _hrnet(width), width, (2 * width,)
     else:
