@@ -238,16 +238,25 @@ class HMDiffPipeline:
                 grouped = points.unflatten(0, (count, width))
                 return self.model.denoise(grouped, step.reshape(count, width), conditioning).flatten(0, 1)
 
-            if plan is None:
+            def unguided(rows: Tensor, width: int = width, start: Any = start) -> Tensor:
                 noise, generators = start()
+                some = conditioning.rows(rows // width)
+                return reverse_diffusion(
+                    lambda points, step: self.model.denoise(points[:, None], step[:, None], some)[:, 0],
+                    sampler, noise[rows], steps, [generators[row] for row in rows.tolist()], eta,
+                )  # fmt: skip
+
+            noise, generators = start()
+            if plan is None:
                 result = reverse_diffusion(denoise, sampler, noise, steps, generators, eta, callback=callback)
             else:
                 # A stream of its own: the u_i neither repeat nor disturb the noise of the hypotheses.
                 draws = hypothesis_generators(seed + GUIDANCE_STREAM, people, width, first)
                 target = make_target(plan.guidance, plan.heatmaps, plan.camera, draws, plan.principal_point)
                 result, report = aligned_sample(
-                    denoise, sampler, start, steps, eta, plan.keypoints, target, plan.guidance, count, callback
-                )
+                    denoise, sampler, (noise, generators), steps, eta, plan.keypoints, target, plan.guidance, count,
+                    unguided, callback,
+                )  # fmt: skip
                 reports.append(report)
             parts.append(result.unflatten(0, (count, width)))
             if progress is not None:

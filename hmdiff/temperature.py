@@ -61,9 +61,12 @@ class Temperature:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Temperature:
         """Raises `KeyError`, `TypeError`, `ValueError` or `UserError` for what `as_json` did not write."""
+        from hmdiff.diffusion.dat import Guidance
+
         guidance = found.get("guidance")
         sampling = Sampling(
             int(found["num_inference_steps"]), str(found["sampler"]), float(found.get("eta", 0.0)),
-            json.dumps(dict(guidance), sort_keys=True) if guidance else "",
+            # With the defaults of options that are younger than the file.
+            json.dumps({**dataclasses.asdict(Guidance()), **guidance}, sort_keys=True) if guidance else "",
         )  # fmt: skip
         return cls(sampling, float(found["temperature"]), dict(found.get("fitted_on", {})))

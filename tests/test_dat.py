@@ -56,10 +56,21 @@ def toy(kind: str = "sample", people: int = 2, count: int = 3):
     return scheduler, denoise, keypoints, heatmaps, camera, start
 
 
+def without(denoise, scheduler, start, steps):
+    """The same rows without guidance."""
+
+    def unguided(rows):
+        noise, generators = start()
+        return reverse_diffusion(denoise, scheduler, noise[rows], steps, [generators[row] for row in rows])
+
+    return unguided
+
+
 def run(guidance, kind="sample", steps=8, people=2, count=3, start_count=None):
     scheduler, denoise, keypoints, heatmaps, camera, start = toy(kind, people, count)
     target = make_target(guidance, heatmaps, camera, hypothesis_generators(1, range(people), count))
-    return aligned_sample(denoise, scheduler, start, steps, 0.0, keypoints, target, guidance, people)
+    plain = without(denoise, scheduler, start, steps)
+    return aligned_sample(denoise, scheduler, start(), steps, 0.0, keypoints, target, guidance, people, plain)
 
 
 def unguided_gap(guidance, kind="sample", people=2, count=3, steps=8):
@@ -122,6 +133,14 @@ def test_guidance_stops_when_the_gap_has_closed():
     assert late.active.sum() > early.active.sum()
 
 
+def test_the_last_steps_alone_are_guided_where_that_is_asked_for():
+    _, some = run(Guidance(last=0.26, threshold=0.0))
+    assert (some.active[:-2] == 0).all() and (some.active[-2:] == 1).all()  # of 8: those at 0.25 and 0.125 of K
+    _, every = run(Guidance(threshold=0.0))
+    assert torch.allclose(some.gap_before, every.gap_before)
+    assert some.gap_after.mean() < unguided_gap(Guidance()).mean()
+
+
 def test_one_row_does_not_depend_on_the_others():
     few, _ = run(Guidance(), count=2)
     many, _ = run(Guidance(), count=5)
@@ -180,7 +199,8 @@ def test_nothing_to_compare_with_is_no_guidance():
     empty[0] = 0
     guidance = Guidance()
     target = make_target(guidance, empty, camera, hypothesis_generators(1, range(2), 3))
-    points, report = aligned_sample(denoise, scheduler, start, 8, 0.0, keypoints, target, guidance, 2)
+    plain = without(denoise, scheduler, start, 8)
+    points, report = aligned_sample(denoise, scheduler, start(), 8, 0.0, keypoints, target, guidance, 2, plain)
     noise, generators = start()
     plain = reverse_diffusion(denoise, scheduler, noise, 8, generators)
     assert torch.allclose(points[:3], plain[:3], atol=1e-6) and (report.active[:, 0] == 0).all()
@@ -194,6 +214,8 @@ def test_nothing_to_compare_with_is_no_guidance():
         ({"gap": "kl"}, "guidance gap 'kl'"),
         ({"strength": -1.0}, "guidance strength -1.0"),
         ({"threshold": float("nan")}, "guidance threshold nan"),
+        ({"last": 0.0}, "guidance last 0.0"),
+        ({"last": 1.5}, "guidance last 1.5"),
         ({"joint_weights": (0.0, 0.0)}, "joint_weights"),
     ],
 )

@@ -55,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
         "--threshold", type=arguments.number(0), metavar="R",
         help="relative gap under which the guidance is off (default: DAT's own)",
     )  # fmt: skip
+    parser.add_argument("--last", type=arguments.number(0), metavar="Q", help=arguments.LAST)
     studies.add_guidance(parser)
     studies.add_people(parser, "test", 500)
     parser.add_argument(
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     _check_modes(study, roles)
 
     def guide(mode: str) -> Any:
-        return studies.make_guidance(options, mode, options.strength, options.threshold)
+        return studies.make_guidance(options, mode, options.strength, options.threshold, options.last)
 
     rows = {name: rows_of(table, roles) for name, table in tables.items()}
     settings = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,12 +65,13 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
 
 
 def make_guidance(
-    options: argparse.Namespace, mode: str, strength: float | None = None, threshold: float | None = None
-) -> Any:
+    options: argparse.Namespace, mode: str, strength: float | None = None, threshold: float | None = None,
+    last: float | None = None,
+) -> Any:  # fmt: skip
     """A `Guidance` of the mode; what is not asked for keeps its own default."""
     from hmdiff.diffusion.dat import Guidance
 
-    values: dict[str, Any] = {"strength": strength, "threshold": threshold}
+    values: dict[str, Any] = {"strength": strength, "threshold": threshold, "last": last}
     values |= {name: getattr(options, name) for name in (*CHOICES, "sharpness")}
     return Guidance(mode=mode, **{name: value for name, value in values.items() if value is not None})
 
@@ -174,9 +176,14 @@ def compute(study: Study, settings: Sequence[Setting]) -> list[dict[str, Any]]:
 
 def name_of(setting: Setting) -> str:
     guidance = setting.guidance
-    guided = "" if guidance is None else f", {guidance.mode} s {guidance.strength:g}, R {guidance.threshold:g}"
+    guided = "" if guidance is None else f", {guided_as(dataclasses.asdict(guidance))}"
     steps = f"{setting.steps} step{'' if setting.steps == 1 else 's'}"
     return f"{setting.model}, {setting.sampler}, {steps}, N {setting.num_hypotheses}{guided}"
+
+
+def guided_as(guidance: dict[str, Any]) -> str:
+    last = "" if guidance["last"] == 1 else f", last {guidance['last']:g}"
+    return f"{guidance['mode']} s {guidance['strength']:g}, R {guidance['threshold']:g}{last}"
 
 
 def duration(seconds: float | None) -> str:

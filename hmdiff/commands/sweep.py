@@ -1,4 +1,4 @@
-"""`hmdiff sweep`: steps x sampler x N x DAT's strength x threshold over a fixed split; CSV, and a picture."""
+"""`hmdiff sweep`: steps x sampler x N x DAT's strength x threshold x last over a fixed split; CSV, and a picture."""
 
 from __future__ import annotations
 
@@ -59,6 +59,9 @@ def add_parser(subparsers: Any) -> None:
         "--threshold", nargs="+", type=arguments.number(0), metavar="R",
         help="relative gap under which the guidance is off (default: DAT's own)",
     )  # fmt: skip
+    parser.add_argument(
+        "--last", nargs="+", type=arguments.number(0), metavar="Q", help=arguments.LAST,
+    )  # fmt: skip
     studies.add_guidance(parser)
     studies.add_people(parser, "val", 128)
     parser.add_argument(
@@ -75,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.studies.experiments import resolved
     from hmdiff.studies.plots import plot_sweep
 
-    if (options.strength or options.threshold) and set(options.guidance) == {"none"}:
-        raise UserError("--strength and --threshold are of guidance: add --guidance dat (or disrupted)")
+    if (options.strength or options.threshold or options.last) and set(options.guidance) == {"none"}:
+        raise UserError("--strength, --threshold and --last are of guidance: add --guidance dat (or disrupted)")
     study = studies.make_study(options, options.checkpoint, options.output / "cells")
     settings = [
         resolved(setting, pipeline) for label, pipeline in study.pipelines.items() for setting in grid(label, options)
@@ -100,8 +103,9 @@ def grid(label: str, options: argparse.Namespace) -> list[Setting]:
         if mode == "none":
             guidances.append(None)
             continue
-        for strength, threshold in itertools.product(options.strength or [None], options.threshold or [None]):
-            guidances.append(studies.make_guidance(options, mode, strength, threshold))
+        asked = (options.strength or [None], options.threshold or [None], options.last or [None])
+        for values in itertools.product(*asked):
+            guidances.append(studies.make_guidance(options, mode, *values))
     return [
         Setting(label, count, steps, sampler, eta, guidance)
         for guidance, sampler, eta, count, steps in itertools.product(
@@ -136,7 +140,7 @@ def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metr
         rows.append([
             settings["model"], settings["sampler"] + (f" eta {settings['eta']:g}" if settings["eta"] else ""),
             str(settings["steps"]), str(settings["num_hypotheses"]),
-            "-" if guidance is None else f"{guidance['mode']} s {guidance['strength']:g}, R {guidance['threshold']:g}",
+            "-" if guidance is None else studies.guided_as(guidance),
             f"{mean['value']:.1f} ({mean['low']:.1f}-{mean['high']:.1f})",
             "reference" if cell is reference
             else f"{apart['value']:+.1f} ({apart['low']:+.1f} to {apart['high']:+.1f})",
@@ -153,5 +157,6 @@ def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metr
         f"{first['split']}: {first['people']} people, mm (95 % interval)",
         [columns[i] for i in kept],
         [[row[i] for i in kept] for row in rows],
-        "s: strength, R: threshold; front: on the Pareto front of the mean's error against milliseconds",
+        "s: strength, R: threshold, last: share of the steps that is guided; front: on the Pareto front of the mean's "
+        "error against milliseconds",
     )

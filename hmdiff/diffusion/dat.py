@@ -19,13 +19,16 @@ the factor is huge and the gradient a difference of small numbers. `step="line"`
 length that the residual asks for (Gauss-Newton along the line: <r, df> / |df|²), so that s = 1 means "as far as this
 direction explains". `step="score"` is the formula, its gradient divided by sqrt(D_k).
 
+And on its cost: going back through the denoiser is twice its price, and the late steps give most of the gain. `last`
+keeps DAT to the end of the process, where k/K <= last; 1 is the paper's form.
+
 M rows (a person's hypotheses side by side), P points, J keypoints, H x W heatmaps. 2D in crop coordinates, -1..1.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -59,6 +62,7 @@ class Guidance:
     mode: str = "dat"  # "none"; "disrupted", with gap and gradient at x_k itself; "dat"
     strength: float = 1.0  # s; 0 is exactly "none"
     threshold: float = 0.05  # of the relative gap R_k, below which DAT is off
+    last: float = 1.0  # share of the reverse process, from its end, in which DAT may act; 0.3 is three steps of ten
     pairing: str = "mean"  # all compared with the mean of U, or "paired": u_i drawn from U for hypothesis i
     gap: str = "samples"  # squared distance to u_i, or the "likelihood" of the keypoints under U
     gradient: str = "denoiser"  # through the denoiser's Jacobian, or stopped at the "estimate" x̂_0
@@ -75,6 +79,8 @@ class Guidance:
         for name, least in (("strength", 0.0), ("threshold", 0.0), ("sharpness", 0.0)):
             if not getattr(self, name) >= least or getattr(self, name) == float("inf"):
                 raise UserError(f"guidance {name} {getattr(self, name)}: a number from {least:g} on is needed")
+        if not 0 < self.last <= 1:
+            raise UserError(f"guidance last {self.last}: a share of the steps is needed, above 0 and up to 1")
         weights = self.joint_weights
         if weights is not None and not (all(0 <= w < float("inf") for w in weights) and sum(weights) > 0):
             raise UserError("guidance joint_weights: finite numbers from 0 on are needed, not all of them 0")
@@ -209,11 +215,13 @@ class AlignedDenoiser:
         if not self.on.any():  # off for good: nothing more than the denoiser is computed
             self.steps.append(torch.zeros_like(self.on))
             return self.denoise(points, step)
-        if through and share < _NO_SIGNAL:
-            # x_K is noise alone: x̂_0 does not depend on it, and the Jacobian of a trained network there means nothing.
+        # x_K is noise alone: x̂_0 does not depend on it, and the Jacobian of a trained network there means nothing.
+        no_signal = through and bool(share < _NO_SIGNAL)
+        if no_signal or float(step[0]) > guidance.last + 1e-4:
             prediction = self.denoise(points, step)
-            self.first_estimate = clean_estimate(prediction, points, share, self.kind)
-            self._switch(self.gap(self.first_estimate))
+            if self.first_estimate is None:
+                self.first_estimate = clean_estimate(prediction, points, share, self.kind)
+                self._switch(self.gap(self.first_estimate))
             self.steps.append(torch.zeros_like(self.on))
             return prediction
         with torch.enable_grad():
@@ -303,31 +311,32 @@ class GuidanceReport:
 def aligned_sample(
     denoise: Denoise,
     scheduler: SchedulerMixin,
-    start: Callable[[], tuple[Tensor, list[torch.Generator]]],  # x_K (M, P, 3), the rows' generators; always the same
+    start: tuple[Tensor, Sequence[torch.Generator]],  # x_K (M, P, 3), the rows' generators
     num_inference_steps: int,
     eta: float,
     keypoints: Callable[[Tensor], Tensor],  # (M, P, 3) -> (M, J, 3) metres
     target: Target,
     guidance: Guidance,
     people: int,  # B; M = B * N
+    unguided: Callable[[Tensor], Tensor],  # numbers of rows (R,) -> their x_0 (R, P, 3) from the same x_K without DAT
     callback: Callback | None = None,
 ) -> tuple[Tensor, GuidanceReport]:  # x_0 (M, P, 3)
     """The reverse process with DAT.
 
     A hypothesis that ends with a larger gap than its first x̂_0 (the mean of all) is also drawn without, and the one
-    with the smaller gap is kept.
+    with the smaller gap is kept. They are few, so this costs little.
     """
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"guidance needs a scheduler with a signal share; {type(scheduler).__name__} has none")
     aligned = AlignedDenoiser(denoise, scheduler, keypoints, target, guidance)
-    noise, generators = start()
+    noise, generators = start
     points = sample(aligned, scheduler, noise, num_inference_steps, generators, eta, callback=callback)
     before = aligned.gap(points if aligned.first_estimate is None else aligned.first_estimate)
     after = aligned.gap(points)
     worse = (after > before) & target.known
     if worse.any():
-        noise, generators = start()
-        plain = sample(denoise, scheduler, noise, num_inference_steps, generators, eta)
+        plain = points.clone()
+        plain[worse] = unguided(worse.nonzero()[:, 0]).to(plain)
         without = aligned.gap(plain)
         worse &= without < after
         points, after = torch.where(worse[:, None, None], plain, points), torch.where(worse, without, after)
