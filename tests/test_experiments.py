@@ -522,7 +522,7 @@ def test_ablate_command(checkpoints: Path, tmp_path: Path, capsys: pytest.Captur
         ("sweep --steps 1 900", "steps 900: small was trained with 200 steps; give 1 to 200"),
         ("sweep --steps 0", "'0': a whole number of at least 1 is expected"),
         ("sweep --guidance dta", "invalid choice: 'dta'"),
-        ("sweep --strength 1", "--strength and --threshold are of guidance: add --guidance dat"),
+        ("sweep --strength 1", "--strength, --threshold and --last are of guidance: add --guidance dat"),
         ("sweep --split tset", "invalid choice: 'tset'"),
         ("sweep --estimator nowhere", "--estimator nowhere: no such folder; 'hmdiff prepare estimator' writes one"),
         ("ablate dta", "table 'dta' is not known; choose one of diffusion, dat, hypotheses"),
