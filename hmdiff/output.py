@@ -48,7 +48,8 @@ class MeshOutput:
     @property
     def selected(self) -> Tensor:  # (B,) long
         """The hypothesis to show where it must be one, chosen without the ground truth (`hypotheses.select`)."""
-        return select(self.joints, self.log_likelihood, self.rle_log_likelihood)
+        relative = self.vertices - self.joints[:, :, :1]
+        return select(relative, self.log_likelihood, self.rle_log_likelihood)
 
     @property
     def selected_vertices(self) -> Tensor:  # (B, V, 3)

@@ -20,7 +20,7 @@ _BACKGROUND = 0.1  # of the peak: what lies below is an estimator's background, 
 _SHARPNESS = 4.0  # power of U, as in DAT: an estimator's Gaussians are wider than its errors
 _BLUR = 1.0  # heatmap pixels, after the power: a peak between two pixels is a peak
 _FLOOR = 0.2  # share of a uniform density: a joint that the estimator misplaced costs so much and no more
-_LIKELIHOOD_WEIGHT = 0.35  # of one standard deviation of the likelihood against one of the distance: best on `val`
+_LIKELIHOOD_WEIGHT = 0.5  # of one standard deviation of the likelihood against one of the distance: best on `val`
 _RLE_WEIGHT = 0.35  # the same of a regression's likelihood; not tuned
 
 
@@ -81,17 +81,17 @@ def _blurred(values: Tensor) -> Tensor:  # (B, J, H, W)
 
 
 def select(
-    joints: Tensor,  # (B, N, K, 3) metres; the first is the root
+    relative: Tensor,  # (B, N, V, 3) metres, about the root: the vertices
     log_likelihood: Tensor | None = None,  # (B, N) of the heatmaps, or of anything else that was observed
     rle_log_likelihood: Tensor | None = None,  # (B, N) of the model's own regression (`losses.rle`), where it has one
 ) -> Tensor:  # (B,) long
     """The hypothesis to show, chosen without the ground truth: close to the mean of all, and likely.
 
-    The score is the mean distance of its root-relative joints to their mean, less a share of its log-likelihoods, all
-    in standard deviations over the person's hypotheses. Of a posterior the mean has the least expected error, so its
-    neighbour has little; the likelihood alone knows nothing of depth and chooses worse (measured: LOG.md).
+    The score is the mean distance of its vertices to their mean, less a share of its log-likelihoods, all in standard
+    deviations over the person's hypotheses. Of a posterior the mean has the least expected error, so its neighbour has
+    little; the likelihood alone knows nothing of depth and chooses worse, and joints a little worse than vertices
+    (measured: LOG.md).
     """
-    relative = joints - joints[:, :, :1]
     score = _standardised((relative - relative.mean(1, keepdim=True)).norm(dim=-1).mean(-1), 1e-6)
     if log_likelihood is not None:
         score = score - _LIKELIHOOD_WEIGHT * _standardised(log_likelihood, 1e-4)
