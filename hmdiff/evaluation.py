@@ -94,8 +94,11 @@ def measure(
         each, mean_of_all = hypothesis_errors(output.vertices, predicted, vertices, target, J14, ROOT)
         relative, about_root = predicted - root_of(predicted, J14, ROOT), output.vertices - output.joints[:, :, :1]
         for count in counts:
-            likely = None if output.log_likelihood is None else output.log_likelihood[:, :count]
-            chosen, mean = select(about_root[:, :count], likely), mean_of_all
+            likely = [
+                None if values is None else values[:, :count]
+                for values in (output.log_likelihood, output.rle_log_likelihood)
+            ]
+            chosen, mean = select(about_root[:, :count], *likely), mean_of_all
             if count < counts[-1]:
                 mean = _mean_errors(output.vertices[:, :count], predicted[:, :count], vertices, target)
             cut = {metric: errors[:, :count] for metric, errors in each.items()}

@@ -297,3 +297,17 @@ def test_an_estimator_takes_the_place_of_the_heatmaps(pipe: HMDiffPipeline) -> N
     assert found.vertices is pictured.vertices
     with pytest.raises(UserError, match="reads pictures"):
         evaluate(pipe, people(True), "val", 2, 2, 2, estimate=lambda images: maps)
+
+
+def test_the_regressions_likelihood_counts_in_the_selected_one() -> None:
+    rle = small_pipeline("model.rle=[joints]")
+    sample = next(iter(split_batches(people(True), "val", 4)))
+    output = rle(heatmaps=as_heatmaps(sample), num_hypotheses=5, num_inference_steps=2, **photo_of(sample))
+    assert output.rle_log_likelihood is not None
+    found = measure(rle, [sample], (5,), 2)[5].errors["pve"]
+    each, _ = hypothesis_errors(
+        output.vertices, output.keypoints[:, :, evaluation._J14], sample.vertices,  # type: ignore[index,arg-type]
+        sample.keypoints_3d[:, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]
+    )  # fmt: skip
+    expected = each["pve"].gather(1, output.selected[:, None])[:, 0]
+    torch.testing.assert_close(found["selected"], expected, rtol=1e-3, atol=1e-2)
