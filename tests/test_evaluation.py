@@ -299,12 +299,16 @@ def test_an_estimator_takes_the_place_of_the_heatmaps(pipe: HMDiffPipeline) -> N
         evaluate(pipe, people(True), "val", 2, 2, 2, estimate=lambda images: maps)
 
 
-def test_the_regressions_likelihood_counts_in_the_selected_one() -> None:
-    rle = small_pipeline("model.rle=[joints]")
+def test_the_regressions_likelihood_counts_in_the_selected_one(
+    pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample = next(iter(split_batches(people(True), "val", 4)))
-    output = rle(heatmaps=as_heatmaps(sample), num_hypotheses=5, num_inference_steps=2, **photo_of(sample))
-    assert output.rle_log_likelihood is not None
-    found = measure(rle, [sample], (5,), 2)[5].errors["pve"]
+    plain = pipe(heatmaps=as_heatmaps(sample), num_hypotheses=5, num_inference_steps=2, **photo_of(sample))
+    far = (plain.vertices - plain.mean_vertices[:, None]).norm(dim=-1).mean(-1)
+    output = dataclasses.replace(plain, log_likelihood=None, rle_log_likelihood=100 * far**2)
+    assert not torch.equal(output.selected, dataclasses.replace(output, rle_log_likelihood=None).selected)
+    monkeypatch.setattr(evaluation, "ask", lambda *_: output)
+    found = measure(pipe, [sample], (5,), 2)[5].errors["pve"]
     each, _ = hypothesis_errors(
         output.vertices, output.keypoints[:, :, evaluation._J14], sample.vertices,  # type: ignore[index,arg-type]
         sample.keypoints_3d[:, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]
