@@ -127,6 +127,22 @@ def test_image_backbone(channels: int) -> None:
         assert torch.equal(other, tokens) and torch.equal(hidden, tokens)
 
 
+def test_denormal_tails_of_heatmaps_do_not_reach_the_convolutions() -> None:
+    """A processor takes three times as long on them."""
+    tails = torch.full((1, 3, 16, 16), 1e-40)
+    tails[0, :, 4, 4] = 1.0
+    peaks = (tails == 1.0).float()
+    valid, image = torch.ones(1, 3).bool(), torch.rand(1, 3, 64, 64)
+    for backbone in (ImageBackbone("resnet18", 64, 32, heatmap_channels=3), ConvHeatmapBackbone(3, 16, 32)):
+        seen: list[Tensor] = []
+        first = next(layer for layer in backbone.network.modules() if isinstance(layer, torch.nn.Conv2d))
+        first.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        pictures = (image,) if isinstance(backbone, ImageBackbone) else ()
+        for maps in (tails, peaks):
+            backbone.eval()(*pictures, maps, valid)
+        assert torch.equal(seen[0], seen[1]) and not ((seen[0] != 0) & (seen[0].abs() < 1e-30)).any()
+
+
 @pytest.mark.parametrize("start", ["", "backbone."])
 def test_image_backbone_starts_from_a_file(start: str, tmp_path: Path) -> None:
     """A pose network's weights: the same features, and with heatmaps beside the picture the same ones at first."""
