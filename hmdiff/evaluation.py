@@ -92,13 +92,13 @@ def measure(
         predicted, target = output.keypoints[:, :, _J14], sample.keypoints_3d[:, _J14].to(place)
         vertices = sample.vertices.to(place)
         each, mean_of_all = hypothesis_errors(output.vertices, predicted, vertices, target, J14, ROOT)
-        relative, about_root = predicted - root_of(predicted, J14, ROOT), output.vertices - output.joints[:, :, :1]
+        relative = predicted - root_of(predicted, J14, ROOT)
         for count in counts:
             likely = [
                 None if values is None else values[:, :count]
                 for values in (output.log_likelihood, output.rle_log_likelihood)
             ]
-            chosen, mean = select(about_root[:, :count], *likely), mean_of_all
+            chosen, mean = select(output.vertices[:, :count], output.joints[:, :count, 0], *likely), mean_of_all
             if count < counts[-1]:
                 mean = _mean_errors(output.vertices[:, :count], predicted[:, :count], vertices, target)
             cut = {metric: errors[:, :count] for metric, errors in each.items()}

@@ -48,8 +48,7 @@ class MeshOutput:
     @property
     def selected(self) -> Tensor:  # (B,) long
         """The hypothesis to show where it must be one, chosen without the ground truth (`hypotheses.select`)."""
-        relative = self.vertices - self.joints[:, :, :1]
-        return select(relative, self.log_likelihood, self.rle_log_likelihood)
+        return select(self.vertices, self.joints[:, :, 0], self.log_likelihood, self.rle_log_likelihood)
 
     @property
     def selected_vertices(self) -> Tensor:  # (B, V, 3)

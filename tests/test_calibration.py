@@ -57,7 +57,7 @@ def test_the_output_selects_by_heatmaps_and_joints(pipe: HMDiffPipeline, maps: H
     seen = (pixels - maps.center[1]) / (maps.side[1] / 2)
     expected = heatmap_log_likelihood(seen[None], maps.values[1:2])
     torch.testing.assert_close(output.log_likelihood[1:2], expected, rtol=1e-4, atol=1e-3)
-    assert torch.equal(output.selected, select(output.vertices - output.joints[:, :, :1], output.log_likelihood))
+    assert torch.equal(output.selected, select(output.vertices, output.joints[:, :, 0], output.log_likelihood))
     assert torch.equal(output.selected_vertices[2], output.vertices[2, output.selected[2]])
     alone = pipe(heatmaps=maps[2], num_hypotheses=4, num_inference_steps=2, people=[2], **photo(2, 3))
     assert alone.selected[0] == output.selected[2]
@@ -181,6 +181,8 @@ def test_the_command_writes_it_into_the_pipeline(
     assert guided.temperature(2, guidance=Guidance()) != 1.0
     assert main(["prepare", "temperature", str(tmp_path / "run"), "--guidance", "none", "--strength", "1"]) == 2
     assert "--strength is of a guidance" in capsys.readouterr().err
+    assert main(["prepare", "temperature", str(tmp_path / "run"), "--guidance", "none", "--last", "0.5"]) == 2
+    assert "--last is of a guidance" in capsys.readouterr().err
     assert main(["prepare", "temperature", str(tmp_path / "run"), *words[:4], "--steps", "999"]) == 2
     assert "--steps 999: the model was trained with 200 steps" in capsys.readouterr().err
 

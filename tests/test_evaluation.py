@@ -247,7 +247,7 @@ def test_the_selected_hypothesis_is_reported(pipe: HMDiffPipeline) -> None:
     for count in (2, 5):
         alone = pipe(heatmaps=maps, num_hypotheses=count, num_inference_steps=2, **photo_of(samples[0]))
         likely = torch.arange(float(count)).expand(4, -1) * 1000
-        chosen = select(alone.vertices - alone.joints[:, :, :1], likely)
+        chosen = select(alone.vertices, alone.joints[:, :, 0], likely)
         each, _ = hypothesis_errors(
             alone.vertices, alone.keypoints[:, :, evaluation._J14], samples[0].vertices,  # type: ignore[index,arg-type]
             samples[0].keypoints_3d[:, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]

@@ -94,35 +94,42 @@ def people(count: int = 3, hypotheses: int = 9) -> tuple[Tensor, Tensor]:
     )
 
 
+def selected(joints: Tensor, *log_likelihoods: Tensor | None) -> Tensor:
+    """By joints, of which the first is the root."""
+    return select(joints, joints[:, :, 0], *log_likelihoods)
+
+
 def test_selection_is_near_the_mean_and_pulled_by_the_likelihood() -> None:
     joints = torch.zeros(1, 5, 2, 3)
     joints[0, :, 1, 0] = torch.tensor([-0.2, -0.1, 0.05, 0.06, 0.19])  # mean 0: the third is nearest
-    assert select(joints).tolist() == [2]
-    assert select(joints, torch.zeros(1, 5)).tolist() == [2]
-    assert select(joints, torch.tensor([[0.0, 0.0, 0.0, 3.0, 0.0]])).tolist() == [3]  # a neighbour that fits better
-    assert select(joints, torch.tensor([[0.0, 0.0, 3.0, 3.1, 0.0]])).tolist() == [2]
+    assert selected(joints).tolist() == [2]
+    assert selected(joints, torch.zeros(1, 5)).tolist() == [2]
+    assert selected(joints, torch.tensor([[0.0, 0.0, 0.0, 3.0, 0.0]])).tolist() == [3]  # a neighbour that fits better
+    assert selected(joints, torch.tensor([[0.0, 0.0, 3.0, 3.1, 0.0]])).tolist() == [2]
+    moved = joints + torch.randn(1, 5, 1, 3)  # somewhere else in space: only what is relative to the root counts
+    assert selected(moved).tolist() == [2]
 
 
 def test_selection_uses_the_regressions_likelihood_where_there_is_one() -> None:
     joints, likelihood = people()
     regression = torch.zeros(3, 9)
-    assert torch.equal(select(joints, likelihood, regression), select(joints, likelihood))
+    assert torch.equal(selected(joints, likelihood, regression), selected(joints, likelihood))
     regression[torch.arange(3), torch.tensor([4, 0, 7])] = 1e4  # eight are equal, one is 2.8 deviations above
     copies = joints[:, :1].expand(-1, 9, -1, -1)
-    assert select(copies, None, regression).tolist() == [4, 0, 7]  # nothing else tells them apart
+    assert selected(copies, None, regression).tolist() == [4, 0, 7]  # nothing else tells them apart
     line = torch.zeros(1, 5, 2, 3)
     line[0, :, 1, 0] = torch.tensor([-0.2, -0.1, 0.05, 0.06, 0.19])  # mean 0: the third is nearest
-    assert select(line, None, torch.tensor([[0.0, 0.0, 0.0, 3.0, 0.0]])).tolist() == [3]
-    assert select(line, None, torch.tensor([[0.0, 0.0, 3.0, 3.1, 0.0]])).tolist() == [2]
+    assert selected(line, None, torch.tensor([[0.0, 0.0, 0.0, 3.0, 0.0]])).tolist() == [3]
+    assert selected(line, None, torch.tensor([[0.0, 0.0, 3.0, 3.1, 0.0]])).tolist() == [2]
 
 
 def test_selection_of_one_of_copies_and_of_a_constant_likelihood() -> None:
     joints, likelihood = people()
-    assert select(joints[:, :1], likelihood[:, :1]).tolist() == [0, 0, 0]
+    assert selected(joints[:, :1], likelihood[:, :1]).tolist() == [0, 0, 0]
     copies = joints[:, :1].expand(-1, 4, -1, -1)
-    assert select(copies, torch.full((3, 4), -7.3)).tolist() == [0, 0, 0]
-    assert torch.equal(select(joints, likelihood * 0 - 2.5), select(joints))
-    assert torch.equal(select(joints, likelihood * 5 + 3), select(joints, likelihood))  # its unit does not matter
+    assert selected(copies, torch.full((3, 4), -7.3)).tolist() == [0, 0, 0]
+    assert torch.equal(selected(joints, likelihood * 0 - 2.5), selected(joints))
+    assert torch.equal(selected(joints, likelihood * 5 + 3), selected(joints, likelihood))  # its unit does not matter
 
 
 def test_selection_has_less_error_than_a_draw() -> None:
@@ -130,7 +137,7 @@ def test_selection_has_less_error_than_a_draw() -> None:
     generator = torch.Generator().manual_seed(2)
     truth, joints = (torch.randn(200, n, 3, 3, generator=generator) for n in (1, 25))
     error = ((joints - joints[:, :, :1]) - (truth - truth[:, :, :1])).norm(dim=-1).mean(-1)
-    chosen = take(error, select(joints)[:, None])[:, 0]
+    chosen = take(error, selected(joints)[:, None])[:, 0]
     assert chosen.mean() < 0.88 * error.mean()
 
 
@@ -177,7 +184,7 @@ def test_batch_equals_single(count: int) -> None:
     for person in range(count):
         one = slice(person, person + 1)
         torch.testing.assert_close(heatmap_log_likelihood(projected[one], maps[one]), whole[one], rtol=1e-5, atol=1e-5)
-        assert torch.equal(select(joints[one], likelihood[one]), select(joints, likelihood)[one])
+        assert torch.equal(selected(joints[one], likelihood[one]), selected(joints, likelihood)[one])
         single = modes(joints[one], 4)
         for name in ("index", "weights", "label"):
             assert torch.equal(getattr(single, name), getattr(together, name)[one])
@@ -186,7 +193,7 @@ def test_batch_equals_single(count: int) -> None:
 def test_the_order_of_the_hypotheses_does_not_matter() -> None:
     joints, likelihood = people()
     order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(order[select(joints[:, order], likelihood[:, order])], select(joints, likelihood))
+    assert torch.equal(order[selected(joints[:, order], likelihood[:, order])], selected(joints, likelihood))
     first, second = modes(joints, 3), modes(joints[:, order], 3)
     groups = [{frozenset(order[(row == g).nonzero()[:, 0]].tolist()) for g in range(3)} for row in second.label]
     assert groups == [{frozenset((row == g).nonzero()[:, 0].tolist()) for g in range(3)} for row in first.label]

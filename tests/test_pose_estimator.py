@@ -26,9 +26,10 @@ from hmdiff.heatmaps import HEATMAP_SIZE, gaussian_heatmaps, heatmap_peaks, open
 from hmdiff.heatmaps.estimated import CONFIG, WEIGHTS, SyntheticEstimator, build_network, network_input, read_config
 from hmdiff.heatmaps.mmpose_source import MMPoseEstimator
 from hmdiff.mesh import load_mesh
+from hmdiff.models.backbone import ImageBackbone
 from hmdiff.prepare import estimator as preparing
 from hmdiff.prepare.estimator import FIGURES, STATE, EstimatorRun, EstimatorTraining, prepare_estimator, save_estimator
-from hmdiff.prepare.estimator_config import estimator_config, write_config
+from hmdiff.prepare.estimator_config import NETWORKS, estimator_config, write_config
 from hmdiff.prepare.estimator_crops import Jitter, jitter_crops, target_heatmaps
 from hmdiff.prepare.estimator_figures import pck_figures, within
 from hmdiff.skeletons import HALPE26, mirror_permutation
@@ -194,6 +195,27 @@ def test_estimates_are_mmposes_own_and_do_not_depend_on_the_batch(trained: Estim
     eight_bits = [(image.flip(0) * 255).round().to(torch.uint8) for image in images]
     prepared = network.data_preprocessor({"inputs": eight_bits, "data_samples": [PoseDataSample() for _ in images]})
     torch.testing.assert_close(network_input(network, images), prepared["inputs"], atol=1e-4, rtol=0)
+
+
+@needs_mmpose
+def test_a_resnet_starts_the_backbone_of_a_model_that_reads_pictures(tmp_path: Path) -> None:
+    """mmpose's ResNet and timm's are the same function of the same weights."""
+    config = estimator_config(64, 4, "resnet18")
+    save_estimator(tmp_path, config, build_network(config))
+    network: Any = SyntheticEstimator.load(tmp_path).network
+    backbone = ImageBackbone("resnet18", 64, 32, pretrained=str(tmp_path / WEIGHTS)).eval()
+    picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.network(picture)[-1], network.backbone(picture)[-1], rtol=1e-4, atol=1e-5)
+        assert network(picture, None, mode="tensor").shape == (2, 26, 32, 32)
+    with pytest.raises(UserError, match="network 'resnet' is not known; choose one of hrnet, resnet18"):
+        estimator_config(64, 4, "resnet")
+
+
+def test_the_command_offers_the_networks_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["prepare", "estimator", "--network", "resnet"])
+    assert all(name in capsys.readouterr().err for name in NETWORKS)
 
 
 @needs_mmpose

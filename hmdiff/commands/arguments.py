@@ -123,6 +123,13 @@ def add_guidance(parser: argparse.ArgumentParser, default: str = "dat") -> None:
     parser.add_argument("--last", type=number(0), metavar="Q", help=LAST)
 
 
+def check_guidance(options: argparse.Namespace) -> None:
+    """Raises `UserError` for what belongs to a guidance where none is asked for."""
+    for name in ("strength", "last"):
+        if getattr(options, name) is not None and options.guidance == "none":
+            raise UserError(f"--{name} is of a guidance: add --guidance dat (or disrupted)")
+
+
 def guidance_of(options: argparse.Namespace, pipeline: HMDiffPipeline) -> Guidance | None:
     """None where nothing can be steered: a model without steps, a body without keypoints."""
     from hmdiff.diffusion.dat import Guidance

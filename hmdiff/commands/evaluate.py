@@ -114,8 +114,7 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.evaluation import evaluate, save_report
     from hmdiff.storage import make_folder
 
-    if options.strength is not None and options.guidance == "none":
-        raise UserError("--strength is of a guidance: add --guidance dat (or disrupted)")
+    arguments.check_guidance(options)
     if options.protocol:
         from hmdiff.commands.protocol_run import run_protocols
 

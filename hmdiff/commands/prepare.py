@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hmdiff.commands import arguments
-from hmdiff.errors import UserError
 
 # Of hmdiff.data.readers, which a test holds them to: importing it would slow every other command's start.
 DATASETS = (
@@ -224,8 +223,7 @@ def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
     from hmdiff.calibration import calibrate, store_temperature
     from hmdiff.commands.evaluate import MAP_SIZE, progress, test_people
 
-    if options.strength is not None and options.guidance == "none":
-        raise UserError("--strength is of a guidance: add --guidance dat (or disrupted)")
+    arguments.check_guidance(options)
     pipeline = arguments.load_pipeline(options.source, arguments.resolve_device(options.device))
     options.output = arguments.checkpoint_folder(options.source)
     model, chosen = pipeline.model.config, options.steps or [pipeline.num_inference_steps]

@@ -81,7 +81,8 @@ def _blurred(values: Tensor) -> Tensor:  # (B, J, H, W)
 
 
 def select(
-    relative: Tensor,  # (B, N, V, 3) metres, about the root: the vertices
+    vertices: Tensor,  # (B, N, V, 3) metres
+    root: Tensor,  # (B, N, 3) metres: what they are compared about
     log_likelihood: Tensor | None = None,  # (B, N) of the heatmaps, or of anything else that was observed
     rle_log_likelihood: Tensor | None = None,  # (B, N) of the model's own regression (`losses.rle`), where it has one
 ) -> Tensor:  # (B,) long
@@ -92,6 +93,7 @@ def select(
     little; the likelihood alone knows nothing of depth and chooses worse, and joints a little worse than vertices
     (measured: LOG.md).
     """
+    relative = vertices - root[:, :, None]
     score = _standardised((relative - relative.mean(1, keepdim=True)).norm(dim=-1).mean(-1), 1e-6)
     if log_likelihood is not None:
         score = score - _LIKELIHOOD_WEIGHT * _standardised(log_likelihood, 1e-4)
