@@ -215,7 +215,8 @@ def test_a_resnet_starts_the_backbone_of_a_model_that_reads_pictures(tmp_path: P
 def test_the_command_offers_the_networks_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["prepare", "estimator", "--network", "resnet"])
-    assert all(name in capsys.readouterr().err for name in NETWORKS)
+    said = capsys.readouterr().err
+    assert all(f"'{name}'" in said for name in NETWORKS)
 
 
 @needs_mmpose
