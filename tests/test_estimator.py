@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -74,6 +75,29 @@ def test_missing_joints() -> None:
     outside[:, 3] = torch.tensor([1.2, 0.0])
     there = run(NONE, points=outside)[0].amax((-1, -2)) > 0
     assert not there[:, 3].any() and there[:, [0, 1, 2, 4]].all()
+
+
+def test_guesses_of_hidden_joints_are_off_and_half_of_them_as_wide_as_they_are_off() -> None:
+    points, behind = places(400), torch.ones(400, JOINTS, dtype=torch.bool)
+    behind[:, ::2] = False
+    plain = run(NONE, 400, points, visible=behind)[0]
+    maps = run(dataclasses.replace(NONE, hidden=0.2), 400, points, visible=behind)[0]
+    assert torch.equal(maps[:, 1::2], plain[:, 1::2])  # who is seen is drawn as before
+    maps, points, plain = maps[:, ::2], points[:, ::2], plain[:, ::2]
+    found = maps.amax((-1, -2)) > 0
+    error = ((heatmap_peaks(maps)[0] - points)[found] ** 2).mean().sqrt().item()
+    assert error == pytest.approx(0.2 * math.exp(0.3**2), rel=0.15)  # those that left the crop are not found
+    widest = (maps > 0.5 * maps.amax((-1, -2), keepdim=True)).sum((-1, -2))[found].float().sqrt() / 64
+    # The half maximum is a disc of 1.18 standard deviations: as the side of a square, a share of the crop's.
+    wide = widest > 0.13
+    assert wide.float().mean().item() == pytest.approx(0.5, abs=0.08)
+    assert widest[wide].median().item() == pytest.approx(1.18 * 0.2 * math.sqrt(math.pi) / 2, rel=0.2)
+    # A person's maps are wide or they are not; a wide one keeps its mass, a narrow one its peak.
+    flags = (maps > 0.5 * maps.amax((-1, -2), keepdim=True)).sum((-1, -2)) > (0.13 * 64) ** 2
+    assert ((flags | ~found).all(1) | (~flags | ~found).all(1)).float().mean() > 0.9
+    inner = found & (heatmap_peaks(maps)[0].abs().amax(-1) < 0.5)
+    mass = (maps.sum((-1, -2)) / plain.sum((-1, -2)))[inner & (points.abs().amax(-1) < 0.5)]
+    assert mass.quantile(torch.tensor([0.1, 0.9])).tolist() == pytest.approx([1.0, 1.0], abs=0.25)
 
 
 def test_joint_sets() -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 from hmdiff.assembly import build_data
 from hmdiff.data.estimator import EstimatorFaults
 from hmdiff.data.sample import Sample
-from hmdiff.data.synthetic import SPLITS, SyntheticHumans, block_generator
+from hmdiff.data.synthetic import GUESS, SPLITS, SyntheticHumans, block_generator
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection, weak_perspective_projection
+from hmdiff.heatmaps import heatmap_peaks
 from hmdiff.skeletons import HALPE26
 
 
@@ -48,7 +49,8 @@ def test_a_block_is_a_function_of_seed_stream_and_number() -> None:
 
 def test_splits_differ_and_do_not_know_the_training_seed() -> None:
     first = {name: people_block(name) for name in ("train", *SPLITS)}
-    poses = torch.stack([sample.joints_3d for sample in first.values() if sample.joints_3d is not None])
+    apart = [sample for name, sample in first.items() if name != "test_guessed"]  # which has those of test_occluded
+    poses = torch.stack([sample.joints_3d for sample in apart if sample.joints_3d is not None])
     distance = torch.cdist(poses.flatten(2).flatten(0, 1), poses.flatten(2).flatten(0, 1))
     assert distance.add(10 * torch.eye(len(distance))).min() > 0.02  # nobody is in two splits
     other = data(seed=5, full_mesh=True)
@@ -94,6 +96,20 @@ def test_labels_agree(split: str) -> None:
     inside = (sample.joints_2d.abs() <= 1).all(-1)
     assert sample.joints_2d_confidence is not None and sample.visible is not None
     assert torch.equal(sample.joints_2d_confidence > 0, inside) and (inside | ~sample.visible).all()
+
+
+def test_the_guessed_split_differs_from_the_occluded_one_in_the_heatmaps_of_hidden_joints_alone() -> None:
+    known, guessed = (data(full_mesh=True).block(name, 1) for name in ("test_occluded", "test_guessed"))
+    same = dataclasses.replace(guessed, heatmaps=known.heatmaps)
+    assert equal(same, known)
+    assert known.heatmaps is not None and guessed.heatmaps is not None and known.joints_2d is not None
+    seen = known.visible
+    assert seen is not None and torch.equal(known.heatmaps[seen], guessed.heatmaps[seen])
+    off = [
+        (heatmap_peaks(maps)[0] - known.joints_2d).norm(dim=-1)[~seen & (maps.amax((-1, -2)) > 0)].median().item()
+        for maps in (known.heatmaps, guessed.heatmaps)
+    ]
+    assert off[1] > 3 * off[0] and off[1] == pytest.approx(1.18 * GUESS, rel=0.5)
 
 
 def test_heads_are_up_and_people_fill_their_crops() -> None:

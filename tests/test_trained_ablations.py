@@ -538,7 +538,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ("diffusion --seeds 2", "--seeds is of the tables that are trained"),
         ("depth_rle --direct x", "--direct is of the tables that compare given checkpoints, not of trained ones"),
         ("depth_rle --list --train", "--list trains nothing: leave --list or --train out"),
-        ("depth_rle --splits tset", "split 'tset' is not known; choose one of test, test_occluded, test_ood, val, or"),
+        (
+            "depth_rle --splits tset",
+            "split 'tset' is not known; choose one of test, test_occluded, test_guessed, test_ood, val, or",
+        ),
         ("depth_rle --set training.stpes=3", "there is no key 'stpes'; did you mean 'steps'"),
         ("depth_rle --base nowhere.yaml", "nowhere.yaml: no such config"),
         ("depth_rle --mode drect", "invalid choice: 'drect'"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hmdiff.data.synthetic import SyntheticHumans
     from hmdiff.diffusion.dat import Guidance
 
-SPLITS = ("test", "test_occluded", "test_ood", "val")
+SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "val")
 PEOPLE = 500  # of a synthetic split
 MEAN_MESH = "mean mesh"
 MAP_SIZE = 64  # pixels of the maps that tell how much is visible, and of the depths that some models read
