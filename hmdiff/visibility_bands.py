@@ -24,6 +24,7 @@ EDGES = (0.8, 0.6, 0.4)  # a fraction on an edge belongs to the band below it: "
 BANDS = ("over 80 %", "60-80 %", "40-60 %", "under 40 %")
 GROUPS = ("visible", "turned away", "hidden")  # of vertices
 METRICS = ("pve", "pa_mpjpe")
+_NO_SPREAD = 0.01  # mm: a one-step model's hypotheses are one, up to rounding; nothing can be said of a ratio
 KINDS = ("first", "mean", "oracle")
 
 
@@ -175,7 +176,7 @@ def _entry(
         for key, column in (("hidden_over_visible", GROUPS.index("visible")), ("hidden_over_same_vertices_visible", 3)):
             both = grouped[mask][:, [GROUPS.index("hidden"), column]]
             both = both[both.isfinite().all(-1)]
-            if len(both):
+            if len(both) and both.mean() > _NO_SPREAD:
                 entry[key] = ratio_interval(both[:, 0], both[:, 1]) | {"people": len(both)}
     return entry
 
@@ -191,7 +192,7 @@ def ratio_interval(
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(above), (samples, len(above)), generator=generator)
     ratios = above[drawn].sum(1) / below[drawn].sum(1)
-    # Without a spread at all (a direct baseline) nothing can be said: 0 / 0.
+    # A resample may have nothing below: 0 / 0.
     low, high = torch.nanquantile(ratios, torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
     return {"value": (above.sum() / below.sum()).item(), "low": low, "high": high}
 

@@ -83,6 +83,8 @@ def test_guesses_of_hidden_joints_are_off_and_half_of_them_as_wide_as_they_are_o
     plain = run(NONE, 400, points, visible=behind)[0]
     maps = run(dataclasses.replace(NONE, hidden=0.2), 400, points, visible=behind)[0]
     assert torch.equal(maps[:, 1::2], plain[:, 1::2])  # who is seen is drawn as before
+    labelled = [run(dataclasses.replace(NONE, hidden=h, exact=1.0), 400, points, visible=behind)[0] for h in (0, 0.2)]
+    assert torch.equal(*labelled)  # and who was labelled by hand
     maps, points, plain = maps[:, ::2], points[:, ::2], plain[:, ::2]
     found = maps.amax((-1, -2)) > 0
     error = ((heatmap_peaks(maps)[0] - points)[found] ** 2).mean().sqrt().item()

@@ -72,6 +72,17 @@ def test_a_report_by_hand() -> None:
     assert everybody["hidden_over_same_vertices_visible"]["value"] == pytest.approx(150 / 67)
 
 
+def test_no_ratio_is_taken_of_what_rounding_left_of_one_step_models() -> None:
+    same = torch.full((2,), 20.0)
+    errors = {name: {"first": same, "mean": same, "oracle": same} for name in ("pve", "pa_mpjpe")}
+    for scale, there in ((1e-4, False), (1.0, True)):
+        grouped = scale * torch.tensor([[1.0, 1.0, 2.0, 1.0], [1.0, 1.0, 2.0, 1.0]])
+        entry = band_report(errors, torch.tensor([0.5, 0.9]), grouped[:, 0], grouped)[-1]
+        assert ("hidden_over_visible" in entry) == there
+        assert ("hidden_over_same_vertices_visible" in entry) == there
+        assert entry["spread_of"]["hidden"]["value"] == pytest.approx(2 * scale)
+
+
 def test_a_ratio_of_proportional_numbers_is_sure() -> None:
     values = torch.rand(50)
     found = ratio_interval(2 * values, values)
