@@ -87,7 +87,8 @@ _MASKED = ("model.masked=0.3",)  # as METRO's: at most 30 % of the tokens
 _NOISY = ("data.label_noise=0.05",)
 _HEATMAPS = ("model.inputs=both",)
 _LIFTING = ("model.lifting=true", "loss.estimates=0.5")
-_CONTRAST = ("loss.joint_contrast=0.1", "loss.non_joint_contrast=0.1")  # JOTR's weights
+_CONTRAST = ("loss.joint_contrast=0.1", "loss.non_joint_contrast=0.1")  # JOTR's weights; here two thirds of the loss
+_LESS_CONTRAST = ("loss.joint_contrast=0.01", "loss.non_joint_contrast=0.01")  # about a fifth
 
 TRAINED: dict[str, TrainedTable] = {
     "depth_rle": TrainedTable(
@@ -149,6 +150,7 @@ TRAINED: dict[str, TrainedTable] = {
             TrainedRow("+ heatmaps", _HEATMAPS, "plain"),
             TrainedRow("+ lifting", _HEATMAPS + _LIFTING, "plain", "+ heatmaps"),
             TrainedRow("+ contrast", _HEATMAPS + _LIFTING + _CONTRAST, "plain", "+ lifting"),
+            TrainedRow("+ contrast, a tenth", _HEATMAPS + _LIFTING + _LESS_CONTRAST, "plain", "+ lifting"),
         ),
         ("test", "test_occluded"),
         _WITH_STEP,
