@@ -17,16 +17,18 @@ from hmdiff.data.rendering import OccluderBoxes
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic import SyntheticHumans
 from hmdiff.errors import UserError
-from hmdiff.evaluation import evaluate
+from hmdiff.evaluation import as_heatmaps, ask, evaluate
 from hmdiff.geometry import perspective_projection
+from hmdiff.measured import Measured
 from hmdiff.visibility_bands import (
     BANDS,
     COLUMNS,
     GROUPS,
+    BandWatch,
     band_of,
     band_report,
     band_rows,
-    grouped_spread,
+    group_means,
     ratio_interval,
     vertex_groups,
 )
@@ -52,7 +54,7 @@ def by_hand() -> list[dict]:
     grouped = torch.tensor([
         [10.0, 11.0, 30.0, 12.0], [10.0, 9.0, torch.nan, torch.nan], [20.0, 5.0, 30.0, 10.0], [30.0, 5.0, 90.0, 45.0]
     ])  # fmt: skip
-    return band_report(errors, fraction, torch.tensor([10.0, 12.0, 20.0, 50.0]), grouped)
+    return band_report(errors, fraction, torch.tensor([10.0, 12.0, 20.0, 50.0]), grouped, 2 * grouped[:, [2, 1, 0, 3]])
 
 
 def test_a_report_by_hand() -> None:
@@ -67,6 +69,8 @@ def test_a_report_by_hand() -> None:
     assert clear["spread_of"]["hidden"] == {"value": 30, "low": 30, "high": 30, "people": 1}
     assert clear["hidden_over_visible"]["value"] == 3 and clear["hidden_over_visible"]["people"] == 1
     assert clear["hidden_over_same_vertices_visible"]["value"] == 2.5
+    assert clear["error_of"]["hidden"] == {"value": 20, "low": 20, "high": 20, "people": 2}
+    assert clear["error_hidden_over_same_vertices_visible"]["value"] == pytest.approx(20 / 24)
     everybody = report["all"]
     assert everybody["hidden_over_visible"]["value"] == pytest.approx(150 / 60)
     assert everybody["hidden_over_same_vertices_visible"]["value"] == pytest.approx(150 / 67)
@@ -100,7 +104,8 @@ def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(row) == len(COLUMNS) for row in rows) and len(rows) == 3 * 4 + 1
     assert rows[0] == ["over 80 %", "2", "first", "15 (10-20)", "15 (10-20)", "11 (10-12)", "visible 10 (10-10)",
                        "theirs 3.00 (3.00-3.00)"]  # fmt: skip
-    assert rows[2][5:7] == ["oracle gains 33 %", "hidden 30 (30-30)"] and rows[3][1:4] == ["0", "-", "-"]
+    assert rows[2][5:] == ["oracle gains 33 %", "hidden 30 (30-30)", "error, the same 0.83 (0.83-0.83)"]
+    assert rows[3][1:4] == ["0", "-", "-"]
     print_bands([{"checkpoint": "a", "split": "test", "bands": by_hand()}, {"checkpoint": "b", "split": "test"}])
     text = capsys.readouterr().out
     assert "a, test, by visible fraction" in text and "15 (10-20)" in text and "b, test" not in text
@@ -110,7 +115,7 @@ def test_the_spread_of_hidden_vertices_is_compared_with_the_same_vertices() -> N
     visible, away, hidden = range(3)
     spread = torch.tensor([[1.0, 10.0, 2.0], [3.0, 20.0, 4.0], [5.0, 30.0, 6.0]])
     groups = torch.tensor([[visible, hidden, hidden], [visible, visible, hidden], [hidden, away, hidden]])
-    found = grouped_spread(spread, groups)
+    found = group_means(spread, groups)
     assert found[0].tolist()[0] == 1 and found[0].tolist()[2] == 6
     assert torch.isnan(found[0, 1])
     # Vertex 1 is visible in person 1 alone (20), vertex 2 in nobody; vertex 0 in persons 0 and 1 (2 on average).
@@ -169,8 +174,28 @@ def test_evaluate_reports_bands_and_changes_nothing_else(mapped: SyntheticHumans
         for kind in ("first", "mean", "oracle"):
             assert bands[-1]["errors"][metric][kind] == plain["errors"][metric][kind]
     assert bands[-1]["spread"]["value"] > 0 and set(bands[-1]["spread_of"]) == set(GROUPS)
+    assert set(bands[-1]["error_of"]) == set(GROUPS)
     with pytest.raises(UserError, match=r"do not carry one; give them pictures \(data.pictures\) or maps"):
         evaluate(pipe, people(True), "test", 2, bands=True, **options)
+
+
+def test_errors_of_hidden_and_visible_vertices_are_told_apart(mapped: SyntheticHumans) -> None:
+    sample = mapped.block("test_occluded", 0)
+    output = ask(small_pipeline(), sample, as_heatmaps(sample), 2, 1, 0, None)
+    groups = vertex_groups(sample, output.faces)
+    # A mesh that is the truth but for 30 mm at hidden vertices and 10 mm at the others, from hypotheses on both sides.
+    off = torch.where(groups == GROUPS.index("hidden"), 0.03, 0.01)[:, None, :, None] * torch.tensor([0.0, 0.6, 0.8])
+    apart = torch.tensor([-0.05, 0.05])[None, :, None, None]
+    watch = BandWatch()
+    watch(sample, dataclasses.replace(output, vertices=sample.vertices[:, None] + off + apart))
+    same = torch.full((len(sample),), 20.0)
+    errors = {name: {"first": same, "mean": same, "oracle": same} for name in ("pve", "pa_mpjpe")}
+    entry = watch.report(Measured(errors, {}, torch.empty(0), torch.empty(0), {}, ()))[-1]
+    assert {group: round(entry["error_of"][group]["value"], 2) for group in GROUPS} == {
+        "visible": 10.0, "turned away": 10.0, "hidden": 30.0,
+    }  # fmt: skip
+    assert entry["error_hidden_over_same_vertices_visible"]["value"] == pytest.approx(3, rel=1e-4)
+    assert entry["hidden_over_same_vertices_visible"]["value"] == pytest.approx(1, rel=1e-4)
 
 
 def test_samples_keep_their_occlusion_map(mapped: SyntheticHumans) -> None:
