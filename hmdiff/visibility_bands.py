@@ -156,8 +156,9 @@ def band_report(
     band = band_of(visible_fraction)
     everybody = torch.ones_like(band, dtype=torch.bool)
     masks = [(name, band == number) for number, name in enumerate(BANDS)] + [("all", everybody)]
-    grouped = (grouped_spread, grouped_errors)
-    return [_entry(name, mask, errors, visible_fraction, spread, *grouped) for name, mask in masks]
+    return [
+        _entry(name, mask, errors, visible_fraction, spread, grouped_spread, grouped_errors) for name, mask in masks
+    ]
 
 
 def _entry(
@@ -212,7 +213,9 @@ def ratio_interval(
     return {"value": (above.sum() / below.sum()).item(), "low": low, "high": high}
 
 
-COLUMNS = ("visible", "people", "hypothesis", "PVE", "PA-MPJPE", "spread", "of vertices", "hidden over visible")
+COLUMNS = (
+    "visible", "people", "hypothesis", "PVE", "PA-MPJPE", "spread", "of vertices", "hidden over visible", "in error",
+)  # fmt: skip
 
 
 def band_rows(report: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -225,19 +228,19 @@ def band_rows(report: Sequence[dict[str, Any]]) -> list[list[str]]:
             continue
         gain, groups = entry["oracle_gain"], entry.get("spread_of", {})
         spread = {"first": _cell(entry["spread"]), "mean": "", "oracle": f"oracle gains {100 * gain['value']:.0f} %"}
-        of, ratio = dict.fromkeys(KINDS, ""), dict.fromkeys(KINDS, "")
+        of, ratio, wrong = (dict.fromkeys(KINDS, "") for _ in range(3))
         for kind, group in zip(KINDS, GROUPS, strict=True):
             if groups.get(group, {}).get("people"):
                 of[kind] = f"{group} {_cell(groups[group])}"
         for kind, key, word in (("first", "hidden_over_visible", "theirs"),
-                                ("mean", "hidden_over_same_vertices_visible", "the same"),
-                                ("oracle", "error_hidden_over_same_vertices_visible", "error, the same")):  # fmt: skip
-            if key in entry:
-                ratio[kind] = f"{word} {_cell(entry[key], 2)}"
+                                ("mean", "hidden_over_same_vertices_visible", "the same")):  # fmt: skip
+            for cells, prefix in ((ratio, ""), (wrong, "error_")):
+                if prefix + key in entry:
+                    cells[kind] = f"{word} {_cell(entry[prefix + key], 2)}"
         for kind in KINDS:
             start = [name, people] if kind == "first" else ["", ""]
             errors = [_cell(entry["errors"][metric].get(kind)) for metric in METRICS]
-            rows.append([*start, kind, *errors, spread[kind], of[kind], ratio[kind]])
+            rows.append([*start, kind, *errors, spread[kind], of[kind], ratio[kind], wrong[kind]])
     return rows
 
 

@@ -103,9 +103,9 @@ def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     rows = band_rows(by_hand())
     assert all(len(row) == len(COLUMNS) for row in rows) and len(rows) == 3 * 4 + 1
     assert rows[0] == ["over 80 %", "2", "first", "15 (10-20)", "15 (10-20)", "11 (10-12)", "visible 10 (10-10)",
-                       "theirs 3.00 (3.00-3.00)"]  # fmt: skip
-    assert rows[2][5:] == ["oracle gains 33 %", "hidden 30 (30-30)", "error, the same 0.83 (0.83-0.83)"]
-    assert rows[3][1:4] == ["0", "-", "-"]
+                       "theirs 3.00 (3.00-3.00)", "theirs 0.33 (0.33-0.33)"]  # fmt: skip
+    assert rows[1][7:] == ["the same 2.50 (2.50-2.50)", "the same 0.83 (0.83-0.83)"]
+    assert rows[2][5:7] == ["oracle gains 33 %", "hidden 30 (30-30)"] and rows[3][1:4] == ["0", "-", "-"]
     print_bands([{"checkpoint": "a", "split": "test", "bands": by_hand()}, {"checkpoint": "b", "split": "test"}])
     text = capsys.readouterr().out
     assert "a, test, by visible fraction" in text and "15 (10-20)" in text and "b, test" not in text

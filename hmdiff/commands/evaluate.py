@@ -24,7 +24,7 @@ SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "val")
 PEOPLE = 500  # of a synthetic split
 MEAN_MESH = "mean mesh"
 MAP_SIZE = 64  # pixels of the maps that tell how much is visible, and of the depths that some models read
-TABLE_WIDTH, BANDS_WIDTH = 120, 150  # where the output is no terminal
+TABLE_WIDTH, BANDS_WIDTH = 120, 172  # where the output is no terminal
 
 
 def add_parser(subparsers: Any) -> None:
@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--bands", action="store_true",
         help="also errors and spread by how much of a person is visible (over 80, 60-80, 40-60, under 40 %%), and the "
-        "spread of hidden against visible vertices (default: no)",
+        "spread and error of hidden against visible vertices (default: no)",
     )  # fmt: skip
     add_protocol(parser)
     arguments.add_sampling(parser, eta=False)
