@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hmdiff.body_files import LICENSED, body_folder, files_by_name, find_body_file, licensed_kind, read_body_file
 from hmdiff.errors import UserError
-from hmdiff.resources import asset_path
+from hmdiff.files.resources import asset_path
 from hmdiff.skeletons import SMPL24
 
 Array = np.ndarray | Tensor

@@ -17,8 +17,8 @@ import numpy as np
 
 from hmdiff.body_keypoints import licensed_keypoints
 from hmdiff.errors import UserError
+from hmdiff.files.unpickling import load_pickle
 from hmdiff.skeletons import SMPL24
-from hmdiff.unpickling import load_pickle
 
 FOLDER_VARIABLE = "HMDIFF_BODY_DIR"
 NUM_BETAS = 10

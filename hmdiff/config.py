@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hmdiff.errors import UserError
-from hmdiff.storage import atomic_file
+from hmdiff.files.storage import atomic_file
 
 
 @dataclasses.dataclass

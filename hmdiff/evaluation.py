@@ -23,6 +23,7 @@ from torch import Tensor
 from hmdiff.data.sample import PeopleSource, Sample, concatenate
 from hmdiff.diffusion.hypotheses import select
 from hmdiff.errors import UserError
+from hmdiff.files.storage import atomic_file
 from hmdiff.heatmaps import Heatmaps
 from hmdiff.measured import Measured, summary
 from hmdiff.metrics import (
@@ -35,7 +36,6 @@ from hmdiff.metrics import (
 )
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 from hmdiff.skeletons import HALPE26, J14, joint_indices
-from hmdiff.storage import atomic_file
 from hmdiff.visibility_bands import BandWatch
 
 if TYPE_CHECKING:

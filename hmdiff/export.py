@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from hmdiff.storage import atomic_file
+from hmdiff.files.storage import atomic_file
 
 if TYPE_CHECKING:
     import trimesh

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from hmdiff.decimation import MeshHierarchy, decimate, faces_digest
 from hmdiff.errors import UserError
-from hmdiff.resources import asset_path
-from hmdiff.storage import atomic_file
+from hmdiff.files.resources import asset_path
+from hmdiff.files.storage import atomic_file
 from hmdiff.surface import closest_on_surface, partition_patches, surface_distances
 
 __all__ = [

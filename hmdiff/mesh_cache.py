@@ -20,9 +20,9 @@ from torch import Tensor
 from hmdiff.body import Body
 from hmdiff.decimation import MeshHierarchy, decimate, faces_digest
 from hmdiff.errors import UserError
+from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.mesh import MeshSampler, build_mesh_sampler, fit_upsampling, read_mesh, save_mesh
-from hmdiff.storage import atomic_file
 
 FOLDER_VARIABLE = "HMDIFF_CACHE_DIR"
 # Levels of the METRO lineage (arXiv 2012.09760), by the number of vertices. The default of 432 splits into patches.

@@ -26,6 +26,8 @@ from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_n
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
 from hmdiff.diffusion.schedule import change_scheduler, make_scheduler, sampler_name
 from hmdiff.errors import UserError
+from hmdiff.files.resources import asset_path
+from hmdiff.files.storage import atomic_folder
 from hmdiff.geometry import (
     crop_rotation,
     crop_to_photo,
@@ -38,8 +40,6 @@ from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.output import MeshOutput, keypoint_distance, log_likelihood
-from hmdiff.resources import asset_path
-from hmdiff.storage import atomic_folder
 from hmdiff.temperature import Sampling, Temperature
 
 __all__ = ["GuidancePlan", "HMDiffPipeline", "MeshOutput", "keypoint_distance"]

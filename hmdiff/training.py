@@ -42,13 +42,13 @@ from hmdiff.data.synthetic import block_generator
 from hmdiff.diffusion.noising import WEIGHTINGS, draw_steps
 from hmdiff.errors import UserError
 from hmdiff.evaluation import evaluate, mean_mesh_error, mean_mesh_errors, save_report
+from hmdiff.files.storage import atomic_file, make_folder
 from hmdiff.losses.mesh import POINT_LOSSES
 from hmdiff.losses.rle import RLE_VARIANTS
 from hmdiff.models.masking import draw_hidden
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.sharding import fill, shared_out, whole
-from hmdiff.storage import atomic_file, make_folder
 from hmdiff.training_step import Draws, TrainingStep, used_by_no_loss
 
 _AT_LEAST_ONE = (

@@ -267,7 +267,7 @@ def test_full_disk_keeps_what_was_there(
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("hmdiff.storage.os.fsync", full)
+    monkeypatch.setattr("hmdiff.files.storage.os.fsync", full)
     line = fails(*words)
     assert "no space left" in line and str(out / "photo.npz") in line and "free some" in line
     assert files_of(out) == before

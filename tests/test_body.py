@@ -16,11 +16,11 @@ import trimesh
 
 from hmdiff.body import Body, load_body
 from hmdiff.errors import UserError
+from hmdiff.files.resources import asset_path
+from hmdiff.files.unpickling import load_pickle
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.prepare.body import _boundary_loops, _fit_row, _strip, build_free_body
-from hmdiff.resources import asset_path
 from hmdiff.skeletons import HALPE26, SMPL24, SMPL24_PARENTS, mirror_permutation
-from hmdiff.unpickling import load_pickle
 
 
 @pytest.fixture(scope="module")

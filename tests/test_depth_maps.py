@@ -14,7 +14,7 @@ from hmdiff.commands.depth_maps import check_depth, depth_crops, with_depth
 from hmdiff.commands.photos import read_people
 from hmdiff.depth.sources import crop_depth
 from hmdiff.errors import UserError
-from hmdiff.resources import asset_path
+from hmdiff.files.resources import asset_path
 
 
 @pytest.fixture(scope="module")

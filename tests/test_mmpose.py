@@ -24,7 +24,7 @@ from hmdiff.cli import main
 from hmdiff.commands import estimation
 from hmdiff.commands.photos import read_people
 from hmdiff.errors import UserError
-from hmdiff.foreign_weights import read_checkpoint
+from hmdiff.files.foreign_weights import read_checkpoint
 from hmdiff.geometry import crop_to_photo
 from hmdiff.heatmaps import Heatmaps, crop_from_box, heatmap_peaks, load_heatmaps, openmmlab
 from hmdiff.heatmaps.detector import PersonDetector

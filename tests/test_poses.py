@@ -13,9 +13,9 @@ from hmdiff.data.limit_sampler import JointLimitSampler
 from hmdiff.data.pose_prior import PosePrior, mirror_features, pose_features
 from hmdiff.data.poses import PoseMixture, joint_limit_violation, mirror_pose, sample_orientation
 from hmdiff.errors import UserError
+from hmdiff.files.resources import asset_path
 from hmdiff.prepare.intersection import self_intersection
 from hmdiff.prepare.poses import CREDIT, fit_mixture, write_prior
-from hmdiff.resources import asset_path
 from hmdiff.skeletons import SMPL24, SMPL24_PARENTS, mirror_permutation
 
 INDEX = {name: number for number, name in enumerate(SMPL24)}

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from hmdiff import storage
 from hmdiff.errors import UserError
-from hmdiff.storage import atomic_file, atomic_folder, make_folder
+from hmdiff.files import storage
+from hmdiff.files.storage import atomic_file, atomic_folder, make_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -111,7 +111,7 @@ import torch
 from pathlib import Path
 from safetensors.torch import save_file
 from hmdiff.errors import UserError
-from hmdiff.storage import atomic_file, atomic_folder
+from hmdiff.files.storage import atomic_file, atomic_folder
 
 disk = Path(sys.argv[1])
 big, small = {"w": torch.zeros(300_000)}, {"w": torch.ones(3)}  # 1.2 MB and 12 bytes on a disk of 512 KB
@@ -160,7 +160,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from hmdiff.storage import atomic_file, atomic_folder
+from hmdiff.files.storage import atomic_file, atomic_folder
 
 with atomic_file(Path(sys.argv[1]) / "a.txt") as file, atomic_folder(Path(sys.argv[1]) / "model") as folder:
     file.write_text("half")

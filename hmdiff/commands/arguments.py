@@ -159,7 +159,7 @@ def resolve_device(name: str) -> torch.device:
 
 def checkpoint_folder(name: str) -> Path:
     """The folder of a saved pipeline: a folder, the folder of its training, or a shipped one. It need not be whole."""
-    from hmdiff.resources import asset_path
+    from hmdiff.files.resources import asset_path
 
     place = Path(name)
     if not place.exists():
@@ -194,7 +194,7 @@ def check_sampling(pipeline: HMDiffPipeline, options: argparse.Namespace) -> Non
 def read_config(name: str, overrides: list[str]) -> Config:
     """A YAML file, or the name of a shipped one such as quickstart, with key=value over it."""
     from hmdiff.config import load_config
-    from hmdiff.resources import config_path
+    from hmdiff.files.resources import config_path
 
     path = Path(name)
     if not path.exists() and len(path.parts) == 1:

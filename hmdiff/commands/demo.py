@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.cli import report
     from hmdiff.commands.photos import read_people
     from hmdiff.commands.sample import sample_people
-    from hmdiff.resources import asset_path
-    from hmdiff.storage import make_folder
+    from hmdiff.files.resources import asset_path
+    from hmdiff.files.storage import make_folder
 
     photo, keypoints = asset_path("sample.jpg"), asset_path("sample.json")
     make_folder(options.output)

@@ -172,7 +172,7 @@ def _dataset(index: Path) -> Finding:
 
 def _asset(name: str) -> Finding:
     from hmdiff.errors import UserError
-    from hmdiff.resources import asset_path
+    from hmdiff.files.resources import asset_path
 
     try:
         path = asset_path(name)

@@ -112,7 +112,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from hmdiff.evaluation import evaluate, save_report
-    from hmdiff.storage import make_folder
+    from hmdiff.files.storage import make_folder
 
     arguments.check_guidance(options)
     if options.protocol:

@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.canvas import read_picture, save_picture
     from hmdiff.cli import report
     from hmdiff.commands.estimation import Estimation
+    from hmdiff.files.storage import make_folder
     from hmdiff.heatmaps import save_heatmaps
-    from hmdiff.storage import make_folder
 
     if options.box is not None and len(options.photos) > 1:
         raise UserError(f"--box is about one photo, {len(options.photos)} were given; give them one by one")

@@ -36,10 +36,10 @@ class Scored:
 
 def run_protocols(options: argparse.Namespace) -> int:
     from hmdiff.commands.evaluate import stored, suffix
+    from hmdiff.files.storage import make_folder
     from hmdiff.scoring.ground_truth import body_kind, check_body, protocol_regressors
     from hmdiff.scoring.protocols import get_protocol
     from hmdiff.scoring.report import Processes, report_of, save_scores, score_people
-    from hmdiff.storage import make_folder
 
     if options.data is None:
         raise UserError("--protocol needs --data: a prepared folder, its name in HMDIFF_DATA_DIR, or a synthetic split")

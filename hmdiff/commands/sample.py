@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.commands.depth_maps import check_depth, with_depth
     from hmdiff.commands.estimation import Estimation, needs_pose
     from hmdiff.commands.photos import pair_files
-    from hmdiff.storage import make_folder
+    from hmdiff.files.storage import make_folder
 
     if options.box is not None and len(options.photos) > 1:
         raise UserError(f"--box is about one photo, {len(options.photos)} were given; sample them one by one")

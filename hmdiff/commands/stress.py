@@ -92,8 +92,8 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from hmdiff.files.storage import make_folder
     from hmdiff.occlusion_maps import Settings, patch_grid, stress
-    from hmdiff.storage import make_folder
 
     _check(options)
     centres = patch_grid(options.places, options.patch)

@@ -79,7 +79,7 @@ def make_guidance(
 def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) -> Study:
     """Load the checkpoints; their labels are the pipelines' keys, in order."""
     from hmdiff.commands.evaluate import labels, model_hash, test_people
-    from hmdiff.storage import make_folder
+    from hmdiff.files.storage import make_folder
     from hmdiff.studies.experiments import Study
 
     make_folder(folder)

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from hmdiff.data.record import SHAPES, Record
 from hmdiff.errors import UserError
-from hmdiff.storage import atomic_file, make_folder
+from hmdiff.files.storage import atomic_file, make_folder
 
 INDEX = "index.json"
 VERSION = 1

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from hmdiff.errors import UserError
+from hmdiff.files.storage import atomic_file
 from hmdiff.heatmaps.distribution import Heatmaps, heatmaps_from_values
 from hmdiff.skeletons import HALPE26, JOINT_SETS
-from hmdiff.storage import atomic_file
 
 _KEYS = ("heatmaps", "center", "side")
 # Sets that their number of joints tells apart; the others must come with their names.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hmdiff.errors import UserError
-from hmdiff.foreign_weights import read_checkpoint
+from hmdiff.files.foreign_weights import read_checkpoint
 
 INSTALL = "uv sync --extra mmpose"
 # Files of a model: what finds them when they are not given. The scope is mmengine's name of a package.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hmdiff.errors import UserError
-from hmdiff.foreign_weights import read_checkpoint
+from hmdiff.files.foreign_weights import read_checkpoint
 from hmdiff.models.layers import sinusoidal_position_2d
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hmdiff.errors import UserError
+from hmdiff.files.storage import atomic_file
 from hmdiff.heatmaps.distribution import BOX_PADDING
 from hmdiff.skeletons import HALPE26, mirror_permutation
-from hmdiff.storage import atomic_file
 
 NETWORKS = ("hrnet", "resnet18")
 SIGMA = 2.0  # heatmap pixels, at 64 a side

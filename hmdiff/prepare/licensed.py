@@ -28,9 +28,9 @@ from hmdiff.body_files import (
     raw_arrays,
 )
 from hmdiff.errors import UserError
+from hmdiff.files.storage import atomic_file, make_folder
 from hmdiff.mesh_cache import LEVELS, load_hierarchy
 from hmdiff.regressors import REGRESSORS
-from hmdiff.storage import atomic_file, make_folder
 
 _NEEDED = ("v_template", "shapedirs", "posedirs", "weights", "J_regressor")
 _MARK = "converted_from"  # in what is written here: the name of the file it came from

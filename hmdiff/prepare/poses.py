@@ -28,12 +28,12 @@ from hmdiff.data.anatomy import (
 from hmdiff.data.pose_prior import PosePrior, mirror_features, pose_features
 from hmdiff.data.poses import JointLimitSampler, PoseMixture, sample_orientation
 from hmdiff.errors import UserError
+from hmdiff.files.storage import atomic_file
 from hmdiff.pictures import turntable_view
 from hmdiff.prepare.acclaim import read_recordings, world_rotations
 from hmdiff.prepare.intersection import self_intersection
 from hmdiff.prepare.mocap import MEAN_OFFSETS, bad_frames, direction_error, retarget
 from hmdiff.skeletons import SMPL24
-from hmdiff.storage import atomic_file
 
 CREDIT = (
     "The data used in this project was obtained from mocap.cs.cmu.edu. "

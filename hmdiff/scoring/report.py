@@ -22,12 +22,12 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 from hmdiff.evaluation import save_report
+from hmdiff.files.storage import atomic_file, make_folder
 from hmdiff.measured import interval
 from hmdiff.scoring.hypothesis_rows import calibration_error, score_hypotheses
 from hmdiff.scoring.protocols import Protocol as ScoringProtocol
 from hmdiff.scoring.published import published_rows
 from hmdiff.scoring.scored_people import Part
-from hmdiff.storage import atomic_file, make_folder
 
 _SETTINGS, _INDEX, _INSIDE = "settings.json", "index", "inside"
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from hmdiff.errors import UserError
+from hmdiff.files.storage import atomic_file
 from hmdiff.metrics import bootstrap_interval
-from hmdiff.storage import atomic_file
 
 UNGUIDED = "none"  # the guidance of a cell without any
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hmdiff.evaluation import METRICS
-from hmdiff.storage import atomic_file
+from hmdiff.files.storage import atomic_file
 from hmdiff.studies.comparison import UNGUIDED, difference, pareto_front
 
 ECE = "calibration"

@@ -17,7 +17,7 @@ from typing import Any
 
 from hmdiff.config import Config, load_config
 from hmdiff.errors import UserError
-from hmdiff.resources import config_path
+from hmdiff.files.resources import config_path
 
 MODES = ("diffusion", "direct")
 _MAY_DIFFER = ("model.", "loss.", "data.")  # what a row may change: neither its budget nor its seed

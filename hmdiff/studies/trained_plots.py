@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hmdiff.storage import atomic_file
+from hmdiff.files.storage import atomic_file
 from hmdiff.studies.trained_tables import SPREAD, BandOf, RowCells, difference_of, mean_of
 from hmdiff.visibility_bands import BANDS, band_of
 

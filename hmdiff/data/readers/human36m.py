@@ -26,8 +26,8 @@ from hmdiff.data.readers.spin import SpinTable
 from hmdiff.data.readers.tables import Table, image_folder, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
+from hmdiff.files.unpickling import load_pickle
 from hmdiff.skeletons import H36M17, SPIN24, SPIN24_H36M17, joint_indices
-from hmdiff.unpickling import load_pickle
 
 TRAIN_SUBJECTS, TEST_SUBJECTS = (1, 5, 6, 7, 8), (9, 11)
 P2_CAMERA = "60457274"

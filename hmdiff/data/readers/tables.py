@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from hmdiff.errors import UserError
-from hmdiff.unpickling import unpickle
+from hmdiff.files.unpickling import unpickle
 
 
 class Table:

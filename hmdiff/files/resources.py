@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hmdiff.errors import UserError
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _shipped(kind: str, name: str) -> Path:
