@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from hmdiff.body import Body, load_body
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.mesh import MeshSampler, load_mesh, partition_patches
 from hmdiff.config import Config, check_keys
 from hmdiff.data.depth_faults import DepthFaults
 from hmdiff.data.estimator import EstimatorFaults
@@ -22,7 +23,6 @@ from hmdiff.data.synthetic import SyntheticHumans
 from hmdiff.data.transforms import AugmentOptions
 from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError
-from hmdiff.mesh import MeshSampler, load_mesh, partition_patches
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 

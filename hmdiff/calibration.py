@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import HALPE26, J14, joint_indices
 from hmdiff.data.sample import PeopleSource
 from hmdiff.diffusion.hypotheses import apply_temperature
 from hmdiff.errors import UserError
@@ -23,7 +24,6 @@ from hmdiff.evaluation import MESHES_AT_ONCE, ROOT, as_heatmaps, ask, split_batc
 from hmdiff.files.storage import atomic_file
 from hmdiff.metrics import coverage, expected_calibration_error, root_of
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.skeletons import HALPE26, J14, joint_indices
 from hmdiff.temperature import Temperature
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from hmdiff.body.skeletons import COCO17
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file
-from hmdiff.skeletons import COCO17
 
 _WARM, _COOL, _MIDLINE, _DARK = (255, 140, 66), (66, 156, 255), (250, 250, 250), (25, 25, 30)
 _HEAT = np.array([[0.80, 0.84, 0.92], [0.99, 0.90, 0.55], [0.98, 0.62, 0.30], [0.85, 0.22, 0.27], [0.42, 0.05, 0.25]])

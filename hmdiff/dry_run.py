@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from hmdiff.assembly import build_mesh, build_source
-from hmdiff.body import load_body
+from hmdiff.body.body import load_body
 from hmdiff.config import Config
 from hmdiff.data.mixture import PERIOD, Mixture, WithSplits
 from hmdiff.data.sample import PeopleSource, Sample

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import HALPE26, J14, joint_indices
 from hmdiff.data.sample import PeopleSource, Sample, concatenate
 from hmdiff.diffusion.hypotheses import select
 from hmdiff.errors import UserError
@@ -35,7 +36,6 @@ from hmdiff.metrics import (
     root_of,
 )
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
-from hmdiff.skeletons import HALPE26, J14, joint_indices
 from hmdiff.visibility_bands import BandWatch
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from hmdiff.body import Body
-from hmdiff.fitting import fit_parameters
+from hmdiff.body.body import Body
+from hmdiff.body.fitting import fit_parameters
+from hmdiff.body.mesh_cache import random_bodies
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.mesh_cache import random_bodies
 
 
 def fit_figures(

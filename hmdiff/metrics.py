@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import joint_indices
 from hmdiff.geometry import similarity_align
-from hmdiff.skeletons import joint_indices
 
 MILLIMETRES = 1000.0
 # Coordinates aligned at once: 25 hypotheses of 13,718 vertices stay near 30 MB whatever the batch.

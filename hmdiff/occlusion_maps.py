@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import HALPE26
 from hmdiff.errors import UserError
 from hmdiff.evaluation import MESHES_AT_ONCE, ROOT
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
 from hmdiff.metrics import MILLIMETRES, root_of, vertex_error
 from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.skeletons import HALPE26
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance

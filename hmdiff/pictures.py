@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from hmdiff.body.skeletons import COCO17
 from hmdiff.canvas import (
     as_tensor,
     colour_bar,
@@ -29,7 +30,6 @@ from hmdiff.canvas import (
 )
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.render import Lights, normals, rasterize, shade, silhouette
-from hmdiff.skeletons import COCO17
 
 __all__ = [
     "PALETTE",

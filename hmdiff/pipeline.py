@@ -20,7 +20,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from hmdiff.body import Body, load_body
+from hmdiff.body.body import Body, load_body
 from hmdiff.diffusion.dat import Guidance, GuidanceReport, aligned_sample, make_target
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion

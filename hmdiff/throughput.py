@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
-from hmdiff.body import load_body
+from hmdiff.body.body import load_body
 from hmdiff.config import Config
 from hmdiff.training import TrainingStream
 from hmdiff.training_step import training_losses

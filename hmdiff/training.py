@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
-from hmdiff.body import load_body
+from hmdiff.body.body import load_body
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.data.sample import PeopleSource, Sample, concatenate
 from hmdiff.data.synthetic import block_generator

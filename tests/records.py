@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from small import free_body
 
+from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.poses import PoseMixture, sample_orientation
 from hmdiff.data.record import Record
 from hmdiff.geometry import matrix_to_axis_angle
-from hmdiff.skeletons import HALPE26
 
 INTRINSICS = np.array([[600.0, 0, 330], [0, 600.0, 235], [0, 0, 1]])
 WIDTH, HEIGHT = 640, 480

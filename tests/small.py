@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
-from hmdiff.body import Body, load_body
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.mesh import MeshSampler
 from hmdiff.config import Config, load_config
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic import SyntheticHumans
-from hmdiff.mesh import MeshSampler
 from hmdiff.pipeline import HMDiffPipeline
 
 SMALL = (

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from hmdiff.body import load_body
-from hmdiff.body_keypoints import LANDMARKS
-from hmdiff.decimation import MeshHierarchy
-from hmdiff.mesh import _read_asset
-from hmdiff.skeletons import MANO16, SMPL24
+from hmdiff.body.body import load_body
+from hmdiff.body.decimation import MeshHierarchy
+from hmdiff.body.keypoints import LANDMARKS
+from hmdiff.body.mesh import _read_asset
+from hmdiff.body.skeletons import MANO16, SMPL24
 
 SMPL, MANO = 6890, 778
 # The free body's joints that play MANO's; what is not named here is the wrist.

@@ -14,8 +14,8 @@ import numpy as np
 import standins as s
 from scipy.spatial.transform import Rotation
 
-from hmdiff.body import Body
-from hmdiff.skeletons import COCO17, HALPE26, OPENPOSE25, SMPL24, SPIN24, joint_indices
+from hmdiff.body.body import Body
+from hmdiff.body.skeletons import COCO17, HALPE26, OPENPOSE25, SMPL24, SPIN24, joint_indices
 
 SPIN_TO_H36M = [14, 2, 1, 0, 3, 4, 5, 16, 12, 17, 18, 9, 10, 11, 8, 7, 6]  # rows of SPIN24 for H36M17
 DISTORTION = {"k": np.array([[-0.2], [0.25], [-0.003]]), "p": np.array([[-0.0014], [-0.001]])}

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from hmdiff.body import Body, load_body
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.skeletons import H36M17, HALPE26, HAND21, OPENPOSE18, SMPL24, joint_indices
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.skeletons import H36M17, HALPE26, HAND21, OPENPOSE18, SMPL24, joint_indices
 
 WIDTH, HEIGHT = 96, 160
 INTRINSICS = np.array([[240.0, 0, 48], [0, 242.0, 80], [0, 0, 1]])

@@ -17,11 +17,11 @@ from PIL import Image
 from small import small_pipeline
 
 from hmdiff import pipeline as pipeline_module
+from hmdiff.body.skeletons import COCO17, HALPE26
 from hmdiff.cli import main
 from hmdiff.commands.photos import read_people
 from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.skeletons import COCO17, HALPE26
 
 WIDTH, HEIGHT = 160, 200
 

@@ -14,13 +14,13 @@ import scipy.sparse
 import torch
 import trimesh
 
-from hmdiff.body import Body, load_body
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.skeletons import HALPE26, SMPL24, SMPL24_PARENTS, mirror_permutation
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from hmdiff.files.unpickling import load_pickle
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.prepare.body import _boundary_loops, _fit_row, _strip, build_free_body
-from hmdiff.skeletons import HALPE26, SMPL24, SMPL24_PARENTS, mirror_permutation
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from records import make_records
 from small import free_body, people_block, small_config
 
 from hmdiff.assembly import build_data
+from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.cutouts import SIZE, Cutouts
 from hmdiff.data.draws import grid
 from hmdiff.data.in_front import CUTOUT, NOTHING, OBJECTS, PERSON, BoxesAndFront, FrontDrawer, InFront
@@ -23,7 +24,6 @@ from hmdiff.data.sample import Sample
 from hmdiff.data.shards import RecordFiles
 from hmdiff.data.transforms import AugmentOptions
 from hmdiff.errors import UserError
-from hmdiff.skeletons import HALPE26
 
 STILL = AugmentOptions(flip=0, noise=0, upright=1, scale=0)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hmdiff.body.skeletons import COCO17
 from hmdiff.commands.photos import crops
 from hmdiff.data.transforms import Change, crop_map, crop_picture
 from hmdiff.depth.estimator import EstimatedDepth
@@ -22,7 +23,6 @@ from hmdiff.depth.sources import (
 )
 from hmdiff.errors import UserError
 from hmdiff.heatmaps import heatmaps_from_values
-from hmdiff.skeletons import COCO17
 
 HEIGHT, WIDTH = 60, 80
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, joint_indices, mirror_permutation
 from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility, two_peaks
 from hmdiff.heatmaps import gaussian_heatmaps, heatmap_peaks
-from hmdiff.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, joint_indices, mirror_permutation
 
 NONE = EstimatorFaults(
     jitter=0.0, missing=0.0, missing_hidden=0.0, second_peak=0.0, swap=0.0, exact=0.0, all_joints=True

@@ -13,6 +13,7 @@ from small import free_body, people, people_block, small_pipeline
 from torch import Tensor
 
 from hmdiff import evaluation
+from hmdiff.body.skeletons import HALPE26, J14, LSP14, joint_indices
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic import SyntheticHumans
 from hmdiff.diffusion.hypotheses import select
@@ -31,7 +32,6 @@ from hmdiff.evaluation import (
 from hmdiff.measured import calibration_interval
 from hmdiff.metrics import coverage, expected_calibration_error, hypothesis_errors
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
-from hmdiff.skeletons import HALPE26, J14, LSP14, joint_indices
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import standin_bodies as s
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body, load_body
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.fitting import fit_parameters
+from hmdiff.body.mesh_cache import random_bodies
 from hmdiff.cli import main
 from hmdiff.errors import UserError
-from hmdiff.fitting import fit_parameters
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.mesh_cache import random_bodies
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import COCO17, HALPE26, shared_joints
 from hmdiff.errors import UserError
 from hmdiff.geometry import crop_to_photo, photo_to_crop
 from hmdiff.heatmaps import (
@@ -29,7 +30,6 @@ from hmdiff.heatmaps import (
     save_heatmaps,
     soft_argmax,
 )
-from hmdiff.skeletons import COCO17, HALPE26, shared_joints
 
 PIXEL = 2 / HEATMAP_SIZE  # crop units
 

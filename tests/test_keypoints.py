@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from hmdiff.body.skeletons import COCO17, HALPE26, OPENPOSE18, OPENPOSE25
 from hmdiff.errors import UserError
 from hmdiff.geometry import photo_to_crop
 from hmdiff.heatmaps import PersonKeypoints, heatmap_peaks, heatmaps_from_keypoints, load_heatmaps, read_keypoints
-from hmdiff.skeletons import COCO17, HALPE26, OPENPOSE18, OPENPOSE25
 
 PERSON = [[100.0 + 7 * j, 50.0 + 11 * j, 0.9] for j in range(17)]
 FLAT = [number for joint in PERSON for number in joint]

@@ -17,11 +17,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hmdiff"
 # A module imports from lower layers, and from its own, but for the rooms, which never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "scoring", "studies", "version"}),
-    frozenset({"config", "files", "geometry", "memory", "scoring.published", "sharding", "skeletons"}),
+    frozenset({"body.skeletons", "config", "files", "geometry", "memory", "scoring.published", "sharding"}),
     frozenset({
-        "body", "body_files", "body_keypoints", "canvas", "data.sample", "decimation", "depth", "export", "fitting",
-        "heatmaps", "mesh", "mesh_cache", "pictures", "regressors", "render", "render_numba", "spread_picture",
-        "stress_picture", "surface",
+        "body", "canvas", "data.sample", "depth", "export", "heatmaps", "pictures", "render", "render_numba",
+        "spread_picture", "stress_picture",
     }),
     frozenset({"data", "diffusion", "losses", "metrics", "models", "scoring.hand_metrics", "uncertainty_metrics"}),
     frozenset({
@@ -42,7 +41,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 )  # fmt: skip
 ROOMS = 3
 # Beyond the layers: what these import of ours, at most.
-AT_MOST = {"geometry": frozenset[str](), "skeletons": frozenset[str]()}
+AT_MOST = {"geometry": frozenset[str](), "body.skeletons": frozenset[str]()}
 NEVER = {"models": frozenset({"data.sample"})}  # models never see a data set, not even its type
 
 # Not installed by default, or slow to load: only inside functions, but for the modules that exist for them.

@@ -18,17 +18,17 @@ import standin_bodies as s
 import torch
 from small import SMALL
 
-from hmdiff import mesh_cache
-from hmdiff.body import Body, load_body
-from hmdiff.body_files import find_body_file, licensed_kind, own_name, read_body_file
-from hmdiff.body_keypoints import LANDMARKS
+from hmdiff.body import mesh_cache
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.files import find_body_file, licensed_kind, own_name, read_body_file
+from hmdiff.body.keypoints import LANDMARKS
+from hmdiff.body.licensed import prepare_licensed
+from hmdiff.body.mesh import load_mesh
+from hmdiff.body.skeletons import HALPE26, HAND21, SMPL24
 from hmdiff.cli import main
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.mesh import load_mesh
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.prepare.licensed import prepare_licensed
-from hmdiff.skeletons import HALPE26, HAND21, SMPL24
 
 BUFFERS = ("v_template", "shapedirs", "posedirs", "lbs_weights", "J_regressor", "faces", "keypoint_regressor")
 PUBLISHED = {

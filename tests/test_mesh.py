@@ -11,13 +11,21 @@ import torch
 import trimesh
 from torch import Tensor
 
-from hmdiff.body import Body, load_body
-from hmdiff.decimation import MeshHierarchy, decimate, vertex_quadrics
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.decimation import MeshHierarchy, decimate, vertex_quadrics
+from hmdiff.body.mesh import (
+    MeshSampler,
+    blend,
+    build_mesh_sampler,
+    fit_upsampling,
+    load_mesh,
+    partition_patches,
+    save_mesh,
+)
+from hmdiff.body.surface import closest_on_surface, surface_distances
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.mesh import MeshSampler, blend, build_mesh_sampler, fit_upsampling, load_mesh, partition_patches, save_mesh
 from hmdiff.prepare.mesh import random_bodies
-from hmdiff.surface import closest_on_surface, surface_distances
 
 
 def open_cap() -> trimesh.Trimesh:
@@ -178,7 +186,7 @@ def test_save_and_load_give_the_same_sampler(tmp_path: Path, monkeypatch: pytest
     # The template given is another one, so that only what was stored can give the same vertices.
     body = types.SimpleNamespace(v_template=vertices * torch.tensor([1.0, 3.0, 0.2]), faces=faces)
     assert load_mesh(body, 60).signature != sampler.signature
-    monkeypatch.setattr("hmdiff.mesh.asset_path", lambda name: tmp_path / "mesh.npz")
+    monkeypatch.setattr("hmdiff.body.mesh.asset_path", lambda name: tmp_path / "mesh.npz")
     loaded = load_mesh(body, 60)
     assert loaded.signature == sampler.signature
     assert torch.equal(loaded.coarse_faces, sampler.coarse_faces)

@@ -10,8 +10,8 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from hmdiff import metrics as m
+from hmdiff.body.skeletons import COCO17, SMPL24
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.skeletons import COCO17, SMPL24
 
 
 def turned(points: Tensor, scale: float = 1.3) -> Tensor:

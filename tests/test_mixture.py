@@ -15,6 +15,8 @@ from small import awaken, free_body, people, small_config
 from torch import Tensor
 
 from hmdiff.assembly import build_model, build_scheduler, build_source
+from hmdiff.body.mesh import MeshSampler
+from hmdiff.body.skeletons import HALPE26, SMPL24, mirror_permutation
 from hmdiff.config import Config, LossConfig
 from hmdiff.data.mixture import PERIOD, Mixture, WithSplits, schedule
 from hmdiff.data.record import Record
@@ -26,9 +28,7 @@ from hmdiff.errors import UserError
 from hmdiff.evaluation import _mean_person
 from hmdiff.geometry import axis_angle_to_matrix, perspective_projection, weak_perspective_projection
 from hmdiff.losses.objective import objective
-from hmdiff.mesh import MeshSampler
 from hmdiff.prepare.dataset import prepare_dataset
-from hmdiff.skeletons import HALPE26, SMPL24, mirror_permutation
 from hmdiff.training import Trainer, TrainingStream
 from hmdiff.training_step import Draws, training_losses
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from small import small_pipeline
 from torch import Tensor
 
+from hmdiff.body.skeletons import COCO17, HALPE26, J14
 from hmdiff.cli import main
 from hmdiff.commands import estimation
 from hmdiff.commands.photos import read_people
@@ -31,7 +32,6 @@ from hmdiff.heatmaps.detector import PersonDetector
 from hmdiff.heatmaps.mmpose_codecs import heatmaps_from_codec, heatmaps_from_simcc
 from hmdiff.heatmaps.mmpose_source import MMPoseEstimator, check_boxes, joint_names
 from hmdiff.heatmaps.openmmlab import find_checkpoint, find_model, import_openmmlab, read_config
-from hmdiff.skeletons import COCO17, HALPE26, J14
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mmpose") is None, reason="mmpose is not installed: uv sync --extra mmpose"

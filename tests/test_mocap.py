@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from hmdiff.body.skeletons import SMPL24
 from hmdiff.data.anatomy import rotations_to_angles
 from hmdiff.errors import UserError
 from hmdiff.prepare import acclaim, mocap
-from hmdiff.skeletons import SMPL24
 
 RECORDINGS = Path(__file__).parents[2] / "shared" / "data" / "mocap" / "cmu_asfamc_subjects_01-03.tar.xz"
 

@@ -7,10 +7,10 @@ import torch
 import trimesh
 from PIL import Image
 
+from hmdiff.body.skeletons import COCO17, OPENPOSE25
 from hmdiff.canvas import contact_sheet, draw_keypoints, heat_colours, read_picture, save_picture
 from hmdiff.errors import UserError
 from hmdiff.pictures import PALETTE, colour_bar, hypotheses_sheet, overlay, turntable_view
-from hmdiff.skeletons import COCO17, OPENPOSE25
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hmdiff.body import load_body
+from hmdiff.body.body import load_body
+from hmdiff.body.mesh import load_mesh
+from hmdiff.body.skeletons import HALPE26, mirror_permutation
 from hmdiff.cli import main
 from hmdiff.data.poses import PoseMixture
 from hmdiff.data.sample import Sample
@@ -25,14 +27,12 @@ from hmdiff.errors import UserError
 from hmdiff.heatmaps import HEATMAP_SIZE, gaussian_heatmaps, heatmap_peaks, openmmlab
 from hmdiff.heatmaps.estimated import CONFIG, WEIGHTS, SyntheticEstimator, build_network, network_input, read_config
 from hmdiff.heatmaps.mmpose_source import MMPoseEstimator
-from hmdiff.mesh import load_mesh
 from hmdiff.models.backbone import ImageBackbone
 from hmdiff.prepare import estimator as preparing
 from hmdiff.prepare.estimator import FIGURES, STATE, EstimatorRun, EstimatorTraining, prepare_estimator, save_estimator
 from hmdiff.prepare.estimator_config import NETWORKS, estimator_config, write_config
 from hmdiff.prepare.estimator_crops import Jitter, jitter_crops, target_heatmaps
 from hmdiff.prepare.estimator_figures import pck_figures, within
-from hmdiff.skeletons import HALPE26, mirror_permutation
 
 MMPOSE = importlib.util.find_spec("mmpose") is not None
 needs_mmpose = pytest.mark.skipif(not MMPOSE, reason="mmpose is not installed: uv sync --extra mmpose")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hmdiff.body import load_body
+from hmdiff.body.body import load_body
+from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS, mirror_permutation
 from hmdiff.data import anatomy, collision
 from hmdiff.data.limit_sampler import JointLimitSampler
 from hmdiff.data.pose_prior import PosePrior, mirror_features, pose_features
@@ -16,7 +17,6 @@ from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from hmdiff.prepare.intersection import self_intersection
 from hmdiff.prepare.poses import CREDIT, fit_mixture, write_prior
-from hmdiff.skeletons import SMPL24, SMPL24_PARENTS, mirror_permutation
 
 INDEX = {name: number for number, name in enumerate(SMPL24)}
 MIRRORED = torch.tensor([-1.0, 1.0, 1.0])

@@ -15,14 +15,14 @@ import pytest
 import standin_tables as tables
 import standins as s
 
-from hmdiff.body import Body, load_body
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.skeletons import COCO17, H36M17, HALPE26, J14, SMPL24, SPIN24, joint_indices
 from hmdiff.commands.prepare import DATASETS
 from hmdiff.data.readers import READERS, open_reader
 from hmdiff.data.readers import splits as parts
 from hmdiff.data.readers.lens import Lens, pinhole_about
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
-from hmdiff.skeletons import COCO17, H36M17, HALPE26, J14, SMPL24, SPIN24, joint_indices
 
 
 def _records(name: str, folder: Path, split: str | None = None) -> dict[str, Record]:

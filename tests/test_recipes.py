@@ -14,9 +14,9 @@ import standins as s
 import torch
 from accelerate import init_empty_weights
 
-from hmdiff import mesh_cache
 from hmdiff.assembly import build_mesh, build_source
-from hmdiff.body import load_body
+from hmdiff.body import mesh_cache
+from hmdiff.body.body import load_body
 from hmdiff.config import Config, load_config
 from hmdiff.data.readers import open_reader
 from hmdiff.dry_run import dry_run

@@ -14,7 +14,8 @@ import torch
 from records import make_records
 from small import free_body
 
-from hmdiff.body import Body, load_body
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.skeletons import HALPE26, HAND21
 from hmdiff.data.labelled_bodies import LabelledBodies
 from hmdiff.data.readers import open_reader
 from hmdiff.data.record import Record
@@ -25,7 +26,6 @@ from hmdiff.data.transforms import AugmentOptions
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
 from hmdiff.prepare.dataset import prepare_dataset
-from hmdiff.skeletons import HALPE26, HAND21
 
 TURNED = AugmentOptions(flip=0.5, noise=0, upright=0)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from hmdiff.body.regressors import REGRESSORS, find_regressor_file, load_regressor
+from hmdiff.body.skeletons import H36M17, J14, SPIN_H36M17, joint_indices
 from hmdiff.errors import UserError
-from hmdiff.regressors import REGRESSORS, find_regressor_file, load_regressor
-from hmdiff.skeletons import H36M17, J14, SPIN_H36M17, joint_indices
 
 
 @pytest.fixture

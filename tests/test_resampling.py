@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy.interpolate import CubicSpline
 
+from hmdiff.body.skeletons import COCO17, HALPE26
 from hmdiff.geometry import crop_to_photo, photo_to_crop
 from hmdiff.heatmaps import (
     HEATMAP_SIZE,
@@ -20,7 +21,6 @@ from hmdiff.heatmaps import (
     soft_argmax,
 )
 from hmdiff.heatmaps.resampling import spline_weights
-from hmdiff.skeletons import COCO17, HALPE26
 
 PIXELS = HEATMAP_SIZE / 2  # ours, in a crop unit
 CENTER, SIDE = torch.tensor([[205.0, 148.0]]), torch.tensor([180.0])

@@ -17,7 +17,8 @@ from small import free_body, people, small_pipeline
 from standins import body_arrays, licensed_folder, make_freihand
 from torch import Tensor
 
-from hmdiff.body import load_body
+from hmdiff.body.body import load_body
+from hmdiff.body.skeletons import H36M17, HAND21, J14, SMPL24, SMPL24_PARENTS, joint_indices
 from hmdiff.cli import main
 from hmdiff.data.readers import open_reader
 from hmdiff.data.record import Record
@@ -35,7 +36,6 @@ from hmdiff.scoring.protocol_errors import HIPS
 from hmdiff.scoring.protocols import PROTOCOLS, get_protocol
 from hmdiff.scoring.report import Processes, report_of, save_scores, score_people
 from hmdiff.scoring.scored_people import PipelinePeople, PredictedPeople, RecordTruths, SampleTruths
-from hmdiff.skeletons import H36M17, HAND21, J14, SMPL24, SMPL24_PARENTS, joint_indices
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VERTICES = 90

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hmdiff import skeletons as s
+from hmdiff.body import skeletons as s
 
 
 @pytest.mark.parametrize("name", s.JOINT_SETS)

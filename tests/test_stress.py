@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from small import free_body, people, small_pipeline
 
+from hmdiff.body.skeletons import HALPE26
 from hmdiff.cli import main
 from hmdiff.errors import UserError
 from hmdiff.evaluation import as_heatmaps, evaluate, photo_of
@@ -29,7 +30,6 @@ from hmdiff.occlusion_maps import (
 )
 from hmdiff.pictures import overlay, overlay_all
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.skeletons import HALPE26
 from hmdiff.stress_picture import cut_out, draw_patch, hidden_sheet, map_over, stress_sheet
 
 QUICK = Settings(num_hypotheses=3, num_inference_steps=2, seed=1)

@@ -10,13 +10,13 @@ from small import free_body, people, people_block, small_config
 from torch import Tensor
 
 from hmdiff.assembly import build_data
+from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.estimator import EstimatorFaults
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic import GUESS, SPLITS, SyntheticHumans, block_generator
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection, weak_perspective_projection
 from hmdiff.heatmaps import heatmap_peaks
-from hmdiff.skeletons import HALPE26
 
 
 def data(seed: int = 0, **options: object) -> SyntheticHumans:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
-from hmdiff.body import load_body
+from hmdiff.body.body import load_body
+from hmdiff.body.mesh import load_mesh
 from hmdiff.canvas import read_picture
 from hmdiff.config import Config, load_config
 from hmdiff.data.poses import PoseMixture
@@ -17,7 +18,6 @@ from hmdiff.data.rendering import OccluderBoxes, Photographer
 from hmdiff.data.synthetic import SyntheticHumans
 from hmdiff.errors import UserError
 from hmdiff.gallery import synthetic_picture
-from hmdiff.mesh import load_mesh
 from hmdiff.throughput import measure_throughput
 from hmdiff.training import TrainingStream
 

@@ -11,6 +11,7 @@ import torch
 from records import INTRINSICS, draw_photo, make_records, red_place
 from small import free_body
 
+from hmdiff.body.skeletons import HALPE26, SMPL24
 from hmdiff.data.transforms import (
     AugmentOptions,
     Change,
@@ -26,7 +27,6 @@ from hmdiff.data.transforms import (
 )
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix, photo_to_crop
-from hmdiff.skeletons import HALPE26, SMPL24
 
 CHANGES = [
     Change(flip, math.radians(degrees), scale)

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
-    from hmdiff.body import load_body
+    from hmdiff.body.body import load_body
     from hmdiff.evaluation import as_heatmaps
     from hmdiff.memory import memory_text, parameters, peak_gigabytes
     from hmdiff.pipeline import HMDiffPipeline
@@ -138,7 +138,7 @@ def _loading(options: argparse.Namespace, image_size: int) -> int:
 def _fitting(options: argparse.Namespace, name: str, device: Any) -> int:
     import torch
 
-    from hmdiff.body import load_body
+    from hmdiff.body.body import load_body
     from hmdiff.fit_figures import fit_figures
 
     body, batch = load_body(name).to(device), options.batch_size or 64

@@ -91,7 +91,7 @@ def _device() -> Finding:
 
 
 def _bodies() -> Iterator[Finding]:
-    from hmdiff.body_files import FOLDER_VARIABLE, LICENSED, body_folder, find_body_file
+    from hmdiff.body.files import FOLDER_VARIABLE, LICENSED, body_folder, find_body_file
     from hmdiff.errors import UserError
 
     folder = body_folder()
@@ -118,9 +118,9 @@ def _bodies() -> Iterator[Finding]:
 
 
 def _regressors() -> Iterator[Finding]:
-    from hmdiff.body_files import body_folder
+    from hmdiff.body.files import body_folder
+    from hmdiff.body.regressors import REGRESSORS, load_regressor
     from hmdiff.errors import UserError
-    from hmdiff.regressors import REGRESSORS, load_regressor
 
     if body_folder() is None:
         files = ", ".join(regressor.file for regressor in REGRESSORS.values())

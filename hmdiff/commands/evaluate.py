@@ -16,7 +16,7 @@ from hmdiff.commands import arguments
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from hmdiff.body import Body
+    from hmdiff.body.body import Body
     from hmdiff.data.synthetic import SyntheticHumans
     from hmdiff.diffusion.dat import Guidance
 

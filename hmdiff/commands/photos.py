@@ -175,9 +175,9 @@ def peaks(heatmaps: Heatmaps) -> list[tuple[Tensor, tuple[str, ...]]]:
     """Of each person the places of the peaks, photo pixels, with the confidence (J, 3), and the J names."""
     import torch
 
+    from hmdiff.body.skeletons import HALPE26
     from hmdiff.geometry import crop_to_photo
     from hmdiff.heatmaps import heatmap_peaks
-    from hmdiff.skeletons import HALPE26
 
     places, confidence = heatmap_peaks(heatmaps.values)
     places = crop_to_photo(places, heatmaps.center, heatmaps.side)

@@ -190,8 +190,8 @@ def _mesh(options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _licensed(options: argparse.Namespace) -> Mapping[str, Any]:
-    from hmdiff.body_files import body_folder
-    from hmdiff.prepare.licensed import prepare_licensed
+    from hmdiff.body.files import body_folder
+    from hmdiff.body.licensed import prepare_licensed
 
     if options.output is None:
         options.output = body_folder()

@@ -14,7 +14,7 @@ from hmdiff.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from hmdiff.body import Body
+    from hmdiff.body.body import Body
     from hmdiff.data.shards import PreparedShards
     from hmdiff.pipeline import HMDiffPipeline
     from hmdiff.scoring.protocols import Protocol
@@ -80,7 +80,7 @@ def run_protocols(options: argparse.Namespace) -> int:
 
 def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
     """The checkpoints, or the one folder of predictions."""
-    from hmdiff.body import load_body
+    from hmdiff.body.body import load_body
     from hmdiff.commands.evaluate import SPLITS, labels, model_hash
     from hmdiff.scoring.protocols import get_protocol
 

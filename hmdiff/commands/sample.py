@@ -14,7 +14,7 @@ from hmdiff.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hmdiff.body import Body
+    from hmdiff.body.body import Body
     from hmdiff.commands.estimation import Estimation
     from hmdiff.commands.photos import Box, PhotoPeople
     from hmdiff.pipeline import HMDiffPipeline, MeshOutput
@@ -227,7 +227,7 @@ def fitted_parameters(
     """Pose and shape of every hypothesis and of the mean, to animate them; translations are in the vertices' frame."""
     import torch
 
-    from hmdiff.fitting import fit_parameters
+    from hmdiff.body.fitting import fit_parameters
 
     found = fit_parameters(body, torch.cat([vertices, mean[None]]))
     arrays: dict[str, Any] = {"body": body.name}

@@ -196,10 +196,10 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
 
 def write(found: Stress, person: Shown, stem: Path) -> str:
     """The npz and the png of one person; returns a line about them."""
+    from hmdiff.body.skeletons import HALPE26
     from hmdiff.canvas import save_picture
     from hmdiff.export import save_npz
     from hmdiff.occlusion_maps import rank_correlation
-    from hmdiff.skeletons import HALPE26
     from hmdiff.stress_picture import stress_sheet
 
     arrays: dict[str, Any] = {
@@ -224,7 +224,7 @@ def write(found: Stress, person: Shown, stem: Path) -> str:
 
 def _joints(found: Stress, place: int) -> str:
     """Which joints the patch hides there, in words."""
-    from hmdiff.skeletons import HALPE26
+    from hmdiff.body.skeletons import HALPE26
 
     names = [HALPE26[joint].replace("_", " ") for joint in found.hidden[place].nonzero()[:, 0].tolist()]
     if not names:

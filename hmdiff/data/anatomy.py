@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from hmdiff.skeletons import SMPL24, mirror_permutation
+from hmdiff.body.skeletons import SMPL24, mirror_permutation
 
 # Degrees: a low, high; b low, high; c low, high.
 _RANGES: dict[str, tuple[float, float, float, float, float, float]] = {

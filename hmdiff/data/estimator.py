@@ -18,8 +18,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, mirror_permutation
 from hmdiff.heatmaps.distribution import HEATMAP_SIZE
-from hmdiff.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, mirror_permutation
 
 _NAMES = HALPE26
 _MIRROR = torch.tensor(mirror_permutation(_NAMES))

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.cutouts import Cutouts
 from hmdiff.data.draws import grid
 from hmdiff.data.occluders import paint_occluder
 from hmdiff.data.rendering import OccluderBoxes
 from hmdiff.data.transforms import AugmentOptions
-from hmdiff.skeletons import HALPE26
 
 NOTHING, OBJECTS, PERSON, CUTOUT = range(4)
 SHAPES = 2  # K at most

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body
+from hmdiff.body.body import Body
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.data.synthetic import block_generator
 from hmdiff.errors import UserError

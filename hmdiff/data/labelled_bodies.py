@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body, load_body
-from hmdiff.body_files import licensed_kind
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.files import licensed_kind
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import SMPL24, mirror_permutation
 from hmdiff.data.anatomy import rotations_to_angles
 from hmdiff.data.collision import least_blocked
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
-from hmdiff.skeletons import SMPL24, mirror_permutation
 
 MODELLED = SMPL24[1:22]  # all but the pelvis and the hands
 _FEATURES = 3 * len(MODELLED)

@@ -12,13 +12,13 @@ import math
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import SMPL24
 from hmdiff.data.anatomy import joint_limit_violation, kind, mirror_pose
 from hmdiff.data.collision import least_blocked, penalty
 from hmdiff.data.limit_sampler import JointLimitSampler
 from hmdiff.data.pose_prior import PosePrior
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.skeletons import SMPL24
 
 __all__ = [
     "JointLimitSampler", "PoseMixture", "PosePrior", "joint_limit_violation", "mirror_pose", "sample_orientation",

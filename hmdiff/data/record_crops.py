@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import HALPE26, mirror_permutation
 from hmdiff.data.record import Record
 from hmdiff.data.shards import Stored
 from hmdiff.data.transforms import NO_CHANGE, Change, change_colours, crop_picture
 from hmdiff.heatmaps.arrays import load_heatmaps
 from hmdiff.heatmaps.distribution import HEATMAP_SIZE, pixel_coordinates
-from hmdiff.skeletons import HALPE26, mirror_permutation
 
 
 def by_name(

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body
+from hmdiff.body.body import Body
+from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility
 from hmdiff.data.in_front import FrontDrawer
 from hmdiff.data.labelled_bodies import LabelledBodies, PosedBodies
@@ -41,7 +42,6 @@ from hmdiff.data.transforms import (
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection, weak_perspective_fit
 from hmdiff.heatmaps.distribution import gaussian_heatmaps
-from hmdiff.skeletons import HALPE26
 
 _SIGMA = 2.0  # heatmap pixels of a labelled keypoint
 _LEAST_TO_FIT = 6  # keypoints known in 2D and in 3D from which a weak-perspective camera is fitted

@@ -14,13 +14,13 @@ import functools
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body
+from hmdiff.body.body import Body
+from hmdiff.body.mesh import MeshSampler, load_mesh
 from hmdiff.data.appearance import Wardrobe, compose_rgb
 from hmdiff.data.depth_faults import DepthFaults, estimate_depth
 from hmdiff.data.depth_scene import compose_depth
 from hmdiff.data.draws import grid
 from hmdiff.errors import UserError
-from hmdiff.mesh import MeshSampler, load_mesh
 from hmdiff.render import rasterize
 
 RENDERED_VERTICES = 3000

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body
+from hmdiff.body.body import Body
 from hmdiff.data.depth_faults import DepthFaults
 from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility
 from hmdiff.data.in_front import BoxesAndFront, FrontDrawer

@@ -17,9 +17,9 @@ import cv2
 import numpy as np
 import torch
 
+from hmdiff.body.skeletons import mirror_permutation
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
-from hmdiff.skeletons import mirror_permutation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hmdiff.body.skeletons import HALPE26, JOINT_SETS
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file
 from hmdiff.heatmaps.distribution import Heatmaps, heatmaps_from_values
-from hmdiff.skeletons import HALPE26, JOINT_SETS
 
 _KEYS = ("heatmaps", "center", "side")
 # Sets that their number of joints tells apart; the others must come with their names.

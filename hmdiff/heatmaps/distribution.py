@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import HALPE26, shared_joints
 from hmdiff.errors import UserError
 from hmdiff.heatmaps.resampling import spline_weights
-from hmdiff.skeletons import HALPE26, shared_joints
 
 HEATMAP_SIZE = 64
 MASS_FLOOR = 1.0  # pixels of a 64 x 64 heatmap: a Gaussian of sigma 2 and peak 0.04 weighs as much

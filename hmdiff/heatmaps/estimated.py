@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hmdiff.body.skeletons import HALPE26
 from hmdiff.errors import UserError
 from hmdiff.heatmaps.distribution import HEATMAP_SIZE, Heatmaps, pixel_coordinates
 from hmdiff.heatmaps.openmmlab import import_openmmlab, load_weights, quiet
-from hmdiff.skeletons import HALPE26
 
 CONFIG, WEIGHTS = "config.py", "model.safetensors"
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import COCO17, HALPE26, OPENPOSE18, OPENPOSE25, shared_joints
 from hmdiff.errors import UserError
 from hmdiff.geometry import photo_to_crop
 from hmdiff.heatmaps.distribution import (
@@ -26,7 +27,6 @@ from hmdiff.heatmaps.distribution import (
     crop_from_keypoints,
     gaussian_heatmaps,
 )
-from hmdiff.skeletons import COCO17, HALPE26, OPENPOSE18, OPENPOSE25, shared_joints
 
 # COCO's visibility as a confidence, our choice: not labelled, labelled but hidden (a guess of the annotator), seen.
 _VISIBILITY = (0.0, 0.5, 1.0)

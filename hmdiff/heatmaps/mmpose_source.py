@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import HALPE26, shared_joints
 from hmdiff.errors import UserError
 from hmdiff.heatmaps.distribution import (
     Heatmaps,
@@ -32,7 +33,6 @@ from hmdiff.heatmaps.openmmlab import (
     quiet,
     read_config,
 )
-from hmdiff.skeletons import HALPE26, shared_joints
 
 PEOPLE_AT_ONCE = 16  # bounds the memory; changes no result
 CODECS = ("MSRAHeatmap", "UDPHeatmap", "SimCCLabel")

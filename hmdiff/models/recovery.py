@@ -26,7 +26,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from hmdiff.mesh import blend
+from hmdiff.body.mesh import blend
 from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
 from hmdiff.models.conditioning import Conditioning, LiftedVolume
 from hmdiff.models.denoiser import SCALED, MeshDenoiser

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hmdiff.body.skeletons import SMPL24
 from hmdiff.errors import UserError
-from hmdiff.skeletons import SMPL24
 
 _TO_SMPL_FRAME = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # anny is z up, facing -y
 

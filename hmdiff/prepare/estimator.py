@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hmdiff.body import load_body
+from hmdiff.body.body import load_body
+from hmdiff.body.mesh import load_mesh
 from hmdiff.data.poses import PoseMixture
 from hmdiff.data.synthetic import SyntheticHumans, block_generator
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file, make_folder
 from hmdiff.heatmaps.estimated import CONFIG, WEIGHTS, SyntheticEstimator, build_network, network_input
-from hmdiff.mesh import load_mesh
 from hmdiff.prepare.estimator_config import estimator_config, write_config
 from hmdiff.prepare.estimator_crops import jitter_crops, target_heatmaps
 from hmdiff.prepare.estimator_figures import pck_figures

@@ -12,10 +12,10 @@ import pprint
 from pathlib import Path
 from typing import Any
 
+from hmdiff.body.skeletons import HALPE26, mirror_permutation
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file
 from hmdiff.heatmaps.distribution import BOX_PADDING
-from hmdiff.skeletons import HALPE26, mirror_permutation
 
 NETWORKS = ("hrnet", "resnet18")
 SIGMA = 2.0  # heatmap pixels, at 64 a side

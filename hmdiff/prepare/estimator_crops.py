@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hmdiff.body.skeletons import HALPE26, mirror_permutation
 from hmdiff.heatmaps.distribution import gaussian_heatmaps
 from hmdiff.heatmaps.estimated import grid_shift
-from hmdiff.skeletons import HALPE26, mirror_permutation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.synthetic import SyntheticHumans
 from hmdiff.heatmaps.distribution import heatmap_peaks
 from hmdiff.heatmaps.estimated import SyntheticEstimator
-from hmdiff.skeletons import HALPE26
 
 THRESHOLDS = (0.05, 0.1)
 _HEAD = (HALPE26.index("top_head"), HALPE26.index("neck"))

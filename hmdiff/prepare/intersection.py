@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body
+from hmdiff.body.body import Body
 from hmdiff.render import vertex_normals
 
 DEPTH = 0.015  # metres inside before it counts: soft tissue gives way

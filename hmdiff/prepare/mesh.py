@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hmdiff.body import load_body
-from hmdiff.decimation import decimate
+from hmdiff.body.body import load_body
+from hmdiff.body.decimation import decimate
+from hmdiff.body.mesh import build_mesh_sampler, fit_upsampling, partition_patches, save_mesh
+from hmdiff.body.mesh_cache import random_bodies
+from hmdiff.body.surface import surface_distances
 from hmdiff.errors import UserError
-from hmdiff.mesh import build_mesh_sampler, fit_upsampling, partition_patches, save_mesh
-from hmdiff.mesh_cache import random_bodies
-from hmdiff.surface import surface_distances
 
 NUM_COARSE = 432  # the lineage has 431; 432 divides into patches of 2, 3, 4, 6, 8, 9 and 12
 

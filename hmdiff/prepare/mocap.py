@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS
 from hmdiff.data.anatomy import angles_to_rotations, scapular_rhythm
 from hmdiff.data.collision import OFFSETS
 from hmdiff.prepare.acclaim import AcclaimSkeleton, Array, bone_ends
-from hmdiff.skeletons import SMPL24, SMPL24_PARENTS
 
 MAX_SPEED = 25.0  # degrees per recorded frame (120 Hz): no joint of a person turns at 3,000 degrees a second
 MEAN_OFFSETS: Array = OFFSETS.double().numpy()  # (24, 3) metres, from parent to joint in the T-pose

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.body import load_body
+from hmdiff.body.body import load_body
+from hmdiff.body.skeletons import SMPL24
 from hmdiff.canvas import contact_sheet, save_picture
 from hmdiff.data.anatomy import (
     angles_to_rotations,
@@ -33,7 +34,6 @@ from hmdiff.pictures import turntable_view
 from hmdiff.prepare.acclaim import read_recordings, world_rotations
 from hmdiff.prepare.intersection import self_intersection
 from hmdiff.prepare.mocap import MEAN_OFFSETS, bad_frames, direction_error, retarget
-from hmdiff.skeletons import SMPL24
 
 CREDIT = (
     "The data used in this project was obtained from mocap.cs.cmu.edu. "

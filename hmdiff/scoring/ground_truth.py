@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body
-from hmdiff.body_files import licensed_kind
+from hmdiff.body.body import Body
+from hmdiff.body.files import licensed_kind
+from hmdiff.body.regressors import load_regressor
 from hmdiff.data.labelled_bodies import LabelledBodies
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
-from hmdiff.regressors import load_regressor
 from hmdiff.scoring.protocol_errors import Bodies
 from hmdiff.scoring.protocols import Protocol
 

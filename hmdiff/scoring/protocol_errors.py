@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import H36M14, J14, SMPL24, joint_indices
 from hmdiff.errors import UserError
 from hmdiff.geometry import similarity_transform
 from hmdiff.metrics import MILLIMETRES, joint_error, mean_distance, procrustes_error, root_of, vertex_error
 from hmdiff.scoring.hand_metrics import curve_area, f_score, orthogonal_align
-from hmdiff.skeletons import H36M14, J14, SMPL24, joint_indices
 
 HIPS = ("left_hip", "right_hip")
 Errors = dict[str, Tensor]  # metric -> (...)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from hmdiff.body.skeletons import H36M14, H36M17, HALPE26, HAND21, J14, SMPL24, SPIN_H36M17
 from hmdiff.errors import UserError
 from hmdiff.metrics import root_of
 from hmdiff.scoring.protocol_errors import (
@@ -30,7 +31,6 @@ from hmdiff.scoring.protocol_errors import (
     spin_errors,
     synthetic_errors,
 )
-from hmdiff.skeletons import H36M14, H36M17, HALPE26, HAND21, J14, SMPL24, SPIN_H36M17
 
 
 class Metric(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.assembly import build_mesh, build_source
-from hmdiff.body import Body
+from hmdiff.body.body import Body
 from hmdiff.config import Config, load_config
 from hmdiff.data.motion_blur import Blurred
 from hmdiff.data.sample import PeopleSource, Sample

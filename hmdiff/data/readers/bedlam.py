@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hmdiff.body import Body
+from hmdiff.body.body import Body
+from hmdiff.body.skeletons import SMPL24, SMPLX76
 from hmdiff.data.readers.boxes import PIXELS_PER_SCALE
 from hmdiff.data.readers.labels import (
     RowReader,
@@ -34,7 +35,6 @@ from hmdiff.data.readers.labels import (
 from hmdiff.data.readers.tables import Table, image_folder, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
-from hmdiff.skeletons import SMPL24, SMPLX76
 
 _LABELS = ("training_labels/all_npz_12_training", "processed_labels", ".")
 _LEFT = np.array([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0]])  # the camera turned: upright to lying, x' = y, y' = -x

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from hmdiff.body.skeletons import COCO17
 from hmdiff.data.readers.boxes import square_of_box
 from hmdiff.data.readers.labels import RowReader
 from hmdiff.data.readers.tables import read_json, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
-from hmdiff.skeletons import COCO17
 
 VISIBILITY = np.array([0.0, 0.5, 1.0])  # not labelled, labelled but hidden, seen: our choice
 

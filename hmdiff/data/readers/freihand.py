@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hmdiff.body import Body, load_body
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.skeletons import HAND21
 from hmdiff.data.readers.labels import RowReader, body_if_there, root_at_rest
 from hmdiff.data.readers.tables import json_rows
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
-from hmdiff.skeletons import HAND21
 
 VERSIONS = ("gs", "hom", "sample", "auto")  # green screen, homogenised, two automatic colourings
 _SHAPES = {"K": (3, 3), "xyz": (21, 3), "mano": (61,), "verts": (778, 3)}

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hmdiff.body.skeletons import OPENPOSE25, SPIN24
 from hmdiff.data.readers.labels import RowReader, gender_word, merged_points
 from hmdiff.data.readers.tables import Table, image_folder, label_files, stem_name
 from hmdiff.data.record import Record
-from hmdiff.skeletons import OPENPOSE25, SPIN24
 
 EXTRA19 = SPIN24[:19]
 _UNUSED = slice(1, 15)  # OPENPOSE25's neck to left ankle: SMPL's joints under other joints' names

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hmdiff.body.skeletons import H36M17, SPIN24, SPIN24_H36M17, joint_indices
 from hmdiff.data.readers.boxes import PIXELS_PER_SCALE
 from hmdiff.data.readers.labels import RowReader
 from hmdiff.data.readers.lens import Lens, pinhole_about
@@ -27,7 +28,6 @@ from hmdiff.data.readers.tables import Table, image_folder, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 from hmdiff.files.unpickling import load_pickle
-from hmdiff.skeletons import H36M17, SPIN24, SPIN24_H36M17, joint_indices
 
 TRAIN_SUBJECTS, TEST_SUBJECTS = (1, 5, 6, 7, 8), (9, 11)
 P2_CAMERA = "60457274"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from hmdiff.body import Body, load_body
+from hmdiff.body.body import Body, load_body
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 

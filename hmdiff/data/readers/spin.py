@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from hmdiff.body.skeletons import OPENPOSE25, SPIN24
 from hmdiff.data.readers.boxes import PIXELS_PER_SCALE
 from hmdiff.data.readers.labels import RowReader, gender_word, merged_points
 from hmdiff.data.readers.tables import Table, image_folder, label_files, stem_name
 from hmdiff.data.record import Record
-from hmdiff.skeletons import OPENPOSE25, SPIN24
 
 
 class SpinTable:

@@ -6,7 +6,7 @@ SOURCE/frames.csv, UTF-8, a header and one row a person:
     group          the clip, the game or the pitcher: people of one group are never to be divided between splits
     frame, person  whole numbers that make the row's name unique in its group; may be missing
     x0,y0,x1,y1    the box, pixels; may be empty: then it is made of the keypoints, and the crop is 1.2 times it
-    NAME_x,NAME_y,NAME_c   a keypoint, NAME of any joint set (`hmdiff.skeletons`): pixels, confidence 0..1
+    NAME_x,NAME_y,NAME_c   a keypoint, NAME of any joint set (`hmdiff.body.skeletons`): pixels, confidence 0..1
     NAME_X,NAME_Y,NAME_Z   a 3D joint: metres, camera frame (x right, y down, z forward)
     fx,fy,cx,cy    the camera, pixels; may be missing or empty
 A joint whose cells are empty (or c = 0) is not labelled.
@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
+from hmdiff.body.skeletons import JOINT_SETS
 from hmdiff.data.readers.boxes import square_of_box, square_of_points
 from hmdiff.data.readers.coco import read_file
 from hmdiff.data.readers.labels import RowReader
 from hmdiff.data.readers.tables import stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
-from hmdiff.skeletons import JOINT_SETS
 
 _PLAIN = ("image", "split", "group", "frame", "person", "x0", "y0", "x1", "y1", "fx", "fy", "cx", "cy")
 _BOX, _CAMERA = ("x0", "y0", "x1", "y1"), ("fx", "fy", "cx", "cy")

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from hmdiff.body.skeletons import SMPL24
 from hmdiff.data.readers.boxes import square_of_box
 from hmdiff.data.readers.labels import RowReader, turned_root
 from hmdiff.data.readers.tables import read_json, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
-from hmdiff.skeletons import SMPL24
 
 _SHAPES = {
     "bbox": (2, 2), "pose": (24, 3), "betas": (10,), "trans": (3,), "scale": (), "extri": (4, 4), "intri": (3, 3),

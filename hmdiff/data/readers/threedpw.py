@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hmdiff.body.skeletons import OPENPOSE18, SMPL24
 from hmdiff.data.readers.boxes import square_of_points
 from hmdiff.data.readers.labels import RowReader, gender_word, moved_translation, plain_text, turned_root
 from hmdiff.data.readers.splits import SPLITS_OF, has_frame, has_sequence
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 from hmdiff.files.unpickling import load_pickle
-from hmdiff.skeletons import OPENPOSE18, SMPL24
 
 # Rows of one frame: the arrays that have one entry a frame for each person.
 _PER_PERSON = {"poses": (72,), "poses2d": (3, 18), "campose_valid": ()}

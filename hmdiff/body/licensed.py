@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from hmdiff.body import Body, load_body
-from hmdiff.body_files import (
+from hmdiff.body.body import Body, load_body
+from hmdiff.body.files import (
     FOLDER_VARIABLE,
     LICENSED,
     body_folder,
@@ -27,10 +27,10 @@ from hmdiff.body_files import (
     published_rank,
     raw_arrays,
 )
+from hmdiff.body.mesh_cache import LEVELS, load_hierarchy
+from hmdiff.body.regressors import REGRESSORS
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file, make_folder
-from hmdiff.mesh_cache import LEVELS, load_hierarchy
-from hmdiff.regressors import REGRESSORS
 
 _NEEDED = ("v_template", "shapedirs", "posedirs", "weights", "J_regressor")
 _MARK = "converted_from"  # in what is written here: the name of the file it came from

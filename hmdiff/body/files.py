@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from hmdiff.body_keypoints import licensed_keypoints
+from hmdiff.body.keypoints import licensed_keypoints
+from hmdiff.body.skeletons import SMPL24
 from hmdiff.errors import UserError
 from hmdiff.files.unpickling import load_pickle
-from hmdiff.skeletons import SMPL24
 
 FOLDER_VARIABLE = "HMDIFF_BODY_DIR"
 NUM_BETAS = 10
@@ -128,7 +128,7 @@ def licensed_kind(
 
 
 def read_body_file(path: str | Path) -> dict[str, Any]:
-    """Arguments of `hmdiff.body.Body`, but for the name, read from a body file of either kind.
+    """Arguments of `hmdiff.body.body.Body`, but for the name, read from a body file of either kind.
 
     Raises:
         UserError: the file is missing, damaged, or not a body.

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hmdiff.decimation import MeshHierarchy, decimate, faces_digest
+from hmdiff.body.decimation import MeshHierarchy, decimate, faces_digest
+from hmdiff.body.surface import closest_on_surface, partition_patches, surface_distances
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from hmdiff.files.storage import atomic_file
-from hmdiff.surface import closest_on_surface, partition_patches, surface_distances
 
 __all__ = [
     "MeshSampler",
@@ -251,8 +251,8 @@ def load_mesh(
     faces, template = body.faces.cpu(), body.v_template.detach().cpu()
     stored = _read_asset(faces.numpy())
     if stored is None:
-        from hmdiff.body import Body
-        from hmdiff.mesh_cache import cached_mesh
+        from hmdiff.body.body import Body
+        from hmdiff.body.mesh_cache import cached_mesh
 
         if isinstance(body, Body):
             return cached_mesh(body, num_coarse, fitted)

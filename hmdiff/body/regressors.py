@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.body_files import FOLDER_VARIABLE, body_folder, files_by_name
+from hmdiff.body.files import FOLDER_VARIABLE, body_folder, files_by_name
 from hmdiff.errors import UserError
 
 SMPL_VERTICES = 6890

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hmdiff.body_files import LICENSED, body_folder, files_by_name, find_body_file, licensed_kind, read_body_file
+from hmdiff.body.files import LICENSED, body_folder, files_by_name, find_body_file, licensed_kind, read_body_file
+from hmdiff.body.skeletons import SMPL24
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
-from hmdiff.skeletons import SMPL24
 
 Array = np.ndarray | Tensor
 

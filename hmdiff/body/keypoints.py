@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.spatial import cKDTree
 
-from hmdiff.skeletons import HALPE26, HAND21
+from hmdiff.body.skeletons import HALPE26, HAND21
 
 _NAMES = ("nose", "right_eye", "left_eye", "right_ear", "left_ear", "left_big_toe", "left_small_toe", "left_heel",
           "right_big_toe", "right_small_toe", "right_heel")  # fmt: skip

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body
-from hmdiff.decimation import MeshHierarchy, decimate, faces_digest
+from hmdiff.body.body import Body
+from hmdiff.body.decimation import MeshHierarchy, decimate, faces_digest
+from hmdiff.body.mesh import MeshSampler, build_mesh_sampler, fit_upsampling, read_mesh, save_mesh
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.mesh import MeshSampler, build_mesh_sampler, fit_upsampling, read_mesh, save_mesh
 
 FOLDER_VARIABLE = "HMDIFF_CACHE_DIR"
 # Levels of the METRO lineage (arXiv 2012.09760), by the number of vertices. The default of 432 splits into patches.

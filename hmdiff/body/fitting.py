@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.body import Body
+from hmdiff.body.body import Body
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
 
