@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,6 +106,29 @@ def test_stochastic_samplers_are_stochastic(name: str, eta: float) -> None:
     generators = hypothesis_generators(1, [0, 1], 1)
     result = sample(lambda points, step: 0.5 * points.tanh(), scheduler, start, 6, generators, eta)
     assert (result[0] - result[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+def test_threads_that_share_a_scheduler_give_what_one_gives(name: str) -> None:
+    """Calls with other numbers of steps and etas at once; the pauses make the threads take turns within a call."""
+    scheduler = make_scheduler(name, 200, "cosine", 4.0, "sample")
+    before = copy.deepcopy(scheduler.__dict__)
+
+    def run(call: int) -> Tensor:
+        generators = hypothesis_generators(call, [0], 2)
+
+        def denoise(points: Tensor, step: Tensor) -> Tensor:
+            time.sleep(0.001)
+            return 0.5 * points.tanh()
+
+        return sample(denoise, scheduler, initial_noise(generators, 6), 2 + call % 5, generators, eta=call % 3 / 2)
+
+    serial = [run(call) for call in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        for mine, theirs in zip(pool.map(run, range(12)), serial, strict=True):
+            assert torch.equal(mine, theirs)
+    for key, value in scheduler.__dict__.items():
+        assert torch.equal(value, before[key]) if isinstance(value, Tensor) else value == before[key]
 
 
 def test_generators_differ_and_repeat() -> None:

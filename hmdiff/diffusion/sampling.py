@@ -6,6 +6,7 @@ result depends on the seed, the person and its number, not on the batch it sat i
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 
@@ -61,7 +62,11 @@ def sample(
     clip: float = 6.0,  # bound on the clean estimate under noise prediction, in units of the data
     callback: Callback | None = None,
 ) -> Tensor:  # (M, P, 3) x_0
-    """Run the reverse process (DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502, by the scheduler that is given)."""
+    """Run the reverse process (DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502, by the scheduler that is given).
+
+    The scheduler is left as it was: its timesteps and history are those of a copy, so that threads can share it.
+    """
+    scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)  # type: ignore[attr-defined]
     total = scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
     points = noise * scheduler.init_noise_sigma  # type: ignore[attr-defined]

@@ -1,122 +1,42 @@
-"""Reads pickled model and label files without running them: a restricted unpickler.
+"""Pickled model and label files as plain values: containers, numbers, text and numpy arrays. Nothing in them is run.
 
-Pickle is a program that may call anything. Here it may build plain containers, numpy arrays, and inert shells that
-stand for scipy sparse matrices and chumpy arrays (what SMPL and MANO were published with); `load_pickle` then turns the
-shells into numpy arrays. Every other name is refused. Our choice; the layouts are those of scipy's and chumpy's state.
+`hmdiff.files.pickle_machine` gives shells; here each becomes an array, checked: a numpy array is `frombuffer` over the
+file's bytes with a dtype from an allow-list of kinds (never the pickled state of a dtype, which numpy trusts), scipy's
+sparse matrices (SMPL's joint regressor) and chumpy's arrays (what SMPL and MANO were published with) come dense. Time
+and memory are bounded by the file's length: shared parts are converted once. Our choice; the layouts are numpy's,
+scipy's and chumpy's.
 """
 
 from __future__ import annotations
 
-import codecs
-import collections
-import io
-import pickle
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 
 from hmdiff.errors import UserError
+from hmdiff.files.pickle_machine import Name, PickleError, Shell, run_pickle
 
-try:
-    from numpy._core.multiarray import _reconstruct, scalar
-except ImportError:  # numpy 1
-    from numpy.core.multiarray import _reconstruct, scalar  # type: ignore[no-redef]
+MAX_BYTES = 1 << 30  # of a pickle: SMPL's largest published file has 247 MB
+_MAX_DEPTH = 64
+_MAX_NODES = 8_000_000  # values visited
+_SLACK = 1 << 28  # bytes that dense copies of sparse arrays and the like may take beyond four times the file
 
-
-class _Shell:
-    """Stands for an object of a class that is not loaded: keeps its state, does nothing."""
-
-    kind = ""
-
-    state: dict[str, Any]
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Shell:
-        shell = object.__new__(cls)
-        shell.state = {}
-        return shell
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state if isinstance(state, dict) else {}
-
-
-def _copyreg_reconstructor(cls: type, base: type, state: object) -> object:
-    """`copyreg._reconstructor`, for shells alone: how protocols 0 and 1 make an object."""
-    if not (isinstance(cls, type) and issubclass(cls, _Shell)):
-        raise pickle.UnpicklingError("only a shell may be reconstructed")
-    return cls()
-
-
-def _latin1_encode(text: str, encoding: str = "latin1") -> bytes:
-    """`_codecs.encode`, as numpy's protocol-2 arrays use it, with no other codec."""
-    if codecs.lookup(encoding).name != "iso8859-1":
-        raise pickle.UnpicklingError(f"codec {encoding!r} is not allowed")
-    return text.encode("latin1")
-
-
-_MULTIARRAY = {"_reconstruct": _reconstruct, "scalar": scalar}
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **{(module, name): function for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-       for name, function in _MULTIARRAY.items()},
-    ("_codecs", "encode"): _latin1_encode,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("copy_reg", "_reconstructor"): _copyreg_reconstructor,
-    ("copyreg", "_reconstructor"): _copyreg_reconstructor,
-    ("__builtin__", "object"): object,
-    ("builtins", "object"): object,
-}  # fmt: skip
+_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
+_BUILTINS = ("__builtin__", "builtins")
+_COPYREG = ("copy_reg", "copyreg")
 _SPARSE = ("csc_matrix", "csr_matrix", "coo_matrix", "csc_array", "csr_array", "coo_array")
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        # Dots in a name (protocol 4) walk attributes: never needed here.
-        if "." not in name:
-            if module.split(".")[0] == "chumpy":
-                return type("_ChumpyShell", (_Shell,), {"kind": name})
-            if module.startswith("scipy.sparse") and name in _SPARSE:
-                return type("_SparseShell", (_Shell,), {"kind": name})
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-
-
-def _chumpy_array(shell: _Shell) -> np.ndarray:
-    if "x" in shell.state:  # chumpy.ch.Ch: a constant
-        return np.asarray(_to_array(shell.state["x"]))
-    if "a" in shell.state and "idxs" in shell.state:  # chumpy.reordering.Select and its kin: a[idxs], reshaped
-        flat = np.asarray(_to_array(shell.state["a"])).ravel()[np.asarray(_to_array(shell.state["idxs"])).ravel()]
-        shape = shell.state.get("preferred_shape")
-        return flat if shape is None else flat.reshape(np.asarray(_to_array(shape)).astype(int).ravel())
-    raise pickle.UnpicklingError(f"chumpy object {shell.kind} of an unknown layout")
-
-
-def _sparse_array(shell: _Shell) -> np.ndarray:
-    state = shell.state
-    shape = tuple(int(size) for size in state["_shape" if "_shape" in state else "shape"])
-    if shell.kind.startswith("coo"):
-        row, column = (state["row"], state["col"]) if "row" in state else state["coords"]
-        return scipy.sparse.coo_matrix((state["data"], (row, column)), shape=shape).toarray()
-    matrix = scipy.sparse.csc_matrix if shell.kind.startswith("csc") else scipy.sparse.csr_matrix
-    return matrix((state["data"], state["indices"], state["indptr"]), shape=shape).toarray()
-
-
-def _to_array(value: Any) -> Any:
-    """Shells to numpy arrays, through dicts, lists and tuples; anything else as it is."""
-    if isinstance(value, _Shell):
-        return _sparse_array(value) if value.kind in _SPARSE else _chumpy_array(value)
-    if isinstance(value, dict):
-        return {_to_text(key): _to_array(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_array(item) for item in value)
-    return value
-
-
-def _to_text(key: Any) -> Any:
-    return key.decode("latin1") if isinstance(key, bytes) else key
+_ALLOWED = {
+    ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict"),
+    *((module, name) for module in _MULTIARRAY for name in ("_reconstruct", "scalar")),
+    *((module, "_frombuffer") for module in _NUMERIC),
+    *((module, name) for module in _BUILTINS for name in ("object", "bytes")),
+    *((module, "_reconstructor") for module in _COPYREG),
+}  # fmt: skip
+_KINDS = re.compile(r"[<>=|]?([biufSUO?])(\d{0,6})")  # of the dtypes that an array may have
 
 
 def load_pickle(path: str | Path) -> Any:
@@ -127,6 +47,8 @@ def load_pickle(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes; no pickle of more than {MAX_BYTES:,} is read")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -139,9 +61,239 @@ def unpickle(
 ) -> Any:
     """`load_pickle` for bytes that were already read, such as an object array's inside an npz."""
     try:
-        # latin1: the published files were written by Python 2.
-        return _to_array(_RestrictedUnpickler(io.BytesIO(content), encoding="latin1").load())
+        return _Reader(len(content)).read(run_pickle(content, _allowed), 0)
     except Exception as error:  # a damaged pickle can fail in any way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{path}: not a pickle of plain arrays ({error}); download it again from its publisher"
+            f"{path}: not a pickle of plain arrays ({reason}); download it again from its publisher"
         ) from None
+
+
+def _allowed(name: Name) -> bool:
+    return name in _ALLOWED or _is_chumpy(name) or _is_sparse(name)
+
+
+def _is_chumpy(name: Name) -> bool:
+    return name.module.split(".")[0] == "chumpy" and name.name.isidentifier()
+
+
+def _is_sparse(name: Name) -> bool:
+    return name.module.split(".")[:2] == ["scipy", "sparse"] and name.name in _SPARSE
+
+
+class _Reader:
+    """Turns what the machine made into plain values, each shared part once, within a budget."""
+
+    def __init__(self, size: int) -> None:
+        self.budget = 4 * size + _SLACK  # bytes that may still be made
+        self.nodes = 0
+        self.done: dict[int, Any] = {}
+        self.kept: list[Any] = []  # keeps the ids of `done` alive
+        self.open: set[int] = set()
+
+    def read(self, value: Any, depth: int) -> Any:
+        if value is None or isinstance(value, bool | int | float | str | bytes):
+            return value
+        if id(value) in self.done:
+            return self.done[id(value)]
+        self.nodes += 1
+        if depth > _MAX_DEPTH or self.nodes > _MAX_NODES or id(value) in self.open:
+            raise PickleError("nested too deeply, too large, or in a circle")
+        self.open.add(id(value))
+        result = self._made(value, depth + 1)
+        self.open.discard(id(value))
+        self.done[id(value)] = result
+        self.kept.append(value)
+        return result
+
+    def _made(self, value: Any, depth: int) -> Any:
+        if isinstance(value, list):
+            self.nodes += len(value)
+            return [self.read(item, depth) for item in value]
+        if isinstance(value, Name):
+            raise PickleError(f"{value.module}.{value.name} where a value was expected")
+        if isinstance(value, tuple):
+            self.nodes += len(value)
+            return tuple(self.read(item, depth) for item in value)
+        if isinstance(value, dict):
+            self.nodes += len(value)
+            return {_text(key): self.read(item, depth) for key, item in value.items()}
+        assert isinstance(value, Shell)
+        name = value.name
+        if name.name == "_reconstructor":
+            value, name = _reconstructed(value)
+        if _is_sparse(name):
+            return self._sparse(name.name, value, depth)
+        if _is_chumpy(name):
+            return self._chumpy(name.name, value, depth)
+        if name.name == "_reconstruct":
+            return self._array(value, depth)
+        if name.name == "_frombuffer":
+            data, dtype, shape, order = value.arguments
+            return self._values(data, _dtype(dtype), shape, order == "F", depth)
+        if name.name == "scalar":
+            dtype, data = value.arguments
+            return self._values(data, _dtype(dtype), (), False, depth)[()]
+        if name.name == "encode":
+            return self._encoded(value)
+        if name.name == "bytes" and value.arguments == ():
+            return b""
+        if name.name == "OrderedDict":
+            pairs = value.arguments[0] if value.arguments else ()
+            return self.read({**_pairs(pairs), **(value.state or {})}, depth)
+        raise PickleError(f"{name.module}.{name.name} where a value was expected")
+
+    def _spend(self, size: int) -> None:
+        self.budget -= size
+        if self.budget < 0:
+            raise PickleError("far more data than the file holds")
+
+    def _encoded(self, value: Shell) -> bytes:
+        """`_codecs.encode` of latin1: how protocol 2 writes the bytes of Python 3, and so numpy's data."""
+        text, *encoding = value.arguments
+        if not isinstance(text, str) or encoding not in ([], ["latin1"], ["latin-1"]):
+            raise PickleError("a codec other than latin1 is not allowed")
+        self._spend(len(text))
+        return text.encode("latin1")
+
+    def _array(self, value: Shell, depth: int) -> np.ndarray:
+        state = value.state
+        if not isinstance(state, tuple) or len(state) not in (4, 5):
+            raise PickleError("an array without its data")
+        shape, dtype, fortran, data = state[-4:]
+        return self._values(data, _dtype(dtype), shape, bool(fortran), depth)
+
+    def _values(self, data: Any, dtype: str, shape: Any, fortran: bool, depth: int) -> np.ndarray:
+        if not isinstance(shape, tuple) or not all(isinstance(n, int) and 0 <= n < 2**40 for n in shape):
+            raise PickleError(f"an array of shape {shape!r}"[:80])
+        if len(shape) > 8:
+            raise PickleError("an array of more than 8 axes")
+        count, order = math.prod(shape), "F" if fortran else "C"
+        if dtype == "O":
+            items = self.read(data, depth)
+            if not isinstance(items, list) or len(items) != count:
+                raise PickleError("an array of objects without as many objects")
+            self._spend(8 * count)
+            objects = np.empty(count, object)
+            objects[:] = items if count != 1 else [items[0]]
+            for number, item in enumerate(items):
+                objects[number] = item  # numpy would spread an array over the others
+            return objects.reshape(shape, order=order)  # type: ignore[call-overload, no-any-return]
+        data = self.read(data, depth)
+        data = data.encode("latin1") if isinstance(data, str) else data
+        kind = np.dtype(dtype)
+        if not isinstance(data, bytes) or len(data) != count * kind.itemsize:
+            raise PickleError(f"an array of shape {shape} and {dtype} whose data has another length")
+        self._spend(len(data) + count)
+        if kind.itemsize == 0:
+            return np.zeros(shape, kind)
+        # A copy, in the order of this machine and writable, as numpy itself would give.
+        found = np.frombuffer(data, kind).astype(kind.newbyteorder("="))
+        if kind.kind == "b":
+            found = np.frombuffer(data, np.uint8) != 0
+        if kind.kind == "U" and count and int(found.view(np.uint32).max()) > 0x10FFFF:
+            raise PickleError("an array of text that is not Unicode")
+        return found.reshape(shape, order=order)  # type: ignore[call-overload, no-any-return]
+
+    def _chumpy(self, kind: str, value: Shell, depth: int) -> np.ndarray:
+        state = value.state
+        if isinstance(state, dict) and "x" in state:  # chumpy.ch.Ch: a constant
+            return np.asarray(self.read(state["x"], depth))
+        if isinstance(state, dict) and "a" in state and "idxs" in state:  # chumpy.reordering.Select: a[idxs], reshaped
+            flat, chosen = (np.asarray(self.read(state[key], depth)).ravel() for key in ("a", "idxs"))
+            self._spend(chosen.size * flat.itemsize)
+            found = flat[_integers(chosen)]
+            shape = state.get("preferred_shape")
+            if shape is None:
+                return found
+            return found.reshape(tuple(_integers(np.asarray(self.read(shape, depth)).ravel()).tolist()))
+        raise PickleError(f"chumpy object {kind} of an unknown layout")
+
+    def _sparse(self, kind: str, value: Shell, depth: int) -> np.ndarray:
+        state = value.state
+        if not isinstance(state, dict):
+            raise PickleError(f"a {kind} without its data")
+        shape = self.read(state["_shape" if "_shape" in state else "shape"], depth)
+        rows, columns = (int(size) for size in shape)
+        if min(rows, columns) < 0 or len(shape) != 2:
+            raise PickleError(f"a {kind} of shape {shape!r}"[:80])
+        data = np.asarray(self.read(state["data"], depth))
+        if data.ndim != 1 or data.dtype.kind not in "biuf":
+            raise PickleError(f"a {kind} whose data are not numbers")
+        self._spend(rows * columns * data.itemsize)
+        if kind.startswith("coo"):
+            places = (state["row"], state["col"]) if "row" in state else state["coords"]
+            row, column = (self._integers(place, depth) for place in places)
+        else:
+            minor, starts = self._integers(state["indices"], depth), self._integers(state["indptr"], depth)
+            lengths = np.diff(starts)
+            if starts.ndim != 1 or len(starts) != (columns if kind.startswith("csc") else rows) + 1:
+                raise PickleError(f"a {kind} whose row or column starts are not as many as its shape has")
+            if starts[0] != 0 or starts[-1] != len(minor) or (lengths < 0).any():
+                raise PickleError(f"a {kind} whose row or column starts do not rise from 0 to its entries")
+            major = np.repeat(np.arange(len(lengths)), lengths)
+            row, column = (minor, major) if kind.startswith("csc") else (major, minor)
+        if not data.shape == row.shape == column.shape:
+            raise PickleError(f"a {kind} whose indices are not as many as its data")
+        for places, size in ((row, rows), (column, columns)):
+            if places.size and not (places.min() >= 0 and places.max() < size):
+                raise PickleError(f"a {kind} of {rows} x {columns} with indices outside of it")
+        dense = np.zeros((rows, columns), data.dtype)
+        # Not by scipy: its `toarray` writes wherever the indices point, and `check_format` overlooks some.
+        np.add.at(dense, (row, column), data)
+        return dense
+
+    def _integers(self, value: Any, depth: int) -> np.ndarray:
+        return _integers(np.asarray(self.read(value, depth)))
+
+
+def _reconstructed(value: Shell) -> tuple[Shell, Name]:
+    """`copyreg._reconstructor(class, object, None)`: how protocols 0 and 1 make an object."""
+    if not value.arguments or not isinstance(value.arguments[0], Name):
+        raise PickleError("a reconstruction without a class")
+    name = value.arguments[0]
+    if not (_is_chumpy(name) or _is_sparse(name)):
+        raise PickleError(f"{name.module}.{name.name} may not be reconstructed")
+    return value, name
+
+
+def _pairs(pairs: Any) -> dict[Any, Any]:
+    found = {}
+    for key, item in pairs:
+        if not isinstance(key, str | bytes):
+            raise PickleError("a key that is not text")
+        found[key] = item
+    return found
+
+
+def _dtype(value: Any) -> str:
+    """A dtype's code from the shell that stands for it: its name and byte order; nothing else of its state is used."""
+    if not isinstance(value, Shell) or value.name != Name("numpy", "dtype") or not value.arguments:
+        raise PickleError("an array without a dtype")
+    code, state = value.arguments[0], value.state
+    code = code.decode("latin1") if isinstance(code, bytes) else code
+    match = _KINDS.fullmatch(code) if isinstance(code, str) else None
+    if match is None:
+        raise PickleError(f"a dtype {code!r} is not allowed"[:80])
+    kind, size = match.groups()
+    if kind == "O":
+        return "O"
+    order = "<"
+    if isinstance(state, tuple) and len(state) > 1:
+        order = state[1] if isinstance(state[1], str) else bytes(state[1]).decode("latin1")
+        # (version, order, subarray, names, fields, itemsize, ...): records are not read
+        if len(state) > 4 and any(part is not None for part in state[2:5]):
+            raise PickleError("a dtype of records is not allowed")
+    if order not in tuple("<>=|"):
+        raise PickleError("a dtype of an unknown byte order")
+    return f"{'>' if order == '>' else '<'}{kind}{size}"
+
+
+def _integers(values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind not in "iu" or (values.size and int(values.max()) > 2**62):
+        raise PickleError("indices that are not integers")
+    return values.astype(np.int64)
+
+
+def _text(key: Any) -> Any:
+    return key.decode("latin1") if isinstance(key, bytes) else key
