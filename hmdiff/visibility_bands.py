@@ -22,7 +22,7 @@ from hmdiff.data.sample import Sample
 from hmdiff.errors import UserError
 from hmdiff.measured import Measured, interval
 from hmdiff.output import MeshOutput
-from hmdiff.render import rasterize, screen_points, visible_vertices
+from hmdiff.viz.renderer import rasterize, screen_points, visible_vertices
 
 EDGES = (0.8, 0.6, 0.4)  # a fraction on an edge belongs to the band below it: "over 80 %" is over
 BANDS = ("over 80 %", "60-80 %", "40-60 %", "under 40 %")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from small import small_pipeline
 
-from hmdiff.canvas import read_picture
 from hmdiff.cli import main
 from hmdiff.commands.depth_maps import check_depth, depth_crops, with_depth
 from hmdiff.commands.photos import read_people
 from hmdiff.depth.sources import crop_depth
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
+from hmdiff.viz.canvas import read_picture
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 import torch
 import trimesh
 
-from hmdiff.export import save_glb, save_npz, save_obj, save_ply
+from hmdiff.viz.export import save_glb, save_npz, save_obj, save_ply
 
 VERTICES = torch.tensor([[0.0, 0.1, 2.0], [0.3, -0.2, 2.5], [-0.4, 0.5, 1.5], [0.1, 0.2, 3.0], [0.0, 0.1, 2.0]])
 FACES = torch.tensor([[0, 1, 2], [1, 3, 2], [4, 2, 3]])  # vertex 4 repeats vertex 0: it must not be merged away

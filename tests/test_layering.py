@@ -18,14 +18,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hmdiff"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "scoring", "studies", "version"}),
     frozenset({"body.skeletons", "config", "files", "geometry", "memory", "scoring.published", "sharding"}),
-    frozenset({
-        "body", "canvas", "data.sample", "depth", "export", "heatmaps", "pictures", "render", "render_numba",
-        "spread_picture", "stress_picture",
-    }),
+    frozenset({"body", "data.sample", "depth", "heatmaps", "viz.canvas", "viz.renderer", "viz.renderer_numba"}),
     frozenset({"data", "diffusion", "losses", "metrics", "models", "scoring.hand_metrics", "uncertainty_metrics"}),
     frozenset({
         "output", "pipeline", "prepare", "scoring.ground_truth", "scoring.hypothesis_rows", "scoring.predictions",
-        "scoring.protocol_errors", "scoring.protocols", "temperature",
+        "scoring.protocol_errors", "scoring.protocols", "temperature", "viz",
     }),
     frozenset({
         "assembly", "calibration", "evaluation", "gallery", "measured", "occlusion_maps", "scoring.report",
@@ -46,7 +43,7 @@ NEVER = {"models": frozenset({"data.sample"})}  # models never see a data set, n
 
 # Not installed by default, or slow to load: only inside functions, but for the modules that exist for them.
 OPTIONAL = {"smplx", "numba", "mmpose", "mmdet", "mmcv", "mmengine", "anny", "robust_laplacian", "transformers"}
-MADE_FOR_THEM = {"numba": {"render_numba"}}
+MADE_FOR_THEM = {"numba": {"viz.renderer_numba"}}
 
 
 def source_files(package: Path) -> dict[str, Path]:
@@ -150,7 +147,7 @@ def test_optional_packages_are_loaded_where_they_are_used() -> None:
         ("diffusion/dat.py", "from hmdiff.models.denoiser import X", "diffusion.dat .* imports models.denoiser"),
         ("models/x.py", "def f():\n    from hmdiff import metrics", "models.x .* imports metrics"),
         ("models/y.py", "from hmdiff.data.sample import Sample", "models.y .* imports data.sample"),
-        ("render.py", "from hmdiff.data import synthetic", "render .* imports data.synthetic"),
+        ("viz/renderer.py", "from hmdiff.data import synthetic", "viz.renderer .* imports data.synthetic"),
         ("data/sample.py", "from hmdiff.data.synthetic import x", "data.sample .* imports data.synthetic"),
         ("evaluation.py", "from hmdiff.training import x", "evaluation .* imports training"),
         ("nobody_knows.py", "", "nobody_knows: has no layer"),

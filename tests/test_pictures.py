@@ -8,9 +8,9 @@ import trimesh
 from PIL import Image
 
 from hmdiff.body.skeletons import COCO17, OPENPOSE25
-from hmdiff.canvas import contact_sheet, draw_keypoints, heat_colours, read_picture, save_picture
 from hmdiff.errors import UserError
-from hmdiff.pictures import PALETTE, colour_bar, hypotheses_sheet, overlay, turntable_view
+from hmdiff.viz.canvas import contact_sheet, draw_keypoints, heat_colours, read_picture, save_picture
+from hmdiff.viz.overlays import PALETTE, colour_bar, hypotheses_sheet, overlay, turntable_view
 
 
 @pytest.fixture(scope="module")

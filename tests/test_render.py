@@ -10,7 +10,7 @@ import torch
 import trimesh
 
 from hmdiff.geometry import perspective_projection
-from hmdiff.render import (
+from hmdiff.viz.renderer import (
     Lights,
     interpolate,
     normals,
@@ -133,7 +133,7 @@ def test_faces_behind_the_camera_and_nan_are_dropped(backend):
 
 @BOTH
 def test_face_larger_than_the_screen_covers_it_all(backend, monkeypatch):
-    monkeypatch.setattr("hmdiff.render.CANDIDATES_AT_ONCE", 700)  # several chunks
+    monkeypatch.setattr("hmdiff.viz.renderer.CANDIDATES_AT_ONCE", 700)  # several chunks
     huge = torch.tensor([[-50.0, -50.0, 1.0], [200.0, -50.0, 1.0], [-50.0, 200.0, 1.0]])
     pair = torch.cat([huge * 2, huge])
     fragments = draw(pair, [[0, 1, 2], [3, 4, 5]], (20, 30), backend=backend)
@@ -255,5 +255,6 @@ def test_bad_arguments_are_refused():
 
 
 def test_import_is_light():
-    code = "import sys, hmdiff.render; sys.exit(any(m in sys.modules for m in ('numba', 'matplotlib', 'cv2', 'PIL')))"
+    heavy = "('numba', 'matplotlib', 'cv2', 'PIL')"
+    code = f"import sys, hmdiff.viz.renderer; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

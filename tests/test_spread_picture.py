@@ -8,7 +8,7 @@ import torch
 import trimesh
 
 from hmdiff.errors import UserError
-from hmdiff.spread_picture import scale_end, spread_sheet
+from hmdiff.viz.spread import scale_end, spread_sheet
 
 
 def test_what_spreads_is_dark_in_every_view() -> None:

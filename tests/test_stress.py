@@ -28,9 +28,9 @@ from hmdiff.occlusion_maps import (
     recover_covered,
     stress,
 )
-from hmdiff.pictures import overlay, overlay_all
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.stress_picture import cut_out, draw_patch, hidden_sheet, map_over, stress_sheet
+from hmdiff.viz.overlays import overlay, overlay_all
+from hmdiff.viz.stress import cut_out, draw_patch, hidden_sheet, map_over, stress_sheet
 
 QUICK = Settings(num_hypotheses=3, num_inference_steps=2, seed=1)
 

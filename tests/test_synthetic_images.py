@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
 from hmdiff.body.body import load_body
 from hmdiff.body.mesh import load_mesh
-from hmdiff.canvas import read_picture
 from hmdiff.config import Config, load_config
 from hmdiff.data.poses import PoseMixture
 from hmdiff.data.rendering import OccluderBoxes, Photographer
@@ -20,6 +19,7 @@ from hmdiff.errors import UserError
 from hmdiff.gallery import synthetic_picture
 from hmdiff.throughput import measure_throughput
 from hmdiff.training import TrainingStream
+from hmdiff.viz.canvas import read_picture
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 SIZE = 96

@@ -107,7 +107,7 @@ def _map_of(photo: PhotoPeople, estimator: Any, file: Path | None, disparity: bo
     if estimator is not None:
         import torch
 
-        from hmdiff.canvas import read_picture
+        from hmdiff.viz.canvas import read_picture
 
         picture = torch.from_numpy(read_picture(photo.photo)).permute(2, 0, 1)[None].float() / 255
         return estimator(picture)[0], f"depth of {estimator.name}"

@@ -42,11 +42,11 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from hmdiff.canvas import read_picture, save_picture
     from hmdiff.cli import report
     from hmdiff.commands.estimation import Estimation
     from hmdiff.files.storage import make_folder
     from hmdiff.heatmaps import save_heatmaps
+    from hmdiff.viz.canvas import read_picture, save_picture
 
     if options.box is not None and len(options.photos) > 1:
         raise UserError(f"--box is about one photo, {len(options.photos)} were given; give them one by one")
@@ -95,9 +95,9 @@ def heat_picture(
     import cv2
     import numpy as np
 
-    from hmdiff.canvas import draw_keypoints, heat_colours
     from hmdiff.commands.photos import peaks
     from hmdiff.heatmaps import HEATMAP_SIZE
+    from hmdiff.viz.canvas import draw_keypoints, heat_colours
 
     height, width = photo.shape[:2]
     heat = np.zeros((height, width), np.float32)

@@ -69,8 +69,8 @@ def read_people(
     Heatmaps win over keypoints, which are then only drawn; `estimate` makes heatmaps where there is neither. Raises
     `UserError` when nothing is known, or what is known is damaged or about another photo.
     """
-    from hmdiff.canvas import read_picture
     from hmdiff.heatmaps import crop_from_box, heatmaps_from_keypoints, load_heatmaps
+    from hmdiff.viz.canvas import read_picture
 
     picture = read_picture(photo)
     height, width = picture.shape[:2]

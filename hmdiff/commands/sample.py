@@ -181,10 +181,10 @@ def sample_batch(
     """One call of the pipeline. A person's number in their photo seeds them, whoever else is in the batch."""
     import torch
 
-    from hmdiff.canvas import read_picture
     from hmdiff.commands.depth_maps import depth_crops
     from hmdiff.commands.photos import crops
     from hmdiff.heatmaps import concatenate_heatmaps
+    from hmdiff.viz.canvas import read_picture
 
     images = None
     if pipeline.model.config.inputs != "heatmaps":
@@ -247,10 +247,10 @@ def write_person(
     distance: Tensor | None = None,  # (B, N) pixels
 ) -> str:
     """npz, obj, glb and png of one person; returns a line about them."""
-    from hmdiff.canvas import read_picture
-    from hmdiff.export import save_glb, save_npz, save_obj
-    from hmdiff.pictures import PALETTE, hypotheses_sheet, save_picture
-    from hmdiff.spread_picture import spread_sheet
+    from hmdiff.viz.canvas import read_picture
+    from hmdiff.viz.export import save_glb, save_npz, save_obj
+    from hmdiff.viz.overlays import PALETTE, hypotheses_sheet, save_picture
+    from hmdiff.viz.spread import spread_sheet
 
     def path(suffix: str) -> Path:
         return stem.with_name(stem.name + suffix)  # with_suffix would cut a name like "2024.01"

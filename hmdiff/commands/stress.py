@@ -136,11 +136,11 @@ def _check(options: argparse.Namespace) -> None:
 def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
     import torch
 
-    from hmdiff.canvas import read_picture
     from hmdiff.commands.estimation import Estimation
     from hmdiff.commands.photos import crops, read_people
     from hmdiff.occlusion_maps import Subject
-    from hmdiff.stress_picture import cut_out
+    from hmdiff.viz.canvas import read_picture
+    from hmdiff.viz.stress import cut_out
 
     estimate = None if options.pose is None else Estimation(options)
     boxes = None if options.box is None else [options.box]
@@ -163,11 +163,11 @@ def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sho
 
 
 def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
-    from hmdiff.canvas import to_bytes
     from hmdiff.commands.evaluate import test_people
     from hmdiff.evaluation import as_heatmaps, photo_of
     from hmdiff.occlusion_maps import Subject
-    from hmdiff.stress_picture import cut_out
+    from hmdiff.viz.canvas import to_bytes
+    from hmdiff.viz.stress import cut_out
 
     config = pipeline.model.config
     data = test_people(
@@ -197,10 +197,10 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
 def write(found: Stress, person: Shown, stem: Path) -> str:
     """The npz and the png of one person; returns a line about them."""
     from hmdiff.body.skeletons import HALPE26
-    from hmdiff.canvas import save_picture
-    from hmdiff.export import save_npz
     from hmdiff.occlusion_maps import rank_correlation
-    from hmdiff.stress_picture import stress_sheet
+    from hmdiff.viz.canvas import save_picture
+    from hmdiff.viz.export import save_npz
+    from hmdiff.viz.stress import stress_sheet
 
     arrays: dict[str, Any] = {
         "centres": found.centres, "patch": found.half, "moved_mm": found.map(found.moved),
@@ -237,9 +237,9 @@ def write_picture(
     pipeline: HMDiffPipeline, found: Stress, person: Shown, settings: Settings, path: Path
 ) -> str:
     """The hypotheses without the patch, and with it at the place where they spread most."""
-    from hmdiff.canvas import save_picture
     from hmdiff.occlusion_maps import recover_covered
-    from hmdiff.stress_picture import draw_patch, hidden_sheet
+    from hmdiff.viz.canvas import save_picture
+    from hmdiff.viz.stress import draw_patch, hidden_sheet
 
     place = int(found.spread.argmax())
     centre = found.centres[place : place + 1]

@@ -20,7 +20,7 @@ from hmdiff.data.backgrounds import random_backgrounds
 from hmdiff.data.camera_effects import camera_effects
 from hmdiff.data.draws import Generators, any_colour, gaussian, hsv_to_rgb, uniform
 from hmdiff.data.occluders import paint_occluder, random_occluders
-from hmdiff.render import Fragments, Lights, rasterize, shade, silhouette
+from hmdiff.viz.renderer import Fragments, Lights, rasterize, shade, silhouette
 
 
 class Wardrobe:

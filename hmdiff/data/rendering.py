@@ -21,7 +21,7 @@ from hmdiff.data.depth_faults import DepthFaults, estimate_depth
 from hmdiff.data.depth_scene import compose_depth
 from hmdiff.data.draws import grid
 from hmdiff.errors import UserError
-from hmdiff.render import rasterize
+from hmdiff.viz.renderer import rasterize
 
 RENDERED_VERTICES = 3000
 

@@ -70,7 +70,7 @@ class SyntheticHumans:
     """Blocks of synthetic people. `coarse_ids` restricts skinning to what a training needs.
 
     A keypoint is `visible` when it lies inside the crop and behind no occluder, which is what a picture of the block
-    shows of it, except that a body also hides parts of itself: for that see `hmdiff.render.visible_vertices`.
+    shows of it, except that a body also hides parts of itself: for that see `hmdiff.viz.renderer.visible_vertices`.
     """
 
     def __init__(

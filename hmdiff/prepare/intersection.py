@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.body import Body
-from hmdiff.render import vertex_normals
+from hmdiff.viz.renderer import vertex_normals
 
 DEPTH = 0.015  # metres inside before it counts: soft tissue gives way
 NEAR_AT_REST = 0.10  # metres

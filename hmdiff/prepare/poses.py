@@ -18,7 +18,6 @@ from torch import Tensor
 
 from hmdiff.body.body import load_body
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.canvas import contact_sheet, save_picture
 from hmdiff.data.anatomy import (
     angles_to_rotations,
     clamp_angles,
@@ -30,10 +29,11 @@ from hmdiff.data.pose_prior import PosePrior, mirror_features, pose_features
 from hmdiff.data.poses import JointLimitSampler, PoseMixture, sample_orientation
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file
-from hmdiff.pictures import turntable_view
 from hmdiff.prepare.acclaim import read_recordings, world_rotations
 from hmdiff.prepare.intersection import self_intersection
 from hmdiff.prepare.mocap import MEAN_OFFSETS, bad_frames, direction_error, retarget
+from hmdiff.viz.canvas import contact_sheet, save_picture
+from hmdiff.viz.overlays import turntable_view
 
 CREDIT = (
     "The data used in this project was obtained from mocap.cs.cmu.edu. "

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from hmdiff.body.body import load_body
 from hmdiff.body.skeletons import COCO17, HALPE26, joint_indices
-from hmdiff.canvas import save_picture
 from hmdiff.data.appearance import Wardrobe, compose_rgb
 from hmdiff.data.poses import PoseMixture
 from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix, perspective_projection
+from hmdiff.viz.canvas import save_picture
 
 SEED = 28  # looked at, and found good
 SIZE = (640, 480)  # height, width

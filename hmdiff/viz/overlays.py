@@ -1,8 +1,8 @@
 """Pictures of meshes for people to look at: over the photo, from a second view, and sheets of many hypotheses.
 
-Drawn with `hmdiff.render` on the CPU, at a multiple of the size and averaged down, so that outlines are smooth. Nothing
-needs a display. Pictures are as in `hmdiff.canvas`, whose functions are here too. Vertices are in the camera frame
-(x right, y down, z forward), metres. Colours are RGB 0..1. All looks are our choice.
+Drawn with `hmdiff.viz.renderer` on the CPU, at a multiple of the size and averaged down, so that outlines are smooth.
+Nothing needs a display. Pictures are as in `hmdiff.viz.canvas`, whose functions are here too. Vertices are in the camera
+frame (x right, y down, z forward), metres. Colours are RGB 0..1. All looks are our choice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17
-from hmdiff.canvas import (
+from hmdiff.geometry import axis_angle_to_matrix
+from hmdiff.viz.canvas import (
     as_tensor,
     colour_bar,
     contact_sheet,
@@ -28,8 +29,7 @@ from hmdiff.canvas import (
     save_picture,
     to_bytes,
 )
-from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.render import Lights, normals, rasterize, shade, silhouette
+from hmdiff.viz.renderer import Lights, normals, rasterize, shade, silhouette
 
 __all__ = [
     "PALETTE",

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from hmdiff.canvas import as_tensor, colour_bar, contact_sheet, heat_colours
 from hmdiff.errors import UserError
-from hmdiff.pictures import overlay, person_crop, reach_of, turntable_view
+from hmdiff.viz.canvas import as_tensor, colour_bar, contact_sheet, heat_colours
+from hmdiff.viz.overlays import overlay, person_crop, reach_of, turntable_view
 
 STEP = 50.0  # mm: the scale's end is a multiple, so that pictures of several people can be compared
 

@@ -7,7 +7,7 @@ perspective correction is the classical one: 1/z and attribute/z are affine on t
 How it is fast without a loop over faces: faces whose bounding box holds no pixel centre go first (on a 128-pixel crop
 of a 13k-vertex body that is most of them); what is left is expanded to (face, pixel) candidates, and one
 scatter-minimum of the key ``depth bits << 32 | face`` settles every pixel, ties going to the lower face index.
-`hmdiff.render_numba` does the same with loops and takes over on a CPU where numba is installed.
+`hmdiff.viz.renderer_numba` does the same with loops and takes over on a CPU where numba is installed.
 
 Symbols: B images, V vertices, F faces, H x W pixels. Camera frame: x right, y down, z forward, metres.
 """
@@ -73,7 +73,7 @@ def rasterize(
         points, z = screen_points(vertices.detach(), focal, principal_point, height, width)
         points, z = points.float(), z.float()
         if _use_numba(backend, vertices.device):
-            from hmdiff.render_numba import visible_faces as visible_faces_numba
+            from hmdiff.viz.renderer_numba import visible_faces as visible_faces_numba
 
             arrays = [tensor.contiguous().numpy() for tensor in (points, z, faces.long())]
             drawn: np.ndarray = visible_faces_numba(arrays[0], arrays[1], arrays[2], height, width, cull)  # type: ignore
@@ -117,7 +117,7 @@ def visible_faces(
     width: int,
     cull: bool,
 ) -> Tensor:  # (B, H, W) long, -1 where there is nothing
-    """The nearest face of every pixel: the visibility test alone, as `hmdiff.render_numba.visible_faces`."""
+    """The nearest face of every pixel: the visibility test alone, as `hmdiff.viz.renderer_numba.visible_faces`."""
     batch, count = len(points), len(faces)
     face_points, face_z = points[:, faces].flatten(0, 1), z[:, faces].flatten(0, 1)  # (BF, 3, 2), (BF, 3)
     x0, y0 = face_points[:, 0, 0], face_points[:, 0, 1]

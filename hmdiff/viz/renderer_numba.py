@@ -1,7 +1,7 @@
-"""The visibility test of `hmdiff.render` as plain loops, compiled by numba: the same faces, faster on a CPU.
+"""The visibility test of `hmdiff.viz.renderer` as plain loops, compiled by numba: the same faces, faster on a CPU.
 
-Every expression is written in the order and in the float32 of `hmdiff.render.visible_faces`, so that both give the same
-face for every pixel; a test holds them equal. Only imported when it is used: numba is an optional dependency.
+Every expression is written in the order and in the float32 of `hmdiff.viz.renderer.visible_faces`, so that both give
+the same face for every pixel; a test holds them equal. Only imported when it is used: numba is an optional dependency.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from hmdiff.render import EDGE_TOLERANCE as _EDGE_TOLERANCE
-from hmdiff.render import NEAR as _NEAR
+from hmdiff.viz.renderer import EDGE_TOLERANCE as _EDGE_TOLERANCE
+from hmdiff.viz.renderer import NEAR as _NEAR
 
 # As float32, or numba would promote every comparison and sum to float64.
 NEAR = np.float32(_NEAR)
@@ -27,7 +27,7 @@ def visible_faces(
     width: int,
     cull: bool,
 ) -> np.ndarray:  # (B, H, W) int64, -1 where there is nothing
-    """The nearest face of every pixel; see `hmdiff.render.visible_faces`."""
+    """The nearest face of every pixel; see `hmdiff.viz.renderer.visible_faces`."""
     batch = points.shape[0]
     face_index = np.full((batch, height, width), -1, dtype=np.int64)
     nearest = np.full((height, width), np.inf, dtype=np.float32)

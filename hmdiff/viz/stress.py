@@ -14,10 +14,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from hmdiff.canvas import as_tensor, colour_bar, contact_sheet, heat_colours, to_bytes
 from hmdiff.errors import UserError
-from hmdiff.pictures import overlay_all, reach_of, view_all
-from hmdiff.spread_picture import scale_end
+from hmdiff.viz.canvas import as_tensor, colour_bar, contact_sheet, heat_colours, to_bytes
+from hmdiff.viz.overlays import overlay_all, reach_of, view_all
+from hmdiff.viz.spread import scale_end
 
 STEP = 10.0  # mm: the scale ends at a multiple
 _OPACITY = 0.62

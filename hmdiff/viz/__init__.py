@@ -1,0 +1,1 @@
+"""What people look at: renderings, overlays, sheets, and files for viewers."""
