@@ -11,8 +11,8 @@ from small import small_pipeline
 from hmdiff.cli import main
 from hmdiff.commands.depth_maps import check_depth, depth_crops, with_depth
 from hmdiff.commands.photos import read_people
-from hmdiff.depth.sources import crop_depth
 from hmdiff.errors import UserError
+from hmdiff.estimators.depth_sources import crop_depth
 from hmdiff.files.resources import asset_path
 from hmdiff.viz.canvas import read_picture
 
@@ -121,7 +121,7 @@ def test_maps_of_a_batch_are_cut_by_each_person_s_crop(folders, scene, monkeypat
             seen.append(images)
             return torch.from_numpy(scene)[None]
 
-    monkeypatch.setattr("hmdiff.depth.estimator.EstimatedDepth", Network)
+    monkeypatch.setattr("hmdiff.estimators.depth_network.EstimatedDepth", Network)
     check_depth(options)
     (mapped,), failures = with_depth([known], small_pipeline("model.depth_map=true"), options)
     assert not failures and seen[0][0] == "x" and mapped.source.endswith("depth of x")

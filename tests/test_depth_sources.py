@@ -11,8 +11,9 @@ import torch
 from hmdiff.body.skeletons import COCO17
 from hmdiff.commands.photos import crops
 from hmdiff.data.transforms import Change, crop_map, crop_picture
-from hmdiff.depth.estimator import EstimatedDepth
-from hmdiff.depth.sources import (
+from hmdiff.errors import UserError
+from hmdiff.estimators.depth_network import EstimatedDepth
+from hmdiff.estimators.depth_sources import (
     CallableDepth,
     DepthFile,
     beside,
@@ -21,7 +22,6 @@ from hmdiff.depth.sources import (
     read_depth,
     warp_depth,
 )
-from hmdiff.errors import UserError
 from hmdiff.heatmaps import heatmaps_from_values
 
 HEIGHT, WIDTH = 60, 80
@@ -299,7 +299,7 @@ def test_models_that_cannot_be_had_are_named(network, tmp_path, monkeypatch):
 def test_kinds_of_networks_whose_sign_is_not_known_are_asked_about():
     from types import SimpleNamespace
 
-    from hmdiff.depth.estimator import _what_it_gives
+    from hmdiff.estimators.depth_network import _what_it_gives
 
     assert _what_it_gives("x", SimpleNamespace(model_type="dpt")) == "disparity"
     assert _what_it_gives("x", SimpleNamespace(model_type="zoedepth")) == "depth"

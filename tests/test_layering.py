@@ -18,8 +18,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hmdiff"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "scoring", "studies", "version"}),
     frozenset({"body.skeletons", "config", "files", "geometry", "memory", "scoring.published", "sharding"}),
-    frozenset({"body", "data.sample", "depth", "heatmaps", "viz.canvas", "viz.renderer", "viz.renderer_numba"}),
-    frozenset({"data", "diffusion", "losses", "metrics", "models", "scoring.hand_metrics", "uncertainty_metrics"}),
+    frozenset({"body", "data.sample", "heatmaps", "viz.canvas", "viz.renderer", "viz.renderer_numba"}),
+    frozenset({
+        "data", "diffusion", "estimators", "losses", "metrics", "models", "scoring.hand_metrics",
+        "uncertainty_metrics",
+    }),
     frozenset({
         "output", "pipeline", "prepare", "scoring.ground_truth", "scoring.hypothesis_rows", "scoring.predictions",
         "scoring.protocol_errors", "scoring.protocols", "temperature", "viz",

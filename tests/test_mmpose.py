@@ -25,13 +25,14 @@ from hmdiff.cli import main
 from hmdiff.commands import estimation
 from hmdiff.commands.photos import read_people
 from hmdiff.errors import UserError
+from hmdiff.estimators import openmmlab
+from hmdiff.estimators.detector import PersonDetector
+from hmdiff.estimators.mmpose_codecs import heatmaps_from_codec, heatmaps_from_simcc
+from hmdiff.estimators.mmpose_source import MMPoseEstimator, check_boxes, joint_names
+from hmdiff.estimators.openmmlab import find_checkpoint, find_model, import_openmmlab, read_config
 from hmdiff.files.foreign_weights import read_checkpoint
 from hmdiff.geometry import crop_to_photo
-from hmdiff.heatmaps import Heatmaps, crop_from_box, heatmap_peaks, load_heatmaps, openmmlab
-from hmdiff.heatmaps.detector import PersonDetector
-from hmdiff.heatmaps.mmpose_codecs import heatmaps_from_codec, heatmaps_from_simcc
-from hmdiff.heatmaps.mmpose_source import MMPoseEstimator, check_boxes, joint_names
-from hmdiff.heatmaps.openmmlab import find_checkpoint, find_model, import_openmmlab, read_config
+from hmdiff.heatmaps import Heatmaps, crop_from_box, heatmap_peaks, load_heatmaps
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mmpose") is None, reason="mmpose is not installed: uv sync --extra mmpose"
@@ -242,7 +243,7 @@ def test_a_person_s_heatmaps_do_not_depend_on_the_others(
     msra: MMPoseEstimator, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = msra.heatmaps(photo, BOXES)
-    monkeypatch.setattr("hmdiff.heatmaps.mmpose_source.PEOPLE_AT_ONCE", 2)
+    monkeypatch.setattr("hmdiff.estimators.mmpose_source.PEOPLE_AT_ONCE", 2)
     in_parts = msra.heatmaps(photo, torch.tensor(BOXES))
     for index, box in enumerate(BOXES):
         alone = msra.heatmaps(photo, [box])

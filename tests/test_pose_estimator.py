@@ -24,9 +24,17 @@ from hmdiff.data.poses import PoseMixture
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic import SyntheticHumans
 from hmdiff.errors import UserError
-from hmdiff.heatmaps import HEATMAP_SIZE, gaussian_heatmaps, heatmap_peaks, openmmlab
-from hmdiff.heatmaps.estimated import CONFIG, WEIGHTS, SyntheticEstimator, build_network, network_input, read_config
-from hmdiff.heatmaps.mmpose_source import MMPoseEstimator
+from hmdiff.estimators import openmmlab
+from hmdiff.estimators.mmpose_source import MMPoseEstimator
+from hmdiff.estimators.pose_network import (
+    CONFIG,
+    WEIGHTS,
+    SyntheticEstimator,
+    build_network,
+    network_input,
+    read_config,
+)
+from hmdiff.heatmaps import HEATMAP_SIZE, gaussian_heatmaps, heatmap_peaks
 from hmdiff.models.backbone import ImageBackbone
 from hmdiff.prepare import estimator as preparing
 from hmdiff.prepare.estimator import FIGURES, STATE, EstimatorRun, EstimatorTraining, prepare_estimator, save_estimator

@@ -80,7 +80,7 @@ def depth_crops(
     """The maps of the people of a batch; NaN all over where a photo has none."""
     import torch
 
-    from hmdiff.depth.sources import crop_depth
+    from hmdiff.estimators.depth_sources import crop_depth
 
     maps = []
     for number, person in batch:
@@ -95,14 +95,14 @@ def depth_crops(
 def _estimator(options: argparse.Namespace) -> Any:
     if not options.depth or not options.depth[0].startswith(ESTIMATOR):
         return None
-    from hmdiff.depth.estimator import EstimatedDepth
+    from hmdiff.estimators.depth_network import EstimatedDepth
 
     gives = "disparity" if options.disparity else None
     return EstimatedDepth(options.depth[0].removeprefix(ESTIMATOR), arguments.resolve_device(options.device), gives)
 
 
 def _map_of(photo: PhotoPeople, estimator: Any, file: Path | None, disparity: bool) -> tuple[Tensor | None, str]:
-    from hmdiff.depth.sources import beside, read_depth
+    from hmdiff.estimators.depth_sources import beside, read_depth
 
     if estimator is not None:
         import torch

@@ -53,7 +53,7 @@ class Estimation:
     ) -> tuple[Heatmaps, Tensor]:  # of P people, their boxes (P, 4)
         import torch
 
-        from hmdiff.heatmaps.mmpose_source import MMPoseEstimator, check_boxes
+        from hmdiff.estimators.mmpose_source import MMPoseEstimator, check_boxes
 
         # Boxes first: a wrong one should not cost the seconds of loading a model.
         given = None if boxes is None else check_boxes(boxes, photo.shape[1], photo.shape[0])
@@ -66,7 +66,7 @@ class Estimation:
             return self._estimator.heatmaps(photo, given), given
 
     def _boxes(self, photo: np.ndarray, device: torch.device) -> Tensor:
-        from hmdiff.heatmaps.detector import PersonDetector
+        from hmdiff.estimators.detector import PersonDetector
 
         if self._detector is None:
             self._detector = PersonDetector(_model(self.options.detector), self.options.detector_checkpoint, device)

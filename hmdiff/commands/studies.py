@@ -114,7 +114,7 @@ def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) 
 def load_estimator(
     folder: str, device: torch.device
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:  # and the side of the pictures that it reads
-    from hmdiff.heatmaps.estimated import SyntheticEstimator
+    from hmdiff.estimators.pose_network import SyntheticEstimator
 
     network = SyntheticEstimator.load(folder, device)
     return network.estimate, network.image_size

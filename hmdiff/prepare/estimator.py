@@ -31,8 +31,8 @@ from hmdiff.body.mesh import load_mesh
 from hmdiff.data.poses import PoseMixture
 from hmdiff.data.synthetic import SyntheticHumans, block_generator
 from hmdiff.errors import UserError
+from hmdiff.estimators.pose_network import CONFIG, WEIGHTS, SyntheticEstimator, build_network, network_input
 from hmdiff.files.storage import atomic_file, make_folder
-from hmdiff.heatmaps.estimated import CONFIG, WEIGHTS, SyntheticEstimator, build_network, network_input
 from hmdiff.prepare.estimator_config import estimator_config, write_config
 from hmdiff.prepare.estimator_crops import jitter_crops, target_heatmaps
 from hmdiff.prepare.estimator_figures import pck_figures

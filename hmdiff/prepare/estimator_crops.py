@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26, mirror_permutation
+from hmdiff.estimators.pose_network import grid_shift
 from hmdiff.heatmaps.distribution import gaussian_heatmaps
-from hmdiff.heatmaps.estimated import grid_shift
 
 
 @dataclasses.dataclass(frozen=True)

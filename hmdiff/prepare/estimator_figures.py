@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.estimators.pose_network import SyntheticEstimator
 from hmdiff.heatmaps.distribution import heatmap_peaks
-from hmdiff.heatmaps.estimated import SyntheticEstimator
 
 THRESHOLDS = (0.05, 0.1)
 _HEAD = (HALPE26.index("top_head"), HALPE26.index("neck"))

@@ -1,4 +1,4 @@
-"""A monocular depth network by its name, through transformers: a depth source (hmdiff/depth/sources.py).
+"""A monocular depth network by its name, through transformers: a depth source (hmdiff/estimators/depth_sources.py).
 
 Depth Anything V2 (arXiv 2406.09414) small is the default, as the second version of D2A-HMR used Depth Anything.
 B photos of H x W pixels.
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmdiff.depth.sources import GIVES, farther_is_larger
 from hmdiff.errors import UserError
+from hmdiff.estimators.depth_sources import GIVES, farther_is_larger
 
 DEFAULT_MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
 # What the models' `predicted_depth` is. Depth Anything says it in its config.

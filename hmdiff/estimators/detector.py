@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.errors import UserError
-from hmdiff.heatmaps.openmmlab import (
+from hmdiff.estimators.openmmlab import (
     find_checkpoint,
     find_model,
     import_openmmlab,

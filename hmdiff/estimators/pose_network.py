@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.errors import UserError
+from hmdiff.estimators.openmmlab import import_openmmlab, load_weights, quiet
 from hmdiff.heatmaps.distribution import HEATMAP_SIZE, Heatmaps, pixel_coordinates
-from hmdiff.heatmaps.openmmlab import import_openmmlab, load_weights, quiet
 
 CONFIG, WEIGHTS = "config.py", "model.safetensors"
 

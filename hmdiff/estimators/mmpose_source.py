@@ -19,19 +19,19 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26, shared_joints
 from hmdiff.errors import UserError
-from hmdiff.heatmaps.distribution import (
-    Heatmaps,
-    concatenate_heatmaps,
-    crop_from_box,
-)
-from hmdiff.heatmaps.mmpose_codecs import heatmaps_from_codec, heatmaps_from_simcc
-from hmdiff.heatmaps.openmmlab import (
+from hmdiff.estimators.mmpose_codecs import heatmaps_from_codec, heatmaps_from_simcc
+from hmdiff.estimators.openmmlab import (
     find_checkpoint,
     find_model,
     import_openmmlab,
     load_weights,
     quiet,
     read_config,
+)
+from hmdiff.heatmaps.distribution import (
+    Heatmaps,
+    concatenate_heatmaps,
+    crop_from_box,
 )
 
 PEOPLE_AT_ONCE = 16  # bounds the memory; changes no result

@@ -1,1 +1,0 @@
-"""Depth maps of photos: files, callables and monocular networks behind one interface."""

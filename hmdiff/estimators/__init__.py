@@ -1,0 +1,1 @@
+"""What looks at photos: pose estimators and detectors (mmpose), depth networks (transformers)."""
