@@ -19,12 +19,12 @@ from torch import Tensor
 from hmdiff.body.skeletons import HALPE26, J14, joint_indices
 from hmdiff.data.sample import PeopleSource
 from hmdiff.diffusion.hypotheses import apply_temperature
+from hmdiff.diffusion.temperature import Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluation import MESHES_AT_ONCE, ROOT, as_heatmaps, ask, split_batches
 from hmdiff.files.storage import atomic_file
 from hmdiff.metrics import coverage, expected_calibration_error, root_of
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.temperature import Temperature
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance

@@ -25,6 +25,7 @@ from hmdiff.diffusion.dat import Guidance, GuidanceReport, aligned_sample, make_
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
 from hmdiff.diffusion.schedule import change_scheduler, make_scheduler, sampler_name
+from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from hmdiff.files.storage import atomic_folder
@@ -40,7 +41,6 @@ from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.output import MeshOutput, keypoint_distance, log_likelihood
-from hmdiff.temperature import Sampling, Temperature
 
 __all__ = ["GuidancePlan", "HMDiffPipeline", "MeshOutput", "keypoint_distance"]
 

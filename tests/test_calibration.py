@@ -16,6 +16,7 @@ from hmdiff.cli import main
 from hmdiff.commands.evaluate import calibration_line
 from hmdiff.diffusion.dat import Guidance
 from hmdiff.diffusion.hypotheses import apply_temperature, heatmap_log_likelihood, select
+from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluation import as_heatmaps, photo_of
 from hmdiff.geometry import perspective_projection
@@ -24,7 +25,6 @@ from hmdiff.measured import Measured, summary
 from hmdiff.metrics import expected_calibration_error
 from hmdiff.output import log_likelihood
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
-from hmdiff.temperature import Sampling, Temperature
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     }),
     frozenset({
         "output", "pipeline", "prepare", "scoring.ground_truth", "scoring.hypothesis_rows", "scoring.predictions",
-        "scoring.protocol_errors", "scoring.protocols", "temperature", "viz",
+        "scoring.protocol_errors", "scoring.protocols", "viz",
     }),
     frozenset({
         "assembly", "calibration", "evaluation", "gallery", "measured", "occlusion_maps", "scoring.report",

@@ -1,8 +1,8 @@
 """Pictures of meshes for people to look at: over the photo, from a second view, and sheets of many hypotheses.
 
 Drawn with `hmdiff.viz.renderer` on the CPU, at a multiple of the size and averaged down, so that outlines are smooth.
-Nothing needs a display. Pictures are as in `hmdiff.viz.canvas`, whose functions are here too. Vertices are in the camera
-frame (x right, y down, z forward), metres. Colours are RGB 0..1. All looks are our choice.
+Nothing needs a display. Pictures are as in `hmdiff.viz.canvas`, whose functions are here too. Vertices are in the
+camera frame (x right, y down, z forward), metres. Colours are RGB 0..1. All looks are our choice.
 """
 
 from __future__ import annotations
