@@ -12,14 +12,14 @@ import torch
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.mesh import MeshSampler, load_mesh, partition_patches
 from hmdiff.config import Config, check_keys
-from hmdiff.data.depth_faults import DepthFaults
-from hmdiff.data.estimator import EstimatorFaults
-from hmdiff.data.in_front import FrontDrawer
 from hmdiff.data.label_noise import NoisyLabels
 from hmdiff.data.mixture import Mixture, WithSplits
-from hmdiff.data.poses import PoseMixture
 from hmdiff.data.sample import PeopleSource
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.synthetic.corruption import EstimatorFaults
+from hmdiff.data.synthetic.depth_faults import DepthFaults
+from hmdiff.data.synthetic.in_front import FrontDrawer
+from hmdiff.data.synthetic.people import SyntheticHumans
+from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.data.transforms import AugmentOptions
 from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError

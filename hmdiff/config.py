@@ -46,8 +46,8 @@ class DataConfig:
     image_size: int = 224  # of the rendered pictures, drawn where the model reads images
     pictures: bool = False  # draw them for every model: their silhouettes and depths are labels too
     map_size: int = 0  # of silhouettes and depths, drawn at this size with or without pictures; 0: as the pictures
-    depth_faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of hmdiff.data.depth_faults.DepthFaults
-    faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of hmdiff.data.estimator.EstimatorFaults
+    depth_faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of data.synthetic.depth_faults.DepthFaults
+    faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of data.synthetic.corruption.EstimatorFaults
     label_noise: float = 0.0  # metres by which training labels are displaced, see hmdiff/data/label_noise.py
     workers: int = 0  # processes that draw ahead of the training
 

@@ -2,10 +2,10 @@
 
 At each place a square patch hides a part of the input. In the image it is grey, in a depth map not known. In the
 heatmaps the joints whose peak lies under it are gone, as of an estimator that does not report what it does not see
-(which is what the synthetic estimator does most often, `hmdiff.data.estimator`): their channels are zero and stay
-valid. Noise is the same at every place, so what changes is due to the patch. G places a side, M = G * G places, N
-hypotheses, V vertices. After the occlusion-sensitivity maps of Zeiler and Fergus (arXiv 1311.2901), applied to bodies;
-the measures are our choice.
+(which is what the synthetic estimator does most often, `hmdiff.data.synthetic.corruption`): their channels are zero
+and stay valid. Noise is the same at every place, so what changes is due to the patch. G places a side, M = G * G
+places, N hypotheses, V vertices. After the occlusion-sensitivity maps of Zeiler and Fergus (arXiv 1311.2901), applied
+to bodies; the measures are our choice.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_sour
 from hmdiff.body.body import load_body
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.data.sample import PeopleSource, Sample, concatenate
-from hmdiff.data.synthetic import block_generator
+from hmdiff.data.synthetic.people import block_generator
 from hmdiff.diffusion.noising import WEIGHTINGS, draw_steps
 from hmdiff.errors import UserError
 from hmdiff.evaluation import evaluate, mean_mesh_error, mean_mesh_errors, save_report

@@ -12,8 +12,8 @@ import torch
 from small import free_body
 
 from hmdiff.body.skeletons import HALPE26
-from hmdiff.data.poses import PoseMixture, sample_orientation
 from hmdiff.data.record import Record
+from hmdiff.data.synthetic.poses import PoseMixture, sample_orientation
 from hmdiff.geometry import matrix_to_axis_angle
 
 INTRINSICS = np.array([[600.0, 0, 330], [0, 600.0, 235], [0, 0, 1]])

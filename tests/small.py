@@ -13,7 +13,7 @@ from hmdiff.body.body import Body, load_body
 from hmdiff.body.mesh import MeshSampler
 from hmdiff.config import Config, load_config
 from hmdiff.data.sample import Sample
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.pipeline import HMDiffPipeline
 
 SMALL = (

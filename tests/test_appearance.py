@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.appearance import Wardrobe, compose_rgb, random_lights
-from hmdiff.data.backgrounds import background_folder, random_backgrounds
-from hmdiff.data.camera_effects import _blur, _jpeg, camera_effects
-from hmdiff.data.draws import gaussian, hsv_to_rgb, uniform
-from hmdiff.data.occluders import random_occluders
+from hmdiff.data.synthetic.appearance import Wardrobe, compose_rgb, random_lights
+from hmdiff.data.synthetic.backgrounds import background_folder, random_backgrounds
+from hmdiff.data.synthetic.camera_effects import _blur, _jpeg, camera_effects
+from hmdiff.data.synthetic.draws import gaussian, hsv_to_rgb, uniform
+from hmdiff.data.synthetic.occluders import random_occluders
 from hmdiff.errors import UserError
 
 

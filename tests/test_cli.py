@@ -90,7 +90,7 @@ def test_every_option_says_its_default() -> None:
 
 
 def test_names_that_are_kept_twice_agree() -> None:
-    from hmdiff.data.synthetic import SPLITS
+    from hmdiff.data.synthetic.people import SPLITS
     from hmdiff.diffusion.schedule import SCHEDULER_NAMES
 
     assert set(arguments.SAMPLERS) == set(SCHEDULER_NAMES)

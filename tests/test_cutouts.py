@@ -15,13 +15,13 @@ from small import free_body, people_block, small_config
 
 from hmdiff.assembly import build_data
 from hmdiff.body.skeletons import HALPE26
-from hmdiff.data.cutouts import SIZE, Cutouts
-from hmdiff.data.draws import grid
-from hmdiff.data.in_front import CUTOUT, NOTHING, OBJECTS, PERSON, BoxesAndFront, FrontDrawer, InFront
 from hmdiff.data.recorded import RecordedPeople
-from hmdiff.data.rendering import OccluderBoxes
 from hmdiff.data.sample import Sample
 from hmdiff.data.shards import RecordFiles
+from hmdiff.data.synthetic.cutouts import SIZE, Cutouts
+from hmdiff.data.synthetic.draws import grid
+from hmdiff.data.synthetic.in_front import CUTOUT, NOTHING, OBJECTS, PERSON, BoxesAndFront, FrontDrawer, InFront
+from hmdiff.data.synthetic.rendering import OccluderBoxes
 from hmdiff.data.transforms import AugmentOptions
 from hmdiff.errors import UserError
 

@@ -7,11 +7,11 @@ import torch
 from small import free_body, people, small_config
 
 from hmdiff.assembly import build_data
-from hmdiff.data.depth_faults import DepthFaults, estimate_depth
-from hmdiff.data.depth_scene import FARTHEST, compose_depth
-from hmdiff.data.rendering import MapDrawer
 from hmdiff.data.sample import Sample, concatenate
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.synthetic.depth_faults import DepthFaults, estimate_depth
+from hmdiff.data.synthetic.depth_scene import FARTHEST, compose_depth
+from hmdiff.data.synthetic.people import SyntheticHumans
+from hmdiff.data.synthetic.rendering import MapDrawer
 from hmdiff.errors import UserError
 from hmdiff.models.depth import normalise_depth
 

@@ -15,7 +15,7 @@ from records import ListReader, make_records
 
 from hmdiff.cli import main
 from hmdiff.commands import doctor
-from hmdiff.prepare.dataset import prepare_dataset
+from hmdiff.data.prepare import prepare_dataset
 
 
 @pytest.fixture(autouse=True)

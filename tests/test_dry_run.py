@@ -18,9 +18,9 @@ from small import SMALL, small_config, small_pipeline
 import hmdiff.dry_run as module
 from hmdiff.cli import main
 from hmdiff.config import save_config
+from hmdiff.data.prepare import prepare_dataset
 from hmdiff.dry_run import CAREFUL, FINE, SKIPPED, WRONG, Check, DryRun, dry_run, print_dry_run
 from hmdiff.errors import UserError
-from hmdiff.prepare.dataset import prepare_dataset
 from hmdiff.training import Trainer, train
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from hmdiff import evaluation
 from hmdiff.body.skeletons import HALPE26, J14, LSP14, joint_indices
 from hmdiff.data.sample import Sample
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.diffusion.hypotheses import select
 from hmdiff.errors import UserError
 from hmdiff.evaluation import (

@@ -23,7 +23,7 @@ from hmdiff.cli import main
 from hmdiff.commands import studies
 from hmdiff.commands.sweep import METRICS as SWEEP_METRICS
 from hmdiff.data.sample import Sample
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.diffusion.dat import _CHOICES, MODES, Guidance
 from hmdiff.errors import UserError
 from hmdiff.evaluation import COUNTS, METRICS, evaluate

@@ -151,7 +151,7 @@ def test_optional_packages_are_loaded_where_they_are_used() -> None:
         ("models/x.py", "def f():\n    from hmdiff import metrics", "models.x .* imports metrics"),
         ("models/y.py", "from hmdiff.data.sample import Sample", "models.y .* imports data.sample"),
         ("viz/renderer.py", "from hmdiff.data import synthetic", "viz.renderer .* imports data.synthetic"),
-        ("data/sample.py", "from hmdiff.data.synthetic import x", "data.sample .* imports data.synthetic"),
+        ("data/sample.py", "from hmdiff.data.synthetic.people import x", "data.sample .* imports data.synthetic"),
         ("evaluation.py", "from hmdiff.training import x", "evaluation .* imports training"),
         ("nobody_knows.py", "", "nobody_knows: has no layer"),
     ],

@@ -19,6 +19,7 @@ from hmdiff.body.mesh import MeshSampler
 from hmdiff.body.skeletons import HALPE26, SMPL24, mirror_permutation
 from hmdiff.config import Config, LossConfig
 from hmdiff.data.mixture import PERIOD, Mixture, WithSplits, schedule
+from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.record import Record
 from hmdiff.data.recorded import RecordedPeople
 from hmdiff.data.sample import MASKS, Sample, concatenate
@@ -28,7 +29,6 @@ from hmdiff.errors import UserError
 from hmdiff.evaluation import _mean_person
 from hmdiff.geometry import axis_angle_to_matrix, perspective_projection, weak_perspective_projection
 from hmdiff.losses.objective import objective
-from hmdiff.prepare.dataset import prepare_dataset
 from hmdiff.training import Trainer, TrainingStream
 from hmdiff.training_step import Draws, training_losses
 

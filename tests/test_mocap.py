@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.anatomy import rotations_to_angles
+from hmdiff.data.synthetic.anatomy import rotations_to_angles
 from hmdiff.errors import UserError
 from hmdiff.prepare import acclaim, mocap
 

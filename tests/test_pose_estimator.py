@@ -20,9 +20,9 @@ from hmdiff.body.body import load_body
 from hmdiff.body.mesh import load_mesh
 from hmdiff.body.skeletons import HALPE26, mirror_permutation
 from hmdiff.cli import main
-from hmdiff.data.poses import PoseMixture
 from hmdiff.data.sample import Sample
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.synthetic.people import SyntheticHumans
+from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.errors import UserError
 from hmdiff.estimators import openmmlab
 from hmdiff.estimators.mmpose_source import MMPoseEstimator

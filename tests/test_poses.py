@@ -9,10 +9,10 @@ import torch
 
 from hmdiff.body.body import load_body
 from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS, mirror_permutation
-from hmdiff.data import anatomy, collision
-from hmdiff.data.limit_sampler import JointLimitSampler
-from hmdiff.data.pose_prior import PosePrior, mirror_features, pose_features
-from hmdiff.data.poses import PoseMixture, joint_limit_violation, mirror_pose, sample_orientation
+from hmdiff.data.synthetic import anatomy, collision
+from hmdiff.data.synthetic.limit_sampler import JointLimitSampler
+from hmdiff.data.synthetic.pose_prior import PosePrior, mirror_features, pose_features
+from hmdiff.data.synthetic.poses import PoseMixture, joint_limit_violation, mirror_pose, sample_orientation
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from hmdiff.prepare.intersection import self_intersection

@@ -18,9 +18,9 @@ from hmdiff.assembly import build_mesh, build_source
 from hmdiff.body import mesh_cache
 from hmdiff.body.body import load_body
 from hmdiff.config import Config, load_config
+from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import open_reader
 from hmdiff.dry_run import dry_run
-from hmdiff.prepare.dataset import prepare_dataset
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RECIPES = ("hmdiff_3dpw", "hmdiff_h36m", "hmdiff_freihand")

@@ -17,6 +17,7 @@ from small import free_body
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.skeletons import HALPE26, HAND21
 from hmdiff.data.labelled_bodies import LabelledBodies
+from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import open_reader
 from hmdiff.data.record import Record
 from hmdiff.data.recorded import RecordedPeople
@@ -25,7 +26,6 @@ from hmdiff.data.shards import PreparedShards, RecordFiles
 from hmdiff.data.transforms import AugmentOptions
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
-from hmdiff.prepare.dataset import prepare_dataset
 
 TURNED = AugmentOptions(flip=0.5, noise=0, upright=0)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from hmdiff.body.body import load_body
 from hmdiff.body.skeletons import H36M17, HAND21, J14, SMPL24, SMPL24_PARENTS, joint_indices
 from hmdiff.cli import main
+from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import open_reader
 from hmdiff.data.record import Record
 from hmdiff.data.recorded import RecordedPeople
@@ -28,7 +29,6 @@ from hmdiff.errors import UserError
 from hmdiff.evaluation import as_heatmaps, evaluate
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.prepare.dataset import prepare_dataset
 from hmdiff.scoring import report as scoring
 from hmdiff.scoring.ground_truth import GroundTruth, protocol_regressors, raw_placement
 from hmdiff.scoring.predictions import PredictionFiles

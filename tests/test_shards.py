@@ -16,6 +16,8 @@ from records import HEIGHT, MARKED, WIDTH, ListReader, draw_photo, make_records,
 
 from hmdiff import cli
 from hmdiff.commands.prepare import DATASETS
+from hmdiff.data import prepare as dataset
+from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import READERS
 from hmdiff.data.record import SHAPES, Record
 from hmdiff.data.record_crops import read_crop
@@ -23,8 +25,6 @@ from hmdiff.data.shards import INDEX, PreparedShards, RecordFiles, ShardWriter
 from hmdiff.data.transforms import Change, crop_map, map_points
 from hmdiff.errors import UserError
 from hmdiff.loading import Crops, compare_loading, measure_loading
-from hmdiff.prepare import dataset
-from hmdiff.prepare.dataset import prepare_dataset
 
 
 def prepared(folder: Path, records: list[Record], **options: object) -> PreparedShards:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hmdiff.assembly import build_data
 from hmdiff.body.skeletons import HALPE26
-from hmdiff.data.estimator import EstimatorFaults
 from hmdiff.data.sample import Sample
-from hmdiff.data.synthetic import GUESS, SPLITS, SyntheticHumans, block_generator
+from hmdiff.data.synthetic.corruption import EstimatorFaults
+from hmdiff.data.synthetic.people import GUESS, SPLITS, SyntheticHumans, block_generator
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection, weak_perspective_projection
 from hmdiff.heatmaps import heatmap_peaks

@@ -12,9 +12,9 @@ from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
 from hmdiff.body.body import load_body
 from hmdiff.body.mesh import load_mesh
 from hmdiff.config import Config, load_config
-from hmdiff.data.poses import PoseMixture
-from hmdiff.data.rendering import OccluderBoxes, Photographer
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.synthetic.people import SyntheticHumans
+from hmdiff.data.synthetic.poses import PoseMixture
+from hmdiff.data.synthetic.rendering import OccluderBoxes, Photographer
 from hmdiff.errors import UserError
 from hmdiff.gallery import synthetic_picture
 from hmdiff.throughput import measure_throughput

@@ -13,9 +13,9 @@ from small import free_body, people, small_config, small_pipeline
 from hmdiff.assembly import build_data
 from hmdiff.cli import main
 from hmdiff.commands.evaluate import print_bands
-from hmdiff.data.rendering import OccluderBoxes
 from hmdiff.data.sample import Sample
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.synthetic.people import SyntheticHumans
+from hmdiff.data.synthetic.rendering import OccluderBoxes
 from hmdiff.errors import UserError
 from hmdiff.evaluation import as_heatmaps, ask, evaluate
 from hmdiff.geometry import perspective_projection

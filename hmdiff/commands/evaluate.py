@@ -17,7 +17,7 @@ from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
     from hmdiff.body.body import Body
-    from hmdiff.data.synthetic import SyntheticHumans
+    from hmdiff.data.synthetic.people import SyntheticHumans
     from hmdiff.diffusion.dat import Guidance
 
 SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "val")

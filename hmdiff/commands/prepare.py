@@ -246,8 +246,8 @@ def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _dataset(options: argparse.Namespace) -> Mapping[str, Any]:
+    from hmdiff.data.prepare import prepare_dataset
     from hmdiff.data.readers import open_reader
-    from hmdiff.prepare.dataset import prepare_dataset
 
     reader = open_reader(options.what, options.source, options.split)
     for line in reader.summary:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hmdiff.body.body import Body
 from hmdiff.data.sample import PeopleSource, Sample
-from hmdiff.data.synthetic import block_generator
+from hmdiff.data.synthetic.people import block_generator
 from hmdiff.errors import UserError
 
 _UNEVEN = 0.5  # standard deviation of the logarithm of a person's level, as of the estimator's jitter

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmdiff.data.sample import PeopleSource, Sample
-from hmdiff.data.synthetic import block_generator
+from hmdiff.data.synthetic.people import block_generator
 
 SUFFIX = "_blur"
 LENGTHS = (0.1, 0.4)  # of the smear, crop half-sides: 5 to 20 % of the crop's side

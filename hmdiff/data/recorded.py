@@ -19,14 +19,14 @@ from torch import Tensor
 
 from hmdiff.body.body import Body
 from hmdiff.body.skeletons import HALPE26
-from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility
-from hmdiff.data.in_front import FrontDrawer
 from hmdiff.data.labelled_bodies import LabelledBodies, PosedBodies
 from hmdiff.data.record import Record
 from hmdiff.data.record_crops import by_name, read_crop, read_heatmaps
 from hmdiff.data.sample import Sample
 from hmdiff.data.shards import RecordStore
-from hmdiff.data.synthetic import block_generator
+from hmdiff.data.synthetic.corruption import EstimatorFaults, estimate_heatmaps, face_visibility
+from hmdiff.data.synthetic.in_front import FrontDrawer
+from hmdiff.data.synthetic.people import block_generator
 from hmdiff.data.transforms import (
     NO_CHANGE,
     AugmentOptions,

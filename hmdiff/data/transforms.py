@@ -31,7 +31,7 @@ class AugmentOptions:
     rotation: float = 30.0  # degrees, standard deviation, cut at twice as much
     upright: float = 0.6  # probability of no rotation
     scale: float = 0.25  # standard deviation of the crop's side about 1, cut there
-    # What is put in front, of one kind a person at most, see hmdiff/data/in_front.py
+    # What is put in front, of one kind a person at most, see hmdiff/data/synthetic/in_front.py
     objects: float = 0.0  # probability of shapes with textures
     people: float = 0.0  # probability of another person of the block
     cutouts: str = ""  # a folder of RGBA pictures to paste

@@ -1,8 +1,8 @@
 """`hmdiff prepare estimator`: a small top-down pose estimator of mmpose's classes, trained on our synthetic people.
 
-So that experiments meet the faults of a real network, and not only those that `hmdiff.data.estimator` invents. Step s
-draws block s of the training stream and its crops from (seed, s) alone: a run that was killed goes on, by the same
-command, from its last saved step to the same weights. Nothing is chosen by looking at a split.
+So that experiments meet the faults of a real network, and not only those that `hmdiff.data.synthetic.corruption`
+invents. Step s draws block s of the training stream and its crops from (seed, s) alone: a run that was killed goes on,
+by the same command, from its last saved step to the same weights. Nothing is chosen by looking at a split.
 
     OUTPUT/config.py            the model, as mmpose's init_model reads it
     OUTPUT/model.safetensors    the averaged (EMA) weights, half precision
@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from hmdiff.body.body import load_body
 from hmdiff.body.mesh import load_mesh
-from hmdiff.data.poses import PoseMixture
-from hmdiff.data.synthetic import SyntheticHumans, block_generator
+from hmdiff.data.synthetic.people import SyntheticHumans, block_generator
+from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.errors import UserError
 from hmdiff.estimators.pose_network import CONFIG, WEIGHTS, SyntheticEstimator, build_network, network_input
 from hmdiff.files.storage import atomic_file, make_folder

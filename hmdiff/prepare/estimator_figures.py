@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
-from hmdiff.data.synthetic import SyntheticHumans
+from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.estimators.pose_network import SyntheticEstimator
 from hmdiff.heatmaps.distribution import heatmap_peaks
 

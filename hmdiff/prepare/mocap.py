@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS
-from hmdiff.data.anatomy import angles_to_rotations, scapular_rhythm
-from hmdiff.data.collision import OFFSETS
+from hmdiff.data.synthetic.anatomy import angles_to_rotations, scapular_rhythm
+from hmdiff.data.synthetic.collision import OFFSETS
 from hmdiff.prepare.acclaim import AcclaimSkeleton, Array, bone_ends
 
 MAX_SPEED = 25.0  # degrees per recorded frame (120 Hz): no joint of a person turns at 3,000 degrees a second

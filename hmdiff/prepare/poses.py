@@ -18,15 +18,15 @@ from torch import Tensor
 
 from hmdiff.body.body import load_body
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.anatomy import (
+from hmdiff.data.synthetic.anatomy import (
     angles_to_rotations,
     clamp_angles,
     joint_limit_violation,
     limit_excess,
     rotations_to_angles,
 )
-from hmdiff.data.pose_prior import PosePrior, mirror_features, pose_features
-from hmdiff.data.poses import JointLimitSampler, PoseMixture, sample_orientation
+from hmdiff.data.synthetic.pose_prior import PosePrior, mirror_features, pose_features
+from hmdiff.data.synthetic.poses import JointLimitSampler, PoseMixture, sample_orientation
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file
 from hmdiff.prepare.acclaim import read_recordings, world_rotations

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hmdiff.body.body import load_body
 from hmdiff.body.skeletons import COCO17, HALPE26, joint_indices
-from hmdiff.data.appearance import Wardrobe, compose_rgb
-from hmdiff.data.poses import PoseMixture
+from hmdiff.data.synthetic.appearance import Wardrobe, compose_rgb
+from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix, perspective_projection
 from hmdiff.viz.canvas import save_picture

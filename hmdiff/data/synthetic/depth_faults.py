@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmdiff.data.draws import gaussian, grid, uniform
+from hmdiff.data.synthetic.draws import gaussian, grid, uniform
 from hmdiff.errors import UserError
 
 _SPOTS = 3  # missing regions of a person who has any, at most

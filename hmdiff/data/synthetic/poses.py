@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.anatomy import joint_limit_violation, kind, mirror_pose
-from hmdiff.data.collision import least_blocked, penalty
-from hmdiff.data.limit_sampler import JointLimitSampler
-from hmdiff.data.pose_prior import PosePrior
+from hmdiff.data.synthetic.anatomy import joint_limit_violation, kind, mirror_pose
+from hmdiff.data.synthetic.collision import least_blocked, penalty
+from hmdiff.data.synthetic.limit_sampler import JointLimitSampler
+from hmdiff.data.synthetic.pose_prior import PosePrior
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
 

@@ -1,9 +1,9 @@
 """Pictures of synthetic people: the same bodies, cameras and occluders as their keypoints, rendered (our choice).
 
 What is drawn is a coarser mesh of the body, 3,000 vertices of its hierarchy: at 128 pixels 1.7 times as fast as the
-free body's 12,410, and within a pixel of it. The looks are those of `hmdiff.data.appearance`. Where only silhouette and
-depth are wanted, `MapDrawer` draws them without the picture, at a size of their own. n people, O boxes, S pixels a
-side.
+free body's 12,410, and within a pixel of it. The looks are those of `hmdiff.data.synthetic.appearance`. Where only
+silhouette and depth are wanted, `MapDrawer` draws them without the picture, at a size of their own. n people, O boxes,
+S pixels a side.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from hmdiff.body.body import Body
 from hmdiff.body.mesh import MeshSampler, load_mesh
-from hmdiff.data.appearance import Wardrobe, compose_rgb
-from hmdiff.data.depth_faults import DepthFaults, estimate_depth
-from hmdiff.data.depth_scene import compose_depth
-from hmdiff.data.draws import grid
+from hmdiff.data.synthetic.appearance import Wardrobe, compose_rgb
+from hmdiff.data.synthetic.depth_faults import DepthFaults, estimate_depth
+from hmdiff.data.synthetic.depth_scene import compose_depth
+from hmdiff.data.synthetic.draws import grid
 from hmdiff.errors import UserError
 from hmdiff.viz.renderer import rasterize
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
-from hmdiff.data.cutouts import Cutouts
-from hmdiff.data.draws import grid
-from hmdiff.data.occluders import paint_occluder
-from hmdiff.data.rendering import OccluderBoxes
+from hmdiff.data.synthetic.cutouts import Cutouts
+from hmdiff.data.synthetic.draws import grid
+from hmdiff.data.synthetic.occluders import paint_occluder
+from hmdiff.data.synthetic.rendering import OccluderBoxes
 from hmdiff.data.transforms import AugmentOptions
 
 NOTHING, OBJECTS, PERSON, CUTOUT = range(4)

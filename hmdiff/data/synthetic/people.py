@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.body import Body
-from hmdiff.data.depth_faults import DepthFaults
-from hmdiff.data.estimator import EstimatorFaults, estimate_heatmaps, face_visibility
-from hmdiff.data.in_front import BoxesAndFront, FrontDrawer
-from hmdiff.data.poses import PoseMixture, sample_orientation
-from hmdiff.data.rendering import MapDrawer, OccluderBoxes, Photographer
 from hmdiff.data.sample import Sample
+from hmdiff.data.synthetic.corruption import EstimatorFaults, estimate_heatmaps, face_visibility
+from hmdiff.data.synthetic.depth_faults import DepthFaults
+from hmdiff.data.synthetic.in_front import BoxesAndFront, FrontDrawer
+from hmdiff.data.synthetic.poses import PoseMixture, sample_orientation
+from hmdiff.data.synthetic.rendering import MapDrawer, OccluderBoxes, Photographer
 from hmdiff.errors import UserError
 
 SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "val")
-# Crop half-sides: how far off a trained network's guess of a hidden joint is (top of hmdiff/data/estimator.py).
+# Crop half-sides: how far off a trained network's guess of a hidden joint is (top of corruption.py).
 GUESS = 0.26
 
 

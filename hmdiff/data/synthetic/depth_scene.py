@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmdiff.data.draws import gaussian, grid, uniform
+from hmdiff.data.synthetic.draws import gaussian, grid, uniform
 
 FARTHEST = 60.0  # metres: nothing is farther
 _WALL = (0.05, 20.0)  # metres behind the body's farthest point, log-uniform

@@ -2,7 +2,7 @@
 
 Torch only, on any device, vectorised over the batch, all of it our choice. Nothing here aims at realism for its own
 sake: what matters is that colour, texture, light and background tell nothing about pose, while the outline and the
-shading do. Randomness: see `hmdiff.data.draws`.
+shading do. Randomness: see `hmdiff.data.synthetic.draws`.
 
 Symbols: B images of H x W pixels, V vertices. Colours are RGB 0..1; crop coordinates -1..1; metres.
 """
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.backgrounds import random_backgrounds
-from hmdiff.data.camera_effects import camera_effects
-from hmdiff.data.draws import Generators, any_colour, gaussian, hsv_to_rgb, uniform
-from hmdiff.data.occluders import paint_occluder, random_occluders
+from hmdiff.data.synthetic.backgrounds import random_backgrounds
+from hmdiff.data.synthetic.camera_effects import camera_effects
+from hmdiff.data.synthetic.draws import Generators, any_colour, gaussian, hsv_to_rgb, uniform
+from hmdiff.data.synthetic.occluders import paint_occluder, random_occluders
 from hmdiff.viz.renderer import Fragments, Lights, rasterize, shade, silhouette
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hmdiff.data.draws import Generators, any_colour, grid, noise, uniform
+from hmdiff.data.synthetic.draws import Generators, any_colour, grid, noise, uniform
 
 SHAPE_COUNT = 4  # shapes an occluder is the union of, at most
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmdiff.data.draws import Generators, any_colour, grid, noise, uniform
+from hmdiff.data.synthetic.draws import Generators, any_colour, grid, noise, uniform
 from hmdiff.errors import UserError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.anatomy import scapular_rhythm, shoulder_turn_center, upper_arm_direction
-from hmdiff.data.collision import least_blocked
+from hmdiff.data.synthetic.anatomy import scapular_rhythm, shoulder_turn_center, upper_arm_direction
+from hmdiff.data.synthetic.collision import least_blocked
 
 _Styles = dict[str, tuple[tuple[float, ...], float, float]]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import SMPL24, mirror_permutation
-from hmdiff.data.anatomy import rotations_to_angles
-from hmdiff.data.collision import least_blocked
+from hmdiff.data.synthetic.anatomy import rotations_to_angles
+from hmdiff.data.synthetic.collision import least_blocked
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmdiff.data.draws import Generators, gaussian, uniform
+from hmdiff.data.synthetic.draws import Generators, gaussian, uniform
 
 
 def camera_effects(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS
-from hmdiff.data.anatomy import angles_to_rotations, clamp_angles, reach_excess
+from hmdiff.data.synthetic.anatomy import angles_to_rotations, clamp_angles, reach_excess
 
 # From parent to joint in the T-pose; the free body's mean shape, rounded.
 OFFSETS = torch.tensor(
