@@ -18,6 +18,7 @@ from small import SMALL, small_pipeline
 
 import hmdiff
 from hmdiff import cli
+from hmdiff.body.body import load_body
 from hmdiff.cli import COMMANDS, build_parser, main
 from hmdiff.commands import arguments, evaluate
 from hmdiff.commands.photos import crops, read_people
@@ -126,13 +127,15 @@ def test_sample_writes_everyone_the_same_whoever_is_asked_for_with_them(
     assert sample(checkpoint, tmp_path / "all", one, two) == 0
     assert "3 of 3 people" in capsys.readouterr().out
     names = ("one", "two.people_0", "two.people_1")
-    expected = {f"{name}{kind}" for name in names for kind in (".npz", ".obj", ".glb", ".png", "_spread.png")}
+    expected = {f"{name}{kind}" for name in names for kind in (".npz", ".html", ".obj", ".glb", ".png", "_spread.png")}
     assert {path.name for path in (tmp_path / "all").iterdir()} == expected
 
     assert sample(checkpoint, tmp_path / "alone", two) == 0
     together, alone = (arrays(tmp_path / folder / "two.people_1.npz") for folder in ("all", "alone"))
     assert together.keys() == alone.keys()
     assert together.pop("body") == alone.pop("body") == "free"
+    assert together.pop("photo") == alone.pop("photo") == str(two)
+    assert together.pop("joint_names").tolist() == alone.pop("joint_names").tolist() == list(load_body().joint_names)
     for name in together:
         np.testing.assert_allclose(together[name], alone[name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert sample(checkpoint, tmp_path / "other", two, "--seed", 1) == 0
@@ -245,7 +248,7 @@ def test_demo(
     assert main(["demo", *words]) == 0
     text = capsys.readouterr().out
     assert "hmdiff sample photo.jpg --keypoints photo.json" in text
-    assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".obj", ".glb", ".png"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".html", ".obj", ".glb", ".png"}
     with Image.open(tmp_path / "sample.png") as picture:
         assert min(picture.size) > 160  # two rows
 

@@ -36,7 +36,8 @@ def add_parser(subparsers: Any) -> None:
         "For each person it writes NAME.npz (vertices, joints, keypoints, camera, spread, the number of the selected "
         "hypothesis, modes and their weights, and the pose and shape fitted to each hypothesis), NAME.obj (the mean "
         "body), NAME.glb (mean and hypotheses), NAME.png (a picture of them over the photo and from the side) and "
-        "NAME_spread.png (the selected one, coloured by spread); NAME_0, NAME_1, ... where there are several people.",
+        "NAME_spread.png (the selected one, coloured by spread), and NAME.html (all of it, for a browser); NAME_0, "
+        "NAME_1, ... where there are several people.",
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="jpg, png, webp, ...")
     parser.add_argument(
@@ -246,17 +247,20 @@ def write_person(
     body: Body,
     distance: Tensor | None = None,  # (B, N) pixels
 ) -> str:
-    """npz, obj, glb and png of one person; returns a line about them."""
+    """npz, obj, glb, png and html of one person; returns a line about them."""
+    import numpy as np
+
     from hmdiff.viz.canvas import read_picture
     from hmdiff.viz.export import save_glb, save_npz, save_obj
     from hmdiff.viz.overlays import PALETTE, hypotheses_sheet, save_picture
     from hmdiff.viz.spread import spread_sheet
+    from hmdiff.viz.viewer import save_viewer
 
     def path(suffix: str) -> Path:
         return stem.with_name(stem.name + suffix)  # with_suffix would cut a name like "2024.01"
 
     vertices, faces, mean = output.vertices[row].cpu(), output.faces.cpu(), output.mean_vertices[row].cpu()
-    arrays = {
+    arrays: dict[str, Any] = {
         "vertices": vertices,
         "joints": output.joints[row],
         "camera": output.camera[row],
@@ -275,7 +279,10 @@ def write_person(
     selected, modes = int(output.selected[row]), output.modes(min(MODES, len(vertices)))
     arrays |= {"selected": output.selected[row], "modes": modes.index[row], "mode_weights": modes.weights[row]}
     fitted = fitted_parameters(body, vertices, mean)
-    save_npz(path(".npz"), **arrays, **fitted)
+    arrays |= {"joint_names": np.array(body.joint_names), "joint_parents": np.array(body.parents)}
+    save_npz(path(".npz"), **arrays, **fitted, photo=np.array(str(photo.photo)))
+    picture = read_picture(photo.photo)
+    save_viewer(path(".html"), arrays, picture)
     save_obj(path(".obj"), mean, faces)
     meshes: dict[str, tuple[Any, Any]] = {"mean": (mean, faces)}
     colours: list[Any] = [(0.75, 0.75, 0.78)]
@@ -285,12 +292,12 @@ def write_person(
     save_glb(path(".glb"), meshes, colours)
     points, names = photo.points[person]
     sheet = hypotheses_sheet(
-        read_picture(photo.photo), vertices, faces, output.translation[row].cpu(), float(output.focal[row]),
+        picture, vertices, faces, output.translation[row].cpu(), float(output.focal[row]),
         output.principal_point[row].cpu(), min(SHOWN, len(vertices)), points, names,
     )  # fmt: skip
     save_picture(path(".png"), sheet)
     heat = spread_sheet(
-        read_picture(photo.photo), vertices[selected], output.spread[row].cpu(), faces,
+        picture, vertices[selected], output.spread[row].cpu(), faces,
         output.translation[row, selected].cpu(), float(output.focal[row]), output.principal_point[row].cpu(),
     )  # fmt: skip
     save_picture(path("_spread.png"), heat)
@@ -302,4 +309,5 @@ def write_person(
         away, side = float(distance[row].mean()), float(photo.heatmaps.side[person])
         fit += f"2D distance {away:.1f} px, {100 * away / side:.1f} % of the crop; "
     fit += f"parameters within {fitted['fit_error_mm'].mean():.0f} mm; "
-    return f"{photo.photo} -> {stem}.npz .obj .glb .png _spread.png  ({fit}spread {spread:.0f} mm; from {photo.source})"
+    written = f"{stem}.npz .html .obj .glb .png _spread.png"
+    return f"{photo.photo} -> {written}  ({fit}spread {spread:.0f} mm; from {photo.source})"

@@ -23,7 +23,7 @@ from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file
 
 _WARM, _COOL, _MIDLINE, _DARK = (255, 140, 66), (66, 156, 255), (250, 250, 250), (25, 25, 30)
-_HEAT = np.array([[0.80, 0.84, 0.92], [0.99, 0.90, 0.55], [0.98, 0.62, 0.30], [0.85, 0.22, 0.27], [0.42, 0.05, 0.25]])
+HEAT = np.array([[0.80, 0.84, 0.92], [0.99, 0.90, 0.55], [0.98, 0.62, 0.30], [0.85, 0.22, 0.27], [0.42, 0.05, 0.25]])
 _INK = (60, 64, 72)
 _LIMBS = (
     ("ankle", "knee"), ("knee", "hip"), ("wrist", "elbow"), ("elbow", "shoulder"), ("hip", "shoulder"), ("eye", "ear"),
@@ -152,8 +152,8 @@ def heat_colours(
 ) -> np.ndarray:  # (..., 3) RGB 0..1
     """Pale blue (lowest or less) over yellow and red to dark (highest or more); lightness falls all the way."""
     share = (np.asarray(as_tensor(values), np.float64) - lowest) / max(highest - lowest, 1e-12)
-    position = np.nan_to_num(share).clip(0, 1) * (len(_HEAT) - 1)
-    return np.stack([np.interp(position, np.arange(len(_HEAT)), _HEAT[:, channel]) for channel in range(3)], -1)
+    position = np.nan_to_num(share).clip(0, 1) * (len(HEAT) - 1)
+    return np.stack([np.interp(position, np.arange(len(HEAT)), HEAT[:, channel]) for channel in range(3)], -1)
 
 
 def colour_bar(

@@ -1,0 +1,177 @@
+"""One person's result as a web page that needs nothing else: photo, hypotheses, modes, heat maps, values on hover.
+
+The page is `viewer.html` with `viewer.js`, drawn by three.js (MIT), which trimesh brings along and which is inlined, so
+that nothing is fetched. All bodies share one topology: faces are stored once, the mean once, and each hypothesis as its
+difference from the mean, in tenths of a millimetre (int16), deflated.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from hmdiff.errors import UserError
+from hmdiff.files.storage import atomic_file
+from hmdiff.viz.canvas import HEAT, as_tensor, read_picture
+from hmdiff.viz.overlays import PALETTE, person_crop
+from hmdiff.viz.spread import scale_end
+
+UNIT = 1e-4  # metres; larger only for bodies that reach beyond 3.2 m
+PHOTO_HEIGHT = 720  # pixels of the photo's crop, at most
+NEEDED = (
+    "vertices", "joints", "faces", "translation", "focal", "principal_point", "spread_mm", "selected", "modes",
+    "mode_weights",
+)  # fmt: skip
+
+
+def read_result(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays that `hmdiff sample` wrote for one person.
+
+    Raises:
+        UserError: not such a file; names what is missing.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as opened:
+            arrays = dict(opened)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the NAME.npz that hmdiff sample wrote") from None
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path}: cannot be read as an npz ({error}); run hmdiff sample again") from None
+    missing = [name for name in (*NEEDED, "joint_names", "joint_parents") if name not in arrays]
+    if missing:
+        raise UserError(f"{path}: no result of hmdiff sample: it lacks {', '.join(missing)}; run hmdiff sample again")
+    return arrays
+
+
+def viewer_page(
+    result: Mapping[str, Any],  # of one person, named as in the npz: see `read_result`
+    photo: np.ndarray,  # (H, W, 3) uint8
+    title: str,
+) -> str:  # HTML
+    """The page of one person: under 3 MB with 25 hypotheses of 12,410 vertices."""
+    arrays = {name: _numpy(values) for name, values in result.items()}
+    vertices = arrays["vertices"].astype(np.float64)  # (N, V, 3)
+    joints = arrays["joints"].astype(np.float64)  # (N, K, 3)
+    shifts = np.broadcast_to(arrays["translation"].astype(np.float64), (len(vertices), 3))
+    mean, shift = vertices.mean(0), shifts.mean(0)
+    unit = UNIT * max(1, math.ceil(float(np.abs(vertices).max()) / (32767 * UNIT)))
+    whole = np.round(mean / unit)
+    maps, extra = _maps(arrays)
+    data = {
+        "mean": whole.astype("<i2"),
+        "delta": (np.round(vertices / unit) - whole).astype("<i2"),
+        "joints": np.round(np.concatenate([joints.mean(0, keepdims=True), joints]) / unit).astype("<i2"),
+        "faces": arrays["faces"].astype("<u2" if len(mean) < 1 << 16 else "<u4"),
+        **extra,
+    }
+    crop, centre, scale, _ = person_crop(
+        photo, as_tensor(vertices + shifts[:, None]).float(), float(arrays["focal"]), arrays["principal_point"],
+        min(PHOTO_HEIGHT, len(photo)),
+    )  # fmt: skip
+    person = {
+        "arrays": {name: {"dtype": values.dtype.name, "data": _packed(values)} for name, values in data.items()},
+        "unit": unit,
+        "translation": np.concatenate([shift[None], shifts]).tolist(),
+        "crop": {
+            "size": [crop.shape[1], crop.shape[0]], "principal_point": list(map(float, centre)),
+            "focal": float(arrays["focal"]) * scale,
+        },
+        "photo": "data:image/jpeg;base64," + _jpeg(crop),
+        "parents": arrays["joint_parents"].tolist(),
+        "joint_names": [str(name) for name in arrays["joint_names"]],
+        "selected": int(arrays["selected"]),
+        "modes": [
+            {"hypothesis": int(index), "weight": float(weight)}
+            for index, weight in zip(arrays["modes"], arrays["mode_weights"], strict=True)
+            if weight > 0
+        ],
+        "maps": maps,
+        "heat": HEAT.tolist(),
+        "palette": PALETTE,
+        "about": _about(arrays),
+    }  # fmt: skip
+    page = Template(_resource("viewer.html"))
+    # "</" could end the script that holds the JSON.
+    text = json.dumps(person, separators=(",", ":")).replace("</", "<\\/")
+    return page.substitute(TITLE=html.escape(title), PERSON=text, THREE=three_js(), VIEWER=_resource("viewer.js"))
+
+
+def save_viewer(path: str | Path, result: Mapping[str, Any], photo: np.ndarray | Path, title: str = "") -> None:
+    """`viewer_page` to a file, atomically."""
+    picture = photo if isinstance(photo, np.ndarray) else read_picture(photo)
+    text = viewer_page(result, picture, title or Path(path).stem)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _maps(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """What vertices are coloured by: its label, unit and scale, and the values as integers times `scale`."""
+    spread = arrays["spread_mm"]
+    maps = {
+        "spread": {
+            "label": "spread of the hypotheses", "unit": "mm", "array": "spread", "scale": 0.1, "digits": 0,
+            "lowest": 0, "highest": scale_end(spread),
+        }
+    }  # fmt: skip
+    return maps, {"spread": np.round(spread * 10).clip(0, 65535).astype("<u2")}
+
+
+def _about(arrays: Mapping[str, np.ndarray]) -> str:
+    return f"{len(arrays['vertices'])} hypotheses, mean spread {arrays['spread_mm'].mean():.0f} mm"
+
+
+@lru_cache(maxsize=1)
+def three_js() -> str:
+    """three.js with its TrackballControls, from the viewer that trimesh ships (`trimesh.viewer.notebook`).
+
+    Raises:
+        UserError: this trimesh ships no viewer, or another one.
+    """
+    import trimesh
+
+    end = "THREE.TrackballControls=TrackballControls;})();"
+    try:
+        with (files(trimesh) / "resources" / "templates" / "viewer.zip").open("rb") as handle:
+            template = zipfile.ZipFile(handle).read("viewer.html.template").decode()
+        first, last = template.index("<script>") + len("<script>"), template.index(end) + len(end)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        raise UserError(
+            f"trimesh {trimesh.__version__} ships no viewer with three.js as 4.4 to 5.2 do; install trimesh==5.2.0"
+        ) from None
+    return template[first:last]
+
+
+def _resource(name: str) -> str:
+    return (files("hmdiff.viz") / name).read_text(encoding="utf-8")
+
+
+def _packed(values: np.ndarray) -> str:
+    """Deflated by bytes of equal weight, all low ones first: the high ones of small differences hardly vary."""
+    planes = np.ascontiguousarray(values).view(np.uint8).reshape(-1, values.itemsize).T
+    return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
+
+
+def _jpeg(picture: np.ndarray) -> str:
+    handle = io.BytesIO()
+    Image.fromarray(picture).save(handle, "JPEG", quality=85)
+    return base64.b64encode(handle.getvalue()).decode()
+
+
+def _numpy(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
