@@ -13,8 +13,8 @@ import torch
 from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.body.body import load_body
 from hmdiff.config import Config
-from hmdiff.training import TrainingStream
-from hmdiff.training_step import training_losses
+from hmdiff.train.loop import TrainingStream
+from hmdiff.train.step import training_losses
 
 
 def measure_throughput(

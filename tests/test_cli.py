@@ -294,7 +294,7 @@ def test_labels_tell_checkpoints_apart() -> None:
 
 
 def test_train_takes_values_before_and_after_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hmdiff.training
+    import hmdiff.train.loop
 
     seen = []
 
@@ -304,7 +304,7 @@ def test_train_takes_values_before_and_after_options(tmp_path: Path, monkeypatch
         seen.append(config)
         raise Stop("enough")
 
-    monkeypatch.setattr(hmdiff.training, "Trainer", trainer)
+    monkeypatch.setattr(hmdiff.train.loop, "Trainer", trainer)
     assert main(["train", "seed=3", "--config", "quickstart", "training.steps=7", f"output={tmp_path}"]) == 2
     assert (seen[0].seed, seen[0].training.steps, seen[0].name) == (3, 7, "quickstart")
 

@@ -15,13 +15,13 @@ import torch
 from records import ListReader, make_records
 from small import SMALL, small_config, small_pipeline
 
-import hmdiff.dry_run as module
+import hmdiff.train.check as module
 from hmdiff.cli import main
 from hmdiff.config import save_config
 from hmdiff.data.prepare import prepare_dataset
-from hmdiff.dry_run import CAREFUL, FINE, SKIPPED, WRONG, Check, DryRun, dry_run, print_dry_run
 from hmdiff.errors import UserError
-from hmdiff.training import Trainer, train
+from hmdiff.train.check import CAREFUL, FINE, SKIPPED, WRONG, Check, DryRun, dry_run, print_dry_run
+from hmdiff.train.loop import Trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TIMED_STEPS", 1)
-    monkeypatch.setattr("hmdiff.training.mean_mesh_error", lambda *_: 0.0)  # over 512 people, and nothing of ours
+    monkeypatch.setattr("hmdiff.train.loop.mean_mesh_error", lambda *_: 0.0)  # over 512 people, and nothing of ours
 
 
 def recorded(shards: Path, *more: str) -> tuple[str, ...]:

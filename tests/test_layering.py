@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hmdiff"
 # A module imports from lower layers, and from its own, but for the rooms, which never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "scoring", "studies", "version"}),
-    frozenset({"body.skeletons", "config", "files", "geometry", "memory", "scoring.published", "sharding"}),
+    frozenset({"body.skeletons", "config", "files", "geometry", "scoring.published"}),
     frozenset({"body", "data.sample", "heatmaps", "viz.canvas", "viz.renderer", "viz.renderer_numba"}),
     frozenset({
         "data", "diffusion", "estimators", "losses", "metrics", "models", "scoring.hand_metrics",
@@ -28,15 +28,14 @@ LAYERS: tuple[frozenset[str], ...] = (
         "scoring.protocol_errors", "scoring.protocols", "viz",
     }),
     frozenset({
-        "assembly", "calibration", "evaluation", "gallery", "measured", "occlusion_maps", "scoring.report",
+        "assembly", "calibration", "evaluation", "measured", "occlusion_maps", "scoring.report",
         "scoring.scored_people", "studies.ablations", "studies.comparison", "studies.experiments", "studies.plots",
-        "studies.trained_ablations", "training_step", "visibility_bands",
+        "studies.trained_ablations", "visibility_bands",
     }),
-    frozenset({"training"}),
+    frozenset({"train"}),
     frozenset({
-        "__main__", "cli", "commands", "dry_run", "fit_figures", "loading", "studies.trained_cells",
-        "studies.trained_costs", "studies.trained_plots", "studies.trained_runs", "studies.trained_tables",
-        "throughput",
+        "__main__", "cli", "commands", "fit_figures", "loading", "studies.trained_cells", "studies.trained_costs",
+        "studies.trained_plots", "studies.trained_runs", "studies.trained_tables", "throughput",
     }),
 )  # fmt: skip
 ROOMS = 3
@@ -146,18 +145,18 @@ def test_optional_packages_are_loaded_where_they_are_used() -> None:
     ("file", "line", "message"),
     [
         ("geometry.py", "from hmdiff.errors import UserError", "geometry .* imports errors"),
-        ("files/storage.py", "import hmdiff.training", "files.storage .* imports training"),
+        ("files/storage.py", "import hmdiff.train.loop", "files.storage .* imports train.loop"),
         ("diffusion/dat.py", "from hmdiff.models.denoiser import X", "diffusion.dat .* imports models.denoiser"),
         ("models/x.py", "def f():\n    from hmdiff import metrics", "models.x .* imports metrics"),
         ("models/y.py", "from hmdiff.data.sample import Sample", "models.y .* imports data.sample"),
         ("viz/renderer.py", "from hmdiff.data import synthetic", "viz.renderer .* imports data.synthetic"),
         ("data/sample.py", "from hmdiff.data.synthetic.people import x", "data.sample .* imports data.synthetic"),
-        ("evaluation.py", "from hmdiff.training import x", "evaluation .* imports training"),
+        ("evaluation.py", "from hmdiff.train.loop import x", "evaluation .* imports train.loop"),
         ("nobody_knows.py", "", "nobody_knows: has no layer"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path: Path, file: str, line: str, message: str) -> None:
-    for name in (file, "models/denoiser.py", "data/synthetic.py", "metrics.py", "training.py"):
+    for name in (file, "models/denoiser.py", "data/synthetic.py", "metrics.py", "train/loop.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("from hmdiff.errors import UserError\n")
     (tmp_path / file).write_text(line)

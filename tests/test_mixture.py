@@ -29,8 +29,8 @@ from hmdiff.errors import UserError
 from hmdiff.evaluation import _mean_person
 from hmdiff.geometry import axis_angle_to_matrix, perspective_projection, weak_perspective_projection
 from hmdiff.losses.objective import objective
-from hmdiff.training import Trainer, TrainingStream
-from hmdiff.training_step import Draws, training_losses
+from hmdiff.train.loop import Trainer, TrainingStream
+from hmdiff.train.step import Draws, training_losses
 
 PLAIN = AugmentOptions(flip=0, noise=0, rotation=0, scale=0)
 WILD = AugmentOptions(flip=0.5, noise=0, upright=0, scale=0.25)

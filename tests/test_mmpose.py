@@ -410,7 +410,7 @@ def test_joints_are_mapped_by_name() -> None:
 @pytest.mark.parametrize("suffix", [".py", ".json"])
 def test_a_model_of_our_own_training(suffix: str, tmp_path: Path, photo: np.ndarray) -> None:
     """A square input, 26 joints named by the config itself, half-precision safetensors."""
-    from hmdiff.prepare.estimator_config import estimator_config, write_config
+    from hmdiff.train.estimator_config import estimator_config, write_config
 
     torch.manual_seed(1)
     values, path = estimator_config(64, 4), tmp_path / f"pose{suffix}"

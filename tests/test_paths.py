@@ -15,7 +15,7 @@ from hmdiff.errors import UserError
 from hmdiff.evaluation import as_heatmaps, depth_of, evaluate
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.training_step import Draws, TrainingStep, training_losses, used_by_no_loss
+from hmdiff.train.step import Draws, TrainingStep, training_losses, used_by_no_loss
 
 PATHS = {
     "depth": ("model.depth_map=true",),

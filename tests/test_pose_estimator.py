@@ -36,11 +36,11 @@ from hmdiff.estimators.pose_network import (
 )
 from hmdiff.heatmaps import HEATMAP_SIZE, gaussian_heatmaps, heatmap_peaks
 from hmdiff.models.backbone import ImageBackbone
-from hmdiff.prepare import estimator as preparing
-from hmdiff.prepare.estimator import FIGURES, STATE, EstimatorRun, EstimatorTraining, prepare_estimator, save_estimator
-from hmdiff.prepare.estimator_config import NETWORKS, estimator_config, write_config
-from hmdiff.prepare.estimator_crops import Jitter, jitter_crops, target_heatmaps
-from hmdiff.prepare.estimator_figures import pck_figures, within
+from hmdiff.train import estimator as preparing
+from hmdiff.train.estimator import FIGURES, STATE, EstimatorRun, EstimatorTraining, prepare_estimator, save_estimator
+from hmdiff.train.estimator_config import NETWORKS, estimator_config, write_config
+from hmdiff.train.estimator_crops import Jitter, jitter_crops, target_heatmaps
+from hmdiff.train.estimator_figures import pck_figures, within
 
 MMPOSE = importlib.util.find_spec("mmpose") is not None
 needs_mmpose = pytest.mark.skipif(not MMPOSE, reason="mmpose is not installed: uv sync --extra mmpose")

@@ -20,7 +20,7 @@ from hmdiff.body.body import load_body
 from hmdiff.config import Config, load_config
 from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import open_reader
-from hmdiff.dry_run import dry_run
+from hmdiff.train.check import dry_run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RECIPES = ("hmdiff_3dpw", "hmdiff_h36m", "hmdiff_freihand")
@@ -75,7 +75,7 @@ def inside(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_step(name: str, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hmdiff.dry_run._TIMED_STEPS", 1)
+    monkeypatch.setattr("hmdiff.train.check._TIMED_STEPS", 1)
     result = dry_run(recipe(name, *TINY, "training.start_from=''"))
     assert not result.failures, result.failures
     found = {check.name: check.found for check in result.checks}
@@ -89,7 +89,7 @@ def test_a_step(name: str, inside: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_second_stage_starts_from_the_first(inside: Path, tmp_path: Path) -> None:
     """The two recipes are about the same model: its weights fit."""
-    from hmdiff.training import Trainer
+    from hmdiff.train.loop import Trainer
 
     first = Trainer(recipe("hmdiff_h36m", *TINY, f"output={tmp_path / 'first'}"))
     with torch.no_grad():

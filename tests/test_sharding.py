@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from hmdiff.sharding import fill, whole
+from hmdiff.train.sharding import fill, whole
 
 
 def test_what_is_not_shared_out_is_given_back() -> None:

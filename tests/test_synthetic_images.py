@@ -16,9 +16,9 @@ from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.data.synthetic.rendering import OccluderBoxes, Photographer
 from hmdiff.errors import UserError
-from hmdiff.gallery import synthetic_picture
 from hmdiff.throughput import measure_throughput
-from hmdiff.training import TrainingStream
+from hmdiff.train.gallery import synthetic_picture
+from hmdiff.train.loop import TrainingStream
 from hmdiff.viz.canvas import read_picture
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))

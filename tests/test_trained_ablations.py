@@ -20,7 +20,6 @@ import torch
 from accelerate.state import AcceleratorState
 from small import SMALL, free_body, people, small_config, small_pipeline
 
-from hmdiff import training
 from hmdiff.assembly import build_source
 from hmdiff.cli import main
 from hmdiff.config import Config, load_config, save_config
@@ -55,7 +54,8 @@ from hmdiff.studies.trained_runs import (
     train_runs,
 )
 from hmdiff.studies.trained_tables import RowCells, band_texts, csv_rows, difference_of, mean_of, texts
-from hmdiff.training import Trainer
+from hmdiff.train import loop as training
+from hmdiff.train.loop import Trainer
 
 # -- the tables as data ------------------------------------------------------------------------------------------------
 

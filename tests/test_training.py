@@ -29,14 +29,14 @@ from safetensors.torch import load_file
 from small import free_body, people_block, small_config
 from torch import Tensor
 
-from hmdiff import training
 from hmdiff.assembly import build_model, build_scheduler
 from hmdiff.config import Config
 from hmdiff.errors import UserError
 from hmdiff.models.prediction import Prediction
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.training import Trainer, TrainingStream
-from hmdiff.training_step import Draws, training_losses
+from hmdiff.train import loop as training
+from hmdiff.train.loop import Trainer, TrainingStream
+from hmdiff.train.step import Draws, training_losses
 
 State = dict[str, Tensor]
 

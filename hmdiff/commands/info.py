@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from hmdiff.memory import parameters
+    from hmdiff.train.memory import parameters
 
     folder = arguments.checkpoint_folder(options.checkpoint)
     pipeline = arguments.load_pipeline(options.checkpoint)

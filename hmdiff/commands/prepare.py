@@ -259,7 +259,7 @@ def _dataset(options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _estimator(options: argparse.Namespace) -> Mapping[str, Any]:
-    from hmdiff.prepare.estimator import EstimatorTraining, prepare_estimator
+    from hmdiff.train.estimator import EstimatorTraining, prepare_estimator
 
     values = EstimatorTraining(
         steps=options.steps, network=options.network, image_size=options.image_size, width=options.width,

@@ -37,13 +37,13 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from rich.console import Console
 
-        from hmdiff.dry_run import dry_run, print_dry_run
+        from hmdiff.train.check import dry_run, print_dry_run
 
         with Console(stderr=True).status("dry run") as status:
             result = dry_run(config, lambda name: status.update(f"dry run: {name}"))
         print_dry_run(result)
         return 0
-    from hmdiff.training import Trainer
+    from hmdiff.train.loop import Trainer
 
     trainer = Trainer(config)
     trainer.run()

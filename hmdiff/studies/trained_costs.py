@@ -19,7 +19,7 @@ import torch
 
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.evaluation import as_heatmaps, ask
-from hmdiff.training import Trainer
+from hmdiff.train.loop import Trainer
 
 REPEATS = 7
 IMAGES = 8  # a call

@@ -195,8 +195,8 @@ def train_runs(
 
 
 def train_one(config: Config) -> int:
-    """By `hmdiff.training`, in this process. It goes on from the folder's last checkpoint."""
-    from hmdiff.training import Trainer
+    """By `hmdiff.train.loop`, in this process. It goes on from the folder's last checkpoint."""
+    from hmdiff.train.loop import Trainer
 
     trainer = Trainer(config)
     trainer.run()

@@ -48,8 +48,8 @@ from hmdiff.losses.rle import RLE_VARIANTS
 from hmdiff.models.masking import draw_hidden
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.sharding import fill, shared_out, whole
-from hmdiff.training_step import Draws, TrainingStep, used_by_no_loss
+from hmdiff.train.sharding import fill, shared_out, whole
+from hmdiff.train.step import Draws, TrainingStep, used_by_no_loss
 
 _AT_LEAST_ONE = (
     "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every", "checkpoint_every",
@@ -450,7 +450,7 @@ class Trainer:
 
     def _picture(self) -> None:
         """A few validation people with their hypotheses, as a picture."""
-        from hmdiff.gallery import validation_picture
+        from hmdiff.train.gallery import validation_picture
 
         validation_picture(self.pipeline, self.validation, self.folder / "pictures" / f"step_{self.step:08d}.png")
 

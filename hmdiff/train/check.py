@@ -29,8 +29,8 @@ from hmdiff.data.mixture import PERIOD, Mixture, WithSplits
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.errors import UserError
 from hmdiff.evaluation import evaluate
-from hmdiff.memory import parameters, peak_gigabytes
-from hmdiff.training import Trainer
+from hmdiff.train.loop import Trainer
+from hmdiff.train.memory import parameters, peak_gigabytes
 
 FINE, CAREFUL, WRONG, SKIPPED = "ok", "care", "wrong", "-"
 _TIMED_STEPS, _TIMED_SECONDS = 3, 10.0  # steps after the first: at most so many, none begun after so long

@@ -33,9 +33,9 @@ from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.errors import UserError
 from hmdiff.estimators.pose_network import CONFIG, WEIGHTS, SyntheticEstimator, build_network, network_input
 from hmdiff.files.storage import atomic_file, make_folder
-from hmdiff.prepare.estimator_config import estimator_config, write_config
-from hmdiff.prepare.estimator_crops import jitter_crops, target_heatmaps
-from hmdiff.prepare.estimator_figures import pck_figures
+from hmdiff.train.estimator_config import estimator_config, write_config
+from hmdiff.train.estimator_crops import jitter_crops, target_heatmaps
+from hmdiff.train.estimator_figures import pck_figures
 
 FIGURES, STATE = "pck.json", "training/state.safetensors"
 SPLITS = ("test", "test_occluded")
