@@ -19,9 +19,9 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.errors import UserError
-from hmdiff.evaluation import MESHES_AT_ONCE, ROOT
+from hmdiff.evaluate.evaluation import MESHES_AT_ONCE, ROOT
+from hmdiff.evaluate.metrics import MILLIMETRES, root_of, vertex_error
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
-from hmdiff.metrics import MILLIMETRES, root_of, vertex_error
 from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from small import free_body, people, people_block, small_pipeline
 
-from hmdiff.calibration import calibrate, draw, store_temperature
 from hmdiff.cli import main
 from hmdiff.commands.evaluate import calibration_line
 from hmdiff.diffusion.dat import Guidance
 from hmdiff.diffusion.hypotheses import apply_temperature, heatmap_log_likelihood, select
 from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
-from hmdiff.evaluation import as_heatmaps, photo_of
+from hmdiff.evaluate.calibration import calibrate, draw, store_temperature
+from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
+from hmdiff.evaluate.measured import Measured, summary
+from hmdiff.evaluate.metrics import expected_calibration_error
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Heatmaps
-from hmdiff.measured import Measured, summary
-from hmdiff.metrics import expected_calibration_error
 from hmdiff.output import log_likelihood
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 

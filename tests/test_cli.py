@@ -256,7 +256,7 @@ def test_demo(
 def test_evaluate_is_not_done_twice(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hmdiff.evaluation as module
+    import hmdiff.evaluate.evaluation as module
 
     # A block of 32 people is the least that the data gives; a mean over one block does for a test.
     monkeypatch.setattr(module, "mean_mesh_errors", functools.partial(module.mean_mesh_errors, training_people=32))

@@ -12,13 +12,13 @@ import torch
 from small import free_body, people, people_block, small_pipeline
 from torch import Tensor
 
-from hmdiff import evaluation
 from hmdiff.body.skeletons import HALPE26, J14, LSP14, joint_indices
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.diffusion.hypotheses import select
 from hmdiff.errors import UserError
-from hmdiff.evaluation import (
+from hmdiff.evaluate import evaluation
+from hmdiff.evaluate.evaluation import (
     as_heatmaps,
     evaluate,
     mean_mesh_error,
@@ -29,8 +29,8 @@ from hmdiff.evaluation import (
     split_batches,
     with_estimate,
 )
-from hmdiff.measured import calibration_interval
-from hmdiff.metrics import coverage, expected_calibration_error, hypothesis_errors
+from hmdiff.evaluate.measured import calibration_interval
+from hmdiff.evaluate.metrics import coverage, expected_calibration_error, hypothesis_errors
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 

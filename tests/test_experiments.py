@@ -26,7 +26,7 @@ from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.diffusion.dat import _CHOICES, MODES, Guidance
 from hmdiff.errors import UserError
-from hmdiff.evaluation import COUNTS, METRICS, evaluate
+from hmdiff.evaluate.evaluation import COUNTS, METRICS, evaluate
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 from hmdiff.studies import experiments, plots
 from hmdiff.studies.ablations import ROLES, TABLES, Row, csv_rows, find_table, rows_of, settings_of, texts

@@ -12,12 +12,12 @@ import pytest
 import torch
 from small import people, small_pipeline
 
-import hmdiff.evaluation as evaluation
+import hmdiff.evaluate.evaluation as evaluation
 from hmdiff.cli import main
 from hmdiff.commands import evaluate as command
 from hmdiff.diffusion.dat import Guidance
 from hmdiff.diffusion.schedule import SCHEDULER_NAMES
-from hmdiff.evaluation import as_heatmaps, photo_of
+from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
 from hmdiff.pipeline import HMDiffPipeline
 
 FEW = ["--people", "3", "--num-hypotheses", "2", "--steps", "2"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hmdiff.calibration import fit_temperature, tempered_error
 from hmdiff.diffusion.hypotheses import apply_temperature, heatmap_log_likelihood, modes, select, spread, take
 from hmdiff.errors import UserError
+from hmdiff.evaluate.calibration import fit_temperature, tempered_error
+from hmdiff.evaluate.metrics import coverage, expected_calibration_error
 from hmdiff.heatmaps.distribution import gaussian_heatmaps
-from hmdiff.metrics import coverage, expected_calibration_error
 
 
 def one_map(x: float, y: float, sigma: float = 2.0, peak: float = 1.0) -> Tensor:

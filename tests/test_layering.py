@@ -16,21 +16,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hmdiff"
 
 # A module imports from lower layers, and from its own, but for the rooms, which never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "scoring", "studies", "version"}),
-    frozenset({"body.skeletons", "config", "files", "geometry", "scoring.published"}),
+    frozenset({"errors", "studies", "version"}),
+    frozenset({"body.skeletons", "config", "files", "geometry"}),
     frozenset({"body", "data.sample", "heatmaps", "viz.canvas", "viz.renderer", "viz.renderer_numba"}),
     frozenset({
-        "data", "diffusion", "estimators", "losses", "metrics", "models", "scoring.hand_metrics",
-        "uncertainty_metrics",
+        "data", "diffusion", "estimators", "evaluate.hand_metrics", "evaluate.metrics",
+        "evaluate.uncertainty_metrics", "losses", "models",
     }),
+    frozenset({"output", "pipeline", "prepare", "viz"}),
     frozenset({
-        "output", "pipeline", "prepare", "scoring.ground_truth", "scoring.hypothesis_rows", "scoring.predictions",
-        "scoring.protocol_errors", "scoring.protocols", "viz",
-    }),
-    frozenset({
-        "assembly", "calibration", "evaluation", "measured", "occlusion_maps", "scoring.report",
-        "scoring.scored_people", "studies.ablations", "studies.comparison", "studies.experiments", "studies.plots",
-        "studies.trained_ablations", "visibility_bands",
+        "assembly", "evaluate", "occlusion_maps", "studies.ablations", "studies.comparison", "studies.experiments",
+        "studies.plots", "studies.trained_ablations",
     }),
     frozenset({"train"}),
     frozenset({
@@ -147,16 +143,16 @@ def test_optional_packages_are_loaded_where_they_are_used() -> None:
         ("geometry.py", "from hmdiff.errors import UserError", "geometry .* imports errors"),
         ("files/storage.py", "import hmdiff.train.loop", "files.storage .* imports train.loop"),
         ("diffusion/dat.py", "from hmdiff.models.denoiser import X", "diffusion.dat .* imports models.denoiser"),
-        ("models/x.py", "def f():\n    from hmdiff import metrics", "models.x .* imports metrics"),
+        ("models/x.py", "def f():\n    from hmdiff.evaluate import metrics", "models.x .* imports evaluate.metrics"),
         ("models/y.py", "from hmdiff.data.sample import Sample", "models.y .* imports data.sample"),
         ("viz/renderer.py", "from hmdiff.data import synthetic", "viz.renderer .* imports data.synthetic"),
         ("data/sample.py", "from hmdiff.data.synthetic.people import x", "data.sample .* imports data.synthetic"),
-        ("evaluation.py", "from hmdiff.train.loop import x", "evaluation .* imports train.loop"),
+        ("evaluate/evaluation.py", "from hmdiff.train.loop import x", "evaluate.evaluation .* imports train.loop"),
         ("nobody_knows.py", "", "nobody_knows: has no layer"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path: Path, file: str, line: str, message: str) -> None:
-    for name in (file, "models/denoiser.py", "data/synthetic.py", "metrics.py", "train/loop.py"):
+    for name in (file, "models/denoiser.py", "data/synthetic.py", "evaluate/metrics.py", "train/loop.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("from hmdiff.errors import UserError\n")
     (tmp_path / file).write_text(line)

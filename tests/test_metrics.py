@@ -9,8 +9,8 @@ from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from hmdiff import metrics as m
 from hmdiff.body.skeletons import COCO17, SMPL24
+from hmdiff.evaluate import metrics as m
 from hmdiff.geometry import axis_angle_to_matrix
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hmdiff.assembly import build_model, build_pipeline, build_scheduler
 from hmdiff.data.sample import Sample
 from hmdiff.errors import UserError
-from hmdiff.evaluation import as_heatmaps, depth_of, evaluate
+from hmdiff.evaluate.evaluation import as_heatmaps, depth_of, evaluate
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train.step import Draws, TrainingStep, training_losses, used_by_no_loss

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import H36M14, H36M17, HAND21, J14, SMPL24, SPIN_H36M17, joint_indices
 from hmdiff.errors import UserError
+from hmdiff.evaluate.hand_metrics import curve_area, f_score
+from hmdiff.evaluate.hypothesis_rows import COUNTS, representatives, score_hypotheses
+from hmdiff.evaluate.hypothesis_rows import calibration_error as curve_error
+from hmdiff.evaluate.metrics import expected_calibration_error, joint_error, procrustes_error
+from hmdiff.evaluate.protocol_errors import HIPS, Bodies, freihand_errors
+from hmdiff.evaluate.protocols import MANY, PROTOCOLS, Protocol, get_protocol
+from hmdiff.evaluate.published import PUBLISHED, published_rows
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.metrics import expected_calibration_error, joint_error, procrustes_error
-from hmdiff.scoring.hand_metrics import curve_area, f_score
-from hmdiff.scoring.hypothesis_rows import COUNTS, representatives, score_hypotheses
-from hmdiff.scoring.hypothesis_rows import calibration_error as curve_error
-from hmdiff.scoring.protocol_errors import HIPS, Bodies, freihand_errors
-from hmdiff.scoring.protocols import MANY, PROTOCOLS, Protocol, get_protocol
-from hmdiff.scoring.published import PUBLISHED, published_rows
 
 WIDE = 40  # vertices of the toy mesh: more than joints
 

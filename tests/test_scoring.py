@@ -26,16 +26,16 @@ from hmdiff.data.record import Record
 from hmdiff.data.recorded import RecordedPeople
 from hmdiff.data.shards import PreparedShards, RecordFiles
 from hmdiff.errors import UserError
-from hmdiff.evaluation import as_heatmaps, evaluate
+from hmdiff.evaluate import report as scoring
+from hmdiff.evaluate.evaluation import as_heatmaps, evaluate
+from hmdiff.evaluate.ground_truth import GroundTruth, protocol_regressors, raw_placement
+from hmdiff.evaluate.predictions import PredictionFiles
+from hmdiff.evaluate.protocol_errors import HIPS
+from hmdiff.evaluate.protocols import PROTOCOLS, get_protocol
+from hmdiff.evaluate.report import Processes, report_of, save_scores, score_people
+from hmdiff.evaluate.scored_people import PipelinePeople, PredictedPeople, RecordTruths, SampleTruths
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.scoring import report as scoring
-from hmdiff.scoring.ground_truth import GroundTruth, protocol_regressors, raw_placement
-from hmdiff.scoring.predictions import PredictionFiles
-from hmdiff.scoring.protocol_errors import HIPS
-from hmdiff.scoring.protocols import PROTOCOLS, get_protocol
-from hmdiff.scoring.report import Processes, report_of, save_scores, score_people
-from hmdiff.scoring.scored_people import PipelinePeople, PredictedPeople, RecordTruths, SampleTruths
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VERTICES = 90

@@ -15,7 +15,7 @@ from small import free_body, people, small_pipeline
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.cli import main
 from hmdiff.errors import UserError
-from hmdiff.evaluation import as_heatmaps, evaluate, photo_of
+from hmdiff.evaluate.evaluation import as_heatmaps, evaluate, photo_of
 from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
 from hmdiff.occlusion_maps import (
     Settings,

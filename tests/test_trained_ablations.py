@@ -26,7 +26,7 @@ from hmdiff.config import Config, load_config, save_config
 from hmdiff.data.label_noise import NoisyLabels
 from hmdiff.data.motion_blur import Blurred, line_kernels, smear
 from hmdiff.errors import UserError
-from hmdiff.evaluation import evaluate
+from hmdiff.evaluate.evaluation import evaluate
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.studies import trained_plots as ablation_plots
 from hmdiff.studies.trained_ablations import (

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hmdiff.uncertainty_metrics import rank_correlation, uncertainty_correlations
+from hmdiff.evaluate.uncertainty_metrics import rank_correlation, uncertainty_correlations
 
 
 def test_ranks_by_hand() -> None:

@@ -17,10 +17,9 @@ from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.rendering import OccluderBoxes
 from hmdiff.errors import UserError
-from hmdiff.evaluation import as_heatmaps, ask, evaluate
-from hmdiff.geometry import perspective_projection
-from hmdiff.measured import Measured
-from hmdiff.visibility_bands import (
+from hmdiff.evaluate.evaluation import as_heatmaps, ask, evaluate
+from hmdiff.evaluate.measured import Measured
+from hmdiff.evaluate.visibility_bands import (
     BANDS,
     COLUMNS,
     GROUPS,
@@ -32,6 +31,7 @@ from hmdiff.visibility_bands import (
     ratio_interval,
     vertex_groups,
 )
+from hmdiff.geometry import perspective_projection
 
 
 def test_edges_belong_to_the_band_below() -> None:

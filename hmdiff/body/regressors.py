@@ -3,7 +3,7 @@
 h36m: `J_regressor_h36m.npy` of HMR and SPIN (arXiv 1909.12828), rows in the order of `skeletons.SPIN_H36M17`.
 h36m_correct: `J_regressor_h36m_correct.npy` of METRO (arXiv 2012.09760), in the order of `skeletons.H36M17`.
 extra: `J_regressor_extra.npy` of SPIN, nine joints of LSP, MPII and Human3.6M.
-The first two are not interchangeable: each goes with the maps of its own protocol (`hmdiff.scoring.protocols`).
+The first two are not interchangeable: each goes with the maps of its own protocol (`hmdiff.evaluate.protocols`).
 """
 
 from __future__ import annotations

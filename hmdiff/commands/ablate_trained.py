@@ -170,13 +170,13 @@ def _train(plan: Plan) -> list[Run]:
 
 
 def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, TrainedTable], mode: str) -> int:
+    from hmdiff.evaluate.visibility_bands import BANDS
     from hmdiff.studies.comparison import save_csv
     from hmdiff.studies.trained_ablations import COSTS
     from hmdiff.studies.trained_cells import Asked
     from hmdiff.studies.trained_plots import plot_bands, plot_differences
     from hmdiff.studies.trained_runs import is_done
     from hmdiff.studies.trained_tables import SPREAD, band_texts, csv_rows, texts
-    from hmdiff.visibility_bands import BANDS
 
     if not any(is_done(run) for run in plan.runs):
         raise UserError(f"{options.output}: nothing of {', '.join(tables)} is trained there; add --train")
@@ -260,7 +260,7 @@ def _costs(options: argparse.Namespace, plan: Plan, asked: Asked, mode: str) -> 
     """Measured now, or read; all rows of a call at once, since times of two calls are not to be compared."""
     from tqdm import tqdm
 
-    from hmdiff.evaluation import save_report
+    from hmdiff.evaluate.evaluation import save_report
     from hmdiff.studies.trained_ablations import digest, essence
     from hmdiff.studies.trained_costs import REPEATS, measure_costs
 

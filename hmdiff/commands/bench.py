@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
     from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
     from hmdiff.body.body import load_body
-    from hmdiff.evaluation import as_heatmaps
+    from hmdiff.evaluate.evaluation import as_heatmaps
     from hmdiff.pipeline import HMDiffPipeline
     from hmdiff.train.memory import memory_text, parameters, peak_gigabytes
     from hmdiff.train.step import Draws, training_losses

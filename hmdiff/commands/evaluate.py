@@ -85,7 +85,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--predictions", type=Path, metavar="FOLDER",
         help="npz files of names, vertices or joints, in place of a checkpoint; the layout is in "
-        "hmdiff/scoring/predictions.py (default: none)",
+        "hmdiff/evaluate/predictions.py (default: none)",
     )  # fmt: skip
     group.add_argument(
         "--base", metavar="NAME",
@@ -111,7 +111,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from hmdiff.evaluation import evaluate, save_report
+    from hmdiff.evaluate.evaluation import evaluate, save_report
     from hmdiff.files.storage import make_folder
 
     arguments.check_guidance(options)
@@ -183,7 +183,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    from hmdiff.evaluation import mean_mesh_errors, save_report
+    from hmdiff.evaluate.evaluation import mean_mesh_errors, save_report
 
     with progress(f"{MEAN_MESH} {settings['split']}", 0):
         errors = mean_mesh_errors(data, settings["split"], settings["people"])
@@ -268,7 +268,7 @@ class progress:
 
 def rows(reports: list[dict[str, Any]], split: str) -> Iterator[tuple[str, str, list[str]]]:
     """(checkpoint, which hypothesis, a cell for every metric) of one split."""
-    from hmdiff.evaluation import KINDS, METRICS
+    from hmdiff.evaluate.evaluation import KINDS, METRICS
 
     for report in reports:
         if report["split"] != split:
@@ -286,7 +286,7 @@ def print_tables(reports: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hmdiff.evaluation import METRICS
+    from hmdiff.evaluate.evaluation import METRICS
 
     console = Console()
     if not console.is_terminal:
@@ -331,7 +331,7 @@ def print_bands(reports: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hmdiff.visibility_bands import COLUMNS, band_rows
+    from hmdiff.evaluate.visibility_bands import COLUMNS, band_rows
 
     console = Console()
     if not console.is_terminal:

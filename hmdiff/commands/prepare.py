@@ -220,8 +220,8 @@ def _checkpoint(options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
-    from hmdiff.calibration import calibrate, store_temperature
     from hmdiff.commands.evaluate import MAP_SIZE, progress, test_people
+    from hmdiff.evaluate.calibration import calibrate, store_temperature
 
     arguments.check_guidance(options)
     pipeline = arguments.load_pipeline(options.source, arguments.resolve_device(options.device))

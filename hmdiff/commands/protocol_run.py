@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from hmdiff.body.body import Body
     from hmdiff.data.shards import PreparedShards
+    from hmdiff.evaluate.protocols import Protocol
+    from hmdiff.evaluate.report import People, Processes
+    from hmdiff.evaluate.scored_people import Truths
     from hmdiff.pipeline import HMDiffPipeline
-    from hmdiff.scoring.protocols import Protocol
-    from hmdiff.scoring.report import People, Processes
-    from hmdiff.scoring.scored_people import Truths
 
 DATA_VARIABLE = "HMDIFF_DATA_DIR"
 SYNTHETIC = "synthetic split"
@@ -36,10 +36,10 @@ class Scored:
 
 def run_protocols(options: argparse.Namespace) -> int:
     from hmdiff.commands.evaluate import stored, suffix
+    from hmdiff.evaluate.ground_truth import body_kind, check_body, protocol_regressors
+    from hmdiff.evaluate.protocols import get_protocol
+    from hmdiff.evaluate.report import Processes, report_of, save_scores, score_people
     from hmdiff.files.storage import make_folder
-    from hmdiff.scoring.ground_truth import body_kind, check_body, protocol_regressors
-    from hmdiff.scoring.protocols import get_protocol
-    from hmdiff.scoring.report import Processes, report_of, save_scores, score_people
 
     if options.data is None:
         raise UserError("--protocol needs --data: a prepared folder, its name in HMDIFF_DATA_DIR, or a synthetic split")
@@ -82,7 +82,7 @@ def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
     """The checkpoints, or the one folder of predictions."""
     from hmdiff.body.body import load_body
     from hmdiff.commands.evaluate import SPLITS, labels, model_hash
-    from hmdiff.scoring.protocols import get_protocol
+    from hmdiff.evaluate.protocols import get_protocol
 
     if options.predictions is not None and options.guidance != "none":
         raise UserError("--guidance steers a checkpoint's sampling, and --predictions are there already")
@@ -130,8 +130,8 @@ class Data:
         self, options: argparse.Namespace, scored: Scored, protocol: Protocol
     ) -> tuple[People, Any, dict[str, Any]]:  # who is scored, their names by a call, the settings
         """For one who is scored and one protocol."""
-        from hmdiff.scoring.predictions import PredictionFiles
-        from hmdiff.scoring.scored_people import PipelinePeople, PredictedPeople
+        from hmdiff.evaluate.predictions import PredictionFiles
+        from hmdiff.evaluate.scored_people import PipelinePeople, PredictedPeople
 
         truths, count, settings = self._truths(options, scored, protocol)
         if options.predictions is not None:
@@ -139,7 +139,7 @@ class Data:
             predicted = PredictedPeople(files, truths, count)
             return predicted, lambda: predicted.names, settings | {"predictions": files.fingerprint()}
         from hmdiff.commands.evaluate import guided_by
-        from hmdiff.scoring.ground_truth import raw_placement
+        from hmdiff.evaluate.ground_truth import raw_placement
 
         pipeline = scored.pipeline
         assert pipeline is not None
@@ -161,8 +161,8 @@ class Data:
         self, options: argparse.Namespace, scored: Scored, protocol: Protocol
     ) -> tuple[Truths, int, dict[str, Any]]:
         from hmdiff.commands.evaluate import PEOPLE, test_people
-        from hmdiff.scoring.ground_truth import GroundTruth
-        from hmdiff.scoring.scored_people import RecordTruths, SampleTruths
+        from hmdiff.evaluate.ground_truth import GroundTruth
+        from hmdiff.evaluate.scored_people import RecordTruths, SampleTruths
 
         if self.split is not None:
             if not protocol.centre:
@@ -242,7 +242,7 @@ def print_protocol(protocol: Protocol, data: str, reports: list[dict[str, Any]])
     from rich.console import Console
     from rich.table import Table
 
-    from hmdiff.scoring.published import published_rows
+    from hmdiff.evaluate.published import published_rows
 
     console = Console()
     if not console.is_terminal:

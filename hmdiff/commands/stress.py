@@ -164,7 +164,7 @@ def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sho
 
 def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
     from hmdiff.commands.evaluate import test_people
-    from hmdiff.evaluation import as_heatmaps, photo_of
+    from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
     from hmdiff.occlusion_maps import Subject
     from hmdiff.viz.canvas import to_bytes
     from hmdiff.viz.stress import cut_out

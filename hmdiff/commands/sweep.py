@@ -14,7 +14,7 @@ from hmdiff.errors import UserError
 if TYPE_CHECKING:
     from hmdiff.studies.experiments import Setting, Study
 
-METRICS = ("pve", "mpjpe", "pa_mpjpe", "pa_pve")  # a test holds them to hmdiff.evaluation
+METRICS = ("pve", "mpjpe", "pa_mpjpe", "pa_pve")  # a test holds them to hmdiff.evaluate.evaluation
 
 
 def add_parser(subparsers: Any) -> None:
@@ -126,7 +126,7 @@ def reference_of(study: Study, cells: Sequence[dict[str, Any]]) -> dict[str, Any
 
 
 def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metric: str) -> None:
-    from hmdiff.evaluation import METRICS
+    from hmdiff.evaluate.evaluation import METRICS
     from hmdiff.studies.comparison import difference, pareto_front
 
     points = [(cell["time"]["milliseconds_per_image"], cell["errors"][metric]["mean"]["value"]) for cell in cells]

@@ -1,8 +1,8 @@
 """Temperatures of a saved pipeline: by what its hypotheses' spread is multiplied to be calibrated.
 
 One scalar for each way of sampling (steps, sampler, eta, guidance), since each spreads the hypotheses differently;
-fitted by `hmdiff.calibration` on people whose bodies are known, kept in the pipeline's hmdiff.json with what it was
-fitted on. A way of sampling that nothing was fitted for has temperature 1: the spread as it is. Our choice.
+fitted by `hmdiff.evaluate.calibration` on people whose bodies are known, kept in the pipeline's hmdiff.json with what
+it was fitted on. A way of sampling that nothing was fitted for has temperature 1: the spread as it is. Our choice.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class SyntheticEstimator:
         self,
         images: Tensor,  # (B, 3, S, S)
     ) -> Heatmaps:
-        """The same as `Heatmaps`; the crop stands for the photo, two pixels a side (as in `hmdiff.evaluation`)."""
+        """The same as `Heatmaps`; the crop stands for the photo, two pixels a side (as in `evaluate.evaluation`)."""
         values = self.estimate(images)
         count = len(values)
         valid = torch.ones(count, len(HALPE26), dtype=torch.bool, device=values.device)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.errors import UserError
-from hmdiff.evaluation import COUNTS, METRICS
+from hmdiff.evaluate.evaluation import COUNTS, METRICS
 from hmdiff.studies.comparison import UNGUIDED, difference, table_row
 from hmdiff.studies.experiments import Setting
 

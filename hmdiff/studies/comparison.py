@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from hmdiff.errors import UserError
+from hmdiff.evaluate.metrics import bootstrap_interval
 from hmdiff.files.storage import atomic_file
-from hmdiff.metrics import bootstrap_interval
 
 UNGUIDED = "none"  # the guidance of a cell without any
 

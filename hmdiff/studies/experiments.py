@@ -23,7 +23,7 @@ from torch import Tensor
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.diffusion.schedule import change_scheduler, sampler_name
 from hmdiff.errors import UserError
-from hmdiff.evaluation import (
+from hmdiff.evaluate.evaluation import (
     MESHES_AT_ONCE,
     as_heatmaps,
     ask,
@@ -32,7 +32,7 @@ from hmdiff.evaluation import (
     split_batches,
     with_estimate,
 )
-from hmdiff.measured import Measured, covered, summary
+from hmdiff.evaluate.measured import Measured, covered, summary
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.studies.comparison import UNGUIDED
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hmdiff.evaluation import METRICS
+from hmdiff.evaluate.evaluation import METRICS
 from hmdiff.files.storage import atomic_file
 from hmdiff.studies.comparison import UNGUIDED, difference, pareto_front
 

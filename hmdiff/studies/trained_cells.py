@@ -1,8 +1,9 @@
 """A trained run on a split: the errors of every person, stored; an ablation's tables are made of such cells.
 
 A cell is a JSON file, keyed by the run's config, its weights and what is asked of it, and written whole. It holds
-person by person the errors of `hmdiff.evaluation`, the spread of the hypotheses, how much of the person is visible, and
-how well RLE's scale, where the model has it, ranks the errors of the joints. A split named SPLIT_blur has motion blur.
+person by person the errors of `hmdiff.evaluate.evaluation`, the spread of the hypotheses, how much of the person is
+visible, and how well RLE's scale, where the model has it, ranks the errors of the joints. A split named SPLIT_blur has
+motion blur.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from hmdiff.body.body import Body
 from hmdiff.config import Config, load_config
 from hmdiff.data.motion_blur import Blurred
 from hmdiff.data.sample import PeopleSource, Sample
-from hmdiff.evaluation import measure, save_report, split_batches
-from hmdiff.measured import Measured
+from hmdiff.evaluate.evaluation import measure, save_report, split_batches
+from hmdiff.evaluate.measured import Measured
+from hmdiff.evaluate.uncertainty_metrics import uncertainty_correlations
 from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.studies.trained_ablations import TrainedRow, digest, essence
 from hmdiff.studies.trained_runs import Run
-from hmdiff.uncertainty_metrics import uncertainty_correlations
 
 FORMAT = 1
 _DIGITS = 4

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hmdiff.config import Config, load_config, save_config
-from hmdiff.evaluation import as_heatmaps, ask
+from hmdiff.evaluate.evaluation import as_heatmaps, ask
 from hmdiff.train.loop import Trainer
 
 REPEATS = 7

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hmdiff.evaluate.visibility_bands import BANDS, band_of
 from hmdiff.files.storage import atomic_file
 from hmdiff.studies.trained_tables import SPREAD, BandOf, RowCells, difference_of, mean_of
-from hmdiff.visibility_bands import BANDS, band_of
 
 RESOLUTION = 130  # dots an inch
 

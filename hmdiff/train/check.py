@@ -28,7 +28,7 @@ from hmdiff.config import Config
 from hmdiff.data.mixture import PERIOD, Mixture, WithSplits
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.errors import UserError
-from hmdiff.evaluation import evaluate
+from hmdiff.evaluate.evaluation import evaluate
 from hmdiff.train.loop import Trainer
 from hmdiff.train.memory import parameters, peak_gigabytes
 

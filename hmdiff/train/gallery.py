@@ -11,7 +11,7 @@ import torch
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.sample import PeopleSource
 from hmdiff.errors import UserError
-from hmdiff.evaluation import as_heatmaps, depth_of, photo_of
+from hmdiff.evaluate.evaluation import as_heatmaps, depth_of, photo_of
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.viz.canvas import contact_sheet, draw_keypoints, save_picture, to_bytes
 from hmdiff.viz.overlays import PALETTE, turntable_view

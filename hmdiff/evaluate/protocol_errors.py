@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import H36M14, J14, SMPL24, joint_indices
 from hmdiff.errors import UserError
+from hmdiff.evaluate.hand_metrics import curve_area, f_score, orthogonal_align
+from hmdiff.evaluate.metrics import MILLIMETRES, joint_error, mean_distance, procrustes_error, root_of, vertex_error
 from hmdiff.geometry import similarity_transform
-from hmdiff.metrics import MILLIMETRES, joint_error, mean_distance, procrustes_error, root_of, vertex_error
-from hmdiff.scoring.hand_metrics import curve_area, f_score, orthogonal_align
 
 HIPS = ("left_hip", "right_hip")
 Errors = dict[str, Tensor]  # metric -> (...)

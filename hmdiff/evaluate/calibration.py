@@ -1,8 +1,8 @@
 """Calibration: the temperature that makes a pipeline's hypotheses spread as far as they are wrong.
 
 Hypotheses drawn in few steps lie too close together. Their deviations from the mean are multiplied by one scalar,
-fitted on people whose bodies are known so that the expected calibration error (`hmdiff.metrics`) is least. One scalar
-is enough (LOG.md); one for each joint would each be fitted to less. All of it is our choice.
+fitted on people whose bodies are known so that the expected calibration error (`hmdiff.evaluate.metrics`) is least.
+One scalar is enough (LOG.md); one for each joint would each be fitted to less. All of it is our choice.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from hmdiff.data.sample import PeopleSource
 from hmdiff.diffusion.hypotheses import apply_temperature
 from hmdiff.diffusion.temperature import Temperature
 from hmdiff.errors import UserError
-from hmdiff.evaluation import MESHES_AT_ONCE, ROOT, as_heatmaps, ask, split_batches
+from hmdiff.evaluate.evaluation import MESHES_AT_ONCE, ROOT, as_heatmaps, ask, split_batches
+from hmdiff.evaluate.metrics import coverage, expected_calibration_error, root_of
 from hmdiff.files.storage import atomic_file
-from hmdiff.metrics import coverage, expected_calibration_error, root_of
 from hmdiff.pipeline import HMDiffPipeline
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def draw(
     guidance: Guidance | None = None,
     progress: Callable[[int], None] | None = None,  # told how many people are done
 ) -> tuple[Tensor, Tensor]:  # (P, N, 14, 3) and (P, 14, 3) metres, relative to the middle of the hips
-    """The hypotheses' and the true joints of a split's people, as `hmdiff.evaluation` numbers and roots them."""
+    """The hypotheses' and the true joints of a split's people, as `evaluate.evaluation` numbers and roots them."""
     drawn, true = [], []
     at_once = max(1, MESHES_AT_ONCE // num_hypotheses)
     for block in split_batches(data, split, people):

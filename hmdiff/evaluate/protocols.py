@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import H36M14, H36M17, HALPE26, HAND21, J14, SMPL24, SPIN_H36M17
 from hmdiff.errors import UserError
-from hmdiff.metrics import root_of
-from hmdiff.scoring.protocol_errors import (
+from hmdiff.evaluate.metrics import root_of
+from hmdiff.evaluate.protocol_errors import (
     HIPS,
     Bodies,
     Errors,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.errors import UserError
-from hmdiff.scoring.protocol_errors import Bodies
+from hmdiff.evaluate.protocol_errors import Bodies
 
 _ARRAYS = ("vertices", "joints")
 
@@ -51,7 +51,7 @@ class PredictionFiles:
         self.files = sorted(self.folder.glob("*.npz"))
         if not self.files:
             raise UserError(
-                f"--predictions {self.folder}: no npz file in it; hmdiff/scoring/predictions.py says what they hold"
+                f"--predictions {self.folder}: no npz file in it; hmdiff/evaluate/predictions.py says what they hold"
             )
         self.num_vertices = num_vertices
         self.places: dict[str, tuple[int, int]] = {}

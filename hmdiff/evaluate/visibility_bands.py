@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hmdiff.data.sample import Sample
 from hmdiff.errors import UserError
-from hmdiff.measured import Measured, interval
+from hmdiff.evaluate.measured import Measured, interval
 from hmdiff.output import MeshOutput
 from hmdiff.viz.renderer import rasterize, screen_points, visible_vertices
 

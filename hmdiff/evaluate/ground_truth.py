@@ -21,8 +21,8 @@ from hmdiff.body.regressors import load_regressor
 from hmdiff.data.labelled_bodies import LabelledBodies
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
-from hmdiff.scoring.protocol_errors import Bodies
-from hmdiff.scoring.protocols import Protocol
+from hmdiff.evaluate.protocol_errors import Bodies
+from hmdiff.evaluate.protocols import Protocol
 
 
 def body_kind(body: Body) -> str:

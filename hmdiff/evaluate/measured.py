@@ -1,7 +1,7 @@
 """What was measured of a pipeline, person by person, and its summary: intervals over people, calibration.
 
 Intervals are 95 % percentile bootstraps (Efron 1979), people drawn with replacement. Calibration is that of
-`hmdiff.metrics`; its interval, and the mean coverage over the joints, are our choice.
+`hmdiff.evaluate.metrics`; its interval, and the mean coverage over the joints, are our choice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.diffusion.hypotheses import apply_temperature
-from hmdiff.metrics import bootstrap_interval, calibration_curve, coverage
+from hmdiff.evaluate.metrics import bootstrap_interval, calibration_curve, coverage
 
 COVERAGE_LEVEL = 0.9
 LEAST_TO_CALIBRATE = 5  # hypotheses

@@ -18,12 +18,12 @@ from hmdiff.data.record import Record
 from hmdiff.data.sample import PeopleSource
 from hmdiff.data.shards import RecordStore
 from hmdiff.errors import UserError
-from hmdiff.evaluation import MESHES_AT_ONCE, SELECTED, as_heatmaps, ask
+from hmdiff.evaluate.evaluation import MESHES_AT_ONCE, SELECTED, as_heatmaps, ask
+from hmdiff.evaluate.ground_truth import GroundTruth
+from hmdiff.evaluate.hypothesis_rows import Choose, nobody
+from hmdiff.evaluate.predictions import PredictionFiles
+from hmdiff.evaluate.protocol_errors import Bodies
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.scoring.ground_truth import GroundTruth
-from hmdiff.scoring.hypothesis_rows import Choose, nobody
-from hmdiff.scoring.predictions import PredictionFiles
-from hmdiff.scoring.protocol_errors import Bodies
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    protocol: str  # of `hmdiff.scoring.protocols`
+    protocol: str  # of `hmdiff.evaluate.protocols`
     method: str
     data: str
     values: dict[str, float]  # metric -> what the paper prints

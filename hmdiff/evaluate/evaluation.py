@@ -24,10 +24,8 @@ from hmdiff.body.skeletons import HALPE26, J14, joint_indices
 from hmdiff.data.sample import PeopleSource, Sample, concatenate
 from hmdiff.diffusion.hypotheses import select
 from hmdiff.errors import UserError
-from hmdiff.files.storage import atomic_file
-from hmdiff.heatmaps import Heatmaps
-from hmdiff.measured import Measured, summary
-from hmdiff.metrics import (
+from hmdiff.evaluate.measured import Measured, summary
+from hmdiff.evaluate.metrics import (
     bootstrap_interval,
     hypothesis_errors,
     mesh_errors,
@@ -35,8 +33,10 @@ from hmdiff.metrics import (
     oracle_curve,
     root_of,
 )
+from hmdiff.evaluate.visibility_bands import BandWatch
+from hmdiff.files.storage import atomic_file
+from hmdiff.heatmaps import Heatmaps
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
-from hmdiff.visibility_bands import BandWatch
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance
@@ -198,7 +198,7 @@ def evaluate(
     eta: float | None = None,
     guidance: Guidance | None = None,
     estimate: Callable[[Tensor], Tensor] | None = None,  # a pose estimator in place of the split's own heatmaps
-    bands: bool = False,  # also report["bands"], see `hmdiff.visibility_bands`; the data needs pictures or maps
+    bands: bool = False,  # also report["bands"], see `evaluate.visibility_bands`; the data needs pictures or maps
 ) -> dict[str, Any]:
     """Errors with 95 % bootstrap intervals over people: report["errors"][metric][kind] = {value, low, high} in mm.
 

@@ -15,9 +15,9 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from hmdiff.metrics import calibration_curve, root_of
-from hmdiff.scoring.protocol_errors import HIPS, Bodies, Errors
-from hmdiff.scoring.protocols import Protocol
+from hmdiff.evaluate.metrics import calibration_curve, root_of
+from hmdiff.evaluate.protocol_errors import HIPS, Bodies, Errors
+from hmdiff.evaluate.protocols import Protocol
 
 COUNTS = (1, 5, 10, 25, 100)  # numbers of hypotheses that the literature reports
 REPRESENTATIVES = (5, 10, 25)

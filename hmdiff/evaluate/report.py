@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 
 from hmdiff.errors import UserError
-from hmdiff.evaluation import save_report
+from hmdiff.evaluate.evaluation import save_report
+from hmdiff.evaluate.hypothesis_rows import calibration_error, score_hypotheses
+from hmdiff.evaluate.measured import interval
+from hmdiff.evaluate.protocols import Protocol as ScoringProtocol
+from hmdiff.evaluate.published import published_rows
+from hmdiff.evaluate.scored_people import Part
 from hmdiff.files.storage import atomic_file, make_folder
-from hmdiff.measured import interval
-from hmdiff.scoring.hypothesis_rows import calibration_error, score_hypotheses
-from hmdiff.scoring.protocols import Protocol as ScoringProtocol
-from hmdiff.scoring.published import published_rows
-from hmdiff.scoring.scored_people import Part
 
 _SETTINGS, _INDEX, _INSIDE = "settings.json", "index", "inside"
 
 
 class People(Protocol):
-    """Who is scored: see `hmdiff.scoring.scored_people`."""
+    """Who is scored: see `hmdiff.evaluate.scored_people`."""
 
     people: int
     block_size: int

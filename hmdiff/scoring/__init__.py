@@ -1,1 +1,0 @@
-"""Named protocols: what is compared with what, and the numbers of one or several processes."""
