@@ -61,7 +61,13 @@ class LossConfig:
     gamma: float = 5.0
     noise_levels: int = 4  # noise draws of every image in a batch: the encoder is run once for all
     terminal_share: float = 0.2  # of the draws at the last step, where the network is the direct regressor
-    joints: float = 1.0  # weight of a joint point against a vertex point
+    joints: float = 1.0  # weight of a joint point against a vertex point, where both are in one mean, `points`
+    # L_v and L_3D as terms of their own, each a mean over its own points (D2A-HMR's eq. 2); both 0: one mean of all
+    vertices: float = 0.0
+    joints_3d: float = 0.0
+    # Labelled keypoints against the predicted mesh and joints, of x̂_0, see hmdiff/losses/keypoints.py
+    keypoints_2d: float = 0.0  # L_2D, through the predicted camera: people with 2D labels alone teach the mesh
+    keypoints_3d: float = 0.0  # L_3D, of the keypoints regressed from the mesh
     camera: float = 0.1
     edges: float = 0.0
     # Of the optional paths, see hmdiff/losses/paths.py

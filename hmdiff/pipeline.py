@@ -310,11 +310,7 @@ class HMDiffPipeline:
             raise UserError("guidance needs heatmaps to steer by: give heatmaps=Heatmaps beside the images")
         if self.body.keypoint_regressor is None:
             raise UserError(f"guidance compares keypoints, and body {self.body.name!r} has none")
-        # Keypoints are linear in the coarse mesh: one small matrix does the upsampling and the regression.
-        size = self.model.config.num_coarse
-        padded = -(-size // 3) * 3
-        unit = torch.eye(size, padded, device=self.device).unflatten(1, (-1, 3)).transpose(0, 1)  # (padded/3, C, 3)
-        matrix = self.body.keypoints(self.model.upsample(unit)).transpose(0, 1).flatten(1)[:, :size]  # (J, C)
+        matrix = self.model.keypoint_regressor(self.body)
 
         def keypoints(points: Tensor) -> Tensor:
             found = matrix @ self.model.to_coarse(points)

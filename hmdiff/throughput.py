@@ -14,7 +14,7 @@ from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_sour
 from hmdiff.body.body import load_body
 from hmdiff.config import Config
 from hmdiff.train.loop import TrainingStream
-from hmdiff.train.step import training_losses
+from hmdiff.train.step import keypoint_map, training_losses
 
 
 def measure_throughput(
@@ -37,7 +37,7 @@ def measure_throughput(
     config.model["pretrained"] = False  # nothing is downloaded to be timed
     model = build_model(config, body, mesh).to(device).train()
     model.upsample_weight.requires_grad_(False)  # as the training does
-    scheduler = build_scheduler(config)
+    scheduler, keypoints = build_scheduler(config), keypoint_map(config.loss, model, body)
     stream = TrainingStream(build_source(config, body, mesh), config, 0, 1, model)
     if values.compile:
         model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
@@ -51,7 +51,7 @@ def measure_throughput(
     def step() -> None:
         narrow = values.mixed_precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if narrow else contextlib.nullcontext():
-            loss = training_losses(model, scheduler, config.loss, people, draws)["loss"]
+            loss = training_losses(model, scheduler, config.loss, people, draws, keypoints=keypoints)["loss"]
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), values.gradient_clip)
         optimizer.step()

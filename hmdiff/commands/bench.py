@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.evaluate.evaluation import as_heatmaps
     from hmdiff.pipeline import HMDiffPipeline
     from hmdiff.train.memory import memory_text, parameters, peak_gigabytes
-    from hmdiff.train.step import Draws, training_losses
+    from hmdiff.train.step import Draws, keypoint_map, training_losses
 
     config = arguments.read_config(options.config, options.overrides)
     if options.shards is not None:
@@ -94,8 +94,11 @@ def run(options: argparse.Namespace) -> int:
     steps = torch.randint(config.diffusion.num_train_timesteps, (people, levels), generator=generator).to(device)
     noise = torch.randn(people, levels, model.num_points, 3, generator=generator).to(device)
 
+    keypoints = keypoint_map(config.loss, model, body)
+
     def train_step() -> None:
-        loss = training_losses(model, pipeline.scheduler, config.loss, moved, Draws(steps, noise))["loss"]
+        draws = Draws(steps, noise)
+        loss = training_losses(model, pipeline.scheduler, config.loss, moved, draws, None, keypoints)["loss"]
         loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
 

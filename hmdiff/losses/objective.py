@@ -1,10 +1,13 @@
 """The training objective: named terms, each weighted, each a plain mean over the samples.
 
-L = L_points (on what the network predicts, weighted by noise level) + w_cam L_camera + w_e L_edges, and the terms of
-the optional paths (`losses/paths.py`). Which of them the paper uses is unknown; the sum is ours.
+L = L_points (on what the network predicts, weighted by noise level) + w_cam L_camera + w_e L_edges, the two of labelled
+keypoints (`losses/keypoints.py`), and the terms of the optional paths (`losses/paths.py`). L_points is one mean over
+vertices and joints, or, as in D2A-HMR's eq. 2, λ_v L_v + λ_3D L_3D. Which terms HMDiff has is unknown; the sum is ours.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ def objective(
     num_coarse: int,
     edges: Tensor | None = None,  # (E, 2) of the coarse mesh
     paths: PathOutputs | None = None,
+    more: Mapping[str, Tensor] | None = None,  # further terms, weighted
 ) -> dict[str, Tensor]:  # scalars: every term, weighted, and their sum as "loss"
     """Sum the terms. A sample without a label adds nothing to that label's term, whatever stands in its place."""
     sample = sample.silenced()
@@ -41,8 +45,11 @@ def objective(
         labelled = (weight > 0).any(-1)[:, 0]
         weight = torch.where(labelled[:, None, None], weight, 1.0)  # its mean over no point would be 0 / 0
     terms: dict[str, Tensor] = {}
-    error = point_error(prediction, target, config.points, weight) * level_weight
-    terms["points"] = silence(error, labelled).mean()
+    if config.vertices or config.joints_3d:
+        terms |= _terms_apart(config, sample, prediction, target, level_weight, num_coarse)
+    else:
+        error = point_error(prediction, target, config.points, weight) * level_weight
+        terms["points"] = silence(error, labelled).mean()
     if config.camera:
         terms["camera"] = config.camera * _camera_term(sample, camera).mean()
     if config.edges and edges is not None:
@@ -51,7 +58,28 @@ def objective(
         terms["edges"] = config.edges * silence(error, sample.has_vertices).mean()
     if paths is not None:
         terms |= path_terms(config, sample, paths, clean, truth, level_weight, camera, num_coarse)
+    terms |= more or {}
     terms["loss"] = torch.stack(list(terms.values())).sum()
+    return terms
+
+
+def _terms_apart(
+    config: LossConfig,
+    sample: Sample,
+    prediction: Tensor,  # (B, M, P, 3)
+    target: Tensor,  # (B, M, P, 3)
+    level_weight: Tensor,  # (B, M)
+    num_coarse: int,
+) -> dict[str, Tensor]:
+    """λ_v L_v and λ_3D L_3D: vertices and joints, each with a mean and a weight of its own."""
+    terms = {}
+    for name, weight, part, labelled in (
+        ("vertices", config.vertices, slice(num_coarse), sample.has_vertices),
+        ("joints_3d", config.joints_3d, slice(num_coarse, None), sample.has_joints_3d),
+    ):
+        if weight:
+            error = point_error(prediction[..., part, :], target[..., part, :], config.points) * level_weight
+            terms[name] = weight * silence(error, labelled).mean()
     return terms
 
 

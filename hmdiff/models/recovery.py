@@ -26,6 +26,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from hmdiff.body.body import Body
 from hmdiff.body.mesh import blend
 from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
 from hmdiff.models.conditioning import Conditioning, LiftedVolume
@@ -294,6 +295,18 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         weight = self.upsample_weight / self.upsample_weight.sum(-1, keepdim=True)
         coarse = coarse.to(weight.dtype)
         return blend(coarse, self.upsample_index, weight).index_copy(-2, self.coarse_ids, coarse)
+
+    @torch.no_grad()
+    def keypoint_regressor(
+        self,
+        body: Body,  # with keypoints
+    ) -> Tensor:  # (J, C)
+        """Upsampling and the body's keypoint regressor as one matrix: both are linear in the coarse mesh."""
+        size = self.config.num_coarse
+        padded = -(-size // 3) * 3
+        unit = torch.eye(size, padded, device=self.upsample_weight.device).unflatten(1, (-1, 3)).transpose(0, 1)
+        full = self.upsample(unit).to(body.v_template.device)
+        return body.keypoints(full).transpose(0, 1).flatten(1)[:, :size].to(unit.device)
 
     def forward(
         self,

@@ -49,7 +49,7 @@ from hmdiff.models.masking import draw_hidden
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train.sharding import fill, shared_out, whole
-from hmdiff.train.step import Draws, TrainingStep, used_by_no_loss
+from hmdiff.train.step import Draws, TrainingStep, keypoint_map, used_by_no_loss
 
 _AT_LEAST_ONE = (
     "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every", "checkpoint_every",
@@ -141,7 +141,10 @@ class Trainer:
         # A compiled module renames its parameters, so only its forward is compiled.
         if values.compile:
             self.plain.forward = torch.compile(self.plain.forward)  # type: ignore[method-assign]
-        step = TrainingStep(self.plain, self.scheduler, config.loss, edges.to(device) if config.loss.edges else None)
+        step = TrainingStep(
+            self.plain, self.scheduler, config.loss, edges.to(device) if config.loss.edges else None,
+            keypoint_map(config.loss, self.plain, body, device),
+        )  # fmt: skip
         self._wrapping.find_unused_parameters = used_by_no_loss(self.plain, config.loss)
         self._tell_deepspeed()
         self.model, self.optimizer = self.accelerator.prepare(step, optimizer)

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hmdiff.body.body import Body
 from hmdiff.config import LossConfig
 from hmdiff.data.sample import Sample
 from hmdiff.diffusion.noising import clean_estimate, loss_weight, signal_share, training_target
+from hmdiff.errors import UserError
 from hmdiff.geometry import crop_rotation
 from hmdiff.losses.contrastive import joint_to_joint, joint_to_non_joint
+from hmdiff.losses.keypoints import KeypointMap, keypoint_terms
 from hmdiff.losses.objective import objective
 from hmdiff.losses.paths import PathOutputs
 from hmdiff.models.lifting import sample_volume, volume_coordinates, voxels_away_from
@@ -46,13 +49,15 @@ def training_losses(
     sample: Sample,
     draws: Draws,
     edges: Tensor | None = None,  # (E, 2)
+    keypoints: KeypointMap | None = None,  # for the two keypoint terms
 ) -> dict[str, Tensor]:
     """One forward pass and the objective's terms."""
     sample = sample.silenced()
     assert sample.coarse_vertices is not None and sample.joints_3d is not None
     truth = model.to_points(sample.coarse_vertices, sample.joints_3d)
     if model.config.frame == "crop" and sample.focal is not None and sample.principal_point is not None:
-        truth = truth @ crop_rotation(sample.principal_point, sample.focal)
+        with torch.autocast(truth.device.type, enabled=False):  # bfloat16 would move the labels by millimetres
+            truth = truth @ crop_rotation(sample.principal_point, sample.focal)
     truth = truth[:, None]
     inputs: list[Tensor | None] = [sample.image, sample.heatmaps, sample.heatmap_valid]
     if model.config.depth_map or draws.hidden is not None:
@@ -60,7 +65,7 @@ def training_losses(
     steps, noise = draws.steps, draws.noise
     if model.config.mode == "direct":
         start = torch.zeros_like(truth)
-        share = weight = truth.new_ones(len(truth), 1)
+        share = weight = clean_weight = truth.new_ones(len(truth), 1)
         hidden = () if draws.hidden is None else (draws.hidden[:, :1],)
         found: Prediction = model(start, start.new_ones(len(truth), 1), *inputs, *hidden)
         target, clean = truth, found.points
@@ -78,6 +83,9 @@ def training_losses(
         target = training_target(truth.expand_as(noise), noise, share, kind)
         clean = clean_estimate(found.points, noisy, share, kind)
         weight = loss_weight(share, kind, config.weighting, config.gamma)
+        clean_weight = loss_weight(share, "sample", config.weighting, config.gamma)
+        if kind == "epsilon":  # where x_k holds no signal, the noise that is predicted says nothing of x_0
+            clean_weight = clean_weight * (share / (1 - share).clamp_min(1e-8)).clamp(max=1.0)
     contrast = _contrast(model, config, sample, found, truth, clean, share, draws.shared_seed)
     paths = PathOutputs(
         model.config.mesh_scale, found.scale, model.flow_log_probs(),
@@ -85,9 +93,16 @@ def training_losses(
         vertices=_some_vertices(model, draws).to(truth.device),
         regressed=None if model.config.mode == "direct" else share < 1e-6,
     )  # fmt: skip
+    more = {}
+    if keypoints is not None:
+        with torch.autocast(truth.device.type, enabled=False):
+            more = keypoint_terms(
+                config, sample, keypoints, model.to_coarse(clean).float(), model.to_joints(clean).float(),
+                found.camera, clean_weight, model.config.frame, model.config.mesh_scale,
+            )  # fmt: skip
     return objective(
         config, sample, found.points, target, weight, clean, truth, share, found.camera, model.config.num_coarse, edges,
-        paths,
+        paths, more,
     )  # fmt: skip
 
 
@@ -136,6 +151,22 @@ def _contrast(
     return terms
 
 
+def keypoint_map(
+    config: LossConfig,
+    model: MeshRecoveryModel,  # with its mesh
+    body: Body,
+    device: torch.device | None = None,  # None: the model's
+) -> KeypointMap | None:
+    """What the keypoint terms need; None where both are off. Raises `UserError` for a body without keypoints."""
+    if not (config.keypoints_2d or config.keypoints_3d):
+        return None
+    if body.keypoint_regressor is None:
+        raise UserError(
+            f"body {body.name!r} has no keypoints: loss.keypoints_2d and loss.keypoints_3d need them; give 0"
+        )
+    return KeypointMap.of(body, model.keypoint_regressor(body)).to(device or model.upsample_weight.device)
+
+
 class TrainingStep(nn.Module):
     """The model and its objective as one module: what is wrapped for several processes."""
 
@@ -145,13 +176,14 @@ class TrainingStep(nn.Module):
         scheduler: Any,
         config: LossConfig,
         edges: Tensor | None = None,
+        keypoints: KeypointMap | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.scheduler, self.config, self.edges = scheduler, config, edges
+        self.scheduler, self.config, self.edges, self.keypoints = scheduler, config, edges, keypoints
 
     def forward(self, people: Sample, draws: Draws) -> dict[str, Tensor]:
-        return training_losses(self.model, self.scheduler, self.config, people, draws, self.edges)
+        return training_losses(self.model, self.scheduler, self.config, people, draws, self.edges, self.keypoints)
 
 
 def used_by_no_loss(
