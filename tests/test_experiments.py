@@ -27,11 +27,12 @@ from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.diffusion.dat import _CHOICES, MODES, Guidance
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import COUNTS, METRICS, evaluate
+from hmdiff.lab import sweep as experiments
+from hmdiff.lab import sweep_plots as plots
+from hmdiff.lab.ablations import ROLES, TABLES, Row, csv_rows, find_table, rows_of, settings_of, texts
+from hmdiff.lab.comparison import difference, pareto_front, save_csv, table_row
+from hmdiff.lab.sweep import Progress, Rates, Setting, Study, resolved, run_cells, work
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
-from hmdiff.studies import experiments, plots
-from hmdiff.studies.ablations import ROLES, TABLES, Row, csv_rows, find_table, rows_of, settings_of, texts
-from hmdiff.studies.comparison import difference, pareto_front, save_csv, table_row
-from hmdiff.studies.experiments import Progress, Rates, Setting, Study, resolved, run_cells, work
 
 
 class Counted:

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hmdiff"
 
 # A module imports from lower layers, and from its own, but for the rooms, which never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "studies", "version"}),
+    frozenset({"errors", "version"}),
     frozenset({"body.skeletons", "config", "files", "geometry"}),
     frozenset({"body", "data.sample", "heatmaps", "viz.canvas", "viz.renderer", "viz.renderer_numba"}),
     frozenset({
@@ -24,15 +24,9 @@ LAYERS: tuple[frozenset[str], ...] = (
         "evaluate.uncertainty_metrics", "losses", "models",
     }),
     frozenset({"output", "pipeline", "prepare", "viz"}),
-    frozenset({
-        "assembly", "evaluate", "occlusion_maps", "studies.ablations", "studies.comparison", "studies.experiments",
-        "studies.plots", "studies.trained_ablations",
-    }),
+    frozenset({"assembly", "evaluate"}),
     frozenset({"train"}),
-    frozenset({
-        "__main__", "cli", "commands", "fit_figures", "loading", "studies.trained_cells", "studies.trained_costs",
-        "studies.trained_plots", "studies.trained_runs", "studies.trained_tables", "throughput",
-    }),
+    frozenset({"__main__", "cli", "commands", "lab"}),
 )  # fmt: skip
 ROOMS = 3
 # Beyond the layers: what these import of ours, at most.

@@ -24,7 +24,7 @@ from hmdiff.data.record_crops import read_crop
 from hmdiff.data.shards import INDEX, PreparedShards, RecordFiles, ShardWriter
 from hmdiff.data.transforms import Change, crop_map, map_points
 from hmdiff.errors import UserError
-from hmdiff.loading import Crops, compare_loading, measure_loading
+from hmdiff.lab.loading import Crops, compare_loading, measure_loading
 
 
 def prepared(folder: Path, records: list[Record], **options: object) -> PreparedShards:
@@ -317,8 +317,8 @@ def test_prepare_and_bench_commands(
     printed = capsys.readouterr().out
     assert "standin: 5 people" in printed and "written to" in printed and asked == [("3dpw", tmp_path / "raw", "train")]
     assert len(PreparedShards(out)) == 5
-    monkeypatch.setattr("hmdiff.loading.BATCHES", 2)
-    monkeypatch.setattr("hmdiff.loading.WORKERS", (0,))
+    monkeypatch.setattr("hmdiff.lab.loading.BATCHES", 2)
+    monkeypatch.setattr("hmdiff.lab.loading.WORKERS", (0,))
     assert cli.main(["bench", "--shards", out, "data.image_size=32"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("images/s") == 2 and "raw files  0 workers" in printed

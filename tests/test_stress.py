@@ -17,7 +17,7 @@ from hmdiff.cli import main
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, evaluate, photo_of
 from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
-from hmdiff.occlusion_maps import (
+from hmdiff.lab.stress import (
     Settings,
     Subject,
     cover_depth,

@@ -16,7 +16,7 @@ from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.data.synthetic.rendering import OccluderBoxes, Photographer
 from hmdiff.errors import UserError
-from hmdiff.throughput import measure_throughput
+from hmdiff.lab.throughput import measure_throughput
 from hmdiff.train.gallery import synthetic_picture
 from hmdiff.train.loop import TrainingStream
 from hmdiff.viz.canvas import read_picture

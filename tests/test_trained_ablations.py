@@ -27,9 +27,8 @@ from hmdiff.data.label_noise import NoisyLabels
 from hmdiff.data.motion_blur import Blurred, line_kernels, smear
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import evaluate
-from hmdiff.models.recovery import MeshRecoveryModel
-from hmdiff.studies import trained_plots as ablation_plots
-from hmdiff.studies.trained_ablations import (
+from hmdiff.lab import trained_plots as ablation_plots
+from hmdiff.lab.trained_ablations import (
     COSTS,
     TRAINED,
     TrainedRow,
@@ -40,9 +39,9 @@ from hmdiff.studies.trained_ablations import (
     row_config,
     run_name,
 )
-from hmdiff.studies.trained_cells import Asked, cell_path, compute_cell, stored_cell
-from hmdiff.studies.trained_costs import measure_costs
-from hmdiff.studies.trained_runs import (
+from hmdiff.lab.trained_cells import Asked, cell_path, compute_cell, stored_cell
+from hmdiff.lab.trained_costs import measure_costs
+from hmdiff.lab.trained_runs import (
     Plan,
     Run,
     Trained,
@@ -53,7 +52,8 @@ from hmdiff.studies.trained_runs import (
     seconds_left,
     train_runs,
 )
-from hmdiff.studies.trained_tables import RowCells, band_texts, csv_rows, difference_of, mean_of, texts
+from hmdiff.lab.trained_tables import RowCells, band_texts, csv_rows, difference_of, mean_of, texts
+from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.train import loop as training
 from hmdiff.train.loop import Trainer
 

@@ -67,9 +67,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from hmdiff.studies.ablations import ROLES, TABLES, csv_rows, find_table, rows_of, settings_of, texts
-    from hmdiff.studies.comparison import save_csv
-    from hmdiff.studies.trained_ablations import TRAINED
+    from hmdiff.lab.ablations import ROLES, TABLES, csv_rows, find_table, rows_of, settings_of, texts
+    from hmdiff.lab.comparison import save_csv
+    from hmdiff.lab.trained_ablations import TRAINED
 
     names = list(dict.fromkeys(options.tables)) or list(TABLES)
     for name in names:

@@ -12,10 +12,10 @@ from hmdiff.commands import arguments, studies
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from hmdiff.studies.trained_ablations import TrainedRow, TrainedTable
-    from hmdiff.studies.trained_cells import Asked
-    from hmdiff.studies.trained_runs import Plan, Run, Trained
-    from hmdiff.studies.trained_tables import RowCells
+    from hmdiff.lab.trained_ablations import TrainedRow, TrainedTable
+    from hmdiff.lab.trained_cells import Asked
+    from hmdiff.lab.trained_runs import Plan, Run, Trained
+    from hmdiff.lab.trained_tables import RowCells
 
 OUTPUT = Path("runs/ablate")
 SEEDS = 3
@@ -66,8 +66,8 @@ def check_absent(options: argparse.Namespace) -> None:
 
 
 def run_trained(options: argparse.Namespace, names: list[str]) -> int:
-    from hmdiff.studies.trained_ablations import find_trained
-    from hmdiff.studies.trained_runs import make_plan
+    from hmdiff.lab.trained_ablations import find_trained
+    from hmdiff.lab.trained_runs import make_plan
 
     _check_given(options)
     device = arguments.resolve_device(options.device)
@@ -116,7 +116,7 @@ def _check_splits(options: argparse.Namespace, tables: dict[str, TrainedTable]) 
 def _print_plan(options: argparse.Namespace, plan: Plan, rate: float | None) -> None:
     from rich.markup import escape
 
-    from hmdiff.studies.trained_runs import is_done, reached, seconds_left
+    from hmdiff.lab.trained_runs import is_done, reached, seconds_left
 
     for name, rows in plan.of.items():
         lines = []
@@ -139,7 +139,7 @@ def _print_plan(options: argparse.Namespace, plan: Plan, rate: float | None) -> 
 
 def _timed_step(plan: Plan) -> float:
     """Mean over the rows of the seconds of a step."""
-    from hmdiff.studies.trained_costs import measure_costs
+    from hmdiff.lab.trained_costs import measure_costs
 
     rows = _one_each(plan)
     costs = measure_costs([run.config for run in rows], repeats=2, images=False)
@@ -155,7 +155,7 @@ def _one_each(plan: Plan) -> list[Run]:
 
 
 def _train(plan: Plan) -> list[Run]:
-    from hmdiff.studies.trained_runs import is_done, train_one, train_runs
+    from hmdiff.lab.trained_runs import is_done, train_one, train_runs
 
     runs = plan.runs
     there = sum(is_done(run) for run in runs)
@@ -171,12 +171,12 @@ def _train(plan: Plan) -> list[Run]:
 
 def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, TrainedTable], mode: str) -> int:
     from hmdiff.evaluate.visibility_bands import BANDS
-    from hmdiff.studies.comparison import save_csv
-    from hmdiff.studies.trained_ablations import COSTS
-    from hmdiff.studies.trained_cells import Asked
-    from hmdiff.studies.trained_plots import plot_bands, plot_differences
-    from hmdiff.studies.trained_runs import is_done
-    from hmdiff.studies.trained_tables import SPREAD, band_texts, csv_rows, texts
+    from hmdiff.lab.comparison import save_csv
+    from hmdiff.lab.trained_ablations import COSTS
+    from hmdiff.lab.trained_cells import Asked
+    from hmdiff.lab.trained_plots import plot_bands, plot_differences
+    from hmdiff.lab.trained_runs import is_done
+    from hmdiff.lab.trained_tables import SPREAD, band_texts, csv_rows, texts
 
     if not any(is_done(run) for run in plan.runs):
         raise UserError(f"{options.output}: nothing of {', '.join(tables)} is trained there; add --train")
@@ -224,10 +224,10 @@ def _evaluate(
     from tqdm import tqdm
 
     from hmdiff.commands.evaluate import model_hash
-    from hmdiff.studies.trained_ablations import digest, essence
-    from hmdiff.studies.trained_cells import compute_cell, people_of, stored_cell, tested_config
-    from hmdiff.studies.trained_runs import is_done
-    from hmdiff.studies.trained_tables import RowCells
+    from hmdiff.lab.trained_ablations import digest, essence
+    from hmdiff.lab.trained_cells import compute_cell, people_of, stored_cell, tested_config
+    from hmdiff.lab.trained_runs import is_done
+    from hmdiff.lab.trained_tables import RowCells
 
     folder = options.output / "cells"
     splits = list(options.splits or table.splits)
@@ -261,8 +261,8 @@ def _costs(options: argparse.Namespace, plan: Plan, asked: Asked, mode: str) -> 
     from tqdm import tqdm
 
     from hmdiff.evaluate.evaluation import save_report
-    from hmdiff.studies.trained_ablations import digest, essence
-    from hmdiff.studies.trained_costs import REPEATS, measure_costs
+    from hmdiff.lab.trained_ablations import digest, essence
+    from hmdiff.lab.trained_costs import REPEATS, measure_costs
 
     rows = {digest(essence(run.config)): run for run in _one_each(plan)}
     path = options.output / f"costs_{mode}_{digest([sorted(rows), asked.num_hypotheses, asked.steps])}.json"

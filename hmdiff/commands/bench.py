@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         return _fitting(options, config.body, device)
     options.batch_size = options.batch_size or 1
     if options.data:
-        from hmdiff.throughput import measure_throughput
+        from hmdiff.lab.throughput import measure_throughput
 
         for name, value in measure_throughput(config, device, options.repeats).items():
             print(f"{name:24} {f'{value:.4g}' if isinstance(value, float) else value}")
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _loading(options: argparse.Namespace, image_size: int) -> int:
-    from hmdiff.loading import compare_loading
+    from hmdiff.lab.loading import compare_loading
 
     print(f"{options.shards}: augmented crops of {image_size} pixels, in batches of 32")
     for row in compare_loading(options.shards, options.raw, image_size, 32):
@@ -142,7 +142,7 @@ def _fitting(options: argparse.Namespace, name: str, device: Any) -> int:
     import torch
 
     from hmdiff.body.body import load_body
-    from hmdiff.fit_figures import fit_figures
+    from hmdiff.lab.fit_figures import fit_figures
 
     body, batch = load_body(name).to(device), options.batch_size or 64
     threads = f"{torch.get_num_threads()} threads"

@@ -14,7 +14,7 @@ from hmdiff.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from hmdiff.occlusion_maps import Settings, Stress, Subject
+    from hmdiff.lab.stress import Settings, Stress, Subject
     from hmdiff.output import MeshOutput
     from hmdiff.pipeline import HMDiffPipeline
 
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hmdiff.files.storage import make_folder
-    from hmdiff.occlusion_maps import Settings, patch_grid, stress
+    from hmdiff.lab.stress import Settings, patch_grid, stress
 
     _check(options)
     centres = patch_grid(options.places, options.patch)
@@ -138,7 +138,7 @@ def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sho
 
     from hmdiff.commands.estimation import Estimation
     from hmdiff.commands.photos import crops, read_people
-    from hmdiff.occlusion_maps import Subject
+    from hmdiff.lab.stress import Subject
     from hmdiff.viz.canvas import read_picture
     from hmdiff.viz.stress import cut_out
 
@@ -165,7 +165,7 @@ def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sho
 def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
     from hmdiff.commands.evaluate import test_people
     from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
-    from hmdiff.occlusion_maps import Subject
+    from hmdiff.lab.stress import Subject
     from hmdiff.viz.canvas import to_bytes
     from hmdiff.viz.stress import cut_out
 
@@ -197,7 +197,7 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
 def write(found: Stress, person: Shown, stem: Path) -> str:
     """The npz and the png of one person; returns a line about them."""
     from hmdiff.body.skeletons import HALPE26
-    from hmdiff.occlusion_maps import rank_correlation
+    from hmdiff.lab.stress import rank_correlation
     from hmdiff.viz.canvas import save_picture
     from hmdiff.viz.export import save_npz
     from hmdiff.viz.stress import stress_sheet
@@ -237,7 +237,7 @@ def write_picture(
     pipeline: HMDiffPipeline, found: Stress, person: Shown, settings: Settings, path: Path
 ) -> str:
     """The hypotheses without the patch, and with it at the place where they spread most."""
-    from hmdiff.occlusion_maps import recover_covered
+    from hmdiff.lab.stress import recover_covered
     from hmdiff.viz.canvas import save_picture
     from hmdiff.viz.stress import draw_patch, hidden_sheet
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from hmdiff.data.sample import PeopleSource
+    from hmdiff.lab.sweep import Progress, Setting, Study
     from hmdiff.pipeline import HMDiffPipeline
-    from hmdiff.studies.experiments import Progress, Setting, Study
 
 MODES = ("none", "disrupted", "dat")
 TABLE_WIDTH = 140  # where the output is no terminal
@@ -80,7 +80,7 @@ def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) 
     """Load the checkpoints; their labels are the pipelines' keys, in order."""
     from hmdiff.commands.evaluate import labels, model_hash, test_people
     from hmdiff.files.storage import make_folder
-    from hmdiff.studies.experiments import Study
+    from hmdiff.lab.sweep import Study
 
     make_folder(folder)
     device = arguments.resolve_device(options.device)
@@ -153,7 +153,7 @@ class Teller:
 
 def compute(study: Study, settings: Sequence[Setting]) -> list[dict[str, Any]]:
     """Run the cells with bars and lines; what was there already is told in one line."""
-    from hmdiff.studies.experiments import code_digest, resolved, run_cells
+    from hmdiff.lab.sweep import code_digest, resolved, run_cells
 
     cells = {resolved(setting, study.pipelines[setting.model]) for setting in settings}
     there = sum(study.stored(setting) is not None for setting in cells)

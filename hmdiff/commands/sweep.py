@@ -12,7 +12,7 @@ from hmdiff.commands import arguments, studies
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from hmdiff.studies.experiments import Setting, Study
+    from hmdiff.lab.sweep import Setting, Study
 
 METRICS = ("pve", "mpjpe", "pa_mpjpe", "pa_pve")  # a test holds them to hmdiff.evaluate.evaluation
 
@@ -74,9 +74,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from hmdiff.studies.comparison import save_csv, table_row
-    from hmdiff.studies.experiments import resolved
-    from hmdiff.studies.plots import plot_sweep
+    from hmdiff.lab.comparison import save_csv, table_row
+    from hmdiff.lab.sweep import resolved
+    from hmdiff.lab.sweep_plots import plot_sweep
 
     if (options.strength or options.threshold or options.last) and set(options.guidance) == {"none"}:
         raise UserError("--strength, --threshold and --last are of guidance: add --guidance dat (or disrupted)")
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
 
 def grid(label: str, options: argparse.Namespace) -> list[Setting]:
     """Every combination; what has no guidance has no strength and no threshold either."""
-    from hmdiff.studies.experiments import Setting
+    from hmdiff.lab.sweep import Setting
 
     guidances: list[Any] = []
     for mode in options.guidance:
@@ -127,7 +127,7 @@ def reference_of(study: Study, cells: Sequence[dict[str, Any]]) -> dict[str, Any
 
 def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metric: str) -> None:
     from hmdiff.evaluate.evaluation import METRICS
-    from hmdiff.studies.comparison import difference, pareto_front
+    from hmdiff.lab.comparison import difference, pareto_front
 
     points = [(cell["time"]["milliseconds_per_image"], cell["errors"][metric]["mean"]["value"]) for cell in cells]
     front = set(pareto_front(points))

@@ -33,8 +33,8 @@ from hmdiff.evaluate.evaluation import (
     with_estimate,
 )
 from hmdiff.evaluate.measured import Measured, covered, summary
+from hmdiff.lab.comparison import UNGUIDED
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.studies.comparison import UNGUIDED
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance

@@ -11,7 +11,7 @@ from typing import Any
 
 from hmdiff.evaluate.evaluation import METRICS
 from hmdiff.files.storage import atomic_file
-from hmdiff.studies.comparison import UNGUIDED, difference, pareto_front
+from hmdiff.lab.comparison import UNGUIDED, difference, pareto_front
 
 ECE = "calibration"
 RESOLUTION = 130  # dots an inch

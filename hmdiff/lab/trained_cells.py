@@ -25,10 +25,10 @@ from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.evaluate.evaluation import measure, save_report, split_batches
 from hmdiff.evaluate.measured import Measured
 from hmdiff.evaluate.uncertainty_metrics import uncertainty_correlations
+from hmdiff.lab.trained_ablations import TrainedRow, digest, essence
+from hmdiff.lab.trained_runs import Run
 from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.studies.trained_ablations import TrainedRow, digest, essence
-from hmdiff.studies.trained_runs import Run
 
 FORMAT = 1
 _DIGITS = 4

@@ -21,7 +21,7 @@ from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import METRICS
 from hmdiff.evaluate.measured import interval
 from hmdiff.evaluate.visibility_bands import BANDS, band_of, ratio_interval
-from hmdiff.studies.trained_ablations import TrainedColumn, TrainedRow, TrainedTable
+from hmdiff.lab.trained_ablations import TrainedColumn, TrainedRow, TrainedTable
 
 BandOf = Callable[[Tensor], Tensor]  # visible fractions (P,) -> number of the band (P,)
 Number = dict[str, float]  # value, and perhaps low and high

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import COUNTS, METRICS
-from hmdiff.studies.comparison import UNGUIDED, difference, table_row
-from hmdiff.studies.experiments import Setting
+from hmdiff.lab.comparison import UNGUIDED, difference, table_row
+from hmdiff.lab.sweep import Setting
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.dat import Guidance

@@ -24,7 +24,7 @@ from typing import Any
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file, make_folder
-from hmdiff.studies.trained_ablations import (
+from hmdiff.lab.trained_ablations import (
     TrainedRow,
     TrainedTable,
     budget,
