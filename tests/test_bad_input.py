@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from small import small_pipeline
 
-from hmdiff.cli import main
+from hmdiff.cli.main import main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEYPOINTS = [[60 + 3 * index, 20 + 9 * index, 1] for index in range(17)]
@@ -274,7 +274,7 @@ def test_full_disk_keeps_what_was_there(
 
 
 def test_full_disk_anywhere_else(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from hmdiff.commands import doctor
+    from hmdiff.cli import doctor
 
     def full(options: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/where")
@@ -284,7 +284,7 @@ def test_full_disk_anywhere_else(fails: Callable[..., str], monkeypatch: pytest.
 
 
 def test_out_of_memory(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from hmdiff.commands import doctor
+    from hmdiff.cli import doctor
 
     def hungry(options: object) -> int:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
@@ -295,7 +295,7 @@ def test_out_of_memory(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatc
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the user can mend becomes one line; anything else keeps its traceback."""
-    from hmdiff.commands import doctor
+    from hmdiff.cli import doctor
 
     def wrong(options: object) -> int:
         raise RuntimeError("shapes do not fit")

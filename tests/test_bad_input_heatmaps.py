@@ -18,8 +18,8 @@ from small import small_pipeline
 
 from hmdiff import pipeline as pipeline_module
 from hmdiff.body.skeletons import COCO17, HALPE26
-from hmdiff.cli import main
-from hmdiff.commands.photos import read_people
+from hmdiff.cli.main import main
+from hmdiff.cli.photos import read_people
 from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
 from hmdiff.pipeline import HMDiffPipeline
 

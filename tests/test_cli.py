@@ -17,12 +17,12 @@ from PIL import Image
 from small import SMALL, small_pipeline
 
 import hmdiff
-from hmdiff import cli
 from hmdiff.body.body import load_body
-from hmdiff.cli import COMMANDS, build_parser, main
-from hmdiff.commands import arguments, evaluate
-from hmdiff.commands.photos import crops, read_people
-from hmdiff.commands.sample import output_names
+from hmdiff.cli import arguments, evaluate
+from hmdiff.cli import main as cli
+from hmdiff.cli.main import COMMANDS, build_parser, main
+from hmdiff.cli.photos import crops, read_people
+from hmdiff.cli.sample import output_names
 from hmdiff.errors import UserError
 from hmdiff.heatmaps import Heatmaps, crop_from_box, heatmaps_from_keypoints, read_keypoints, save_heatmaps
 
@@ -67,7 +67,7 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_help_is_quick_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
-    code = "import sys; from hmdiff.cli import build_parser; build_parser(); print(*sys.modules)"
+    code = "import sys; from hmdiff.cli.main import build_parser; build_parser(); print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert not {"torch", "numpy", "omegaconf", "rich", "tqdm"} & set(run.stdout.split())
 
@@ -340,7 +340,7 @@ def test_a_training_folder_is_a_checkpoint(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from hmdiff.commands import doctor
+    from hmdiff.cli import doctor
 
     monkeypatch.setattr(doctor, "ASSETS", ("body.npz",))
     assert main(["doctor"]) == 0
@@ -367,7 +367,7 @@ def test_prepare_sample_renders_a_person(
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from hmdiff.commands import doctor
+    from hmdiff.cli import doctor
 
     def stop(options: object) -> int:
         raise KeyboardInterrupt

@@ -8,9 +8,9 @@ import pytest
 import torch
 from small import small_pipeline
 
-from hmdiff.cli import main
-from hmdiff.commands.depth_maps import check_depth, depth_crops, with_depth
-from hmdiff.commands.photos import read_people
+from hmdiff.cli.depth_maps import check_depth, depth_crops, with_depth
+from hmdiff.cli.main import main
+from hmdiff.cli.photos import read_people
 from hmdiff.errors import UserError
 from hmdiff.estimators.depth_sources import crop_depth
 from hmdiff.files.resources import asset_path
@@ -44,7 +44,7 @@ def sampled(folders, monkeypatch):
         written.append(output.vertices[row].numpy())
         return f"{photo.photo} -> {stem}.npz (from {photo.source})"
 
-    monkeypatch.setattr("hmdiff.commands.sample.write_person", write)
+    monkeypatch.setattr("hmdiff.cli.sample.write_person", write)
 
     def run(*more):
         files = [str(folders / "photo.jpg"), "--checkpoint", str(folders / "reads"), "--output", str(folders / "out")]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hmdiff.body.skeletons import COCO17
-from hmdiff.commands.photos import crops
+from hmdiff.cli.photos import crops
 from hmdiff.data.transforms import Change, crop_map, crop_picture
 from hmdiff.errors import UserError
 from hmdiff.estimators.depth_network import EstimatedDepth

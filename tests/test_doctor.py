@@ -13,8 +13,8 @@ import standin_bodies as s
 import torch
 from records import ListReader, make_records
 
-from hmdiff.cli import main
-from hmdiff.commands import doctor
+from hmdiff.cli import doctor
+from hmdiff.cli.main import main
 from hmdiff.data.prepare import prepare_dataset
 
 

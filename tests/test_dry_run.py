@@ -16,7 +16,7 @@ from records import ListReader, make_records
 from small import SMALL, small_config, small_pipeline
 
 import hmdiff.train.check as module
-from hmdiff.cli import main
+from hmdiff.cli.main import main
 from hmdiff.config import save_config
 from hmdiff.data.prepare import prepare_dataset
 from hmdiff.errors import UserError

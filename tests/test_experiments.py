@@ -19,9 +19,9 @@ from PIL import Image
 from small import people, small_pipeline
 from torch import Tensor
 
-from hmdiff.cli import main
-from hmdiff.commands import studies
-from hmdiff.commands.sweep import METRICS as SWEEP_METRICS
+from hmdiff.cli import studies
+from hmdiff.cli.main import main
+from hmdiff.cli.sweep import METRICS as SWEEP_METRICS
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.diffusion.dat import _CHOICES, MODES, Guidance
@@ -455,7 +455,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def few_people(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands' own people are blocks of 32; these are 8. Two timings do, and a coarse picture."""
-    from hmdiff.commands import evaluate
+    from hmdiff.cli import evaluate
 
     def test_people(body: Any, image_size: int | None = None) -> SyntheticHumans:
         assert image_size is None

@@ -13,7 +13,7 @@ from torch import Tensor
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.fitting import fit_parameters
 from hmdiff.body.mesh_cache import random_bodies
-from hmdiff.cli import main
+from hmdiff.cli.main import main
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
 

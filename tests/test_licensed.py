@@ -25,7 +25,7 @@ from hmdiff.body.keypoints import LANDMARKS
 from hmdiff.body.licensed import prepare_licensed
 from hmdiff.body.mesh import load_mesh
 from hmdiff.body.skeletons import HALPE26, HAND21, SMPL24
-from hmdiff.cli import main
+from hmdiff.cli.main import main
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.pipeline import HMDiffPipeline

@@ -21,9 +21,9 @@ from small import small_pipeline
 from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17, HALPE26, J14
-from hmdiff.cli import main
-from hmdiff.commands import estimation
-from hmdiff.commands.photos import read_people
+from hmdiff.cli import estimation
+from hmdiff.cli.main import main
+from hmdiff.cli.photos import read_people
 from hmdiff.errors import UserError
 from hmdiff.estimators import openmmlab
 from hmdiff.estimators.detector import PersonDetector
@@ -610,7 +610,7 @@ def test_heatmaps_are_saved_and_sampled_as_if_estimated(
 
 
 def test_the_heat_lies_where_the_heatmap_says(photo: np.ndarray) -> None:
-    from hmdiff.commands.heatmaps import heat_picture
+    from hmdiff.cli.heatmaps import heat_picture
 
     values = torch.zeros(1, 26, 64, 64)
     values[0, 0, 10, 50] = 1.0

@@ -19,7 +19,7 @@ from torch import Tensor
 from hmdiff.body.body import load_body
 from hmdiff.body.mesh import load_mesh
 from hmdiff.body.skeletons import HALPE26, mirror_permutation
-from hmdiff.cli import main
+from hmdiff.cli.main import main
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.poses import PoseMixture

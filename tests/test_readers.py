@@ -17,7 +17,7 @@ import standins as s
 
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.skeletons import COCO17, H36M17, HALPE26, J14, SMPL24, SPIN24, joint_indices
-from hmdiff.commands.prepare import DATASETS
+from hmdiff.cli.prepare import DATASETS
 from hmdiff.data.readers import READERS, open_reader
 from hmdiff.data.readers import splits as parts
 from hmdiff.data.readers.lens import Lens, pinhole_about

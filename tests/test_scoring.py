@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hmdiff.body.body import load_body
 from hmdiff.body.skeletons import H36M17, HAND21, J14, SMPL24, SMPL24_PARENTS, joint_indices
-from hmdiff.cli import main
+from hmdiff.cli.main import main
 from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import open_reader
 from hmdiff.data.record import Record

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from records import HEIGHT, MARKED, WIDTH, ListReader, draw_photo, make_records, red_place
 
-from hmdiff import cli
-from hmdiff.commands.prepare import DATASETS
+from hmdiff.cli import main as cli
+from hmdiff.cli.prepare import DATASETS
 from hmdiff.data import prepare as dataset
 from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import READERS

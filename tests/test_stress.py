@@ -13,7 +13,7 @@ from PIL import Image
 from small import free_body, people, small_pipeline
 
 from hmdiff.body.skeletons import HALPE26
-from hmdiff.cli import main
+from hmdiff.cli.main import main
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, evaluate, photo_of
 from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
@@ -215,7 +215,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hmdiff.commands.stress.SHOWN", 96)
+    monkeypatch.setattr("hmdiff.cli.stress.SHOWN", 96)
 
 
 @pytest.mark.usefixtures("small_pictures")

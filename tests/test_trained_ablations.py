@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from small import SMALL, free_body, people, small_config, small_pipeline
 
 from hmdiff.assembly import build_source
-from hmdiff.cli import main
+from hmdiff.cli.main import main
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.data.label_noise import NoisyLabels
 from hmdiff.data.motion_blur import Blurred, line_kernels, smear

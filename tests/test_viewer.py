@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from hmdiff.body.body import load_body
-from hmdiff.cli import main
+from hmdiff.cli.main import main
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.viz.export import save_npz

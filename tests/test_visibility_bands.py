@@ -11,8 +11,8 @@ import torch
 from small import free_body, people, small_config, small_pipeline
 
 from hmdiff.assembly import build_data
-from hmdiff.cli import main
-from hmdiff.commands.evaluate import print_bands
+from hmdiff.cli.evaluate import print_bands
+from hmdiff.cli.main import main
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.rendering import OccluderBoxes

@@ -2,7 +2,7 @@
 
 import sys
 
-from hmdiff.cli import main
+from hmdiff.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["evaluate", *sys.argv[1:]]))

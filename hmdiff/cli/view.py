@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 from hmdiff.errors import UserError
 
 

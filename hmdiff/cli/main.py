@@ -1,6 +1,6 @@
 """The command `hmdiff`: finds the subcommand, and turns what the user can mend into one line and exit code 2.
 
-Each subcommand is a file of `hmdiff.commands` with `add_parser` and `run`. Nothing heavy is imported before a
+Each subcommand is a file of `hmdiff.cli` with `add_parser` and `run`. Nothing heavy is imported before a
 subcommand runs, so that `hmdiff --help` is quick. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
@@ -41,7 +41,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"hmdiff {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name in COMMANDS:
-        import_module(f"hmdiff.commands.{name}").add_parser(subparsers)
+        import_module(f"hmdiff.cli.{name}").add_parser(subparsers)
     return parser
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 
 
 def add_parser(subparsers: Any) -> None:

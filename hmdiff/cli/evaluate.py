@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
 
     arguments.check_guidance(options)
     if options.protocol:
-        from hmdiff.commands.protocol_run import run_protocols
+        from hmdiff.cli.protocol_run import run_protocols
 
         if options.bands:
             raise UserError("--bands is about the synthetic splits, and --protocol about others; leave one of them out")

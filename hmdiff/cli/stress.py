@@ -7,8 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.commands import arguments
-from hmdiff.commands.evaluate import SPLITS
+from hmdiff.cli import arguments
+from hmdiff.cli.evaluate import SPLITS
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Shown:
 
 
 def add_parser(subparsers: Any) -> None:
-    from hmdiff.commands.estimation import add_estimation
+    from hmdiff.cli.estimation import add_estimation
 
     parser = arguments.new_parser(
         subparsers,
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """What can be told before anything is loaded."""
-    from hmdiff.commands.estimation import needs_pose
+    from hmdiff.cli.estimation import needs_pose
 
     if (options.photo is None) == (options.synthetic is None):
         found = "neither was" if options.photo is None else "both were"
@@ -136,8 +136,8 @@ def _check(options: argparse.Namespace) -> None:
 def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
     import torch
 
-    from hmdiff.commands.estimation import Estimation
-    from hmdiff.commands.photos import crops, read_people
+    from hmdiff.cli.estimation import Estimation
+    from hmdiff.cli.photos import crops, read_people
     from hmdiff.lab.stress import Subject
     from hmdiff.viz.canvas import read_picture
     from hmdiff.viz.stress import cut_out
@@ -163,7 +163,7 @@ def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sho
 
 
 def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
-    from hmdiff.commands.evaluate import test_people
+    from hmdiff.cli.evaluate import test_people
     from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
     from hmdiff.lab.stress import Subject
     from hmdiff.viz.canvas import to_bytes

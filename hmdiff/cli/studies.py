@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ CHOICES = {
 
 
 def add_people(parser: argparse.ArgumentParser, split: str, people: int) -> None:
-    from hmdiff.commands.evaluate import SPLITS
+    from hmdiff.cli.evaluate import SPLITS
 
     parser.add_argument(
         "--split", default=split, choices=SPLITS, metavar="SPLIT", help=f"of {', '.join(SPLITS)} (default: %(default)s)"
@@ -78,7 +78,7 @@ def make_guidance(
 
 def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) -> Study:
     """Load the checkpoints; their labels are the pipelines' keys, in order."""
-    from hmdiff.commands.evaluate import labels, model_hash, test_people
+    from hmdiff.cli.evaluate import labels, model_hash, test_people
     from hmdiff.files.storage import make_folder
     from hmdiff.lab.sweep import Study
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 
 NEEDED = ("torch", "accelerate", "diffusers", "timm", "numpy", "scipy", "cv2", "PIL", "safetensors", "omegaconf",
           "trimesh", "matplotlib", "rich", "tqdm", "tensorboard", "pyarrow")  # fmt: skip
@@ -137,8 +137,8 @@ def _regressors() -> Iterator[Finding]:
 
 
 def _datasets() -> Iterator[Finding]:
-    from hmdiff.commands.prepare import DATASETS
-    from hmdiff.commands.protocol_run import DATA_VARIABLE
+    from hmdiff.cli.prepare import DATASETS
+    from hmdiff.cli.protocol_run import DATA_VARIABLE
 
     mend = f"hmdiff prepare NAME SOURCE FOLDER, with {', '.join(DATASETS)}; synthetic people need none"
     root = os.environ.get(DATA_VARIABLE)

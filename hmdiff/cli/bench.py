@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 
 
 def add_parser(subparsers: Any) -> None:

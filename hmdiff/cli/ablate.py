@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hmdiff.commands import ablate_trained, arguments, studies
+from hmdiff.cli import ablate_trained, arguments, studies
 from hmdiff.errors import UserError
 
 OUTPUT = Path("outputs/ablation")

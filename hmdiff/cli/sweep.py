@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.commands import arguments, studies
+from hmdiff.cli import arguments, studies
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:

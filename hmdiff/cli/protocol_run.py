@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Scored:
 
 
 def run_protocols(options: argparse.Namespace) -> int:
-    from hmdiff.commands.evaluate import stored, suffix
+    from hmdiff.cli.evaluate import stored, suffix
     from hmdiff.evaluate.ground_truth import body_kind, check_body, protocol_regressors
     from hmdiff.evaluate.protocols import get_protocol
     from hmdiff.evaluate.report import Processes, report_of, save_scores, score_people
@@ -81,7 +81,7 @@ def run_protocols(options: argparse.Namespace) -> int:
 def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
     """The checkpoints, or the one folder of predictions."""
     from hmdiff.body.body import load_body
-    from hmdiff.commands.evaluate import SPLITS, labels, model_hash
+    from hmdiff.cli.evaluate import SPLITS, labels, model_hash
     from hmdiff.evaluate.protocols import get_protocol
 
     if options.predictions is not None and options.guidance != "none":
@@ -107,7 +107,7 @@ class Data:
     """--data: a synthetic split, or a prepared data set."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from hmdiff.commands.evaluate import SPLITS
+        from hmdiff.cli.evaluate import SPLITS
 
         self.split: str | None = options.data if options.data in SPLITS else None
         self.store: PreparedShards | None = None
@@ -138,7 +138,7 @@ class Data:
             files = PredictionFiles(options.predictions, scored.body.num_vertices)
             predicted = PredictedPeople(files, truths, count)
             return predicted, lambda: predicted.names, settings | {"predictions": files.fingerprint()}
-        from hmdiff.commands.evaluate import guided_by
+        from hmdiff.cli.evaluate import guided_by
         from hmdiff.evaluate.ground_truth import raw_placement
 
         pipeline = scored.pipeline
@@ -160,7 +160,7 @@ class Data:
     def _truths(
         self, options: argparse.Namespace, scored: Scored, protocol: Protocol
     ) -> tuple[Truths, int, dict[str, Any]]:
-        from hmdiff.commands.evaluate import PEOPLE, test_people
+        from hmdiff.cli.evaluate import PEOPLE, test_people
         from hmdiff.evaluate.ground_truth import GroundTruth
         from hmdiff.evaluate.scored_people import RecordTruths, SampleTruths
 
@@ -190,7 +190,7 @@ class Data:
     def _source(self, options: argparse.Namespace, pipeline: HMDiffPipeline) -> Any:
         import torch
 
-        from hmdiff.commands.evaluate import test_people
+        from hmdiff.cli.evaluate import test_people
         from hmdiff.data.recorded import RecordedPeople
 
         model = pipeline.model.config
@@ -219,7 +219,7 @@ def bar(title: str, people: People, processes: Processes) -> Any:
     """Of the first process, over its own share."""
     import contextlib
 
-    from hmdiff.commands.evaluate import progress
+    from hmdiff.cli.evaluate import progress
 
     if not processes.first:
         return contextlib.nullcontext(lambda done: None)

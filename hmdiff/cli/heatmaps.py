@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    from hmdiff.commands.estimation import add_estimation
+    from hmdiff.cli.estimation import add_estimation
 
     parser = arguments.new_parser(
         subparsers,
@@ -42,8 +42,8 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from hmdiff.cli import report
-    from hmdiff.commands.estimation import Estimation
+    from hmdiff.cli.estimation import Estimation
+    from hmdiff.cli.main import report
     from hmdiff.files.storage import make_folder
     from hmdiff.heatmaps import save_heatmaps
     from hmdiff.viz.canvas import read_picture, save_picture
@@ -95,7 +95,7 @@ def heat_picture(
     import cv2
     import numpy as np
 
-    from hmdiff.commands.photos import peaks
+    from hmdiff.cli.photos import peaks
     from hmdiff.heatmaps import HEATMAP_SIZE
     from hmdiff.viz.canvas import draw_keypoints, heat_colours
 

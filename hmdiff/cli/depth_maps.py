@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.commands import arguments
-from hmdiff.commands.photos import PhotoPeople, pair_files
+from hmdiff.cli import arguments
+from hmdiff.cli.photos import PhotoPeople, pair_files
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,9 +30,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
-    from hmdiff.cli import report
-    from hmdiff.commands.photos import read_people
-    from hmdiff.commands.sample import sample_people
+    from hmdiff.cli.main import report
+    from hmdiff.cli.photos import read_people
+    from hmdiff.cli.sample import sample_people
     from hmdiff.files.resources import asset_path
     from hmdiff.files.storage import make_folder
 

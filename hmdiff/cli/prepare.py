@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 
 # Of hmdiff.data.readers, which a test holds them to: importing it would slow every other command's start.
 DATASETS = (
@@ -220,7 +220,7 @@ def _checkpoint(options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
-    from hmdiff.commands.evaluate import MAP_SIZE, progress, test_people
+    from hmdiff.cli.evaluate import MAP_SIZE, progress, test_people
     from hmdiff.evaluate.calibration import calibrate, store_temperature
 
     arguments.check_guidance(options)

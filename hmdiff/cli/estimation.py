@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.commands import arguments
-from hmdiff.commands.photos import Box
+from hmdiff.cli import arguments
+from hmdiff.cli.photos import Box
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.commands import arguments
+from hmdiff.cli import arguments
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hmdiff.body.body import Body
-    from hmdiff.commands.estimation import Estimation
-    from hmdiff.commands.photos import Box, PhotoPeople
+    from hmdiff.cli.estimation import Estimation
+    from hmdiff.cli.photos import Box, PhotoPeople
     from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; changes no result
@@ -25,8 +25,8 @@ MODES = 5  # groups of hypotheses in the npz, at most
 
 
 def add_parser(subparsers: Any) -> None:
-    from hmdiff.commands.depth_maps import add_depth
-    from hmdiff.commands.estimation import add_estimation
+    from hmdiff.cli.depth_maps import add_depth
+    from hmdiff.cli.estimation import add_estimation
 
     parser = arguments.new_parser(
         subparsers,
@@ -69,10 +69,10 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from hmdiff.cli import report
-    from hmdiff.commands.depth_maps import check_depth, with_depth
-    from hmdiff.commands.estimation import Estimation, needs_pose
-    from hmdiff.commands.photos import pair_files
+    from hmdiff.cli.depth_maps import check_depth, with_depth
+    from hmdiff.cli.estimation import Estimation, needs_pose
+    from hmdiff.cli.main import report
+    from hmdiff.cli.photos import pair_files
     from hmdiff.files.storage import make_folder
 
     if options.box is not None and len(options.photos) > 1:
@@ -113,7 +113,7 @@ def _read(
     estimate: Estimation | None,
 ) -> PhotoPeople:
     """One box also sets the crop of keypoints; several are people for the pose estimator."""
-    from hmdiff.commands.photos import read_people
+    from hmdiff.cli.photos import read_people
 
     if boxes is not None and len(boxes) > 1 and estimate is None:
         raise UserError(f"{len(boxes)} times --box, but only --pose MODEL takes several people's; give one")
@@ -182,8 +182,8 @@ def sample_batch(
     """One call of the pipeline. A person's number in their photo seeds them, whoever else is in the batch."""
     import torch
 
-    from hmdiff.commands.depth_maps import depth_crops
-    from hmdiff.commands.photos import crops
+    from hmdiff.cli.depth_maps import depth_crops
+    from hmdiff.cli.photos import crops
     from hmdiff.heatmaps import concatenate_heatmaps
     from hmdiff.viz.canvas import read_picture
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.commands import arguments, studies
+from hmdiff.cli import arguments, studies
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _check_given(options: argparse.Namespace) -> None:
 
 def _check_splits(options: argparse.Namespace, tables: dict[str, TrainedTable]) -> None:
     """Before hours of training, not after."""
-    from hmdiff.commands.evaluate import SPLITS
+    from hmdiff.cli.evaluate import SPLITS
     from hmdiff.data.motion_blur import SUFFIX
 
     for table in tables.values():
@@ -223,7 +223,7 @@ def _evaluate(
     """Cells that are stored are read, the others computed, each row's people built once."""
     from tqdm import tqdm
 
-    from hmdiff.commands.evaluate import model_hash
+    from hmdiff.cli.evaluate import model_hash
     from hmdiff.lab.trained_ablations import digest, essence
     from hmdiff.lab.trained_cells import compute_cell, people_of, stored_cell, tested_config
     from hmdiff.lab.trained_runs import is_done
