@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.mesh import MeshSampler
+from hmdiff.build import build_data, build_mesh, build_model, build_scheduler
 from hmdiff.config import Config, load_config
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans

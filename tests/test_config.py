@@ -88,7 +88,7 @@ def test_check_keys() -> None:
 def test_every_shipped_config_is_valid() -> None:
     import inspect
 
-    from hmdiff.assembly import build_scheduler
+    from hmdiff.build import build_scheduler
     from hmdiff.models.recovery import MeshRecoveryModel
 
     folder = Path(__file__).resolve().parent.parent / "configs"

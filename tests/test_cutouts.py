@@ -13,8 +13,8 @@ from PIL import Image
 from records import make_records
 from small import free_body, people_block, small_config
 
-from hmdiff.assembly import build_data
 from hmdiff.body.skeletons import HALPE26
+from hmdiff.build import build_data
 from hmdiff.data.recorded import RecordedPeople
 from hmdiff.data.sample import Sample
 from hmdiff.data.shards import RecordFiles

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from small import awaken, free_body
 
-from hmdiff.assembly import build_data
+from hmdiff.build import build_data
 from hmdiff.config import load_config
 from hmdiff.models.backbone import JointHeatmapBackbone
 from hmdiff.models.depth import DepthAtTokens, DepthFusion, near_relief, normalise_depth, resize_depth

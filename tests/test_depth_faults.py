@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import free_body, people, small_config
 
-from hmdiff.assembly import build_data
+from hmdiff.build import build_data
 from hmdiff.data.sample import Sample, concatenate
 from hmdiff.data.synthetic.depth_faults import DepthFaults, estimate_depth
 from hmdiff.data.synthetic.depth_scene import FARTHEST, compose_depth

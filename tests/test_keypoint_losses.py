@@ -10,7 +10,7 @@ import torch
 from small import awaken, free_body, people_block, small_config
 from torch import Tensor
 
-from hmdiff.assembly import build_model, build_scheduler
+from hmdiff.build import build_model, build_scheduler
 from hmdiff.config import LossConfig
 from hmdiff.data.sample import Sample
 from hmdiff.geometry import crop_rotation

@@ -14,9 +14,9 @@ from records import MARKED, ListReader, make_records, red_place
 from small import awaken, free_body, people, small_config
 from torch import Tensor
 
-from hmdiff.assembly import build_model, build_scheduler, build_source
 from hmdiff.body.mesh import MeshSampler
 from hmdiff.body.skeletons import HALPE26, SMPL24, mirror_permutation
+from hmdiff.build import build_model, build_scheduler, build_source
 from hmdiff.config import Config, LossConfig
 from hmdiff.data.mixture import PERIOD, Mixture, WithSplits, schedule
 from hmdiff.data.prepare import prepare_dataset

@@ -9,7 +9,7 @@ import torch
 from small import free_body, small_config
 from torch import Tensor
 
-from hmdiff.assembly import build_model, build_pipeline, build_scheduler
+from hmdiff.build import build_model, build_pipeline, build_scheduler
 from hmdiff.data.sample import Sample
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, depth_of, evaluate
@@ -31,7 +31,7 @@ EVERYTHING = tuple(value for name, path in PATHS.items() for value in path if na
 
 
 def people_of(*overrides: str) -> Sample:
-    from hmdiff.assembly import build_data
+    from hmdiff.build import build_data
 
     values = small_config("unused", *overrides)
     body, mesh = free_body()
@@ -174,7 +174,7 @@ def test_depth_is_asked_for_and_refused_by_name() -> None:
 
 def test_a_split_is_evaluated_with_every_path() -> None:
     pipeline, _ = all_paths()
-    from hmdiff.assembly import build_data
+    from hmdiff.build import build_data
 
     body, mesh = free_body()
     data = build_data(small_config("unused", *EVERYTHING), body, mesh, full_mesh=True)

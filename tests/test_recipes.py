@@ -14,9 +14,9 @@ import standins as s
 import torch
 from accelerate import init_empty_weights
 
-from hmdiff.assembly import build_mesh, build_source
 from hmdiff.body import mesh_cache
 from hmdiff.body.body import load_body
+from hmdiff.build import build_mesh, build_source
 from hmdiff.config import Config, load_config
 from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import open_reader

@@ -7,7 +7,7 @@ import torch
 from small import awaken, free_body, people_block, small_config, small_pipeline
 from torch import Tensor
 
-from hmdiff.assembly import build_mesh, build_model
+from hmdiff.build import build_mesh, build_model
 from hmdiff.errors import UserError
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel

@@ -9,8 +9,8 @@ import torch
 from small import free_body, people, people_block, small_config
 from torch import Tensor
 
-from hmdiff.assembly import build_data
 from hmdiff.body.skeletons import HALPE26
+from hmdiff.build import build_data
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.corruption import EstimatorFaults
 from hmdiff.data.synthetic.people import GUESS, SPLITS, SyntheticHumans, block_generator

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from hmdiff.assembly import build_data, build_mesh, build_model, build_scheduler
 from hmdiff.body.body import load_body
 from hmdiff.body.mesh import load_mesh
+from hmdiff.build import build_data, build_mesh, build_model, build_scheduler
 from hmdiff.config import Config, load_config
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.poses import PoseMixture

@@ -20,7 +20,7 @@ import torch
 from accelerate.state import AcceleratorState
 from small import SMALL, free_body, people, small_config, small_pipeline
 
-from hmdiff.assembly import build_source
+from hmdiff.build import build_source
 from hmdiff.cli.main import main
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.data.label_noise import NoisyLabels

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from small import free_body, people_block, small_config
 from torch import Tensor
 
-from hmdiff.assembly import build_model, build_scheduler
+from hmdiff.build import build_model, build_scheduler
 from hmdiff.config import Config
 from hmdiff.errors import UserError
 from hmdiff.models.prediction import Prediction

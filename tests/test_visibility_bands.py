@@ -10,7 +10,7 @@ import pytest
 import torch
 from small import free_body, people, small_config, small_pipeline
 
-from hmdiff.assembly import build_data
+from hmdiff.build import build_data
 from hmdiff.cli.evaluate import print_bands
 from hmdiff.cli.main import main
 from hmdiff.data.sample import Sample

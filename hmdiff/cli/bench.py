@@ -54,8 +54,8 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
     from hmdiff.body.body import load_body
+    from hmdiff.build import build_mesh, build_model, build_scheduler, build_source
     from hmdiff.evaluate.evaluation import as_heatmaps
     from hmdiff.pipeline import HMDiffPipeline
     from hmdiff.train.memory import memory_text, parameters, peak_gigabytes

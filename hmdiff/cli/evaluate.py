@@ -197,7 +197,7 @@ def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> d
 
 def test_people(body: Body, image_size: int | None = None, map_size: int = 0) -> SyntheticHumans:
     """The people of the splits, the same for every checkpoint: the default data, with pictures where they are read."""
-    from hmdiff.assembly import build_data, build_mesh
+    from hmdiff.build import build_data, build_mesh
     from hmdiff.config import load_config
 
     pictures = [] if image_size is None else ["data.pictures=true", f"data.image_size={image_size}"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.body.body import load_body
+from hmdiff.build import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.config import Config
 from hmdiff.train.loop import TrainingStream
 from hmdiff.train.step import keypoint_map, training_losses

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmdiff.assembly import build_mesh, build_source
 from hmdiff.body.body import Body
+from hmdiff.build import build_mesh, build_source
 from hmdiff.config import Config, load_config
 from hmdiff.data.motion_blur import Blurred
 from hmdiff.data.sample import PeopleSource, Sample

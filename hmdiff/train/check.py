@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from hmdiff.assembly import build_mesh, build_source
 from hmdiff.body.body import load_body
+from hmdiff.build import build_mesh, build_source
 from hmdiff.config import Config
 from hmdiff.data.mixture import PERIOD, Mixture, WithSplits
 from hmdiff.data.sample import PeopleSource, Sample

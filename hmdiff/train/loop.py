@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from hmdiff.assembly import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.body.body import load_body
+from hmdiff.build import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.data.sample import PeopleSource, Sample, concatenate
 from hmdiff.data.synthetic.people import block_generator
