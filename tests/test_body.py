@@ -20,7 +20,7 @@ from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from hmdiff.files.unpickling import load_pickle
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.prepare.body import _boundary_loops, _fit_row, _strip, build_free_body
+from tools.build.body import _boundary_loops, _fit_row, _strip, build_free_body
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +407,7 @@ def test_malicious_pickle_is_refused(tmp_path: Path, protocol: int) -> None:
     assert not target.exists()
 
 
-# Parts of `hmdiff prepare body` that need no anny.
+# Parts of tools/build/body.py that need no anny.
 
 
 def test_prepare_without_anny_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

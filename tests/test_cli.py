@@ -71,7 +71,8 @@ def test_help_is_quick_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert not {"torch", "numpy", "omegaconf", "rich", "tqdm"} & set(run.stdout.split())
 
-    for words in [[name] for name in COMMANDS] + [["prepare", part] for part in ("body", "mesh", "poses", "sample")]:
+    parts = ("licensed", "checkpoint", "estimator")
+    for words in [[name] for name in COMMANDS] + [["prepare", part] for part in parts]:
         with pytest.raises(SystemExit) as stop:
             main([*words, "--help"])
         text = capsys.readouterr().out
@@ -350,14 +351,11 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "MISSING  nothing.npz" in capsys.readouterr().out
 
 
-def test_prepare_sample_renders_a_person(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from hmdiff.prepare import sample as maker
+def test_the_sample_is_a_rendered_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools.build import sample as maker
 
     monkeypatch.setattr(maker, "SIZE", (96, 72))
-    assert main(["prepare", "sample", "--output", str(tmp_path)]) == 0
-    assert str(tmp_path) in capsys.readouterr().out
+    maker.main(["--output", str(tmp_path)])
     people = read_people(tmp_path / "sample.jpg")
     assert people.size == (72, 96) and len(people.heatmaps) == 1
     picture, points, share = maker.render_person(maker.SEED)

@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         "data", "diffusion", "estimators", "evaluate.hand_metrics", "evaluate.metrics",
         "evaluate.uncertainty_metrics", "losses", "models",
     }),
-    frozenset({"build", "output", "pipeline", "prepare", "viz"}),
+    frozenset({"build", "output", "pipeline", "viz"}),
     frozenset({"evaluate"}),
     frozenset({"train"}),
     frozenset({"lab"}),

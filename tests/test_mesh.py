@@ -22,10 +22,10 @@ from hmdiff.body.mesh import (
     partition_patches,
     save_mesh,
 )
+from hmdiff.body.mesh_cache import random_bodies
 from hmdiff.body.surface import closest_on_surface, surface_distances
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.prepare.mesh import random_bodies
 
 
 def open_cap() -> trimesh.Trimesh:

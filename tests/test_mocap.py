@@ -10,7 +10,7 @@ import torch
 from hmdiff.body.skeletons import SMPL24
 from hmdiff.data.synthetic.anatomy import rotations_to_angles
 from hmdiff.errors import UserError
-from hmdiff.prepare import acclaim, mocap
+from tools.build import acclaim, mocap
 
 RECORDINGS = Path(__file__).parents[2] / "shared" / "data" / "mocap" / "cmu_asfamc_subjects_01-03.tar.xz"
 

@@ -15,8 +15,8 @@ from hmdiff.data.synthetic.pose_prior import PosePrior, mirror_features, pose_fe
 from hmdiff.data.synthetic.poses import PoseMixture, joint_limit_violation, mirror_pose, sample_orientation
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
-from hmdiff.prepare.intersection import self_intersection
-from hmdiff.prepare.poses import CREDIT, fit_mixture, write_prior
+from tools.build.intersection import self_intersection
+from tools.build.poses import CREDIT, fit_mixture, write_prior
 
 INDEX = {name: number for number, name in enumerate(SMPL24)}
 MIRRORED = torch.tensor([-1.0, 1.0, 1.0])

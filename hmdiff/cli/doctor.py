@@ -21,7 +21,7 @@ OPTIONAL = {
     "mmdet": ("finds the people in a photo, for --detector", "uv sync --extra mmpose"),
     "mmpretrain": ("only mmpose's ViTPose needs it", "pip install --no-deps mmpretrain"),
     "smplx": ("only the tests need it; SMPL files are read without", "pip install 'hmdiff[smplx]'"),
-    "anny": ("only `hmdiff prepare body` needs it", "pip install 'hmdiff[prepare]'"),
+    "anny": ("only tools/build/body.py needs it", "pip install 'hmdiff[prepare]'"),
 }
 COMPANIONS = {"mmpose": ("mmcv", "mmengine", "xtcocotools", "mmdet"), "mmdet": ("mmcv", "mmengine")}
 _DISTRIBUTIONS = {"cv2": "opencv-python", "PIL": "pillow"}

