@@ -19,8 +19,8 @@ from hmdiff.errors import UserError
 from hmdiff.version import __version__
 
 COMMANDS = (
-    "demo", "sample", "view", "heatmaps", "stress", "train", "evaluate", "sweep", "ablate", "bench", "info", "prepare",
-    "doctor",
+    "demo", "sample", "view", "export", "heatmaps", "stress", "train", "evaluate", "sweep", "ablate", "bench", "info",
+    "prepare", "doctor",
 )  # fmt: skip
 TRACEBACK_VARIABLE = "HMDIFF_TRACEBACK"  # any value: show where an error came from
 
