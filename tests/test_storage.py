@@ -210,3 +210,90 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="may not be written"), atomic_file(tmp_path / "a") as temporary:
         raise PermissionError(errno.EACCES, textwrap.shorten("Permission denied", 20))
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_a_symbolic_link_at_a_temporary_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    monkeypatch.setattr(storage.secrets, "token_hex", lambda size: "guessed")
+    for suffix in (".txt", ""):
+        link = storage._temporary(tmp_path / "a.txt", suffix)
+        link.symlink_to(victim)
+    for context in (atomic_file(tmp_path / "a.txt"), atomic_folder(tmp_path / "a.txt")):
+        with pytest.raises(UserError, match=r"a\.txt: could not be written"), context:
+            pytest.fail("entered")
+    assert victim.read_text() == "mine"
+
+
+def test_temporary_names_are_not_guessable(tmp_path: Path) -> None:
+    found = set()
+    for _ in range(5):
+        with atomic_file(tmp_path / "a.txt") as temporary:
+            found.add(temporary.name)
+    assert len(found) == 5
+
+
+def test_everything_is_flushed_before_its_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and the folder's entries, then the rename, then the entry of the parent."""
+    done: list[str] = []
+    monkeypatch.setattr(storage, "sync", lambda path: done.append(path.name if path != tmp_path else "parent"))
+    for name in ("replace", "rename"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, f=original: (done.append("rename"), f(*a)))
+    with atomic_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("x")
+    assert done == [temporary.name, "rename", "parent"]
+    done.clear()
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "below").mkdir()
+        (temporary / "below" / "w").write_text("x")
+    assert done == ["w", "below", temporary.name, "rename", "parent"]
+
+
+def test_the_umask_decides_the_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_file(tmp_path / "a.txt") as temporary:
+            temporary.unlink()
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))  # as a writer that is private
+        with atomic_folder(tmp_path / "model") as temporary:
+            os.close(os.open(temporary / "w", os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "a.txt", tmp_path / "model", tmp_path / "model" / "w")]
+    assert modes == [0o640, 0o750, 0o640]
+
+
+def test_the_error_is_told_and_not_that_of_the_tidying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that turns read-only: the temporary file cannot be removed either."""
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with pytest.raises(UserError, match=r"a\.txt: may not be written \(Read-only"), atomic_file(tmp_path / "a.txt"):
+        monkeypatch.setattr(Path, "unlink", read_only)
+        read_only()
+
+
+def test_names_up_to_the_systems_limit(tmp_path: Path) -> None:
+    longest = "n" * 251 + ".txt"
+    with atomic_file(tmp_path / longest) as temporary:
+        temporary.write_text("x")
+    with atomic_folder(tmp_path / ("m" * 255)):
+        pass
+    for context in (atomic_file(tmp_path / ("n" * 256)), atomic_folder(tmp_path / ("n" * 256))):
+        with pytest.raises(UserError, match="too long"), context:
+            pass
+    assert len(names(tmp_path)) == 2
+    with pytest.raises(UserError, match="null"):
+        make_folder(tmp_path / "a\0b")
+
+
+def test_a_link_to_a_folder_is_replaced_and_its_target_kept(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "mine").touch()
+    (tmp_path / "model").symlink_to(tmp_path / "target")
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "w").touch()
+    assert names(tmp_path / "model") == ["w"] and names(tmp_path / "target") == ["mine"]
+    assert names(tmp_path) == ["model", "target"]

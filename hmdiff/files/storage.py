@@ -1,4 +1,8 @@
-"""Writing files so that a kill, a full disk or a second process never leaves half of one behind."""
+"""Writing files so that a kill, a power cut, a full disk or a second process never leaves half of one behind.
+
+A file or folder is written under a temporary name beside its place, flushed to the disk (its bytes and the folder's
+entry), and renamed. Temporary names cannot be guessed and are never opened through a symbolic link.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import contextlib
 import ctypes
 import errno
 import glob
+import hashlib
 import os
 import platform
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +30,8 @@ def _full(path: Path) -> UserError:
 def _write_error(path: Path, error: OSError) -> UserError:
     if error.errno in _NO_SPACE:
         return _full(path)
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{str(path)[:150]}...: the name is too long for this file system; choose a shorter one")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{path}: may not be written ({error.strerror}); choose another output folder")
     return UserError(f"{path}: could not be written ({error.strerror or error})")
@@ -40,9 +47,16 @@ def _reporting(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # safetensors and torch.save tell of a full disk in exceptions of their own.
-        if "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**16:
+        if "No space left" in str(error) or _nearly_full(path.parent):
             raise _full(path) from error
         raise
+
+
+def _nearly_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < 2**16
+    except OSError:
+        return False
 
 
 def make_folder(path: str | Path) -> Path:
@@ -54,24 +68,34 @@ def make_folder(path: str | Path) -> Path:
         raise UserError(f"{path}: a file of that name is in the way of a folder; move it or choose another") from None
     except OSError as error:
         raise _write_error(path, error) from None
+    except ValueError as error:  # a null character
+        raise UserError(f"{str(path)[:150]!r}: not a folder's name ({error})") from None
     return path
 
 
 def _prefix(path: Path, process: int | str) -> str:
-    return f".{path.name}.{platform.node()}-{process}."
+    name = path.name
+    if len(os.fsencode(name)) > 120:  # or the temporary name would be too long where the name itself is not
+        name = f"{name[:24]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return f".{name}.{platform.node()[:40]}-{process}."
+
+
+def _temporary(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{_prefix(path, os.getpid())}{secrets.token_hex(6)}.part{suffix}")
 
 
 def _sweep(path: Path) -> None:
     """Remove what writers of `path` on this machine left behind when they were killed."""
     start = _prefix(path, "")[:-1]
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part*"):
+    for left in path.parent.glob(f"{glob.escape(start)}*.part*"):
         process = left.name.removeprefix(start).split(".")[0]
         if not left.name.startswith(start) or not process.isdigit() or _alive(int(process)):
             continue
-        if left.is_dir():
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                left.unlink()
 
 
 def _alive(process: int) -> bool:
@@ -95,16 +119,47 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(f"{_prefix(path, os.getpid())}part{path.suffix}")
+    temporary = _temporary(path, path.suffix if len(path.suffix) < 12 else "")
     try:
         with _reporting(path):
             _sweep(path)
+            # Made here and never through a link; whoever writes finds it, and the umask's permissions, there.
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666))
+            mode = temporary.stat().st_mode & 0o777
             yield temporary
-            with open(temporary, "rb") as handle:  # a rename is only durable once the bytes are
-                os.fsync(handle.fileno())
+            os.chmod(temporary, mode)
+            sync(temporary)
             os.replace(temporary, path)
+            sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # or it would hide the error that brought us here
+            temporary.unlink()
+
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's entries, to the disk: only then does a rename survive a power cut."""
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF, errno.ENOTSUP)):
+            raise  # some network file systems cannot flush a folder
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of every file and folder below, and of the folder itself."""
+    for place, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            if not os.path.islink(os.path.join(place, name)):
+                sync(Path(place, name))
+        sync(Path(place))
 
 
 @contextlib.contextmanager
@@ -116,20 +171,29 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     make_folder(path.parent)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{path}: a file of that name is in the way of a folder; move it or choose another")
+    temporary = _temporary(path, "")
     with _reporting(path):
         _sweep(path)
-        temporary = Path(tempfile.mkdtemp(prefix=_prefix(path, os.getpid()), suffix=".part", dir=path.parent))
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private, but the result is an ordinary folder
+        os.mkdir(temporary)
     try:
         with _reporting(path):
+            mode = temporary.stat().st_mode & 0o666
             yield temporary
+            for place, _, files in os.walk(temporary):
+                for name in files:  # some writers make theirs private, whatever the umask
+                    os.chmod(os.path.join(place, name), mode)
+            sync_tree(temporary)
             if path.exists():
                 _exchange(temporary, path)
             else:
                 os.rename(temporary, path)
+            sync(path.parent)
     finally:
+        if temporary.is_symlink():  # that stood in the new folder's place
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
