@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import pickle
@@ -204,9 +205,9 @@ def test_faults_of_pictures_name_file_and_row(tmp_path: Path) -> None:
             prepare_dataset(ListReader([records[0], record, records[2]]), tmp_path / "out")
 
     image.write_bytes(whole[: len(whole) // 2])
-    fails(r"labels.npz row 1: its image .*image_001.jpg cannot be read \(.*truncated.*\); copy it again")
+    fails(r"labels.npz row 1: its image cannot be read \(.*image_001.jpg: a damaged picture .*truncated")
     image.write_bytes(b"no picture")
-    fails(r"labels.npz row 1: its image .*image_001.jpg cannot be read \(cannot identify")
+    fails(r"labels.npz row 1: its image cannot be read \(.*image_001.jpg: not a picture")
     image.unlink()
     fails(r"labels.npz row 1: its image .*image_001.jpg is missing; complete the data set's images")
     image.write_bytes(whole)
@@ -274,7 +275,7 @@ def test_faults_of_a_prepared_folder(tmp_path: Path) -> None:
     PreparedShards(folder).verify()
 
     index.write_text(told[:50])
-    with pytest.raises(UserError, match=r"index.json: damaged .*; remove the folder"):
+    with pytest.raises(UserError, match=r"index.json: not JSON, .*; remove the folder"):
         PreparedShards(folder)
     index.write_text("{}")
     with pytest.raises(UserError, match=r"index.json: not the index of a prepared data set"):
@@ -343,3 +344,97 @@ def test_loading_is_measured(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its records have no pictures, so there is nothing to load"):
         compare_loading(tmp_path / "blind")
     assert io.BytesIO(shards[0].picture.tobytes()).read(2) == b"\xff\xd8"  # jpg
+
+
+# -- damage and malice -----------------------------------------------------------------------------------------------
+
+
+def test_one_flipped_bit_is_noticed_when_its_record_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    prepared(folder, make_records(tmp_path, 6, photos=False))
+    shard = folder / "shard_00000.arrow"
+    whole = shard.read_bytes()
+    values = np.asarray(PreparedShards(folder)[2].record.pose, np.float32)[5]
+    place = whole.index(values.tobytes())
+    shard.write_bytes(whole[: place + 3] + bytes([whole[place + 3] ^ 64]) + whole[place + 4 :])
+    shards = PreparedShards(folder)
+    assert shards[1].record.name  # the others are whole
+    with pytest.raises(UserError, match=r"shard_00000.arrow: record 2 has another checksum"):
+        shards[2]
+    # A folder of before there were checksums of records: all of the shard is read when it is opened.
+    told = json.loads((folder / INDEX).read_text())
+    for entry in told["shards"]:
+        del entry["crc32"]
+    (folder / INDEX).write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"shard_00000.arrow: its checksum is not the one"):
+        PreparedShards(folder)[1]
+    shard.write_bytes(whole)
+    assert PreparedShards(folder)[2].record.name
+
+
+def test_offsets_that_lie_do_not_crash(tmp_path: Path) -> None:
+    """Arrow's own reading trusts them: the interpreter ended."""
+    folder = tmp_path / "out"
+    prepared(folder, make_records(tmp_path, 4, photos=False))
+    shard = folder / "shard_00000.arrow"
+    whole = bytearray(shard.read_bytes())
+    offsets = np.array([0, 26, 52, 78, 104], np.int32).tobytes()  # of four records' keypoints
+    place = whole.index(offsets)
+    whole[place + 8 : place + 12] = np.array([2**30], np.int32).tobytes()
+    shard.write_bytes(whole)
+    with pytest.raises(UserError, match=r"shard_00000.arrow: a damaged shard"):
+        PreparedShards(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("records", "6", "records is '6', int expected"),
+        ("complete", 1, "complete is 1, bool expected"),
+        ("shards", {}, r"shards is \{\}, list expected"),
+        ("shards", [5], r"shards\[0\] is 5"),
+        ("groups", {"a": None}, r"groups\['a'\] is None"),
+        ("file", "../../shard_00000.arrow", r"shards\[0\].file '../../shard_00000.arrow' is not a shard's name"),
+        ("file", "/etc/passwd", ".* is not a shard's name"),
+        ("file", None, r"shards\[0\].file is None, str expected"),
+        ("bytes", -5, r"shards\[0\].bytes is -5"),
+        ("records of it", 2.0, r"shards\[0\].records is 2.0, int expected"),
+        ("crc32", [1], r"shards\[0\].crc32 is not a number for each record"),
+        ("crc32", "text", r"shards\[0\].crc32 is not a number for each record"),
+    ],
+)
+def test_an_index_of_other_types_is_refused(tmp_path: Path, field: str, value: object, message: str) -> None:
+    prepared(tmp_path / "out", make_records(tmp_path, 4, photos=False))
+    path = tmp_path / "out" / INDEX
+    index = json.loads(path.read_text())
+    if field in index:
+        index[field] = value
+    else:
+        index["shards"][0][field.removesuffix(" of it")] = value
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"index.json: {message}"):
+        PreparedShards(tmp_path / "out")
+
+
+def test_mutants_of_a_prepared_folder(tmp_path: Path) -> None:
+    """Of its shards, with and without the checksums that would find them at once: a record or one line, no crash."""
+    folder = tmp_path / "out"
+    prepared(folder, make_records(tmp_path, 4, photos=False))
+    shard, index = folder / "shard_00000.arrow", folder / INDEX
+    whole, told = shard.read_bytes(), json.loads(index.read_text())
+    generator, refused = np.random.default_rng(0), 0
+    for _ in range(150):
+        content = bytearray(whole)
+        for place in generator.integers(len(content), size=generator.integers(1, 4)).tolist():
+            content[place] = int(generator.integers(256))
+        shard.write_bytes(content)
+        told["shards"][0].pop("crc32", None)
+        told["shards"][0]["sha256"] = hashlib.sha256(content).hexdigest()  # as a forger would
+        index.write_text(json.dumps(told))
+        try:
+            shards = PreparedShards(folder)
+            for number in range(len(shards)):
+                shards[number].record.check()
+        except UserError:
+            refused += 1
+    assert 20 < refused < 150

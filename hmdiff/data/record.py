@@ -19,6 +19,7 @@ from hmdiff.errors import UserError
 BODIES = ("smpl", "smplx", "mano")
 GENDERS = ("neutral", "male", "female")
 HANDS = ("left", "right")
+LARGEST = 1e6  # of any number in a record: metres and pixels beyond it overflow further on
 
 # Every array of a record with its shape; a letter is a length that must agree where it occurs again.
 SHAPES: dict[str, tuple[int | str, ...]] = {
@@ -61,7 +62,7 @@ class Record:
             value = getattr(self, field)
             if value is not None:
                 self._check_array(field, np.asarray(value), shape, lengths)
-        if not (np.isfinite(self.side) and self.side > 0):
+        if not (isinstance(self.side, float | int | np.number) and 0 < self.side <= LARGEST):
             raise self.error(f"a crop of side {self.side}, expected more than 0 pixels; mend its box, or leave it out")
         for field, names, length in (
             ("joints_3d", self.joint_names, lengths.get("K", 0)),
@@ -85,6 +86,8 @@ class Record:
                 raise self.error(f"{field} is {value!r}, expected one of {', '.join(str(word) for word in known)}")
         if not self.name:
             raise self.error("a record without a name")
+        if ".." in self.name.split("/") or self.name.startswith("/"):  # files are named by it
+            raise self.error(f"a record of the name {self.name!r:.80}; a relative path was expected")
         if self.body == "mano" and self.hand is None and self.pose is not None:
             raise self.error("a MANO pose that does not say which hand it is")
 
@@ -104,8 +107,13 @@ class Record:
             words = ", ".join(str(want) for want in wanted)
             raise self.error(f"{field} has shape {value.shape}, expected ({words}{',' if len(wanted) == 1 else ''})")
         lengths.update({size: have for size, have in zip(shape, value.shape, strict=True) if isinstance(size, str)})
-        if not np.isfinite(self._labelled(field, value)).all():
+        if value.dtype.kind not in "biuf":
+            raise self.error(f"{field} is of {value.dtype}, numbers were expected; mend the file")
+        labelled = self._labelled(field, value)
+        if not np.isfinite(labelled).all():
             raise self.error(f"{field} has NaN or infinity in it; leave the row out, or mend the file")
+        if (np.abs(labelled) > LARGEST).any():
+            raise self.error(f"{field} has {np.abs(labelled).max():.3g} in it, at most {LARGEST:g} is possible")
 
     def _labelled(self, field: str, value: np.ndarray) -> np.ndarray:
         """The rows that count: an unlabelled joint may hold anything."""

@@ -5,14 +5,18 @@
 
 Arrow by pyarrow alone, our choice: random access without reading anything else, the same pages for all workers of a
 machine, and a file that pandas, polars and datasets read too. A webdataset's tar is read in order only.
+
+A shard is not trusted: Arrow takes a file's offsets for pointers. When it is opened it is validated in full, and each
+record is held against the checksum that the index has of it when it is read. Of folders prepared before there were
+checksums of records, the whole shard's is verified when it is opened.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +25,11 @@ import numpy as np
 import pyarrow as pa
 
 from hmdiff.data.record import SHAPES, Record
+from hmdiff.data.shard_index import INDEX, VERSION, check_sizes, checksum, read_index, verify_shard
 from hmdiff.errors import UserError
+from hmdiff.files.reading import read_bytes
 from hmdiff.files.storage import atomic_file, make_folder
 
-INDEX = "index.json"
-VERSION = 1
 _WORDS = ("name", "group", "body", "gender", "hand", "source")
 _NAMES = ("joint_names", "keypoint_names")
 _SCHEMA = pa.schema([
@@ -66,7 +70,8 @@ class RecordFiles:
 
     def __getitem__(self, number: int) -> Stored:
         record = self.records[number]
-        return Stored(record, None if record.image is None else np.fromfile(record.image, np.uint8), None)
+        picture = None if record.image is None else np.frombuffer(read_bytes(record.image), np.uint8)
+        return Stored(record, picture, None)
 
 
 class ShardWriter:
@@ -89,7 +94,7 @@ class ShardWriter:
             "settings": {**settings, "shard_records": shard_records},
         }  # fmt: skip
         self._rows: list[dict[str, Any]] = []
-        found = _read_index(self.folder) if (self.folder / INDEX).exists() else None
+        found = read_index(self.folder) if (self.folder / INDEX).exists() else None
         if found is not None and found["records"]:
             self._resume(found)
         else:
@@ -103,7 +108,7 @@ class ShardWriter:
                     f"{self.folder}: was prepared with {key} {before!r}, now it is {value!r}; give the same, another "
                     "folder, or remove this one"
                 )
-        _check_sizes(self.folder, found)
+        check_sizes(self.folder, found)
         self.index = found
 
     @property
@@ -153,14 +158,15 @@ class ShardWriter:
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
         columns = [pa.array([row[field.name] for row in rows], field.type) for field in _SCHEMA]
+        batch = pa.record_batch(columns, schema=_SCHEMA)
         name = f"shard_{len(self.index['shards']):05d}.arrow"
         with atomic_file(self.folder / name) as temporary:
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-                writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-            size, checksum = temporary.stat().st_size, _checksum(temporary)
+                writer.write_batch(batch)
+            size, digest = temporary.stat().st_size, checksum(temporary)
         self.index["shards"].append({
-            "file": name, "records": len(rows), "bytes": size, "sha256": checksum, "first": rows[0]["name"],
-            "last": rows[-1]["name"],
+            "file": name, "records": len(rows), "bytes": size, "sha256": digest, "first": rows[0]["name"],
+            "last": rows[-1]["name"], "crc32": [_row_checksum(batch, row) for row in range(len(rows))],
         })  # fmt: skip
         for row in rows:
             self.index["groups"][row["group"]] = self.index["groups"].get(row["group"], 0) + 1
@@ -181,12 +187,12 @@ class PreparedShards:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.index = _read_index(self.folder)
+        self.index = read_index(self.folder)
         if not self.index["complete"]:
             raise UserError(
                 f"{self.folder}: only {self.index['records']} records are prepared; run the same hmdiff prepare again"
             )
-        _check_sizes(self.folder, self.index)
+        check_sizes(self.folder, self.index)
         self._starts = np.cumsum([0, *(shard["records"] for shard in self.index["shards"])])
         self._batches: dict[int, pa.RecordBatch] = {}
 
@@ -197,7 +203,15 @@ class PreparedShards:
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)}")
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return _stored(self._batch(shard), number - int(self._starts[shard]))
+        batch, row = self._batch(shard), number - int(self._starts[shard])
+        about = self.index["shards"][shard]
+        path = self.folder / about["file"]
+        if "crc32" in about and _row_checksum(batch, row) != about["crc32"][row]:
+            raise UserError(f"{path}: record {row} has another checksum than when it was written; prepare it again")
+        try:
+            return _stored(batch, row)
+        except (ValueError, TypeError, pa.ArrowException) as error:
+            raise UserError(f"{path}: record {row} is damaged ({error}); prepare the data set again") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_batches": {}}  # each process maps the files itself
@@ -230,24 +244,29 @@ class PreparedShards:
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Read every byte. Raises `UserError` naming the first shard that is not what was written."""
         for number, shard in enumerate(self.index["shards"]):
-            path = self.folder / shard["file"]
-            if _checksum(path) != shard["sha256"]:
-                raise UserError(f"{path}: its checksum is not the one in {INDEX}; prepare the data set again")
-            if self._batch(number).num_rows != shard["records"]:
-                raise UserError(f"{path}: {self._batch(number).num_rows} records, {INDEX} says {shard['records']}")
+            verify_shard(self.folder / shard["file"], shard)
+            self._batch(number)
             if progress is not None:
                 progress(shard["records"])
 
     def _batch(self, shard: int) -> pa.RecordBatch:
         if shard not in self._batches:
-            path = self.folder / self.index["shards"][shard]["file"]
+            about = self.index["shards"][shard]
+            path = self.folder / about["file"]
+            if "crc32" not in about:
+                verify_shard(path, about)
             try:
                 reader = pa.ipc.open_file(pa.memory_map(str(path)))
                 batch = reader.get_batch(0)
-            except (OSError, pa.ArrowInvalid) as error:
-                raise UserError(f"{path}: a damaged shard ({error}); prepare the data set again") from None
+                # Offsets, lengths and UTF-8: a file that lies about them would be read beyond its end.
+                batch.validate(full=True)
+            except (OSError, MemoryError, pa.ArrowException) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{path}: a damaged shard ({reason}); prepare the data set again") from None
             if not batch.schema.equals(_SCHEMA):
                 raise UserError(f"{path}: its columns are not this version's; prepare the data set again")
+            if batch.num_rows != about["records"]:
+                raise UserError(f"{path}: {batch.num_rows} records, {INDEX} says {about['records']}; prepare it again")
             self._batches[shard] = batch
         return self._batches[shard]
 
@@ -267,48 +286,29 @@ def _stored(batch: pa.RecordBatch, row: int) -> Stored:
     if picture.is_valid:
         pixels = np.frombuffer(picture.as_buffer(), np.uint8)
         pixels.flags.writeable = False  # it is the file's own page
-    return Stored(
-        Record(side=batch.column("side")[row].as_py(), **words, **names, **arrays),
-        pixels,
-        None if region is None else tuple(region),
-    )
+    record = Record(side=batch.column("side")[row].as_py(), **words, **names, **arrays).check()
+    if region is not None and not (len(region) == 4 and np.isfinite(region).all()):
+        raise ValueError(f"a region of {region}")
+    return Stored(record, pixels, None if region is None else tuple(region))
+
+
+def _row_checksum(batch: pa.RecordBatch, row: int) -> int:
+    """CRC-32 over every field of a record, each behind its length, so that no byte can change its field."""
+    checksum = 0
+    for column in batch.columns:
+        value = column[row]
+        if not value.is_valid:
+            content: Any = b""
+        elif isinstance(value, pa.ListScalar):
+            part = value.values
+            text = pa.types.is_string(part.type)
+            content = "\0".join(part.to_pylist()).encode() if text else part.to_numpy(zero_copy_only=False).tobytes()
+        else:
+            content = value.as_buffer() if isinstance(value, pa.LargeBinaryScalar) else repr(value.as_py()).encode()
+        checksum = zlib.crc32(f"{value.is_valid} {len(content)}".encode(), checksum)
+        checksum = zlib.crc32(content, checksum)
+    return checksum
 
 
 def _sizes(shape: tuple[int | str, ...]) -> tuple[int, ...]:
     return tuple(-1 if isinstance(size, str) else size for size in shape)
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_bytes())
-    except OSError:
-        raise UserError(f"{folder}: not a prepared data set (no {INDEX}); make it with hmdiff prepare") from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); remove the folder and prepare it again") from None
-    wanted = {"version", "complete", "records", "settings", "shards", "groups"}
-    if not isinstance(index, dict) or wanted - index.keys():
-        raise UserError(f"{path}: not the index of a prepared data set; remove the folder and prepare it again")
-    if index["version"] != VERSION:
-        raise UserError(f"{path}: version {index['version']}, this hmdiff reads {VERSION}; prepare it again")
-    total = sum(shard["records"] for shard in index["shards"])
-    if total != index["records"]:
-        raise UserError(f"{path}: {index['records']} records promised, its shards have {total}; prepare it again")
-    return index
-
-
-def _check_sizes(folder: Path, index: dict[str, Any]) -> None:
-    """What a copy that broke off looks like."""
-    for shard in index["shards"]:
-        path = folder / shard["file"]
-        if not path.is_file():
-            raise UserError(f"{path}: missing; copy it again, or prepare the data set again")
-        if path.stat().st_size != shard["bytes"]:
-            raise UserError(
-                f"{path}: {path.stat().st_size} bytes, {shard['bytes']} were written; copy it again, or prepare again"
-            )
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
