@@ -70,7 +70,7 @@ def test_a_cutout_is_cut_to_its_thing_and_its_colour_does_not_bleed(folder: Path
         (lambda at: save(at / "rgb.png", np.full((8, 8, 3), 200)) or at, "rgb.png: a cut-out without transparency"),
         (lambda at: save(at / "solid.png", np.full((8, 8, 4), 255)) or at, "solid.png: a cut-out without transparency"),
         (lambda at: save(at / "clear.png", np.zeros((8, 8, 4))) or at, "clear.png: .* transparent everywhere"),
-        (lambda at: (at / "bad.png").write_bytes(b"\x89PNG nonsense") and at, "bad.png: a cut-out that cannot be read"),
+        (lambda at: (at / "bad.png").write_bytes(b"\x89PNG nonsense") and at, "bad.png: not a picture"),
     ],
 )
 def test_a_bad_folder_is_named(tmp_path: Path, make, message: str) -> None:  # type: ignore[no-untyped-def]

@@ -8,7 +8,6 @@ shapedirs (V, 3, >= 10), posedirs (V, 3, 9 (J - 1)), weights (V, J), J_regressor
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from hmdiff.body.keypoints import licensed_keypoints
 from hmdiff.body.skeletons import SMPL24
 from hmdiff.errors import UserError
+from hmdiff.files.reading import ArrayArchive
 from hmdiff.files.unpickling import load_pickle
 
 FOLDER_VARIABLE = "HMDIFF_BODY_DIR"
@@ -30,6 +30,7 @@ _SITES = {
     "mano": "https://mano.is.tue.mpg.de",
 }
 LICENSED = tuple(_SITES)
+_MAX_BYTES = 1 << 30  # of a body's arrays
 _DEPTH = 4  # folders below HMDIFF_BODY_DIR that are looked into: the published archives need three
 
 
@@ -164,17 +165,9 @@ def raw_arrays(path: str | Path) -> dict[str, Any]:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            data = {}
-            for key in archive.files:
-                try:
-                    data[key] = archive[key]
-                except ValueError:  # SMPL-X carries pickled dictionaries beside its arrays: they are not needed
-                    continue
-            return data
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path}: not a readable npz file ({error}); download it again") from None
+    archive = ArrayArchive(path, _MAX_BYTES, "download it again")
+    # SMPL-X carries pickled dictionaries beside its arrays: they are not needed.
+    return {name: archive.read(name) for name in archive.names if not archive.holds_objects(name)}
 
 
 def _parents(kintree_table: np.ndarray) -> list[int]:

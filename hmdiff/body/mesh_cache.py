@@ -21,6 +21,7 @@ from hmdiff.body.body import Body
 from hmdiff.body.decimation import MeshHierarchy, decimate, faces_digest
 from hmdiff.body.mesh import MeshSampler, build_mesh_sampler, fit_upsampling, read_mesh, save_mesh
 from hmdiff.errors import UserError
+from hmdiff.files.reading import read_npz
 from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix
 
@@ -53,11 +54,9 @@ def load_hierarchy(
     faces = body.faces.cpu().numpy()
     path = cache_folder() / f"hierarchy_{mesh_digest(body)}.npz"
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return MeshHierarchy.from_arrays(dict(stored), faces)
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # a damaged zip can fail in any way
+        if path.exists():
+            return MeshHierarchy.from_arrays(read_npz(path), faces)
+    except Exception as error:  # what the damage brings out in the hierarchy
         print(f"{path}: damaged ({error}); making it again", file=sys.stderr)
     hierarchy = decimate(body.v_template.detach().cpu().numpy(), faces)
     try:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hmdiff.body.files import FOLDER_VARIABLE, body_folder, files_by_name
 from hmdiff.errors import UserError
+from hmdiff.files.reading import ArrayArchive
 
 SMPL_VERTICES = 6890
 
@@ -67,13 +68,12 @@ def load_regressor(
         UserError: it is not there, not an npy file of numbers, or not of the shape that was published.
     """
     path = find_regressor_file(name)
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable npy file ({error}); download it again") from None
-    expected = (REGRESSORS[name].joints, num_vertices)
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu" or values.shape != expected:
-        found = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else "an npz archive"
+    archive = ArrayArchive(path, mend="download it again")
+    if not archive.single:
+        raise UserError(f"{path}: an npz archive found, an npy file expected; download it again")
+    values, expected = archive.read(""), (REGRESSORS[name].joints, num_vertices)
+    if values.dtype.kind not in "fiu" or values.shape != expected:
+        found = f"{values.dtype} {values.shape}"
         raise UserError(f"{path}: {found} found, numbers of shape {expected} expected; download it again")
     if not np.isfinite(values).all():
         raise UserError(f"{path}: it holds values that are not finite; download it again")

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from hmdiff.data.record import Reader, Record
 from hmdiff.data.shards import PreparedShards, ShardWriter
 from hmdiff.errors import UserError
+from hmdiff.files.images import open_image
+from hmdiff.files.reading import read_bytes
 
 MARGIN = 1.8  # at least 1.25 * sqrt 2
 RESOLUTION = 384
@@ -141,9 +142,9 @@ class _Photo(NamedTuple):
 
 
 def _read_photo(path: Path) -> _Photo:
-    """A photo as its labels were made on it: no EXIF orientation. Raises OSError, SyntaxError or ValueError."""
-    original = path.read_bytes()
-    with Image.open(io.BytesIO(original)) as opened:
+    """A photo as its labels were made on it: no EXIF orientation. Raises `UserError`."""
+    original = read_bytes(path)
+    with open_image(io.BytesIO(original), path) as opened:
         opened.load()  # notices a file that ends early, which OpenCV fills with grey
         pixels = np.asarray(opened.convert("RGB"))
         return _Photo(pixels, original, opened.format == "JPEG" and opened.mode == "RGB")
@@ -154,8 +155,8 @@ def _keep(record: Record, read: Any, margin: float, resolution: int, quality: in
         return Kept(None, None)
     try:
         photo = read(record.image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise record.error(f"its image {record.image} cannot be read ({error}); copy it again") from None
+    except UserError as error:
+        raise record.error(f"its image cannot be read ({error})") from None
     height, width = photo.pixels.shape[:2]
     half = margin * record.side / 2
     x0, y0 = (max(0, math.floor(place - half)) for place in record.center.tolist())

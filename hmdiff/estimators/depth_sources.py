@@ -10,9 +10,6 @@ B photos of H x W pixels, P people, S pixels a side of a crop.
 from __future__ import annotations
 
 import math
-import pickle
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +20,8 @@ import torch
 from torch import Tensor
 
 from hmdiff.errors import UserError
+from hmdiff.files.images import open_image
+from hmdiff.files.reading import ArrayArchive
 
 GIVES = ("depth", "disparity")
 SUFFIXES = (".npy", ".npz", ".png")
@@ -191,6 +190,8 @@ def warp_depth(
 
 
 def _read_png(path: Path) -> np.ndarray[Any, Any]:  # (h, w) float32
+    with open_image(path) as opened:
+        opened.load()  # notices what OpenCV tells of on stderr alone
     found = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if found is None:
         raise UserError(f"{path}: a damaged png; write it again")
@@ -204,19 +205,11 @@ def _read_png(path: Path) -> np.ndarray[Any, Any]:  # (h, w) float32
 
 
 def _read_arrays(path: Path) -> tuple[np.ndarray, str | None]:  # the map; what an npz says that it is
-    try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            return found, None
-        with found as archive:
-            named = next((name for name in GIVES if name in archive.files), None)
-            if named is None and len(archive.files) != 1:
-                raise UserError(
-                    f"{path}: no array `depth` or `disparity` (found: {', '.join(archive.files) or 'none'}); name it so"
-                )
-            return archive[named or archive.files[0]], named
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
-    except (ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        reason = "it holds pickled Python objects" if "pickle" in str(error) else "it is damaged"
-        raise UserError(f"{path}: {reason}; write it again by numpy.save") from None
+    archive = ArrayArchive(path, mend="write it again by numpy.save")
+    if archive.single:
+        return archive.read(""), None
+    named = next((name for name in GIVES if name in archive), None)
+    if named is None and len(archive.names) != 1:
+        found = ", ".join(archive.names) or "none"
+        raise UserError(f"{path}: no array `depth` or `disparity` (found: {found}); name it so")
+    return archive.read(named or archive.names[0]), named

@@ -13,7 +13,6 @@ in humaniflow, which compares SMPL's raw output.
 from __future__ import annotations
 
 import functools
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 from hmdiff.evaluate.protocol_errors import Bodies
+from hmdiff.files.reading import ArrayArchive
 
 _ARRAYS = ("vertices", "joints")
 
@@ -182,22 +182,10 @@ def _words(layout: tuple[tuple[str, ...], int] | None) -> str:
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Of the arrays of an npz file, read off their headers."""
-    shapes = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.namelist():
-                with archive.open(entry) as handle:
-                    old = np.lib.format.read_magic(handle) == (1, 0)
-                    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-                    shapes[entry.removesuffix(".npy")] = read(handle)[0]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable npz file ({error}); write it again") from None
-    return shapes
+    archive = ArrayArchive(path)
+    return {name: archive.shape(name) for name in archive.names}
 
 
 def _load(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in keys}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable npz file of plain arrays ({error}); write it again") from None
+    archive = ArrayArchive(path)
+    return {key: archive.read(key) for key in keys}

@@ -27,6 +27,7 @@ from hmdiff.evaluate.measured import interval
 from hmdiff.evaluate.protocols import Protocol as ScoringProtocol
 from hmdiff.evaluate.published import published_rows
 from hmdiff.evaluate.scored_people import Part
+from hmdiff.files.reading import read_npz
 from hmdiff.files.storage import atomic_file, make_folder
 
 _SETTINGS, _INDEX, _INSIDE = "settings.json", "index", "inside"
@@ -132,11 +133,8 @@ def _open(folder: Path, settings: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except FileNotFoundError:
-        return None
-    except Exception:  # a damaged part is computed again
+        return read_npz(path)
+    except UserError:  # a missing or damaged part is computed again
         return None
 
 

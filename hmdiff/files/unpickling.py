@@ -19,7 +19,7 @@ import numpy as np
 from hmdiff.errors import UserError
 from hmdiff.files.pickle_machine import Name, PickleError, Shell, run_pickle
 
-MAX_BYTES = 1 << 30  # of a pickle: SMPL's largest published file has 247 MB
+MAX_BYTES = 1 << 30  # of a pickle
 _MAX_DEPTH = 64
 _MAX_NODES = 8_000_000  # values visited
 _SLACK = 1 << 28  # bytes that dense copies of sparse arrays and the like may take beyond four times the file

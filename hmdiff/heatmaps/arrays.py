@@ -7,9 +7,6 @@ center + ((j+.5)/W - .5, (i+.5)/H - .5) * side. Nothing is unpickled.
 from __future__ import annotations
 
 import difflib
-import pickle
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +14,11 @@ import torch
 
 from hmdiff.body.skeletons import HALPE26, JOINT_SETS
 from hmdiff.errors import UserError
+from hmdiff.files.reading import read_npz
 from hmdiff.files.storage import atomic_file
 from hmdiff.heatmaps.distribution import Heatmaps, heatmaps_from_values
 
+MAX_BYTES = 1 << 30  # of all arrays together: 200 people in a photo, at 133 maps of 96 x 96, have 980 MB
 _KEYS = ("heatmaps", "center", "side")
 # Sets that their number of joints tells apart; the others must come with their names.
 _BY_COUNT = {17: "coco17", 25: "openpose25", 26: "halpe26"}
@@ -32,7 +31,7 @@ def load_heatmaps(path: str | Path) -> Heatmaps:
         UserError: not an npz, a missing key, pickled arrays, wrong shapes, NaN, all zero, unknown joints.
     """
     path = Path(path)
-    arrays = _read(path)
+    arrays = read_npz(path, (*_KEYS, "joints", "valid"), MAX_BYTES, "write it again with numpy.savez_compressed")
     for key in _KEYS:
         if key not in arrays:
             found = ", ".join(arrays) or "none"
@@ -65,25 +64,6 @@ def load_heatmaps(path: str | Path) -> Heatmaps:
         return Heatmaps(heatmaps.values, valid, heatmaps.center, heatmaps.side)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as handle:
-            if not zipfile.is_zipfile(handle):
-                raise UserError(f"{path}: not an npz file; write it with numpy.savez_compressed")
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
-    except (ValueError, pickle.UnpicklingError) as error:
-        if "pickle" in str(error):
-            raise UserError(
-                f"{path}: holds pickled Python objects, which are never loaded; save plain numeric and string arrays"
-            ) from None
-        raise UserError(f"{path}: a damaged npz file ({error}); write it again") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as error:
-        raise UserError(f"{path}: a damaged npz file ({error}); write it again") from None
 
 
 def _joint_names(path: Path, arrays: dict[str, np.ndarray], joints: int) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17
 from hmdiff.errors import UserError
+from hmdiff.files.images import open_image
 from hmdiff.files.storage import atomic_file
 
 _WARM, _COOL, _MIDLINE, _DARK = (255, 140, 66), (66, 156, 255), (250, 250, 250), (25, 25, 30)
@@ -44,30 +45,15 @@ def read_picture(
         UserError: the file is missing, empty, cut short, or no picture.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a picture in it")
-    if not path.exists():
-        raise UserError(f"{path}: no such picture; check the name")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty; export or download the picture again")
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            picture: Image.Image = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I"):
-                return np.repeat((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return np.array(picture.convert("RGB"))
-    except Image.DecompressionBombError:
-        raise UserError(f"{path}: far too many pixels for a photo; scale it down first") from None
-    except PermissionError:
-        raise UserError(f"{path}: may not be read; check its permissions") from None
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture (expected jpg, png, webp, ...); give a photo") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: a damaged picture ({error}); export or download it again") from None
+    with open_image(path) as opened:
+        opened.load()
+        picture: Image.Image = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I"):
+            return np.repeat((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def save_picture(

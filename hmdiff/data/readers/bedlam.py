@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hmdiff.body.body import Body
 from hmdiff.body.skeletons import SMPL24, SMPLX76
@@ -35,6 +34,7 @@ from hmdiff.data.readers.labels import (
 from hmdiff.data.readers.tables import Table, image_folder, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
+from hmdiff.files.images import open_image
 
 _LABELS = ("training_labels/all_npz_12_training", "processed_labels", ".")
 _LEFT = np.array([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0]])  # the camera turned: upright to lying, x' = y, y' = -x
@@ -82,11 +82,8 @@ class _Scene:
     def _lies(self) -> bool:
         """Whether the stored image is the labels' image turned on its side: told by its width and height."""
         path = self.images / self.table.names[0]
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-        except OSError as error:
-            raise UserError(f"{path}: not a readable image ({error}); unpack the scene again") from None
+        with open_image(path) as image:
+            width, height = image.size
         upright = 2 * self.columns["cam_int"][0, :2, 2]  # their principal points are the middles
         return width != height and np.allclose(upright, (height, width), atol=2)
 

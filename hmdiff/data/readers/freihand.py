@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.skeletons import HAND21
@@ -25,6 +24,7 @@ from hmdiff.data.readers.labels import RowReader, body_if_there, root_at_rest
 from hmdiff.data.readers.tables import json_rows
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
+from hmdiff.files.images import open_image
 
 VERSIONS = ("gs", "hom", "sample", "auto")  # green screen, homogenised, two automatic colourings
 _SHAPES = {"K": (3, 3), "xyz": (21, 3), "mano": (61,), "verts": (778, 3)}
@@ -104,8 +104,5 @@ def _image(folder: Path, number: int) -> Path:
 
 
 def _image_side(path: Path) -> int:
-    try:
-        with Image.open(path) as image:
-            return max(image.size)
-    except OSError as error:
-        raise UserError(f"{path}: not a readable image ({error}); unpack FreiHAND's images again") from None
+    with open_image(path) as image:
+        return max(image.size)

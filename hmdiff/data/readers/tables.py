@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy_format
 
 from hmdiff.errors import UserError
+from hmdiff.files import reading
+from hmdiff.files.reading import ArrayArchive
 from hmdiff.files.unpickling import unpickle
+
+_MAX_BYTES = 8 << 30  # of a table's arrays, which are read one by one
+_MAX_JSON = 1 << 30  # bytes of a label file
 
 
 class Table:
@@ -30,13 +32,8 @@ class Table:
         key: str = "imgname",  # the column that every table has, and that says how many rows there are
     ) -> None:
         self.path = path
-        try:
-            if not zipfile.is_zipfile(path):
-                raise UserError(f"{path}: not an npz file, or cut short; download it again")
-            with zipfile.ZipFile(path) as archive:
-                self.keys = frozenset(name.removesuffix(".npy") for name in archive.namelist())
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+        self.archive = ArrayArchive(path, _MAX_BYTES, "download it again")
+        self.keys = frozenset(self.archive.names)
         if key not in self.keys:
             raise UserError(f"{path}: no {key!r} among its arrays ({', '.join(sorted(self.keys))}); not a label file")
         self.names = [_text(name) for name in self._read(key).reshape(-1)]
@@ -75,17 +72,13 @@ class Table:
         return f"{self.path}, row {row}"
 
     def _read(self, key: str) -> np.ndarray:
+        pickled = self.archive.pickled(key)
+        if pickled is None:
+            return self.archive.read(key)
+        content, shape = pickled
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as member:
-                version = npy_format.read_magic(member)  # type: ignore[no-untyped-call]
-                read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-                shape, _, dtype = read(member)
-                if dtype.hasobject:
-                    return np.asarray(unpickle(member.read(), f"{self.path}, array {key}")).reshape(shape)
-            with np.load(self.path, allow_pickle=False) as arrays:
-                value: np.ndarray = arrays[key]
-                return value
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            return np.asarray(unpickle(content, f"{self.path}, array {key}")).reshape(shape)
+        except ValueError as error:  # a ragged list, or another shape than the header's
             raise UserError(f"{self.path}: array {key!r} is damaged ({error}); download the file again") from None
 
 
@@ -127,18 +120,12 @@ def image_folder(
 
 def read_json(path: Path) -> Any:
     """Raises `UserError` naming the file: missing, cut short, not JSON."""
-    text = _json_text(path)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON, or cut short ({error}); download it again") from None
+    return reading.read_json(path, _MAX_JSON, "download it again")
 
 
 def _json_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); complete the data set") from None
+        return reading.read_bytes(path, _MAX_JSON).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not JSON text ({error}); download it again") from None
 
@@ -163,7 +150,7 @@ def json_rows(
             array = np.array(value, np.float64)
             if array.size != math.prod(shape):
                 raise ValueError(f"shape {array.shape}, expected {shape}")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}, row {row}: damaged or cut short ({error}); download it again") from None
         yield array.reshape(shape)
         position, row = _skip(text, position), row + 1

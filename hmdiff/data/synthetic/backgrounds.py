@@ -5,14 +5,17 @@ B pictures of H x W pixels, RGB 0..1, crop coordinates -1..1.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hmdiff.data.synthetic.draws import Generators, any_colour, grid, noise, uniform
 from hmdiff.errors import UserError
+from hmdiff.files.images import open_image
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -100,10 +103,9 @@ def background_folder(
         raise UserError(f"{folder}: no such folder of background pictures; name one that exists")
     pictures = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
-        picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-        if picture is not None:
-            square = cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
-            pictures.append(torch.from_numpy(square[..., ::-1].copy()).permute(2, 0, 1))
+        with contextlib.suppress(UserError), open_image(path) as opened:
+            square = cv2.resize(np.asarray(opened.convert("RGB")), (side, side), interpolation=cv2.INTER_AREA)
+            pictures.append(torch.from_numpy(square).permute(2, 0, 1))
         if len(pictures) == limit:
             break
     if not pictures:

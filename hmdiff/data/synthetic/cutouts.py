@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from hmdiff.errors import UserError
+from hmdiff.files.images import open_image
 
 SIZE = 96  # A: what is pasted is drawn from this, so that a folder of thousands stays small
 SUFFIXES = (".png", ".webp", ".tif", ".tiff")
@@ -54,13 +54,9 @@ class Cutouts:
 
 
 def _read(path: Path) -> Tensor:  # (4, A, A) uint8
-    try:
-        with Image.open(path) as opened:
-            transparent = opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info
-            picture = np.asarray(opened.convert("RGBA"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: a cut-out that cannot be read ({reason}); mend it or take it out") from None
+    with open_image(path) as opened:
+        transparent = opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info
+        picture = np.asarray(opened.convert("RGBA"))
     if not transparent or picture[..., 3].min() == 255:
         raise UserError(f"{path}: a cut-out without transparency; RGBA is expected, transparent about the thing")
     rows, columns = (np.nonzero((picture[..., 3] >= _LEAST).any(axis))[0] for axis in (1, 0))

@@ -19,6 +19,7 @@ from hmdiff.body.skeletons import SMPL24, mirror_permutation
 from hmdiff.data.synthetic.anatomy import rotations_to_angles
 from hmdiff.data.synthetic.collision import least_blocked
 from hmdiff.errors import UserError
+from hmdiff.files.reading import read_npz
 from hmdiff.files.resources import asset_path
 from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
 
@@ -56,15 +57,12 @@ class PosePrior:
         """The shipped prior, or one written by tools/build/poses.py. Raises `UserError` for another file."""
         path = Path(path) if path is not None else asset_path("pose_prior.npz")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                data = {key: file[key] for key in file.files}
+            data = read_npz(path, ("weights", "means", "factors", "metadata"))
             weights, means = (torch.from_numpy(data[key].astype(np.float32)) for key in ("weights", "means"))
             rows, columns = np.tril_indices(_FEATURES)
             factors = np.zeros((len(weights), _FEATURES, _FEATURES), np.float32)
             factors[:, rows, columns] = data["factors"]
             metadata = json.loads(str(data["metadata"]))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no pose prior there; tools/build/poses.py makes one") from None
         except Exception as error:
             raise UserError(f"{path}: not a pose prior ({error}); tools/build/poses.py makes one") from None
         return cls(weights / weights.sum(), means, torch.from_numpy(factors), metadata)
