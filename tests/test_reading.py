@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hmdiff.canvas import read_picture
 from PIL import Image
 
 from hmdiff.errors import UserError
 from hmdiff.files import images
 from hmdiff.files.images import open_image
 from hmdiff.files.reading import ArrayArchive, read_bytes, read_json, read_npz
+from hmdiff.viz.canvas import read_picture
 
 PACKAGE = Path(images.__file__).parents[1]
 

@@ -220,7 +220,7 @@ def test_what_is_no_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(UserError, match=r"lacks joints, faces.*run hmdiff sample again"):
         read_result(tmp_path / "other.npz")
     (tmp_path / "broken.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match="cannot be read as an npz"):
+    with pytest.raises(UserError, match="not an npz or npy file; run hmdiff sample again"):
         read_result(tmp_path / "broken.npz")
     assert main(["view", str(tmp_path / "missing.npz"), "--no-open"]) == 2
     assert "no such file" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from hmdiff.errors import UserError
+from hmdiff.files.reading import read_npz
 from hmdiff.files.storage import atomic_file
 from hmdiff.viz.canvas import HEAT, as_tensor, read_picture
 from hmdiff.viz.overlays import PALETTE, person_crop
@@ -46,13 +47,7 @@ def read_result(path: str | Path) -> dict[str, np.ndarray]:
         UserError: not such a file; names what is missing.
     """
     path = Path(path)
-    try:
-        with np.load(path, allow_pickle=False) as opened:
-            arrays = dict(opened)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the NAME.npz that hmdiff sample wrote") from None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as an npz ({error}); run hmdiff sample again") from None
+    arrays = read_npz(path, mend="run hmdiff sample again")
     missing = [name for name in (*NEEDED, "joint_names", "joint_parents") if name not in arrays]
     if missing:
         raise UserError(f"{path}: no result of hmdiff sample: it lacks {', '.join(missing)}; run hmdiff sample again")
