@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "hmdiff"
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "hmdiff"
 
 # A module imports from lower layers, and from its own, but for the rooms, which never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "version"}),
+    frozenset({"errors"}),
     frozenset({"body.skeletons", "config", "files", "geometry"}),
     frozenset({"body", "data.sample", "heatmaps", "viz.canvas", "viz.renderer", "viz.renderer_numba"}),
     frozenset({
@@ -153,6 +155,26 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, line: str, mess
     (tmp_path / file).write_text(line)
     (found,) = violations(tmp_path)
     assert re.match(message, found)
+
+
+def test_few_things_lie_beside_the_rooms() -> None:
+    loose = sorted(path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.name == "py.typed")
+    assert len(loose) <= 12, f"beside the rooms' folders lie {', '.join(loose)}"
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    """setup.cfg lists the packages by hand, since assets/ and configs/ become packages only in a wheel."""
+    settings = configparser.ConfigParser()
+    settings.read(REPOSITORY / "setup.cfg")
+    listed = set(settings["options"]["packages"].split()) - {"hmdiff.assets", "hmdiff.configs"}
+    assert listed == {".".join(path.parent.relative_to(REPOSITORY).parts) for path in PACKAGE.rglob("__init__.py")}
+
+
+def test_tests_mirror_the_rooms() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"}
+    folders = {path.parent.relative_to(REPOSITORY / "tests") for path in (REPOSITORY / "tests").rglob("test_*.py")}
+    strays = {folder.parts[0] for folder in folders if folder.parts} - rooms - {"tools"}
+    assert not strays, f"tests/{min(strays)} is no room of hmdiff"
 
 
 def test_importing_the_package_is_light() -> None:

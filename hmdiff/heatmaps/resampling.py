@@ -2,7 +2,7 @@
 
 Bilinear steps draw the peak of a Gaussian towards a pixel of the coarser grid, by up to a whole one of ours from 16
 pixels to 64; the spline leaves 0.05 of ours or less where its sigma is one and a half pixels or more of the source and
-half of ours (`tests/test_resampling.py`). Finer peaks than that are between our pixels. Our choice.
+half of ours (`tests/heatmaps/test_resampling.py`). Finer peaks than that are between our pixels. Our choice.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class DepthAtTokens(nn.Module):
         super().__init__()
         self.map_size = map_size
         # How much more a near pixel counts: a limb is thin, and what is beside it is behind it. Without it what is read
-        # hardly correlates with the joints' depths (tests/test_depth.py has both).
+        # hardly correlates with the joints' depths (tests/models/test_depth.py has both).
         self.nearness = nearness
         self.limit = limit  # of the profile: a limb's depth beside a wall's
         self.embed = nn.Sequential(nn.Linear(3, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width))

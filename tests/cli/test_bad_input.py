@@ -19,7 +19,7 @@ from small import small_pipeline
 
 from hmdiff.cli.main import main
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 KEYPOINTS = [[60 + 3 * index, 20 + 9 * index, 1] for index in range(17)]
 
 

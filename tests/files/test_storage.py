@@ -152,7 +152,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         pytest.skip("no right to mount a small disk here; the simulated full disk above covers the logic")
     result = subprocess.run(
         [*mount, f'{prepare} && exec "{sys.executable}" -c "$0" "{tmp_path}"', FULL_DISK],
-        capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+        capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert result.stdout.strip() == "intact", result.stderr
 
@@ -175,7 +175,7 @@ def test_a_kill_leaves_the_old_and_the_next_write_sweeps_up(tmp_path: Path) -> N
     mine = [".b.txt.part", ".a.txt.elsewhere-1.part.txt"]  # other names, other machines: not ours to remove
     for name in mine:
         (tmp_path / name).touch()
-    result = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parent.parent)
+    result = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[2])
     assert result.returncode == -signal.SIGKILL
     assert (tmp_path / "a.txt").read_text() == (tmp_path / "model" / "w").read_text() == "old"
     assert len(names(tmp_path)) == 6  # two things, two halves, two of others

@@ -12,7 +12,7 @@ from hmdiff.data.synthetic.anatomy import rotations_to_angles
 from hmdiff.errors import UserError
 from tools.build import acclaim, mocap
 
-RECORDINGS = Path(__file__).parents[2] / "shared" / "data" / "mocap" / "cmu_asfamc_subjects_01-03.tar.xz"
+RECORDINGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "mocap" / "cmu_asfamc_subjects_01-03.tar.xz"
 
 TINY_ASF = """
 :version 1.10

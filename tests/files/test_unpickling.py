@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
+from standins import write_python2_pickle
 
 from hmdiff.errors import UserError
 from hmdiff.files.unpickling import load_pickle, unpickle
-from tests.standins import write_python2_pickle
 
 PLAIN: dict[str, Any] = {
     "floats": np.arange(12.0).reshape(3, 4),

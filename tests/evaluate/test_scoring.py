@@ -37,7 +37,7 @@ from hmdiff.evaluate.scored_people import PipelinePeople, PredictedPeople, Recor
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.pipeline import HMDiffPipeline
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 VERTICES = 90
 PEOPLE = 7
 

@@ -309,7 +309,7 @@ def as_if_on_gpus() -> None:
 
 def test_weights_that_are_shared_out_train_and_resume_the_same(tmp_path: Path, quick: None) -> None:
     """configs/accelerate/fsdp.yaml on two processes: the weights of one process, and the same bits after a stop."""
-    launcher = yaml.safe_load((Path(__file__).parent.parent / "configs" / "accelerate" / "fsdp.yaml").read_text())
+    launcher = yaml.safe_load((Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp.yaml").read_text())
     names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
     settings = {names.get(name, name.upper()): str(value) for name, value in launcher["fsdp_config"].items()}
     every = ("training.checkpoint_every=2", "training.log_every=1")

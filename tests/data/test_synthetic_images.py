@@ -21,7 +21,7 @@ from hmdiff.train.gallery import synthetic_picture
 from hmdiff.train.loop import TrainingStream
 from hmdiff.viz.canvas import read_picture
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SIZE = 96
 PICTURE_FIELDS = ("image", "silhouette", "depth", "visible_fraction")
 
