@@ -8,12 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.version import __version__
-
 if TYPE_CHECKING:
     from hmdiff.heatmaps import Heatmaps
     from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
+__version__ = "0.1.0"
 __all__ = ["HMDiffPipeline", "Heatmaps", "MeshOutput", "__version__"]
 
 _HOME = {"HMDiffPipeline": "hmdiff.pipeline", "MeshOutput": "hmdiff.pipeline", "Heatmaps": "hmdiff.heatmaps"}

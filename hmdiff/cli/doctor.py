@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def findings() -> Iterator[Finding]:
-    from hmdiff.version import __version__
+    from hmdiff import __version__
 
     yield Finding("ok", "hmdiff", f"{__version__} on Python {platform.python_version()}, {platform.system()}")
     yield from (_package(name, "needed", "pip install -e . (or: uv sync)", True) for name in NEEDED)

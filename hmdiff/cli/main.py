@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from hmdiff import __version__
 from hmdiff.errors import UserError
-from hmdiff.version import __version__
 
 COMMANDS = (
     "demo", "sample", "view", "export", "heatmaps", "stress", "train", "evaluate", "sweep", "ablate", "bench", "info",
