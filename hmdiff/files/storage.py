@@ -185,16 +185,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 for name in files:  # some writers make theirs private, whatever the umask
                     os.chmod(os.path.join(place, name), mode)
             sync_tree(temporary)
-            if path.exists():
-                _exchange(temporary, path)
-            else:
-                os.rename(temporary, path)
-            sync(path.parent)
+            replace_folder(temporary, path)
     finally:
         if temporary.is_symlink():  # that stood in the new folder's place
             with contextlib.suppress(OSError):
                 temporary.unlink()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Put a folder in its place; an older one of that name is then at `temporary`'s name, or gone."""
+    if os.path.lexists(path):
+        _exchange(temporary, path)
+    else:
+        os.rename(temporary, path)
+    sync(path.parent)
 
 
 def _exchange(temporary: Path, path: Path) -> None:

@@ -9,7 +9,6 @@ Several calls may train one table at once: a run that another process is at is l
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -17,12 +16,13 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.errors import UserError
+from hmdiff.files.locks import try_claim
 from hmdiff.files.storage import atomic_file, make_folder
 from hmdiff.lab.trained_ablations import (
     TrainedRow,
@@ -175,7 +175,7 @@ def train_runs(
         if is_done(run):
             continue
         make_folder(run.folder)
-        with _claimed(run.folder) as mine:
+        with try_claim(run.folder, ".ablation_lock") as mine:
             if not mine or is_done(run):
                 continue
             check_same(run)
@@ -204,20 +204,3 @@ def train_one(config: Config) -> int:
     del trainer
     gc.collect()
     return step
-
-
-@contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
-    """Whether the folder is this process' own for now. The system lets go of it when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: one process at a time
-        yield True
-        return
-    with open(folder / "lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True

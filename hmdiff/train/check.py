@@ -29,6 +29,7 @@ from hmdiff.data.mixture import PERIOD, Mixture, WithSplits
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import evaluate
+from hmdiff.train.checkpoint import checkpoints_in
 from hmdiff.train.loop import Trainer
 from hmdiff.train.memory import parameters, peak_gigabytes
 
@@ -235,13 +236,14 @@ class _Checks:
         def look() -> str:
             assert self.trainer is not None
             self.trainer._check_same_run()
-            if not self.trainer._checkpoints():
+            found = checkpoints_in(self.trainer.folder / "checkpoints")
+            if not found:
                 return "a new run: no checkpoint is there"
             self.trainer._resume()
             steps = self.config.training.steps
             if self.trainer.step >= steps:
-                return f"{self.trainer._checkpoints()[-1]}: all {steps} steps are done, nothing would be trained"
-            return f"goes on from {self.trainer._checkpoints()[-1]}, step {self.trainer.step} of {steps}"
+                return f"{found[-1]}: all {steps} steps are done, nothing would be trained"
+            return f"goes on from {found[-1]}, step {self.trainer.step} of {steps}"
 
         self._check("resume", look, self.trainer is not None)
 

@@ -14,15 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import math
-import os
-import re
 import shutil
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,12 +38,14 @@ from hmdiff.data.synthetic.people import block_generator
 from hmdiff.diffusion.noising import WEIGHTINGS, draw_steps
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import evaluate, mean_mesh_error, mean_mesh_errors, save_report
+from hmdiff.files.locks import claim
 from hmdiff.files.storage import atomic_file, make_folder
 from hmdiff.losses.mesh import POINT_LOSSES
 from hmdiff.losses.rle import RLE_VARIANTS
 from hmdiff.models.masking import draw_hidden
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.train import checkpoint
 from hmdiff.train.sharding import fill, shared_out, whole
 from hmdiff.train.step import Draws, TrainingStep, keypoint_map, used_by_no_loss
 
@@ -159,13 +157,24 @@ class Trainer:
             self.shown = self.pipeline.model = build_model(config, body, mesh).to(device).eval()
         self.step = 0
         self.stopping = False
+        self._sums: dict[str, float] = {}  # of the losses since the last row of the log
+        self._counted = 0  # steps in them
 
     def run(self) -> dict[str, Any]:
         """Train to the end (or for `training.minutes`), on from the last checkpoint. Returns the last evaluation."""
+        main = self.accelerator.is_main_process
+        mend = "wait for it to end, or give output=ANOTHER_FOLDER"
+        with claim(self.folder, mend) if main else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         values, main = self.config.training, self.accelerator.is_main_process
+        self._check_same_run()  # again, now that nobody else can begin one
         if main:
             save_config(self.config, self.folder / "config.yaml")
         self._resume()
+        if main:
+            checkpoint.sweep(self.folder / "checkpoints", values.keep_checkpoints)
         started, seen, result = time.monotonic(), 0, {}
         loader = DataLoader(
             self.stream,
@@ -175,8 +184,6 @@ class Trainer:
             prefetch_factor=4 if self.config.data.workers else None,
         )
         bar = tqdm(total=values.steps, initial=self.step, disable=not main, desc=self.config.name, unit="step")
-        sums: dict[str, float] = {}
-        counted = 0
         with self._stop_signals(), self._log() as log:
             # In here, so that Ctrl-C finds our handler in the data workers too, and not the one that ends them.
             batches = iter(loader)
@@ -187,13 +194,13 @@ class Trainer:
                 self.step += 1
                 seen += values.batch_size * values.gradient_accumulation * self.accelerator.num_processes
                 for name, value in terms.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
-                counted += 1
+                    self._sums[name] = self._sums.get(name, 0.0) + float(value)
+                self._counted += 1
                 bar.update(1)
                 if self.step % values.log_every == 0 or self.step == values.steps:
                     rate = seen / (time.monotonic() - started)
-                    averages = {name: value / counted for name, value in sums.items()}
-                    sums, counted = {}, 0
+                    averages = {name: value / self._counted for name, value in self._sums.items()}
+                    self._sums, self._counted = {}, 0
                     bar.set_postfix(loss=f"{averages['loss']:.4f}", samples=f"{rate:.0f}/s")
                     log({"step": self.step, **averages, "learning_rate": self._rate(), "samples_per_second": rate})
                 late = values.minutes and time.monotonic() - started > 60 * values.minutes
@@ -307,51 +314,58 @@ class Trainer:
         place = self.folder / "checkpoints" / f"step_{self.step:08d}"
         part = place.with_name(f".{place.name}.part")
         if self.accelerator.is_main_process:
-            shutil.rmtree(part, ignore_errors=True)
-            make_folder(part)
+            checkpoint.begin(place)
         self.accelerator.wait_for_everyone()
         averaged = whole(self.ema.shadow_params)
         try:
             self.accelerator.save_state(str(part), safe_serialization=True)
             if self.accelerator.is_main_process:
-                save_file(_numbered(averaged), part / "ema.safetensors")
-                progress = {"step": self.step, "ema_steps": self.ema.optimization_step}
-                (part / "progress.json").write_text(json.dumps(progress))
+                save_file(_numbered(averaged), part / checkpoint.EMA)
+                progress = checkpoint.Progress(self.step, self.ema.optimization_step, self._sums, self._counted)
+                checkpoint.write_progress(part, progress)
         except Exception as error:  # of a full disk the file system, torch and safetensors each tell in their own way
             shutil.rmtree(part, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:160]
             raise UserError(f"{place}: could not be written ({reason}); earlier checkpoints stand") from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(place, ignore_errors=True)
-            os.rename(part, place)
-            for old in self._checkpoints()[: -self.config.training.keep_checkpoints]:
-                shutil.rmtree(old, ignore_errors=True)
+            try:
+                checkpoint.finish(part, place, self.config.training.keep_checkpoints)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise UserError(f"{place}: could not be written ({reason}); earlier checkpoints stand") from error
         self.accelerator.wait_for_everyone()
 
-    def _checkpoints(self) -> list[Path]:
-        found = (self.folder / "checkpoints").glob("step_*")
-        whole = (path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / "progress.json").is_file())
-        return sorted(whole)
-
     def _resume(self) -> None:
-        found = self._checkpoints()
+        found = checkpoint.checkpoints_in(self.folder / "checkpoints")
         if not found:
             return
+        place = found[-1]
+        progress = checkpoint.read_progress(place)
+        if progress.step > self.config.training.steps:
+            raise UserError(
+                f"{place}: is beyond training.steps={self.config.training.steps}; give more steps, or another output"
+            )
         try:
-            self.accelerator.load_state(str(found[-1]))
-            progress = json.loads((found[-1] / "progress.json").read_text())
-            stored = load_file(found[-1] / "ema.safetensors")
+            self.accelerator.load_state(str(place))
+            stored = load_file(place / checkpoint.EMA)
+            checkpoint.check_like(place, self.ema.shadow_params, stored)
             for mine, name in zip(self.ema.shadow_params, sorted(stored), strict=True):
                 fill(mine, stored[name])
-            self.step, self.ema.optimization_step = int(progress["step"]), int(progress["ema_steps"])
-        except Exception as error:  # torch, safetensors and JSON each raise their own
+        except UserError:
+            raise
+        except Exception as error:  # torch, safetensors and accelerate each raise their own
             reason = str(error).split("\n")[0][:160]
-            raise UserError(
-                f"{found[-1]}: damaged checkpoint ({reason}); remove it to go on from the one before"
-            ) from None
+            raise UserError(f"{place}: damaged checkpoint ({reason}); {checkpoint.MEND}") from None
+        for what, tensors in (
+            ("weights", list(self.plain.parameters())), ("averaged weights", list(stored.values())),
+            ("moments of the optimiser", list(_tensors(self.optimizer.state_dict()))),
+        ):  # fmt: skip
+            checkpoint.check_finite(place, whole(tensors), what)
+        self.step, self.ema.optimization_step = progress.step, progress.ema_steps
+        self._sums, self._counted = dict(progress.sums), progress.counted
         if self.accelerator.is_main_process:
-            tqdm.write(f"going on from {found[-1]}")
+            tqdm.write(f"going on from {place}")
 
     @contextlib.contextmanager
     def _log(self) -> Iterator[Any]:
@@ -478,6 +492,15 @@ def _check_values(config: Config) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise UserError(f"{name} {number}: at least 1 is needed")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested dictionaries and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from torch import Tensor
 from hmdiff.build import build_model, build_scheduler
 from hmdiff.config import Config
 from hmdiff.errors import UserError
+from hmdiff.files.locks import claim
 from hmdiff.models.prediction import Prediction
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train import loop as training
@@ -511,6 +512,9 @@ def test_old_checkpoints_go_and_damaged_ones_are_named(tmp_path: Path, quick: No
     places = sorted((tmp_path / "checkpoints").iterdir())
     assert [place.name for place in places] == ["step_00000003", "step_00000004"]
     (places[-1] / "model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match=r"model.safetensors: not what was written, .*; remove it to go on"):
+        training.train(values)
+    (places[-1] / "checksums.json").unlink()  # as one of before there were checksums
     with pytest.raises(UserError, match=r"step_00000004: damaged checkpoint .*; remove it to go on"):
         training.train(values)
     (places[-1] / "progress.json").unlink()  # not whole: as if it were not there
@@ -528,10 +532,38 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
+def test_a_second_training_in_the_folder_is_refused(tmp_path: Path, quick: None) -> None:
+    values = config(tmp_path, 2)
+    first = Trainer(values)
+    with claim(first.folder, "wait"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(UserError, match=rf"another process \(number {os.getpid()}\) works in it; wait for it"):
+            training.train(values)
+    # One that began and ended in between: what is in the folder is looked at again.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    training.train(config(tmp_path, 2, "seed=5"))
+    with pytest.raises(UserError, match="holds a run with another 'seed' section"):
+        first.run()
+
+
+def test_the_log_goes_on_within_a_row(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of log.csv is the mean over its steps, whether or not the training was resumed among them."""
+    every = ("training.log_every=3", "training.checkpoint_every=2")
+    training.train(config(tmp_path / "whole", 3, *every))
+    trainer = Trainer(config(tmp_path / "parts", 3, *every))
+    save = trainer._save
+    monkeypatch.setattr(trainer, "_save", lambda: (save(), setattr(trainer, "stopping", True)))
+    trainer.run()
+    training.train(config(tmp_path / "parts", 3, *every))
+    rows = [[row for row in log_rows(tmp_path / name) if row.get("loss")] for name in ("whole", "parts")]
+    assert rows[0] and [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
 def test_nothing_is_unpickled(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 2)
     training.train(values)
     place = tmp_path / "checkpoints" / "step_00000002"
+    (place / "checksums.json").unlink()  # they would refuse the file before it is opened
     whole = {path.name: path.read_bytes() for path in place.iterdir()}
     trap = tmp_path / "trap"
     for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"):

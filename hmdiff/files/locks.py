@@ -1,0 +1,64 @@
+"""A folder for one process at a time. The system lets go of the lock when the process ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hmdiff.errors import UserError
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def try_claim(
+    folder: Path,
+    name: str = LOCK,  # of the file that is locked; one for each purpose
+) -> Iterator[bool]:
+    """Whether the folder is this process' own until the block ends.
+
+    Always so on Windows and on file systems without locks, such as some NFS: there two processes are not noticed.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # no locks here, or a full disk: the number is for the message alone
+            pass
+        yield True
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def claim(folder: Path, mend: str) -> Iterator[None]:
+    """The folder for this process alone. Raises `UserError` when another process has it."""
+    try:
+        context = try_claim(folder)
+        mine = context.__enter__()
+    except OSError as error:
+        raise UserError(f"{folder / LOCK}: may not be written ({error.strerror}); {mend}") from None
+    try:
+        if not mine:
+            raise UserError(f"{folder}: another process{_owner(folder)} works in it; {mend}")
+        yield
+    finally:
+        context.__exit__(None, None, None)
+
+
+def _owner(folder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return f" (number {int((folder / LOCK).read_text())})"
+    return ""
