@@ -40,6 +40,11 @@ def build_model(config: Config, body: Body, mesh: MeshSampler) -> MeshRecoveryMo
         "num_coarse": mesh.num_coarse,
         "upsample_neighbours": mesh.fitted_index.shape[1],
     }
+    if values.get("coarse_to_fine") and values.get("mode") != "direct" and config.diffusion.prediction_type != "sample":
+        raise UserError(
+            "model.coarse_to_fine refines a mesh, and diffusion.prediction_type is "
+            f"{config.diffusion.prediction_type!r}; give sample, or model.mode=direct"
+        )
     torch.manual_seed(config.seed)  # the initial weights; all later draws have generators of their own
     try:
         model = MeshRecoveryModel(**values)

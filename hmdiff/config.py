@@ -74,7 +74,7 @@ class LossConfig:
     projection: float = 0.0  # D2A-HMR's L_2D, of the joints
     rle: float = 0.0  # D2A-HMR's L_RLE, of what model.rle names
     silhouette: float = 0.0  # D2A-HMR's L_silh
-    estimates: float = 0.0  # JOTR's joints after each block
+    estimates: float = 0.0  # JOTR's joints after each block, and the meshes where model.coarse_to_fine refines them
     joint_contrast: float = 0.0  # JOTR's two, 0.1 each there
     non_joint_contrast: float = 0.0
 

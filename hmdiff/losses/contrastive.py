@@ -4,6 +4,9 @@ InfoNCE on cosines: for an anchor a, each positive p and the negatives n, -log[e
 then the mean over anchors and positives. `joint_to_joint` tells joints apart, `joint_to_non_joint` joints from voxels
 without one.
 
+A joint whose true place lies outside the crop is nobody's positive (infonce.py's validity mask): the volume holds the
+border there.
+
 The pool is that of all processes, and only of people with 3D labels. With the generator in the same state everywhere
 (seed it by the step), P processes with B people each give the value, and after DDP's averaging the gradient, of one
 process with their P·B people in the order of the ranks. How the counts are drawn is ours: without replacement, all
@@ -29,6 +32,7 @@ def joint_to_joint(
     positives: int = 128,  # of the anchor's joint, in any image
     negatives: int = 256,  # of other joints, in any image
     temperature: float = 0.07,
+    valid: Tensor | None = None,  # (B, K) bool: the true place is inside the crop; None = all
 ) -> Tensor:  # ()
     """An anchor joint against the same joint's true places and other joints' predicted places; 0 without labels."""
     people = _labelled(predicted, has_joints)
@@ -37,11 +41,12 @@ def joint_to_joint(
     found, true = _take(predicted, rows), _take(truth, rows)  # (n*K, V)
     anchor = torch.randperm(len(rows), generator=generator)[:anchors]
     alike = joint[anchor, None] == joint
-    same, other = _draw(alike, positives, generator), _draw(~alike, negatives, generator)
+    same, drawn = _draw(alike & _valid(valid, people, rows), positives, generator)
+    other, _ = _draw(~alike, negatives, generator)
     queries = found[anchor.to(found.device)]
     positive = _cosines(queries, true).gather(1, same.to(found.device))
     negative = _cosines(queries, found).gather(1, other.to(found.device))
-    return _info_nce(positive, negative, temperature)
+    return _info_nce(positive, negative, temperature, drawn)
 
 
 def joint_to_non_joint(
@@ -54,30 +59,34 @@ def joint_to_non_joint(
     positives: int = 1024,  # other predicted joints, of any kind
     negatives: int = 2048,
     temperature: float = 0.07,
+    valid: Tensor | None = None,  # (B, K) bool: the true place is inside the crop; None = all
 ) -> Tensor:  # ()
     """An anchor joint against other joints and voxels without one; 0 without labels. That anchors are 100 is ours."""
     people = _labelled(predicted, has_joints)
     rows = _rows(people, predicted.shape[1])
     found = _take(predicted, rows)
     anchor = torch.randperm(len(rows), generator=generator)[:anchors]
-    others = _draw(anchor[:, None] != torch.arange(len(rows)), positives, generator)
+    allowed = (anchor[:, None] != torch.arange(len(rows)))
+    others, drawn = _draw(allowed, positives, generator)
     empty = _gather(away.flatten(1))[people]  # (n, L)
     person, voxel = empty.nonzero().unbind(-1)
     places = people[person] * empty.shape[1] + voxel
     nothing = _take(voxels, places[torch.randperm(len(places), generator=generator)[:negatives]])
     queries = found[anchor.to(found.device)]
     positive = _cosines(queries, found).gather(1, others.to(found.device))
-    return _info_nce(positive, _cosines(queries, nothing), temperature)
+    return _info_nce(positive, _cosines(queries, nothing), temperature, drawn)
 
 
 def _info_nce(
     positive: Tensor,  # (A, P) cosines
     negative: Tensor,  # (A, N)
     temperature: float,
+    drawn: Tensor,  # (A, P) bool: the positives that count
 ) -> Tensor:  # ()
-    if not positive.numel() or not negative.numel():
+    if not positive.numel() or not negative.numel() or not drawn.any():
         return positive.sum() * 0 + negative.sum() * 0  # in the graph, for DDP
-    return F.softplus((negative / temperature).logsumexp(1, keepdim=True) - positive / temperature).mean()
+    error = F.softplus((negative / temperature).logsumexp(1, keepdim=True) - positive / temperature)
+    return error.mean() if drawn.all() else error[drawn.to(error.device)].mean()
 
 
 def _cosines(
@@ -89,13 +98,22 @@ def _cosines(
 
 
 def _draw(
-    allowed: Tensor,  # (A, R) bool, as many in every row
+    allowed: Tensor,  # (A, R) bool
     count: int,
     generator: torch.Generator,
-) -> Tensor:  # (A, at most count) long
+) -> tuple[Tensor, Tensor]:  # (A, at most count) long, and bool: False where a row has fewer
     """Some of the allowed of every row, none of them twice."""
-    most = int(allowed[:1].sum())
-    return torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1).topk(min(count, most)).indices
+    most = int(allowed.sum(1).max()) if len(allowed) else 0
+    value, index = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1).topk(min(count, most))
+    return index, value >= 0
+
+
+def _valid(
+    valid: Tensor | None,  # (B, K) bool
+    people: Tensor,  # (n,)
+    rows: Tensor,  # (n*K,)
+) -> Tensor:  # (n*K,) bool, on the CPU
+    return torch.ones(len(rows), dtype=torch.bool) if valid is None else _gather(valid)[people].flatten()
 
 
 def _processes() -> tuple[int, int]:  # rank, count

@@ -35,6 +35,7 @@ class PathOutputs:
     rle_variant: str = "exact"
     silhouette: Tensor | None = None  # (B, S, S) logits
     estimates: Tensor | None = None  # (B, M, E, K, 3) joints after each block but the last
+    meshes: Tensor | None = None  # (B, M, E, C, 3) and vertices
     contrast: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # by name, unweighted
     vertices: Tensor | None = None  # (v,) long: the coarse vertices whose likelihood is taken in this step; None: all
     regressed: Tensor | None = None  # (B, M) bool: x_k says nothing of x_0, so x̂_0 is a regressor; None: all
@@ -79,6 +80,10 @@ def path_terms(
     if config.estimates and paths.estimates is not None:
         error = point_error(paths.estimates, true_joints[:, :, None], config.points).mean(-1) * level_weight
         terms["estimates"] = config.estimates * silence(error, sample.has_joints_3d).mean()
+    if config.estimates and paths.meshes is not None:
+        true_mesh = truth[..., :num_coarse, :]
+        error = point_error(paths.meshes, true_mesh[:, :, None], config.points).mean(-1) * level_weight
+        terms["mesh_estimates"] = config.estimates * silence(error, sample.has_vertices).mean()
     weights = {"joint_contrast": config.joint_contrast, "non_joint_contrast": config.non_joint_contrast}
     for name, value in paths.contrast.items():
         terms[name] = weights[name] * value

@@ -80,6 +80,7 @@ class MeshDenoiser(nn.Module):
         maskable: bool = False,  # tokens can be hidden
         volume_width: int = 0,  # channels of the image's volume; 0: there is none
         mesh_scale: float = 0.3,  # metres that make one unit; where the joints are in the volume
+        coarse_to_fine: bool = False,  # with a volume: joints and mesh accumulate from block to block
     ) -> None:
         super().__init__()
         num_patches, patch_size = patches.shape
@@ -115,7 +116,12 @@ class MeshDenoiser(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.constant_(head.bias, -1.0)  # σ̂ = 0.27 units at first: 8 cm where a unit is 0.3 m
         fusions = depth - 1 if volume_width else 0
-        self.fusions = nn.ModuleList(JointFusion(width, volume_width) for _ in range(fusions))
+        self.fusions = nn.ModuleList(JointFusion(width, volume_width, num_joints) for _ in range(fusions))
+        refined = fusions if coarse_to_fine else 0
+        self.refinements = nn.ModuleList(nn.Linear(width, 3 * patch_size, bias=False) for _ in range(refined))
+        for refinement in self.refinements:
+            assert isinstance(refinement, nn.Linear)
+            nn.init.zeros_(refinement.weight)
 
     def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
         """Keys and values of every block's cross-attention, once per image. context: (B, L, C)."""
@@ -147,6 +153,10 @@ class MeshDenoiser(nn.Module):
         context_mask = conditioning.mask[:, None, None, :]
         count = len(self.patches)
         estimates: list[Tensor] = []
+        meshes: list[Tensor] = []
+        mesh, start = self.patch_bias, None
+        if self.refinements:
+            start = self.joint_bias.expand(len(flat), -1, -1)
         for number, (block, pair) in enumerate(zip(self.blocks, keys_values, strict=True)):
             given = (tokens, embedded, pair, context_mask, self.neighbours, hidden)
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -154,25 +164,28 @@ class MeshDenoiser(nn.Module):
             else:
                 tokens = block(*given)
             if number < len(self.fusions):
-                tokens, found = self._look(number, tokens, estimates, conditioning)
+                tokens, found = self._look(number, tokens, estimates[-1] if estimates else start, conditioning)
                 estimates.append(found)
+                if self.refinements:
+                    mesh = self.patch_bias + self.refinements[number](self.norm(tokens[:, :count]))
+                    meshes.append(mesh.reshape(len(flat), -1, 3)[:, self.place])
         tokens = self.norm(tokens)
-        patches = self.to_patch(tokens[:, :count]) + self.patch_bias
+        patches = self.to_patch(tokens[:, :count]) + mesh
         vertices = patches.reshape(len(flat), -1, 3)[:, self.place]
-        joints = self.to_joint(tokens[:, count:]) + self.joint_bias
+        joints = self.to_joint(tokens[:, count:]) + (estimates[-1] if self.refinements else self.joint_bias)
         result = torch.cat([vertices, joints], 1).reshape(images, hypotheses, num_points, 3).to(points.dtype)
         on_the_way = torch.stack(estimates, 1).unflatten(0, (images, hypotheses)) if estimates else None
+        refined = torch.stack(meshes, 1).unflatten(0, (images, hypotheses)) if meshes else None
         scale = {name: value.unflatten(0, (images, hypotheses)) for name, value in self._scale(tokens).items()}
-        return Denoised(result, scale, on_the_way)
+        return Denoised(result, scale, on_the_way, refined)
 
     def _look(
-        self, number: int, tokens: Tensor, estimates: list[Tensor], conditioning: Conditioning
+        self, number: int, tokens: Tensor, previous: Tensor | None, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor]:  # tokens (B*N, T, C), joints (B*N, K, 3)
         """The joint tokens look into the volume, where they believe their joints to be."""
         volume, count = conditioning.volume, len(self.patches)
         if volume is None:
             raise ValueError("this denoiser looks into a volume: give a conditioning that has one")
-        previous = estimates[-1] if estimates else None
         joint_tokens, found = self.fusions[number](
             tokens[:, count:], previous, volume.features, volume.camera, self.mesh_scale, volume.exponent
         )

@@ -14,21 +14,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hmdiff.models.layers import sinusoidal_position_1d
 from hmdiff.models.lifting import sample_volume, volume_coordinates
 
 
 class JointFusion(nn.Module):
     """After a block of the denoiser: refine the joints, sample the volume there, add what is found to their tokens."""
 
+    position: Tensor  # (K, V): JOTR's 1-D code of the sampled joints
+
     def __init__(
         self,
         width: int,  # C
         volume_width: int,  # V
+        num_joints: int,  # K
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.refine = nn.Linear(width + 3, 3)
         self.add = nn.Linear(volume_width, width)
+        self.register_buffer("position", sinusoidal_position_1d(num_joints, volume_width), persistent=False)
         # Zero at the start, when the places are not yet those of joints: `add` is its own gate, and joints stay put.
         for layer in (self.refine, self.add):
             nn.init.zeros_(layer.weight)
@@ -56,4 +61,5 @@ class JointFusion(nn.Module):
         joints = start + self.refine(torch.cat([self.norm(tokens), start.to(tokens.dtype)], -1)).to(kind)
         places = volume_coordinates(joints.reshape(images, -1, 3) * scale, camera, exponent)
         sampled = sample_volume(volume, places).reshape(*tokens.shape[:2], -1)
+        sampled = sampled + self.position.to(sampled.dtype)
         return tokens + self.add(sampled).to(tokens.dtype), joints

@@ -123,3 +123,12 @@ def sinusoidal_position_2d(height: int, width: int, channels: int) -> Tensor:  #
     code_y = torch.cat([y.sin(), y.cos()], -1)[:, None].expand(height, width, -1)
     code_x = torch.cat([x.sin(), x.cos()], -1)[None].expand(height, width, -1)
     return torch.cat([code_y, code_x], -1).flatten(0, 1)
+
+
+def sinusoidal_position_1d(count: int, channels: int) -> Tensor:  # (count, channels)
+    """The fixed code of "Attention is all you need" (arXiv 1706.03762): sines, then cosines."""
+    if channels % 2:
+        raise ValueError(f"a 1D code needs channels divisible by 2, not {channels}")
+    frequency = torch.exp(torch.linspace(0, -9.21, channels // 2))  # 1 to 1/10,000
+    angle = torch.arange(count)[:, None] * 1.0 * frequency
+    return torch.cat([angle.sin(), angle.cos()], -1)

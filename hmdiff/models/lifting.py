@@ -2,15 +2,17 @@
 
 Source: JOTR (arXiv 2307.16377): a 1 x 1 convolution to V·D channels, rescaled relative coordinates (RRC) joined to
 every voxel, X = r, Y = r, Z = r^k with a learned k that starts at 3 and stays in 1..20, then a 2-layer encoder.
-JOTR samples its volume at a linear z, though its coordinates say r^k, and marks voxels by (x, y, z) in a volume that
-lies (z, y, x). Here everything goes through `volume_coordinates`, and every index is (z, y, x).
+A 1-D position code is added to the D·H·W voxel tokens (model.py), and the decoder samples at (x, y, z^k), the warp of
+the coordinates (transformer.py): a joint of mid-depth at k = 3 is read at r = 1/8. So does everything here, through
+`volume_coordinates`; JOTR's contrast alone samples at a linear z, and marks its voxels by (x, y, z) in a volume that
+lies (z, y, x). Every index here is (z, y, x).
 
 Ours: r_i = (i + 1/2) / D, the *centres* of the cells (JOTR: i / D), so grid_sample runs with align_corners=False, and x
 and y of the grid are the crop's coordinates, as the feature map's are. Depth runs over DEPTH_RANGE about the pelvis.
 
-B images, V channels, D x H x W voxels (z, y, x), M places. r: 0..1 along an axis of the volume; Z: 0..1 along depth.
-With k > 1 the cells at the near end (towards the camera) are the thin ones: layer i reaches over r_i^k. At k = 3 and
-D = 8 the pelvis, Z = 1/2, lies in the seventh layer of eight, and at k = 1 between the fourth and the fifth.
+B images, V channels, D x H x W voxels (z, y, x), M places. r: 0..1 along an axis of the volume; z: 0..1 along depth.
+With k > 1 the layers at the near end are the thick ones: layer i holds the depths r^(1/k) between its borders. At k = 3
+and D = 8 the first layer reaches to the pelvis, z = 1/2; at k = 1 the pelvis lies between the fourth and the fifth.
 """
 
 from __future__ import annotations
@@ -20,18 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmdiff.geometry import weak_perspective_projection
-from hmdiff.models.layers import EncoderBlock
+from hmdiff.models.layers import EncoderBlock, sinusoidal_position_1d
 
 DEPTH_RANGE = 1.2  # metres before and behind the pelvis: an adult's arm, stretched towards the camera, stays within
 EXPONENTS = (1.0, 20.0)
-# Z^(1/k) is infinitely steep at 0. A ten-thousandth of the depth, 0.24 mm, is no more than a point on the near face.
-NEAREST = 1e-4
+NEAREST = 1e-4  # of the depth, 0.24 mm: z^k has no derivative in k at 0, and no real value below
 
 
 class Lifting(nn.Module):
     """Feature map -> volume. Runs once per image; all hypotheses and steps sample the same volume."""
 
     relative: Tensor  # (S,)
+    position: Tensor  # (S³, V)
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Lifting(nn.Module):
         self.lift = nn.Conv2d(feature_width, volume_width * size, 1)
         self.free_exponent = nn.Parameter(torch.tensor([float(exponent)]))
         self.register_buffer("relative", relative_places(size), persistent=False)
+        self.register_buffer("position", sinusoidal_position_1d(size**3, volume_width), persistent=False)
         self.join = nn.Linear(volume_width + 3, volume_width)  # a Conv3d of kernel 1, on voxels as tokens
         self.encoder = nn.ModuleList(EncoderBlock(volume_width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(volume_width)
@@ -74,7 +77,7 @@ class Lifting(nn.Module):
             features = F.adaptive_avg_pool2d(features, size)  # keeps every cell at its place in the crop
         voxels = self.lift(features).unflatten(1, (-1, size)).flatten(2).mT  # (B, D*H*W, V)
         places = self.voxel_coordinates().flatten(0, 2).expand(len(voxels), -1, -1)
-        voxels = self.join(torch.cat([voxels, places.to(voxels.dtype)], -1))
+        voxels = self.join(torch.cat([voxels, places.to(voxels.dtype)], -1)) + self.position.to(voxels.dtype)
         for block in self.encoder:
             voxels = block(voxels)
         return self.norm(voxels).mT.unflatten(2, (size, size, size))
@@ -90,25 +93,14 @@ def volume_coordinates(
     camera: Tensor,  # (..., 3) weak perspective: scale (crop half-sides per metre), tx, ty
     exponent: Tensor | float,  # k
 ) -> Tensor:  # (..., P, 3) x, y, z in -1..1, as grid_sample wants them
-    """Metres to the volume: x and y where the camera sees them in the crop, z at r = Z^(1/k), since r holds depth r^k.
+    """Metres to the volume: x and y where the camera sees them in the crop, depth at r = z^k (JOTR's transformer.py).
 
-    Z = (z + DEPTH_RANGE) / (2 DEPTH_RANGE): 0 before, 1/2 at, 1 behind the pelvis. Differentiable; a point nearer than
-    the range lies on its near face and has no gradient in z.
+    z = (depth + DEPTH_RANGE) / (2 DEPTH_RANGE): 0 before, 1/2 at, 1 behind the pelvis. Differentiable; a point nearer
+    than the range lies on the near face and has no gradient in z.
     """
     place = weak_perspective_projection(points, camera)
     depth = (points[..., 2:] / (2 * DEPTH_RANGE) + 0.5).clamp_min(NEAREST)
-    return torch.cat([place, 2 * depth ** (1 / exponent) - 1], -1)
-
-
-def from_volume_coordinates(
-    coordinates: Tensor,  # (..., P, 3) x, y, z in -1..1
-    camera: Tensor,  # (..., 3) scale, tx, ty
-    exponent: Tensor | float,
-) -> Tensor:  # (..., P, 3) metres, relative to the pelvis
-    """The inverse of `volume_coordinates`, for points behind the near face."""
-    place = (coordinates[..., :2] - camera[..., None, 1:]) / camera[..., None, :1]
-    depth = ((coordinates[..., 2:] + 1) / 2).clamp_min(0) ** exponent
-    return torch.cat([place, (depth - 0.5) * 2 * DEPTH_RANGE], -1)
+    return torch.cat([place, 2 * depth**exponent - 1], -1)
 
 
 def sample_volume(

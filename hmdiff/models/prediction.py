@@ -16,6 +16,7 @@ class Denoised(NamedTuple):
     points: Tensor  # (B, N, P, 3) noise, clean mesh or velocity
     scale: Mapping[str, Tensor] = NO_SCALE  # RLE's σ̂ by what it is of: (B, N, K or C, 3 or 2), 0..1
     estimates: Tensor | None = None  # (B, N, E, K, 3) lifting's joints after each block but the last
+    meshes: Tensor | None = None  # (B, N, E, C, 3) and its vertices, where they are refined from block to block
 
 
 class Prediction(NamedTuple):
@@ -28,3 +29,4 @@ class Prediction(NamedTuple):
     estimates: Tensor | None = None  # (B, N, E, K, 3)
     volume: Tensor | None = None  # (B, V, D, H, W)
     exponent: Tensor | None = None  # () of the volume's depth
+    meshes: Tensor | None = None  # (B, N, E, C, 3)

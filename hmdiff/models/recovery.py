@@ -94,6 +94,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         volume_width: int = 128,
         volume_size: int = 8,
         volume_exponent: float = 3.0,  # k at the start, JOTR's; 1 gives all depths the same layers (see LOG.md)
+        coarse_to_fine: bool = False,  # JOTR: joints and mesh refined from block to block, the last one the result
     ) -> None:
         super().__init__()
         if mode not in MODES or inputs not in INPUTS:
@@ -103,6 +104,8 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         if isinstance(rle, str) or not set(rle) <= set(SCALED):
             raise ValueError(f"rle {rle!r} must be a list of some of {', '.join(SCALED)}")
         self.register_to_config(rle=list(rle), pretrained=False)  # a list, as JSON gives it back; what starts is past
+        if coarse_to_fine and not lifting:
+            raise ValueError("coarse_to_fine refines between the looks into a volume: it needs lifting")
         if not 0 <= masked < 1:
             raise ValueError(f"masked {masked} is the largest share of hidden tokens: 0 to below 1")
         self.feature_backbone: nn.Module  # not "backbone": ModelMixin would answer with the config entry
@@ -128,6 +131,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
             MeshDenoiser(
                 patches, num_joints, width, depth, heads, encoder_width, feed_forward_ratio, neighbours,
                 rle if number == stack - 1 else (), masked > 0, volume_width if lifting else 0, mesh_scale,
+                coarse_to_fine,
             )
             for number in range(stack)
         )  # fmt: skip
@@ -327,5 +331,5 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         volume = conditioning.volume
         return Prediction(
             found.points, camera, found.scale, silhouette, found.estimates,
-            None if volume is None else volume.features, None if volume is None else volume.exponent,
+            None if volume is None else volume.features, None if volume is None else volume.exponent, found.meshes,
         )  # fmt: skip

@@ -89,7 +89,7 @@ def training_losses(
     contrast = _contrast(model, config, sample, found, truth, clean, share, draws.shared_seed)
     paths = PathOutputs(
         model.config.mesh_scale, found.scale, model.flow_log_probs(),
-        model.config.rle_variant, found.silhouette, found.estimates, contrast,
+        model.config.rle_variant, found.silhouette, found.estimates, found.meshes, contrast,
         vertices=_some_vertices(model, draws).to(truth.device),
         regressed=None if model.config.mode == "direct" else share < 1e-6,
     )  # fmt: skip
@@ -138,16 +138,19 @@ def _contrast(
     places = volume_coordinates(model.to_joints(noisiest), camera, found.exponent.detach())
     true_places = volume_coordinates(model.to_joints(truth[:, 0]), true_camera, found.exponent.detach())
     predicted, labelled = sample_volume(found.volume, places), sample.has_joints_3d
+    inside = (true_places.abs() <= 1).all(-1)
     generator = torch.Generator().manual_seed(seed)
     terms = {}
     if config.joint_contrast:
         true = sample_volume(found.volume, true_places)
-        terms["joint_contrast"] = joint_to_joint(predicted, true, labelled, generator)
+        terms["joint_contrast"] = joint_to_joint(predicted, true, labelled, generator, valid=inside)
     if config.non_joint_contrast:
         size = found.volume.shape[2:]
         away = voxels_away_from(places, (size[0], size[1], size[2]))
         voxels = found.volume.flatten(2).mT
-        terms["non_joint_contrast"] = joint_to_non_joint(predicted, voxels, away, labelled, generator)
+        terms["non_joint_contrast"] = joint_to_non_joint(
+            predicted, voxels, away, labelled, generator, valid=inside
+        )
     return terms
 
 

@@ -44,19 +44,23 @@ def error(anchor: Tensor, positive: Tensor, negatives: list[Tensor], tau: float 
 
 
 def joint_triples(
-    predicted: Tensor, truth: Tensor, has_joints: Tensor | None = None
+    predicted: Tensor, truth: Tensor, has_joints: Tensor | None = None, valid: Tensor | None = None
 ) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
     """Every anchor with its positives and negatives."""
     people = [i for i in range(len(predicted)) if has_joints is None or has_joints[i]]
     for person in people:
         for joint in range(JOINTS):
-            positives = [truth[other, joint] for other in people]
+            positives = [truth[other, joint] for other in people if valid is None or valid[other, joint]]
             negatives = [predicted[other, j] for other in people for j in range(JOINTS) if j != joint]
             yield predicted[person, joint], positives, negatives
 
 
 def voxel_triples(
-    predicted: Tensor, voxels: Tensor, away: Tensor, has_joints: Tensor | None = None
+    predicted: Tensor,
+    voxels: Tensor,
+    away: Tensor,
+    has_joints: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
     people = [i for i in range(len(predicted)) if has_joints is None or has_joints[i]]
     depth, height, width = SIZE
@@ -68,7 +72,10 @@ def voxel_triples(
                 empty += [volume[i, z, y, x] for x in range(width) if away[i, z, y, x]]
     for person in people:
         for joint in range(JOINTS):
-            others = [predicted[i, j] for i in people for j in range(JOINTS) if (i, j) != (person, joint)]
+            others = [
+                predicted[i, j] for i in people for j in range(JOINTS)
+                if (i, j) != (person, joint) and (valid is None or valid[i, j])
+            ]  # fmt: skip
             yield predicted[person, joint], others, empty
 
 
@@ -100,6 +107,27 @@ def test_joint_to_non_joint_equals_loops(labels: list[bool] | None) -> None:
     assert torch.equal(flat, value)
     warm = joint_to_non_joint(predicted, voxels, away, has, drawn(), temperature=0.5)
     assert warm.item() == pytest.approx(mean_of(voxel_triples(predicted, voxels, away, has), 0.5), rel=1e-9)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_joints_outside_the_crop_are_nobodys_positives(labels: list[bool] | None) -> None:
+    """Per joint, and for both losses; everything inside is as if nothing was said."""
+    predicted, truth, voxels, away = features()
+    has = None if labels is None else torch.tensor(labels)
+    valid = torch.tensor([[True, True, False], [False, True, False], [True, True, True], [False, False, False]])
+    value = joint_to_joint(predicted, truth, has, drawn(), valid=valid)
+    assert value.item() == pytest.approx(mean_of(joint_triples(predicted, truth, has, valid)), rel=1e-9)
+    value = joint_to_non_joint(predicted, voxels, away, has, drawn(), valid=valid)
+    assert value.item() == pytest.approx(mean_of(voxel_triples(predicted, voxels, away, has, valid)), rel=1e-9)
+    everything, nothing = torch.ones_like(valid), torch.zeros_like(valid)
+    for few in (1, 128):
+        whole = joint_to_joint(predicted, truth, has, drawn(), positives=few, valid=everything)
+        assert torch.equal(whole, joint_to_joint(predicted, truth, has, drawn(), positives=few))
+    assert joint_to_joint(predicted, truth, has, drawn(), valid=nothing) == 0
+    assert joint_to_non_joint(predicted, voxels, away, has, drawn(), valid=nothing) == 0
+    garbage = torch.where(valid[..., None], truth, 1e3)
+    moved = joint_to_joint(predicted, garbage, has, drawn(), valid=valid)
+    assert torch.equal(moved, joint_to_joint(predicted, truth, has, drawn(), valid=valid))
 
 
 def test_known_values() -> None:

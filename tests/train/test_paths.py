@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, depth_of, evaluate
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.train import step
 from hmdiff.train.step import Draws, TrainingStep, training_losses, used_by_no_loss
 
 PATHS = {
@@ -27,6 +30,7 @@ PATHS = {
     "lifting": ("model.backbone=conv", "model.lifting=true", "model.volume_width=16", "model.volume_size=4",
                 "model.depth=2", "loss.estimates=0.5", "loss.joint_contrast=0.1", "loss.non_joint_contrast=0.1"),
 }  # fmt: skip
+PATHS["coarse to fine"] = (*PATHS["lifting"], "model.coarse_to_fine=true")
 EVERYTHING = tuple(value for name, path in PATHS.items() for value in path if name != "rle composite")
 
 
@@ -51,11 +55,11 @@ def test_every_path_learns_with_and_without_diffusion(name: str, mode: str) -> N
     body, mesh = free_body()
     model, scheduler, people = build_model(values, body, mesh), build_scheduler(values), people_of(*overrides)
     model.upsample_weight.requires_grad_(False)
-    step, draws = TrainingStep(model, scheduler, values.loss), draws_for(model, len(people))
+    module, draws = TrainingStep(model, scheduler, values.loss), draws_for(model, len(people))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(6):
-        terms = step(people, draws)
+        terms = module(people, draws)
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
@@ -67,6 +71,7 @@ def test_every_path_learns_with_and_without_diffusion(name: str, mode: str) -> N
         "depth": set(), "rle": {"rle_joints", "rle_vertices", "rle_joints_2d"}, "rle composite": {"rle_joints"},
         "silhouette": {"silhouette"}, "masked": set(), "projection": {"projection"},
         "lifting": {"estimates", "joint_contrast", "non_joint_contrast"},
+        "coarse to fine": {"estimates", "mesh_estimates", "joint_contrast", "non_joint_contrast"},
     }  # fmt: skip
     assert names == (set().union(*wanted.values()) if name == "all" else wanted[name])
     idle = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
@@ -90,6 +95,82 @@ def test_a_path_that_is_not_used_changes_nothing(name: str) -> None:
     expected = without(points, steps, None, people.heatmaps, people.heatmap_valid)
     found = model(points, steps, None, people.heatmaps, people.heatmap_valid)
     assert torch.equal(found.points, expected.points) and torch.equal(found.camera, expected.camera)
+
+
+FINE = (*PATHS["coarse to fine"], "model.depth=4")
+
+
+@torch.no_grad()
+def test_joints_and_mesh_accumulate_from_block_to_block() -> None:
+    """JOTR's heads: every block adds to what the block before found, and the last sum is the result."""
+    model, people = build_pipeline(small_config("unused", *FINE)).model, people_of()
+    wake(model)
+    points, steps = torch.randn(len(people), 2, model.num_points, 3), torch.rand(len(people), 2)
+    found = model(points, steps, None, people.heatmaps, people.heatmap_valid)
+    assert found.meshes.shape == (len(people), 2, 3, 432, 3) and found.estimates.shape == (len(people), 2, 3, 24, 3)
+    result = found.points.clone()
+    (denoiser,) = model.denoisers
+    denoiser.to_patch.weight.zero_()  # the last block adds nothing: the result is what the block before it found
+    denoiser.to_joint.weight.zero_()
+    before = model(points, steps, None, people.heatmaps, people.heatmap_valid)
+    torch.testing.assert_close(before.points, torch.cat([before.meshes[:, :, -1], before.estimates[:, :, -1]], 2))
+    assert (result - before.points).std() > 0.01
+    for number in (2, 1, 0):
+        denoiser.refinements[number].weight.zero_()
+        less = model(points, steps, None, people.heatmaps, people.heatmap_valid).meshes
+        steps_left = less.diff(dim=2).flatten(3).std(-1)  # (B, 2, 2): from the first to the second, to the third
+        moving = max(number - 1, 0)
+        assert (steps_left[..., :moving] > 0.001).all() and (steps_left[..., moving:] == 0).all()
+    bias = denoiser.patch_bias.reshape(-1, 3)[denoiser.place]
+    torch.testing.assert_close(less, bias.expand_as(less))
+
+
+def test_every_block_is_supervised() -> None:
+    """A loss on the first block's joints and mesh alone would leave the others' heads where they are, and so on."""
+    values = small_config("unused", *FINE, "loss.camera=0", "loss.joint_contrast=0", "loss.non_joint_contrast=0")
+    body, mesh = free_body()
+    model, people = build_model(values, body, mesh), people_of()
+    wake(model)
+    losses = training_losses(model, build_scheduler(values), values.loss, people, draws_for(model, len(people)))
+    assert losses["mesh_estimates"] > 0 and losses["estimates"] > 0
+    (denoiser,) = model.denoisers
+    for name in ("mesh_estimates", "estimates"):
+        layers = denoiser.refinements if name == "mesh_estimates" else [f.refine for f in denoiser.fusions]
+        heads = [layer.weight for layer in layers]
+        gradients = torch.autograd.grad(losses[name], heads, retain_graph=True)
+        assert len(heads) == 3 and all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_contrast_knows_whose_joints_are_outside_the_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the true joints through the true camera, for both losses."""
+    values = small_config("unused", *PATHS["lifting"])
+    body, mesh = free_body()
+    model, people = build_model(values, body, mesh), people_of()
+    camera = people.camera.clone()
+    camera[0, 1] += 0.8  # half of the first person is beyond the right border
+    people = dataclasses.replace(people, camera=camera)
+    given: list[Tensor] = []
+
+    def watch(*_: Any, valid: Tensor, **__: Any) -> Tensor:
+        given.append(valid)
+        return torch.zeros(())
+
+    monkeypatch.setattr(step, "joint_to_joint", watch)
+    monkeypatch.setattr(step, "joint_to_non_joint", watch)
+    training_losses(model, build_scheduler(values), values.loss, people, draws_for(model, len(people)))
+    seen = people.joints_3d[..., :2] * camera[:, None, :1] + camera[:, None, 1:]
+    inside = (seen.abs() <= 1).all(-1) & (people.joints_3d[..., 2].abs() <= 1.2)
+    assert len(given) == 2 and all(torch.equal(mask, inside) for mask in given)
+    assert 0 < int(inside[0].sum()) < 24
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_mesh_is_refined_where_a_mesh_is_predicted(kind: str) -> None:
+    with pytest.raises(UserError, match=f"refines a mesh, and diffusion.prediction_type is '{kind}'"):
+        build_pipeline(small_config("unused", *FINE, f"diffusion.prediction_type={kind}"))
+    build_pipeline(small_config("unused", *FINE, f"diffusion.prediction_type={kind}", "model.mode=direct"))
+    with pytest.raises(UserError, match="it needs lifting"):
+        build_pipeline(small_config("unused", "model.coarse_to_fine=true"))
 
 
 def wake(model: MeshRecoveryModel) -> None:
