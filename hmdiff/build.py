@@ -23,6 +23,7 @@ from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.data.transforms import AugmentOptions
 from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError
+from hmdiff.models.limits import check_hyperparameters
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 
@@ -31,6 +32,8 @@ def build_model(config: Config, body: Body, mesh: MeshSampler) -> MeshRecoveryMo
     """A new model for the body's mesh. Raises `UserError` for a hyperparameter that its constructor does not have."""
     allowed = [name for name in inspect.signature(MeshRecoveryModel.__init__).parameters if name != "self"]
     check_keys(config.model, allowed, "section 'model'")
+    signature = inspect.signature(MeshRecoveryModel.__init__).parameters
+    check_hyperparameters(config.model, "section 'model'", {name: signature[name].default for name in allowed})
     values: dict[str, Any] = {
         "image_size": config.data.image_size,
         **config.model,

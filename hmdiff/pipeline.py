@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from hmdiff.body.body import Body, load_body
+from hmdiff.body.body import Body, load_named_body
 from hmdiff.diffusion.dat import Guidance, GuidanceReport, aligned_sample, make_target
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
-from hmdiff.diffusion.schedule import change_scheduler, make_scheduler, sampler_name
+from hmdiff.diffusion.schedule import change_scheduler, load_scheduler, sampler_name
 from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
+from hmdiff.files.checksums import folder_checksums, verify_checksums
+from hmdiff.files.reading import read_json
 from hmdiff.files.resources import asset_path
 from hmdiff.files.storage import atomic_folder
 from hmdiff.geometry import (
@@ -40,12 +43,12 @@ from hmdiff.heatmaps import Heatmaps, heatmap_peaks
 from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
+from hmdiff.models.saved import WEIGHTS, load_model
 from hmdiff.output import MeshOutput, keypoint_distance, log_likelihood
 
 __all__ = ["GuidancePlan", "HMDiffPipeline", "MeshOutput", "keypoint_distance"]
 
 FORMAT = 1
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 ABOUT = "hmdiff.json"
 GUIDANCE_STREAM = 1 << 32  # added to the seed where guidance draws
 ROWS_AT_ONCE = 512  # people times hypotheses in one evaluation of the denoiser: bounds the memory, changes no result
@@ -353,7 +356,8 @@ class HMDiffPipeline:
             if half:
                 _halve(temporary / "model" / WEIGHTS)
             self.scheduler.save_pretrained(temporary / "scheduler")  # type: ignore[attr-defined]
-            (temporary / ABOUT).write_text(json.dumps(self._about(), indent=2) + "\n")
+            about = {**self._about(), "checksums": folder_checksums(temporary)}
+            (temporary / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
     def _about(self) -> dict[str, Any]:
         about = {
@@ -388,20 +392,18 @@ class HMDiffPipeline:
                 f"{folder}: not a saved hmdiff pipeline (it has no hmdiff.json); give the folder that save_pretrained "
                 "or training wrote, such as runs/NAME/pipeline"
             )
+        about = _read_about(place / ABOUT)
         try:
-            about = json.loads((place / "hmdiff.json").read_text())
-            found = about["format"]
-            steps, eta, name, sampler = about["num_inference_steps"], about["eta"], about["body"], about["sampler"]
             temperatures = [Temperature.from_json(each) for each in about.get("temperatures", ())]
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, UserError) as error:
-            raise UserError(f"{place / ABOUT}: damaged ({error!r}); save the pipeline again") from None
-        if found != FORMAT:
-            raise UserError(f"{folder}: format {found} of saved pipelines, this one reads {FORMAT}; update hmdiff")
-        model = _load_model(place / "model")
-        scheduler = _load_scheduler(place / "scheduler", sampler)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, UserError) as error:
+            raise UserError(f"{place / ABOUT}: damaged ({error!r:.160}); save the pipeline again") from None
+        if "checksums" in about:  # those saved before there were any are read without
+            verify_checksums(place, about["checksums"], "save or copy the checkpoint again")
+        model = load_model(place / "model")
+        scheduler = load_scheduler(place / "scheduler" / "scheduler_config.json", about["sampler"])
         if body is None:
-            body = load_body(name)
-        pipeline = cls(model, scheduler, body, steps, eta)
+            body = load_named_body(about["body"])
+        pipeline = cls(model, scheduler, body, about["num_inference_steps"], float(about["eta"]))
         for fitted in temperatures:
             pipeline.set_temperature(fitted)
         return pipeline.to(device)
@@ -416,33 +418,22 @@ def _halve(path: Path) -> None:
     save_file(state, path, metadata={"format": "pt"})
 
 
-def _load_model(folder: Path) -> MeshRecoveryModel:
-    for name in ("config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing; the checkpoint is not whole, save or copy it again")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if config.get("_class_name") != "MeshRecoveryModel":
-            raise UserError(f"{folder}: holds a {config.get('_class_name')}, not a MeshRecoveryModel of hmdiff")
-        model = MeshRecoveryModel.from_config({**config, "pretrained": False})
-        from safetensors.torch import load_file
-
-        state = load_file(folder / WEIGHTS)
-        model.load_state_dict(state, strict=True)
-    except UserError:
-        raise
-    except Exception as error:  # safetensors, JSON and torch each raise their own
-        reason = str(error).split("\n")[0][:160]
-        raise UserError(f"{folder}: cannot be read as a model ({reason}); save or copy the checkpoint again") from None
-    return model.eval()
-
-
-def _load_scheduler(folder: Path, sampler: str) -> SchedulerMixin:
-    try:
-        config = json.loads((folder / "scheduler_config.json").read_text())
-        blank = make_scheduler(sampler, 10, prediction_type=config["prediction_type"])
-        return type(blank).from_config(config)  # type: ignore[attr-defined]
-    except UserError:
-        raise
-    except Exception as error:  # JSON, missing files, and whatever a foreign config brings out in diffusers
-        raise UserError(f"{folder}: cannot be read as a scheduler ({error!r}); save the pipeline again") from None
+def _read_about(path: Path) -> dict[str, Any]:
+    """hmdiff.json, its fields of the types that `save_pretrained` writes."""
+    about = read_json(path, 1 << 24, "save the pipeline again")
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: damaged (a {type(about).__name__}, a mapping was expected); save the pipeline again")
+    if about.get("format") != FORMAT:
+        raise UserError(f"{path}: format {about.get('format')!r:.40}, this hmdiff reads {FORMAT}; update hmdiff")
+    checks: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+        "body": (str, lambda value: True),
+        "sampler": (str, lambda value: True),
+        "num_inference_steps": (int, lambda value: value >= 1),
+        "eta": (int | float, lambda value: 0 <= value < math.inf),
+        "temperatures": (list, lambda value: True),
+    }
+    for name, (kind, fits) in checks.items():
+        value = about.get(name, [] if name == "temperatures" else None)
+        if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
+            raise UserError(f"{path}: damaged ({name} is {value!r:.60}); save the pipeline again")
+    return about

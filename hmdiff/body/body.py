@@ -8,6 +8,7 @@ Symbols: V vertices, J joints, B shape coefficients, K keypoints.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hmdiff.body.files import LICENSED, body_folder, files_by_name, find_body_file, licensed_kind, read_body_file
+from hmdiff.body.files import (
+    FOLDER_VARIABLE,
+    LICENSED,
+    body_folder,
+    files_by_name,
+    find_body_file,
+    licensed_kind,
+    read_body_file,
+)
 from hmdiff.body.skeletons import SMPL24
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
@@ -259,10 +268,33 @@ def load_body(
         UserError: no such file; says which file, where to register for it and where to put it.
     """
     name = str(name_or_path)
+    if name != "free" and os.path.isfile(name):
+        return Body(name=Path(name).stem, **read_body_file(name))
+    return _named_body(name, gender) or Body(name=Path(name).stem, **read_body_file(name))
+
+
+def load_named_body(name: str) -> Body:
+    """The body that a checkpoint names: `load_body`'s names, or a file of that name in HMDIFF_BODY_DIR; never a path.
+
+    A checkpoint comes from somebody else: it may not say which file of this machine is read.
+
+    Raises:
+        UserError: a path, or no such body here.
+    """
+    if not name or name != Path(name).name or "\\" in name or "\0" in name:
+        raise UserError(f"the checkpoint's body {name!r:.80} is not a name; give body=load_body(PATH)")
+    body = _named_body(name, "neutral")
+    if body is None:
+        raise UserError(
+            f"the checkpoint's body {name!r:.80} is not here; put {name[:80]}.npz in the folder {FOLDER_VARIABLE}, or "
+            "give body=load_body(PATH)"
+        )
+    return body
+
+
+def _named_body(name: str, gender: str) -> Body | None:
     if name == "free":
         return Body(name=name, **read_body_file(asset_path("body.npz")))
-    if Path(name).is_file():
-        return Body(name=Path(name).stem, **read_body_file(name))
     folder, licensed = body_folder(), licensed_kind(name)
     if folder is not None and name not in LICENSED and len(Path(name).parts) == 1:
         there = files_by_name(folder)
@@ -273,4 +305,4 @@ def load_body(
         kind, gender = licensed if name not in LICENSED else (name, gender)
         full_name = kind if gender == "neutral" else f"{kind}_{gender}"
         return Body(name=full_name, **read_body_file(find_body_file(kind, gender)))
-    return Body(name=Path(name).stem, **read_body_file(name))
+    return None

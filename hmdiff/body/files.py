@@ -30,6 +30,7 @@ _SITES = {
     "mano": "https://mano.is.tue.mpg.de",
 }
 LICENSED = tuple(_SITES)
+_LARGEST = 1e4  # of any number in a body: metres, weights, and posedirs in metres
 _MAX_BYTES = 1 << 30  # of a body's arrays
 _DEPTH = 4  # folders below HMDIFF_BODY_DIR that are looked into: the published archives need three
 
@@ -136,9 +137,25 @@ def read_body_file(path: str | Path) -> dict[str, Any]:
     """
     path, data = Path(path), raw_arrays(path)
     try:
-        return _free_arrays(data) if "keypoint_names" in data else _smpl_arrays(data)
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise UserError(f"{path}: not laid out as a body file ({error!r}); download it again") from None
+        arrays = _free_arrays(data) if "keypoint_names" in data else _smpl_arrays(data)
+        _check_values(arrays)
+    except (KeyError, ValueError, IndexError, TypeError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path}: not laid out as a body file ({error!r:.200}); download it again") from None
+    return arrays
+
+
+def _check_values(arrays: dict[str, Any]) -> None:
+    """Raises ValueError naming what is not finite, absurd, or points beyond the mesh."""
+    vertices = len(arrays["v_template"])
+    for name, value in arrays.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            if not np.isfinite(value).all() or np.abs(value).max(initial=0) > _LARGEST:
+                raise ValueError(f"{name} holds numbers that are not finite, or beyond {_LARGEST:g}")
+    faces = arrays["faces"]
+    if faces.ndim != 2 or faces.shape[1] != 3 or not len(faces):
+        raise ValueError(f"faces are {faces.shape}, (F, 3) expected")
+    if int(faces.min()) < 0 or int(faces.max()) >= vertices:
+        raise ValueError(f"faces point to vertices {int(faces.min())} to {int(faces.max())} of {vertices}")
 
 
 def raw_arrays(path: str | Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ clear effect (LOG.md).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from diffusers import (
     DDPMScheduler,
@@ -26,11 +28,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from hmdiff.diffusion.ddim import ListedDDIMScheduler
 from hmdiff.errors import UserError
+from hmdiff.files.reading import read_json
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SCHEDULES = ("cosine", "linear")
 # A floor of abar_K for noise prediction: the first clean mesh is x / sqrt(abar_K), and still finite.
 EPSILON_TERMINAL = 1e-4
+
+_MOST_STEPS = 100_000  # of a saved schedule
 
 _SCHEDULERS: dict[str, tuple[type, dict]] = {
     "ddim": (ListedDDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
@@ -106,6 +111,29 @@ def make_scheduler(
         timestep_spacing="trailing",
         **options,
     )
+
+
+def load_scheduler(
+    path: Path,  # of the scheduler_config.json that `save_pretrained` wrote
+    name: str,  # one of SCHEDULER_NAMES
+) -> SchedulerMixin:
+    """A saved scheduler: its schedule is the file's, all else is ours. Raises `UserError` for what is not one."""
+    mend = "save the pipeline again"
+    config = read_json(path, 1 << 26, mend)
+    betas = config.get("trained_betas") if isinstance(config, dict) else None
+    steps = config.get("num_train_timesteps") if isinstance(config, dict) else None
+    fine = isinstance(betas, list) and 1 <= len(betas) <= _MOST_STEPS and len(betas) == steps
+    if not fine or not all(isinstance(beta, float | int) and 0 <= beta <= 1 for beta in betas or ()):
+        raise UserError(f"{path}: not a schedule of as many betas of 0 to 1 as it has steps; {mend}")
+    if name not in _SCHEDULERS or config.get("prediction_type") not in PREDICTION_TYPES:
+        found = f"sampler {name!r:.60} and prediction_type {config.get('prediction_type')!r:.60}"
+        raise UserError(f"{path}: {found}; one of {', '.join(SCHEDULER_NAMES)} and of {', '.join(PREDICTION_TYPES)}")
+    kind, options = _SCHEDULERS[name]
+    scheduler: SchedulerMixin = kind(
+        num_train_timesteps=len(betas or ()), trained_betas=betas, prediction_type=config["prediction_type"],
+        timestep_spacing="trailing", **options,
+    )  # fmt: skip
+    return scheduler
 
 
 def sampler_name(scheduler: SchedulerMixin) -> str:

@@ -124,7 +124,7 @@ with claim(Path(sys.argv[1]), "wait"):
 
 def test_a_folder_is_one_processs_until_that_ends(tmp_path: Path) -> None:
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=rf"another process \(number {holder.pid}\) works in it; wait"):
