@@ -22,6 +22,7 @@ class Sample:
     image: Tensor | None = None  # (B, 3, H, W) RGB, 0..1
     heatmaps: Tensor | None = None  # (B, J, h, w) >= 0, peak = confidence
     heatmap_valid: Tensor | None = None  # (B, J) bool: the estimator has this joint at all
+    peaks: Tensor | None = None  # (B, J, 2, 4) x, y, height, sigma: Gaussians that add up to the heatmaps
     vertices: Tensor | None = None  # (B, V, 3)
     coarse_vertices: Tensor | None = None  # (B, C, 3): a subset of the vertices, for training without the full mesh
     has_vertices: Tensor | None = None  # (B,) bool
@@ -63,7 +64,7 @@ class Sample:
         changed = {}
         for name, mask_name in MASKS.items():
             value, mask = getattr(self, name), getattr(self, mask_name)
-            if value is not None and mask is not None and name != "heatmaps":  # an input, and the largest field
+            if value is not None and mask is not None and name not in ("heatmaps", "peaks"):  # inputs
                 there = (mask > 0).reshape(*mask.shape, *(1,) * (value.dim() - mask.dim()))
                 changed[name] = torch.where(there, value, torch.zeros_like(value))
         return dataclasses.replace(self, **changed)
@@ -78,14 +79,15 @@ class Sample:
 
 # What says that a field is there. None as a mask means that all of them are.
 MASKS = {
-    "heatmaps": "heatmap_valid", "vertices": "has_vertices", "coarse_vertices": "has_vertices",
+    "heatmaps": "heatmap_valid", "peaks": "heatmap_valid",
+    "vertices": "has_vertices", "coarse_vertices": "has_vertices",
     "joints_3d": "has_joints_3d", "keypoints_3d": "has_keypoints_3d", "joints_2d": "joints_2d_confidence",
     "visible": "joints_2d_confidence", "silhouette": "has_silhouette", "visible_fraction": "has_silhouette",
     "occlusion": "has_silhouette",
     "depth": "has_depth", "camera": "has_camera", "pelvis": "has_perspective", "focal": "has_perspective",
     "principal_point": "has_perspective",
 }  # fmt: skip
-_PER_KEYPOINT = {"heatmaps", "keypoints_3d", "joints_2d", "visible"}  # their masks are (B, J), the others' (B,)
+_PER_KEYPOINT = {"heatmaps", "peaks", "keypoints_3d", "joints_2d", "visible"}  # masks of (B, J), not (B,)
 
 
 class PeopleSource(Protocol):

@@ -181,6 +181,8 @@ class JointHeatmapBackbone(nn.Module):
     """
 
     basis: Tensor
+    line: Tensor
+    low: Tensor
 
     def __init__(
         self,
@@ -200,6 +202,9 @@ class JointHeatmapBackbone(nn.Module):
         along_y = axis[:, None].expand(-1, heatmap_size, -1)
         both = (low[:, None, :, None] * low[None, :, None, :]).flatten(2)
         self.register_buffer("basis", torch.cat([along_x, along_y, both], -1).flatten(0, 1), persistent=False)
+        self.register_buffer("line", axis, persistent=False)  # (size, F) the basis along one axis
+        picked = [*range(products), *range(frequencies, frequencies + products)]
+        self.register_buffer("low", torch.tensor(picked), persistent=False)
         self.embed = nn.Sequential(
             nn.Linear(self.basis.shape[-1] + 2, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width)
         )
@@ -216,8 +221,49 @@ class JointHeatmapBackbone(nn.Module):
         there = heatmap_valid & (peak[..., 0] > 1e-3)
         moments = (flat @ self.basis) / mass.clamp_min(1e-6)
         spread = (mass / peak.clamp_min(1e-6) / 25).clamp(max=8)  # area of the peak over that of a sigma 2 Gaussian
+        return self._tokens(moments, peak, spread, there)
+
+    def _tokens(self, moments: Tensor, peak: Tensor, spread: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.embed(torch.cat([moments, peak, spread], -1)) + self.joint
         return tokens * there[..., None], there
+
+    def from_peaks(
+        self,
+        peaks: Tensor,  # (B, J, 2, 4) x, y (crop), height, sigma (heatmap pixels); a height of 0: no such peak
+        heatmap_valid: Tensor,  # (B, J) bool
+    ) -> tuple[Tensor, Tensor]:  # tokens (B, J, C), mask (B, J) bool
+        """`forward` of the heatmaps that these Gaussians add up to, without drawing them.
+
+        A Gaussian of variance s², cut at a tenth of the heatmap's peak, is nearly a Gaussian of variance s² N / D and
+        of mass 2 pi s² D times its height, with t = 0.1 peak / height, D = 1 - t + t log t and
+        N = 1 - t (1 - log t) - t (log t)² / 2. Its expectations are products of sums over 64 rows and 64 columns. Where
+        two peaks overlap in part this is an approximation, held to the drawn heatmaps by the tests.
+        """
+        place, height, sigma = peaks[..., :2].float(), peaks[..., 2].float(), peaks[..., 3].float()
+        size = self.line.shape[0]
+        distance = (place[:, :, 0] - place[:, :, 1]).square().sum(-1, keepdim=True) * (size / 2) ** 2
+        local = height + height.flip(-1) * torch.exp(-0.5 * distance / sigma.square())  # the heatmap at both places
+        peak = local.amax(-1, keepdim=True)
+        there = heatmap_valid & (peak[..., 0] > 1e-3)
+        cut = (0.1 * peak / local.clamp_min(1e-6)).clamp(0.1, 0.95)
+        log = cut.log()
+        mass = 1 - cut + cut * log
+        narrowed = (sigma * ((1 - cut * (1 - log) - 0.5 * cut * log.square()) / mass).sqrt()).clamp_min(0.4)
+        pixel = (place + 1) * (size / 2) - 0.5
+        offset = (torch.arange(size, device=pixel.device) - pixel[..., None]) / narrowed[..., None, None]
+        density = torch.exp(-0.5 * offset.square())  # (B, J, 2, xy, size)
+        inside = density.sum(-1)
+        waves = density @ self.line / inside[..., None].clamp_min(1e-6)  # (B, J, 2, xy, F)
+        inside = inside / (narrowed[..., None] * math.sqrt(2 * math.pi))
+        weight = 2 * math.pi * sigma.square() * height * mass * inside.prod(-1)  # (B, J, 2)
+        total = weight.sum(-1, keepdim=True)
+        share = weight / total.clamp_min(1e-6)
+        low = waves[..., self.low]  # (B, J, 2, xy, f)
+        both = ((low[..., 1, :] * share[..., None])[..., :, None] * low[..., 0, None, :]).sum(2)
+        along = (waves * share[..., None, None]).sum(2).flatten(-2)
+        moments = torch.cat([along, both.flatten(-2)], -1)
+        spread = (total / peak.clamp_min(1e-6) / 25).clamp(max=8)
+        return self._tokens(moments, peak, spread, there)
 
     @staticmethod
     def _above(heatmaps: Tensor, share: float) -> tuple[Tensor, Tensor]:  # (B, J, h w), and the peaks (B, J, 1)

@@ -232,7 +232,7 @@ def test_synthetic_people_with_more_in_front(folder: Path) -> None:
     assert changed[more].float().mean() > 0.8 and not (before.occlusion & ~after.occlusion).any()
     untouched = ~more.flatten(1).any(1)
     assert untouched.any() and not untouched.all()
-    assert torch.equal(before.heatmaps[untouched], after.heatmaps[untouched])
+    assert torch.equal(before.peaks[untouched], after.peaks[untouched])
     assert torch.equal(before.image[untouched], after.image[untouched])
     inside = (after.joints_2d.abs() < 0.98).all(-1)
     pixel = ((after.joints_2d + 1) * 24).long().clamp(0, 47)

@@ -29,6 +29,11 @@ _HIPS = torch.tensor(["hip" in name for name in _NAMES])
 _FACE = {name: _NAMES.index(name) for name in ("nose", "left_eye", "right_eye", "left_ear", "right_ear")}
 # Which joints an estimator has, and how often it is met.
 _SOURCES = ((COCO17, 0.5), (OPENPOSE25, 0.2), (LSP14, 0.15), (HALPE26, 0.15))
+_LIMBS12 = tuple(name for name in LSP14 if name in COCO17)
+_BLAZEPOSE = tuple(n for n in HALPE26 if n in COCO17 or n.endswith(("heel", "big_toe")))  # of its 33, those of HALPE26
+_WIDE_SOURCES = (
+    (COCO17, 0.33), (OPENPOSE25, 0.15), (LSP14, 0.1), (HALPE26, 0.15), (_LIMBS12, 0.07), (_BLAZEPOSE, 0.2),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,7 @@ class EstimatorFaults:
     hidden: float = 0.0  # standard deviation of a guess behind an occluder, lognormal with sigma 0.3; 0: hardly off
     exact: float = 0.15  # per person: a hand-labelled person, with little jitter and nothing missing but the hidden
     all_joints: bool = False  # True: every source has all 26 joints
+    few_joints: bool = False  # True: also sources with the 12 joints of the limbs, and BlazePose's
 
 
 def face_visibility(
@@ -68,7 +74,24 @@ def estimate_heatmaps(
     faults: EstimatorFaults,
     generator: torch.Generator,  # CPU
 ) -> tuple[Tensor, Tensor]:  # heatmaps (n, J, 64, 64), valid (n, J) bool
-    """What an estimator might say of these people."""
+    """What an estimator might say of these people: the peaks of `estimate_peaks`, drawn as heatmaps."""
+    peaks, confidence, valid = estimate_peaks(points, visible, face_visible, faults, generator)
+    heatmaps = two_peaks(peaks[..., :2], peaks[..., 2], peaks[..., 0, 3])
+    heatmaps = heatmaps * (confidence / heatmaps.amax((-2, -1)).clamp_min(1e-6))[..., None, None]
+    return heatmaps * valid[..., None, None], valid
+
+
+def estimate_peaks(
+    points: Tensor,  # (n, J, 2) true keypoints, crop coordinates
+    visible: Tensor,  # (n, J) bool: not behind an occluder
+    face_visible: Tensor,  # (n, J) bool
+    faults: EstimatorFaults,
+    generator: torch.Generator,  # CPU
+) -> tuple[Tensor, Tensor, Tensor]:  # peaks (n, J, 2, 4), confidence (n, J), valid (n, J) bool
+    """The same heatmaps as sums of two Gaussians: x, y (crop), height relative to the other, sigma (heatmap pixels).
+
+    The sum is scaled so that its highest value is the confidence; a second height of 0 is no second peak.
+    """
     n, joints, _ = points.shape
     device = points.device
 
@@ -114,8 +137,9 @@ def estimate_heatmaps(
     missing |= (first.abs() > 1.0).any(-1)  # an estimator sees nothing outside the crop
     confidence = torch.where(missing, 0.0, confidence)
 
-    source = torch.multinomial(torch.tensor([rate for _, rate in _SOURCES]), n, replacement=True, generator=generator)
-    table = torch.tensor([[name in names for name in _NAMES] for names, _ in _SOURCES])
+    sources = _WIDE_SOURCES if faults.few_joints else _SOURCES
+    source = torch.multinomial(torch.tensor([rate for _, rate in sources]), n, replacement=True, generator=generator)
+    table = torch.tensor([[name in names for name in _NAMES] for names, _ in sources])
     valid = table[source].to(device) | faults.all_joints
 
     sigma = (1.4 + 1.8 * uniform(n, 1)) * (0.1 * normal(n, joints)).exp()  # heatmap pixels
@@ -130,9 +154,24 @@ def estimate_heatmaps(
         # The mass stays what it was, so the peak sinks.
         confidence = confidence * torch.where(wide, (sigma / broad) ** 2, 1.0)
         sigma = torch.where(wide, broad, sigma)
-    heatmaps = two_peaks(torch.stack([first, second], 2), torch.stack([torch.ones_like(share), share], 2), sigma)
-    heatmaps = heatmaps * (confidence / heatmaps.amax((-2, -1)).clamp_min(1e-6))[..., None, None]
-    return heatmaps * valid[..., None, None], valid
+    places, heights = torch.stack([first, second], 2), torch.stack([torch.ones_like(share), share], 2)
+    widths = sigma[..., None].expand_as(heights)
+    return torch.cat([places, heights[..., None], widths[..., None]], -1), confidence * valid, valid
+
+
+def scaled_peaks(
+    peaks: Tensor,  # (n, J, 2, 4) of `estimate_peaks`
+    confidence: Tensor,  # (n, J)
+) -> Tensor:  # (n, J, 2, 4) x, y (crop), height, sigma (heatmap pixels)
+    """The peaks with the heights that they have in the heatmap, whose highest value is the confidence."""
+    x, y, height, sigma = peaks.unbind(-1)
+    pixels = HEATMAP_SIZE / 2
+    distance = ((x[..., 0] - x[..., 1]).square() + (y[..., 0] - y[..., 1]).square()) * pixels**2
+    # A maximum of the sum lies close to one of the two places: exactly there when they are apart, or one.
+    overlap = torch.exp(-0.5 * distance / sigma[..., 0].square())[..., None]
+    highest = (height + height.flip(-1) * overlap).amax(-1, keepdim=True)
+    height = height * confidence[..., None] / highest.clamp_min(1e-6)
+    return torch.stack([x, y, height, sigma], -1)
 
 
 def two_peaks(
