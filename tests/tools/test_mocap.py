@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from hmdiff.body.anatomy import rotations_to_angles
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.synthetic.anatomy import rotations_to_angles
 from hmdiff.errors import UserError
 from tools.build import acclaim, mocap
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hmdiff.body.anatomy import angles_to_rotations, clamp_angles, reach_excess
 from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS
-from hmdiff.data.synthetic.anatomy import angles_to_rotations, clamp_angles, reach_excess
 
 # From parent to joint in the T-pose; the free body's mean shape, rounded.
 OFFSETS = torch.tensor(

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hmdiff.body.anatomy import rotations_to_angles
 from hmdiff.body.skeletons import SMPL24, mirror_permutation
-from hmdiff.data.synthetic.anatomy import rotations_to_angles
 from hmdiff.data.synthetic.collision import least_blocked
 from hmdiff.errors import UserError
 from hmdiff.files.reading import read_npz

@@ -212,6 +212,34 @@ def clamp_angles(
     return clamped
 
 
+def within_reach(
+    angles: Tensor,  # (..., 24, 3) radians
+) -> Tensor:  # (..., 24, 3)
+    """Upper arms that point out of the shoulders' reach, brought back to its edge along the way to its middle.
+
+    `clamp_angles` bounds a shoulder's turn alone. The middle is forwards, sideways and down: inside for either side.
+    """
+    a, b, c = angles[..., _SHOULDERS, :].unbind(-1)
+    direction = upper_arm_direction(a, b)
+    middle = torch.nn.functional.normalize(angles.new_tensor([0.7, -0.4, 0.6]), dim=0)
+    inside, outside = torch.ones_like(a), torch.zeros_like(a)  # shares of the middle
+
+    def towards(share: Tensor) -> Tensor:
+        mixed = direction * (1 - share[..., None]) + middle * share[..., None]
+        return torch.nn.functional.normalize(mixed, dim=-1)
+
+    for _ in range(12):
+        half = (inside + outside) / 2
+        free = _reach_excess(towards(half)) <= 0
+        inside, outside = torch.where(free, half, inside), torch.where(free, outside, half)
+    moved = towards(inside)
+    blocked = _reach_excess(direction) > 0
+    limited = angles.clone()
+    new_a, new_b = torch.atan2(moved[..., 2], moved[..., 0]), torch.asin(moved[..., 1].clamp(-1, 1))
+    limited[..., _SHOULDERS, :] = torch.stack([torch.where(blocked, new_a, a), torch.where(blocked, new_b, b), c], -1)
+    return limited
+
+
 def limit_excess(
     angles: Tensor,  # (..., 24, 3) radians
 ) -> Tensor:  # (..., 24) radians: how far each joint is outside its limits
