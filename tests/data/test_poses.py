@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from hmdiff.body import anatomy
 from hmdiff.body.body import load_body
 from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS, mirror_permutation
-from hmdiff.data.synthetic import anatomy, collision
+from hmdiff.data.synthetic import collision
 from hmdiff.data.synthetic.limit_sampler import JointLimitSampler
 from hmdiff.data.synthetic.pose_prior import PosePrior, mirror_features, pose_features
 from hmdiff.data.synthetic.poses import PoseMixture, joint_limit_violation, mirror_pose, sample_orientation
+from hmdiff.data.synthetic.postures import PostureSampler
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from tools.build.intersection import self_intersection
@@ -289,3 +291,29 @@ def test_self_intersection_is_none_at_rest_and_grows_with_a_limb_inside_another(
     shares = self_intersection(body, torch.cat([rest, arm_in_belly]), stride=20)
     assert shares[0] == 0
     assert 0.02 < shares[1] < 0.3
+
+
+def test_postures_are_people_inside_their_limits() -> None:
+    poses, tilt = PostureSampler().sample(512, torch.Generator().manual_seed(0))
+    assert poses.shape == (512, 24, 3, 3) and tilt.shape == (512, 3, 3)
+    assert anatomy.joint_limit_violation(poses).quantile(0.98) < 1
+    assert (collision.capsule_penetration(poses) > 0.02).float().mean() < 0.1
+    torch.testing.assert_close(tilt @ tilt.mT, torch.eye(3).expand_as(tilt), atol=1e-5, rtol=0)
+    # Up is the tilt's second column: lying people's is level, and more than a quarter of the people lie or crawl.
+    level = tilt[:, 1, 1].abs() < 0.4
+    assert 0.2 < level.float().mean() < 0.5
+    again = PostureSampler().sample(512, torch.Generator().manual_seed(0))
+    assert torch.equal(again[0], poses) and torch.equal(again[1], tilt)
+
+
+def test_wide_orientations_roll_and_look_from_everywhere() -> None:
+    def up(**options: bool) -> torch.Tensor:  # where the body's up points, in the camera
+        return sample_orientation(4000, torch.Generator().manual_seed(0), **options)[:, :, 1]
+
+    narrow, wide = up(), up(wide=True)
+    assert (narrow[:, 1] > 0).float().mean() < 0.01  # nobody on their head
+    assert 0.02 < (wide[:, 1] > 0).float().mean() < 0.2
+    assert (wide[:, 2].abs() > 0.8).float().mean() > 2 * (narrow[:, 2].abs() > 0.8).float().mean()
+    leaning = torch.eye(3).expand(4000, 3, 3)
+    upright = sample_orientation(4000, torch.Generator().manual_seed(0), leaning=leaning)
+    assert upright[:, 1, 1].max() < -0.7

@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from hmdiff.body.anatomy import scapular_rhythm, shoulder_turn_center, upper_arm_direction
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.synthetic.anatomy import scapular_rhythm, shoulder_turn_center, upper_arm_direction
 from hmdiff.data.synthetic.collision import least_blocked
 
 _Styles = dict[str, tuple[tuple[float, ...], float, float]]
 
 # Styles of a leg, degrees: hip flexion (-), abduction, turn; knee; each as low, high. Weights: ordinary, extreme.
-_LEGS: _Styles = {
+LEG_STYLES: _Styles = {
     "stand": ((-20, 10, -3, 12, -10, 20, 0, 20), 0.24, 0.0),
     "behind": ((5, 32, -3, 15, -10, 25, 5, 90), 0.10, 0.10),
     "step": ((-90, -30, -5, 20, -10, 20, 10, 100), 0.14, 0.05),
@@ -26,7 +26,7 @@ _LEGS: _Styles = {
     "kneel": ((-35, 15, -3, 20, -20, 20, 85, 150), 0.08, 0.05),
 }
 # Styles of an arm, degrees: azimuth, elevation; turn in half widths of its range; elbow.
-_ARMS: _Styles = {
+ARM_STYLES: _Styles = {
     "hang": ((-20, 90, -85, -60, -0.5, 0.5, 0, 80), 0.22, 0.0),
     "akimbo": ((-25, 25, -65, -40, 0.2, 0.9, 60, 125), 0.08, 0.05),
     "before": ((30, 115, -65, 15, -0.6, 0.8, 10, 135), 0.22, 0.05),
@@ -44,8 +44,8 @@ def _style_table(styles: _Styles) -> tuple[Tensor, Tensor]:
     return ranges.unflatten(-1, (-1, 2)), weights.T
 
 
-_LEG_RANGES, _LEG_WEIGHTS = _style_table(_LEGS)  # (S, 4, 2), (2, S)
-_ARM_RANGES, _ARM_WEIGHTS = _style_table(_ARMS)
+_LEG_RANGES, _LEG_WEIGHTS = _style_table(LEG_STYLES)  # (S, 4, 2), (2, S)
+_ARM_RANGES, _ARM_WEIGHTS = _style_table(ARM_STYLES)
 
 
 class JointLimitSampler:
@@ -70,8 +70,8 @@ class JointLimitSampler:
         arms = self._limbs(_ARM_RANGES, _ARM_WEIGHTS, count, symmetric[1], generator)
         for side, name in enumerate(("left", "right")):
             noise = normal[:, 20 + 10 * side : 30 + 10 * side]
-            self._leg(angles, name, legs[:, side], noise[:, :4])
-            self._arm(angles, name, arms[:, side], noise[:, 4:])
+            self.set_leg(angles, name, legs[:, side], noise[:, :4])
+            self.set_arm(angles, name, arms[:, side], noise[:, 4:])
         return angles * (math.pi / 180)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:  # (count, 24, 3, 3)
@@ -105,13 +105,13 @@ class JointLimitSampler:
         angles[:, _INDEX["neck"]] = 0.5 * head + jitter[:, 3]
         angles[:, _INDEX["head"]] = 0.5 * head - jitter[:, 3]
 
-    def _leg(self, angles: Tensor, side: str, leg: Tensor, noise: Tensor) -> None:
+    def set_leg(self, angles: Tensor, side: str, leg: Tensor, noise: Tensor) -> None:
         angles[:, _INDEX[f"{side}_hip"]] = leg[:, :3]
         angles[:, _INDEX[f"{side}_knee"], 0] = leg[:, 3]
         angles[:, _INDEX[f"{side}_ankle"]] = noise[:, :3] * noise.new_tensor([16.0, 7.0, 7.0])
         angles[:, _INDEX[f"{side}_foot"], 0] = 8 * noise[:, 3]
 
-    def _arm(self, angles: Tensor, side: str, arm: Tensor, noise: Tensor) -> None:
+    def set_arm(self, angles: Tensor, side: str, arm: Tensor, noise: Tensor) -> None:
         azimuth, elevation = arm[:, 0], arm[:, 1]
         a, b = azimuth * (math.pi / 180), elevation * (math.pi / 180)
         direction = upper_arm_direction(a, b)

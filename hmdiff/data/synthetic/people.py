@@ -18,14 +18,21 @@ from torch import Tensor
 
 from hmdiff.body.body import Body
 from hmdiff.data.sample import Sample
-from hmdiff.data.synthetic.corruption import EstimatorFaults, estimate_heatmaps, face_visibility
+from hmdiff.data.synthetic.corruption import (
+    EstimatorFaults,
+    estimate_heatmaps,
+    estimate_peaks,
+    face_visibility,
+    scaled_peaks,
+)
 from hmdiff.data.synthetic.depth_faults import DepthFaults
 from hmdiff.data.synthetic.in_front import BoxesAndFront, FrontDrawer
 from hmdiff.data.synthetic.poses import PoseMixture, sample_orientation
+from hmdiff.data.synthetic.postures import PostureSampler
 from hmdiff.data.synthetic.rendering import MapDrawer, OccluderBoxes, Photographer
 from hmdiff.errors import UserError
 
-SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "val")
+SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "test_postures", "val")
 # Crop half-sides: how far off a trained network's guess of a hidden joint is (top of corruption.py).
 GUESS = 0.26
 
@@ -39,20 +46,25 @@ class SceneOptions:
     padding: tuple[float, float] = (1.08, 1.45)  # crop side over the longer side of the body's box
     shift: float = 0.05  # standard deviation of the crop's displacement, of its side
     truncated: float = 0.12  # share of people cut by the crop: a portrait, an upper body
+    truncation: tuple[float, float] = (0.45, 0.85)  # of their crops' sides, of the whole body's
     occluded: float = 0.3  # share of people behind something
     occluder_size: tuple[float, float] = (0.15, 0.45)  # of the crop's side
     occluders: int = 1  # boxes in front of each of them
     tail: bool = False  # out-of-distribution poses and orientations
+    postures: float = 0.0  # share of people who sit, lie, kneel, ... (`postures.py`)
+    wide: bool = False  # any elevation of the camera, rolled photos, estimators of few joints
     guess: float | None = None  # `hidden` of the estimator's faults; None: as the data has it
 
 
-TRAIN_SCENE = SceneOptions()
+# Wider than `val` and `test`, whose people stay those of earlier figures: what photos have, and the tail alone had.
+TRAIN_SCENE = SceneOptions(postures=0.25, wide=True, truncated=0.18, truncation=(0.3, 0.85))
 _SPLIT_SCENES = {
     "val": SceneOptions(),
     "test": SceneOptions(),
     "test_occluded": SceneOptions(occluded=1.0, occluders=2, occluder_size=(0.3, 0.6)),
     "test_guessed": SceneOptions(occluded=1.0, occluders=2, occluder_size=(0.3, 0.6), guess=GUESS),
     "test_ood": SceneOptions(tail=True),
+    "test_postures": SceneOptions(postures=1.0, wide=True),
 }
 _PEOPLE_OF = {"test_guessed": "test_occluded"}  # the same people behind the same occluders
 
@@ -87,10 +99,11 @@ class SyntheticHumans:
         map_size: int | None = None,  # draw silhouette, depth and depth_input at this size, with pictures or without
         depth_faults: DepthFaults | None = None,  # of depth_input
         in_front: FrontDrawer | None = None,  # what more is put in front of the people of the stream train
+        peaks: bool = False,  # give the heatmaps of the stream train as `Sample.peaks`: most of the time went to pixels
     ) -> None:
         self.block_size, self.seed, self.full_mesh = block_size, seed, full_mesh
         self.faults = faults or EstimatorFaults()
-        self.poses, self.in_front = poses, in_front
+        self.poses, self.in_front, self.peaks = poses, in_front, peaks
         self.device = torch.device(device)
         if body.keypoint_regressor is None:
             raise UserError(f"body {body.name!r} has no keypoint regressor: synthetic heatmaps need one, as free has")
@@ -118,13 +131,18 @@ class SyntheticHumans:
             raise UserError(f"split {stream!r} is not known; choose one of train, {', '.join(SPLITS)}")
         scene = _SPLIT_SCENES.get(stream, TRAIN_SCENE)
         faults = self.faults if scene.guess is None else dataclasses.replace(self.faults, hidden=scene.guess)
+        faults = dataclasses.replace(faults, few_joints=faults.few_joints or scene.wide)
         stream = _PEOPLE_OF.get(stream, stream)
         seed = self.seed if stream == "train" else 0
         generator = block_generator(seed, stream, number)
         n = self.block_size
         betas = torch.randn(n, self.body.num_betas, generator=generator).clamp(-2.5, 2.5).to(self.device)
         rotations = self.poses.sample(n, generator, tail=scene.tail).clone()
-        rotations[:, 0] = sample_orientation(n, generator, tail=scene.tail)
+        leaning = None
+        if count := round(scene.postures * n):
+            poses, leaning = PostureSampler().sample(count, generator)
+            rotations[: len(poses)] = poses
+        rotations[:, 0] = sample_orientation(n, generator, scene.tail, leaning, scene.wide)
         rotations = self.body.from_smpl(rotations.to(self.device))
         output = self.body(betas, rotations)
         pelvis = output.joints[:, :1]
@@ -145,7 +163,13 @@ class SyntheticHumans:
             front = self.in_front(points, inside, block_generator(seed, f"{stream}/front", number))
             boxes = BoxesAndFront.of(boxes, front)
         visible = ~boxes.cover(points)
-        heatmaps, valid = estimate_heatmaps(points, visible, face_visibility(keypoints), faults, generator)
+        heatmaps = peaks = None
+        seen = (points, visible, face_visibility(keypoints), faults, generator)
+        if self.peaks and stream == "train":
+            found, confidence, valid = estimate_peaks(*seen)
+            peaks = scaled_peaks(found, confidence)
+        else:
+            heatmaps, valid = estimate_heatmaps(*seen)
         inside = (points.abs() <= 1).all(-1)
         everyone = torch.ones(n, dtype=torch.bool, device=self.device)
         pictures = {}
@@ -162,6 +186,7 @@ class SyntheticHumans:
         return Sample(
             heatmaps=heatmaps,
             heatmap_valid=valid,
+            peaks=peaks,
             vertices=vertices if self.full_mesh else None,
             coarse_vertices=coarse,
             has_vertices=everyone,
@@ -206,7 +231,8 @@ class SyntheticHumans:
         chest = keypoints[:, 17:19].mean(1) + place  # top of the head and neck
         chest = chest[:, :2] / chest[:, 2:]
         center = torch.where(truncated[:, None], chest + 0.1 * side[:, None] * (draw[:, 2:4] - 0.3), center)
-        side = side * torch.where(truncated, 0.45 + 0.4 * draw[:, 4], 1.0)
+        smallest, largest = scene.truncation
+        side = side * torch.where(truncated, smallest + (largest - smallest) * draw[:, 4], 1.0)
         tight, loose = scene.padding
         side = side * (tight + (loose - tight) * draw[:, 5])
         center = center + scene.shift * side[:, None] * normal[:, 2:]

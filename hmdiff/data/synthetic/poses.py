@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from hmdiff.body.anatomy import joint_limit_violation, kind, mirror_pose
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.synthetic.anatomy import joint_limit_violation, kind, mirror_pose
 from hmdiff.data.synthetic.collision import least_blocked, penalty
 from hmdiff.data.synthetic.limit_sampler import JointLimitSampler
 from hmdiff.data.synthetic.pose_prior import PosePrior
@@ -86,12 +86,15 @@ def sample_orientation(
     count: int,
     generator: torch.Generator,
     tail: bool = False,  # also lying, upside down, strongly tilted
+    leaning: Tensor | None = None,  # (k, 3, 3) the tilts of the first k, such as a posture's
+    wide: bool = False,  # any elevation of the camera, and photos that are rolled, up to upside down
 ) -> Tensor:  # (count, 3, 3) the root's rotation, SMPL's canonical frame -> camera (OpenCV)
     """Root rotations as photos have them: any yaw, the body's tilt, the camera's elevation and roll.
 
     Yaw has more mass on facing the camera; tilt has the standard deviations of the motion capture's pelvis (18 degrees
     forwards and back, 6 sideways); the camera looks down by -10 to 35 degrees and rolls by 3. `tail`: half of the poses
-    are tilted by anything from 40 degrees to upside down about any level axis.
+    are tilted by anything from 40 degrees to upside down about any level axis. `wide`: a quarter of the cameras look
+    from -45 to 85 degrees, a tenth of the photos are rolled by 35 degrees and a tenth by anything.
     """
     device = generator.device
     normal = torch.randn(count, 4, generator=generator, device=device)
@@ -109,8 +112,16 @@ def sample_orientation(
         amount = (40 + 140 * uniform[:, 4]) * degree
         lying = torch.stack([amount * about.cos(), zero, amount * about.sin()], -1)
         tilt = torch.where((uniform[:, 5] < 0.5)[:, None], lying, tilt)
+    if wide:
+        more = torch.rand(count, 4, generator=generator, device=device)
+        elevation = torch.where(more[:, 0] < 0.25, (-45 + 130 * more[:, 1]) * degree, elevation)
+        rolled = torch.where(more[:, 2] < 0.1, (2 * more[:, 3] - 1) * math.pi, roll * (35 / 3))
+        roll = torch.where(more[:, 2] < 0.2, rolled, 1.7 * roll)
     # The body faces the camera when turned by half a turn about x: up becomes -y, its front -z.
     camera = torch.stack([elevation + math.pi, zero, zero], -1)
     turns = axis_angle_to_matrix(torch.stack([torch.stack([zero, zero, roll], -1), camera,
                                               torch.stack([zero, yaw, zero], -1), tilt]))  # fmt: skip
-    return turns[0] @ turns[1] @ turns[2] @ turns[3]
+    lean = turns[3]
+    if leaning is not None:
+        lean = torch.cat([leaning, lean[len(leaning) :]])
+    return turns[0] @ turns[1] @ turns[2] @ lean
