@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hmdiff.body.body import Body, load_body
+from hmdiff.body.lbs_basis import lbs_basis
 from hmdiff.body.mesh import MeshSampler, load_mesh, partition_patches
 from hmdiff.config import Config, check_keys
 from hmdiff.data.label_noise import NoisyLabels
@@ -54,6 +55,10 @@ def build_model(config: Config, body: Body, mesh: MeshSampler) -> MeshRecoveryMo
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"section 'model': {error}") from None
     template = body.v_template[mesh.coarse_ids]
+    if model.config.tokens == "parts":
+        model.coarse_ids.copy_(mesh.coarse_ids)
+        model.set_basis(lbs_basis(body, mesh.coarse_ids))
+        return model
     try:
         patches = partition_patches(template, mesh.coarse_faces, model.config.patch_size)
     except ValueError as error:
@@ -90,8 +95,15 @@ def build_data(
     return SyntheticHumans(
         body, PoseMixture(), mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, _faults(config), device,
         _picture_size(config), _map_size(config), DepthFaults(**config.data.depth_faults),
-        FrontDrawer(_augment(config)),
+        FrontDrawer(_augment(config)), peaks=_reads_peaks(config) and not full_mesh,
     )  # fmt: skip
+
+
+def _reads_peaks(config: Config) -> bool:
+    """Whether heatmaps need not be drawn: a backbone of joints reads them as peaks, and nothing else looks at them."""
+    model = config.model
+    alone = model.get("inputs", "heatmaps") == "heatmaps" and model.get("backbone", "joints") == "joints"
+    return config.data.kind == "synthetic" and alone and not model.get("depth_map")
 
 
 def build_source(

@@ -31,11 +31,15 @@ def run(options: argparse.Namespace) -> int:
     print(f"parameters   {parameters(model, False):,}")
     for name, part in model.named_children():
         print(f"  {name:22} {parameters(part, False):>12,}")
-    print(f"  {'upsample_weight':22} {model.upsample_weight.numel():>12,}")
+    if model.upsample_weight is not None:
+        print(f"  {'upsample_weight':22} {model.upsample_weight.numel():>12,}")
     print(f"body         {config.body!r}: {config.num_vertices} vertices, {config.num_joints} joints")
     print(f"reads        {config.inputs} ({config.backbone})")
-    patches = config.num_coarse // config.patch_size
-    print(f"tokens       {patches} patches of {config.patch_size} coarse vertices, {config.num_joints} joints")
+    if config.tokens == "parts":
+        print(f"tokens       {config.num_joints} body parts")
+    else:
+        patches = config.num_coarse // config.patch_size
+        print(f"tokens       {patches} patches of {config.patch_size} coarse vertices, {config.num_joints} joints")
     diffusion = scheduler.config  # type: ignore[attr-defined]
     print(
         f"diffusion    {type(scheduler).__name__}, {diffusion.num_train_timesteps} steps trained, "

@@ -36,7 +36,8 @@ def measure_throughput(
     mesh = build_mesh(config, body)
     config.model["pretrained"] = False  # nothing is downloaded to be timed
     model = build_model(config, body, mesh).to(device).train()
-    model.upsample_weight.requires_grad_(False)  # as the training does
+    if model.upsample_weight is not None:
+        model.upsample_weight.requires_grad_(False)  # as the training does
     scheduler, keypoints = build_scheduler(config), keypoint_map(config.loss, model, body)
     stream = TrainingStream(build_source(config, body, mesh), config, 0, 1, model)
     if values.compile:

@@ -29,11 +29,13 @@ SCALED = ("joints", "vertices", "joints_2d")  # what RLE's σ̂ can be of
 class DenoiserBlock(nn.Module):
     """Vertex self-attention -> vertex-image cross-attention -> linear (the paper's order), modulated by the step."""
 
-    def __init__(self, width: int, heads: int, context_width: int, ratio: float = 4.0) -> None:
+    def __init__(
+        self, width: int, heads: int, context_width: int, ratio: float = 4.0, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.self_attention = Attention(width, heads)
-        self.cross_attention = Attention(width, heads, context_width)
+        self.self_attention = Attention(width, heads, qk_norm=qk_norm)
+        self.cross_attention = Attention(width, heads, context_width, qk_norm)
         self.feed_forward = FeedForward(width, ratio)
         self.modulation = StepModulation(width, branches=3)
 
@@ -81,9 +83,11 @@ class MeshDenoiser(nn.Module):
         volume_width: int = 0,  # channels of the image's volume; 0: there is none
         mesh_scale: float = 0.3,  # metres that make one unit; where the joints are in the volume
         coarse_to_fine: bool = False,  # with a volume: joints and mesh accumulate from block to block
+        qk_norm: bool = False,  # queries and keys of unit length (arXiv 2010.04245)
     ) -> None:
         super().__init__()
-        num_patches, patch_size = patches.shape
+        self.num_patches, patch_size = patches.shape
+        num_patches = self.num_patches
         self.num_vertices, self.num_joints = patches.numel(), num_joints
         self.register_buffer("patches", patches.long().clone())  # of its own: safetensors saves no shared memory
         self.register_buffer("place", patches.flatten().argsort())
@@ -96,7 +100,7 @@ class MeshDenoiser(nn.Module):
         self.embed_joint = nn.Linear(3, width)
         self.identity = nn.Parameter(torch.randn(num_patches + num_joints, width) * 0.5)
         self.embed_step = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(DenoiserBlock(width, heads, context_width, ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DenoiserBlock(width, heads, context_width, ratio, qk_norm) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         # Every token has its own bias: the mean mesh, found in the first steps of a training.
         self.to_patch = nn.Linear(width, 3 * patch_size, bias=False)
@@ -110,11 +114,7 @@ class MeshDenoiser(nn.Module):
         self.mesh_scale = mesh_scale
         self.mask_token = nn.Parameter(torch.zeros(width)) if maskable else None
         sizes = {"joints": 3, "vertices": 3 * patch_size, "joints_2d": 2}
-        self.to_scale = nn.ModuleDict({name: nn.Linear(width, sizes[name]) for name in scaled})
-        for head in self.to_scale.values():
-            assert isinstance(head, nn.Linear)
-            nn.init.zeros_(head.weight)
-            nn.init.constant_(head.bias, -1.0)  # σ̂ = 0.27 units at first: 8 cm where a unit is 0.3 m
+        self.to_scale = self._scale_heads({name: sizes[name] for name in scaled}, width)
         fusions = depth - 1 if volume_width else 0
         self.fusions = nn.ModuleList(JointFusion(width, volume_width, num_joints) for _ in range(fusions))
         refined = fusions if coarse_to_fine else 0
@@ -122,6 +122,15 @@ class MeshDenoiser(nn.Module):
         for refinement in self.refinements:
             assert isinstance(refinement, nn.Linear)
             nn.init.zeros_(refinement.weight)
+
+    @staticmethod
+    def _scale_heads(sizes: dict[str, int], width: int) -> nn.ModuleDict:
+        heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+        for head in heads.values():
+            assert isinstance(head, nn.Linear)
+            nn.init.zeros_(head.weight)
+            nn.init.constant_(head.bias, -1.0)  # σ̂ = 0.27 units at first: 8 cm where a unit is 0.3 m
+        return heads
 
     def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
         """Keys and values of every block's cross-attention, once per image. context: (B, L, C)."""
@@ -140,21 +149,18 @@ class MeshDenoiser(nn.Module):
         if num_points != self.num_vertices + self.num_joints:
             raise ValueError(f"x has {num_points} points, not {self.num_vertices} vertices + {self.num_joints} joints")
         flat = points.flatten(0, 1)
-        vertices, joints = flat[:, : self.num_vertices], flat[:, self.num_vertices :]
-        patches = vertices[:, self.patches.flatten()].reshape(len(flat), len(self.patches), -1)
-        tokens = torch.cat([self.embed_patch(patches), self.embed_joint(joints)], 1)
+        tokens = self.embed(flat)
         if hidden is not None:
             if self.mask_token is None:
                 raise ValueError("tokens are hidden, and this denoiser was made without a mask token")
             hidden = hidden.flatten(0, 1)
             tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
-        tokens = tokens + self.identity
+        tokens = self.with_context(tokens + self.identity, conditioning.tokens)
         embedded = self.embed_step(_step_waves(step.flatten()))
         context_mask = conditioning.mask[:, None, None, :]
-        count = len(self.patches)
         estimates: list[Tensor] = []
         meshes: list[Tensor] = []
-        mesh, start = self.patch_bias, None
+        mesh, start, count = self.patch_bias, None, self.num_patches
         if self.refinements:
             start = self.joint_bias.expand(len(flat), -1, -1)
         for number, (block, pair) in enumerate(zip(self.blocks, keys_values, strict=True)):
@@ -170,20 +176,46 @@ class MeshDenoiser(nn.Module):
                     mesh = self.patch_bias + self.refinements[number](self.norm(tokens[:, :count]))
                     meshes.append(mesh.reshape(len(flat), -1, 3)[:, self.place])
         tokens = self.norm(tokens)
-        patches = self.to_patch(tokens[:, :count]) + mesh
-        vertices = patches.reshape(len(flat), -1, 3)[:, self.place]
-        joints = self.to_joint(tokens[:, count:]) + (estimates[-1] if self.refinements else self.joint_bias)
-        result = torch.cat([vertices, joints], 1).reshape(images, hypotheses, num_points, 3).to(points.dtype)
+        result = self.decode(tokens, mesh, estimates[-1] if self.refinements else self.joint_bias)
+        result = result.reshape(images, hypotheses, num_points, 3).to(points.dtype)
         on_the_way = torch.stack(estimates, 1).unflatten(0, (images, hypotheses)) if estimates else None
         refined = torch.stack(meshes, 1).unflatten(0, (images, hypotheses)) if meshes else None
         scale = {name: value.unflatten(0, (images, hypotheses)) for name, value in self._scale(tokens).items()}
         return Denoised(result, scale, on_the_way, refined)
 
+    def embed(
+        self,
+        points: Tensor,  # (M, P, 3)
+    ) -> Tensor:  # (M, T, width)
+        """Points to tokens."""
+        vertices, joints = points[:, : self.num_vertices], points[:, self.num_vertices :]
+        patches = vertices[:, self.patches.flatten()].reshape(len(points), len(self.patches), -1)
+        return torch.cat([self.embed_patch(patches), self.embed_joint(joints)], 1)
+
+    def decode(
+        self,
+        tokens: Tensor,  # (M, T, width)
+        mesh: Tensor | None,  # (T_v, 3 p) or (M, T_v, 3 p): what the patches are added to
+        joints: Tensor | None,  # (K, 3) or (M, K, 3): what the joints are added to
+    ) -> Tensor:  # (M, P, 3)
+        """Tokens to points."""
+        patches = self.to_patch(tokens[:, : self.num_patches]) + mesh
+        vertices = patches.reshape(len(tokens), -1, 3)[:, self.place]
+        return torch.cat([vertices, self.to_joint(tokens[:, self.num_patches :]) + joints], 1)
+
+    def with_context(
+        self,
+        tokens: Tensor,  # (M, T, width)
+        context: Tensor,  # (B, L, context width), M = B N
+    ) -> Tensor:  # (M, T, width)
+        """What the tokens take from the context before any attention: nothing here."""
+        return tokens
+
     def _look(
         self, number: int, tokens: Tensor, previous: Tensor | None, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor]:  # tokens (B*N, T, C), joints (B*N, K, 3)
         """The joint tokens look into the volume, where they believe their joints to be."""
-        volume, count = conditioning.volume, len(self.patches)
+        volume, count = conditioning.volume, self.num_patches
         if volume is None:
             raise ValueError("this denoiser looks into a volume: give a conditioning that has one")
         joint_tokens, found = self.fusions[number](

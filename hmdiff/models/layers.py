@@ -35,7 +35,9 @@ def attend(
 class Attention(nn.Module):
     """Multi-head attention whose keys and values can be computed ahead and shared by many queries."""
 
-    def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
+    def __init__(
+        self, width: int, heads: int, context_width: int | None = None, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads")
@@ -43,6 +45,8 @@ class Attention(nn.Module):
         self.to_query = nn.Linear(width, width)
         self.to_keys_values = nn.Linear(context_width or width, 2 * width)
         self.to_out = nn.Linear(width, width)
+        # Queries and keys of unit root mean square, with one learned temperature a head.
+        self.sharpness = nn.Parameter(torch.ones(heads, 1, 1)) if qk_norm else None
 
     def _split(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
@@ -52,7 +56,8 @@ class Attention(nn.Module):
         context: Tensor,  # (B, L, context width)
     ) -> KeysValues:
         keys, values = self.to_keys_values(context).chunk(2, dim=-1)
-        return self._split(keys), self._split(values)
+        keys = self._split(keys)
+        return keys if self.sharpness is None else F.rms_norm(keys, keys.shape[-1:]), self._split(values)
 
     def forward(
         self,
@@ -63,7 +68,10 @@ class Attention(nn.Module):
         if keys_values is None:
             keys_values = self.keys_values(tokens)
         keys, values = keys_values
-        attended = attend(self._split(self.to_query(tokens)), keys, values, mask)
+        queries = self._split(self.to_query(tokens))
+        if self.sharpness is not None:
+            queries = F.rms_norm(queries, queries.shape[-1:]) * self.sharpness.to(queries.dtype)
+        attended = attend(queries, keys, values, mask)
         return self.to_out(attended.transpose(-3, -2).flatten(-2))
 
 
@@ -96,10 +104,10 @@ class StepModulation(nn.Module):
 class EncoderBlock(nn.Module):
     """A plain pre-norm transformer block over context tokens."""
 
-    def __init__(self, width: int, heads: int, ratio: float = 4.0) -> None:
+    def __init__(self, width: int, heads: int, ratio: float = 4.0, qk_norm: bool = False) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, qk_norm=qk_norm)
         self.norm_feed_forward = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, ratio)
 

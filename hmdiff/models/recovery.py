@@ -27,20 +27,24 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from hmdiff.body.body import Body
+from hmdiff.body.lbs_basis import LBSBasis
 from hmdiff.body.mesh import blend
 from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
 from hmdiff.models.conditioning import Conditioning, LiftedVolume
 from hmdiff.models.denoiser import SCALED, MeshDenoiser
 from hmdiff.models.depth import DepthAtTokens, DepthFusion
+from hmdiff.models.encoder import ENCODERS, MLPEncoder
 from hmdiff.models.flow import RealNVP
 from hmdiff.models.layers import EncoderBlock
 from hmdiff.models.lifting import Lifting
+from hmdiff.models.part_denoiser import PartDenoiser
 from hmdiff.models.prediction import Denoised, Prediction
 from hmdiff.models.silhouette import SilhouetteDecoder
 
 INPUTS = ("heatmaps", "image", "both")
 MODES = ("diffusion", "direct")
 FRAMES = ("camera", "crop")
+TOKENS = ("patches", "parts")
 
 
 class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own bases disagree
@@ -78,7 +82,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         num_vertices: int = 0,  # of the full mesh
         num_coarse: int = 432,
         num_joints: int = 24,
-        patch_size: int = 8,  # coarse vertices a token
+        patch_size: int = 8,  # coarse vertices a token, where tokens are patches
         neighbour_mask: bool = False,  # vertex tokens attend to mesh neighbours alone, as in FastMETRO
         upsample_neighbours: int = 12,  # coarse vertices that a full vertex is blended from
         mesh_scale: float = 0.3,  # metres that make one unit inside the diffusion
@@ -95,6 +99,11 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         volume_size: int = 8,
         volume_exponent: float = 3.0,  # k at the start, JOTR's; 1 gives all depths the same layers (see LOG.md)
         coarse_to_fine: bool = False,  # JOTR: joints and mesh refined from block to block, the last one the result
+        tokens: str = "patches",  # of the denoiser: "patches" of vertices and joints, or "parts" in the LBS basis
+        encoder_type: str = "transformer",  # or "mlp", for the backbone "joints" and part tokens alone
+        encoder_hidden: int = 1024,  # width of the "mlp"
+        encoder_ratio: float = 4.0,  # of the transformer's feed-forward layers
+        qk_norm: bool = False,  # normalised queries and keys in every attention
     ) -> None:
         super().__init__()
         if mode not in MODES or inputs not in INPUTS:
@@ -117,27 +126,52 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         else:
             channels = num_keypoints if inputs == "both" else 0
             self.feature_backbone = ImageBackbone(backbone, image_size, encoder_width, channels, pretrained)
-        self.camera_token = nn.Parameter(torch.randn(encoder_width) * 0.5)
-        self.encoder = nn.ModuleList(EncoderBlock(encoder_width, encoder_heads) for _ in range(encoder_depth))
+        if tokens not in TOKENS or encoder_type not in ENCODERS:
+            raise ValueError(f"tokens {tokens!r}: one of {TOKENS}; encoder_type {encoder_type!r}: one of {ENCODERS}")
+        if encoder_type == "mlp" and (backbone != "joints" or tokens != "parts" or depth_map):
+            raise ValueError("encoder_type 'mlp' needs backbone 'joints' and tokens 'parts', and takes no depth map")
+        if tokens == "parts" and coarse_to_fine:
+            raise ValueError("coarse_to_fine refines patches: it needs tokens 'patches'")
+        self.camera_token: Tensor | None = None
+        if encoder_type == "mlp":
+            self.encoder: nn.Module = MLPEncoder(
+                num_keypoints, encoder_width, num_joints, encoder_hidden, encoder_depth
+            )  # fmt: skip
+        else:
+            self.camera_token = nn.Parameter(torch.randn(encoder_width) * 0.5)
+            self.encoder = nn.ModuleList(
+                EncoderBlock(encoder_width, encoder_heads, encoder_ratio, qk_norm) for _ in range(encoder_depth)
+            )
         self.norm_context = nn.LayerNorm(encoder_width)
         self.to_camera = nn.Linear(encoder_width, 3)
 
-        num_patches = num_coarse // patch_size
-        patches = torch.arange(num_patches * patch_size).reshape(num_patches, patch_size)
-        if patches.numel() != num_coarse:
-            raise ValueError(f"{num_coarse} coarse vertices do not fall into patches of {patch_size}")
-        neighbours = torch.ones(num_patches, num_patches, dtype=torch.bool) if neighbour_mask else None
-        self.denoisers = nn.ModuleList(
-            MeshDenoiser(
-                patches, num_joints, width, depth, heads, encoder_width, feed_forward_ratio, neighbours,
-                rle if number == stack - 1 else (), masked > 0, volume_width if lifting else 0, mesh_scale,
-                coarse_to_fine,
-            )
-            for number in range(stack)
-        )  # fmt: skip
+        def denoiser(last: bool) -> MeshDenoiser:
+            scaled = rle if last else ()
+            volume = volume_width if lifting else 0
+            if tokens == "parts":
+                return PartDenoiser(
+                    num_coarse, num_joints, width, depth, heads, encoder_width, feed_forward_ratio, scaled, masked > 0,
+                    volume, mesh_scale, qk_norm, aligned_context=encoder_type == "mlp",
+                )  # fmt: skip
+            num_patches = num_coarse // patch_size
+            patches = torch.arange(num_patches * patch_size).reshape(num_patches, patch_size)
+            if patches.numel() != num_coarse:
+                raise ValueError(f"{num_coarse} coarse vertices do not fall into patches of {patch_size}")
+            neighbours = torch.ones(num_patches, num_patches, dtype=torch.bool) if neighbour_mask else None
+            return MeshDenoiser(
+                patches, num_joints, width, depth, heads, encoder_width, feed_forward_ratio, neighbours, scaled,
+                masked > 0, volume, mesh_scale, coarse_to_fine, qk_norm,
+            )  # fmt: skip
+
+        self.denoisers = nn.ModuleList(denoiser(last=number == stack - 1) for number in range(stack))
+        if tokens == "parts":  # the full mesh comes from the basis
+            self.register_buffer("basis_full", torch.zeros(0), persistent=False)
+            self.register_buffer("basis_from_coarse", torch.zeros(0), persistent=False)
         self.register_buffer("coarse_ids", torch.zeros(num_coarse, dtype=torch.long))
-        self.register_buffer("upsample_index", torch.zeros(num_vertices, upsample_neighbours, dtype=torch.long))
-        self.upsample_weight = nn.Parameter(torch.zeros(num_vertices, upsample_neighbours))
+        self.upsample_weight: nn.Parameter | None = None
+        if tokens == "patches":
+            self.register_buffer("upsample_index", torch.zeros(num_vertices, upsample_neighbours, dtype=torch.long))
+            self.upsample_weight = nn.Parameter(torch.zeros(num_vertices, upsample_neighbours))
 
         self.gradient_checkpointing = False
         # The optional paths come last: without them the first weights are those of a model that knows nothing of them.
@@ -163,6 +197,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
     ) -> None:
         """Take over a body's mesh. A loaded checkpoint has it already."""
         self.coarse_ids.copy_(coarse_ids)
+        assert self.upsample_weight is not None
         self.upsample_index.copy_(upsample_index)
         with torch.no_grad():
             self.upsample_weight.copy_(upsample_weight)
@@ -175,6 +210,14 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
                 between = between.reshape(len(patches), patches.shape[1], len(patches), patches.shape[1]).any(3).any(1)
                 denoiser.neighbours[: len(patches), : len(patches)] = between
 
+    def set_basis(self, basis: LBSBasis) -> None:
+        """Take over a body's LBS basis, where tokens are parts. It is never saved: the body determines it."""
+        for denoiser in self.denoisers:
+            assert isinstance(denoiser, PartDenoiser)
+            denoiser.set_basis(basis.points)
+        device = self.coarse_ids.device
+        self.basis_full, self.basis_from_coarse = basis.full.to(device), basis.from_coarse.to(device)
+
     @property
     def num_points(self) -> int:
         return self.config.num_coarse + self.config.num_joints
@@ -185,9 +228,13 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         heatmaps: Tensor | None = None,  # (B, J, h, w)
         heatmap_valid: Tensor | None = None,  # (B, J) bool
         depth: Tensor | None = None,  # (B, h, w) larger = farther, any scale and shift, NaN = not known; None: no map
+        peaks: Tensor | None = None,  # (B, J, 2, 4) in place of heatmaps, see `JointHeatmapBackbone.from_peaks`
     ) -> tuple[Conditioning, Tensor]:  # and the camera (B, 3): scale (crop half-sides per metre), tx, ty
         """Run the heavy part, once per image."""
-        if self.config.inputs == "heatmaps":
+        if peaks is not None:
+            assert isinstance(self.feature_backbone, JointHeatmapBackbone) and heatmap_valid is not None
+            tokens, mask = self.feature_backbone.from_peaks(peaks, heatmap_valid)
+        elif self.config.inputs == "heatmaps":
             tokens, mask = self.feature_backbone(heatmaps, heatmap_valid)
         else:
             tokens, mask = self.feature_backbone(image, heatmaps, heatmap_valid)
@@ -196,15 +243,11 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
             places: Any = self.feature_backbone
             look = functools.partial(places.look, heatmaps=heatmaps, heatmap_valid=heatmap_valid)
             tokens = tokens + self.depth_at_tokens(depth, look) * mask[..., None]
-        tokens = torch.cat([self.camera_token.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], 1)
-        mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1)
-        if self.depth_fusion is not None and depth is not None:
-            tokens = self.depth_fusion(tokens, mask, depth)
-        for block in self.encoder:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = self._gradient_checkpointing_func(block, tokens, mask)
-            else:
-                tokens = block(tokens, mask)
+        if isinstance(self.encoder, MLPEncoder):
+            tokens = self.encoder(tokens, mask)
+            mask = mask.new_ones(tokens.shape[:2])
+        else:
+            tokens, mask = self._encoded(tokens, mask, depth)
         tokens = self.norm_context(tokens)
         camera = self.to_camera(tokens[:, 0]).float()
         # A person fills about the crop: one metre is about one half-side. exp keeps the scale positive.
@@ -216,6 +259,22 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
             # Where a joint is seen is the camera head's to learn from its own loss, not from what a volume holds there.
             volume = LiftedVolume(lifted, camera.detach(), self.volume_lifting.exponent)
         return self.with_keys_values(Conditioning(tokens, mask, volume=volume)), camera
+
+    def _encoded(
+        self, tokens: Tensor, mask: Tensor, depth: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # (B, 1 + L, C), (B, 1 + L)
+        """The camera's token before the others; depth fused; the transformer's blocks."""
+        assert self.camera_token is not None and isinstance(self.encoder, nn.ModuleList)
+        tokens = torch.cat([self.camera_token.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], 1)
+        mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1)
+        if self.depth_fusion is not None and depth is not None:
+            tokens = self.depth_fusion(tokens, mask, depth)
+        for block in self.encoder:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens, mask)
+            else:
+                tokens = block(tokens, mask)
+        return tokens, mask
 
     def with_keys_values(self, conditioning: Conditioning) -> Conditioning:
         """Compute the denoisers' keys and values once, so that no hypothesis and no step does it again."""
@@ -249,6 +308,8 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
     @property
     def num_tokens(self) -> int:
         """T, of the denoiser."""
+        if self.config.tokens == "parts":
+            return self.config.num_joints
         return self.config.num_coarse // self.config.patch_size + self.config.num_joints
 
     def flow_log_probs(self) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -296,6 +357,9 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
 
         The weights are normalised to sum to 1, so that a translated coarse mesh gives the translated full mesh.
         """
+        if self.config.tokens == "parts":
+            return self.basis_full @ (self.basis_from_coarse @ coarse.to(self.basis_full.dtype))
+        assert self.upsample_weight is not None
         weight = self.upsample_weight / self.upsample_weight.sum(-1, keepdim=True)
         coarse = coarse.to(weight.dtype)
         return blend(coarse, self.upsample_index, weight).index_copy(-2, self.coarse_ids, coarse)
@@ -308,7 +372,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         """Upsampling and the body's keypoint regressor as one matrix: both are linear in the coarse mesh."""
         size = self.config.num_coarse
         padded = -(-size // 3) * 3
-        unit = torch.eye(size, padded, device=self.upsample_weight.device).unflatten(1, (-1, 3)).transpose(0, 1)
+        unit = torch.eye(size, padded, device=self.coarse_ids.device).unflatten(1, (-1, 3)).transpose(0, 1)
         full = self.upsample(unit).to(body.v_template.device)
         return body.keypoints(full).transpose(0, 1).flatten(1)[:, :size].to(unit.device)
 
@@ -321,9 +385,10 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         heatmap_valid: Tensor | None = None,
         depth: Tensor | None = None,
         hidden: Tensor | None = None,  # (B, N, T) bool
+        peaks: Tensor | None = None,  # (B, J, 2, 4)
     ) -> Prediction:
         """Encode and denoise in one call: what a training step runs (and torch.compile compiles)."""
-        conditioning, camera = self.encode(image, heatmaps, heatmap_valid, depth)
+        conditioning, camera = self.encode(image, heatmaps, heatmap_valid, depth, peaks)
         found = self.predict(points, step, conditioning, hidden)
         silhouette = None
         if self.silhouette_decoder is not None:

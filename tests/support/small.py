@@ -59,8 +59,9 @@ def small_pipeline(*overrides: str) -> HMDiffPipeline:
     config = small_config("unused", *overrides)
     body, mesh = free_body()
     model = build_model(config, body, mesh)
-    weight = model.upsample_weight.detach().clone()
+    weight = None if model.upsample_weight is None else model.upsample_weight.detach().clone()
     awaken(model)
-    with torch.no_grad():
-        model.upsample_weight.copy_(weight)
+    if weight is not None:
+        with torch.no_grad():
+            model.upsample_weight.copy_(weight)
     return HMDiffPipeline(model, build_scheduler(config), body, 5)
