@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from hmdiff.body.fitting import FittedBodies
 from hmdiff.diffusion.dat import GuidanceReport
 from hmdiff.diffusion.hypotheses import Modes, apply_temperature, heatmap_log_likelihood, modes, select, spread, take
 from hmdiff.errors import UserError
@@ -35,6 +36,9 @@ class MeshOutput:
     confidence: Tensor | None = None  # (B, K) 0..1 of the joints, from RLE's σ̂ (D2A-HMR); None without RLE
     joint_scale: Tensor | None = None  # (B, K, 3) metres, RLE's σ̂ of the joints, camera's or crop's axes as the model's
     rle_log_likelihood: Tensor | None = None  # (B, N) nats, of every hypothesis under the model's own regression
+    # (B, N, ...) pose, betas, translation of the bodies that `vertices` are the skin of, and how far they lie from the
+    # predicted coarse vertices; None for surface="vertices"
+    fitted: FittedBodies | None = None
 
     @property
     def mean_vertices(self) -> Tensor:  # (B, V, 3)

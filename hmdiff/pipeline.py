@@ -22,6 +22,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from hmdiff.body.body import Body, load_named_body
+from hmdiff.body.fitting import FittedBodies, fit_coarse
+from hmdiff.body.lbs_basis import lbs_basis
 from hmdiff.diffusion.dat import Guidance, GuidanceReport, aligned_sample, make_target
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
@@ -33,6 +35,7 @@ from hmdiff.files.reading import read_json
 from hmdiff.files.resources import asset_path
 from hmdiff.files.storage import atomic_folder
 from hmdiff.geometry import (
+    axis_angle_to_matrix,
     crop_rotation,
     crop_to_photo,
     perspective_translation_fit,
@@ -51,6 +54,7 @@ __all__ = ["GuidancePlan", "HMDiffPipeline", "MeshOutput", "keypoint_distance"]
 FORMAT = 1
 ABOUT = "hmdiff.json"
 GUIDANCE_STREAM = 1 << 32  # added to the seed where guidance draws
+SURFACES = ("body", "vertices")
 ROWS_AT_ONCE = 512  # people times hypotheses in one evaluation of the denoiser: bounds the memory, changes no result
 
 
@@ -83,6 +87,8 @@ class HMDiffPipeline:
             )
         if body.faces is None:
             raise UserError(f"body {body.name!r} has no faces: give the whole body, not a selection of its vertices")
+        if model.config.tokens == "parts":
+            model.set_basis(lbs_basis(body, model.coarse_ids))
         self.model = model.eval()
         self.scheduler = scheduler
         self.faces = body.faces
@@ -92,7 +98,7 @@ class HMDiffPipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.model.upsample_weight.device
+        return self.model.coarse_ids.device
 
     def to(self, device: torch.device | str) -> HMDiffPipeline:
         self.model.to(device)
@@ -118,6 +124,7 @@ class HMDiffPipeline:
         progress: Callable[[int], None] | None = None,  # told how many hypotheses are done
         guidance: Guidance | None = None,  # DAT towards `heatmaps`, which an image model may be given for this alone
         depth: Tensor | None = None,  # (B, S, S) of the crops, larger = farther, any scale and shift, NaN = not known
+        surface: str = "body",  # of every hypothesis: the nearest body's, or the predicted "vertices" as they are
     ) -> MeshOutput:
         """Recover the people. The same seed gives the same result whatever the batch or the device's number of rows.
 
@@ -126,6 +133,8 @@ class HMDiffPipeline:
         """
         if num_hypotheses < 1:
             raise UserError(f"num_hypotheses {num_hypotheses}: at least 1 is needed")
+        if surface not in SURFACES:
+            raise UserError(f"surface {surface!r} is not known; choose one of {', '.join(SURFACES)}")
         images, values, valid = self._inputs(images, heatmaps)
         depth = self._depth(depth, len(values) if values is not None else len(images))  # type: ignore[arg-type]
         conditioning, camera = self.model.encode(images, values, valid, depth)
@@ -153,20 +162,24 @@ class HMDiffPipeline:
         points, report = self.denoised(
             conditioning, people, num_hypotheses, num_inference_steps, seed, scheduler, eta, callback, progress, plan
         )
-        certainty = self._certainty(conditioning, points)
+        confidence, joint_scale, regressed = self._certainty(conditioning, points) or (None, None, None)
         if rotation is not None:
             points = points @ rotation[:, None].mT
         coarse, joints = self.model.to_coarse(points), self.model.to_joints(points)
-        vertices = self.model.upsample(coarse)
+        fitted = None
+        if surface == "body":
+            vertices, joints, fitted = self._bodies(coarse)
+        else:
+            vertices = self.model.upsample(coarse)
         keypoints = self.body.keypoints(vertices) if self.body.keypoint_regressor is not None else None
 
         translation = weak_to_full_camera(camera, center, side, focal, principal)
         translation = translation[:, None].expand(-1, num_hypotheses, -1)
         if fit_camera and heatmaps is not None and keypoints is not None:
             assert values is not None
-            peaks, confidence = heatmap_peaks(values)
+            peaks, height = heatmap_peaks(values)
             translation = perspective_translation_fit(
-                keypoints, crop_to_photo(peaks, center, side)[:, None], confidence[:, None], focal[:, None],
+                keypoints, crop_to_photo(peaks, center, side)[:, None], height[:, None], focal[:, None],
                 principal[:, None], prior=translation,
             )  # fmt: skip
         likelihood = None
@@ -174,8 +187,27 @@ class HMDiffPipeline:
             likelihood = log_likelihood(keypoints, translation, focal, principal, heatmaps)
         return MeshOutput(
             vertices, joints, keypoints, camera, translation, focal, principal, self.faces, report, likelihood,
-            self.temperature(num_inference_steps, scheduler, eta, guidance), *certainty,
+            self.temperature(num_inference_steps, scheduler, eta, guidance), confidence, joint_scale, regressed, fitted,
         )  # fmt: skip
+
+    def _bodies(
+        self,
+        coarse: Tensor,  # (B, N, C, 3) metres
+    ) -> tuple[Tensor, Tensor, FittedBodies]:  # vertices (B, N, V, 3), joints (B, N, K, 3), of (B, N, ...)
+        """Every hypothesis as the body nearest to its coarse mesh, the pelvis at the origin."""
+        people, hypotheses = coarse.shape[:2]
+        # The direct baseline's hypotheses are copies of one.
+        alone = coarse[:, :1] if self.model.config.mode == "direct" else coarse
+        found = fit_coarse(self.body, self.model.coarse_ids, alone.flatten(0, 1))
+        posed = self.body(found.betas, axis_angle_to_matrix(found.pose))
+        shift = -posed.joints[:, 0]
+        found = found._replace(translation=shift)
+
+        def grouped(value: Tensor) -> Tensor:
+            return value.unflatten(0, (people, -1)).expand(-1, hypotheses, *value.shape[1:])
+
+        fitted = FittedBodies(*map(grouped, found))
+        return grouped(posed.vertices + shift[:, None]), grouped(posed.joints + shift[:, None]), fitted
 
     def sampling(
         self,

@@ -34,6 +34,8 @@ def heatmaps(count: int = 4) -> Heatmaps:
 
 def same(first: MeshOutput, second: MeshOutput) -> bool:
     def equal(a: object, b: object) -> bool:
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            return all(map(equal, a, b))
         return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
 
     return all(equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))

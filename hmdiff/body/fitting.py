@@ -15,14 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hmdiff.body.anatomy import angles_to_rotations, clamp_angles, limit_excess, rotations_to_angles, within_reach
 from hmdiff.body.body import Body
+from hmdiff.body.skeletons import SMPL24
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
 
+_COLLARS = [SMPL24.index(f"{side}_collar") - 1 for side in ("left", "right")]  # the root left out
+_SHOULDERS = [SMPL24.index(f"{side}_shoulder") - 1 for side in ("left", "right")]
 AT_ONCE = 32  # bodies: bounds the memory, changes no result
 POINTS = 640  # vertices that are fitted, spread over the surface
 POINTS_A_BONE = 12  # at least, of those that a bone moves most
 NOISE = 0.005  # sigma, metres
+# Metres: a predicted vertex is off by about 2 cm, and together with its neighbours, so that they say less than as many
+# independent ones.
+PREDICTION_NOISE = 0.05
+LARGEST_BETA = 4.0  # of a fitted prediction, standard deviations
 ROUNDS = 4
 
 
@@ -69,9 +77,71 @@ def fit_parameters(
     return FittedBodies(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
+@torch.no_grad()
+def fit_coarse(
+    body: Body,
+    coarse_ids: Tensor,  # (C,) vertices of the coarse mesh
+    coarse: Tensor,  # (N, C, 3) metres, any frame
+    rounds: int = 2,
+) -> FittedBodies:
+    """The bodies nearest to predicted coarse meshes: what `surface=body` of the pipeline shows.
+
+    A prediction is off by centimetres where it is unsure, so the prior of the betas is that of such noise, and the
+    joints of a body with SMPL's skeleton are brought inside their limits (`hmdiff/body/anatomy.py`). `error_mm` is of
+    the coarse vertices. Raises `UserError` as `fit_parameters` does.
+    """
+    if coarse.dim() != 3 or coarse.shape[1:] != (len(coarse_ids), 3):
+        raise UserError(f"coarse {tuple(coarse.shape)} found, (N, {len(coarse_ids)}, 3) expected")
+    if not coarse.isfinite().all():
+        raise UserError("the predicted vertices are not finite: there is no body to fit to them")
+    coarse = coarse.to(body.v_template)
+    ids = tuple(coarse_ids.tolist())
+    fitter = _fitter(body, body.v_template.device, body.v_template.dtype, ids, PREDICTION_NOISE)
+    small = _selected(body, ids, body.v_template.device, body.v_template.dtype)
+    parts = []
+    for group in coarse.split(AT_ONCE):
+        rotations, betas, translation = fitter.fit(group, rounds)
+        rotations, betas = within_limits(body, rotations), betas.clamp(-LARGEST_BETA, LARGEST_BETA)
+        found = small(betas, rotations, translation).vertices
+        shift = (group - found).mean(1)
+        error = 1000 * (found + shift[:, None] - group).norm(dim=-1).mean(-1)
+        parts.append(FittedBodies(matrix_to_axis_angle(rotations), betas, translation + shift, error))
+    return FittedBodies(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def within_limits(
+    body: Body,
+    rotations: Tensor,  # (N, J, 3, 3) relative to the parent
+) -> Tensor:  # (N, J, 3, 3)
+    """The nearest pose within joint limits, for a body whose first 22 joints are SMPL's; any other pose as it is."""
+    if body.joint_names[:22] != SMPL24[:22]:
+        return rotations
+    names = len(SMPL24)
+    shown = rotations[:, :22] if body.joint_names != SMPL24 else rotations
+    if shown.shape[1] < names:
+        rest = torch.eye(3, dtype=rotations.dtype, device=rotations.device).expand(len(rotations), 2, 3, 3)
+        shown = torch.cat([shown, rest], 1)
+    angles = rotations_to_angles(shown)
+    limited = angles_to_rotations(clamp_angles(within_reach(angles)))
+    count = names if body.joint_names == SMPL24 else 22
+    # The root has no limit; what is inside its limits stays as it is, unrounded.
+    outside = limit_excess(angles)[:, 1:count] > 1e-3
+    outside[:, _SHOULDERS] |= outside[:, _COLLARS]  # a shoulder's angles are those of collar and shoulder together
+    joints = torch.where(outside[..., None, None], limited[:, 1:count], rotations[:, 1:count])
+    return torch.cat([rotations[:, :1], joints, rotations[:, count:]], 1)
+
+
 @functools.lru_cache(maxsize=4)
-def _fitter(body: Body, device: torch.device, dtype: torch.dtype) -> _Fitter:
-    return _Fitter(body)  # of the body as it is now: `.to()` changes a body in its place
+def _selected(body: Body, ids: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Body:
+    return body.select(torch.tensor(ids)).to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def _fitter(
+    body: Body, device: torch.device, dtype: torch.dtype, ids: tuple[int, ...] | None = None, noise: float = NOISE
+) -> _Fitter:
+    # Of the body as it is now: `.to()` changes a body in its place.
+    return _Fitter(body, None if ids is None else torch.tensor(ids, device=device), noise)
 
 
 class _State(NamedTuple):
@@ -88,8 +158,9 @@ class _State(NamedTuple):
 class _Fitter:
     """What of a body does not change from fit to fit."""
 
-    def __init__(self, body: Body) -> None:
-        self.ids = _spread_vertices(body)
+    def __init__(self, body: Body, ids: Tensor | None = None, noise: float = NOISE) -> None:
+        self.ids = _spread_vertices(body) if ids is None else ids
+        self.noise = noise
         small = body.select(self.ids)
         self.template, self.shapedirs, self.posedirs = small.v_template, small.shapedirs, small.posedirs
         self.weights = small.lbs_weights  # (P, J)
@@ -230,7 +301,7 @@ class _Fitter:
             torch.cat([turn_linear[..., :-1].mT, linear_linear[:, :-1, :-1]], -1),
         ], 1)  # fmt: skip
         slope = torch.cat([turn_linear[..., -1], linear_linear[:, :-1, -1]], -1)
-        prior = NOISE**2
+        prior = self.noise**2
         at = slice(turns, turns + num_betas)
         normal.diagonal(dim1=-2, dim2=-1)[:, at] += prior
         slope[:, at] -= prior * betas

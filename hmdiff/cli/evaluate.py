@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hmdiff.data.synthetic.people import SyntheticHumans
     from hmdiff.diffusion.dat import Guidance
 
-SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "val")
+SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "test_postures", "val")
 PEOPLE = 500  # of a synthetic split
 MEAN_MESH = "mean mesh"
 MAP_SIZE = 64  # pixels of the maps that tell how much is visible, and of the depths that some models read
@@ -60,6 +60,10 @@ def add_parser(subparsers: Any) -> None:
         "--bands", action="store_true",
         help="also errors and spread by how much of a person is visible (over 80, 60-80, 40-60, under 40 %%), and the "
         "spread and error of hidden against visible vertices (default: no)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--surface", choices=("body", "vertices"), default="body",
+        help="of every hypothesis: the nearest body's skin, or the predicted vertices (default: %(default)s)",
     )  # fmt: skip
     add_protocol(parser)
     arguments.add_sampling(parser, eta=False)
@@ -154,10 +158,11 @@ def run(options: argparse.Namespace) -> int:
                 "num_hypotheses": options.num_hypotheses,
                 "num_inference_steps": options.steps or pipeline.num_inference_steps,
                 "sampler": options.sampler or "as saved", "seed": options.seed,
-                "guided_by": guided,
+                "guided_by": guided, "surface": options.surface,
                 "temperature": pipeline.temperature(options.steps, options.sampler, None, guidance),
             }  # fmt: skip
-            path = folder / f"{label}_{split}{suffix(guided)}.json"
+            raw = "" if options.surface == "body" else "_vertices"
+            path = folder / f"{label}_{split}{suffix(guided)}{raw}.json"
             found = stored(path, settings)
             if found is None or (options.bands and "bands" not in found):
                 model = pipeline.model.config
@@ -167,6 +172,7 @@ def run(options: argparse.Namespace) -> int:
                     found = evaluate(
                         pipeline, people, split, options.people, options.num_hypotheses, options.steps,
                         options.seed, options.sampler, update, guidance=guidance, bands=options.bands,
+                        surface=options.surface,
                     ) | settings  # fmt: skip
                 save_report(found, path)
             reports.append(found)
@@ -308,6 +314,8 @@ def print_tables(reports: list[dict[str, Any]]) -> None:
         for report in reports:
             if report["split"] == split and "coverage" in report:
                 console.print(calibration_line(report), soft_wrap=True)
+            if report["split"] == split and "bodies" in report:
+                console.print(bodies_line(report), soft_wrap=True)
 
 
 def calibration_line(report: dict[str, Any]) -> str:
@@ -324,6 +332,19 @@ def calibration_line(report: dict[str, Any]) -> str:
     line = f"{report['checkpoint']}: expected calibration error {told(report)}"
     if "tempered" in report:
         line += f"; with temperature {report['tempered']['temperature']:.2f}: {told(report['tempered'])}"
+    return line
+
+
+def bodies_line(report: dict[str, Any]) -> str:
+    """Whether the hypotheses are bodies: torn edges, bent joints, and how far skin and predicted vertices are apart."""
+    found = report["bodies"]
+    line = f"{report['checkpoint']}: {found['torn_edges']['value']:.2%} of the edges off by more than a factor of 2"
+    if "torn_edges_of_true_bodies" in found:
+        line += f" (true bodies {found['torn_edges_of_true_bodies']['value']:.2%})"
+    if "surface_distance_mm" in found:
+        line += f"; skin and predicted vertices {found['surface_distance_mm']['value']:.1f} mm apart"
+    if "beyond_limits_degrees" in found:
+        line += f"; joints at most {found['beyond_limits_degrees']['largest']:.1f} degrees beyond their limits"
     return line
 
 

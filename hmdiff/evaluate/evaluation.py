@@ -33,6 +33,7 @@ from hmdiff.evaluate.metrics import (
     oracle_curve,
     root_of,
 )
+from hmdiff.evaluate.plausibility import BodyWatch
 from hmdiff.evaluate.visibility_bands import BandWatch
 from hmdiff.files.storage import atomic_file
 from hmdiff.heatmaps import Heatmaps
@@ -75,6 +76,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     batch: int | None = None,  # people a call, at most; None: as the samples come
     observe: Callable[[Sample, MeshOutput], None] | None = None,  # shown every call's people and hypotheses
+    surface: str = "body",  # of the hypotheses, as the pipeline's
 ) -> dict[int, Measured]:  # by count
     """The errors of every person. Hypotheses, guided ones too, are nested by seed: one run serves several counts."""
     counts = sorted(set(counts))
@@ -85,7 +87,9 @@ def measure(
     for sample in _parts(samples, at_once if batch is None else min(batch, at_once)):
         heatmaps = as_heatmaps(sample)
         started = clock()
-        output = ask(pipeline, sample, heatmaps, counts[-1], num_inference_steps, seed, scheduler, eta, guidance)
+        output = ask(
+            pipeline, sample, heatmaps, counts[-1], num_inference_steps, seed, scheduler, eta, guidance, surface
+        )  # fmt: skip
         calls.append((len(output.vertices), clock() - started))
         assert output.keypoints is not None and sample.keypoints_3d is not None and sample.vertices is not None
         place = output.vertices.device
@@ -131,9 +135,10 @@ def ask(
     scheduler: str | None,
     eta: float | None = None,
     guidance: Guidance | None = None,
+    surface: str = "body",
 ) -> MeshOutput:
     """One call of the pipeline; people are numbered by their place in the split. Returns when the device is done."""
-    options: dict[str, Any] = photo_of(sample) | depth_of(pipeline, sample)
+    options: dict[str, Any] = photo_of(sample) | depth_of(pipeline, sample) | {"surface": surface}
     if eta is not None:
         options["eta"] = eta
     if guidance is not None:
@@ -199,6 +204,7 @@ def evaluate(
     guidance: Guidance | None = None,
     estimate: Callable[[Tensor], Tensor] | None = None,  # a pose estimator in place of the split's own heatmaps
     bands: bool = False,  # also report["bands"], see `evaluate.visibility_bands`; the data needs pictures or maps
+    surface: str = "body",  # of the hypotheses: the nearest bodies', or the predicted "vertices"
 ) -> dict[str, Any]:
     """Errors with 95 % bootstrap intervals over people: report["errors"][metric][kind] = {value, low, high} in mm.
 
@@ -209,10 +215,16 @@ def evaluate(
     samples: Iterable[Sample] = split_batches(data, split, people)
     if estimate is not None:
         samples = (with_estimate(sample, estimate) for sample in samples)
-    watch = BandWatch() if bands else None
+    watch, bodies = BandWatch() if bands else None, BodyWatch(pipeline.body)
+
+    def observe(sample: Sample, output: MeshOutput) -> None:
+        bodies(sample, output)
+        if watch is not None:
+            watch(sample, output)
+
     measured = measure(
         pipeline, samples, (num_hypotheses,), num_inference_steps, seed, scheduler, eta, guidance, progress,
-        observe=watch,
+        observe=observe, surface=surface,
     )[num_hypotheses]  # fmt: skip
     return {
         "split": split,
@@ -221,11 +233,13 @@ def evaluate(
         "num_inference_steps": num_inference_steps or pipeline.num_inference_steps,
         "sampler": scheduler or "as saved",
         "seed": seed,
+        "surface": surface,
         "protocol": "J14 regressed from the mesh, root mid-hip, mm",
         **summary(
             measured, pipeline.model.config.mode == "diffusion",
             pipeline.temperature(num_inference_steps, scheduler, eta, guidance),
         ),
+        "bodies": bodies.report(),
         **({} if watch is None else {"bands": watch.report(measured)}),
     }
 

@@ -10,10 +10,12 @@ import standin_bodies as s
 import torch
 from torch import Tensor
 
+from hmdiff.body.anatomy import joint_limit_violation
 from hmdiff.body.body import Body, load_body
-from hmdiff.body.fitting import fit_parameters
+from hmdiff.body.fitting import fit_coarse, fit_parameters, within_limits
 from hmdiff.body.mesh_cache import random_bodies
 from hmdiff.cli.main import main
+from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
 
@@ -147,3 +149,41 @@ def test_bench_fit_prints_error_and_time(capsys: pytest.CaptureFixture[str]) -> 
     assert [row.split(":")[0] for row in rows] == ["noise 0 mm", "noise 10 mm"]
     assert float(rows[0].split("error to the body ")[1].split()[0]) < 1
     assert all("ms a mesh" in row for row in rows)
+
+
+def coarse_ids() -> Tensor:
+    return torch.arange(0, free().num_vertices, 29)
+
+
+def test_coarse_meshes_of_bodies_are_met_and_noise_is_smoothed() -> None:
+    rotations = PoseMixture().sample(8, torch.Generator().manual_seed(0))
+    truth = free()(torch.randn(8, 10, generator=torch.Generator().manual_seed(1)).clamp(-2, 2), rotations).vertices
+    coarse = truth[:, coarse_ids()]
+    found = fit_coarse(free(), coarse_ids(), coarse)
+    assert found.error_mm.max() < 4
+    assert 1000 * (rebuilt(free(), found) - truth).norm(dim=-1).mean() < 4
+    noise = 0.03 * torch.randn(coarse.shape, generator=torch.Generator().manual_seed(2))
+    noisy = fit_coarse(free(), coarse_ids(), coarse + noise)
+    fitted = rebuilt(free(), noisy)[:, coarse_ids()]
+    assert (fitted - coarse).norm(dim=-1).mean() < 0.5 * noise.norm(dim=-1).mean()
+    told = 1000 * (fitted - coarse - noise).norm(dim=-1).mean(-1)
+    torch.testing.assert_close(noisy.error_mm, told, rtol=1e-3, atol=1e-2)
+
+
+def test_fitted_bodies_keep_their_joints_inside_the_limits() -> None:
+    """A knee that bends backwards and an arm through the back come out as a body could do it."""
+    wild = axis_angle_to_matrix(0.9 * torch.randn(16, 24, 3, generator=torch.Generator().manual_seed(0)))
+    assert joint_limit_violation(wild).median() > 30
+    vertices = free()(torch.zeros(16, 10), wild).vertices[:, coarse_ids()]
+    found = fit_coarse(free(), coarse_ids(), vertices)
+    assert joint_limit_violation(axis_angle_to_matrix(found.pose)).max() < 1
+    inside = PoseMixture().sample(32, torch.Generator().manual_seed(0))
+    inside = inside[joint_limit_violation(inside) == 0]
+    assert len(inside) > 16 and torch.equal(within_limits(free(), inside), inside)
+
+
+def test_coarse_meshes_of_the_wrong_shape_are_named() -> None:
+    with pytest.raises(UserError, match=r"coarse \(2, 5, 3\) found, \(N, 428, 3\) expected"):
+        fit_coarse(free(), coarse_ids(), torch.zeros(2, 5, 3))
+    with pytest.raises(UserError, match="not finite"):
+        fit_coarse(free(), coarse_ids(), torch.full((1, 428, 3), float("nan")))

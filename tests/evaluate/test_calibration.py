@@ -48,7 +48,8 @@ def fitted(temperature: float, steps: int = 2, sampler: str = "ddim", eta: float
 
 
 def test_the_output_selects_by_heatmaps_and_joints(pipe: HMDiffPipeline, maps: Heatmaps) -> None:
-    output = pipe(heatmaps=maps, num_hypotheses=4, num_inference_steps=2, **photo())
+    raw = {"num_hypotheses": 4, "num_inference_steps": 2, "surface": "vertices"}
+    output = pipe(heatmaps=maps, **raw, **photo())
     assert output.keypoints is not None and output.log_likelihood is not None
     assert output.log_likelihood.shape == (3, 4) and output.log_likelihood.std(1).min() > 0
     # By hand: the crop's camera is that of the photo, moved and scaled.
@@ -59,7 +60,7 @@ def test_the_output_selects_by_heatmaps_and_joints(pipe: HMDiffPipeline, maps: H
     torch.testing.assert_close(output.log_likelihood[1:2], expected, rtol=1e-4, atol=1e-3)
     assert torch.equal(output.selected, select(output.vertices, output.joints[:, :, 0], output.log_likelihood))
     assert torch.equal(output.selected_vertices[2], output.vertices[2, output.selected[2]])
-    alone = pipe(heatmaps=maps[2], num_hypotheses=4, num_inference_steps=2, people=[2], **photo(2, 3))
+    alone = pipe(heatmaps=maps[2], **raw, people=[2], **photo(2, 3))
     assert alone.selected[0] == output.selected[2]
     modes = output.modes(2)
     assert modes.pick(output.vertices).shape == (3, 2, *output.vertices.shape[2:])

@@ -1,0 +1,74 @@
+"""Is every hypothesis a body? Torn edges, bent joints, and how far the body's skin lies from what was predicted.
+
+An edge of the full mesh counts as torn when its length is off by more than a factor of two from the template's; true
+bodies have such edges too (armpits, groins), so their share stands beside. Joint limits are those of
+`hmdiff/body/anatomy.py`. Our choice throughout. B people, N hypotheses, V vertices, E edges.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hmdiff.body.anatomy import joint_limit_violation
+from hmdiff.body.body import Body
+from hmdiff.body.skeletons import SMPL24
+from hmdiff.data.sample import Sample
+from hmdiff.evaluate.measured import interval
+from hmdiff.geometry import axis_angle_to_matrix
+from hmdiff.output import MeshOutput
+
+FACTOR = 2.0  # of an edge's length, up or down
+
+
+def mesh_edges(faces: Tensor) -> Tensor:  # (F, 3) -> (E, 2) ascending, each once
+    """The edges of a triangle mesh."""
+    return torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.unique(dim=0)
+
+
+def torn_edges(
+    vertices: Tensor,  # (..., V, 3)
+    template: Tensor,  # (V, 3)
+    edges: Tensor,  # (E, 2)
+) -> Tensor:  # (...) 0..1
+    """The share of edges that are longer or shorter than the template's by more than `FACTOR`."""
+    start, end = edges.unbind(-1)
+    rest = (template[start] - template[end]).norm(dim=-1).clamp_min(1e-9)
+    ratio = (vertices[..., start, :] - vertices[..., end, :]).norm(dim=-1) / rest
+    return ((ratio > FACTOR) | (ratio < 1 / FACTOR)).float().mean(-1)
+
+
+class BodyWatch:
+    """Callback of an evaluation that collects these figures of every person."""
+
+    def __init__(self, body: Body) -> None:
+        assert body.faces is not None
+        self.template, self.edges = body.v_template, mesh_edges(body.faces)
+        self.limited = body.joint_names == SMPL24
+        self.found: dict[str, list[Tensor]] = {}
+
+    def __call__(self, sample: Sample, output: MeshOutput) -> None:
+        self._add("torn_edges", torch.stack([self._torn(person).mean() for person in output.vertices]))
+        if sample.vertices is not None:
+            self._add("torn_edges_of_true_bodies", self._torn(sample.vertices))
+        if output.fitted is not None:
+            self._add("surface_distance_mm", output.fitted.error_mm.mean(1))
+            if self.limited:
+                rotations = axis_angle_to_matrix(output.fitted.pose)
+                self._add("beyond_limits_degrees", joint_limit_violation(rotations).amax(1))
+
+    def _torn(self, vertices: Tensor) -> Tensor:  # (M, V, 3) -> (M,)
+        return torn_edges(vertices.to(self.template), self.template, self.edges)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self.found.setdefault(name, []).append(values.float().cpu())
+
+    def report(self) -> dict[str, Any]:
+        """Means over people with intervals, and the largest excess over a joint's limit of anybody's hypotheses."""
+        joined = {name: torch.cat(parts) for name, parts in self.found.items()}
+        report: dict[str, Any] = {name: interval(values) for name, values in joined.items()}
+        if "beyond_limits_degrees" in joined:
+            report["beyond_limits_degrees"]["largest"] = joined["beyond_limits_degrees"].max().item()
+        return report
