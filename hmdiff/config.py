@@ -87,8 +87,12 @@ class TrainingConfig:
     start_from: str = ""  # a saved pipeline whose weights to start from; give another seed, for other people
     batch_size: int = 64  # people per process and micro-step
     gradient_accumulation: int = 1
+    optimizer: str = "adamw"  # or "muon": Muon for the hidden matrices, AdamW for the rest (hmdiff/train/optimizer.py)
     learning_rate: float = 5e-4
+    muon_learning_rate: float = 0.02
     warmup_steps: int = 200
+    schedule: str = "cosine"  # to zero over all steps, or "stable": constant, then linearly to zero over `decay_share`
+    decay_share: float = 0.25  # of the steps; a stable run is made longer by a larger training.steps before its decay
     weight_decay: float = 1e-4
     gradient_clip: float = 1.0
     ema_decay: float = 0.999

@@ -46,6 +46,7 @@ from hmdiff.models.masking import draw_hidden
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train import checkpoint
+from hmdiff.train.optimizer import OPTIMIZERS, SCHEDULES, build_optimizer, rate_share
 from hmdiff.train.sharding import fill, shared_out, whole
 from hmdiff.train.step import Draws, TrainingStep, keypoint_map, used_by_no_loss
 
@@ -117,7 +118,8 @@ class Trainer:
         if values.start_from:
             _take_weights(self.plain, values.start_from)
         # Fitted in closed form already, and the training people have no full mesh to refine it on.
-        self.plain.upsample_weight.requires_grad_(False)
+        if self.plain.upsample_weight is not None:
+            self.plain.upsample_weight.requires_grad_(False)
         self.scheduler = build_scheduler(config)
         data = build_source(config, body, mesh)
         self.stream = TrainingStream(
@@ -132,10 +134,7 @@ class Trainer:
         if values.gradient_checkpointing:
             self.plain.enable_gradient_checkpointing()
 
-        decayed = [p for p in self.plain.parameters() if p.requires_grad and p.dim() > 1]
-        others = [p for p in self.plain.parameters() if p.requires_grad and p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": values.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=values.learning_rate, betas=(0.9, 0.99))
+        optimizer = build_optimizer(self.plain, values)
         # A compiled module renames its parameters, so only its forward is compiled.
         if values.compile:
             self.plain.forward = torch.compile(self.plain.forward)  # type: ignore[method-assign]
@@ -260,12 +259,8 @@ class Trainer:
             }
 
     def _rate(self) -> float:
-        """Linear warm-up, then a cosine to zero: the learning rate of the current step."""
-        values = self.config.training
-        if self.step < values.warmup_steps:
-            return values.learning_rate * (self.step + 1) / values.warmup_steps
-        progress = (self.step - values.warmup_steps) / max(1, values.steps - values.warmup_steps)
-        return values.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        """The learning rate of the current step: that of AdamW; Muon's keeps its ratio to it."""
+        return self.config.training.learning_rate * rate_share(self.config.training, self.step)
 
     def _evaluation_due(self) -> bool:
         return self.step == self.config.training.steps or self.step % self.config.training.evaluate_every == 0
@@ -480,6 +475,8 @@ def _check_values(config: Config) -> None:
         ("loss.points", config.loss.points, POINT_LOSSES),
         ("loss.weighting", config.loss.weighting, WEIGHTINGS),
         ("model.rle_variant", config.model.get("rle_variant", "exact"), RLE_VARIANTS),
+        ("training.optimizer", config.training.optimizer, OPTIMIZERS),
+        ("training.schedule", config.training.schedule, SCHEDULES),
         ("training.mixed_precision", config.training.mixed_precision, ("no", "bf16", "fp16")),
     )
     for name, value, allowed in choices:

@@ -62,12 +62,13 @@ def training_losses(
     inputs: list[Tensor | None] = [sample.image, sample.heatmaps, sample.heatmap_valid]
     if model.config.depth_map or draws.hidden is not None:
         inputs.append(sample.depth_input if model.config.depth_map else None)
+    more = {} if sample.peaks is None else {"peaks": sample.peaks}
     steps, noise = draws.steps, draws.noise
     if model.config.mode == "direct":
         start = torch.zeros_like(truth)
         share = weight = clean_weight = truth.new_ones(len(truth), 1)
         hidden = () if draws.hidden is None else (draws.hidden[:, :1],)
-        found: Prediction = model(start, start.new_ones(len(truth), 1), *inputs, *hidden)
+        found: Prediction = model(start, start.new_ones(len(truth), 1), *inputs, *hidden, **more)
         target, clean = truth, found.points
     else:
         kind = scheduler.config.prediction_type
@@ -79,7 +80,7 @@ def training_losses(
         noisy = share.sqrt()[..., None, None] * truth + (1 - share).sqrt()[..., None, None] * noise
         fraction = (steps + 1).to(truth) / scheduler.config.num_train_timesteps
         hidden = () if draws.hidden is None else (draws.hidden,)
-        found = model(noisy, fraction, *inputs, *hidden)
+        found = model(noisy, fraction, *inputs, *hidden, **more)
         target = training_target(truth.expand_as(noise), noise, share, kind)
         clean = clean_estimate(found.points, noisy, share, kind)
         weight = loss_weight(share, kind, config.weighting, config.gamma)
@@ -167,7 +168,7 @@ def keypoint_map(
         raise UserError(
             f"body {body.name!r} has no keypoints: loss.keypoints_2d and loss.keypoints_3d need them; give 0"
         )
-    return KeypointMap.of(body, model.keypoint_regressor(body)).to(device or model.upsample_weight.device)
+    return KeypointMap.of(body, model.keypoint_regressor(body)).to(device or model.coarse_ids.device)
 
 
 class TrainingStep(nn.Module):

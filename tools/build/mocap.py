@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hmdiff.body.anatomy import angles_to_rotations, scapular_rhythm
 from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS
-from hmdiff.data.synthetic.anatomy import angles_to_rotations, scapular_rhythm
 from hmdiff.data.synthetic.collision import OFFSETS
 from tools.build.acclaim import AcclaimSkeleton, Array, bone_ends
 

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.body.body import load_body
-from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.synthetic.anatomy import (
+from hmdiff.body.anatomy import (
     angles_to_rotations,
     clamp_angles,
     joint_limit_violation,
     limit_excess,
     rotations_to_angles,
 )
+from hmdiff.body.body import load_body
+from hmdiff.body.skeletons import SMPL24
 from hmdiff.data.synthetic.pose_prior import PosePrior, mirror_features, pose_features
 from hmdiff.data.synthetic.poses import JointLimitSampler, PoseMixture, sample_orientation
 from hmdiff.errors import UserError
