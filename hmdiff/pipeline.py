@@ -24,7 +24,9 @@ from torch import Tensor
 from hmdiff.body.body import Body, load_named_body
 from hmdiff.body.fitting import FittedBodies, fit_coarse
 from hmdiff.body.lbs_basis import lbs_basis
-from hmdiff.diffusion.dat import Guidance, GuidanceReport, aligned_sample, make_target
+from hmdiff.diffusion.dat import GuidanceReport, aligned_sample
+from hmdiff.diffusion.gap import make_target
+from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
 from hmdiff.diffusion.schedule import change_scheduler, load_scheduler, sampler_name
@@ -261,6 +263,8 @@ class HMDiffPipeline:
         eta = self.eta if eta is None else eta
 
         chunk = max(1, ROWS_AT_ONCE // count)
+        if plan is not None and plan.guidance.decision == "image":
+            chunk = num_hypotheses  # the decision is about all of an image's hypotheses
         parts, reports = [], []
         for first in range(0, num_hypotheses, chunk):
             width = min(chunk, num_hypotheses - first)

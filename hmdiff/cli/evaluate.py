@@ -18,7 +18,7 @@ from hmdiff.errors import UserError
 if TYPE_CHECKING:
     from hmdiff.body.body import Body
     from hmdiff.data.synthetic.people import SyntheticHumans
-    from hmdiff.diffusion.dat import Guidance
+    from hmdiff.diffusion.guidance import Guidance
 
 SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "test_postures", "val")
 PEOPLE = 500  # of a synthetic split

@@ -27,7 +27,8 @@ CHOICES = {
     "gap": ("samples", "likelihood"),
     "gradient": ("denoiser", "estimate"),
     "projection": ("fit", "camera"),
-    "step": ("line", "score"),
+    "step": ("line", "score", "gradient"),
+    "decision": ("hypothesis", "image"),
 }
 
 
@@ -53,10 +54,11 @@ def add_people(parser: argparse.ArgumentParser, split: str, people: int) -> None
 
 
 def add_guidance(parser: argparse.ArgumentParser) -> None:
+    arguments.add_preset(parser)
     for name, choices in CHOICES.items():
         parser.add_argument(
             "--step-length" if name == "step" else f"--{name}", dest=name, choices=choices, metavar="NAME",
-            help=f"DAT's: {' or '.join(choices)} (default: {choices[0]})",
+            help=f"DAT's: {' or '.join(choices)} (default: {choices[0]}, or the preset's)",
         )  # fmt: skip
     parser.add_argument(
         "--sharpness", type=arguments.number(0), metavar="P",
@@ -68,12 +70,13 @@ def make_guidance(
     options: argparse.Namespace, mode: str, strength: float | None = None, threshold: float | None = None,
     last: float | None = None,
 ) -> Any:  # fmt: skip
-    """A `Guidance` of the mode; what is not asked for keeps its own default."""
-    from hmdiff.diffusion.dat import Guidance
+    """A `Guidance` of the mode; what is not asked for is as in the preset."""
+    from hmdiff.diffusion.guidance import PRESETS
 
     values: dict[str, Any] = {"strength": strength, "threshold": threshold, "last": last}
     values |= {name: getattr(options, name) for name in (*CHOICES, "sharpness")}
-    return Guidance(mode=mode, **{name: value for name, value in values.items() if value is not None})
+    asked = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(PRESETS[options.preset], mode=mode, **asked)
 
 
 def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) -> Study:
@@ -183,7 +186,8 @@ def name_of(setting: Setting) -> str:
 
 def guided_as(guidance: dict[str, Any]) -> str:
     last = "" if guidance["last"] == 1 else f", last {guidance['last']:g}"
-    return f"{guidance['mode']} s {guidance['strength']:g}, R {guidance['threshold']:g}{last}"
+    form = " (paper's form)" if guidance.get("decision") == "image" else ""
+    return f"{guidance['mode']}{form} s {guidance['strength']:g}, R {guidance['threshold']:g}{last}"
 
 
 def duration(seconds: float | None) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from hmdiff.diffusion.dat import Guidance
+    from hmdiff.diffusion.guidance import Guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Temperature:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Temperature:
         """Raises `KeyError`, `TypeError`, `ValueError` or `UserError` for what `as_json` did not write."""
-        from hmdiff.diffusion.dat import Guidance
+        from hmdiff.diffusion.guidance import Guidance
 
         guidance = found.get("guidance")
         sampling = Sampling(

@@ -27,7 +27,7 @@ from hmdiff.files.storage import atomic_file
 from hmdiff.pipeline import HMDiffPipeline
 
 if TYPE_CHECKING:
-    from hmdiff.diffusion.dat import Guidance
+    from hmdiff.diffusion.guidance import Guidance
 
 LOWEST, HIGHEST = 1 / 8, 8.0
 COVERAGE_LEVEL = 0.9

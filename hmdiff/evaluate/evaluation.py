@@ -40,7 +40,7 @@ from hmdiff.heatmaps import Heatmaps
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 if TYPE_CHECKING:
-    from hmdiff.diffusion.dat import Guidance
+    from hmdiff.diffusion.guidance import Guidance
 
 ROOT = ("left_hip", "right_hip")
 METRICS = {"pve": "PVE", "mpjpe": "MPJPE", "pa_mpjpe": "PA-MPJPE", "pa_pve": "PA-PVE"}

@@ -26,7 +26,7 @@ from hmdiff.evaluate.protocol_errors import Bodies
 from hmdiff.pipeline import HMDiffPipeline
 
 if TYPE_CHECKING:
-    from hmdiff.diffusion.dat import Guidance
+    from hmdiff.diffusion.guidance import Guidance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hmdiff.lab.comparison import UNGUIDED, difference, table_row
 from hmdiff.lab.sweep import Setting
 
 if TYPE_CHECKING:
-    from hmdiff.diffusion.dat import Guidance
+    from hmdiff.diffusion.guidance import Guidance
 
 # What a row's model is to the tables: an option of `hmdiff ablate` each.
 ROLES = {

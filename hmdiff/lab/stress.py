@@ -26,7 +26,7 @@ from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
 
 if TYPE_CHECKING:
-    from hmdiff.diffusion.dat import Guidance
+    from hmdiff.diffusion.guidance import Guidance
 
 GREY = 0.5
 _FAINT = 1e-6  # somebody of whom nothing is left is still a person: one faint pixel says no more

@@ -37,7 +37,7 @@ from hmdiff.lab.comparison import UNGUIDED
 from hmdiff.pipeline import HMDiffPipeline
 
 if TYPE_CHECKING:
-    from hmdiff.diffusion.dat import Guidance
+    from hmdiff.diffusion.guidance import Guidance
 
 FORMAT = 1
 NO_SAMPLER = "none"  # of a model without diffusion

@@ -8,7 +8,9 @@ import pytest
 import torch
 from small import small_pipeline
 
-from hmdiff.diffusion.dat import AlignedDenoiser, Guidance, aligned_sample, distribution_gap, make_target, project
+from hmdiff.diffusion.dat import AlignedDenoiser, aligned_sample
+from hmdiff.diffusion.gap import distribution_gap, make_target, project
+from hmdiff.diffusion.guidance import PAPER, Guidance
 from hmdiff.diffusion.sampling import hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
 from hmdiff.diffusion.schedule import make_scheduler
@@ -131,6 +133,99 @@ def test_guidance_stops_when_the_gap_has_closed():
     assert early.active[-1].max() == 0 and early.active[1].min() == 1
     assert early.active[0].max() == 0  # the terminal step has no signal to steer through
     assert late.active.sum() > early.active.sum()
+
+
+def test_the_paper_guides_the_first_step_too():
+    _, report = run(Guidance(first=True))
+    assert report.active[0].min() == 1  # ours leaves it out, see above
+    scheduler, denoise, keypoints, heatmaps, camera, start = toy()
+    noise, generators = start()
+    target = make_target(Guidance(), heatmaps, camera, generators)
+    step = torch.ones(len(noise))
+    plain = denoise(noise, step)
+    for guidance, moved in ((Guidance(), False), (Guidance(first=True), True)):
+        found = AlignedDenoiser(denoise, scheduler, keypoints, target, guidance)(noise, step)
+        assert torch.equal(found, plain) is not moved
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_score_is_the_papers_formula(kind):
+    """g = eps + s sqrt(1 - abar) grad_{x_k} D_k, the gradient through the denoiser; by a second derivation of it."""
+    scheduler, denoise, keypoints, heatmaps, camera, start = toy(kind)
+    noise, generators = start()
+    guidance = Guidance(step="gradient", strength=0.7, projection="camera", pairing="paired")
+    target = make_target(guidance, heatmaps, camera, generators)
+    step = torch.full((len(noise),), 0.4)
+    share = scheduler.alphas_cumprod[19]
+    alpha, sigma = share.sqrt(), (1 - share).sqrt()
+
+    def eps_of(prediction, points):
+        if kind == "epsilon":
+            return prediction
+        return (points - alpha * prediction) / sigma if kind == "sample" else alpha * prediction + sigma * points
+
+    points = noise.clone().requires_grad_()
+    eps = eps_of(denoise(points, step), points)
+    seen = keypoints((points - sigma * eps) / alpha)[..., :2] * camera[0, 0] + camera[0, 1:]
+    gap = (target.weight * (seen - target.points).square().sum(-1)).sum()
+    (gradient,) = torch.autograd.grad(gap, points)
+    expected = eps.detach() + 0.7 * sigma * gradient
+    found = AlignedDenoiser(denoise, scheduler, keypoints, target, guidance)(noise, step)
+    torch.testing.assert_close(eps_of(found, noise), expected, rtol=1e-3, atol=1e-5)
+    assert (expected - eps.detach()).abs().max() > 1e-4
+
+
+def test_disrupted_takes_its_length_at_x_k_too(monkeypatch):
+    """Not from the residual of x̂_0, which it does not know: the line is searched from the noisy points."""
+    places = []
+    line = AlignedDenoiser._line
+    monkeypatch.setattr(AlignedDenoiser, "_line", lambda self, at, way: places.append(at) or line(self, at, way))
+    scheduler, denoise, keypoints, heatmaps, camera, start = toy()
+    noise, generators = start()
+    step = torch.full((len(noise),), 0.6)
+    for mode, place in (("disrupted", noise), ("dat", denoise(noise, step))):
+        target = make_target(Guidance(mode=mode), heatmaps, camera, generators)
+        AlignedDenoiser(denoise, scheduler, keypoints, target, Guidance(mode=mode))(noise, step)
+        assert torch.equal(places.pop(), place)
+
+
+def test_the_floor_is_what_the_draws_are_off():
+    """A mesh whose keypoints are the mean of U has D equal to the floor: its relative gap is 0, and DAT is off."""
+    scheduler, denoise, _, heatmaps, camera, start = toy(people=2, count=40)
+    _, generators = start()
+    guidance = dataclasses.replace(PAPER, projection="camera")
+    target = make_target(guidance, heatmaps, camera, generators)
+    mean = make_target(dataclasses.replace(guidance, pairing="mean"), heatmaps, camera, generators)
+    torch.testing.assert_close(distribution_gap(guidance, mean.points, target), target.floor)
+    assert target.floor.std() > 1e-5 and (mean.floor == 0).all() and (mean.variance == 0).all()
+    torch.testing.assert_close(target.floor.mean(), target.variance.mean(), rtol=0.2, atol=0)
+    aligned = AlignedDenoiser(denoise, scheduler, lambda points: points, target, guidance, 2)
+    aligned._switch(target.floor + 0.01)
+    assert aligned.on.all()
+    aligned._switch(target.floor + 0.01 * guidance.threshold * 0.9)
+    assert not aligned.on.any()
+
+
+def test_the_paper_decides_by_image():
+    """One sum over the hypotheses: those far off keep those on that are near already, and images are apart."""
+    scheduler, denoise, keypoints, heatmaps, camera, start = toy(people=2, count=4)
+    _, generators = start()
+    for decision, expected in (("image", [True] * 4 + [False] * 4), ("hypothesis", [False] * 3 + [True] + [False] * 4)):
+        guidance = Guidance(decision=decision, threshold=0.3)
+        target = make_target(guidance, heatmaps, camera, generators)
+        aligned = AlignedDenoiser(denoise, scheduler, keypoints, target, guidance, 2)
+        aligned._switch(torch.ones(8))
+        aligned._switch(torch.tensor([0.2, 0.2, 0.2, 0.9] + [0.2] * 4))
+        assert aligned.on.tolist() == expected
+
+
+def test_the_papers_form_keeps_what_it_made():
+    """No fall-back: what guidance hurt stays as it is."""
+    guidance = Guidance(strength=30.0, threshold=0.0)
+    points, report = run(guidance)
+    kept, plain = run(dataclasses.replace(guidance, fall_back=False))
+    assert report.fell_back.any() and not plain.fell_back.any()
+    assert not torch.equal(points, kept)
 
 
 def test_the_last_steps_alone_are_guided_where_that_is_asked_for():

@@ -13,7 +13,7 @@ from small import free_body, people, people_block, small_pipeline
 
 from hmdiff.cli.evaluate import calibration_line
 from hmdiff.cli.main import main
-from hmdiff.diffusion.dat import Guidance
+from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.hypotheses import apply_temperature, heatmap_log_likelihood, select
 from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError

@@ -15,7 +15,7 @@ from small import people, small_pipeline
 import hmdiff.evaluate.evaluation as evaluation
 from hmdiff.cli import evaluate as command
 from hmdiff.cli.main import main
-from hmdiff.diffusion.dat import Guidance
+from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.schedule import SCHEDULER_NAMES
 from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
 from hmdiff.pipeline import HMDiffPipeline

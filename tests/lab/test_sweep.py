@@ -24,7 +24,7 @@ from hmdiff.cli.main import main
 from hmdiff.cli.sweep import METRICS as SWEEP_METRICS
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
-from hmdiff.diffusion.dat import _CHOICES, MODES, Guidance
+from hmdiff.diffusion.guidance import _CHOICES, MODES, Guidance
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import COUNTS, METRICS, evaluate
 from hmdiff.lab import sweep as experiments
