@@ -6,9 +6,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
+
+if TYPE_CHECKING:
+    from hmdiff.config import Config
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,6 +49,10 @@ def add_parser(subparsers: Any) -> None:
         "--fit", type=arguments.whole(1), nargs="?", const=500, metavar="BODIES",
         help="instead: error and time of fitting pose and shape to random bodies (default: none; alone: 500)",
     )  # fmt: skip
+    parser.add_argument(
+        "--learning", type=float, metavar="MINUTES",
+        help="instead: train from nothing for so many minutes of one core, and print error against time (default: no)",
+    )  # fmt: skip
     arguments.add_device(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the config's")
     parser.set_defaults(run=run)
@@ -68,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
     if options.fit is not None:
         return _fitting(options, config.body, device)
     options.batch_size = options.batch_size or 1
+    if options.learning is not None:
+        return _learning(options.learning, config)
     if options.data:
         from hmdiff.lab.throughput import measure_throughput
 
@@ -78,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
     config.data.block_size = options.batch_size
     body = load_body(config.body)
     mesh = build_mesh(config, body)
-    sample = build_source(config, body, mesh).block("train", 0)
+    source = build_source(config, body, mesh)
+    sample = source.block("train", 0)
     before = peak_gigabytes()
     model = build_model(config, body, mesh).to(device)
     pipeline = HMDiffPipeline(
@@ -113,6 +123,8 @@ def run(options: argparse.Namespace) -> int:
     if options.no_sampling:
         return 0
     model.eval()
+    if sample.peaks is not None:  # what a training step reads in place of heatmaps; a sampling is given these
+        sample = source.block("val", 0)
     heatmaps = None if model.config.inputs == "image" else as_heatmaps(sample)
 
     def sampling() -> None:
@@ -122,6 +134,23 @@ def run(options: argparse.Namespace) -> int:
     seconds = _timed(sampling, device, options.repeats) / people
     count = options.steps or config.diffusion.num_inference_steps
     print(f"sampling {options.num_hypotheses} hypotheses in {count} steps: {1000 * seconds:.0f} ms an image")
+    return 0
+
+
+def _learning(minutes: float, config: Config) -> int:
+    from hmdiff.errors import UserError
+    from hmdiff.lab.learning import learning_curve
+
+    if not 0 < minutes < 1e6:
+        raise UserError(f"--learning {minutes}: minutes above 0 are expected")
+    print("core-minutes    people  people/s     val mm     ood mm", flush=True)
+    for point in learning_curve(config, minutes):
+        rate = point.people / point.minutes / 60
+        print(
+            f"{point.minutes:12.2f}{point.people:10,}{rate:10.0f}{point.errors['val']:11.1f}"
+            f"{point.errors['test_ood']:11.1f}",
+            flush=True,
+        )
     return 0
 
 

@@ -1,0 +1,100 @@
+"""What a config learns in a given time of one processor core: error against core-minutes, for a choice of its parts.
+
+The time is the process' own, so that other programs slow a run down and change no figure but by the caches they share;
+the clock stands while errors are measured. The learning rate's course is fitted to the budget: warm-up over 3 % of it,
+constant, linearly to zero over the last 30 %. Errors are those of the regressor (one evaluation at the last step) on
+`val` people: coarse vertices, root-relative, in the crop's frame, which is what both kinds of model learn first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hmdiff.body.body import load_body
+from hmdiff.build import build_data, build_mesh, build_model, build_scheduler
+from hmdiff.config import Config
+from hmdiff.data.sample import Sample
+from hmdiff.geometry import crop_rotation
+from hmdiff.models.recovery import MeshRecoveryModel
+from hmdiff.train.loop import TrainingStream
+from hmdiff.train.optimizer import build_optimizer
+from hmdiff.train.step import keypoint_map, training_losses
+
+SPLITS = ("val", "test_ood")
+PEOPLE = 192
+WARM_UP, DECAY = 0.03, 0.3  # shares of the budget
+NOT_COUNTED = 3  # first steps: memory, caches, compilation
+
+
+class LearningPoint(NamedTuple):
+    minutes: float  # of the process
+    people: int  # seen so far
+    errors: dict[str, float]  # by split, mm
+
+
+def learning_curve(
+    config: Config,
+    core_minutes: float,
+    points: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0),  # shares of the budget
+    clock: Callable[[], float] = time.process_time,
+) -> Iterator[LearningPoint]:
+    """Train from nothing for so long, and measure on the way. One thread, synthetic people, no checkpoint."""
+    torch.set_num_threads(1)
+    values = dataclasses.replace(config.training, steps=1_000_000)
+    config = dataclasses.replace(config, training=values)
+    body = load_body(config.body)
+    mesh = build_mesh(config, body)
+    model = build_model(config, body, mesh)
+    if model.upsample_weight is not None:
+        model.upsample_weight.requires_grad_(False)
+    scheduler, keypoints = build_scheduler(config), keypoint_map(config.loss, model, body)
+    stream = TrainingStream(build_data(config, body, mesh), config, 0, 1, model)
+    optimizer = build_optimizer(model, values)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    data = build_data(dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=PEOPLE)), body, mesh,
+                      full_mesh=True)  # fmt: skip
+    held_out = {split: data.block(split, 0) for split in SPLITS}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    used, budget, due = 0.0, 60 * core_minutes, list(points)
+    for index in range(values.steps):
+        started = clock()
+        people, draws = stream[index]
+        share = min(1.0, used / budget)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, share / WARM_UP + 0.01, (1 - share) / DECAY)
+        narrow = values.mixed_precision == "bf16"
+        with torch.autocast("cpu", torch.bfloat16) if narrow else contextlib.nullcontext():
+            loss = training_losses(model, scheduler, config.loss, people, draws, keypoints=keypoints)["loss"]
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, values.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if index >= NOT_COUNTED:
+            used += clock() - started
+        if due and used >= budget * due[0]:
+            due.pop(0)
+            errors = {split: regression_error(model, sample) for split, sample in held_out.items()}
+            yield LearningPoint(used / 60, (index + 1) * values.batch_size, errors)
+        if not due:
+            return
+
+
+@torch.no_grad()
+def regression_error(model: MeshRecoveryModel, sample: Sample) -> float:
+    """Mean distance of the regressed coarse vertices to the true ones, mm."""
+    assert sample.coarse_vertices is not None and sample.principal_point is not None and sample.focal is not None
+    model.eval()
+    conditioning, _ = model.encode(None, sample.heatmaps, sample.heatmap_valid)
+    found: Tensor = model.to_coarse(model.regress(conditioning)[:, 0].float())
+    model.train()
+    truth = sample.coarse_vertices
+    if model.config.frame == "crop":
+        truth = truth @ crop_rotation(sample.principal_point, sample.focal)
+    return 1000 * float((found - truth).norm(dim=-1).mean())
