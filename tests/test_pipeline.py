@@ -211,7 +211,7 @@ def test_folders_that_are_no_pipeline(tmp_path: Path, pipe: HMDiffPipeline) -> N
     about = json.loads((pipe.save_pretrained(folder) or folder / "hmdiff.json").read_text())
     spoil("hmdiff.json", "{", "not JSON, or cut short")
     spoil("hmdiff.json", "[]", "damaged")
-    spoil("hmdiff.json", json.dumps({**about, "format": 9}), "format 9 .* reads 1; update hmdiff")
+    spoil("hmdiff.json", json.dumps({**about, "format": 9}), "format 9, .* reads 1; update hmdiff")
     spoil("hmdiff.json", json.dumps({**about, "sampler": "x"}), "sampler 'x'")
     spoil("model/config.json", "", "config.json: missing")
     spoil("model/config.json", '{"_class_name": "UNet2DModel"}', "config.json: not what was written, by its checksum")

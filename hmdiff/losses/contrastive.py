@@ -66,7 +66,7 @@ def joint_to_non_joint(
     rows = _rows(people, predicted.shape[1])
     found = _take(predicted, rows)
     anchor = torch.randperm(len(rows), generator=generator)[:anchors]
-    allowed = (anchor[:, None] != torch.arange(len(rows)))
+    allowed = (anchor[:, None] != torch.arange(len(rows))) & _valid(valid, people, rows)
     others, drawn = _draw(allowed, positives, generator)
     empty = _gather(away.flatten(1))[people]  # (n, L)
     person, voxel = empty.nonzero().unbind(-1)

@@ -102,10 +102,12 @@ def check_topology(
             raise refuse("coarse_ids", f"are not {num_coarse} different vertices of {len(index)}")
         if int(index.min()) < 0 or int(index.max()) >= num_coarse or len(index.unique()) != num_coarse:
             raise refuse("upsample_index", f"does not point to each of the {num_coarse} coarse vertices")
+    if ids is not None and index is None and (len(ids.unique()) != num_coarse or int(ids.min()) < 0):
+        raise refuse("coarse_ids", f"are not {num_coarse} different vertices")  # body parts: the body has the rest
     if weight is not None and not bool(((weight.double().sum(-1) - 1).abs() < _SUM).all()):
         raise refuse("upsample_weight", "has rows that do not sum to 1")
     for name, value in state.items():
-        if name.endswith((".patches", ".place")):
+        if name.startswith("denoisers.") and name.endswith((".patches", ".place")):
             flat = value.flatten().long()
             if not torch.equal(flat.sort().values, torch.arange(num_coarse)):
                 raise refuse(name, f"is not an order of the {num_coarse} coarse vertices")
