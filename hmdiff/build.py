@@ -111,6 +111,7 @@ def build_source(
     body: Body,
     mesh: MeshSampler,
     full_mesh: bool = False,
+    device: torch.device | str = "cpu",  # where people are drawn that are all synthetic
 ) -> PeopleSource:
     """The people that a config trains on, synthetic, recorded or both, and, with the full mesh, those of its splits.
 
@@ -123,7 +124,7 @@ def build_source(
     if data.kind == "synthetic":
         if data.sources or data.splits:
             raise UserError("data.sources and data.splits are of data.kind recorded and mixture, and it is synthetic")
-        return _labelled(config, body, mesh, build_data(config, body, mesh, full_mesh))
+        return _labelled(config, body, mesh, build_data(config, body, mesh, full_mesh, device))
     if data.kind == "recorded" and len(data.sources) != 1:
         raise UserError(f"data.kind recorded takes one source, data.sources has {len(data.sources)}; give mixture")
     entries = [_source_entry(entry, f"data.sources[{number}]") for number, entry in enumerate(data.sources)]

@@ -215,7 +215,7 @@ def test_folders_that_are_no_pipeline(tmp_path: Path, pipe: HMDiffPipeline) -> N
     spoil("hmdiff.json", json.dumps({**about, "sampler": "x"}), "sampler 'x'")
     spoil("model/config.json", "", "config.json: missing")
     spoil("model/config.json", '{"_class_name": "UNet2DModel"}', "config.json: not what was written, by its checksum")
-    spoil("model/diffusion_pytorch_model.safetensors", "", "missing; the checkpoint is not whole")
+    spoil("model/diffusion_pytorch_model.safetensors", "", "missing; save or copy")
     spoil("model/diffusion_pytorch_model.safetensors", "rubbish", "not what was written, by its checksum")
     spoil("scheduler/scheduler_config.json", "{}", "not what was written, by its checksum")
 

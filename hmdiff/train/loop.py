@@ -121,7 +121,9 @@ class Trainer:
         if self.plain.upsample_weight is not None:
             self.plain.upsample_weight.requires_grad_(False)
         self.scheduler = build_scheduler(config)
-        data = build_source(config, body, mesh)
+        # A GPU draws its own people, ahead of the step: its queue runs on while the next batch is asked for.
+        drawn_on = device if device.type == "cuda" and not config.data.workers else torch.device("cpu")
+        data = build_source(config, body, mesh, device=drawn_on)
         self.stream = TrainingStream(
             data, config, self.accelerator.process_index, self.accelerator.num_processes, self.plain
         )
