@@ -14,7 +14,7 @@ from hmdiff.body.fitting import FittedBodies
 from hmdiff.diffusion.dat import GuidanceReport
 from hmdiff.diffusion.hypotheses import Modes, apply_temperature, heatmap_log_likelihood, modes, select, spread, take
 from hmdiff.errors import UserError
-from hmdiff.geometry import crop_to_photo, perspective_projection, photo_to_crop
+from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
 
 
@@ -98,22 +98,24 @@ def log_likelihood(
 ) -> Tensor:  # (B, N) nats
     """How likely the heatmaps make each hypothesis, seen where it was placed."""
     pixels = projected_keypoints(keypoints, translation, focal, principal_point)
-    center, side = heatmaps.center.to(pixels), heatmaps.side.to(pixels)
-    seen = photo_to_crop(pixels, center[:, None], side[:, None])
-    return heatmap_log_likelihood(seen, heatmaps.values.to(pixels))
+    return heatmap_log_likelihood(heatmaps.crop.from_photo(pixels), heatmaps.values.to(pixels))
 
 
 def keypoint_distance(
     output: MeshOutput,
     heatmaps: Heatmaps,  # of the same B people
     least_confidence: float = 0.1,  # of a peak that counts
-) -> Tensor:  # (B, N) photo pixels; NaN for a person without such a peak
-    """Mean distance of every hypothesis' projected keypoints to the heatmaps' peaks: how well it fits the photo."""
+) -> Tensor:  # (B, N) photo pixels
+    """Mean distance of every hypothesis' projected keypoints to the heatmaps' peaks: how well it fits the photo.
+
+    Where a person has no peak of that confidence, all that are there count.
+    """
     if output.keypoints is None:
         raise UserError("this body has no keypoints to compare with the heatmaps")
     projected = projected_keypoints(output.keypoints, output.translation, output.focal, output.principal_point)
     peaks, confidence = heatmap_peaks(heatmaps.values.to(projected))
-    seen = crop_to_photo(peaks, heatmaps.center.to(projected), heatmaps.side.to(projected))
+    seen = heatmaps.crop.to_photo(peaks)
     distance = (projected - seen[:, None]).norm(dim=-1)
-    counted = (confidence >= least_confidence)[:, None]
-    return torch.where(counted, distance, distance.new_tensor(float("nan"))).nanmean(-1)
+    counted = confidence >= least_confidence
+    counted = torch.where(counted.any(-1, keepdim=True), counted, confidence > 0)[:, None]
+    return (distance * counted).sum(-1) / counted.sum(-1).clamp_min(1)

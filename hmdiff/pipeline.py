@@ -39,12 +39,11 @@ from hmdiff.files.storage import atomic_folder
 from hmdiff.geometry import (
     axis_angle_to_matrix,
     crop_rotation,
-    crop_to_photo,
+    matrix_to_axis_angle,
     perspective_translation_fit,
-    photo_to_crop,
     weak_to_full_camera,
 )
-from hmdiff.heatmaps import Heatmaps, heatmap_peaks
+from hmdiff.heatmaps import Crop, Heatmaps, heatmap_peaks
 from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
@@ -118,8 +117,8 @@ class HMDiffPipeline:
         seed: int = 0,
         scheduler: str | None = None,  # another sampler, such as "ddpm" or "dpm++"
         eta: float | None = None,  # DDIM's share of fresh noise
-        photo_sizes: Tensor | None = None,  # (B, 2) width, height in pixels; None: the crop is the photo
-        focal: Tensor | None = None,  # (B,) pixels; None: the photo's diagonal, as CLIFF (arXiv 2208.00571)
+        photo_sizes: Tensor | None = None,  # (B, 2) width, height in pixels; None: the size that the crop carries
+        focal: Tensor | None = None,  # (B,) pixels; None: the focal length that the crop carries
         fit_camera: bool = True,  # place every hypothesis where the heatmaps' peaks see it; False: the head's camera
         people: Sequence[int] | None = None,  # number of every person among all asked for; None: 0, 1, ...
         callback: Callback | None = None,
@@ -145,17 +144,17 @@ class HMDiffPipeline:
         if len(people) != count:
             raise UserError(f"people: {len(people)} numbers for {count} people; give one for each")
         if heatmaps is not None:
-            center, side = heatmaps.center.to(camera), heatmaps.side.to(camera)
+            crop = heatmaps.crop.to(camera)
         else:
             assert images is not None
             side = camera.new_full((count,), images.shape[-1])
-            center = side[:, None].expand(-1, 2) / 2
-        if photo_sizes is None:
-            photo_sizes = (center * 2).round()
-        photo_sizes = photo_sizes.to(camera)
-        focal = photo_sizes.norm(dim=-1) if focal is None else focal.to(camera)
-        principal = photo_sizes / 2
-        principal_in_crop = photo_to_crop(principal[:, None], center, side)[:, 0]
+            crop = Crop.of(side[:, None].expand(-1, 2) / 2, side)
+        crop = crop.with_camera(photo_sizes, focal)
+        # All that follows happens in the photo's camera turned about its axis until the crop is upright; the result is
+        # turned back at the end.
+        turned, turn = crop.upright(), crop.turn_3d()
+        center, side, focal, principal = turned.center, turned.side, turned.focal, turned.principal_point
+        principal_in_crop = turned.from_photo(principal[:, None])[:, 0]
         rotation = None
         if self.model.config.frame == "crop":
             rotation = crop_rotation(principal_in_crop, focal * 2 / side)
@@ -181,12 +180,21 @@ class HMDiffPipeline:
             assert values is not None
             peaks, height = heatmap_peaks(values)
             translation = perspective_translation_fit(
-                keypoints, crop_to_photo(peaks, center, side)[:, None], height[:, None], focal[:, None],
+                keypoints, turned.to_photo(peaks)[:, None], height[:, None], focal[:, None],
                 principal[:, None], prior=translation,
             )  # fmt: skip
         likelihood = None
         if heatmaps is not None and keypoints is not None:
-            likelihood = log_likelihood(keypoints, translation, focal, principal, heatmaps)
+            assert values is not None and valid is not None
+            likelihood = log_likelihood(keypoints, translation, focal, principal, Heatmaps(values, valid, turned))
+        if crop.rotation.any():
+            back = turn[:, None].mT
+            vertices, joints, translation = vertices @ back, joints @ back, (translation[:, :, None] @ back)[:, :, 0]
+            keypoints = None if keypoints is None else keypoints @ back
+            if fitted is not None:  # about the pelvis, which is at the origin: the translation stays
+                root = turn[:, None] @ axis_angle_to_matrix(fitted.pose[:, :, 0])
+                pose = torch.cat([matrix_to_axis_angle(root)[:, :, None], fitted.pose[:, :, 1:]], 2)
+                fitted = fitted._replace(pose=pose)
         return MeshOutput(
             vertices, joints, keypoints, camera, translation, focal, principal, self.faces, report, likelihood,
             self.temperature(num_inference_steps, scheduler, eta, guidance), confidence, joint_scale, regressed, fitted,

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         "data", "diffusion", "estimators", "evaluate.hand_metrics", "evaluate.metrics",
         "evaluate.uncertainty_metrics", "losses", "models",
     }),
-    frozenset({"build", "output", "pipeline", "viz"}),
+    frozenset({"build", "evidence", "output", "pipeline", "viz"}),
     frozenset({"evaluate"}),
     frozenset({"train"}),
     frozenset({"lab"}),
@@ -37,7 +37,8 @@ AT_MOST = {"geometry": frozenset[str](), "body.skeletons": frozenset[str]()}
 NEVER = {"models": frozenset({"data.sample"})}  # models never see a data set, not even its type
 
 # Not installed by default, or slow to load: only inside functions, but for the modules that exist for them.
-OPTIONAL = {"smplx", "numba", "mmpose", "mmdet", "mmcv", "mmengine", "anny", "robust_laplacian", "transformers"}
+OPTIONAL = {"smplx", "numba", "mmpose", "mmdet", "mmcv", "mmengine", "anny", "robust_laplacian", "transformers",
+            "ai_edge_litert", "mediapipe", "av"}  # fmt: skip
 MADE_FOR_THEM = {"numba": {"viz.renderer_numba"}}
 
 

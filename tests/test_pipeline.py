@@ -15,7 +15,7 @@ from hmdiff.diffusion.hypotheses import select
 from hmdiff.diffusion.schedule import SCHEDULER_NAMES
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
-from hmdiff.heatmaps import Heatmaps
+from hmdiff.heatmaps import Crop, Heatmaps
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 
@@ -29,7 +29,7 @@ def heatmaps(count: int = 4) -> Heatmaps:
     assert sample.heatmaps is not None and sample.heatmap_valid is not None
     center = torch.tensor([[300.0, 250], [640, 360], [100, 500], [700, 100]])
     side = torch.tensor([200.0, 400, 150, 320])
-    return Heatmaps(sample.heatmaps[:count], sample.heatmap_valid[:count], center[:count], side[:count])
+    return Heatmaps(sample.heatmaps[:count], sample.heatmap_valid[:count], Crop.of(center[:count], side[:count]))
 
 
 def same(first: MeshOutput, second: MeshOutput) -> bool:

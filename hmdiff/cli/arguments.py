@@ -65,6 +65,17 @@ def box(text: str) -> tuple[float, float, float, float]:
     return x1, y1, x2, y2
 
 
+def pair(text: str) -> tuple[float, float]:
+    """An argparse type: x,y in photo pixels."""
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        x = y = math.nan
+    if not (math.isfinite(x) and math.isfinite(y)):
+        raise argparse.ArgumentTypeError(f"{text!r}: x,y in photo pixels is expected, such as 320,240")
+    return x, y
+
+
 def new_parser(subparsers: Any, name: str, summary: str, example: str, details: str = "") -> argparse.ArgumentParser:
     """A command's parser: what it does, its arguments with their defaults, an example."""
     parser: argparse.ArgumentParser = subparsers.add_parser(

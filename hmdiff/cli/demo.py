@@ -25,14 +25,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/demo"), metavar="FOLDER", help="(default: %(default)s)"
     )
-    parser.set_defaults(run=run, focal=None)
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     from hmdiff.cli.main import report
-    from hmdiff.cli.photos import read_people
     from hmdiff.cli.sample import sample_people
+    from hmdiff.estimators.people import read_people
     from hmdiff.files.resources import asset_path
     from hmdiff.files.storage import make_folder
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
-from hmdiff.cli.photos import PhotoPeople, pair_files
 from hmdiff.errors import UserError
+from hmdiff.estimators.people import PhotoPeople, pair_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +88,7 @@ def depth_crops(
         if photo.depth is None:
             maps.append(torch.full((1, SIZE, SIZE), torch.nan))
         else:
-            maps.append(crop_depth(photo.depth, photo.size, own.center, own.side, SIZE))
+            maps.append(crop_depth(photo.depth, photo.size, own.crop, SIZE))
     return torch.cat(maps)
 
 

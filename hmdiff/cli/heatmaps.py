@@ -22,14 +22,14 @@ def add_parser(subparsers: Any) -> None:
     parser = arguments.new_parser(
         subparsers,
         "heatmaps",
-        "run a pose estimator of mmpose on photos and keep its heatmaps",
-        "hmdiff heatmaps photo.jpg --pose human",
+        "run a pose estimator on photos and keep its heatmaps",
+        "hmdiff heatmaps photo.jpg",
         "For each photo it writes NAME_heatmaps.npz, everybody's heatmaps, and NAME_heatmaps.png, which shows boxes, "
         "heat and peaks over the photo. `hmdiff sample` finds the npz by itself where it lies beside the photo, and "
         "takes it by --heatmaps from anywhere.",
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="jpg, png, webp, ...")
-    add_estimation(parser, required=True)
+    add_estimation(parser)
     parser.add_argument(
         "--box", type=arguments.box, action="append", metavar="X1,Y1,X2,Y2",
         help="a person's box in photo pixels, once for each person of one photo (default: the detector's)",
@@ -42,22 +42,27 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from hmdiff.cli.estimation import Estimation
+    from hmdiff.cli.estimation import estimation_of
     from hmdiff.cli.main import report
+    from hmdiff.cli.outputs import photo_names, protect_inputs
     from hmdiff.files.storage import make_folder
     from hmdiff.heatmaps import save_heatmaps
     from hmdiff.viz.canvas import read_picture, save_picture
 
     if options.box is not None and len(options.photos) > 1:
         raise UserError(f"--box is about one photo, {len(options.photos)} were given; give them one by one")
+    source, names = estimation_of(options), photo_names(options.photos)
+    if source is None:
+        raise UserError("--pose none: nothing to run; name an estimator, such as embedded")
+    protect_inputs(options.output, options.photos, options.photos, ("_heatmaps.npz", "_heatmaps.png"))
     make_folder(options.output)
-    estimate, names = Estimation(options), output_names(options.photos)
     failures = people = 0
     bar = tqdm(options.photos, unit="photo", desc="loading models", disable=None, leave=False)
     for photo, name in zip(bar, names, strict=True):
         try:
             picture = read_picture(photo)
-            maps, boxes = estimate(picture, options.box)
+            seen = source.see(picture, options.box)
+            maps, boxes = seen.heatmaps, seen.boxes
             path = options.output / f"{name}_heatmaps.npz"
             save_heatmaps(path, maps)
             save_picture(path.with_suffix(".png"), heat_picture(picture, maps, boxes))
@@ -75,17 +80,6 @@ def run(options: argparse.Namespace) -> int:
     return 2 if failures else 0
 
 
-def output_names(photos: list[Path]) -> list[str]:
-    """Of every photo its own name, -2 where it is taken."""
-    names: list[str] = []
-    for photo in photos:
-        name, copy = photo.stem, 2
-        while name in names:
-            name, copy = f"{photo.stem}-{copy}", copy + 1
-        names.append(name)
-    return names
-
-
 def heat_picture(
     photo: np.ndarray,  # (H, W, 3) uint8
     heatmaps: Heatmaps,  # of P people
@@ -95,7 +89,7 @@ def heat_picture(
     import cv2
     import numpy as np
 
-    from hmdiff.cli.photos import peaks
+    from hmdiff.estimators.people import peaks
     from hmdiff.heatmaps import HEATMAP_SIZE
     from hmdiff.viz.canvas import draw_keypoints, heat_colours
 

@@ -92,6 +92,11 @@ def report(message: str) -> None:
     print(f"hmdiff: error: {_one_line(message)}", file=sys.stderr)
 
 
+def warn(message: str) -> None:
+    """What was mended, left out or is doubtful: one line on stderr; the work goes on."""
+    print(f"hmdiff: warning: {_one_line(message)}", file=sys.stderr)
+
+
 def _one_line(message: str) -> str:
     return " ".join(message.split())
 

@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """What can be told before anything is loaded."""
-    from hmdiff.cli.estimation import needs_pose
+    from hmdiff.cli.estimation import estimation_of
 
     if (options.photo is None) == (options.synthetic is None):
         found = "neither was" if options.photo is None else "both were"
@@ -128,23 +128,24 @@ def _check(options: argparse.Namespace) -> None:
         for name in ("keypoints", "heatmaps", "box", "pose", "focal"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} is about a photo, and --synthetic people need none; leave it out")
-    needs_pose(options)
+    estimation_of(options)
     if options.picture is not None and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"{options.picture}: pictures are saved as .png or .jpg; change the suffix")
 
 
 def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
-    import torch
 
-    from hmdiff.cli.estimation import Estimation
-    from hmdiff.cli.photos import crops, read_people
+    from hmdiff.cli.estimation import estimation_of
+    from hmdiff.estimators.people import crops, read_people
+    from hmdiff.heatmaps.cameras import PhotoCamera
     from hmdiff.lab.stress import Subject
     from hmdiff.viz.canvas import read_picture
     from hmdiff.viz.stress import cut_out
 
-    estimate = None if options.pose is None else Estimation(options)
+    source = estimation_of(options)
     boxes = None if options.box is None else [options.box]
-    found = read_people(options.photo, options.keypoints, options.heatmaps, options.box, estimate, boxes)
+    camera = PhotoCamera(options.focal)
+    found = read_people(options.photo, options.keypoints, options.heatmaps, options.box, source, boxes, camera)
     picture = read_picture(options.photo)
     config = pipeline.model.config
     people = []
@@ -152,10 +153,7 @@ def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sho
         heatmaps = found.heatmaps[number]
         center, side = heatmaps.center[0].tolist(), float(heatmaps.side[0])
         image = None if config.inputs == "heatmaps" else crops(picture, heatmaps, config.image_size)
-        subject = Subject(
-            heatmaps, image, None, number, torch.tensor([found.size], dtype=torch.float32),
-            None if options.focal is None else torch.tensor([options.focal]),
-        )  # fmt: skip
+        subject = Subject(heatmaps, image, None, number)
         name = options.photo.stem + (f"_{number}" if len(found.heatmaps) > 1 else "")
         corner = (center[0] - side / 2, center[1] - side / 2)
         people.append(Shown(name, subject, cut_out(picture, center, side, SHOWN), SHOWN / side, corner))

@@ -22,6 +22,7 @@ from torch import Tensor
 from hmdiff.errors import UserError
 from hmdiff.files.images import open_image
 from hmdiff.files.reading import ArrayArchive
+from hmdiff.heatmaps.crop import Crop
 
 GIVES = ("depth", "disparity")
 SUFFIXES = (".npy", ".npz", ".png")
@@ -146,15 +147,14 @@ def check_aspect(
 def crop_depth(
     depth: Tensor,  # (h, w) of the whole photo, NaN = not known
     photo_size: tuple[int, int],  # width, height in pixels
-    center: Tensor,  # (P, 2) photo pixels
-    side: Tensor,  # (P,) photo pixels
+    crop: Crop,  # of P people
     size: int = 64,  # S
 ) -> Tensor:  # (P, S, S), NaN = not known and outside the photo
     """The map cut into people's crops, pixel for pixel as `commands.photos.crops` cuts the photo."""
     found = []
-    for (x, y), length in zip(center.tolist(), side.tolist(), strict=True):
-        scale = 2 / length  # photo pixels to crop coordinates
-        affine = np.array([[scale, 0, -x * scale], [0, scale, -y * scale]])
+    for index in range(len(crop)):
+        affine = np.array(crop.affine(index, 2))  # photo pixels to 0..2
+        affine[:, 2] -= 1  # to crop coordinates
         found.append(warp_depth(depth, photo_size, affine, size))
     return torch.stack(found) if found else depth.new_zeros(0, size, size)
 

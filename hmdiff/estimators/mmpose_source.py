@@ -28,6 +28,7 @@ from hmdiff.estimators.openmmlab import (
     quiet,
     read_config,
 )
+from hmdiff.estimators.source import check_boxes
 from hmdiff.heatmaps.distribution import (
     Heatmaps,
     concatenate_heatmaps,
@@ -158,26 +159,6 @@ class _Bins:
         peaks = [1 / (sigma * math.sqrt(2 * math.pi)) if codec.smoothing_type == "gaussian" else 1.0
                  for sigma in codec.sigma]  # fmt: skip
         return x, y, torch.minimum(x.amax(-1) / peaks[0], y.amax(-1) / peaks[1])
-
-
-def check_boxes(
-    boxes: Tensor | np.ndarray | Sequence[Sequence[float]],  # (P, 4) x1, y1, x2, y2, photo pixels
-    width: int,  # of the photo
-    height: int,
-) -> Tensor:  # (P, 4) float32
-    """Boxes that lie in the photo, at least partly. Raises `UserError` naming the first that does not."""
-    people = torch.as_tensor(np.asarray(boxes, dtype=np.float32))
-    if people.numel() == 0:
-        raise UserError("boxes: nobody is given; give a box x1,y1,x2,y2 for each person in the photo")
-    if people.dim() != 2 or people.shape[1] != 4 or not people.isfinite().all():
-        raise UserError(f"boxes: shape {tuple(people.shape)} found, or NaN; (P, 4) numbers x1, y1, x2, y2 are expected")
-    for index, (x1, y1, x2, y2) in enumerate(people.tolist()):
-        text = f"boxes: box {index} ({x1:g},{y1:g},{x2:g},{y2:g})"
-        if x2 <= x1 or y2 <= y1:
-            raise UserError(f"{text} has no size; x1 < x2 and y1 < y2 are expected, in photo pixels")
-        if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-            raise UserError(f"{text} lies outside the {width} x {height} photo; give the box of a person in it")
-    return people
 
 
 # ---- configs ----

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.errors import UserError
 from hmdiff.estimators.openmmlab import import_openmmlab, load_weights, quiet
+from hmdiff.heatmaps.crop import Crop
 from hmdiff.heatmaps.distribution import HEATMAP_SIZE, Heatmaps, pixel_coordinates
 
 CONFIG, WEIGHTS = "config.py", "model.safetensors"
@@ -69,7 +70,7 @@ class SyntheticEstimator:
         values = self.estimate(images)
         count = len(values)
         valid = torch.ones(count, len(HALPE26), dtype=torch.bool, device=values.device)
-        return Heatmaps(values, valid, values.new_ones(count, 2), values.new_full((count,), 2.0))
+        return Heatmaps(values, valid, Crop.of(values.new_ones(count, 2), values.new_full((count,), 2.0)))
 
 
 def codec_sizes(network: Any) -> tuple[int, int]:  # N, M

@@ -36,7 +36,7 @@ from hmdiff.evaluate.metrics import (
 from hmdiff.evaluate.plausibility import BodyWatch
 from hmdiff.evaluate.visibility_bands import BandWatch
 from hmdiff.files.storage import atomic_file
-from hmdiff.heatmaps import Heatmaps
+from hmdiff.heatmaps import Crop, Heatmaps
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def as_heatmaps(sample: Sample) -> Heatmaps | None:
     center = values.new_full((count, 2), PHOTO / 2)
     if sample.principal_point is not None:
         center = center - sample.principal_point
-    return Heatmaps(values, sample.heatmap_valid, center, values.new_full((count,), 2.0))
+    return Heatmaps(values, sample.heatmap_valid, Crop.of(center, values.new_full((count,), 2.0)))
 
 
 def photo_of(sample: Sample) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Heatmaps: what a 2D pose estimator knows, as a distribution over the crop for every joint.
 
-`distribution` holds the type and its mathematics; `keypoints` and `arrays` are the sources that need no network,
-`mmpose_source` runs one of mmpose's. The latter is imported from its own module, so that mmpose stays optional.
+`distribution` holds the type and its mathematics, `crop` where in which photo it lies; `keypoints`, the `formats` of
+their files and `arrays` are the sources that need no network.
 """
 
 from hmdiff.heatmaps.arrays import load_heatmaps, save_heatmaps
+from hmdiff.heatmaps.crop import Crop
 from hmdiff.heatmaps.distribution import (
     HEATMAP_SIZE,
     Heatmaps,
@@ -19,12 +20,16 @@ from hmdiff.heatmaps.distribution import (
     resample_heatmaps,
     soft_argmax,
 )
-from hmdiff.heatmaps.keypoints import PersonKeypoints, heatmaps_from_keypoints, read_keypoints
+from hmdiff.heatmaps.formats import read_keypoints
+from hmdiff.heatmaps.keypoints import PersonKeypoints, heatmaps_from_keypoints
+from hmdiff.heatmaps.photo import PhotoInfo, photo_info
 
 __all__ = [
     "HEATMAP_SIZE",
+    "Crop",
     "Heatmaps",
     "PersonKeypoints",
+    "PhotoInfo",
     "concatenate_heatmaps",
     "crop_from_box",
     "crop_from_keypoints",
@@ -35,6 +40,7 @@ __all__ = [
     "heatmaps_from_values",
     "load_heatmaps",
     "normalised",
+    "photo_info",
     "read_keypoints",
     "resample_heatmaps",
     "save_heatmaps",

@@ -1,7 +1,8 @@
 """Precomputed heatmaps on disk: npz with `heatmaps` (J, H, W) or (B, J, H, W), `joints` names, `center`, `side`.
 
 `center` and `side` give the square crop in photo pixels; heatmap pixel (i, j) has its centre at
-center + ((j+.5)/W - .5, (i+.5)/H - .5) * side. Nothing is unpickled.
+center + ((j+.5)/W - .5, (i+.5)/H - .5) * side. The rest of a `Crop` (`rotation`, `photo_size`, `focal`,
+`principal_point`) is read where it is there. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from hmdiff.body.skeletons import HALPE26, JOINT_SETS
 from hmdiff.errors import UserError
 from hmdiff.files.reading import read_npz
 from hmdiff.files.storage import atomic_file
+from hmdiff.heatmaps.crop import Crop
 from hmdiff.heatmaps.distribution import Heatmaps, heatmaps_from_values
 
 MAX_BYTES = 1 << 30  # of all arrays together: 200 people in a photo, at 133 maps of 96 x 96, have 980 MB
 _KEYS = ("heatmaps", "center", "side")
+_CAMERA = ("rotation", "photo_size", "focal", "principal_point")  # of the crop; defaults where they are not there
+_MEND = "write it again with numpy.savez_compressed"
 # Sets that their number of joints tells apart; the others must come with their names.
 _BY_COUNT = {17: "coco17", 25: "openpose25", 26: "halpe26"}
 
@@ -31,7 +35,7 @@ def load_heatmaps(path: str | Path) -> Heatmaps:
         UserError: not an npz, a missing key, pickled arrays, wrong shapes, NaN, all zero, unknown joints.
     """
     path = Path(path)
-    arrays = read_npz(path, (*_KEYS, "joints", "valid"), MAX_BYTES, "write it again with numpy.savez_compressed")
+    arrays = read_npz(path, (*_KEYS, *_CAMERA, "joints", "valid"), MAX_BYTES, _MEND)
     for key in _KEYS:
         if key not in arrays:
             found = ", ".join(arrays) or "none"
@@ -56,14 +60,26 @@ def load_heatmaps(path: str | Path) -> Heatmaps:
         )
     try:
         heatmaps = heatmaps_from_values(values, names, center.reshape(batch, 2), side.reshape(batch))
+        crop = _crop(arrays, heatmaps.crop)
         if "valid" not in arrays:
-            return heatmaps
+            return Heatmaps(heatmaps.values, heatmaps.valid, crop)
         if arrays["valid"].shape != (batch, len(HALPE26)) or arrays["valid"].dtype != bool:
             raise UserError(f"`valid` must be a bool array of shape ({batch}, {len(HALPE26)})")
         valid = torch.from_numpy(arrays["valid"]) & heatmaps.valid
-        return Heatmaps(heatmaps.values, valid, heatmaps.center, heatmaps.side)
+        return Heatmaps(heatmaps.values, valid, crop)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _crop(arrays: dict[str, np.ndarray], crop: Crop) -> Crop:
+    found = {}
+    for name in _CAMERA:
+        if name in arrays:
+            wanted = tuple(getattr(crop, name).shape)
+            if arrays[name].dtype.kind not in "fiu" or arrays[name].shape != wanted:
+                raise UserError(f"`{name}` must hold numbers of shape {wanted}, {arrays[name].shape} found")
+            found[name] = torch.from_numpy(arrays[name].astype(np.float32))
+    return Crop.of(crop.center, crop.side, **found)
 
 
 def _joint_names(path: Path, arrays: dict[str, np.ndarray], joints: int) -> tuple[str, ...]:
@@ -95,6 +111,5 @@ def save_heatmaps(path: str | Path, heatmaps: Heatmaps) -> None:
             heatmaps=heatmaps.values.detach().cpu().numpy(),
             valid=heatmaps.valid.cpu().numpy(),
             joints=np.array(HALPE26),
-            center=heatmaps.center.detach().cpu().numpy(),
-            side=heatmaps.side.detach().cpu().numpy(),
+            **{name: value.detach().cpu().numpy() for name, value in vars(heatmaps.crop).items()},
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26, shared_joints
 from hmdiff.errors import UserError
+from hmdiff.heatmaps.crop import Crop, concatenate_crops
 from hmdiff.heatmaps.resampling import spline_weights
 
 HEATMAP_SIZE = 64
@@ -31,13 +32,12 @@ class Heatmaps:
     """Heatmaps of B people, joints in the order of `skeletons.HALPE26`.
 
     Raises:
-        UserError: wrong shapes, NaN or infinite or negative values, a person without any mass, a crop without size.
+        UserError: wrong shapes, NaN or infinite or negative values, a person without any mass.
     """
 
     values: Tensor  # (B, 26, 64, 64) float32, >= 0, peak = confidence
     valid: Tensor  # (B, 26) bool: the source has this joint at all; the others' channels are zero
-    center: Tensor  # (B, 2) centre of the square crop, photo pixels
-    side: Tensor  # (B,) side of the square crop, photo pixels
+    crop: Crop  # of the B people: where in the photo, and the photo's camera
 
     def __post_init__(self) -> None:
         expected = (len(HALPE26), HEATMAP_SIZE, HEATMAP_SIZE)
@@ -46,13 +46,8 @@ class Heatmaps:
             raise UserError(f"heatmaps: shape {_shape(values)} found, (B, {', '.join(map(str, expected))}) expected")
         if tuple(self.valid.shape) != (batch, len(HALPE26)) or self.valid.dtype != torch.bool:
             raise UserError(f"heatmaps: `valid` must be a bool array of shape ({batch}, {len(HALPE26)})")
-        if tuple(self.center.shape) != (batch, 2) or tuple(self.side.shape) != (batch,):
-            raise UserError(
-                f"heatmaps: `center` and `side` must have shapes ({batch}, 2) and ({batch},), "
-                f"found {_shape(self.center)} and {_shape(self.side)}"
-            )
-        if not (self.center.isfinite().all() and self.side.isfinite().all() and (self.side > 0).all()):
-            raise UserError("heatmaps: `center` and `side` of the crop must be finite, and the side above 0 pixels")
+        if len(self.crop) != batch:
+            raise UserError(f"heatmaps: crops of {len(self.crop)} people for {batch}; give one for each")
         if values.dtype != torch.float32:
             raise UserError(f"heatmaps: float32 expected, {values.dtype} found; convert them with .float()")
         _check_finite(values, HALPE26)
@@ -65,6 +60,16 @@ class Heatmaps:
             index = int(empty.nonzero()[0, 0])
             raise UserError(f"heatmaps: all zero for person {index}: nobody was seen there; leave this person out")
 
+    @property
+    def center(self) -> Tensor:  # (B, 2)
+        """Centre of the square crop, photo pixels."""
+        return self.crop.center
+
+    @property
+    def side(self) -> Tensor:  # (B,)
+        """Side of the square crop, photo pixels."""
+        return self.crop.side
+
     def __len__(self) -> int:
         return len(self.values)
 
@@ -72,10 +77,10 @@ class Heatmaps:
         """Some of the people; one index still gives a batch of one."""
         if isinstance(index, int):
             index = [index]
-        return Heatmaps(self.values[index], self.valid[index], self.center[index], self.side[index])
+        return Heatmaps(self.values[index], self.valid[index], self.crop[index])
 
     def to(self, device: torch.device | str) -> Heatmaps:
-        return Heatmaps(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+        return Heatmaps(self.values.to(device), self.valid.to(device), self.crop.to(device))
 
 
 def _shape(tensor: Tensor) -> str:
@@ -123,12 +128,16 @@ def heatmaps_from_values(
     every[:, target] = values
     valid = torch.zeros(every.shape[:2], dtype=torch.bool, device=every.device)
     valid[:, target] = True
-    return Heatmaps(every, valid, to_center, to_side)
+    return Heatmaps(every, valid, Crop.of(to_center, to_side))
 
 
 def concatenate_heatmaps(parts: Sequence[Heatmaps]) -> Heatmaps:
     """The people of all parts as one batch."""
-    return Heatmaps(*(torch.cat([getattr(p, field.name) for p in parts]) for field in dataclasses.fields(Heatmaps)))
+    return Heatmaps(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.valid for part in parts]),
+        concatenate_crops([part.crop for part in parts]),
+    )
 
 
 def gaussian_heatmaps(

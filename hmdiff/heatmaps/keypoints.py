@@ -1,25 +1,20 @@
-"""Keypoints from a JSON file, and the Gaussian heatmaps they stand for.
+"""`PersonKeypoints`, and the Gaussian heatmaps that keypoints stand for, over a crop that the sure ones set.
 
-Read are: a COCO annotation file (`images`, `annotations`; matched by the photo's file name), a list of COCO results,
-OpenPose's output (`people[].pose_keypoints_2d`, 25 or 18 joints), objects with `keypoints_coco17` or
-`keypoints_openpose25` and perhaps `box_xyxy`, and a bare 17 x 3 list. Coordinates are photo pixels.
+Reading files is `hmdiff.heatmaps.formats`. Coordinates are photo pixels. The rules of the crop are our choice.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hmdiff.body.skeletons import COCO17, HALPE26, OPENPOSE18, OPENPOSE25, shared_joints
+from hmdiff.body.skeletons import HALPE26, joint_indices, shared_joints
 from hmdiff.errors import UserError
-from hmdiff.geometry import photo_to_crop
+from hmdiff.heatmaps.crop import Crop
 from hmdiff.heatmaps.distribution import (
     HEATMAP_SIZE,
     Heatmaps,
@@ -27,11 +22,13 @@ from hmdiff.heatmaps.distribution import (
     crop_from_keypoints,
     gaussian_heatmaps,
 )
+from hmdiff.heatmaps.photo import PhotoInfo
 
-# COCO's visibility as a confidence, our choice: not labelled, labelled but hidden (a guess of the annotator), seen.
-_VISIBILITY = (0.0, 0.5, 1.0)
-_OPENPOSE = {25: OPENPOSE25, 18: OPENPOSE18}
-_MINIMUM_EXTENT = 8.0  # pixels: less is no person, or normalised coordinates
+_FAINT = 0.25  # of the surest joint's confidence: fainter joints count where the sure ones make them likely
+_REACH = 0.5  # of the sure joints' extent: so far beyond it a faint joint still is
+_OUTLIER = 5.0  # times the median distance to the joints' median
+_TURN_FROM = math.radians(40)  # a person turned farther in the picture is read in a crop turned with them
+_ALIGNED = 1.2  # length of the sum of the directions of torso and legs: less is somebody bent or sitting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,206 +38,74 @@ class PersonKeypoints:
     points: Tensor  # (J, 3) x, y in photo pixels, confidence 0..1; 0 = not there
     names: tuple[str, ...]  # J joint names
     box: Tensor | None = None  # (4,) x0, y0, x1, y1 in photo pixels
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)  # annotation, track, ... as the file has them
 
 
-def read_keypoints(
-    path: str | Path,
-    photo: str | Path | None = None,  # name of the photo, to find it in a file about many
-    photo_size: tuple[int, int] | None = None,  # width, height in pixels, to check that the keypoints lie in it
-) -> list[PersonKeypoints]:
-    """Everyone with keypoints in the file, in the file's order.
+def sure_joints(
+    points: Tensor,  # (J, 2)
+    confidence: Tensor,  # (J,)
+) -> Tensor:  # (J,) bool
+    """The joints that may set a crop: not faint and far from the others, and not far from everything.
 
-    Raises:
-        UserError: the file is missing, empty or not JSON; nobody is in it; a wrong number of values; NaN; all
-            confidences zero; all keypoints outside the photo.
+    All that are there, where fewer than two would be left.
     """
-    path = Path(path)
-    persons = _parse(path, _load_json(path), photo)
-    if not persons:
-        raise UserError(f"{path}: no person in it; run the keypoint detector on a photo with somebody in it")
-    seen = [person for person in persons if (person.points[:, 2] > 0).any()]
-    if not seen:
-        raise UserError(f"{path}: the confidences of all keypoints are zero; give keypoints that were found")
-    for index, person in enumerate(seen):
-        _check_extent(path, index, person, photo_size)
-    return seen
+    there = confidence > 0
+    sure = there & (confidence >= _FAINT * confidence.amax())
+    if sure.sum() >= 6:
+        distance = (points - points[sure].median(0).values).norm(dim=-1)
+        sure &= distance <= _OUTLIER * distance[sure].median().clamp_min(1.0)
+    if sure.sum() < 2:
+        return there
+    low, high = points[sure].amin(0), points[sure].amax(0)
+    margin = _REACH * (high - low).amax()
+    near = ((points >= low - margin) & (points <= high + margin)).all(-1)
+    return there & near
 
 
-def _check_extent(path: Path, index: int, person: PersonKeypoints, photo_size: tuple[int, int] | None) -> None:
-    xy = person.points[person.points[:, 2] > 0, :2]
-    extent = (xy.amax(0) - xy.amin(0)).amax().item()
-    if extent < _MINIMUM_EXTENT:
-        raise UserError(
-            f"{path}: the {len(xy)} keypoints of person {index} span only {extent:.2g} pixels; photo pixels are "
-            "expected, not normalised coordinates, and at least two joints apart from each other"
-        )
-    if photo_size is not None:
-        width, height = photo_size
-        if not ((xy >= 0).all(-1) & (xy[:, 0] <= width) & (xy[:, 1] <= height)).any():
-            raise UserError(
-                f"{path}: all keypoints of person {index} lie outside the {width} x {height} photo; "
-                "give the keypoints that were found in this photo at this size"
-            )
+def body_turn(
+    points: Tensor,  # (26, 2) of HALPE26, photo pixels
+    confidence: Tensor,  # (26,)
+) -> float:  # radians, clockwise: 0 for an upright person, and for one whose parts do not agree
+    """How far the whole person is turned in the picture: a quarter where they lie, half where they hang upside down.
+
+    Only torso and legs that point one way count: who bends or sits is upright, their torso alone is not.
+    """
+    sure = confidence >= max(0.1, _FAINT * float(confidence.amax()))
+
+    def middle(*names: str) -> Tensor | None:
+        index = [i for i in joint_indices(names, HALPE26) if sure[i]]
+        return points[index].mean(0) if index else None
+
+    shoulders = middle("left_shoulder", "right_shoulder")
+    hips = middle("left_hip", "right_hip")
+    feet = middle("left_ankle", "right_ankle")
+    feet = middle("left_knee", "right_knee") if feet is None else feet
+    if shoulders is None or hips is None:
+        return 0.0
+    torso = shoulders - hips
+    extent = points[sure].amax(0) - points[sure].amin(0)
+    if torso.norm() < 0.15 * extent.amax():  # seen along its length: no direction
+        return 0.0
+    up = torso / torso.norm()
+    if feet is not None and (hips - feet).norm() > 0.15 * extent.amax():
+        up = up + (hips - feet) / (hips - feet).norm()
+        if up.norm() < _ALIGNED:
+            return 0.0
+    turn = math.atan2(float(up[0]), -float(up[1]))
+    return turn if abs(turn) > _TURN_FROM else 0.0
 
 
-def _load_json(path: Path) -> Any:
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty; keypoints as JSON are expected")
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); COCO or OpenPose keypoints are expected") from None
-
-
-def _parse(path: Path, data: Any, photo: str | Path | None) -> list[PersonKeypoints]:
-    if isinstance(data, dict):
-        if "annotations" in data:
-            return _coco_annotations(path, data, photo)
-        if "people" in data:
-            people = _list(path, data["people"], "'people'")
-            return [_openpose_person(path, index, person) for index, person in enumerate(people)]
-        for key, names in (("keypoints_openpose25", OPENPOSE25), ("keypoints_coco17", COCO17), ("keypoints", COCO17)):
-            if key in data:
-                box = _box(path, data["box_xyxy"]) if "box_xyxy" in data else None
-                return [
-                    PersonKeypoints(points, names, box)
-                    for points in _points_of_people(path, data[key], names, _confidence_or_visibility)
-                ]
-        found = ", ".join(map(repr, list(data)[:6])) or "nothing"
-        raise UserError(
-            f"{path}: no keypoints ({found} found); one of 'annotations', 'people', 'keypoints', 'keypoints_coco17', "
-            "'keypoints_openpose25' is expected"
-        )
-    if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
-        return _coco_results(path, data, photo)
-    return [
-        PersonKeypoints(points, COCO17)
-        for points in _points_of_people(path, _list(path, data, "the file"), COCO17, _confidence_or_visibility)
-    ]
-
-
-def _list(path: Path, value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise UserError(f"{path}: {what} must be a list, {type(value).__name__} found")
-    return value
-
-
-def _coco_annotations(path: Path, data: dict[str, Any], photo: str | Path | None) -> list[PersonKeypoints]:
-    images = [image for image in _list(path, data.get("images", []), "'images'") if isinstance(image, dict)]
-    annotations = _list(path, data["annotations"], "'annotations'")
-    annotations = [item for item in annotations if isinstance(item, dict) and "keypoints" in item]
-    if len(images) > 1 or (images and photo is not None):
-        name = None if photo is None else Path(photo).name
-        wanted = [image.get("id") for image in images if Path(str(image.get("file_name", ""))).name == name]
-        if not wanted:
-            raise UserError(f"{path}: none of its {len(images)} images is {name!r}; give the photo it is about")
-        annotations = [annotation for annotation in annotations if annotation.get("image_id") == wanted[0]]
-    labelled = [item for item in annotations if not item.get("iscrowd") and item.get("num_keypoints", 1)]
-    return [_coco_person(path, item, _visibility) for item in labelled]
-
-
-def _coco_results(path: Path, data: list[dict[str, Any]], photo: str | Path | None) -> list[PersonKeypoints]:
-    results = [result for result in data if "keypoints" in result]
-    if not results:
-        raise UserError(f"{path}: a list of objects without 'keypoints'; COCO results are expected")
-    if len({str(result.get("image_id")) for result in results}) > 1:
-        # A result names its image by COCO's id, which COCO's file names spell with leading zeros, or by the name.
-        stem = "" if photo is None else Path(photo).stem
-        results = [r for r in results if Path(str(r.get("image_id"))).stem.lstrip("0") == stem.lstrip("0")]
-        if not results:
-            raise UserError(f"{path}: results of several images, none with image_id {stem!r}; keep those of one")
-    return [_coco_person(path, result, _confidence_or_visibility) for result in results]
-
-
-def _coco_person(path: Path, item: dict[str, Any], confidence: Callable[[Path, Tensor], Tensor]) -> PersonKeypoints:
-    (points,) = _points_of_people(path, [item["keypoints"]], COCO17, confidence)
-    box = None
-    if isinstance(item.get("bbox"), list) and len(item["bbox"]) == 4:
-        x, y, width, height = item["bbox"]
-        box = _box(path, [x, y, x + width, y + height])
-    return PersonKeypoints(points, COCO17, box)
-
-
-def _openpose_person(path: Path, index: int, person: Any) -> PersonKeypoints:
-    if not isinstance(person, dict) or "pose_keypoints_2d" not in person:
-        raise UserError(f"{path}: person {index} has no 'pose_keypoints_2d'; OpenPose's body output is expected")
-    flat = _numbers(path, person["pose_keypoints_2d"])
-    names = _OPENPOSE.get(len(flat) // 3)
-    if names is None or len(flat) % 3:
-        raise UserError(f"{path}: 75 values (BODY_25) or 54 (COCO) expected in 'pose_keypoints_2d', got {len(flat)}")
-    return PersonKeypoints(_points(path, flat, names, _confidence_or_visibility), names)
-
-
-def _points_of_people(
-    path: Path,
-    value: Any,  # one person or several: (J, 3), (J * 3), (P, J, 3) or (P, J * 3), as lists
-    names: Sequence[str],
-    confidence: Callable[[Path, Tensor], Tensor],
-) -> list[Tensor]:
-    items = _list(path, value, "keypoints")
-    # Lists within lists, or lists longer than x, y, confidence, are people.
-    several = bool(items) and all(
-        isinstance(item, list) and (len(item) > 4 or any(isinstance(part, list) for part in item)) for item in items
-    )
-    people = items if several else [items] if items else []
-    return [_points(path, _numbers(path, person), names, confidence) for person in people]
-
-
-def _numbers(path: Path, value: Any) -> list[float]:
-    flat: list[float] = []
-    for item in _list(path, value, "keypoints"):
-        if isinstance(item, list):
-            flat.extend(_numbers(path, item))
-        elif isinstance(item, int | float) and not isinstance(item, bool):
-            flat.append(float(item))
-        else:
-            raise UserError(f"{path}: keypoints must be numbers, {json.dumps(item)[:40]} found")
-    return flat
-
-
-def _points(
-    path: Path, flat: list[float], names: Sequence[str], confidence: Callable[[Path, Tensor], Tensor]
-) -> Tensor:  # (J, 3)
-    expected = 3 * len(names)
-    if len(flat) != expected:
-        raise UserError(f"{path}: {expected} values expected ({len(names)} x, y, confidence), got {len(flat)}")
-    for position, number in enumerate(flat):
-        if not math.isfinite(number):
-            raise UserError(
-                f"{path}: NaN or infinite value in keypoint {names[position // 3]!r}; "
-                "write 0, 0, 0 for a joint that was not found"
-            )
-    points = torch.tensor(flat, dtype=torch.float32).reshape(-1, 3)
-    return torch.cat([points[:, :2], confidence(path, points[:, 2])[:, None]], 1)
-
-
-def _visibility(path: Path, flags: Tensor) -> Tensor:
-    if not torch.isin(flags, torch.tensor([0.0, 1.0, 2.0])).all():
-        return _confidence_or_visibility(path, flags)
-    return torch.tensor(_VISIBILITY)[flags.long()]
-
-
-def _confidence_or_visibility(path: Path, third: Tensor) -> Tensor:
-    # Flags 0, 1, 2 are told from confidences by a 2; detectors' confidences overshoot 1 by a little.
-    if third.amax() == 2 and torch.isin(third, torch.tensor([0.0, 1.0, 2.0])).all():
-        return torch.tensor(_VISIBILITY)[third.long()]
-    if third.amin() < 0 or third.amax() > 1.5:
-        worst = third[(third - 0.5).abs().argmax()].item()
-        raise UserError(f"{path}: confidence {worst:.4g} found; COCO's visibility 0, 1, 2 or 0..1 is expected")
-    return third.clamp_max(1)
-
-
-def _box(path: Path, value: Any) -> Tensor:
-    numbers = _numbers(path, value)
-    if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
-        raise UserError(f"{path}: a box must be four finite numbers, {json.dumps(value)[:60]} found")
-    if numbers[2] <= numbers[0] or numbers[3] <= numbers[1]:
-        raise UserError(f"{path}: a box without size, {json.dumps(value)[:60]}; x0 < x1 and y0 < y1 are expected")
-    return torch.tensor(numbers, dtype=torch.float32)
+def on_halpe26(
+    persons: Sequence[PersonKeypoints],
+) -> tuple[Tensor, Tensor]:  # (B, 26, 3), (B, 26) bool: the source has this joint at all
+    """Everybody's joints in our order."""
+    points = torch.zeros(len(persons), len(HALPE26), 3)
+    valid = torch.zeros(len(persons), len(HALPE26), dtype=torch.bool)
+    for index, person in enumerate(persons):
+        source, target = shared_joints(person.names, HALPE26)
+        points[index, target] = person.points[source].to(points.dtype)
+        valid[index, target] = True
+    return points, valid
 
 
 def heatmaps_from_keypoints(
@@ -248,6 +113,8 @@ def heatmaps_from_keypoints(
     center: Tensor | None = None,  # (B, 2) centre of the crops, photo pixels; None: about the boxes, else the keypoints
     side: Tensor | None = None,  # (B,)
     sigma: float = 2.0,  # heatmap pixels, as estimators are trained with (MSRA codec)
+    photo: PhotoInfo | None = None,  # the photo's size and focal length; None: not known
+    turned: bool = True,  # turn the crop with a person who lies or hangs
 ) -> Heatmaps:
     """Gaussians at the keypoints with the confidence as their peak, joints mapped to HALPE26 by name.
 
@@ -256,17 +123,25 @@ def heatmaps_from_keypoints(
     """
     if not persons:
         raise UserError("keypoints: no person given")
-    points = torch.zeros(len(persons), len(HALPE26), 3)
-    valid = torch.zeros(len(persons), len(HALPE26), dtype=torch.bool)
-    for index, person in enumerate(persons):
-        source, target = shared_joints(person.names, HALPE26)
-        points[index, target] = person.points[source].to(points.dtype)
-        valid[index, target] = True
+    points, valid = on_halpe26(persons)
+    turns = [body_turn(joints[:, :2], joints[:, 2]) if turned else 0.0 for joints in points]
     if center is None or side is None:
-        crops = [
-            crop_from_keypoints(joints[:, :2], joints[:, 2]) if person.box is None else crop_from_box(person.box)
-            for person, joints in zip(persons, points, strict=True)
-        ]
-        center, side = torch.stack([crop[0] for crop in crops]), torch.stack([crop[1] for crop in crops])
-    values = gaussian_heatmaps(photo_to_crop(points[..., :2], center, side), points[..., 2], sigma, HEATMAP_SIZE)
-    return Heatmaps(values, valid, center, side)
+        found = [_crop(person, joints, turn) for person, joints, turn in zip(persons, points, turns, strict=True)]
+        center, side = torch.stack([each[0] for each in found]), torch.stack([each[1] for each in found])
+    crop = Crop.of(
+        center, side, torch.tensor(turns, dtype=side.dtype), None if photo is None else photo.size,
+        None if photo is None else photo.focal,
+    )  # fmt: skip
+    values = gaussian_heatmaps(crop.from_photo(points[..., :2]), points[..., 2], sigma, HEATMAP_SIZE)
+    return Heatmaps(values, valid, crop)
+
+
+def _crop(person: PersonKeypoints, joints: Tensor, turn: float) -> tuple[Tensor, Tensor]:  # centre (2,), side ()
+    """About the box, else about the sure joints; a turned crop about the joints in its own axes."""
+    if turn == 0.0 and person.box is not None:
+        return crop_from_box(person.box)
+    sure = sure_joints(joints[:, :2], joints[:, 2])
+    cos, sin = math.cos(turn), math.sin(turn)
+    axes = torch.tensor([[cos, -sin], [sin, cos]])  # from the crop's axes to the photo's
+    center, side = crop_from_keypoints(joints[:, :2] @ axes, joints[:, 2] * sure)
+    return axes @ center, side

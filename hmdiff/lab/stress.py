@@ -108,9 +108,7 @@ def cover_heatmaps(
     values = torch.where(under[..., None, None], 0.0, heatmaps.values)
     empty = (values.flatten(1).amax(-1) <= 0).nonzero()[:, 0]
     values[empty, int(heatmaps.valid[0].int().argmax()), 0, 0] = _FAINT
-    return Heatmaps(
-        values, heatmaps.valid.expand(count, -1), heatmaps.center.expand(count, -1), heatmaps.side.expand(count)
-    ), under
+    return Heatmaps(values, heatmaps.valid.expand(count, -1), heatmaps.crop.expand(count)), under
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from small import small_pipeline
 from hmdiff import pipeline as pipeline_module
 from hmdiff.body.skeletons import COCO17, HALPE26
 from hmdiff.cli.main import main
-from hmdiff.cli.photos import read_people
-from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
+from hmdiff.estimators.people import read_people
+from hmdiff.heatmaps import Crop, Heatmaps, gaussian_heatmaps
 from hmdiff.pipeline import HMDiffPipeline
 
 WIDTH, HEIGHT = 160, 200
@@ -134,7 +134,7 @@ def example(people: int) -> Heatmaps:
     points = torch.rand(people, 26, 2, generator=torch.Generator().manual_seed(3)) - 0.5
     values = gaussian_heatmaps(points, torch.ones(people, 26), 2.0)
     valid = torch.ones(people, 26, dtype=torch.bool)
-    return Heatmaps(values, valid, torch.full((people, 2), 100.0), torch.full((people,), 150.0))
+    return Heatmaps(values, valid, Crop.of(torch.full((people, 2), 100.0), torch.full((people,), 150.0)))
 
 
 def test_ten_thousand_hypotheses(pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from small import small_pipeline
 
 from hmdiff.cli.depth_maps import check_depth, depth_crops, with_depth
 from hmdiff.cli.main import main
-from hmdiff.cli.photos import read_people
 from hmdiff.errors import UserError
 from hmdiff.estimators.depth_sources import crop_depth
+from hmdiff.estimators.people import read_people
 from hmdiff.files.resources import asset_path
 from hmdiff.viz.canvas import read_picture
 
@@ -127,7 +127,7 @@ def test_maps_of_a_batch_are_cut_by_each_person_s_crop(folders, scene, monkeypat
     assert not failures and seen[0][0] == "x" and mapped.source.endswith("depth of x")
     assert seen[1].shape[1:] == (3, known.size[1], known.size[0]) and 0 <= seen[1].min() and seen[1].max() <= 1
     found = depth_crops([mapped, known], [(0, 0), (1, 0)])
-    expected = crop_depth(torch.from_numpy(scene), known.size, known.heatmaps.center, known.heatmaps.side, 64)
+    expected = crop_depth(torch.from_numpy(scene), known.size, known.heatmaps.crop, 64)
     assert torch.equal(found[:1].nan_to_num(-1), expected.nan_to_num(-1)) and found[1].isnan().all()
     with pytest.raises(UserError, match="checkpoint c reads no depth"):
         with_depth([known], small_pipeline(), options)

@@ -16,7 +16,7 @@ from hmdiff.diffusion.sampling import sample as reverse_diffusion
 from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError
 from hmdiff.geometry import crop_rotation, fitted_projection, perspective_fit, photo_to_crop
-from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
+from hmdiff.heatmaps import Crop, Heatmaps, gaussian_heatmaps
 
 JOINTS, POINTS = 12, 20
 KINDS = ("sample", "epsilon", "v_prediction")
@@ -367,8 +367,8 @@ def people(count: int = 2) -> Heatmaps:
     points = 0.6 * torch.randn(count, 26, 2, generator=generator).clamp(-1, 1)
     values = gaussian_heatmaps(points, torch.ones(count, 26), 2.0)
     return Heatmaps(
-        values, torch.ones(count, 26, dtype=torch.bool), torch.tensor([[200.0, 150.0]]).expand(count, -1).clone(),
-        torch.full((count,), 180.0),
+        values, torch.ones(count, 26, dtype=torch.bool),
+        Crop.of(torch.tensor([[200.0, 150.0]]).expand(count, -1).clone(), torch.full((count,), 180.0)),
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from hmdiff.body.skeletons import COCO17
-from hmdiff.cli.photos import crops
 from hmdiff.data.transforms import Change, crop_map, crop_picture
 from hmdiff.errors import UserError
 from hmdiff.estimators.depth_network import EstimatedDepth
@@ -22,7 +21,8 @@ from hmdiff.estimators.depth_sources import (
     read_depth,
     warp_depth,
 )
-from hmdiff.heatmaps import heatmaps_from_values
+from hmdiff.estimators.people import crops
+from hmdiff.heatmaps import Crop, heatmaps_from_values
 
 HEIGHT, WIDTH = 60, 80
 
@@ -45,7 +45,7 @@ def ramp(height=HEIGHT, width=WIDTH):
 @pytest.mark.parametrize("size", [8, 64])
 def test_a_ramp_stays_the_ramp_in_the_crop(map_size, size):
     center, side = torch.tensor([[40.0, 30.0], [28.0, 33.0]]), torch.tensor([24.0, 30.0])
-    found = crop_depth(torch.from_numpy(ramp(*map_size)), (WIDTH, HEIGHT), center, side, size)
+    found = crop_depth(torch.from_numpy(ramp(*map_size)), (WIDTH, HEIGHT), Crop.of(center, side), size)
     place = ((torch.arange(size) + 0.5) / size - 0.5)[None] * side[:, None]
     x, y = center[:, :1] + place, center[:, 1:] + place
     expected = 2 + x[:, None] / WIDTH + 3 * y[:, :, None] / HEIGHT
@@ -60,7 +60,7 @@ def test_depth_is_cut_as_the_photo_is(side):
     photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_CUBIC)
     people = people_at([[150.0, 110.0], [180.5, 121.25]], [side, side / 2])
     expected = 255 * crops(np.repeat(photo[..., None], 3, 2), people, 64)[:, 0]
-    found = crop_depth(torch.from_numpy(photo).float(), (width, height), people.center, people.side, 64)
+    found = crop_depth(torch.from_numpy(photo).float(), (width, height), people.crop, 64)
     known = found.isfinite()
     assert known.float().mean() > 0.95
     inside = torch.nn.functional.max_pool2d((~known).float()[None], 5, 1, 2)[0] == 0  # the photo's edge is blacker
@@ -68,7 +68,8 @@ def test_depth_is_cut_as_the_photo_is(side):
 
 
 def test_outside_the_photo_nothing_is_known():
-    found = crop_depth(torch.from_numpy(ramp()), (WIDTH, HEIGHT), torch.tensor([[0.0, 30.0]]), torch.tensor([40.0]), 20)
+    crop = Crop.of(torch.tensor([[0.0, 30.0]]), torch.tensor([40.0]))
+    found = crop_depth(torch.from_numpy(ramp()), (WIDTH, HEIGHT), crop, 20)
     assert found[0, :, 11:].isfinite().all() and found[0, :, :9].isnan().all()
 
 
@@ -77,20 +78,20 @@ def test_unknown_pixels_stay_unknown_and_spread_nothing():
     depth[:, 30:50] = torch.nan
     for size in (8, 32, 128):
         center, side = torch.tensor([[40.0, 30.0]]), torch.tensor([48.0])
-        found = crop_depth(depth, (WIDTH, HEIGHT), center, side, size)[0]
+        found = crop_depth(depth, (WIDTH, HEIGHT), Crop.of(center, side), size)[0]
         assert found[:, size // 2].isnan().all() and found[:, 0].isfinite().all()
         torch.testing.assert_close(found[found.isfinite()], torch.full_like(found[found.isfinite()], 3.0))
-    nothing = crop_depth(torch.full((HEIGHT, WIDTH), torch.nan), (WIDTH, HEIGHT), center, side, 16)
+    nothing = crop_depth(torch.full((HEIGHT, WIDTH), torch.nan), (WIDTH, HEIGHT), Crop.of(center, side), 16)
     assert nothing.isnan().all()
-    assert crop_depth(depth, (WIDTH, HEIGHT), torch.zeros(0, 2), torch.zeros(0), 16).shape == (0, 16, 16)
+    assert crop_depth(depth, (WIDTH, HEIGHT), Crop.of(torch.zeros(0, 2), torch.zeros(0)), 16).shape == (0, 16, 16)
 
 
 def test_millimetres_and_another_origin_give_the_same_crop():
     depth = torch.from_numpy(ramp())
     depth[5:20, 40:60] = torch.nan
     center, side = torch.tensor([[44.0, 21.0]]), torch.tensor([36.0])
-    plain = crop_depth(depth, (WIDTH, HEIGHT), center, side, 24)
-    scaled = crop_depth(1000 * depth + 50_000, (WIDTH, HEIGHT), center, side, 24)
+    plain = crop_depth(depth, (WIDTH, HEIGHT), Crop.of(center, side), 24)
+    scaled = crop_depth(1000 * depth + 50_000, (WIDTH, HEIGHT), Crop.of(center, side), 24)
     assert torch.equal(plain.isnan(), scaled.isnan()) and plain.isnan().any()
     torch.testing.assert_close((scaled - 50_000) / 1000, plain, rtol=0, atol=1e-4, equal_nan=True)
 

@@ -23,16 +23,17 @@ from torch import Tensor
 from hmdiff.body.skeletons import COCO17, HALPE26, J14
 from hmdiff.cli import estimation
 from hmdiff.cli.main import main
-from hmdiff.cli.photos import read_people
 from hmdiff.errors import UserError
 from hmdiff.estimators import openmmlab
 from hmdiff.estimators.detector import PersonDetector
 from hmdiff.estimators.mmpose_codecs import heatmaps_from_codec, heatmaps_from_simcc
-from hmdiff.estimators.mmpose_source import MMPoseEstimator, check_boxes, joint_names
+from hmdiff.estimators.mmpose_source import MMPoseEstimator, joint_names
 from hmdiff.estimators.openmmlab import find_checkpoint, find_model, import_openmmlab, read_config
+from hmdiff.estimators.people import read_people
+from hmdiff.estimators.source import SeenPeople, check_boxes
 from hmdiff.files.foreign_weights import read_checkpoint
 from hmdiff.geometry import crop_to_photo
-from hmdiff.heatmaps import Heatmaps, crop_from_box, heatmap_peaks, load_heatmaps
+from hmdiff.heatmaps import Crop, Heatmaps, crop_from_box, heatmap_peaks, load_heatmaps
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mmpose") is None, reason="mmpose is not installed: uv sync --extra mmpose"
@@ -615,7 +616,8 @@ def test_the_heat_lies_where_the_heatmap_says(photo: np.ndarray) -> None:
     values = torch.zeros(1, 26, 64, 64)
     values[0, 0, 10, 50] = 1.0
     valid = torch.ones(1, 26, dtype=torch.bool)
-    maps = Heatmaps(values, valid, torch.tensor([[160.0, 150.0]]), torch.tensor([256.0]))  # 4 photo pixels a pixel
+    crop = Crop.of(torch.tensor([[160.0, 150.0]]), torch.tensor([256.0]))  # 4 photo pixels a pixel
+    maps = Heatmaps(values, valid, crop)
     black = np.zeros_like(photo)
     drawn = heat_picture(black, maps, torch.tensor([[0.0, 0, 400, 300]])).astype(int).sum(-1)
     drawn[:3], drawn[-3:], drawn[:, :3], drawn[:, -3:] = 0, 0, 0, 0  # the box
@@ -640,17 +642,17 @@ def test_bad_input_of_the_commands(
     out, model = ["--output", tmp_path / "out"], ["--pose", shipped(MSRA), "--pose-checkpoint", weights]
     line = fails(capsys, "heatmaps", picture, *model, "--box", "500,20,600,90", *out)
     assert str(picture) in line and "outside the 400 x 300 photo" in line
-    assert "--pose" in fails(capsys, "heatmaps", picture, *out)
+    assert "--pose none" in fails(capsys, "heatmaps", picture, "--pose", "none", *out)
     assert "2 were given" in fails(capsys, "heatmaps", picture, picture, *model, "--box", "1,2,3,4", *out)
     assert "name its config" in fails(capsys, "sample", picture, "--pose-checkpoint", weights, *out)
-    assert "only --pose MODEL" in fails(capsys, "sample", picture, *box_words(), *out)
+    assert "only --pose MODEL" in fails(capsys, "sample", picture, "--pose", "none", *box_words(), *out)
     assert "empty name" in fails(capsys, "sample", picture, "--pose", "", "--box", "1,2,30,40", *out)
-    assert "by --pose MODEL" in fails(capsys, "sample", picture, *out)
+    assert "by --pose embedded" in fails(capsys, "sample", picture, "--pose", "none", *out)
 
     def nobody(self: Any, *args: Any) -> Tensor:
         raise UserError("nobody was found")
 
-    monkeypatch.setattr(estimation.Estimation, "_boxes", nobody)
+    monkeypatch.setattr(estimation.Estimation, "see", nobody)
     line = fails(capsys, "sample", picture, *model, *out)
     assert str(picture) in line and "nobody was found" in line
     picture.with_suffix(".json").write_text(json.dumps({"keypoints_coco17": [[9, 9, 1]] * 16 + [[90, 90, 1]]}))
@@ -666,34 +668,42 @@ def test_one_bad_photo_does_not_keep_the_others(
     again.parent.mkdir()
     again.write_bytes(picture.read_bytes())
     valid = torch.ones(1, 26, dtype=torch.bool)
-    maps = Heatmaps(torch.ones(1, 26, 64, 64), valid, torch.zeros(1, 2), torch.ones(1) * 9)
-    monkeypatch.setattr(estimation.Estimation, "__call__", lambda self, photo, boxes: (maps, torch.ones(1, 4)))
+    maps = Heatmaps(torch.ones(1, 26, 64, 64), valid, Crop.of(torch.zeros(1, 2), torch.ones(1) * 9))
+    seen = SeenPeople(maps, torch.ones(1, 4))
+    monkeypatch.setattr(estimation.Estimation, "see", lambda self, photo, boxes: seen)
     photos = map(str, (bad, picture, again))
     assert main(["heatmaps", *photos, "--pose", "human", "--output", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert "bad.png: not a picture" in captured.err and "2 people in 2 of 3 photos" in captured.out
-    assert {path.name for path in (tmp_path / "out").glob("*.npz")} == {"photo_heatmaps.npz", "photo-2_heatmaps.npz"}
+    assert {path.name for path in (tmp_path / "out").glob("*.npz")} == {
+        f"{tmp_path.name}_photo_heatmaps.npz", "other_photo_heatmaps.npz",
+    }  # fmt: skip
 
 
 def test_what_is_found_beside_a_photo_wins_over_the_estimator(picture: Path, photo: np.ndarray) -> None:
     seen: list[Any] = []
-    maps = Heatmaps(torch.ones(1, 26, 64, 64), torch.ones(1, 26, dtype=torch.bool), torch.ones(1, 2) * 99,
-                    torch.ones(1) * 90)  # fmt: skip
+    crop = Crop.of(torch.ones(1, 2) * 99, torch.ones(1) * 90)
+    maps = Heatmaps(torch.ones(1, 26, 64, 64), torch.ones(1, 26, dtype=torch.bool), crop)
 
-    def estimate(given: np.ndarray, boxes: Any) -> tuple[Heatmaps, Tensor]:
-        assert np.array_equal(given, photo)
-        seen.append(boxes)
-        return maps, torch.ones(1, 4)
+    class Source:
+        name = "pose estimator"
 
-    found = read_people(picture, estimate=estimate)
-    assert found.heatmaps is maps and len(found.points) == 1 and found.source == "heatmaps of the pose estimator"
+        def see(self, given: np.ndarray, boxes: Any = None) -> SeenPeople:
+            assert np.array_equal(given, photo)
+            seen.append(boxes)
+            return SeenPeople(maps, torch.ones(1, 4))
+
+    source = Source()
+    found = read_people(picture, source=source)
+    assert found.heatmaps.values is maps.values and found.source == "heatmaps of the pose estimator"
+    assert found.heatmaps.crop.photo_size.tolist() == [[400, 300]] and len(found.points) == 1
     picture.with_suffix(".json").write_text(json.dumps({"box_xyxy": [10, 20, 90, 200]}))
-    read_people(picture, estimate=estimate)  # a box alone is the person's
-    read_people(picture, estimate=estimate, boxes=[(1.0, 2.0, 3.0, 4.0)])
+    read_people(picture, source=source)  # a box alone is the person's
+    read_people(picture, source=source, boxes=[(1.0, 2.0, 3.0, 4.0)])
     assert seen == [None, [(10.0, 20.0, 90.0, 200.0)], [(1.0, 2.0, 3.0, 4.0)]]
     keypoints = [[60 + 3 * index, 20 + 9 * index, 1] for index in range(17)]
     picture.with_suffix(".json").write_text(json.dumps({"keypoints_coco17": keypoints}))
-    assert "keypoints of" in read_people(picture, estimate=estimate).source and len(seen) == 3
+    assert "keypoints of" in read_people(picture, source=source).source and len(seen) == 3
 
 
 def test_heatmaps_of_another_photo(picture: Path, tmp_path: Path) -> None:

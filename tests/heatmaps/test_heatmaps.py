@@ -16,6 +16,7 @@ from hmdiff.errors import UserError
 from hmdiff.geometry import crop_to_photo, photo_to_crop
 from hmdiff.heatmaps import (
     HEATMAP_SIZE,
+    Crop,
     Heatmaps,
     concatenate_heatmaps,
     crop_from_box,
@@ -38,7 +39,7 @@ def example(batch: int = 2) -> Heatmaps:
     points = torch.rand(batch, 26, 2) - 0.5
     values = gaussian_heatmaps(points, torch.rand(batch, 26) * 0.8 + 0.2, 2.0)
     valid = torch.ones(batch, 26, dtype=torch.bool)
-    return Heatmaps(values, valid, torch.rand(batch, 2) * 100, torch.rand(batch) * 100 + 50)
+    return Heatmaps(values, valid, Crop.of(torch.rand(batch, 2) * 100, torch.rand(batch) * 100 + 50))
 
 
 # ---- Gaussians and their inverse ----
@@ -167,7 +168,10 @@ def test_resampling_to_the_same_crop_changes_nothing_and_outside_is_zero() -> No
 
 
 def broken(**changes: Any) -> Heatmaps:
-    return dataclasses.replace(example(), **changes)
+    heatmaps = example()
+    of_crop = {name: changes.pop(name) for name in ("center", "side") if name in changes}
+    crop = Crop.of(**{"center": heatmaps.center, "side": heatmaps.side, **of_crop})
+    return dataclasses.replace(heatmaps, crop=crop, **changes)
 
 
 def with_value(value: float) -> Tensor:
@@ -205,7 +209,10 @@ def test_selecting_and_joining_people() -> None:
     assert len(heatmaps[1]) == 1 and torch.equal(heatmaps[1].values[0], heatmaps.values[1])
     assert torch.equal(heatmaps[1:].side, heatmaps.side[1:])
     joined = concatenate_heatmaps([heatmaps[0], heatmaps[1:]])
-    assert all(torch.equal(getattr(joined, f.name), getattr(heatmaps, f.name)) for f in dataclasses.fields(heatmaps))
+    for part, whole in ((joined, heatmaps), (joined.crop, heatmaps.crop)):
+        values = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        assert tensors and all(torch.equal(getattr(part, name), value) for name, value in tensors.items())
     assert torch.equal(heatmaps.to("cpu").values, heatmaps.values)
 
 
@@ -231,11 +238,13 @@ def test_arrays_survive_the_disk_exactly(tmp_path: Path) -> None:
     heatmaps = example()
     partly = heatmaps.valid.clone()
     partly[1, :5] = False
-    heatmaps = Heatmaps(heatmaps.values * partly[..., None, None], partly, heatmaps.center, heatmaps.side)
+    crop = Crop.of(heatmaps.center, heatmaps.side, torch.tensor([0.0, 1.0]), (640, 480), 700.0, (300.0, 250.0))
+    heatmaps = Heatmaps(heatmaps.values * partly[..., None, None], partly, crop)
     save_heatmaps(tmp_path / "h.npz", heatmaps)
     loaded = load_heatmaps(tmp_path / "h.npz")
-    for field in dataclasses.fields(heatmaps):
-        assert torch.equal(getattr(loaded, field.name), getattr(heatmaps, field.name)), field.name
+    assert torch.equal(loaded.values, heatmaps.values) and torch.equal(loaded.valid, heatmaps.valid)
+    for field in dataclasses.fields(heatmaps.crop):
+        assert torch.equal(getattr(loaded.crop, field.name), getattr(heatmaps.crop, field.name)), field.name
     assert [entry.name for entry in tmp_path.iterdir()] == ["h.npz"]
 
 

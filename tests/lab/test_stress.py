@@ -16,7 +16,7 @@ from hmdiff.body.skeletons import HALPE26
 from hmdiff.cli.main import main
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, evaluate, photo_of
-from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
+from hmdiff.heatmaps import Crop, Heatmaps, gaussian_heatmaps
 from hmdiff.lab.stress import (
     Settings,
     Subject,
@@ -78,7 +78,7 @@ def test_joints_under_the_patch_are_gone_and_the_others_untouched() -> None:
     confidence = torch.full((1, 26), 0.8)
     confidence[0, 3] = 0.0
     values = gaussian_heatmaps(points, confidence, 2.0)
-    maps = Heatmaps(values, torch.ones(1, 26, dtype=torch.bool), torch.zeros(1, 2), torch.ones(1))
+    maps = Heatmaps(values, torch.ones(1, 26, dtype=torch.bool), Crop.of(torch.zeros(1, 2), torch.ones(1)))
     covered, taken = cover_heatmaps(maps, torch.tensor([[-0.7, 0.0], [0.0, 0.9], [0.0, 0.0]]), 0.3)
     expected = (points[0, :, 0] + 0.7).abs() <= 0.3
     expected[3] = False  # an estimator that did not find it has nothing to lose

@@ -1,0 +1,100 @@
+"""What a command that reads photos writes: a name for every person, and nothing in place of what it did not write."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from hmdiff.estimators.people import PhotoPeople
+
+PERSON_FILES = (".npz", ".html", ".obj", ".glb", ".png", "_spread.png")
+OURS = "spread_mm"  # an array of every npz that `hmdiff sample` ever wrote
+
+
+def photo_names(photos: Sequence[Path]) -> list[str]:
+    """A name of its own for every photo: its stem, with its folders before it where several photos share one."""
+    depth = [0] * len(photos)
+
+    def name(index: int) -> str:
+        folders = photos[index].absolute().parts[1:-1]
+        return "_".join((*folders[len(folders) - depth[index] :], photos[index].stem))
+
+    while True:
+        names = [name(index) for index in range(len(photos))]
+        clashing = [index for index, each in enumerate(names) if names.count(each) > 1]
+        deeper = [i for i in clashing if depth[i] < len(photos[i].absolute().parts) - 2]
+        if not deeper:
+            break
+        for index in deeper:
+            depth[index] += 1
+    for index, each in enumerate(names):  # one photo given twice
+        copy = 2
+        while names[index] in names[:index]:
+            names[index], copy = f"{each}-{copy}", copy + 1
+    return names
+
+
+def output_names(people: Sequence[PhotoPeople]) -> dict[tuple[int, int], str]:
+    """(photo, person) -> a name of its own: the photo's, _i where there are several, -2 where it is taken."""
+    names: dict[tuple[int, int], str] = {}
+    bases = photo_names([photo.photo for photo in people])
+    for number, photo in enumerate(people):
+        count = len(photo.heatmaps)
+        for person in range(count):
+            base = bases[number] + (f"_{person}" if count > 1 else "")
+            name, copy = base, 2
+            while name in names.values():
+                name, copy = f"{base}-{copy}", copy + 1
+            names[number, person] = name
+    return names
+
+
+def protect_inputs(
+    folder: Path,
+    photos: Sequence[Path],
+    inputs: Iterable[Path | None],  # all files that are read: photos, keypoints, heatmaps, depth, cameras
+    suffixes: Sequence[str] = PERSON_FILES,
+) -> None:
+    """Refuse, before any work, an output that would replace an input, or a file beside it that is somebody else's.
+
+    Raises:
+        UserError: naming the file, and another folder as the mend.
+    """
+    if not folder.is_dir():
+        return
+    there = {path.name: path for path in folder.iterdir()}
+    read = {path.resolve() for path in inputs if path is not None and path.exists()}
+    for stem in photo_names(photos):
+        for suffix in suffixes:
+            for name, path in there.items():
+                if not name.endswith(suffix) or not _is_name_of(name.removesuffix(suffix), stem):
+                    continue
+                if path.resolve() in read:
+                    raise UserError(f"{path}: is read, and would be replaced by the result; give another --output")
+                if suffix in PERSON_FILES and not _ours(path, suffix):
+                    raise UserError(
+                        f"{path}: is there already and was not written by hmdiff; move it, or give another --output"
+                    )
+
+
+def _is_name_of(name: str, stem: str) -> bool:
+    """`stem`, or with a person's number or a copy's."""
+    if not name.startswith(stem):
+        return False
+    rest = name[len(stem) :]
+    return rest == "" or (rest[0] in "_-" and rest[1:].replace("-", "").isdigit())
+
+
+def _ours(path: Path, suffix: str) -> bool:
+    """The npz is written first, so beside every file of ours there is one."""
+    npz = path if suffix == ".npz" else path.with_name(path.name.removesuffix(suffix) + ".npz")
+    try:
+        with zipfile.ZipFile(npz) as archive:
+            return f"{OURS}.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False

@@ -1,0 +1,65 @@
+"""The sources of heatmaps by name: what `--pose` and `pipe(photo)` understand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hmdiff.errors import UserError
+from hmdiff.estimators.source import Box, PoseSource, SeenPeople, check_boxes
+
+EMBEDDED = "embedded"
+VITPOSE = "vitpose:"
+
+
+def load_source(
+    name: str = EMBEDDED,  # embedded, embedded:FOLDER, vitpose:MODEL, or a model of mmpose
+    checkpoint: str | None = None,  # mmpose's weights
+    detector: str = "human",  # mmdet's model, which finds the people for mmpose
+    detector_checkpoint: str | None = None,
+    device: torch.device | str = "cpu",
+    most_people: int = 10,
+) -> PoseSource:
+    """Raises `UserError` for an unknown model, and where what the source needs is not installed."""
+    if not name:
+        raise UserError("an empty name of a model; give embedded, vitpose:MODEL, or an alias of mmpose such as human")
+    if name == EMBEDDED or name.startswith(f"{EMBEDDED}:"):
+        from hmdiff.estimators.landmarks import LandmarkEstimator
+
+        return LandmarkEstimator(name.removeprefix(EMBEDDED).removeprefix(":") or None, most_people=most_people)
+    if name.startswith(VITPOSE):
+        from hmdiff.estimators.vitpose import VitPoseSource
+
+        return VitPoseSource(name.removeprefix(VITPOSE), device, most_people)
+    return MMPoseSource(name, checkpoint, detector, detector_checkpoint, device, most_people)
+
+
+class MMPoseSource:
+    """A top-down model of mmpose behind mmdet's detector. The detector is built at the first photo without boxes."""
+
+    def __init__(
+        self, model: str, checkpoint: str | None, detector: str, detector_checkpoint: str | None,
+        device: torch.device | str, most_people: int,
+    ) -> None:  # fmt: skip
+        from hmdiff.estimators.mmpose_source import MMPoseEstimator
+
+        self.name = f"mmpose {model}"
+        self.most_people = most_people
+        self._estimator = MMPoseEstimator(model, checkpoint, device)
+        self._detector: Any = None
+        self._named = (detector, detector_checkpoint, device)
+
+    def see(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> SeenPeople:
+        if boxes is None:
+            if self._detector is None:
+                from hmdiff.estimators.detector import PersonDetector
+
+                self._detector = PersonDetector(*self._named)
+            found = self._detector.boxes(photo)[: self.most_people]
+        else:
+            found = check_boxes(boxes, photo.shape[1], photo.shape[0])
+        with torch.no_grad():
+            return SeenPeople(self._estimator.heatmaps(photo, found), found)

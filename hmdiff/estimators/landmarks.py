@@ -1,0 +1,214 @@
+"""The embedded pose estimator: two small networks of MediaPipe, run by LiteRT; the default source of bare photos.
+
+BlazePose (Bazarevsky et al., arXiv 2006.10204): a detector of faces with the body's size and turn, and a landmark
+network with 33 landmarks, their 64 x 64 heatmaps and a silhouette. The heatmaps, not the landmarks, are what we take:
+they are resampled from the turned window into our crop, so that two possible places stay two. Measured faults and how
+they compare with labels: docs/keypoints.md. P people, W = 256 pixels a side of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from scipy.ndimage import map_coordinates
+from torch import Tensor
+
+from hmdiff.body.skeletons import HALPE26, shared_joints
+from hmdiff.errors import UserError
+from hmdiff.estimators.landmark_files import DETECTOR, INSTALL, LANDMARKS, read_networks
+from hmdiff.estimators.landmark_windows import DETECTOR_SIZE, detections, letterbox, window, window_of_box
+from hmdiff.estimators.source import Box, SeenPeople, check_boxes
+from hmdiff.heatmaps import HEATMAP_SIZE, Crop, Heatmaps, concatenate_heatmaps, crop_from_keypoints
+from hmdiff.heatmaps.distribution import pixel_coordinates
+from hmdiff.heatmaps.formats.joint_names import MEDIAPIPE33
+from hmdiff.heatmaps.keypoints import body_turn
+
+WINDOW = 256
+MOST_PEOPLE = 10
+_LEAST_SCORE = 0.5  # of a person in the window
+_LEAST_FACE = 0.5  # of a detection; 0.2 where that finds nobody
+_SECOND_LOOK = 0.2
+_PASSES = 2
+_SAME_PERSON = 0.25  # mean distance of two people's joints, as a share of their extent, under which they are one
+_NEXT = (33, 34)  # landmarks that set the next window, as the detector's first two points do
+
+
+class LandmarkEstimator:
+    """Raises `UserError` where the networks or their runtime are not installed, or are not those that were tested."""
+
+    name = "embedded pose estimator (MediaPipe BlazePose)"
+
+    def __init__(
+        self,
+        place: str | Path | None = None,  # a folder or .task with the networks; None: the installed package's
+        threads: int = 2,
+        most_people: int = MOST_PEOPLE,
+    ) -> None:
+        networks = read_networks(place)
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError:
+            raise UserError(f"the pose estimator needs ai-edge-litert, which is not installed: {INSTALL}") from None
+        self._detector, self._landmarks = (
+            _Network(Interpreter(model_content=networks[name], num_threads=threads)) for name in (DETECTOR, LANDMARKS)
+        )
+        self.most_people = most_people
+
+    def see(
+        self,
+        photo: np.ndarray,  # (H, W, 3) uint8 RGB
+        boxes: Sequence[Box] | None = None,
+    ) -> SeenPeople:
+        """Everybody, the surest first. Raises `UserError` where nobody is seen."""
+        height, width = photo.shape[:2]
+        if boxes is not None:
+            windows = [window_of_box(box) for box in check_boxes(boxes, width, height).tolist()]
+        else:
+            windows = self._windows(photo)
+        found: list[_Person] = []
+        for each in windows:
+            person = self._person(photo, each)
+            if boxes is None and (person is None or any(_same(person, other) for other in found)):
+                continue
+            if person is None:
+                raise UserError("no person is seen in the given box; give the box of a whole person, or none")
+            found.append(person)
+            if boxes is None and len(found) == self.most_people:
+                break
+        if not found:
+            raise UserError(
+                "no person was found by the pose estimator; give the person's place by --box X1,Y1,X2,Y2, keypoints by "
+                "--keypoints FILE, or another estimator by --pose MODEL"
+            )
+        heatmaps = concatenate_heatmaps([_heatmaps(person) for person in found])
+        return SeenPeople(
+            heatmaps, torch.stack([_box(person) for person in found]), tuple(each.silhouette for each in found)
+        )
+
+    def _windows(self, photo: np.ndarray) -> list[Crop]:
+        height, width = photo.shape[:2]
+        affine = letterbox(width, height)
+        picture = _warp(photo, affine, DETECTOR_SIZE).astype(np.float32) / 127.5 - 1
+        outputs = self._detector(picture)
+        points, scores = detections(outputs[2254 * 12], outputs[2254].ravel(), width, height, _SECOND_LOOK)
+        sure = scores >= _LEAST_FACE
+        chosen = points[sure] if sure.any() else points
+        windows = [window(each[0], each[1]) for each in chosen]
+        return [each for each in windows if each is not None]
+
+    def _person(self, photo: np.ndarray, start: Crop) -> _Person | None:
+        """The landmark network's outputs over the window that its own first pass chose."""
+        current = start
+        for number in range(_PASSES):
+            affine = np.array(current.affine(0, WINDOW))
+            picture = _warp(photo, affine, WINDOW).astype(np.float32) / 255
+            outputs = self._landmarks(picture)
+            if float(outputs[1].ravel()[0]) < _LEAST_SCORE:
+                return None
+            landmarks = outputs[39 * 5].reshape(39, 5)
+            if number < _PASSES - 1:
+                local = torch.tensor(landmarks[list(_NEXT), :2] / (WINDOW / 2) - 1)[None]
+                middle, above = current.to_photo(local)[0].numpy()
+                current = window(middle, above) or current
+        values = _sigmoid(outputs[HEATMAP_SIZE**2 * 39].reshape(HEATMAP_SIZE, HEATMAP_SIZE, 39)[..., :33])
+        mask = _sigmoid(outputs[WINDOW * WINDOW].reshape(WINDOW, WINDOW))
+        return _Person(current, values.transpose(2, 0, 1), _over_photo(mask, affine, photo.shape[:2]))
+
+
+class _Network:
+    """One network; its outputs by how many numbers they hold."""
+
+    def __init__(self, interpreter: Any) -> None:
+        interpreter.allocate_tensors()
+        self._interpreter = interpreter
+        self._input = interpreter.get_input_details()[0]["index"]
+        self._outputs = [detail["index"] for detail in interpreter.get_output_details()]
+
+    def __call__(self, picture: np.ndarray) -> dict[int, np.ndarray]:
+        self._interpreter.set_tensor(self._input, picture[None])
+        self._interpreter.invoke()
+        found = [self._interpreter.get_tensor(index)[0] for index in self._outputs]
+        return {int(each.size): each for each in found}
+
+
+class _Person:
+    def __init__(self, window: Crop, heat: np.ndarray, silhouette: np.ndarray) -> None:
+        self.window = window
+        self.heat = heat  # (33, 64, 64) 0..1 over the window
+        self.silhouette = silhouette  # (H, W) 0..1 over the photo
+        best = heat.reshape(33, -1).argmax(1)
+        places = np.stack([best % HEATMAP_SIZE, best // HEATMAP_SIZE], -1)
+        local = torch.tensor((places + 0.5) * (2 / HEATMAP_SIZE) - 1, dtype=torch.float32)
+        self.points = window.to_photo(local[None])[0]  # (33, 2) photo pixels
+        self.confidence = torch.tensor(heat.reshape(33, -1).max(1))
+
+
+def into_crop(
+    values: np.ndarray,  # (J, S, S) over a window
+    window: Crop,  # of one person
+    crop: Crop,  # of one person
+    size: int = HEATMAP_SIZE,
+) -> Tensor:  # (J, size, size) >= 0, 0 outside the window
+    """The same heatmaps over another crop of the photo, turned or not, by cubic splines."""
+    grid = pixel_coordinates(size, crop.side)
+    y, x = torch.meshgrid(grid, grid, indexing="ij")
+    local = window.from_photo(crop.to_photo(torch.stack([x, y], -1)[None]))[0]
+    count = values.shape[-1]
+    places = ((local + 1) * (count / 2) - 0.5).numpy()
+    coordinates = np.stack([places[..., 1], places[..., 0]])
+    moved = [map_coordinates(each, coordinates, order=3, mode="nearest") for each in values.astype(np.float64)]
+    inside = (local.abs() <= 1).all(-1).numpy()
+    return torch.from_numpy(np.stack(moved) * inside).float().clamp_min(0)
+
+
+def _heatmaps(person: _Person) -> Heatmaps:
+    source, target = shared_joints(MEDIAPIPE33, HALPE26)
+    points, confidence = torch.zeros(len(HALPE26), 2), torch.zeros(len(HALPE26))
+    points[target], confidence[target] = person.points[source], person.confidence[source]
+    turn = body_turn(points, confidence)
+    axes = torch.tensor([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]], dtype=torch.float32)
+    center, side = crop_from_keypoints(points @ axes, confidence)
+    crop = Crop.of((axes @ center)[None], side[None], torch.tensor([turn], dtype=torch.float32))
+    values = torch.zeros(len(HALPE26), HEATMAP_SIZE, HEATMAP_SIZE)
+    values[target] = into_crop(person.heat[source], person.window, crop)
+    valid = torch.zeros(len(HALPE26), dtype=torch.bool)
+    valid[target] = True
+    return Heatmaps(values[None], valid[None], crop)
+
+
+def _box(person: _Person) -> Tensor:  # (4,)
+    """About the landmarks, a tenth wider: what they lack to the person's outline."""
+    low, high = person.points.amin(0), person.points.amax(0)
+    margin = 0.1 * (high - low).amax()
+    return torch.cat([low - margin, high + margin])
+
+
+def _same(person: _Person, other: _Person) -> bool:
+    extent = (other.points.amax(0) - other.points.amin(0)).amax()
+    return bool((person.points - other.points).norm(dim=-1).mean() < _SAME_PERSON * extent)
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(values, -50, 50)))
+
+
+def _warp(photo: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
+    """A square picture of the photo, smoothed first where it is coarser; black outside the photo."""
+    scale = float(np.sqrt(abs(np.linalg.det(affine[:, :2]))))
+    base = photo if scale >= 0.7 else cv2.GaussianBlur(photo, (0, 0), 0.4 / scale)
+    # OpenCV counts from the centre of the first pixel, we from its corner.
+    shifted = affine.copy()
+    shifted[:, 2] += shifted[:, :2] @ [0.5, 0.5] - 0.5
+    return cv2.warpAffine(base, shifted, (size, size), flags=cv2.INTER_LINEAR)
+
+
+def _over_photo(mask: np.ndarray, affine: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    shifted = affine.copy()
+    shifted[:, 2] += shifted[:, :2] @ [0.5, 0.5] - 0.5
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(mask.astype(np.float32), shifted, size[::-1], flags=flags)

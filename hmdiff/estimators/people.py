@@ -1,0 +1,254 @@
+"""Photos and what is known of the people in them: keypoints or heatmaps found beside a photo, named, or estimated.
+
+J keypoints of a person to draw, P people of a photo. Looked for beside NAME.jpg are NAME.json, OpenPose's
+NAME_keypoints.json, NAME.jpg.json, and NAME_heatmaps.npz (our choice of names).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from hmdiff.estimators.source import Box, PoseSource
+    from hmdiff.heatmaps import Heatmaps, PersonKeypoints
+    from hmdiff.heatmaps.cameras import PhotoCamera
+    from hmdiff.heatmaps.photo import PhotoInfo
+
+FAINT = 0.1  # a highest confidence under this is worth a warning: hardly anything steers the result
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotoPeople:
+    """One photo, the pipeline's input for its people, and the points to draw for them."""
+
+    photo: Path
+    size: tuple[int, int]  # width, height in pixels
+    heatmaps: Heatmaps  # of P people; the crops carry the photo's size and camera
+    points: list[tuple[Tensor, tuple[str, ...]]]  # of each: (J, 3) photo pixels and confidence, J names
+    source: str  # what the user is told
+    depth: Tensor | None = None  # (h, w) of the whole photo, larger = farther, NaN = not known
+    identities: tuple[dict[str, str], ...] = ()  # of each: annotation, track, ... as the file has them
+    notes: tuple[str, ...] = ()  # what was mended or left out
+    focal_from: str = ""
+
+    def identity(self, person: int) -> dict[str, str]:
+        return self.identities[person] if person < len(self.identities) else {}
+
+
+def pair_files(kind: str, files: Sequence[Path], photos: Sequence[Path]) -> list[Path | None]:
+    """The file of every photo: one each, in order; a single file serves all photos where it is about many."""
+    if not files:
+        return [None] * len(photos)
+    if len(files) == len(photos):
+        return list(files)
+    if len(files) == 1:
+        from hmdiff.heatmaps.formats import about_many
+
+        if files[0].suffix.lower() == ".json" and about_many(files[0]):
+            return [files[0]] * len(photos)
+    raise UserError(f"{kind}: {len(files)} files for {len(photos)} photos; give one for each photo, in their order")
+
+
+def keypoints_beside(photo: Path) -> Path | None:
+    names = (f"{photo.stem}.json", f"{photo.stem}_keypoints.json", f"{photo.name}.json")
+    return next((found for name in names if (found := photo.with_name(name)).is_file()), None)
+
+
+def heatmaps_beside(photo: Path) -> Path:
+    return photo.with_name(f"{photo.stem}_heatmaps.npz")
+
+
+def read_people(
+    photo: Path,
+    keypoints: Path | None = None,  # None: looked for beside the photo
+    heatmaps: Path | None = None,
+    box: Box | None = None,
+    source: PoseSource | None = None,  # what looks at a photo of which nothing is known
+    boxes: list[Box] | None = None,  # of the people to estimate; None: found
+    camera: PhotoCamera | None = None,  # None: EXIF's focal length, else the diagonal
+) -> PhotoPeople:
+    """The people of a photo.
+
+    Heatmaps win over keypoints, which are then only drawn; `source` makes heatmaps where there is neither. Raises
+    `UserError` when nothing is known, or what is known is damaged or about another photo.
+    """
+    from hmdiff.heatmaps.cameras import PhotoCamera
+    from hmdiff.heatmaps.photo import photo_info
+    from hmdiff.viz.canvas import read_picture
+
+    picture = read_picture(photo)
+    info = photo_info(photo)
+    given = keypoints is not None
+    notes: list[str] = []
+    if keypoints is None:
+        keypoints = keypoints_beside(photo)
+    if heatmaps is None and not given and heatmaps_beside(photo).is_file():
+        heatmaps = heatmaps_beside(photo)
+    if heatmaps is not None:
+        found = _from_heatmaps(photo, info, heatmaps, keypoints, given, box, notes)
+    else:
+        about_us = keypoints is not None and (given or _has_keypoints(keypoints))
+        if source is not None and not about_us:
+            if keypoints is not None and _json_box(keypoints) is None:
+                notes.append(f"{keypoints}: no keypoints in it, so it was not used")
+            maps = source.see(picture, boxes or _json_box(keypoints)).heatmaps
+            found = PhotoPeople(photo, info.size, maps, peaks(maps), f"heatmaps of the {source.name}")
+        else:
+            found = _from_keypoints(photo, info, keypoints, box, boxes, notes)
+    camera = PhotoCamera() if camera is None else camera
+    maps = dataclasses.replace(found.heatmaps, crop=camera.applied(found.heatmaps.crop, info))
+    faint = float(maps.values.amax())
+    if faint < FAINT:
+        notes.append(f"all confidences are below {FAINT:g} (at most {faint:.2g}): hardly anything is known of the pose")
+    return dataclasses.replace(
+        found, heatmaps=maps, notes=(*found.notes, *notes), focal_from=camera.described(info)
+    )
+
+
+def _from_heatmaps(
+    photo: Path, info: PhotoInfo, heatmaps: Path, keypoints: Path | None, given: bool, box: Box | None, notes: list[str]
+) -> PhotoPeople:
+    from hmdiff.heatmaps import load_heatmaps
+
+    if box is not None:
+        raise UserError(f"{heatmaps}: heatmaps hold their crop, so --box says nothing; leave it out")
+    maps = load_heatmaps(heatmaps)
+    _check_crops(heatmaps, maps, info.size)
+    persons: list[PersonKeypoints] = []
+    if keypoints is not None:
+        try:
+            persons = read_keypoints_of(keypoints, photo, info, notes)
+        except UserError:
+            if given:
+                raise
+    drawn = [(person.points, person.names) for person in persons]
+    identities = tuple(person.identity for person in persons)
+    if len(drawn) != len(maps):
+        drawn, identities = peaks(maps), ()
+    return PhotoPeople(photo, info.size, maps, drawn, f"heatmaps of {heatmaps}", identities=identities)
+
+
+def _from_keypoints(
+    photo: Path, info: PhotoInfo, keypoints: Path | None, box: Box | None, boxes: list[Box] | None, notes: list[str]
+) -> PhotoPeople:
+    from hmdiff.heatmaps import crop_from_box, heatmaps_from_keypoints
+
+    if keypoints is None:
+        raise UserError(
+            f"{photo}: nothing is known of the people in it; give --keypoints FILE (COCO or OpenPose JSON) or "
+            f"--heatmaps FILE.npz, or put {photo.stem}.json, {photo.stem}_keypoints.json or "
+            f"{heatmaps_beside(photo).name} beside it, or run a pose estimator by --pose embedded"
+        )
+    if boxes is not None and len(boxes) > 1:
+        raise UserError(f"{keypoints}: {len(boxes)} boxes, but keypoints take one, their person's; leave them out")
+    persons = read_keypoints_of(keypoints, photo, info, notes)
+    center = side = None
+    if box is not None:
+        import torch
+
+        if len(persons) != 1:
+            raise UserError(f"{keypoints}: {len(persons)} people, but --box is about one; leave it out, or keep one")
+        if not (box[0] < info.width and box[1] < info.height and box[2] > 0 and box[3] > 0):
+            corners = ",".join(f"{number:g}" for number in box)
+            raise UserError(
+                f"--box {corners}: lies outside the {info.width} x {info.height} photo; give it in its pixels"
+            )
+        center, side = crop_from_box(torch.tensor([box]))
+    try:
+        maps = heatmaps_from_keypoints(persons, center, side, photo=info, turned=box is None)
+    except UserError as error:
+        raise UserError(f"{keypoints}: {error}") from None
+    drawn = [(person.points, person.names) for person in persons]
+    identities = tuple(person.identity for person in persons)
+    return PhotoPeople(photo, info.size, maps, drawn, f"keypoints of {keypoints}", identities=identities)
+
+
+def _check_crops(path: Path, heatmaps: Heatmaps, size: tuple[int, int]) -> None:
+    """A crop that does not touch the photo is another photo's."""
+    for index, ((x, y), side) in enumerate(zip(heatmaps.center.tolist(), heatmaps.side.tolist(), strict=True)):
+        if not (-side / 2 < x < size[0] + side / 2 and -side / 2 < y < size[1] + side / 2):
+            raise UserError(
+                f"{path}: the crop of person {index}, {side:.0f} pixels about ({x:.0f}, {y:.0f}), lies outside the "
+                f"{size[0]} x {size[1]} photo; give the heatmaps that were made of this photo at this size"
+            )
+
+
+def read_keypoints_of(path: Path, photo: Path, info: PhotoInfo, notes: list[str]) -> list[PersonKeypoints]:
+    from hmdiff.heatmaps.formats import read_people_of
+
+    try:
+        persons, said = read_people_of(path, photo, info)
+    except UserError:
+        if _json_box(path) is not None and not _has_keypoints(path):
+            raise UserError(
+                f"{path}: a box but no keypoints, and a box is not enough; add COCO or OpenPose keypoints to it, "
+                "give --heatmaps FILE.npz, or run a pose estimator by --pose embedded"
+            ) from None
+        raise
+    notes += said
+    return persons
+
+
+def _has_keypoints(path: Path) -> bool:
+    """Also true of a damaged file: it is then refused by name, and nothing estimated in its place."""
+    from hmdiff.heatmaps.formats import has_keypoints
+
+    try:
+        return has_keypoints(path)
+    except UserError:
+        return True
+
+
+def _json_box(path: Path | None) -> list[Box] | None:
+    """The box of a JSON without keypoints; None where it is none, and for the detector to find."""
+    from hmdiff.heatmaps.formats.document import load_document
+
+    try:
+        box = load_document(path).data["box_xyxy"] if path is not None else ()
+        x1, y1, x2, y2 = (float(number) for number in box)
+    except (KeyError, TypeError, ValueError, UserError):
+        return None
+    return [(x1, y1, x2, y2)]
+
+
+def peaks(heatmaps: Heatmaps) -> list[tuple[Tensor, tuple[str, ...]]]:
+    """Of each person the places of the peaks, photo pixels, with the confidence (J, 3), and the J names."""
+    import torch
+
+    from hmdiff.body.skeletons import HALPE26
+    from hmdiff.heatmaps import heatmap_peaks
+
+    places, confidence = heatmap_peaks(heatmaps.values)
+    places = heatmaps.crop.to_photo(places)
+    points = torch.cat([places, (confidence * heatmaps.valid).clamp(0, 1)[..., None]], -1)
+    return [(person, HALPE26) for person in points]
+
+
+def crops(
+    picture: np.ndarray,  # (H, W, 3) uint8
+    heatmaps: Heatmaps,  # of P people: their crops
+    size: int,
+) -> Tensor:  # (P, 3, size, size) RGB 0..1
+    """The square crops of a photo, for a model that reads pictures; black outside the photo."""
+    import cv2
+    import numpy as np
+    import torch
+
+    result = []
+    for index, side in enumerate(heatmaps.side.tolist()):
+        scale = size / side
+        affine = np.array(heatmaps.crop.affine(index, size))
+        # OpenCV counts from the centre of the first pixel, we from its corner.
+        affine[:, 2] += affine[:, :2] @ [0.5, 0.5] - 0.5
+        # Smoothed first where the crop is coarser than the photo, so that nothing aliases.
+        base = picture if scale >= 0.7 else cv2.GaussianBlur(picture, (0, 0), 0.4 / scale)
+        result.append(cv2.warpAffine(base, affine, (size, size), flags=cv2.INTER_LINEAR))
+    return torch.from_numpy(np.stack(result)).permute(0, 3, 1, 2).float() / 255

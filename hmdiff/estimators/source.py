@@ -1,0 +1,64 @@
+"""`PoseSource`: whatever looks at a photo and says, joint by joint, where its people's joints may be.
+
+The embedded estimator, mmpose and transformers' ViTPose are sources; keypoint files and arrays become the same type,
+`Heatmaps`, in `hmdiff.heatmaps`. P people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.errors import UserError
+from hmdiff.heatmaps import Heatmaps
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 photo pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class SeenPeople:
+    """What a source saw in one photo."""
+
+    heatmaps: Heatmaps  # of P people, surest first; their crops know nothing of the photo's camera yet
+    boxes: Tensor  # (P, 4) x1, y1, x2, y2 photo pixels
+    silhouettes: tuple[np.ndarray, ...] = ()  # of each, where the source has them: (H, W) 0..1 over the photo
+
+
+class PoseSource(Protocol):
+    @property
+    def name(self) -> str:
+        """What is printed and saved with the result."""
+        ...
+
+    def see(
+        self,
+        photo: np.ndarray,  # (H, W, 3) uint8 RGB
+        boxes: Sequence[Box] | None = None,  # of the people to look at; None: all that are found
+    ) -> SeenPeople:
+        """Raises `UserError` where nobody is seen, or a box is none."""
+        ...
+
+
+def check_boxes(
+    boxes: Tensor | np.ndarray | Sequence[Sequence[float]],  # (P, 4) x1, y1, x2, y2, photo pixels
+    width: int,  # of the photo
+    height: int,
+) -> Tensor:  # (P, 4) float32
+    """Boxes that lie in the photo, at least partly. Raises `UserError` naming the first that does not."""
+    people = torch.as_tensor(np.asarray(boxes, dtype=np.float32))
+    if people.numel() == 0:
+        raise UserError("boxes: nobody is given; give a box x1,y1,x2,y2 for each person in the photo")
+    if people.dim() != 2 or people.shape[1] != 4 or not people.isfinite().all():
+        raise UserError(f"boxes: shape {tuple(people.shape)} found, or NaN; (P, 4) numbers x1, y1, x2, y2 are expected")
+    for index, (x1, y1, x2, y2) in enumerate(people.tolist()):
+        text = f"boxes: box {index} ({x1:g},{y1:g},{x2:g},{y2:g})"
+        if x2 <= x1 or y2 <= y1:
+            raise UserError(f"{text} has no size; x1 < x2 and y1 < y2 are expected, in photo pixels")
+        if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
+            raise UserError(f"{text} lies outside the {width} x {height} photo; give the box of a person in it")
+    return people

@@ -1,0 +1,99 @@
+"""Joint names of other people's files, in our names. A joint is mapped by its name, never by its number.
+
+Orders: COCO-WholeBody 133 (Jin et al., ECCV 2020), Halpe 136 (arXiv 2211.03375), MediaPipe's 33 landmarks (BlazePose,
+arXiv 2006.10204). The points of faces and hands have names here only to be told from unknown ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from hmdiff.body.skeletons import COCO17, HALPE26, JOINT_SETS
+from hmdiff.errors import UserError
+
+_FEET = tuple(f"{side}_{part}" for side in ("left", "right") for part in ("big_toe", "small_toe", "heel"))
+_FACE = tuple(f"face_{index}" for index in range(68))
+_HANDS = tuple(f"{side}_hand_{index}" for side in ("left", "right") for index in range(21))
+WHOLEBODY133 = (*COCO17, *_FEET, *_FACE, *_HANDS)
+HALPE136 = (*HALPE26, *_FACE, *_HANDS)
+HALPE68 = (*HALPE26, *_HANDS)
+WHOLEBODY_FEET = _FEET
+MEDIAPIPE33 = (
+    "nose", "left_eye_inner", "left_eye", "left_eye_outer", "right_eye_inner", "right_eye", "right_eye_outer",
+    "left_ear", "right_ear", "mouth_left", "mouth_right", "left_shoulder", "right_shoulder", "left_elbow",
+    "right_elbow", "left_wrist", "right_wrist", "left_pinky", "right_pinky", "left_index", "right_index", "left_thumb",
+    "right_thumb", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle", "left_heel",
+    "right_heel", "left_big_toe", "right_big_toe",
+)  # fmt: skip
+# Only orders that their number of joints tells apart. (14 are CrowdPose's or AIC's, 16 MPII's or others'.)
+BY_COUNT: dict[int, tuple[str, ...]] = {17: COCO17, 26: HALPE26, 68: HALPE68, 133: WHOLEBODY133, 136: HALPE136}
+LEAST_KNOWN = 3  # joints of ours that a body's file names at least
+
+_SAME = {
+    "head_top": "top_head", "headtop": "top_head", "tophead": "top_head", "top_of_head": "top_head",
+    "midhip": "mid_hip", "root": "mid_hip", "pelvis": "mid_hip", "hip_center": "mid_hip",
+    "mid_shoulder": "neck", "shoulder_center": "neck",
+    "left_foot_index": "left_big_toe", "right_foot_index": "right_big_toe",
+    "left_bigtoe": "left_big_toe", "right_bigtoe": "right_big_toe",
+    "left_smalltoe": "left_small_toe", "right_smalltoe": "right_small_toe",
+}  # fmt: skip
+# Joints of other skeletons that none of ours is: known, and left out.
+_OTHERS = {
+    "head", "head_bottom", "upper_neck", "neck_base", "thorax", "spine", "chest", "belly", "naval", "jaw", "chin",
+    "forehead", "head_center", "left_foot", "right_foot", "left_toe", "right_toe", "background",
+    "mouth_left", "mouth_right", "mouth", "left_eye_inner", "left_eye_outer", "right_eye_inner", "right_eye_outer",
+}  # fmt: skip
+_HAND = re.compile(
+    r"^(left_|right_)?(hand|palm|thumb|index|middle|ring|pinky|forefinger|middle_finger|ring_finger|pinky_finger|"
+    r"face|eyebrow|eyelid|lip|clavicle|collar|knuckle|finger).*"
+)
+_KNOWN = {name for names in JOINT_SETS.values() for name in names} | {*WHOLEBODY133, *HALPE136, *MEDIAPIPE33}
+
+
+def canonical(name: str) -> str:
+    """One spelling: ``LShoulder``, ``left shoulder``, ``l_shoulder`` and ``shoulder_left`` are ``left_shoulder``."""
+    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name.strip())
+    text = re.sub(r"[\s\-.]+", "_", text).lower()
+    text = re.sub(r"^(l|r|left|right)_?(?=(eye|ear|shoulder|elbow|wrist|hip|knee|ankle|heel|foot|toe|big|small)\w*$)",
+                  lambda found: {"l": "left_", "r": "right_"}[found[1][0]], text)  # fmt: skip
+    text = re.sub(r"^(l|r)_(?=\w)", lambda found: {"l": "left_", "r": "right_"}[found[1]], text)
+    text = re.sub(r"^(\w+)_(left|right)$", lambda found: f"{found[2]}_{found[1]}", text)
+    return _SAME.get(text, text)
+
+
+def map_names(
+    names: Sequence[str],  # as the file spells them
+    where: str,  # the file, for errors
+) -> tuple[tuple[str, ...], tuple[str, ...]]:  # our names in the file's order; those that nobody knows
+    """Names of a file in ours. A joint that is none of ours keeps a name that no other set has.
+
+    Some names mean different joints in different sets: Human3.6M's foot is an ankle, its and MPII's thorax the middle
+    of the shoulders, Halpe's head is its top and its hip the middle of the hips.
+
+    Raises:
+        UserError: fewer than three of them are a body's joints, or one is there twice.
+    """
+    found = [canonical(str(name)) for name in names]
+    there = set(found)
+    if "left_ankle" not in there and {"left_foot", "left_knee"} <= there:
+        found = [re.sub("^(left|right)_foot$", r"\1_ankle", name) for name in found]
+    if "neck" not in there:
+        found = ["neck" if name == "thorax" else name for name in found]
+    if {"neck", "hip", "left_big_toe"} <= there:
+        found = [{"head": "top_head", "hip": "mid_hip"}.get(name, name) for name in found]
+    known = [name for name in found if name in HALPE26]
+    listed = ", ".join(map(str, names[:6])) + (", ..." if len(names) > 6 else "")
+    if len(known) < LEAST_KNOWN:
+        raise UserError(
+            f"{where}: joint names {listed} are not known: no joints of a body; known are {', '.join(HALPE26)}"
+        )
+    twice = next((name for name in known if known.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: two of its joints are {twice!r}; correct the list of names")
+    unknown = tuple(
+        str(given)
+        for given, name in zip(names, found, strict=True)
+        if name not in _KNOWN and name not in _OTHERS and not _HAND.match(name)
+    )
+    return tuple(found), unknown

@@ -1,0 +1,162 @@
+"""The embedded estimator: heatmaps of a turned window come into our crop where they were; what it says on failure."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hmdiff.body.skeletons import HALPE26
+from hmdiff.errors import UserError
+from hmdiff.estimators import landmark_files, landmarks
+from hmdiff.estimators.landmark_windows import DETECTOR_SIZE, anchors, detections, letterbox, window
+from hmdiff.heatmaps import Crop, gaussian_heatmaps, heatmap_peaks, soft_argmax
+
+NETWORKS = pytest.mark.skipif(not landmark_files.installed(), reason="the photo extra is not installed")
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.3, -1.2, math.pi / 2, math.pi])
+@pytest.mark.parametrize("crop_turn", [0.0, 0.8])
+def test_a_synthetic_landmark_comes_back_within_half_a_photo_pixel(turn: float, crop_turn: float) -> None:
+    """Windows of 300 to 900 photo pixels, heatmaps as narrow as the network's."""
+    generator = torch.Generator().manual_seed(7)
+    for side in (300.0, 900.0):
+        of_window = Crop.of(torch.tensor([[500.0, 420.0]]), torch.tensor([side]), torch.tensor([turn]))
+        ours = Crop.of(torch.tensor([[512.0, 405.0]]), torch.tensor([0.9 * side]), torch.tensor([crop_turn]))
+        points = (torch.rand(1, 20, 2, generator=generator) - 0.5) * 0.8
+        values = gaussian_heatmaps(points, torch.ones(1, 20), 1.4)[0].numpy()
+        moved = landmarks.into_crop(values, of_window, ours)
+        expected = of_window.to_photo(points)[0]
+        found = ours.to_photo(heatmap_peaks(moved)[0][None])[0]
+        mean = ours.to_photo(soft_argmax(moved)[None])[0]
+        assert (found - expected).norm(dim=-1).max() < 0.5
+        assert (mean - expected).norm(dim=-1).max() < 0.5
+        assert moved.min() >= 0 and 0.9 < moved.amax((1, 2)).min() <= 1.05
+
+
+def test_outside_the_window_there_is_nothing() -> None:
+    of_window = Crop.of(torch.tensor([[100.0, 100.0]]), torch.tensor([50.0]))
+    far = Crop.of(torch.tensor([[400.0, 100.0]]), torch.tensor([50.0]))
+    assert landmarks.into_crop(np.ones((2, 64, 64)), of_window, far).eq(0).all()
+
+
+def test_the_window_is_turned_so_that_the_second_point_is_above_the_first() -> None:
+    for angle in (0.0, 1.0, -2.5):
+        middle = np.array([200.0, 150.0])
+        above = middle + 80 * np.array([math.sin(angle), -math.cos(angle)])
+        found = window(middle, above)
+        assert found is not None and found.side.item() == pytest.approx(200)
+        local = found.from_photo(torch.tensor(above[None], dtype=torch.float32))[0]
+        assert local[0] == pytest.approx(0, abs=1e-5) and local[1] == pytest.approx(-0.8, abs=1e-5)
+    assert window(middle, middle) is None
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 900)])
+def test_boxes_of_the_detector_come_back_in_photo_pixels(width: int, height: int) -> None:
+    """Two people, each seen by several anchors: one detection each, at the mean of its points."""
+    raw, logits = np.zeros((len(anchors()), 12)), np.full(len(anchors()), -100.0)
+    affine = letterbox(width, height)
+    for person, (x, y) in enumerate([(0.3 * width, 0.4 * height), (0.8 * width, 0.5 * height)]):
+        place = (affine @ [x, y, 1]) / DETECTOR_SIZE
+        near = np.argsort(np.linalg.norm(anchors() - place, axis=1))[: 3 + person]
+        for index in near:
+            shift = (place - anchors()[index]) * DETECTOR_SIZE
+            raw[index, :4] = *shift, 30, 30
+            raw[index, 4:] = np.tile(shift, 4)
+            logits[index] = 3.0 - person
+    points, scores = detections(raw, logits, width, height)
+    assert len(points) == 2 and scores[0] > scores[1] > 0.8
+    np.testing.assert_allclose(points[0], np.tile([0.3 * width, 0.4 * height], (4, 1)), atol=1e-6)
+    np.testing.assert_allclose(points[1], np.tile([0.8 * width, 0.5 * height], (4, 1)), atol=1e-6)
+    assert len(detections(raw, np.full_like(logits, -9.0), width, height)[0]) == 0
+
+
+# -- the networks themselves
+
+
+@pytest.fixture(scope="module")
+def estimator() -> landmarks.LandmarkEstimator:
+    return landmarks.LandmarkEstimator(threads=1)
+
+
+@NETWORKS
+def test_nobody_in_a_grey_photo(estimator: landmarks.LandmarkEstimator) -> None:
+    for size in ((200, 300), (1, 1)):
+        with pytest.raises(UserError, match=r"no person was found.*--box"):
+            estimator.see(np.full((*size, 3), 120, np.uint8))
+    with pytest.raises(UserError, match="lies outside"):
+        estimator.see(np.zeros((20, 20, 3), np.uint8), [(50, 50, 60, 60)])
+
+
+@NETWORKS
+@pytest.mark.parametrize(("name", "limit"), [("skier", 0.05), ("lunge_barbell", 0.05)])
+def test_joints_lie_where_the_labels_say(
+    estimator: landmarks.LandmarkEstimator, shared_data: Path, name: str, limit: float
+) -> None:
+    from hmdiff.heatmaps import read_keypoints
+    from hmdiff.heatmaps.keypoints import on_halpe26
+    from hmdiff.viz.canvas import read_picture
+
+    photo = shared_data / "photos" / f"{name}.jpg"
+    seen = estimator.see(read_picture(photo))
+    assert len(seen.heatmaps) == 1 and seen.heatmaps.valid[0].sum() == 21
+    labels, valid = on_halpe26(read_keypoints(photo.with_suffix(".json"), photo))
+    places, confidence = heatmap_peaks(seen.heatmaps.values)
+    found = seen.heatmaps.crop.to_photo(places)
+    both = valid & (labels[..., 2] > 0.2) & (confidence > 0.2)
+    distance = (found - labels[..., :2]).norm(dim=-1)[both]
+    assert len(distance) >= 14 and distance.mean() < limit * seen.heatmaps.side[0]
+    assert not seen.heatmaps.valid[0, HALPE26.index("top_head")]
+
+
+@NETWORKS
+def test_somebody_who_hangs_upside_down_is_seen_in_a_turned_crop(
+    estimator: landmarks.LandmarkEstimator, shared_data: Path
+) -> None:
+    from hmdiff.viz.canvas import read_picture
+
+    photo = read_picture(shared_data / "photos" / "warrior_yoga.jpg")
+    upright, turned = estimator.see(photo), estimator.see(np.ascontiguousarray(photo[::-1, ::-1]))
+    assert upright.heatmaps.crop.rotation.item() == 0 and abs(turned.heatmaps.crop.rotation.item()) > 2.5
+    size = torch.tensor([photo.shape[1], photo.shape[0]])
+    places = [each.heatmaps.crop.to_photo(heatmap_peaks(each.heatmaps.values)[0])[0] for each in (upright, turned)]
+    sure = heatmap_peaks(upright.heatmaps.values)[1][0] > 0.5
+    distance = (places[0] - (size - places[1])).norm(dim=-1)[sure]
+    assert distance.median() < 0.03 * upright.heatmaps.side[0]
+
+
+# -- the files
+
+
+def test_not_installed_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(landmark_files, "package_folder", lambda: None)
+    with pytest.raises(UserError, match=r'not installed: pip install "hmdiff\[photo\]"'):
+        landmark_files.read_networks()
+    with pytest.raises(UserError, match=r"no pose_detection\.tflite in it"):
+        landmark_files.read_networks(tmp_path)
+    (tmp_path / "x.task").write_bytes(b"no zip")
+    with pytest.raises(UserError, match="no pose landmarker"):
+        landmark_files.read_networks(tmp_path / "x.task")
+
+
+def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    for name in (landmark_files.DETECTOR, landmark_files.LANDMARKS):
+        (tmp_path / name).write_bytes(b"another network")
+    with pytest.raises(UserError, match=r"checksum .* found, 9ba9dd3d42ef expected"):
+        landmark_files.read_networks(tmp_path)
+
+
+@NETWORKS
+def test_a_folder_and_mediapipes_download_serve_as_well(tmp_path: Path) -> None:
+    networks = landmark_files.read_networks()
+    for name, content in networks.items():
+        (tmp_path / name).write_bytes(content)
+    assert landmark_files.read_networks(tmp_path) == networks
+    with zipfile.ZipFile(tmp_path / "pose_landmarker_full.task", "w") as archive:
+        archive.writestr("pose_detector.tflite", networks[landmark_files.DETECTOR])
+        archive.writestr("pose_landmarks_detector.tflite", networks[landmark_files.LANDMARKS])
+    assert landmark_files.read_networks(tmp_path / "pose_landmarker_full.task") == networks
