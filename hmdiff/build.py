@@ -13,6 +13,7 @@ from hmdiff.body.body import Body, load_body
 from hmdiff.body.lbs_basis import lbs_basis
 from hmdiff.body.mesh import MeshSampler, load_mesh, partition_patches
 from hmdiff.config import Config, check_keys
+from hmdiff.data.kept_labels import KeptLabels
 from hmdiff.data.label_noise import NoisyLabels
 from hmdiff.data.mixture import Mixture, WithSplits
 from hmdiff.data.sample import PeopleSource
@@ -150,7 +151,7 @@ def _labelled(config: Config, body: Body, mesh: MeshSampler, source: PeopleSourc
 
 
 DATA_KINDS = ("synthetic", "recorded", "mixture")
-_SOURCE_KEYS = ("kind", "path", "weight", "groups", "heatmaps", "same_body")
+_SOURCE_KEYS = ("kind", "path", "weight", "groups", "heatmaps", "same_body", "labels", "seed")
 
 
 def _source_entry(entry: Any, where: str) -> dict[str, Any]:
@@ -168,8 +169,17 @@ def _recorded(
     config: Config, body: Body, mesh: MeshSampler, full_mesh: bool, entry: dict[str, Any], heatmaps: str
 ) -> PeopleSource:
     """One source or split."""
+    if entry.get("labels", "all") != "all":
+        source = _recorded(config, body, mesh, full_mesh, {**entry, "labels": "all"}, heatmaps)
+        return KeptLabels(source, str(entry["labels"]))
     if "path" not in entry:
-        return build_data(config, body, mesh, full_mesh)
+        # Two synthetic sources of one seed would draw the same people.
+        seed = entry.get("seed", config.seed)
+        if not isinstance(seed, int) or seed < 0:
+            raise UserError(f"data.sources: seed {seed!r}; a whole number from 0 on is expected")
+        return build_data(dataclasses.replace(config, seed=seed), body, mesh, full_mesh)
+    if "seed" in entry:
+        raise UserError(f"data.sources: {entry['path']} has a seed, which is of kind: synthetic; leave it out")
     from hmdiff.data.recorded import RecordedPeople
     from hmdiff.data.shards import PreparedShards
 

@@ -38,7 +38,7 @@ class DataConfig:
 
     kind: str = "synthetic"
     # Of `recorded` and `mixture`: {path: FOLDER, weight: 1, groups: [...], heatmaps: ..., same_body: false}, or
-    # {kind: synthetic, weight: 1}; see hmdiff/build.py.
+    # {kind: synthetic, weight: 1, seed: 7}; both: labels: all, keypoints or keypoints_2d; see hmdiff/build.py.
     sources: list[Any] = dataclasses.field(default_factory=list)
     splits: dict[str, Any] = dataclasses.field(default_factory=dict)  # val, test: as a source, a path, or "synthetic"
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)  # of hmdiff.data.transforms.AugmentOptions

@@ -1,0 +1,36 @@
+"""A source of which only some labels are trained on: people as a set of 2D keypoints, or of 3D joints, labels them.
+
+For a set whose fitted bodies are worse than its keypoints, and to see what such people teach (`loss.keypoints_2d`,
+`loss.keypoints_3d`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.errors import UserError
+
+KEPT = ("all", "keypoints", "keypoints_2d")  # the last two without a mesh, body joints and a camera
+
+
+class KeptLabels:
+    """The source's training people with these labels alone; its other streams are as they were."""
+
+    def __init__(self, source: PeopleSource, labels: str) -> None:
+        if labels not in KEPT:
+            raise UserError(f"labels {labels!r} of a source are not known; choose one of {', '.join(KEPT)}")
+        self.source, self.labels = source, labels
+        self.block_size, self.full_mesh, self.image_size = source.block_size, source.full_mesh, source.image_size
+
+    def block(self, stream: str, number: int) -> Sample:
+        sample = self.source.block(stream, number)
+        if stream != "train" or self.labels == "all":
+            return sample
+        nobody = torch.zeros(len(sample), dtype=torch.bool)
+        gone = {"has_vertices": nobody, "has_joints_3d": nobody, "has_camera": nobody, "has_perspective": nobody}
+        if self.labels == "keypoints_2d" and sample.keypoints_3d is not None:
+            gone["has_keypoints_3d"] = torch.zeros(sample.keypoints_3d.shape[:2], dtype=torch.bool)
+        return dataclasses.replace(sample, **gone)
