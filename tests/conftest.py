@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,8 +13,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from other_processor import OtherProcessor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--other-processor",
+        action="store_true",
+        help="matrix products whose last bit depends on their shapes: finds bits compared across batch sizes",
+    )
+
+
+@pytest.fixture(autouse=True)
+def processor(request: pytest.FixtureRequest) -> Iterator[None]:
+    with OtherProcessor() if request.config.getoption("--other-processor") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)
