@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from hmdiff.body.body import Body, load_named_body
@@ -33,6 +32,7 @@ from hmdiff.diffusion.schedule import change_scheduler, load_scheduler, sampler_
 from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
 from hmdiff.files.checksums import folder_checksums, verify_checksums
+from hmdiff.files.diffusers_parts import SchedulerMixin
 from hmdiff.files.reading import read_json
 from hmdiff.files.resources import asset_path
 from hmdiff.files.storage import atomic_folder

@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import nnls
-from scipy.spatial import cKDTree
 
 from hmdiff.body.skeletons import HALPE26, HAND21
 
@@ -80,6 +78,8 @@ def joint_row(
     directions. Non-negative least squares, once on all candidates and again on the largest weights.
     """
     centre, drift = J_regressor[joint] @ v_template, np.einsum("v,vcb->cb", J_regressor[joint], shapedirs)
+    from scipy.spatial import cKDTree  # needed where a regressor is made, not where one is read
+
     near = cKDTree(v_template).query(centre, min(_CANDIDATES, len(v_template)))[1]
     bones = np.flatnonzero(weights[near].max(0) > 1e-3)
     own = np.isin(bones, [joint, parents[joint]])
@@ -96,6 +96,8 @@ def joint_row(
     target = np.zeros(len(design))
     target[-1] = 10.0
     chosen = np.arange(len(near))
+    from scipy.optimize import nnls
+
     for last in (False, True):
         ridge = 1e-3 * np.eye(len(chosen))
         solution, _ = nnls(np.concatenate([design[:, chosen], ridge]), np.append(target, np.zeros(len(chosen))))

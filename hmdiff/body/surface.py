@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import dijkstra
 from torch import Tensor
 
 
@@ -17,6 +15,9 @@ def surface_distances(
     faces: Tensor,  # (F, 3)
 ) -> np.ndarray:  # (C, C) metres, inf between separate parts
     """Shortest ways along edges between all pairs of vertices, the edges' lengths averaged over the batch."""
+    from scipy.sparse import coo_array  # a second to import, for what is made once a body
+    from scipy.sparse.csgraph import dijkstra
+
     pairs = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.unique(dim=0)
     length = (vertices[..., pairs[:, 0], :] - vertices[..., pairs[:, 1], :]).norm(dim=-1)
     mean = length.reshape(-1, len(pairs)).mean(0).double().cpu().numpy()

@@ -33,7 +33,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from hmdiff.diffusion.gap import Target, distribution_gap, project
@@ -41,6 +40,7 @@ from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.noising import clean_estimate
 from hmdiff.diffusion.sampling import Callback, Denoise, sample
 from hmdiff.errors import UserError
+from hmdiff.files.diffusers_parts import SchedulerMixin
 
 _LEAST_SIGNAL = 0.1  # sqrt(abar) below which the score's factor grows no further
 _NO_SIGNAL = 1e-6  # abar of a terminal step: nothing is steered through the denoiser there

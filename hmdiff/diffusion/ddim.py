@@ -12,12 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hmdiff.diffusion.noising import clean_estimate
+from hmdiff.files.diffusers_parts import DDIMScheduler, DDIMSchedulerOutput, randn_tensor
 
 
 class ListedDDIMScheduler(DDIMScheduler):
@@ -27,7 +25,7 @@ class ListedDDIMScheduler(DDIMScheduler):
     timesteps: Tensor
     alphas_cumprod: Tensor
     final_alpha_cumprod: Tensor
-    num_inference_steps: int | None
+    num_inference_steps: int | None  # type: ignore[assignment]  # None alone, to a checker
 
     def step(  # type: ignore[override]  # without diffusers' options for clipped pictures
         self,

@@ -6,8 +6,9 @@ x_0 clean points, eps noise, x_k = sqrt(abar_k) x_0 + sqrt(1 - abar_k) eps (DDPM
 from __future__ import annotations
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
+
+from hmdiff.files.diffusers_parts import SchedulerMixin
 
 WEIGHTINGS = ("uniform", "min_snr", "truncated_snr")
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from hmdiff.errors import UserError
+from hmdiff.files.diffusers_parts import SchedulerMixin
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x_k (M, P, 3), step as a fraction of K (M,) -> prediction (M, P, 3)
 Callback = Callable[[int, Tensor, Tensor], None]  # number of the step, x_k, prediction

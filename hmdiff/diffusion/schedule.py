@@ -14,20 +14,15 @@ clear effect (LOG.md).
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from diffusers import (
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from hmdiff.diffusion.ddim import ListedDDIMScheduler
 from hmdiff.errors import UserError
+from hmdiff.files.diffusers_parts import SchedulerMixin
 from hmdiff.files.reading import read_json
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -37,22 +32,28 @@ EPSILON_TERMINAL = 1e-4
 
 _MOST_STEPS = 100_000  # of a saved schedule
 
-_SCHEDULERS: dict[str, tuple[type, dict]] = {
-    "ddim": (ListedDDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
-    "ddpm": (DDPMScheduler, {"clip_sample": False, "variance_type": "fixed_small"}),
+# By the name of the class: diffusers imports each from a file of its own, and some of these take scipy.stats along.
+_SCHEDULERS: dict[str, tuple[str, dict]] = {
+    "ddim": ("ListedDDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
     "dpm++": (
-        DPMSolverMultistepScheduler,
+        "DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True},
     ),
     "sde-dpm++": (
-        DPMSolverMultistepScheduler,
+        "DPMSolverMultistepScheduler",
         {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "lower_order_final": True},
     ),
-    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "heun": (HeunDiscreteScheduler, {}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
 }
 SCHEDULER_NAMES = tuple(_SCHEDULERS)
+
+
+def _scheduler(name: str) -> tuple[Any, dict]:
+    kind, options = _SCHEDULERS[name]
+    return ListedDDIMScheduler if name == "ddim" else getattr(import_module("diffusers"), kind), options
 
 
 def signal_shares(
@@ -98,7 +99,7 @@ def make_scheduler(
         raise UserError(
             f"prediction_type {prediction_type!r} is not known; choose one of {', '.join(PREDICTION_TYPES)}"
         )
-    kind, options = _SCHEDULERS[name]
+    kind, options = _scheduler(name)
     terminal = EPSILON_TERMINAL if prediction_type == "epsilon" else 0.0
     if name not in ("ddim", "ddpm"):
         terminal = max(terminal, 2.0**-24)
@@ -128,7 +129,7 @@ def load_scheduler(
     if name not in _SCHEDULERS or config.get("prediction_type") not in PREDICTION_TYPES:
         found = f"sampler {name!r:.60} and prediction_type {config.get('prediction_type')!r:.60}"
         raise UserError(f"{path}: {found}; one of {', '.join(SCHEDULER_NAMES)} and of {', '.join(PREDICTION_TYPES)}")
-    kind, options = _SCHEDULERS[name]
+    kind, options = _scheduler(name)
     scheduler: SchedulerMixin = kind(
         num_train_timesteps=len(betas or ()), trained_betas=betas, prediction_type=config["prediction_type"],
         timestep_spacing="trailing", **options,
@@ -140,7 +141,7 @@ def sampler_name(scheduler: SchedulerMixin) -> str:
     """The name under which `make_scheduler` makes such a scheduler. Raises `UserError` for any other."""
     for name, (kind, options) in _SCHEDULERS.items():
         config = scheduler.config  # type: ignore[attr-defined]
-        if type(scheduler) is kind and all(config[key] == options[key] for key in options):
+        if type(scheduler).__name__ == kind and all(config[key] == options[key] for key in options):
             return name
     raise UserError(f"{type(scheduler).__name__}: not one of our schedulers; make it by hmdiff's make_scheduler")
 
@@ -152,7 +153,7 @@ def change_scheduler(
     """Another sampler over the same training schedule."""
     if name not in _SCHEDULERS:
         raise UserError(f"scheduler {name!r} is not known; choose one of {', '.join(SCHEDULER_NAMES)}")
-    kind, options = _SCHEDULERS[name]
+    kind, options = _scheduler(name)
     config = scheduler.config  # type: ignore[attr-defined]
     betas = np.asarray(config.trained_betas, dtype=np.float64)
     if name not in ("ddim", "ddpm"):

@@ -22,13 +22,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from hmdiff.body.body import Body
 from hmdiff.body.lbs_basis import LBSBasis
 from hmdiff.body.mesh import blend
+from hmdiff.files.diffusers_parts import ConfigMixin, ModelMixin, register_to_config
 from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
 from hmdiff.models.conditioning import Conditioning, LiftedVolume
 from hmdiff.models.denoiser import SCALED, MeshDenoiser

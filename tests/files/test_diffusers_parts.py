@@ -1,0 +1,42 @@
+"""What the pipeline's import loads, in a process of its own: counted in modules, which no machine changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SLOW = (
+    "torch._dynamo", "torch._inductor", "sympy", "scipy.stats", "scipy.optimize", "matplotlib", "timm", "trimesh",
+    "mmpose", "mmengine", "smplx", "pandas", "cv2",
+)  # fmt: skip
+
+
+def loaded(code: str) -> set[str]:
+    program = f"{code}\nimport sys\nprint(*[n for n in {SLOW!r} if sys.modules.get(n)])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(found.stdout.split())
+
+
+def test_the_pipeline_loads_nothing_slow() -> None:
+    assert loaded("import hmdiff.pipeline") == set()
+
+
+def test_the_command_loads_neither_torch_nor_numpy() -> None:
+    program = "import hmdiff.cli.main, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpm++", "unipc", "euler", "heun"])
+def test_other_samplers_are_fetched_when_asked_for(name: str) -> None:
+    from hmdiff.diffusion.schedule import make_scheduler, sampler_name
+
+    assert sampler_name(make_scheduler(name)) == name
+
+
+def test_the_compiler_is_there_afterwards() -> None:
+    program = "import hmdiff.pipeline, torch, torch._dynamo; print(torch._dynamo.is_compiling())"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False"]
