@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
+import itertools
+import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hmdiff.errors import UserError
+from hmdiff.files.reading import read_bytes
 from hmdiff.files.storage import atomic_file
+
+_MAX_YAML = 1 << 17  # bytes
+_MAX_BRACKETS = 50  # within each other: PyYAML takes a time that grows with the square of their depth
 
 
 @dataclasses.dataclass
@@ -150,11 +159,40 @@ def load_config(
         except Exception as error:  # YAML's own errors have no common base
             raise UserError(f"{text!r}: not a value ({_first_line(error)})") from None
         merged = _merge(merged, values, f"argument {text!r}")
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # ${oc.env:X} of a variable that is not set, for one
+        raise UserError(f"{path or 'config'}: {getattr(error, 'full_key', None) or ''}: {_first_line(error)}") from None
     assert isinstance(config, Config)
+    _check_ranges(config, "")
     if config.training.mixed_precision.lower() in ("false", "none"):
         config.training.mixed_precision = "no"  # YAML reads a bare no as false
     return config
+
+
+# The smallest and the largest value of a number: beyond it is a slip of the pen, or what would hang or overflow.
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (-math.inf, 2**63 - 1), "diffusion.num_train_timesteps": (2, 100_000), "diffusion.noise_shift": (1e-3, 1e3),
+    "diffusion.num_inference_steps": (1, 100_000), "diffusion.eta": (0, 100), "data.block_size": (1, 100_000),
+    "data.image_size": (8, 4096), "data.map_size": (0, 4096), "data.label_noise": (0, 10), "data.workers": (0, 1024),
+    "loss.noise_levels": (-math.inf, 1000), "loss.terminal_share": (0, 1), "training.batch_size": (-math.inf, 10**6),
+    "training.steps": (-math.inf, 10**10), "training.ema_decay": (0, 1), "training.threads": (0, 1024),
+    "training.gradient_clip": (1e-12, 1e12), "evaluation.num_hypotheses": (1, 10_000),
+    "evaluation.num_inference_steps": (1, 100_000), "evaluation.people": (0, 10**7),
+}  # fmt: skip
+
+
+def _check_ranges(section: Any, prefix: str) -> None:
+    """Numbers of a section and those below it: within `_RANGES`, and else finite and from 0 on."""
+    for field in dataclasses.fields(section):
+        name, value = prefix + field.name, getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, name + ".")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            least, most = _RANGES.get(name, (-math.inf if isinstance(value, int) else 0, 1e12))
+            if not least <= value <= most:
+                wanted = f"{least:g} to {most:g}" if math.isfinite(least) else f"at most {most:g}"
+                raise UserError(f"{name} {value}: {wanted} is possible")
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -181,13 +219,21 @@ def _nearest(key: str, allowed: list[str]) -> str:
 
 
 def _read_yaml(path: Path) -> Any:
-    try:
-        values = OmegaConf.load(path)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         shipped = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such config{_nearest(path.stem, shipped) if shipped else ''}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{path}: no such config{_nearest(path.stem, shipped) if shipped else ''}")
+    content = read_bytes(path, _MAX_YAML)
+    try:
+        text = content.decode("utf-8")
+        depths = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text)
+        if max(depths, default=0) > _MAX_BRACKETS:
+            raise ValueError(f"more than {_MAX_BRACKETS} brackets within each other")
+        # A dozen lines of anchors, each naming the one before ten times, unfold to 10^12 values.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise UserError(f"{path}: has YAML aliases (*name), which are not read; write the values out")
+        values = OmegaConf.load(io.StringIO(text))
+    except UserError:
+        raise
     except Exception as error:  # YAML's own errors have no common base
         raise UserError(f"{path}: not valid YAML ({_first_line(error)})") from None
     if not OmegaConf.is_dict(values):
@@ -199,7 +245,7 @@ def _merge(base: Any, values: Any, where: str) -> Any:
     _check_section(OmegaConf.to_container(values), Config, where, "")
     try:
         return OmegaConf.merge(base, values)
-    except OmegaConfBaseException as error:
+    except Exception as error:  # a list for a mapping comes out as a TypeError or an assertion
         key = getattr(error, "full_key", None)
         raise UserError(f"{where}: {key + ': ' if key else ''}{_first_line(error)}") from None
 
@@ -207,9 +253,19 @@ def _merge(base: Any, values: Any, where: str) -> Any:
 def _check_section(values: Any, section: type, where: str, prefix: str) -> None:
     """Names first, with the nearest key; OmegaConf then checks the types."""
     fields = {field.name: field for field in dataclasses.fields(section)}
+    for name in values:
+        if not isinstance(name, str):
+            raise UserError(f"{where}: the key {name!r:.60} is not text")
     check_keys(values, fields, where + (f", section {prefix[:-1]!r}" if prefix else ""))
     for name, value in values.items():
         factory = fields[name].default_factory
+        if factory is dataclasses.MISSING:
+            continue
+        # An interpolation such as ${oc.env:X} is text here.
+        wanted = list if factory is list else dict
+        if not isinstance(value, (wanted, str)):
+            words = "list" if wanted is list else "mapping of keys to values"
+            raise UserError(f"{where}: {prefix}{name} is {value!r:.60}, a {words} was expected")
         if isinstance(value, dict) and isinstance(factory, type) and dataclasses.is_dataclass(factory):
             _check_section(value, factory, where, f"{prefix}{name}.")
 

@@ -46,6 +46,7 @@ from hmdiff.geometry import (
 from hmdiff.heatmaps import Crop, Heatmaps, heatmap_peaks
 from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
 from hmdiff.models.conditioning import Conditioning
+from hmdiff.models.inputs import check_call, check_camera, check_depth, check_pictures, check_result, check_weights
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.models.saved import WEIGHTS, load_model
 from hmdiff.output import MeshOutput, keypoint_distance, log_likelihood
@@ -57,6 +58,7 @@ ABOUT = "hmdiff.json"
 GUIDANCE_STREAM = 1 << 32  # added to the seed where guidance draws
 SURFACES = ("body", "vertices")
 ROWS_AT_ONCE = 512  # people times hypotheses in one evaluation of the denoiser: bounds the memory, changes no result
+GUIDED_ROWS_AT_ONCE = 128  # where a gradient goes back through it, and all that the denoiser computed is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +134,8 @@ class HMDiffPipeline:
         Raises:
             UserError: an input that the model needs is missing, or a number is out of its range.
         """
-        if num_hypotheses < 1:
-            raise UserError(f"num_hypotheses {num_hypotheses}: at least 1 is needed")
+        check_call(num_hypotheses, seed, eta, people)
+        check_weights(next(self.model.parameters()).dtype)
         if surface not in SURFACES:
             raise UserError(f"surface {surface!r} is not known; choose one of {', '.join(SURFACES)}")
         images, values, valid = self._inputs(images, heatmaps)
@@ -143,6 +145,7 @@ class HMDiffPipeline:
         people = list(range(count)) if people is None else list(people)
         if len(people) != count:
             raise UserError(f"people: {len(people)} numbers for {count} people; give one for each")
+        check_camera(photo_sizes, focal, count)
         if heatmaps is not None:
             crop = heatmaps.crop.to(camera)
         else:
@@ -183,6 +186,7 @@ class HMDiffPipeline:
                 keypoints, turned.to_photo(peaks)[:, None], height[:, None], focal[:, None],
                 principal[:, None], prior=translation,
             )  # fmt: skip
+        check_result((vertices, translation))
         likelihood = None
         if heatmaps is not None and keypoints is not None:
             assert values is not None and valid is not None
@@ -270,7 +274,8 @@ class HMDiffPipeline:
             raise UserError(f"num_inference_steps {steps}: the model was trained with {total} steps; choose 1 to that")
         eta = self.eta if eta is None else eta
 
-        chunk = max(1, ROWS_AT_ONCE // count)
+        through = plan is not None and plan.guidance.mode == "dat" and plan.guidance.gradient == "denoiser"
+        chunk = max(1, (GUIDED_ROWS_AT_ONCE if through else ROWS_AT_ONCE) // count)
         if plan is not None and plan.guidance.decision == "image":
             chunk = num_hypotheses  # the decision is about all of an image's hypotheses
         parts, reports = [], []
@@ -341,6 +346,7 @@ class HMDiffPipeline:
             raise UserError(f"depth: shape {found} found, ({people}, S, S) expected: a map of each square crop")
         if not depth.is_floating_point():
             depth = depth.float()
+        check_depth(depth)
         return depth.to(self.device)
 
     def _guidance_plan(
@@ -383,6 +389,7 @@ class HMDiffPipeline:
                 raise UserError(f"images: {images.dtype} found, RGB of 0..1 expected; divide 8-bit pictures by 255")
             if heatmaps is not None and len(heatmaps) != len(images):
                 raise UserError(f"{len(images)} images but heatmaps of {len(heatmaps)} people; give one for each")
+            check_pictures(images)
             images = torch.nn.functional.interpolate(
                 images.to(self.device), (size, size), mode="bilinear", align_corners=False, antialias=True
             )

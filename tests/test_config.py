@@ -70,7 +70,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         load_config(tmp_path / "quikstart.yaml")
     with pytest.raises(UserError, match="no such config"):
         load_config(tmp_path / "nowhere" / "x.yaml")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(UserError, match=r"latin\.yaml"):
@@ -108,3 +108,47 @@ def test_fields_have_plain_types() -> None:
     for field in dataclasses.fields(Config):
         value = getattr(Config(), field.name)
         assert isinstance(value, str | int | dict) or dataclasses.is_dataclass(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.ema_decay=2", r"training.ema_decay 2.0: 0 to 1 is possible"),
+        ("loss.terminal_share=-1", r"loss.terminal_share -1.0: 0 to 1"),
+        ("diffusion.noise_shift=-1", "noise_shift -1.0"),
+        ("seed=18446744073709551616", "seed"), ("diffusion.eta=nan", "diffusion.eta nan"),
+        ("training.learning_rate=-1", "learning_rate -1.0"), ("training.learning_rate=inf", "learning_rate inf"),
+        ("diffusion.num_train_timesteps=0", "num_train_timesteps 0"), ("data.image_size=0", "image_size 0"),
+        ("data.block_size=0", "block_size 0"), ("evaluation.num_hypotheses=0", "num_hypotheses 0"),
+        ("training=[1,2]", "training"), ("data.sources={a: 1}", "sources"), ("seed=${oc.env:NOT_SET_ANYWHERE}", "seed"),
+        ("loss.gamma=1e400", "gamma inf"),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_config(None, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]", "YAML aliases"),
+        ("seed: ${oc.env:NOT_SET_ANYWHERE}", "seed"),
+        ("[" * 100_000, "not valid YAML"),
+        ("[" * 1500, "not valid YAML"),
+        ("training: [steps, 5]", "training"),
+        ("seed: [1]", "seed"),
+        ("data: 5", "data"),
+        ("model: [1, 2]", "model"),
+        ("- 1", "mapping of keys"),
+        ("\x00", "not valid YAML"),
+        ("? {a: b}\n: c", "a.yaml"),
+        ("1: 2", "the key 1 is not text"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_config(tmp_path / "a.yaml")
+    assert "\n" not in str(error.value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. `SystemExit` comes of argparse alone (--help, wrong arguments)."""
     parser = build_parser()
+    arguments = _joined(sys.argv[1:] if arguments is None else arguments)
+    if "" in arguments:
+        parser.error("an argument is empty; leave it out, or give a value")
     options, rest = parser.parse_known_args(arguments)
     if rest:
         # key=value may also follow after options; argparse itself takes them in one place alone.
@@ -65,14 +69,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        where = str(error.filename or "a file")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = "no space left on the disk; nothing already saved was touched: free some, run again"
+            return _failed(f"{where}: {why}")
+        if error.errno is None or not error.filename:  # not about a file of the user's
             raise
-        where = error.filename or "output"
-        return _failed(f"{where}: no space left on the disk; nothing already saved was touched: free some, run again")
+        from hmdiff.files.reading import read_failure
+
+        return _failed(str(read_failure(where, error)))
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
         return _failed("not enough memory; ask for fewer hypotheses or people, a smaller batch, or another --device")
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`--box -3,1,5,9` as `--box=-3,1,5,9`: argparse takes what starts with a minus for an option."""
+    found: list[str] = []
+    for text in arguments:
+        if found and found[-1].startswith("--") and "=" not in found[-1] and _NEGATIVE.fullmatch(text):
+            found[-1] += f"={text}"
+        else:
+            found.append(text)
+    return found
+
+
+_NEGATIVE = re.compile(r"-[\d.][^,]*(,[^,]*)+")
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -88,7 +111,10 @@ def _failed(message: str) -> int:
 
 
 def report(message: str) -> None:
-    """An error as the user sees it: one line on stderr."""
+    """An error as the user sees it: one line on stderr, below whatever progress was shown."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     print(f"hmdiff: error: {_one_line(message)}", file=sys.stderr)
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 
+SMALLEST, LARGEST = 1e-3, 1e6  # pixels of a side; and of anything: squares and products stay far from overflow
+
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
@@ -42,6 +44,8 @@ class Crop:
             )
         if not (self.center.isfinite().all() and self.side.isfinite().all() and (self.side > 0).all()):
             raise UserError("heatmaps: `center` and `side` of the crop must be finite, and the side above 0 pixels")
+        if not ((self.center.abs() <= LARGEST).all() and ((self.side >= SMALLEST) & (self.side <= LARGEST)).all()):
+            raise UserError(f"heatmaps: a crop beyond {LARGEST:g} pixels, or a side under {SMALLEST:g}; give pixels")
         for name, shape in (("rotation", one), ("photo_size", pair), ("focal", one), ("principal_point", pair)):
             value = getattr(self, name)
             if tuple(value.shape) != shape or not value.isfinite().all():
@@ -49,6 +53,11 @@ class Crop:
         # (A photo of size 0 and its focal length 0 stand for 'not known', in data sets without a camera.)
         if (self.focal < 0).any() or (self.photo_size < 0).any():
             raise UserError("crop: `focal` and `photo_size` must be above 0 pixels")
+        if any((value.abs() > most).any() for value, most in (
+            (self.rotation, LARGEST), (self.photo_size, 10 * LARGEST), (self.focal, 100 * LARGEST),
+            (self.principal_point, 10 * LARGEST),
+        )):  # fmt: skip
+            raise UserError("crop: a photo, a principal point or a rotation beyond what is possible; give pixels")
 
     @classmethod
     def of(

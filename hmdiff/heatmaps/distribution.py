@@ -27,6 +27,9 @@ BOX_PADDING = 1.25
 KEYPOINT_PADDING = 1.4
 
 
+LARGEST = 1e6  # of a value: its square and sums stay far from overflow
+
+
 @dataclasses.dataclass(frozen=True)
 class Heatmaps:
     """Heatmaps of B people, joints in the order of `skeletons.HALPE26`.
@@ -53,6 +56,8 @@ class Heatmaps:
         _check_finite(values, HALPE26)
         if (values < 0).any():
             raise UserError(f"heatmaps: negative value {values.min().item():.3g} found; clamp them at 0 first")
+        if values.numel() and float(values.max()) > LARGEST:
+            raise UserError(f"heatmaps: {float(values.max()):.3g} found, at most {LARGEST:g} is possible")
         if (values.flatten(2).amax(-1) > 0)[~self.valid].any():
             raise UserError("heatmaps: a joint marked as not valid has values; set its channel to 0 or mark it valid")
         empty = values.flatten(1).amax(-1) <= 0

@@ -1,0 +1,70 @@
+"""How the command ends: what the system refuses is one line, and arguments that argparse would misread are read."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tqdm import tqdm
+
+from hmdiff.cli import main as cli
+from hmdiff.cli.main import main
+
+
+def ends_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    def run(options: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("hmdiff.cli.info.run", run)
+    # The parser was given the function itself, so the parsed options are given ours.
+    original = cli.Parser.parse_known_args
+
+    def parse(self: Any, *arguments: Any, **named: Any) -> Any:
+        options, rest = original(self, *arguments, **named)
+        options.run = run
+        return options, rest
+
+    monkeypatch.setattr(cli.Parser, "parse_known_args", parse)
+    assert main(["info"]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EACCES, "may not be read"), (errno.ENAMETOOLONG, "too long"), (errno.ENOENT, "no such file"),
+        (errno.ENOTDIR, "a file stands where"), (errno.ELOOP, "symbolic link"), (errno.ENOSPC, "no space left"),
+        (errno.EIO, "cannot be read"), (errno.EROFS, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_the_system_refuses_is_one_line(
+    number: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ends_with(OSError(number, "as the system says", "/some/where"), monkeypatch, capsys)
+    assert text.startswith("hmdiff: error: /some/where: ") and words in text and text.count("\n") == 1
+
+
+def test_an_error_is_not_glued_to_a_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tqdm(total=5, desc="working") as bar:
+        bar.update(1)
+        bar.refresh()
+        text = ends_with(OSError(errno.EACCES, "no", "/some/where"), monkeypatch, capsys)
+    assert "\nhmdiff: error: " in text
+
+
+def test_an_empty_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", "photo.jpg", "--output", ""])
+    assert ended.value.code == 2 and "an argument is empty" in capsys.readouterr().err
+
+
+def test_a_box_may_start_left_of_the_photo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._joined(["a", "--box", "-3,1,5,9", "--seed", "-1", "x=-3,4"]) == [
+        "a", "--box=-3,1,5,9", "--seed", "-1", "x=-3,4"
+    ]  # fmt: skip
+    assert main(["sample", str(tmp_path / "none.jpg"), "--box", "-3,1,5,9", "--output", str(tmp_path / "out")]) == 2
+    assert "none.jpg: no such picture" in capsys.readouterr().err
