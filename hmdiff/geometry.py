@@ -6,6 +6,7 @@ Rotations are (..., 3, 3) and act on column vectors: ``points @ R.mT``.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -201,7 +202,7 @@ def perspective_translation_fit(
     the scale of the median error; our choice). Depth is kept above 0.1 m.
     """
     ray = (target - center[..., None, :]) / focal[..., None, None]  # (..., P, 2)
-    shape = torch.broadcast_shapes(points.shape[:-2], ray.shape[:-2])
+    shape = np.broadcast_shapes(points.shape[:-2], ray.shape[:-2])
     points, ray = points.expand(*shape, -1, -1), ray.expand(*shape, -1, -1)
     weight, prior = weight.expand(*shape, -1), prior.expand(*shape, -1)
     translation, used = prior, weight

@@ -104,7 +104,7 @@ class HMDiffPipeline:
         return self.model.coarse_ids.device
 
     def to(self, device: torch.device | str) -> HMDiffPipeline:
-        self.model.to(device)
+        torch.nn.Module.to(self.model, device)  # ModelMixin's own imports torch's compiler, to look for its hooks
         self.body.to(device)
         self.faces = self.faces.to(device)
         return self

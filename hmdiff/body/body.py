@@ -138,7 +138,7 @@ class Body(nn.Module):
                 f"body {self.name!r}: betas {tuple(betas.shape)} and rotations {tuple(rotations.shape)}, expected "
                 f"(..., {self.num_betas}) and (..., {self.num_joints}, 3, 3)"
             )
-        batch = torch.broadcast_shapes(betas.shape[:-1], rotations.shape[:-3])
+        batch = np.broadcast_shapes(betas.shape[:-1], rotations.shape[:-3])
         betas = betas.expand(*batch, -1).reshape(-1, self.num_betas)
         rotations = rotations.expand(*batch, -1, -1, -1).reshape(-1, self.num_joints, 3, 3)
         shaped = torch.addmm(self.v_template.flatten(), betas, self.shapedirs.flatten(0, 1).mT)

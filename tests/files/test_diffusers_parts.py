@@ -23,6 +23,22 @@ def test_the_pipeline_loads_nothing_slow() -> None:
     assert loaded("import hmdiff.pipeline") == set()
 
 
+def test_a_sampling_loads_nothing_slow_either() -> None:
+    code = """
+import torch
+from hmdiff.diffusion.guidance import Guidance
+from hmdiff.heatmaps import Heatmaps, gaussian_heatmaps
+from hmdiff.heatmaps.crop import Crop
+from hmdiff.pipeline import HMDiffPipeline
+
+maps = gaussian_heatmaps(torch.rand(1, 26, 2) - 0.5, torch.ones(1, 26), 2.0)
+crop = Crop.of(torch.full((1, 2), 50.0), torch.full((1,), 100.0))
+pipe = HMDiffPipeline.from_pretrained("hmdiff_small")
+pipe(heatmaps=Heatmaps(maps, torch.ones(1, 26).bool(), crop), num_hypotheses=2, guidance=Guidance())
+"""
+    assert loaded(code) == set()
+
+
 def test_the_command_loads_neither_torch_nor_numpy() -> None:
     program = "import hmdiff.cli.main, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
