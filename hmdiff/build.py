@@ -11,7 +11,8 @@ import torch
 
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.lbs_basis import lbs_basis
-from hmdiff.body.mesh import MeshSampler, load_mesh, partition_patches
+from hmdiff.body.mesh import MeshSampler, partition_patches
+from hmdiff.body.mesh_cache import load_mesh
 from hmdiff.config import Config, check_keys
 from hmdiff.data.kept_labels import KeptLabels
 from hmdiff.data.label_noise import NoisyLabels

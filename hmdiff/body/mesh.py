@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hmdiff.body.decimation import MeshHierarchy, decimate, faces_digest
+from hmdiff.body.decimation import MeshHierarchy
 from hmdiff.body.surface import closest_on_surface, partition_patches, surface_distances
-from hmdiff.errors import UserError
-from hmdiff.files.resources import asset_path
 from hmdiff.files.storage import atomic_file
 
 __all__ = [
@@ -28,13 +26,12 @@ __all__ = [
     "blend",
     "build_mesh_sampler",
     "fit_upsampling",
-    "load_mesh",
     "partition_patches",
     "read_mesh",
     "save_mesh",
+    "stored_sampler",
 ]
 
-ASSET = "body_mesh.npz"  # hierarchy and fitted upsampling of the free body, made by `hmdiff prepare mesh`
 
 
 class TemplateMesh(Protocol):
@@ -233,40 +230,6 @@ def _surface_neighbours(
     return index, weight / weight.sum(-1, keepdim=True)
 
 
-def load_mesh(
-    body: TemplateMesh,
-    num_coarse: int = 432,
-    fitted: bool = True,
-) -> MeshSampler:
-    """The sampler of a body: from the shipped asset for the free body, else from the cache folder, or made.
-
-    At other numbers of the free body's vertices than the asset's (432) nothing has been fitted: `fitted_*` are then
-    `up_*`. They are that too with `fitted` false, and for a template that has no pose.
-
-    Raises:
-        UserError: the mesh has no level of `num_coarse` vertices, or the body has no faces.
-    """
-    if body.faces is None:
-        raise UserError("this body has no faces, so its mesh cannot be made coarser; load it from a file that has them")
-    faces, template = body.faces.cpu(), body.v_template.detach().cpu()
-    stored = _read_asset(faces.numpy())
-    if stored is None:
-        from hmdiff.body.body import Body
-        from hmdiff.body.mesh_cache import cached_mesh
-
-        if isinstance(body, Body):
-            return cached_mesh(body, num_coarse, fitted)
-        hierarchy = decimate(template.numpy(), faces.numpy())
-    else:
-        hierarchy = MeshHierarchy.from_arrays(stored, faces.numpy())
-        if int(stored["num_coarse"]) == num_coarse:
-            return _stored_sampler(stored, hierarchy)
-    try:
-        return build_mesh_sampler(template, faces, hierarchy, num_coarse)
-    except ValueError as error:
-        raise UserError(f"{error}; choose another number of coarse vertices") from None
-
-
 def read_mesh(
     path: str | Path,
     faces: Tensor,  # (F, 3) of the full mesh
@@ -274,10 +237,11 @@ def read_mesh(
     """The sampler that `save_mesh` wrote. Raises ValueError when it was made of other faces."""
     with np.load(path, allow_pickle=False) as file:
         stored = dict(file)
-    return _stored_sampler(stored, MeshHierarchy.from_arrays(stored, faces.numpy()))
+    return stored_sampler(stored, MeshHierarchy.from_arrays(stored, faces.numpy()))
 
 
-def _stored_sampler(stored: dict[str, np.ndarray], hierarchy: MeshHierarchy) -> MeshSampler:
+def stored_sampler(stored: dict[str, np.ndarray], hierarchy: MeshHierarchy) -> MeshSampler:
+    """The sampler among the arrays that `save_mesh` wrote."""
     coarse_ids, coarse_faces = map(torch.from_numpy, hierarchy.level(int(stored["num_coarse"])))
     return MeshSampler(coarse_ids, coarse_faces, *_unpack(stored, "up"), fitted=_unpack(stored, "fitted"))
 
@@ -287,7 +251,7 @@ def save_mesh(
     hierarchy: MeshHierarchy,
     sampler: MeshSampler,
 ) -> None:
-    """Write what `load_mesh` reads: the hierarchy, and one level's sampler, so that it is there at once."""
+    """Write what `read_mesh` reads: the hierarchy, and one level's sampler, so that it is there at once."""
     arrays = {
         **hierarchy.arrays(),
         "num_coarse": np.array(sampler.num_coarse),
@@ -315,17 +279,3 @@ def _unpack(
     index = torch.from_numpy(stored[f"{name}_index"].astype(np.int64))
     weight = torch.from_numpy(stored[f"{name}_weight"].astype(np.float32))
     return index, weight / weight.sum(-1, keepdim=True)  # float16 rows sum to 1 only nearly
-
-
-def _read_asset(
-    faces: np.ndarray,  # (F, 3)
-) -> dict[str, np.ndarray] | None:
-    """The shipped arrays, if they were made of these faces."""
-    try:
-        path = asset_path(ASSET)
-    except UserError:
-        return None
-    with np.load(path, allow_pickle=False) as stored:
-        if str(stored["faces_digest"]) != faces_digest(faces):
-            return None
-        return {name: stored[name] for name in stored.files}

@@ -1,8 +1,8 @@
-"""The coarse mesh of a body that nothing is shipped for: decimated, its upsampling fitted, kept in a cache folder.
+"""The coarse mesh of a body: shipped (the free body), from a cache folder, or made: decimated, its upsampling fitted.
 
-A file is named by a digest of the mesh (triangles and vertices at rest), so that each body, and each sex of it, gets
-its own, the same on every machine. It holds which vertices are kept and how the others are blended from them, and no
-vertex itself.
+A file of the cache is named by a digest of the mesh (triangles and vertices at rest), so that each body, and each sex
+of it, gets its own, the same on every machine. It holds which vertices are kept and how the others are blended from
+them, and no vertex itself.
 """
 
 from __future__ import annotations
@@ -19,16 +19,71 @@ from torch import Tensor
 
 from hmdiff.body.body import Body
 from hmdiff.body.decimation import MeshHierarchy, decimate, faces_digest
-from hmdiff.body.mesh import MeshSampler, build_mesh_sampler, fit_upsampling, read_mesh, save_mesh
+from hmdiff.body.mesh import (
+    MeshSampler,
+    TemplateMesh,
+    build_mesh_sampler,
+    fit_upsampling,
+    read_mesh,
+    save_mesh,
+    stored_sampler,
+)
 from hmdiff.errors import UserError
 from hmdiff.files.reading import read_npz
+from hmdiff.files.resources import asset_path
 from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix
 
+ASSET = "body_mesh.npz"  # hierarchy and fitted upsampling of the free body, made by tools/build/mesh.py
 FOLDER_VARIABLE = "HMDIFF_CACHE_DIR"
 # Levels of the METRO lineage (arXiv 2012.09760), by the number of vertices. The default of 432 splits into patches.
 LEVELS = {6890: (1723, 431), 10475: (2619, 655), 778: (195,)}
 FITTED_ON = 320  # bodies
+
+
+def load_mesh(
+    body: TemplateMesh,
+    num_coarse: int = 432,
+    fitted: bool = True,
+) -> MeshSampler:
+    """The sampler of a body: from the shipped asset for the free body, else from the cache folder, or made.
+
+    At other numbers of the free body's vertices than the asset's (432) nothing has been fitted: `fitted_*` are then
+    `up_*`. They are that too with `fitted` false, and for a template that has no pose.
+
+    Raises:
+        UserError: the mesh has no level of `num_coarse` vertices, or the body has no faces.
+    """
+    if body.faces is None:
+        raise UserError("this body has no faces, so its mesh cannot be made coarser; load it from a file that has them")
+    faces, template = body.faces.cpu(), body.v_template.detach().cpu()
+    stored = _read_asset(faces.numpy())
+    if stored is None:
+        if isinstance(body, Body):
+            return cached_mesh(body, num_coarse, fitted)
+        hierarchy = decimate(template.numpy(), faces.numpy())
+    else:
+        hierarchy = MeshHierarchy.from_arrays(stored, faces.numpy())
+        if int(stored["num_coarse"]) == num_coarse:
+            return stored_sampler(stored, hierarchy)
+    try:
+        return build_mesh_sampler(template, faces, hierarchy, num_coarse)
+    except ValueError as error:
+        raise UserError(f"{error}; choose another number of coarse vertices") from None
+
+
+def _read_asset(
+    faces: np.ndarray,  # (F, 3)
+) -> dict[str, np.ndarray] | None:
+    """The shipped arrays, if they were made of these faces."""
+    try:
+        path = asset_path(ASSET)
+    except UserError:
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        if str(stored["faces_digest"]) != faces_digest(faces):
+            return None
+        return {name: stored[name] for name in stored.files}
 
 
 def cache_folder() -> Path:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hmdiff.cli import ablate_trained, arguments, studies
+from hmdiff.cli import ablate_trained, arguments, show, studies
 from hmdiff.errors import UserError
 
 OUTPUT = Path("outputs/ablation")
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
         if any(row.num_hypotheses is None for row in rows[name]):
             title += f", N = {options.num_hypotheses}"
         lines = texts(table, rows[name], mine)
-        studies.print_table(title, ["", *(column.title for column in table.columns)], lines, table.note)
+        show.print_table(title, ["", *(column.title for column in table.columns)], lines, table.note)
         left_out = [f"--{role}" for role in dict.fromkeys(row.role for row in table.rows) if role not in roles]
         if left_out:
             print(f"left out, since no model was given for them: the rows of {', '.join(left_out)}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.cli import arguments, studies
+from hmdiff.cli import arguments, show
 from hmdiff.errors import UserError
+from hmdiff.names import SPLITS
 
 if TYPE_CHECKING:
     from hmdiff.lab.trained_ablations import TrainedRow, TrainedTable
@@ -102,7 +102,6 @@ def _check_given(options: argparse.Namespace) -> None:
 
 def _check_splits(options: argparse.Namespace, tables: dict[str, TrainedTable]) -> None:
     """Before hours of training, not after."""
-    from hmdiff.cli.evaluate import SPLITS
     from hmdiff.data.motion_blur import SUFFIX
 
     for table in tables.values():
@@ -129,12 +128,12 @@ def _print_plan(options: argparse.Namespace, plan: Plan, rate: float | None) -> 
             lines.append([label, changes or "-", ", ".join(states), str(runs[0].folder.parent.name)])
         first = next(iter(rows.values()))[0].config.training
         title = f"{name}: {first.steps} steps of {first.batch_size * first.gradient_accumulation} people a training"
-        studies.print_table(title, ["row", "over the base", "seeds", f"in {options.output}/runs"], lines)
+        show.print_table(title, ["row", "over the base", "seeds", f"in {options.output}/runs"], lines)
     runs = plan.runs
     left = sum(not is_done(run) for run in runs)
     needed = sum(len(each) for rows in plan.of.values() for each in rows.values())
     words = f"{len(runs)} trainings for {needed} rows and seeds of the tables, {left} of them still to do"
-    print(f"{words}; about {studies.duration(seconds_left(runs, rate))}" if left else words)
+    print(f"{words}; about {show.duration(seconds_left(runs, rate))}" if left else words)
 
 
 def _timed_step(plan: Plan) -> float:
@@ -145,7 +144,7 @@ def _timed_step(plan: Plan) -> float:
     costs = measure_costs([run.config for run in rows], repeats=2, images=False)
     lines = [[run.label, f"{cost['parameters']:,}", f"{cost['step_milliseconds']:.0f}"]
              for run, cost in zip(rows, costs, strict=True)]  # fmt: skip
-    studies.print_table("without drawing the people", ["row", "parameters", "ms/training step"], lines)
+    show.print_table("without drawing the people", ["row", "parameters", "ms/training step"], lines)
     return sum(cost["step_milliseconds"] for cost in costs) / len(costs) / 1000
 
 
@@ -162,8 +161,8 @@ def _train(plan: Plan) -> list[Run]:
     print(f"{len(runs)} trainings, {there} of them there already" if there else f"{len(runs)} trainings", flush=True)
 
     def told(trained: Trained) -> None:
-        left = "" if trained.done == trained.total else f"; about {studies.duration(trained.seconds_left)} left"
-        seconds = studies.duration(trained.seconds)
+        left = "" if trained.done == trained.total else f"; about {show.duration(trained.seconds_left)} left"
+        seconds = show.duration(trained.seconds)
         print(f"[{trained.done}/{trained.total}] {trained.run.name}: trained in {seconds}{left}", flush=True)
 
     return train_runs(runs, train_one, told)
@@ -190,17 +189,17 @@ def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, TrainedTa
             title = f"{table.title}: {mode}, {split}, {asked.people} people, mm (95 % interval)"
             if mode == "diffusion":
                 title += f", N = {asked.num_hypotheses}"
-            studies.print_table(title, *texts(table, rows, mode), table.note)
+            show.print_table(title, *texts(table, rows, mode), table.note)
             if table.banded:
-                studies.print_table(f"PVE by visible part (people), {split}", *band_texts(rows, "pve"))
-                studies.print_table(f"% of the reference's PVE, {split}", *band_texts(rows, "pve", relative=True))
+                show.print_table(f"PVE by visible part (people), {split}", *band_texts(rows, "pve"))
+                show.print_table(f"% of the reference's PVE, {split}", *band_texts(rows, "pve", relative=True))
                 if mode == "diffusion":
-                    studies.print_table(f"spread by visible part, {split}", *band_texts(rows, SPREAD))
-                    studies.print_table(f"PVE of the best by visible part, {split}", *band_texts(rows, "pve", "oracle"))
+                    show.print_table(f"spread by visible part, {split}", *band_texts(rows, SPREAD))
+                    show.print_table(f"PVE of the best by visible part, {split}", *band_texts(rows, "pve", "oracle"))
         if costs:
             any_rows = next(iter(found.values()))
             note = next(iter(costs.values()))
-            studies.print_table(
+            show.print_table(
                 f"cost: {note['device']}, {note['threads']} threads, medians", *texts(table, any_rows, mode, COSTS)
             )
         place = options.output / f"{name}_{mode}"
@@ -223,9 +222,9 @@ def _evaluate(
     """Cells that are stored are read, the others computed, each row's people built once."""
     from tqdm import tqdm
 
-    from hmdiff.cli.evaluate import model_hash
-    from hmdiff.lab.trained_ablations import digest, essence
-    from hmdiff.lab.trained_cells import compute_cell, people_of, stored_cell, tested_config
+    from hmdiff.evaluate.store import digest, model_hash, stored
+    from hmdiff.lab.trained_ablations import essence
+    from hmdiff.lab.trained_cells import NEEDS, cell_path, compute_cell, people_of, tested_config
     from hmdiff.lab.trained_runs import is_done
     from hmdiff.lab.trained_tables import RowCells
 
@@ -240,7 +239,7 @@ def _evaluate(
             weights, pipeline = model_hash(run.pipeline), None
             for split in splits:
                 settings = asked.settings(run, row, split, weights)
-                cell = stored_cell(folder, settings)
+                cell = stored(cell_path(folder, settings), settings, NEEDS)
                 if cell is None:
                     if pipeline is None:
                         pipeline = arguments.load_pipeline(str(run.pipeline), arguments.resolve_device(options.device))
@@ -260,18 +259,14 @@ def _costs(options: argparse.Namespace, plan: Plan, asked: Asked, mode: str) -> 
     """Measured now, or read; all rows of a call at once, since times of two calls are not to be compared."""
     from tqdm import tqdm
 
-    from hmdiff.evaluate.evaluation import save_report
-    from hmdiff.lab.trained_ablations import digest, essence
+    from hmdiff.evaluate.store import digest, save_report, stored
+    from hmdiff.lab.trained_ablations import essence
     from hmdiff.lab.trained_costs import REPEATS, measure_costs
 
     rows = {digest(essence(run.config)): run for run in _one_each(plan)}
     path = options.output / f"costs_{mode}_{digest([sorted(rows), asked.num_hypotheses, asked.steps])}.json"
     if not options.costs:
-        try:
-            stored: dict[str, Any] = json.loads(path.read_text())
-            return stored
-        except (OSError, ValueError):
-            return {}
+        return stored(path, {}, ()) or {}
     print(f"timing {len(rows)} models in turn", flush=True)
     with tqdm(total=len(rows) * (REPEATS + 1), desc="costs", disable=None, leave=False) as bar:
         measured = measure_costs(

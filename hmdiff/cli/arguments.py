@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.errors import UserError
+from hmdiff.names import SAMPLERS
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from hmdiff.diffusion.guidance import Guidance
     from hmdiff.pipeline import HMDiffPipeline
 
-SAMPLERS = ("ddim", "ddpm", "dpm++", "sde-dpm++", "unipc", "euler", "heun")  # a test holds them to diffusion.schedule
 DEFAULT_CHECKPOINT = "hmdiff_small"
 
 
@@ -196,6 +196,19 @@ def checkpoint_folder(name: str) -> Path:
     if not (place / "hmdiff.json").is_file() and (place / "pipeline" / "hmdiff.json").is_file():
         return place / "pipeline"
     return place
+
+
+def labels(names: list[str]) -> list[str]:
+    """A short name for each checkpoint: its folder's, or its training's where that is just 'pipeline'."""
+    result: list[str] = []
+    for name in names:
+        path = Path(name).resolve()
+        base = path.parent.name if path.name == "pipeline" else path.name
+        label, copy = base, 2
+        while label in result:
+            label, copy = f"{base}-{copy}", copy + 1
+        result.append(label)
+    return result
 
 
 def load_pipeline(name: str, device: torch.device | str = "cpu") -> HMDiffPipeline:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
+from hmdiff.names import SAMPLERS
 
 if TYPE_CHECKING:
     from hmdiff.config import Config
@@ -33,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: the config's)")
     parser.add_argument(
-        "--sampler", metavar="NAME", help=f"one of {', '.join(arguments.SAMPLERS)} (default: the config's)"
+        "--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: the config's)"
     )
     parser.add_argument("--repeats", type=arguments.whole(1), default=5, help="of each timing (default: %(default)s)")
     parser.add_argument("--no-sampling", action="store_true", help="the training step alone")

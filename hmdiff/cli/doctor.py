@@ -137,10 +137,10 @@ def _regressors() -> Iterator[Finding]:
 
 
 def _datasets() -> Iterator[Finding]:
-    from hmdiff.cli.prepare import DATASETS
     from hmdiff.cli.protocol_run import DATA_VARIABLE
+    from hmdiff.data.readers import READERS
 
-    mend = f"hmdiff prepare NAME SOURCE FOLDER, with {', '.join(DATASETS)}; synthetic people need none"
+    mend = f"hmdiff prepare NAME SOURCE FOLDER, with {', '.join(READERS)}; synthetic people need none"
     root = os.environ.get(DATA_VARIABLE)
     if not root or not os.path.isdir(root):
         words = f"{DATA_VARIABLE} is not set" if not root else f"{root}: no such folder, and {DATA_VARIABLE} names it"

@@ -6,24 +6,22 @@ With --protocol: checkpoints or other people's predictions over a data set by a 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
+from hmdiff.cli.show import progress
+from hmdiff.cli.splits import MAP_SIZE, PEOPLE, test_people
 from hmdiff.errors import UserError
+from hmdiff.names import METRICS, SPLITS
 
 if TYPE_CHECKING:
     from hmdiff.body.body import Body
     from hmdiff.data.synthetic.people import SyntheticHumans
-    from hmdiff.diffusion.guidance import Guidance
 
-SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "test_postures", "val")
-PEOPLE = 500  # of a synthetic split
 MEAN_MESH = "mean mesh"
-MAP_SIZE = 64  # pixels of the maps that tell how much is visible, and of the depths that some models read
 TABLE_WIDTH, BANDS_WIDTH = 120, 172  # where the output is no terminal
 
 
@@ -115,13 +113,13 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from hmdiff.evaluate.evaluation import evaluate, save_report
+    from hmdiff.cli.protocol_run import run_protocols
+    from hmdiff.evaluate.evaluation import evaluate
+    from hmdiff.evaluate.store import guided_by, model_hash, save_report, stored, suffix
     from hmdiff.files.storage import make_folder
 
     arguments.check_guidance(options)
     if options.protocol:
-        from hmdiff.cli.protocol_run import run_protocols
-
         if options.bands:
             raise UserError("--bands is about the synthetic splits, and --protocol about others; leave one of them out")
         return run_protocols(options)
@@ -132,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
     folder = make_folder(options.output)
     device = arguments.resolve_device(options.device)
     pipelines = {}
-    for name, label in zip(options.checkpoint, labels(options.checkpoint), strict=True):
+    for name, label in zip(options.checkpoint, arguments.labels(options.checkpoint), strict=True):
         pipelines[label] = arguments.load_pipeline(name, device)
         arguments.check_sampling(pipelines[label], options)
     hashes = {
@@ -189,7 +187,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    from hmdiff.evaluate.evaluation import mean_mesh_errors, save_report
+    from hmdiff.evaluate.evaluation import mean_mesh_errors
+    from hmdiff.evaluate.store import save_report
 
     with progress(f"{MEAN_MESH} {settings['split']}", 0):
         errors = mean_mesh_errors(data, settings["split"], settings["people"])
@@ -201,80 +200,9 @@ def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> d
     return report
 
 
-def test_people(body: Body, image_size: int | None = None, map_size: int = 0) -> SyntheticHumans:
-    """The people of the splits, the same for every checkpoint: the default data, with pictures where they are read."""
-    from hmdiff.build import build_data, build_mesh
-    from hmdiff.config import load_config
-
-    pictures = [] if image_size is None else ["data.pictures=true", f"data.image_size={image_size}"]
-    config = load_config(None, [*pictures, f"data.map_size={map_size}"])
-    return build_data(config, body, build_mesh(config, body), full_mesh=True)
-
-
-def guided_by(guidance: Guidance | None) -> dict[str, Any] | None:
-    """What a report is kept with: None where nothing steers, as in reports that knew of no guidance."""
-    import dataclasses
-
-    return dataclasses.asdict(guidance) if guidance is not None and guidance.active else None
-
-
-def suffix(guided: dict[str, Any] | None) -> str:
-    """Of a report's file: guided and unguided ones stand beside each other."""
-    return "" if guided is None else f"_{guided['mode']}"
-
-
-def labels(names: list[str]) -> list[str]:
-    """A short name for each checkpoint: its folder's, or its training's where that is just 'pipeline'."""
-    result: list[str] = []
-    for name in names:
-        path = Path(name).resolve()
-        base = path.parent.name if path.name == "pipeline" else path.name
-        label, copy = base, 2
-        while label in result:
-            label, copy = f"{base}-{copy}", copy + 1
-        result.append(label)
-    return result
-
-
-def model_hash(folder: Path) -> str:
-    """Of all files of a saved pipeline, names and bytes."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(path.relative_to(folder)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def stored(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """A report that was written with the same settings; None where there is none, or it is damaged."""
-    try:
-        report = json.loads(path.read_text())
-        same = all(report.get(key) == value for key, value in settings.items()) and "errors" in report
-    except (OSError, ValueError, AttributeError):
-        return None
-    return report if same else None
-
-
-class progress:
-    """A bar over people on a terminal, one line elsewhere; gives the function to tell how many are done."""
-
-    def __init__(self, what: str, total: int) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total or None, desc=what, unit="person", disable=None, leave=False)
-        if self.bar.disable:
-            print(f"{what} ...", flush=True)
-
-    def __enter__(self) -> Any:
-        return self.bar.update
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-
 def rows(reports: list[dict[str, Any]], split: str) -> Iterator[tuple[str, str, list[str]]]:
     """(checkpoint, which hypothesis, a cell for every metric) of one split."""
-    from hmdiff.evaluate.evaluation import KINDS, METRICS
+    from hmdiff.evaluate.evaluation import KINDS
 
     for report in reports:
         if report["split"] != split:
@@ -292,7 +220,6 @@ def print_tables(reports: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hmdiff.evaluate.evaluation import METRICS
 
     console = Console()
     if not console.is_terminal:

@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hmdiff.cli import arguments
-
-# Of hmdiff.data.readers, which a test holds them to: importing it would slow every other command's start.
-DATASETS = (
-    "3dpw", "3dpw_oc", "3dpw_pc", "3dpw_crowd", "human36m", "freihand", "spin", "hmr2", "bedlam", "coco", "3doh",
-    "sports",
-)  # fmt: skip
+from hmdiff.data.readers import READERS
 
 
 def add_parser(subparsers: Any) -> None:
@@ -60,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
     arguments.add_device(estimator)
     estimator.set_defaults(run=_run(_estimator))
 
-    for name in DATASETS:
+    for name in READERS:
         _add_dataset(parts, name)
 
 
@@ -162,7 +157,8 @@ def _checkpoint(options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
-    from hmdiff.cli.evaluate import MAP_SIZE, progress, test_people
+    from hmdiff.cli.show import progress
+    from hmdiff.cli.splits import MAP_SIZE, test_people
     from hmdiff.evaluate.calibration import calibrate, store_temperature
 
     arguments.check_guidance(options)

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
+from hmdiff.cli.show import TABLE_WIDTH, progress
+from hmdiff.cli.splits import PEOPLE, test_people
 from hmdiff.errors import UserError
+from hmdiff.names import SPLITS
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 DATA_VARIABLE = "HMDIFF_DATA_DIR"
 SYNTHETIC = "synthetic split"
 SEEN = {"labels": "heatmaps of the data set's own 2D keypoints, which no estimator gives: say so with the number"}
-TABLE_WIDTH = 140  # where the output is no terminal
 
 
 class Scored:
@@ -35,10 +37,10 @@ class Scored:
 
 
 def run_protocols(options: argparse.Namespace) -> int:
-    from hmdiff.cli.evaluate import stored, suffix
     from hmdiff.evaluate.ground_truth import body_kind, check_body, protocol_regressors
     from hmdiff.evaluate.protocols import get_protocol
     from hmdiff.evaluate.report import Processes, report_of, save_scores, score_people
+    from hmdiff.evaluate.store import stored, suffix
     from hmdiff.files.storage import make_folder
 
     if options.data is None:
@@ -81,8 +83,8 @@ def run_protocols(options: argparse.Namespace) -> int:
 def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
     """The checkpoints, or the one folder of predictions."""
     from hmdiff.body.body import load_body
-    from hmdiff.cli.evaluate import SPLITS, labels, model_hash
     from hmdiff.evaluate.protocols import get_protocol
+    from hmdiff.evaluate.store import model_hash
 
     if options.predictions is not None and options.guidance != "none":
         raise UserError("--guidance steers a checkpoint's sampling, and --predictions are there already")
@@ -90,7 +92,7 @@ def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
         if options.body is not None:
             raise UserError("--body goes with --predictions; a checkpoint has its own")
         found = []
-        for name, label in zip(options.checkpoint, labels(options.checkpoint), strict=True):
+        for name, label in zip(options.checkpoint, arguments.labels(options.checkpoint), strict=True):
             pipeline = arguments.load_pipeline(name, device)
             arguments.check_sampling(pipeline, options)
             found.append(
@@ -107,8 +109,6 @@ class Data:
     """--data: a synthetic split, or a prepared data set."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from hmdiff.cli.evaluate import SPLITS
-
         self.split: str | None = options.data if options.data in SPLITS else None
         self.store: PreparedShards | None = None
         self.label, self.numbers = options.data, None
@@ -138,8 +138,8 @@ class Data:
             files = PredictionFiles(options.predictions, scored.body.num_vertices)
             predicted = PredictedPeople(files, truths, count)
             return predicted, lambda: predicted.names, settings | {"predictions": files.fingerprint()}
-        from hmdiff.cli.evaluate import guided_by
         from hmdiff.evaluate.ground_truth import raw_placement
+        from hmdiff.evaluate.store import guided_by
 
         pipeline = scored.pipeline
         assert pipeline is not None
@@ -160,7 +160,6 @@ class Data:
     def _truths(
         self, options: argparse.Namespace, scored: Scored, protocol: Protocol
     ) -> tuple[Truths, int, dict[str, Any]]:
-        from hmdiff.cli.evaluate import PEOPLE, test_people
         from hmdiff.evaluate.ground_truth import GroundTruth
         from hmdiff.evaluate.scored_people import RecordTruths, SampleTruths
 
@@ -190,7 +189,6 @@ class Data:
     def _source(self, options: argparse.Namespace, pipeline: HMDiffPipeline) -> Any:
         import torch
 
-        from hmdiff.cli.evaluate import test_people
         from hmdiff.data.recorded import RecordedPeople
 
         model = pipeline.model.config
@@ -218,8 +216,6 @@ def data_folder(name: str) -> Path:
 def bar(title: str, people: People, processes: Processes) -> Any:
     """Of the first process, over its own share."""
     import contextlib
-
-    from hmdiff.cli.evaluate import progress
 
     if not processes.first:
         return contextlib.nullcontext(lambda done: None)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
-from hmdiff.cli.evaluate import SPLITS
+from hmdiff.cli.splits import MAP_SIZE, test_people
 from hmdiff.errors import UserError
+from hmdiff.names import SPLITS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 SHOWN = 420  # pixels of a map's side
 NUM_HYPOTHESES = 10
-MAP_SIZE = 64  # pixels of the depth maps of synthetic people, for models that read them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,6 @@ def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sho
 
 
 def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
-    from hmdiff.cli.evaluate import test_people
     from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
     from hmdiff.lab.stress import Subject
     from hmdiff.viz.canvas import to_bytes
@@ -195,7 +194,7 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
 def write(found: Stress, person: Shown, stem: Path) -> str:
     """The npz and the png of one person; returns a line about them."""
     from hmdiff.body.skeletons import HALPE26
-    from hmdiff.lab.stress import rank_correlation
+    from hmdiff.evaluate.uncertainty_metrics import rank_correlation
     from hmdiff.viz.canvas import save_picture
     from hmdiff.viz.export import save_npz
     from hmdiff.viz.stress import stress_sheet

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.cli import arguments
+from hmdiff.cli import arguments, show
+from hmdiff.diffusion.guidance import CHOICES
 from hmdiff.errors import UserError
+from hmdiff.names import SPLITS
 
 if TYPE_CHECKING:
     import torch
@@ -19,22 +20,9 @@ if TYPE_CHECKING:
     from hmdiff.lab.sweep import Progress, Setting, Study
     from hmdiff.pipeline import HMDiffPipeline
 
-MODES = ("none", "disrupted", "dat")
-TABLE_WIDTH = 140  # where the output is no terminal
-# How DAT works, beside its mode, strength and threshold, as `hmdiff.diffusion.dat.Guidance`; a test holds them to it.
-CHOICES = {
-    "pairing": ("mean", "paired"),
-    "gap": ("samples", "likelihood"),
-    "gradient": ("denoiser", "estimate"),
-    "projection": ("fit", "camera"),
-    "step": ("line", "score", "gradient"),
-    "decision": ("hypothesis", "image"),
-}
 
 
 def add_people(parser: argparse.ArgumentParser, split: str, people: int) -> None:
-    from hmdiff.cli.evaluate import SPLITS
-
     parser.add_argument(
         "--split", default=split, choices=SPLITS, metavar="SPLIT", help=f"of {', '.join(SPLITS)} (default: %(default)s)"
     )
@@ -81,15 +69,15 @@ def make_guidance(
 
 def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) -> Study:
     """Load the checkpoints; their labels are the pipelines' keys, in order."""
-    from hmdiff.cli.evaluate import labels, model_hash, test_people
+    from hmdiff.cli.splits import test_people
+    from hmdiff.evaluate.store import model_hash
     from hmdiff.files.storage import make_folder
     from hmdiff.lab.sweep import Study
 
     make_folder(folder)
     device = arguments.resolve_device(options.device)
-    pipelines = {
-        label: arguments.load_pipeline(name, device) for name, label in zip(names, labels(list(names)), strict=True)
-    }
+    labels = arguments.labels(list(names))
+    pipelines = {label: arguments.load_pipeline(name, device) for name, label in zip(names, labels, strict=True)}
     hashes = {
         label: model_hash(arguments.checkpoint_folder(name)) for name, label in zip(names, pipelines, strict=True)
     }
@@ -142,7 +130,7 @@ class Teller:
         errors = progress.result["errors"]["pve"]
         found = ", ".join(f"{kind} {errors[kind]['value']:.1f}" for kind in ("mean", "oracle"))
         milliseconds = progress.result["time"]["milliseconds_per_image"]
-        left = "" if progress.done == progress.total else f"; about {duration(progress.seconds_left)} left"
+        left = "" if progress.done == progress.total else f"; about {show.duration(progress.seconds_left)} left"
         print(
             f"[{progress.done}/{progress.total}] {name_of(progress.setting)}: PVE {found} mm, "
             f"{milliseconds:.0f} ms an image{left}", flush=True,
@@ -188,26 +176,3 @@ def guided_as(guidance: dict[str, Any]) -> str:
     last = "" if guidance["last"] == 1 else f", last {guidance['last']:g}"
     form = " (paper's form)" if guidance.get("decision") == "image" else ""
     return f"{guidance['mode']}{form} s {guidance['strength']:g}, R {guidance['threshold']:g}{last}"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "an unknown time"
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH, file=sys.stdout)
-    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

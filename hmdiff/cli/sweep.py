@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.cli import arguments, studies
+from hmdiff.cli import arguments, show, studies
+from hmdiff.diffusion.guidance import MODES
 from hmdiff.errors import UserError
+from hmdiff.names import METRICS, SAMPLERS
 
 if TYPE_CHECKING:
     from hmdiff.lab.sweep import Setting, Study
-
-METRICS = ("pve", "mpjpe", "pa_mpjpe", "pa_pve")  # a test holds them to hmdiff.evaluate.evaluation
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sampler", nargs="+", metavar="NAME",
-        help=f"of {', '.join(arguments.SAMPLERS)} (default: the checkpoint's own)",
+        help=f"of {', '.join(SAMPLERS)} (default: the checkpoint's own)",
     )  # fmt: skip
     parser.add_argument(
         "--num-hypotheses", nargs="+", type=arguments.whole(1), default=[25], metavar="N",
@@ -49,8 +49,8 @@ def add_parser(subparsers: Any) -> None:
         help="ddim's share of fresh noise (default: the checkpoint's own)",
     )  # fmt: skip
     parser.add_argument(
-        "--guidance", nargs="+", choices=studies.MODES, default=["none"], metavar="MODE",
-        help=f"of {', '.join(studies.MODES)} (default: none)",
+        "--guidance", nargs="+", choices=MODES, default=["none"], metavar="MODE",
+        help=f"of {', '.join(MODES)} (default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--strength", nargs="+", type=arguments.number(0), metavar="S", help="of the guidance (default: DAT's own)"
@@ -65,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
     studies.add_guidance(parser)
     studies.add_people(parser, "val", 128)
     parser.add_argument(
-        "--metric", choices=METRICS, default="pve", help="of the table and the plot (default: %(default)s)"
+        "--metric", choices=tuple(METRICS), default="pve", help="of the table and the plot (default: %(default)s)"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/sweep"), metavar="FOLDER", help="(default: %(default)s)"
@@ -126,7 +126,6 @@ def reference_of(study: Study, cells: Sequence[dict[str, Any]]) -> dict[str, Any
 
 
 def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metric: str) -> None:
-    from hmdiff.evaluate.evaluation import METRICS
     from hmdiff.lab.comparison import difference, pareto_front
 
     points = [(cell["time"]["milliseconds_per_image"], cell["errors"][metric]["mean"]["value"]) for cell in cells]
@@ -153,7 +152,7 @@ def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metr
         "ECE", "ms/image", "front",
     )  # fmt: skip
     kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
-    studies.print_table(
+    show.print_table(
         f"{first['split']}: {first['people']} people, mm (95 % interval)",
         [columns[i] for i in kept],
         [[row[i] for i in kept] for row in rows],

@@ -7,8 +7,7 @@ import dataclasses
 from hmdiff.errors import UserError
 
 MODES = ("none", "disrupted", "dat")
-_CHOICES = {
-    "mode": MODES,
+CHOICES = {  # beside the mode; the first is our default
     "pairing": ("mean", "paired"),
     "gap": ("samples", "likelihood"),
     "gradient": ("denoiser", "estimate"),
@@ -38,7 +37,7 @@ class Guidance:
     joint_weights: tuple[float, ...] | None = None  # of the J keypoints, on top of the peaks' heights
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
+        for name, allowed in {"mode": MODES, **CHOICES}.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"guidance {name} {value!r} is not known; choose one of {', '.join(allowed)}")

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,15 +33,14 @@ from hmdiff.evaluate.metrics import (
 )
 from hmdiff.evaluate.plausibility import BodyWatch
 from hmdiff.evaluate.visibility_bands import BandWatch
-from hmdiff.files.storage import atomic_file
 from hmdiff.heatmaps import Crop, Heatmaps
+from hmdiff.names import METRICS
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.guidance import Guidance
 
 ROOT = ("left_hip", "right_hip")
-METRICS = {"pve": "PVE", "mpjpe": "MPJPE", "pa_mpjpe": "PA-MPJPE", "pa_pve": "PA-PVE"}
 KINDS = ("first", "mean", "oracle")  # of every report
 SELECTED = "selected"  # of new ones: the hypothesis chosen without the ground truth
 COUNTS = (1, 5, 10, 25, 100)  # numbers of hypotheses that the literature reports
@@ -324,8 +321,3 @@ def mean_mesh_errors(
 def mean_mesh_error(data: PeopleSource, split: str, people: int) -> float:
     """PVE of the mean mesh, mm: what a model must beat to have learned anything."""
     return mean_mesh_errors(data, split, people)["pve"]["value"]
-
-
-def save_report(report: dict[str, Any], path: str | Path) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")

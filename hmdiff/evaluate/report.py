@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import save_report
 from hmdiff.evaluate.hypothesis_rows import calibration_error, score_hypotheses
 from hmdiff.evaluate.measured import interval
 from hmdiff.evaluate.protocols import Protocol as ScoringProtocol
 from hmdiff.evaluate.published import published_rows
 from hmdiff.evaluate.scored_people import Part
+from hmdiff.evaluate.store import save_report
 from hmdiff.files.reading import read_npz
 from hmdiff.files.storage import atomic_file, make_folder
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import COUNTS, METRICS
+from hmdiff.evaluate.evaluation import COUNTS
 from hmdiff.lab.comparison import UNGUIDED, difference, table_row
 from hmdiff.lab.sweep import Setting
+from hmdiff.names import METRICS
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.guidance import Guidance

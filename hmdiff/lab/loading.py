@@ -5,8 +5,6 @@ What is timed is the record, its picture decoded, the augmented crop and the bat
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -22,6 +20,7 @@ from hmdiff.data.record_crops import read_crop
 from hmdiff.data.shards import PreparedShards, RecordFiles, RecordStore
 from hmdiff.data.transforms import AugmentOptions, crop_map, draw_change
 from hmdiff.errors import UserError
+from hmdiff.train.memory import peak_gigabytes
 
 BATCHES = 40  # that are timed
 WORKERS = (0, 1, 2)
@@ -45,13 +44,7 @@ class Crops(Dataset):
             affine = crop_map(stored.record.center, stored.record.side, change)
             pictures.append(read_crop(stored, affine, self.image_size, change))
         batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-        return batch, peak_memory()
-
-
-def peak_memory() -> float:
-    """Gigabytes of this process at its peak. Pages of memory-mapped files that are in use count too."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        return batch, peak_gigabytes() or 0.0
 
 
 def measure_loading(

@@ -208,15 +208,3 @@ def _error(output: MeshOutput, subject: Subject) -> Tensor:  # (M,) mm
     vertices, keypoints = subject.vertices.to(output.vertices), subject.keypoints.to(output.vertices)
     mean_root = root_of(output.keypoints, HALPE26, ROOT).mean(1)  # linear: the root of the mean is the mean of roots
     return vertex_error(output.mean_vertices, vertices, mean_root, root_of(keypoints, HALPE26, ROOT)).cpu()
-
-
-def rank_correlation(
-    first: Tensor,  # (M,)
-    second: Tensor,  # (M,)
-) -> float:
-    """Spearman's: 1 where both order the places alike. NaN where one of them is constant."""
-    from scipy.stats import spearmanr
-
-    if float(first.max() - first.min()) == 0 or float(second.max() - second.min()) == 0:
-        return float("nan")
-    return float(spearmanr(first.double().numpy(), second.double().numpy()).statistic)

@@ -28,11 +28,11 @@ from hmdiff.evaluate.evaluation import (
     as_heatmaps,
     ask,
     measure,
-    save_report,
     split_batches,
     with_estimate,
 )
 from hmdiff.evaluate.measured import Measured, covered, summary
+from hmdiff.evaluate.store import digest, save_report, stored
 from hmdiff.lab.comparison import UNGUIDED
 from hmdiff.pipeline import HMDiffPipeline
 
@@ -133,17 +133,11 @@ class Study:
         return result
 
     def path(self, setting: Setting) -> Path:
-        digest = hashlib.sha256(json.dumps(self.settings(setting), sort_keys=True).encode()).hexdigest()[:16]
-        return self.folder / f"{setting.model}_{self.split}_{digest}.json"
+        return self.folder / f"{setting.model}_{self.split}_{digest(self.settings(setting), 16)}.json"
 
     def stored(self, setting: Setting) -> dict[str, Any] | None:
         """The cell's result; None where it is not there, or damaged."""
-        try:
-            report: dict[str, Any] = json.loads(self.path(setting).read_text())
-            whole = report["settings"] == self.settings(setting) and {"errors", "values", "time"} <= report.keys()
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            return None
-        return report if whole else None
+        return stored(self.path(setting), self.settings(setting), ("settings", "errors", "values", "time"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,11 +244,11 @@ def cell(
 @functools.cache
 def code_digest() -> str:
     """Of the code that draws people and samples them. Cells of older code are still used, but are told apart by it."""
-    digest, package = hashlib.sha256(), Path(__file__).resolve().parents[1]
+    found, package = hashlib.sha256(), Path(__file__).resolve().parents[1]
     folders = [package / name for name in ("data", "diffusion", "heatmaps", "models")]
     for path in sorted([package / "pipeline.py", *(path for folder in folders for path in folder.rglob("*.py"))]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def timed_calls(

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hmdiff.evaluate.evaluation import METRICS
 from hmdiff.files.storage import atomic_file
 from hmdiff.lab.comparison import UNGUIDED, difference, pareto_front
+from hmdiff.names import METRICS
 
 ECE = "calibration"
 RESOLUTION = 130  # dots an inch

@@ -8,7 +8,6 @@ same noise. A new comparison is a new entry of TRAINED. The rows of D2A-HMR (arX
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from hmdiff.config import Config, load_config
 from hmdiff.errors import UserError
+from hmdiff.evaluate.store import digest
 from hmdiff.files.resources import config_path
 
 MODES = ("diffusion", "direct")
@@ -243,10 +243,6 @@ def essence(config: Config) -> dict[str, Any]:
                 found[f"{name}.{field.name}"] = mine
     result: dict[str, Any] = json.loads(json.dumps(found))
     return result
-
-
-def digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def budget(config: Config) -> dict[str, Any]:

@@ -9,7 +9,6 @@ motion blur.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,17 @@ from hmdiff.build import build_mesh, build_source
 from hmdiff.config import Config, load_config
 from hmdiff.data.motion_blur import Blurred
 from hmdiff.data.sample import PeopleSource, Sample
-from hmdiff.evaluate.evaluation import measure, save_report, split_batches
+from hmdiff.evaluate.evaluation import measure, split_batches
 from hmdiff.evaluate.measured import Measured
+from hmdiff.evaluate.store import digest, save_report
 from hmdiff.evaluate.uncertainty_metrics import uncertainty_correlations
-from hmdiff.lab.trained_ablations import TrainedRow, digest, essence
+from hmdiff.lab.trained_ablations import TrainedRow, essence
 from hmdiff.lab.trained_runs import Run
 from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
 
 FORMAT = 1
+NEEDS = ("settings", "values")  # of a whole cell, see `store.stored`
 _DIGITS = 4
 
 
@@ -56,15 +57,6 @@ class Asked:
 
 def cell_path(folder: Path, settings: dict[str, Any]) -> Path:
     return folder / f"{settings['run']}_s{settings['trained_seed']}_{settings['split']}_{digest(settings)}.json"
-
-
-def stored_cell(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """None where it is not there, or damaged."""
-    try:
-        cell: dict[str, Any] = json.loads(cell_path(folder, settings).read_text())
-        return cell if cell["settings"] == settings and "values" in cell else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def tested_config(config: Config, row: TrainedRow, folder: Path) -> Config:

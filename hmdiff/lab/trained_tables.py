@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import METRICS
 from hmdiff.evaluate.measured import interval
 from hmdiff.evaluate.visibility_bands import BANDS, band_of, ratio_interval
 from hmdiff.lab.trained_ablations import TrainedColumn, TrainedRow, TrainedTable
+from hmdiff.names import METRICS
 
 BandOf = Callable[[Tensor], Tensor]  # visible fractions (P,) -> number of the band (P,)
 Number = dict[str, float]  # value, and perhaps low and high

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hmdiff.body.body import load_body
-from hmdiff.body.mesh import load_mesh
+from hmdiff.body.mesh_cache import load_mesh
 from hmdiff.data.synthetic.people import SyntheticHumans, block_generator
 from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.errors import UserError

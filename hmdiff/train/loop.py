@@ -37,7 +37,8 @@ from hmdiff.data.sample import PeopleSource, Sample, concatenate
 from hmdiff.data.synthetic.people import block_generator
 from hmdiff.diffusion.noising import WEIGHTINGS, draw_steps
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import evaluate, mean_mesh_error, mean_mesh_errors, save_report
+from hmdiff.evaluate.evaluation import evaluate, mean_mesh_error, mean_mesh_errors
+from hmdiff.evaluate.store import save_report
 from hmdiff.files.locks import claim
 from hmdiff.files.storage import atomic_file, make_folder
 from hmdiff.losses.mesh import POINT_LOSSES

@@ -76,7 +76,8 @@ def rasterize(
             from hmdiff.viz.renderer_numba import visible_faces as visible_faces_numba
 
             arrays = [tensor.contiguous().numpy() for tensor in (points, z, faces.long())]
-            drawn: np.ndarray = visible_faces_numba(arrays[0], arrays[1], arrays[2], height, width, cull)  # type: ignore
+            limits = np.float32(NEAR), np.float32(-EDGE_TOLERANCE)
+            drawn = visible_faces_numba(*arrays, height, width, cull, *limits)  # type: ignore[call-arg, arg-type]
             face_index = torch.from_numpy(drawn)
         else:
             face_index = visible_faces(points, z, faces, height, width, cull)

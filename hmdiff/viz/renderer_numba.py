@@ -9,13 +9,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from hmdiff.viz.renderer import EDGE_TOLERANCE as _EDGE_TOLERANCE
-from hmdiff.viz.renderer import NEAR as _NEAR
-
-# As float32, or numba would promote every comparison and sum to float64.
-NEAR = np.float32(_NEAR)
-EDGE = np.float32(-_EDGE_TOLERANCE)
-ONE = np.float32(1.0)
+ONE = np.float32(1.0)  # as float32, or numba would promote every comparison and sum to float64
 
 
 @numba.njit(cache=True, nogil=True)
@@ -26,6 +20,8 @@ def visible_faces(
     height: int,
     width: int,
     cull: bool,
+    near: np.float32,  # metres before which faces are dropped
+    edge: np.float32,  # barycentric coordinates from here on lie inside
 ) -> np.ndarray:  # (B, H, W) int64, -1 where there is nothing
     """The nearest face of every pixel; see `hmdiff.viz.renderer.visible_faces`."""
     batch = points.shape[0]
@@ -36,7 +32,7 @@ def visible_faces(
         for face in range(faces.shape[0]):
             i0, i1, i2 = faces[face, 0], faces[face, 1], faces[face, 2]
             z0, z1, z2 = z[image, i0], z[image, i1], z[image, i2]
-            if not (z0 > NEAR and z1 > NEAR and z2 > NEAR):
+            if not (z0 > near and z1 > near and z2 > near):
                 continue
             x0, y0 = points[image, i0, 0], points[image, i0, 1]
             px1, py1 = points[image, i1, 0], points[image, i1, 1]
@@ -60,7 +56,7 @@ def visible_faces(
                     b1 = (dx * y2 - dy * x2) * scale
                     b2 = (x1 * dy - y1 * dx) * scale
                     b0 = ONE - b1 - b2
-                    if b0 >= EDGE and b1 >= EDGE and b2 >= EDGE:
+                    if b0 >= edge and b1 >= edge and b2 >= edge:
                         depth = ONE / (b0 * w0 + b1 * w1 + b2 * w2)
                         if depth < nearest[row, column]:
                             nearest[row, column] = depth

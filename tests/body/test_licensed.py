@@ -23,7 +23,7 @@ from hmdiff.body.body import Body, load_body
 from hmdiff.body.files import find_body_file, licensed_kind, own_name, read_body_file
 from hmdiff.body.keypoints import LANDMARKS
 from hmdiff.body.licensed import prepare_licensed
-from hmdiff.body.mesh import load_mesh
+from hmdiff.body.mesh_cache import load_mesh
 from hmdiff.body.skeletons import HALPE26, HAND21, SMPL24
 from hmdiff.cli.main import main
 from hmdiff.errors import UserError

@@ -13,16 +13,8 @@ from torch import Tensor
 
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.decimation import MeshHierarchy, decimate, vertex_quadrics
-from hmdiff.body.mesh import (
-    MeshSampler,
-    blend,
-    build_mesh_sampler,
-    fit_upsampling,
-    load_mesh,
-    partition_patches,
-    save_mesh,
-)
-from hmdiff.body.mesh_cache import random_bodies
+from hmdiff.body.mesh import MeshSampler, blend, build_mesh_sampler, fit_upsampling, partition_patches, save_mesh
+from hmdiff.body.mesh_cache import load_mesh, random_bodies
 from hmdiff.body.surface import closest_on_surface, surface_distances
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
@@ -186,7 +178,7 @@ def test_save_and_load_give_the_same_sampler(tmp_path: Path, monkeypatch: pytest
     # The template given is another one, so that only what was stored can give the same vertices.
     body = types.SimpleNamespace(v_template=vertices * torch.tensor([1.0, 3.0, 0.2]), faces=faces)
     assert load_mesh(body, 60).signature != sampler.signature
-    monkeypatch.setattr("hmdiff.body.mesh.asset_path", lambda name: tmp_path / "mesh.npz")
+    monkeypatch.setattr("hmdiff.body.mesh_cache.asset_path", lambda name: tmp_path / "mesh.npz")
     loaded = load_mesh(body, 60)
     assert loaded.signature == sampler.signature
     assert torch.equal(loaded.coarse_faces, sampler.coarse_faces)

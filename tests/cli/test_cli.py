@@ -18,7 +18,7 @@ from small import SMALL, small_pipeline
 
 import hmdiff
 from hmdiff.body.body import load_body
-from hmdiff.cli import arguments, evaluate
+from hmdiff.cli import arguments
 from hmdiff.cli import main as cli
 from hmdiff.cli.main import COMMANDS, build_parser, main
 from hmdiff.cli.outputs import output_names
@@ -91,12 +91,11 @@ def test_every_option_says_its_default() -> None:
                 assert "default:" in (action.help or ""), (parser.prog, action.dest)
 
 
-def test_names_that_are_kept_twice_agree() -> None:
-    from hmdiff.data.synthetic.people import SPLITS
+def test_the_names_of_samplers_are_the_schedulers() -> None:
     from hmdiff.diffusion.schedule import SCHEDULER_NAMES
+    from hmdiff.names import SAMPLERS
 
-    assert set(arguments.SAMPLERS) == set(SCHEDULER_NAMES)
-    assert set(evaluate.SPLITS) == set(SPLITS)
+    assert set(SAMPLERS) == set(SCHEDULER_NAMES)
 
 
 def test_the_package_gives_its_names_when_asked() -> None:
@@ -296,7 +295,7 @@ def test_evaluate_is_not_done_twice(
 
 
 def test_labels_tell_checkpoints_apart() -> None:
-    assert evaluate.labels(["runs/a/pipeline", "b", "runs/b"]) == ["a", "b", "b-2"]
+    assert arguments.labels(["runs/a/pipeline", "b", "runs/b"]) == ["a", "b", "b-2"]
 
 
 def test_train_takes_values_before_and_after_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

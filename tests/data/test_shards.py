@@ -16,10 +16,8 @@ from PIL import Image
 from records import HEIGHT, MARKED, WIDTH, ListReader, draw_photo, make_records, red_place
 
 from hmdiff.cli import main as cli
-from hmdiff.cli.prepare import DATASETS
 from hmdiff.data import prepare as dataset
 from hmdiff.data.prepare import prepare_dataset
-from hmdiff.data.readers import READERS
 from hmdiff.data.record import SHAPES, Record
 from hmdiff.data.record_crops import read_crop
 from hmdiff.data.shards import INDEX, PreparedShards, RecordFiles, ShardWriter
@@ -296,10 +294,6 @@ def test_a_writer_takes_records_one_by_one(tmp_path: Path) -> None:
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------
-
-
-def test_the_command_knows_every_reader() -> None:
-    assert set(DATASETS) == set(READERS)
 
 
 def test_prepare_and_bench_commands(

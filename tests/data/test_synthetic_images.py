@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from hmdiff.body.body import load_body
-from hmdiff.body.mesh import load_mesh
+from hmdiff.body.mesh_cache import load_mesh
 from hmdiff.build import build_data, build_mesh, build_model, build_scheduler
 from hmdiff.config import Config, load_config
 from hmdiff.data.synthetic.people import SyntheticHumans

@@ -25,12 +25,12 @@ from hmdiff.evaluate.evaluation import (
     mean_mesh_errors,
     measure,
     photo_of,
-    save_report,
     split_batches,
     with_estimate,
 )
 from hmdiff.evaluate.measured import calibration_interval
 from hmdiff.evaluate.metrics import coverage, expected_calibration_error, hypothesis_errors
+from hmdiff.evaluate.store import save_report
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 

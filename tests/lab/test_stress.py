@@ -24,7 +24,6 @@ from hmdiff.lab.stress import (
     cover_heatmaps,
     cover_image,
     patch_grid,
-    rank_correlation,
     recover_covered,
     stress,
 )
@@ -144,13 +143,6 @@ def test_a_depth_model_does_not_know_the_depth_under_the_patch() -> None:
     assert not found.hidden.any() and found.moved[0] > 1e-3
     unknown = stress(pipe, subject_of(), place, 0.1, QUICK)  # of a photo: nowhere known, so nothing to cover
     assert unknown.moved[0] < 1e-2 < (unknown.clear.vertices - found.clear.vertices).abs().max() * 1000
-
-
-def test_rank_correlation_is_spearmans() -> None:
-    values = torch.tensor([1.0, 5.0, 2.0, 9.0])
-    assert rank_correlation(values, values**3) == pytest.approx(1)
-    assert rank_correlation(values, -values) == pytest.approx(-1)
-    assert np.isnan(rank_correlation(values, torch.ones(4)))
 
 
 def test_the_map_is_drawn_where_the_patch_was() -> None:

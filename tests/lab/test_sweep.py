@@ -19,19 +19,19 @@ from PIL import Image
 from small import people, small_pipeline
 from torch import Tensor
 
-from hmdiff.cli import studies
 from hmdiff.cli.main import main
-from hmdiff.cli.sweep import METRICS as SWEEP_METRICS
+from hmdiff.cli.show import duration
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
-from hmdiff.diffusion.guidance import _CHOICES, MODES, Guidance
+from hmdiff.diffusion.guidance import CHOICES, MODES, Guidance
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import COUNTS, METRICS, evaluate
+from hmdiff.evaluate.evaluation import COUNTS, evaluate
 from hmdiff.lab import sweep as experiments
 from hmdiff.lab import sweep_plots as plots
 from hmdiff.lab.ablations import ROLES, TABLES, Row, csv_rows, find_table, rows_of, settings_of, texts
 from hmdiff.lab.comparison import difference, pareto_front, save_csv, table_row
 from hmdiff.lab.sweep import Progress, Rates, Setting, Study, resolved, run_cells, work
+from hmdiff.names import METRICS
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 
@@ -432,16 +432,14 @@ def test_an_estimator_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run_cells(dataclasses.replace(here, people_of=lambda pipe: people(False), seed=8), settings)
 
 
-def test_names_that_are_kept_twice_agree() -> None:
-    assert {"mode": studies.MODES, **studies.CHOICES} == _CHOICES
-    assert tuple(METRICS) == SWEEP_METRICS
-    for name, choices in studies.CHOICES.items():
+def test_the_first_choice_of_guidance_is_the_default() -> None:
+    for name, choices in CHOICES.items():
         assert getattr(Guidance(), name) == choices[0]
 
 
 def test_durations() -> None:
     words = {0.2: "1 s", 89: "89 s", 100: "2 min", 5300: "88 min", 5400: "1.5 h", None: "an unknown time"}
-    assert {seconds: studies.duration(seconds) for seconds in words} == words
+    assert {seconds: duration(seconds) for seconds in words} == words
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ from hmdiff.data.label_noise import NoisyLabels
 from hmdiff.data.motion_blur import Blurred, line_kernels, smear
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import evaluate
+from hmdiff.evaluate.store import stored
+from hmdiff.files.locks import try_claim
 from hmdiff.lab import trained_plots as ablation_plots
 from hmdiff.lab.trained_ablations import (
     COSTS,
@@ -39,13 +41,12 @@ from hmdiff.lab.trained_ablations import (
     row_config,
     run_name,
 )
-from hmdiff.lab.trained_cells import Asked, cell_path, compute_cell, stored_cell
+from hmdiff.lab.trained_cells import NEEDS, Asked, cell_path, compute_cell
 from hmdiff.lab.trained_costs import measure_costs
 from hmdiff.lab.trained_runs import (
     Plan,
     Run,
     Trained,
-    _claimed,
     is_done,
     make_plan,
     reached,
@@ -58,6 +59,10 @@ from hmdiff.train import loop as training
 from hmdiff.train.loop import Trainer
 
 # -- the tables as data ------------------------------------------------------------------------------------------------
+
+
+def stored_cell(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    return stored(cell_path(folder, settings), settings, NEEDS)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -228,7 +233,7 @@ def test_another_budget_is_refused(tmp_path: Path) -> None:
 def test_a_run_in_other_hands_is_left_alone(tmp_path: Path) -> None:
     plan, stub = tiny_plan(tmp_path, 1), Stub()
     plan.runs[0].folder.mkdir(parents=True)
-    with _claimed(plan.runs[0].folder) as mine:
+    with try_claim(plan.runs[0].folder, ".ablation_lock") as mine:
         assert mine
         assert train_runs(plan.runs, stub) == [plan.runs[0]]
     assert stub.seen == ["two, seed 0"]
@@ -540,7 +545,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ("depth_rle --list --train", "--list trains nothing: leave --list or --train out"),
         (
             "depth_rle --splits tset",
-            "split 'tset' is not known; choose one of test, test_occluded, test_guessed, test_ood, val, or",
+            "split 'tset' is not known; choose one of test, test_occluded, test_guessed, test_ood, test_postures, val",
         ),
         ("depth_rle --set training.stpes=3", "there is no key 'stpes'; did you mean 'steps'"),
         ("depth_rle --base nowhere.yaml", "nowhere.yaml: no such config"),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.body import load_body
-from hmdiff.body.mesh import load_mesh
+from hmdiff.body.mesh_cache import load_mesh
 from hmdiff.body.skeletons import HALPE26, mirror_permutation
 from hmdiff.cli.main import main
 from hmdiff.data.sample import Sample

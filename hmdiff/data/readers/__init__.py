@@ -10,9 +10,12 @@ import dataclasses
 import difflib
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hmdiff.data.record import Reader
 from hmdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from hmdiff.data.record import Reader
 
 _3DPW = "sequenceFiles/{train,validation,test}/*.pkl and imageFiles/SEQUENCE/image_00000.jpg ..."
 _TABLE = "one or several label files *.npz (also in dataset_extras/), and the images that their imgname is relative to"

@@ -13,14 +13,15 @@ by name.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from hmdiff.body.skeletons import H36M17, SPIN24, SPIN24_H36M17, joint_indices
 from hmdiff.data.readers.boxes import PIXELS_PER_SCALE
+from hmdiff.data.readers.human36m_frames import Frame, frame_of, in_split
+from hmdiff.data.readers.human36m_json import read_annotations
 from hmdiff.data.readers.labels import RowReader
 from hmdiff.data.readers.lens import Lens, pinhole_about
 from hmdiff.data.readers.spin import SpinTable
@@ -29,39 +30,13 @@ from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 from hmdiff.files.unpickling import load_pickle
 
-TRAIN_SUBJECTS, TEST_SUBJECTS = (1, 5, 6, 7, 8), (9, 11)
-P2_CAMERA = "60457274"
-EVERY = 5
-_NAME = re.compile(r"S(\d+)_(.+)\.(\d{8})_(\d{6})\.\w+$")
 _SPIN24_ROWS = joint_indices(SPIN24_H36M17, SPIN24)
 _AGREEMENT = 3.0  # pixels that 3D joints may miss their 2D ones by, for the camera to be thought theirs
-
-
-class Frame(NamedTuple):
-    subject: int
-    action: str
-    camera: str
-    number: int  # from 0
-
-
-def frame_of(image: str) -> Frame | None:
-    """What an image's name says, or None where it is not one of Human3.6M's."""
-    match = _NAME.search(image)
-    return None if match is None else Frame(int(match[1]), match[2], match[3], int(match[4]) - 1)
-
-
-def in_split(split: str, frame: Frame) -> bool:
-    if split == "train":
-        return frame.subject in TRAIN_SUBJECTS
-    chosen = frame.subject in TEST_SUBJECTS and frame.number % EVERY == 0
-    return chosen and (split == "p1" or frame.camera == P2_CAMERA)
 
 
 def read(source: Path, split: str) -> RowReader:
     """Records of p2, p1 or train, from whichever layout the folder has."""
     if list(source.glob("annotations/Human36M_subject*_data.json")):
-        from hmdiff.data.readers.human36m_json import read_annotations
-
         return read_annotations(source, split)
     stem = "train" if split == "train" else "test"
     if found := sorted(source.glob(f"annotation_body3d/fps*/h36m_{stem}.npz")):

@@ -18,7 +18,7 @@ import numpy as np
 
 from hmdiff.body.skeletons import H36M17
 from hmdiff.data.readers.boxes import square_of_points
-from hmdiff.data.readers.human36m import EVERY, P2_CAMERA, TEST_SUBJECTS, TRAIN_SUBJECTS
+from hmdiff.data.readers.human36m_frames import EVERY, P2_CAMERA, TEST_SUBJECTS, TRAIN_SUBJECTS
 from hmdiff.data.readers.labels import RowReader, body_if_there, moved_translation, root_at_rest, turned_root
 from hmdiff.data.readers.tables import read_json, stem_name
 from hmdiff.data.record import Record

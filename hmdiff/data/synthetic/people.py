@@ -31,8 +31,8 @@ from hmdiff.data.synthetic.poses import PoseMixture, sample_orientation
 from hmdiff.data.synthetic.postures import PostureSampler
 from hmdiff.data.synthetic.rendering import MapDrawer, OccluderBoxes, Photographer
 from hmdiff.errors import UserError
+from hmdiff.names import SPLITS
 
-SPLITS = ("test", "test_occluded", "test_guessed", "test_ood", "test_postures", "val")
 # Crop half-sides: how far off a trained network's guess of a hidden joint is (top of corruption.py).
 GUESS = 0.26
 

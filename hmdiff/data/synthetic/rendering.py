@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.body import Body
-from hmdiff.body.mesh import MeshSampler, load_mesh
+from hmdiff.body.mesh import MeshSampler
+from hmdiff.body.mesh_cache import load_mesh
 from hmdiff.data.synthetic.appearance import Wardrobe, compose_rgb
 from hmdiff.data.synthetic.depth_faults import DepthFaults, estimate_depth
 from hmdiff.data.synthetic.depth_scene import compose_depth
