@@ -26,8 +26,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(autouse=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--other-processor"):
+        for item in items:
+            if "processes" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="its own processes round as this processor does"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def processor(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For the whole session: what a module's fixtures computed must agree with what its tests compute."""
     with OtherProcessor() if request.config.getoption("--other-processor") else contextlib.nullcontext():
         yield
 

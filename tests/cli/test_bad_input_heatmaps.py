@@ -155,7 +155,7 @@ def test_ten_thousand_hypotheses(pipe: HMDiffPipeline, monkeypatch: pytest.Monke
         limit = pipeline_module.ROWS_AT_ONCE
         assert max(rows) <= limit and sum(rows) == 10_000
         few, _ = pipe.denoised(conditioning, [0], 5, 1)
-        assert torch.equal(many[:, :5], few)
+        torch.testing.assert_close(many[:, :5], few, rtol=0, atol=1e-4)
         monkeypatch.setattr(pipeline_module, "ROWS_AT_ONCE", 37)
         rows.clear()
         some, _ = pipe.denoised(conditioning, [0], 300, 1)

@@ -249,7 +249,7 @@ def test_a_person_s_heatmaps_do_not_depend_on_the_others(
     for index, box in enumerate(BOXES):
         alone = msra.heatmaps(photo, [box])
         for other in (together[index], in_parts[index]):
-            torch.testing.assert_close(other.values, alone.values, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(other.values, alone.values, rtol=1e-3, atol=5e-4)
             assert torch.equal(other.center, alone.center) and torch.equal(other.side, alone.side)
     assert (together.values[0] - together.values[1]).abs().max() > 1e-3  # the photo matters at all
     assert together.valid[0].nonzero()[:, 0].tolist() == list(range(17))

@@ -554,6 +554,7 @@ def test_faults_of_the_command(tmp_path: Path, prepared: Path, capsys: pytest.Ca
     assert "SMPL's raw output, which synthetic people have not" in fails(*words)
 
 
+@pytest.mark.processes
 def test_two_processes_by_torchrun(tmp_path: Path, prepared: Path) -> None:
     """The command over two gloo processes writes the bytes that one writes."""
     records = make_people()

@@ -308,6 +308,7 @@ def as_if_on_gpus() -> None:
     AcceleratorState.__init__ = init  # type: ignore[method-assign]  # in a process of its own
 
 
+@pytest.mark.processes
 def test_weights_that_are_shared_out_train_and_resume_the_same(tmp_path: Path, quick: None) -> None:
     """configs/accelerate/fsdp.yaml on two processes: the weights of one process, and the same bits after a stop."""
     launcher = yaml.safe_load((Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp.yaml").read_text())
