@@ -209,11 +209,10 @@ class _Checks:
             trainer.folder = Path(wanted)  # only to look into, from here on
             self.trainer, self.result.main_process = trainer, trainer.accelerator.is_main_process
             model = trainer.plain
-            sizes = model.config
             self.result.numbers["parameters"] = parameters(model, False)
             return (
                 f"{parameters(model) / 1e6:.1f} M parameters trained of {parameters(model, False) / 1e6:.1f} M; "
-                f"{sizes.num_coarse // sizes.patch_size} + {sizes.num_joints} tokens; built in "
+                f"{model.num_tokens} tokens; built in "
                 f"{time.perf_counter() - started:.1f} s"
             )
 
