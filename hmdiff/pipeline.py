@@ -44,6 +44,7 @@ from hmdiff.geometry import (
     weak_to_full_camera,
 )
 from hmdiff.heatmaps import Crop, Heatmaps, heatmap_peaks
+from hmdiff.heatmaps.upright import turned_upright
 from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.inputs import check_call, check_camera, check_depth, check_pictures, check_result, check_weights
@@ -128,6 +129,7 @@ class HMDiffPipeline:
         guidance: Guidance | None = None,  # DAT towards `heatmaps`, which an image model may be given for this alone
         depth: Tensor | None = None,  # (B, S, S) of the crops, larger = farther, any scale and shift, NaN = not known
         surface: str = "body",  # of every hypothesis: the nearest body's, or the predicted "vertices" as they are
+        upright: bool = True,  # heatmaps alone: turn the crops of people who lie or are upside down
     ) -> MeshOutput:
         """Recover the people. The same seed gives the same result whatever the batch or the device's number of rows.
 
@@ -138,6 +140,8 @@ class HMDiffPipeline:
         check_weights(next(self.model.parameters()).dtype)
         if surface not in SURFACES:
             raise UserError(f"surface {surface!r} is not known; choose one of {', '.join(SURFACES)}")
+        if upright and heatmaps is not None and self.model.config.inputs == "heatmaps" and depth is None:
+            heatmaps = turned_upright(heatmaps)
         images, values, valid = self._inputs(images, heatmaps)
         depth = self._depth(depth, len(values) if values is not None else len(images))  # type: ignore[arg-type]
         conditioning, camera = self.model.encode(images, values, valid, depth)

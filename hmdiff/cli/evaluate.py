@@ -63,6 +63,9 @@ def add_parser(subparsers: Any) -> None:
         "--surface", choices=("body", "vertices"), default="body",
         help="of every hypothesis: the nearest body's skin, or the predicted vertices (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--as-is", action="store_true", help="keep the crops of people who lie or are upside down (default: turn them)"
+    )
     add_protocol(parser)
     arguments.add_sampling(parser, eta=False)
     arguments.add_guidance(parser, "none")
@@ -156,10 +159,10 @@ def run(options: argparse.Namespace) -> int:
                 "num_hypotheses": options.num_hypotheses,
                 "num_inference_steps": options.steps or pipeline.num_inference_steps,
                 "sampler": options.sampler or "as saved", "seed": options.seed,
-                "guided_by": guided, "surface": options.surface,
+                "guided_by": guided, "surface": options.surface, "upright": not options.as_is,
                 "temperature": pipeline.temperature(options.steps, options.sampler, None, guidance),
             }  # fmt: skip
-            raw = "" if options.surface == "body" else "_vertices"
+            raw = ("" if options.surface == "body" else "_vertices") + ("_as_is" if options.as_is else "")
             path = folder / f"{label}_{split}{suffix(guided)}{raw}.json"
             found = stored(path, settings)
             if found is None or (options.bands and "bands" not in found):
@@ -170,7 +173,7 @@ def run(options: argparse.Namespace) -> int:
                     found = evaluate(
                         pipeline, people, split, options.people, options.num_hypotheses, options.steps,
                         options.seed, options.sampler, update, guidance=guidance, bands=options.bands,
-                        surface=options.surface,
+                        surface=options.surface, upright=not options.as_is,
                     ) | settings  # fmt: skip
                 save_report(found, path)
             reports.append(found)

@@ -74,6 +74,7 @@ def measure(
     batch: int | None = None,  # people a call, at most; None: as the samples come
     observe: Callable[[Sample, MeshOutput], None] | None = None,  # shown every call's people and hypotheses
     surface: str = "body",  # of the hypotheses, as the pipeline's
+    upright: bool = True,  # as the pipeline's
 ) -> dict[int, Measured]:  # by count
     """The errors of every person. Hypotheses, guided ones too, are nested by seed: one run serves several counts."""
     counts = sorted(set(counts))
@@ -85,7 +86,8 @@ def measure(
         heatmaps = as_heatmaps(sample)
         started = clock()
         output = ask(
-            pipeline, sample, heatmaps, counts[-1], num_inference_steps, seed, scheduler, eta, guidance, surface
+            pipeline, sample, heatmaps, counts[-1], num_inference_steps, seed, scheduler, eta, guidance, surface,
+            upright,
         )  # fmt: skip
         calls.append((len(output.vertices), clock() - started))
         assert output.keypoints is not None and sample.keypoints_3d is not None and sample.vertices is not None
@@ -133,9 +135,12 @@ def ask(
     eta: float | None = None,
     guidance: Guidance | None = None,
     surface: str = "body",
+    upright: bool = True,
 ) -> MeshOutput:
     """One call of the pipeline; people are numbered by their place in the split. Returns when the device is done."""
     options: dict[str, Any] = photo_of(sample) | depth_of(pipeline, sample) | {"surface": surface}
+    if not upright:
+        options["upright"] = False
     if eta is not None:
         options["eta"] = eta
     if guidance is not None:
@@ -202,6 +207,7 @@ def evaluate(
     estimate: Callable[[Tensor], Tensor] | None = None,  # a pose estimator in place of the split's own heatmaps
     bands: bool = False,  # also report["bands"], see `evaluate.visibility_bands`; the data needs pictures or maps
     surface: str = "body",  # of the hypotheses: the nearest bodies', or the predicted "vertices"
+    upright: bool = True,  # turn the crops of people who lie or are upside down
 ) -> dict[str, Any]:
     """Errors with 95 % bootstrap intervals over people: report["errors"][metric][kind] = {value, low, high} in mm.
 
@@ -221,7 +227,7 @@ def evaluate(
 
     measured = measure(
         pipeline, samples, (num_hypotheses,), num_inference_steps, seed, scheduler, eta, guidance, progress,
-        observe=observe, surface=surface,
+        observe=observe, surface=surface, upright=upright,
     )[num_hypotheses]  # fmt: skip
     return {
         "split": split,
@@ -231,6 +237,7 @@ def evaluate(
         "sampler": scheduler or "as saved",
         "seed": seed,
         "surface": surface,
+        "upright": upright,
         "protocol": "J14 regressed from the mesh, root mid-hip, mm",
         **summary(
             measured, pipeline.model.config.mode == "diffusion",
