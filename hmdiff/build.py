@@ -191,7 +191,7 @@ def _recorded(
     return RecordedPeople(
         store, body, mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, _picture_size(config),
         _augment(config), _faults(config), entry.get("heatmaps", heatmaps),
-        bool(entry.get("same_body", False)), numbers,
+        bool(entry.get("same_body", False)), numbers, _map_size(config),
     )  # fmt: skip
 
 

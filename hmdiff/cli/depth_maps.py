@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,3 +115,34 @@ def _map_of(photo: PhotoPeople, estimator: Any, file: Path | None, disparity: bo
     if path is None:
         return None, "no depth"
     return read_depth(path, photo.size, "disparity" if disparity else "depth"), f"depth of {path}"
+
+
+def photo_depth(
+    source: str | None,  # "files" beside the photos, a folder, or estimator:MODEL; None: no depth
+    gives: str = "depth",  # of files: or "disparity"
+) -> Callable[[Any, Path], Any] | None:  # of pixels (H, W, 3) uint8 and path to (h, w), larger = farther; None: no map
+    """What `hmdiff prepare DATASET --depth` takes a photo's depth from. Raises `UserError` for no such source."""
+    if source is None:
+        return None
+    import torch
+
+    from hmdiff.estimators.depth_sources import SUFFIXES, beside, read_depth
+
+    if source.startswith(ESTIMATOR):
+        from hmdiff.estimators.depth_network import EstimatedDepth
+
+        network = EstimatedDepth(source.removeprefix(ESTIMATOR))
+
+        def estimated(pixels: Any, path: Path) -> Any:
+            return network(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0].numpy()
+
+        return estimated
+    if source != "files" and not Path(source).is_dir():
+        raise UserError(f"--depth {source}: no such folder; give one, 'files' (beside the photos) or estimator:MODEL")
+
+    def read(pixels: Any, path: Path) -> Any:
+        places = [Path(source) / f"{path.stem}{suffix}" for suffix in SUFFIXES]
+        found = beside(path) if source == "files" else next((place for place in places if place.is_file()), None)
+        return None if found is None else read_depth(found, (pixels.shape[1], pixels.shape[0]), gives).numpy()
+
+    return read

@@ -10,6 +10,7 @@ from typing import Any
 
 from hmdiff.cli import arguments
 from hmdiff.data.readers import READERS
+from hmdiff.errors import UserError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -119,6 +120,18 @@ def _add_dataset(parts: Any, name: str) -> None:
     dataset.add_argument(
         "--workers", type=arguments.whole(1), default=2, help="threads that read photos (default: %(default)s)"
     )
+    dataset.add_argument(
+        "--depth", metavar="SOURCE",
+        help="keep depth maps for D2A-HMR: 'files' beside the photos (NAME_depth.npz, .npy or .png), a folder of "
+        "STEM.npz, .npy or .png, or estimator:MODEL, a network of transformers by name or folder (default: none)",
+    )  # fmt: skip
+    dataset.add_argument(
+        "--disparity", action="store_true", help="the files of --depth are larger where it is nearer (default: farther)"
+    )
+    dataset.add_argument(
+        "--no-masks", dest="masks", action="store_false",
+        help="leave out the data set's own masks, which are D2A-HMR's silhouettes (default: kept where there are some)",
+    )  # fmt: skip
     dataset.set_defaults(run=_run(_dataset))
 
 
@@ -184,15 +197,20 @@ def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _dataset(options: argparse.Namespace) -> Mapping[str, Any]:
+    from hmdiff.cli.depth_maps import photo_depth
     from hmdiff.data.prepare import prepare_dataset
     from hmdiff.data.readers import open_reader
 
+    gives = "disparity" if options.disparity else "depth"
+    if options.disparity and options.depth is None:
+        raise UserError("--disparity says what the maps of --depth are, and none is given; add --depth SOURCE")
     reader = open_reader(options.what, options.source, options.split)
     for line in reader.summary:
         print(f"  {line}", flush=True)
     return prepare_dataset(
         reader, options.output, options.margin, options.resolution, options.quality, options.shard_records,
-        options.workers, options.what, options.source, options.split or "",
+        options.workers, options.what, options.source, options.split or "", photo_depth(options.depth, gives),
+        "" if options.depth is None else f"{options.depth} ({gives})", options.masks,
     )  # fmt: skip
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from hmdiff.data.person_maps import encode_depth, encode_mask, read_mask
 from hmdiff.data.record import Reader, Record
 from hmdiff.data.shards import PreparedShards, ShardWriter
 from hmdiff.errors import UserError
@@ -39,6 +41,12 @@ class Kept(NamedTuple):
 
     picture: bytes | None  # None: the record has no photo
     region: tuple[float, float, float, float] | None  # x0, y0, x1, y1 photo pixels
+    depth: bytes | None = None
+    mask: bytes | None = None
+
+
+# Of the pixels (H, W, 3) of a photo and where it lies: its depth (h, w), larger = farther, NaN = not known; None: none.
+DepthOf = Callable[[np.ndarray, Path], np.ndarray | None]
 
 
 def prepare_dataset(
@@ -52,6 +60,9 @@ def prepare_dataset(
     name: str = "",  # of `hmdiff.data.readers.READERS`, kept in the index with the next two
     source: str | Path = "",  # the folder that the reader reads
     split: str = "",
+    depth: DepthOf | None = None,  # D2A-HMR's pseudo-depth
+    depth_name: str = "",  # where it comes from, kept in the index
+    masks: bool = True,  # keep the data set's own masks, where it has some
 ) -> dict[str, Any]:
     """Write every record of a reader. Killed at any moment, the same call goes on after the last whole shard.
 
@@ -64,14 +75,19 @@ def prepare_dataset(
         "reader": name or reader.name, "source": str(Path(source).absolute()) if source else "", "split": split,
         "margin": margin, "resolution": resolution, "quality": quality,
     }  # fmt: skip
+    if depth_name or not masks:  # folders begun before there were maps go on
+        settings |= {"depth": depth_name, "masks": masks}
     writer = ShardWriter(folder, settings, shard_records)
+    maps: dict[str, int] = {}
     promised = reader.count()
     resumed = writer.records
     if promised == 0:
         raise UserError(f"{source or reader.name}: no record in it; check the folder and the split")
     if not writer.complete:
-        _write(reader, writer, promised, margin, resolution, quality, workers)
+        counts = _write(reader, writer, promised, _Cutter(margin, resolution, quality, depth, masks), workers)
         writer.finish({"summary": list(reader.summary)})
+        asked = {"depth": depth is not None, "masks": False}
+        maps = {f"with {what}, of those new": count for what, count in counts.items() if count or asked[what]}
     prepared = PreparedShards(folder)
     if len(prepared) != promised:
         raise UserError(f"{folder}: {len(prepared)} records are prepared, the source has {promised}; remove the folder")
@@ -82,18 +98,20 @@ def prepare_dataset(
     return {
         "records": promised, "of them there already": resumed, "groups": len(prepared.index["groups"]),
         "shards": len(prepared.index["shards"]), "megabytes": size / 1e6, "kilobytes a record": size / 1e3 / promised,
-        "records a second": (promised - resumed) / seconds,
+        "records a second": (promised - resumed) / seconds, **maps,
     }  # fmt: skip
 
 
-def _write(
-    reader: Reader, writer: ShardWriter, promised: int, margin: float, resolution: int, quality: int, workers: int
-) -> None:
+def _write(reader: Reader, writer: ShardWriter, promised: int, cutter: _Cutter, workers: int) -> dict[str, int]:
+    """How many have depth, and a mask."""
+    counts = {"depth": 0, "masks": 0}
     with tqdm(total=promised, initial=writer.records, desc=reader.name, unit="record") as bar:
-        remaining = _remaining(reader, writer)
-        for record, kept in _encoded(remaining, margin, resolution, quality, workers):
-            writer.add(record, kept.picture, kept.region)
+        for record, kept in _encoded(_remaining(reader, writer), cutter, workers):
+            writer.add(record, *kept)
+            counts["depth"] += kept.depth is not None
+            counts["masks"] += kept.mask is not None
             bar.update(1)
+    return counts
 
 
 def _remaining(reader: Reader, writer: ShardWriter) -> Iterator[Record]:
@@ -114,16 +132,14 @@ def _remaining(reader: Reader, writer: ShardWriter) -> Iterator[Record]:
         raise UserError(f"{reader.name}: {number + 1} records found, {reader.count()} promised; its files disagree")
 
 
-def _encoded(
-    records: Iterable[Record], margin: float, resolution: int, quality: int, workers: int
-) -> Iterator[tuple[Record, Kept]]:
+def _encoded(records: Iterable[Record], cutter: _Cutter, workers: int) -> Iterator[tuple[Record, Kept]]:
     """In order, a few at once: PIL and OpenCV let go of Python's lock."""
     read = lru_cache(maxsize=2 * workers)(_read_photo)  # people of one photo follow each other
     waiting: deque[tuple[Record, Future[Kept]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for record in records:
-                waiting.append((record, pool.submit(_keep, record, read, margin, resolution, quality)))
+                waiting.append((record, pool.submit(cutter, record, read)))
                 if len(waiting) > 4 * workers:
                     first, future = waiting.popleft()
                     yield first, future.result()
@@ -150,32 +166,67 @@ def _read_photo(path: Path) -> _Photo:
         return _Photo(pixels, original, opened.format == "JPEG" and opened.mode == "RGB")
 
 
-def _keep(record: Record, read: Any, margin: float, resolution: int, quality: int) -> Kept:
-    if record.image is None:
-        return Kept(None, None)
-    try:
-        photo = read(record.image)
-    except UserError as error:
-        raise record.error(f"its image cannot be read ({error})") from None
-    height, width = photo.pixels.shape[:2]
-    half = margin * record.side / 2
-    x0, y0 = (max(0, math.floor(place - half)) for place in record.center.tolist())
-    x1, y1 = (
-        min(end, math.ceil(place + half)) for place, end in zip(record.center.tolist(), (width, height), strict=True)
-    )
-    if x1 - x0 < 2 or y1 - y0 < 2:
-        raise record.error(
-            f"its crop, centre ({record.center[0]:.0f}, {record.center[1]:.0f}) and side {record.side:.0f}, lies "
-            f"outside the {width} x {height} photo {record.image}; mend its box"
+class _Cutter:
+    """What is kept of a photo for one of its people."""
+
+    def __init__(self, margin: float, resolution: int, quality: int, depth: DepthOf | None, masks: bool) -> None:
+        self.margin, self.resolution, self.quality, self.masks = margin, resolution, quality, masks
+        self.depth, self._lock = depth, threading.Lock()
+        self._last: tuple[Path, np.ndarray | None] | None = None  # people of one photo follow each other
+
+    def __call__(self, record: Record, read: Any) -> Kept:
+        if record.image is None:
+            return Kept(None, None)
+        try:
+            photo = read(record.image)
+        except UserError as error:
+            raise record.error(f"its image cannot be read ({error})") from None
+        height, width = photo.pixels.shape[:2]
+        half = self.margin * record.side / 2
+        x0, y0 = (max(0, math.floor(place - half)) for place in record.center.tolist())
+        x1, y1 = (
+            min(end, math.ceil(place + half))
+            for place, end in zip(record.center.tolist(), (width, height), strict=True)
         )
-    region = (float(x0), float(y0), float(x1), float(y1))
-    scale = min(1.0, resolution / record.side)
-    if scale == 1 and region == (0, 0, width, height) and photo.is_jpg:
-        return Kept(photo.original, region)
-    part = photo.pixels[y0:y1, x0:x1]
-    if scale < 1:
+        if x1 - x0 < 2 or y1 - y0 < 2:
+            raise record.error(
+                f"its crop, centre ({record.center[0]:.0f}, {record.center[1]:.0f}) and side {record.side:.0f}, lies "
+                f"outside the {width} x {height} photo {record.image}; mend its box"
+            )
+        region = (float(x0), float(y0), float(x1), float(y1))
+        scale = min(1.0, self.resolution / record.side)
         size = (max(2, round((x1 - x0) * scale)), max(2, round((y1 - y0) * scale)))
-        part = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
-    encoded, data = cv2.imencode(".jpg", cv2.cvtColor(part, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    assert encoded
-    return Kept(data.tobytes(), region)
+        return Kept(self._picture(photo, region, scale, size), region, *self._maps(record, photo, region, size))
+
+    def _picture(
+        self, photo: _Photo, region: tuple[float, float, float, float], scale: float, size: tuple[int, int]
+    ) -> bytes:
+        height, width = photo.pixels.shape[:2]
+        if scale == 1 and region == (0, 0, width, height) and photo.is_jpg:
+            return photo.original
+        x0, y0, x1, y1 = (int(value) for value in region)
+        part = photo.pixels[y0:y1, x0:x1]
+        if scale < 1:
+            part = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
+        options = [cv2.IMWRITE_JPEG_QUALITY, self.quality]
+        encoded, data = cv2.imencode(".jpg", cv2.cvtColor(part, cv2.COLOR_RGB2BGR), options)
+        assert encoded
+        return data.tobytes()
+
+    def _maps(
+        self, record: Record, photo: _Photo, region: tuple[float, float, float, float], size: tuple[int, int]
+    ) -> tuple[bytes | None, bytes | None]:  # depth, mask
+        height, width = photo.pixels.shape[:2]
+        size = (max(2, size[0] // 2), max(2, size[1] // 2))  # a model reads them at a third of a picture's size
+        mask = None
+        if self.masks and record.mask is not None:
+            mask = encode_mask(read_mask(record.mask, (width, height), record.source), (width, height), region, size)
+        depth = None if self.depth is None else self._depth_of(record, photo)
+        return None if depth is None else encode_depth(depth, (width, height), region, size), mask
+
+    def _depth_of(self, record: Record, photo: _Photo) -> np.ndarray | None:
+        assert record.image is not None and self.depth is not None
+        with self._lock:  # a network is one at a time
+            if self._last is None or self._last[0] != record.image:
+                self._last = (record.image, self.depth(photo.pixels, record.image))
+            return self._last[1]

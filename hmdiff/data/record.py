@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class Record:
     keypoints_2d_confidence: np.ndarray | None = None  # (P,) 0..1, 0 = not labelled; None: all 1
     keypoint_names: tuple[str, ...] = ()  # P
     intrinsics: np.ndarray | None = None  # (3, 3) of the photo's camera
+    mask: Any = None  # its own: COCO's polygons or RLE, or a picture's path; not in prepared records
 
     def check(self) -> Record:
         """The record itself, when everything in it is possible. Raises `UserError` naming `source` and the field."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from hmdiff.body.body import Body
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.labelled_bodies import LabelledBodies, PosedBodies
+from hmdiff.data.person_maps import crop_depth, crop_mask, map_fields
 from hmdiff.data.record import Record
 from hmdiff.data.record_crops import by_name, read_crop, read_heatmaps
 from hmdiff.data.sample import Sample
@@ -58,6 +59,8 @@ class _Person:
     image: np.ndarray | None  # (S, S, 3) uint8 RGB
     points: np.ndarray  # (J, 2) crop coordinates
     confidence: np.ndarray  # (J,) 0..1, 0 = not labelled
+    depth: np.ndarray | None = None  # (s, s) NaN = not known; None: none is stored, or none is read
+    mask: np.ndarray | None = None  # (s, s) 0..1
 
 
 class RecordedPeople:
@@ -82,8 +85,9 @@ class RecordedPeople:
         heatmaps: str | Path = "faults",  # "faults", "labels" (as they are), "none", or a folder of NAME.npz
         same_body: bool = False,  # see LabelledBodies
         numbers: np.ndarray | None = None,  # (N,) which records of the store; None: all
+        map_size: int | None = None,  # s of depth maps and silhouettes; None: none are read
     ) -> None:
-        self.store, self.body = store, body
+        self.store, self.body, self.map_size = store, body, map_size
         self.block_size, self.seed, self.full_mesh, self.image_size = block_size, seed, full_mesh, image_size
         self.augment, self.faults = augment or AugmentOptions(), faults or EstimatorFaults()
         self._front = FrontDrawer(self.augment)
@@ -158,7 +162,13 @@ class RecordedPeople:
             record.keypoints_2d, record.keypoints_2d_confidence, record.keypoint_names, self.names, 2
         )
         points = mirrored(map_points(points, affine), self.names, change)
-        return _Person(record, change, affine, image, points, mirrored(confidence, self.names, change))
+        depth = mask = None
+        if self.map_size is not None:
+            region = stored.region or (0.0, 0.0, 1.0, 1.0)
+            depth = None if stored.depth is None else crop_depth(stored.depth, region, affine, self.map_size)
+            mask = None if stored.mask is None else crop_mask(stored.mask, region, affine, self.map_size)
+        confidence = mirrored(confidence, self.names, change)
+        return _Person(record, change, affine, image, points, confidence, depth, mask)
 
     # -- a block -----------------------------------------------------------------------------------------------------
 
@@ -206,6 +216,8 @@ class RecordedPeople:
             fields["image"] = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
             if front is not None:
                 fields["image"] = front.paint(fields["image"])
+        if self.map_size is not None:
+            fields |= map_fields([p.depth for p in people], [p.mask for p in people], self.map_size)
         if self.heatmaps != "none" and self.names == HALPE26:
             fields["heatmaps"], fields["heatmap_valid"] = self._heatmaps(people, fields, generator, covered)
         return Sample(index=index, **fields)

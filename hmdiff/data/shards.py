@@ -39,7 +39,10 @@ _SCHEMA = pa.schema([
     *((field, pa.list_(pa.float64() if field == "center" else pa.float32())) for field in SHAPES),
     ("picture", pa.large_binary()),
     ("region", pa.list_(pa.float64())),
+    ("depth", pa.large_binary()),
+    ("mask", pa.large_binary()),
 ])  # fmt: skip
+_BEFORE_MAPS = pa.schema(list(_SCHEMA)[:-2])  # of folders prepared before depth and masks were kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Stored:
     record: Record
     picture: np.ndarray | None  # bytes of a jpg or png, or None
     region: tuple[float, float, float, float] | None  # x0, y0, x1, y1 photo pixels that it shows; None: the whole photo
+    depth: np.ndarray | None = None  # bytes of `person_maps.encode_depth`, of the same region
+    mask: np.ndarray | None = None  # bytes of `person_maps.encode_mask`
 
 
 class RecordStore(Protocol):
@@ -133,6 +138,8 @@ class ShardWriter:
         record: Record,
         picture: bytes | None,
         region: tuple[float, float, float, float] | None,
+        depth: bytes | None = None,
+        mask: bytes | None = None,
     ) -> None:
         """Take one more record; a full shard is written at once."""
         row: dict[str, Any] = {
@@ -140,6 +147,8 @@ class ShardWriter:
             "side": float(record.side),
             "picture": picture,
             "region": region,
+            "depth": depth,
+            "mask": mask,
         }
         for field in SHAPES:
             value = getattr(record, field)
@@ -263,7 +272,7 @@ class PreparedShards:
             except (OSError, MemoryError, pa.ArrowException) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{path}: a damaged shard ({reason}); prepare the data set again") from None
-            if not batch.schema.equals(_SCHEMA):
+            if not (batch.schema.equals(_SCHEMA) or batch.schema.equals(_BEFORE_MAPS)):
                 raise UserError(f"{path}: its columns are not this version's; prepare the data set again")
             if batch.num_rows != about["records"]:
                 raise UserError(f"{path}: {batch.num_rows} records, {INDEX} says {about['records']}; prepare it again")
@@ -281,15 +290,22 @@ def _stored(batch: pa.RecordBatch, row: int) -> Stored:
     if arrays["joints_3d_valid"] is not None:
         arrays["joints_3d_valid"] = arrays["joints_3d_valid"] > 0
     names: dict[str, Any] = {field: tuple(batch.column(field)[row].as_py()) for field in _NAMES}
-    picture, region = batch.column("picture")[row], batch.column("region")[row].as_py()
-    pixels = None
-    if picture.is_valid:
-        pixels = np.frombuffer(picture.as_buffer(), np.uint8)
-        pixels.flags.writeable = False  # it is the file's own page
+    region = batch.column("region")[row].as_py()
+    kept = [
+        _bytes(batch.column(name)[row]) if name in batch.schema.names else None for name in ("picture", "depth", "mask")
+    ]
     record = Record(side=batch.column("side")[row].as_py(), **words, **names, **arrays).check()
     if region is not None and not (len(region) == 4 and np.isfinite(region).all()):
         raise ValueError(f"a region of {region}")
-    return Stored(record, pixels, None if region is None else tuple(region))
+    return Stored(record, kept[0], None if region is None else tuple(region), *kept[1:])
+
+
+def _bytes(value: pa.LargeBinaryScalar) -> np.ndarray | None:
+    if not value.is_valid:
+        return None
+    content = np.frombuffer(value.as_buffer(), np.uint8)
+    content.flags.writeable = False  # it is the file's own page
+    return content
 
 
 def _row_checksum(batch: pa.RecordBatch, row: int) -> int:

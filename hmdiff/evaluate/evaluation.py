@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -288,9 +289,15 @@ def depth_of(pipeline: HMDiffPipeline, sample: Sample) -> dict[str, Any]:
     """The depth maps, for a pipeline that reads them; NaN all over where the data has none."""
     if not pipeline.model.config.depth_map:
         return {}
-    if sample.depth_input is not None:
+    if sample.depth_input is not None and sample.depth_input.isfinite().any():
         return {"depth": sample.depth_input}
+    _say_once("people without a depth map: scored without the depth path, so this is no figure of D2A-HMR")
     return {"depth": torch.full((len(sample), 2, 2), float("nan"))}
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 @functools.lru_cache(maxsize=4)

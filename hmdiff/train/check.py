@@ -90,6 +90,7 @@ class _Checks:
         self.trainer: Trainer | None = None
         self.sources_fine = self.splits_fine = False
         self.batches: list[Any] = []
+        self.unmoved: set[str] = set()
 
     def _check(self, name: str, action: Callable[[], str | tuple[str, str]], ready: bool = True) -> bool:
         """One line. The action gives what it found, after a state where that is not FINE; True if nothing is wrong."""
@@ -289,6 +290,7 @@ class _Checks:
     def step(self) -> None:
         fine = self._check("step", self._steps, bool(self.batches))
         if fine:
+            self._check("gradients", self._gradients)
             self._check("memory", self._memory)
             self._check("balance", self._balance)
 
@@ -299,6 +301,8 @@ class _Checks:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         batches, times, loss = itertools.cycle(self.batches), [], float("nan")
+        self.unmoved = set(dict(_trained(trainer)))
+        hooks = [parameter.register_hook(self._moves(name)) for name, parameter in _trained(trainer)]
         try:
             for _ in range(1 + _TIMED_STEPS):
                 started = time.perf_counter()
@@ -313,6 +317,9 @@ class _Checks:
                 f"{device}: not enough memory for {values.batch_size} people a process; lower training.batch_size and "
                 "raise training.gradient_accumulation, or give training.gradient_checkpointing=true"
             ) from None
+        finally:
+            for hook in hooks:
+                hook.remove()
         seconds = min(times[1:] or times)
         people = values.batch_size * values.gradient_accumulation * trainer.accelerator.num_processes
         self.result.numbers |= {"step_seconds": seconds, "people_a_step": people, "loss": loss}
@@ -320,6 +327,34 @@ class _Checks:
         return (
             f"{people} people x {self.config.loss.noise_levels} noise levels: {seconds:.2f} s (the first "
             f"{times[0]:.2f} s){compiled}; loss {loss:.4f}"
+        )
+
+    def _moves(self, name: str) -> Callable[[torch.Tensor], None]:
+        def look(gradient: torch.Tensor) -> None:
+            if name in self.unmoved and bool((gradient != 0).any()):
+                self.unmoved.discard(name)
+
+        return look
+
+    def _gradients(self) -> str | tuple[str, str]:
+        """Does every parameter of every part that is on learn from this data? Those that do not, by part."""
+        assert self.trainer is not None
+        names = [name for name, _ in _trained(self.trainer)]
+        self.result.numbers["without_gradient"] = len(self.unmoved)
+        if not self.unmoved:
+            return f"all {len(names)} parameters get one"
+        parts: dict[str, list[str]] = {}
+        for name in names:
+            parts.setdefault(name.split(".")[0], []).append(name)
+        words = []
+        for part, own in parts.items():
+            still = [name for name in own if name in self.unmoved]
+            if still:
+                some = "" if len(still) == len(own) else f" ({still[0]}{', ...' if len(still) > 1 else ''})"
+                words.append(f"{part}: {len(still)} of {len(own)}{some}")
+        return CAREFUL, (
+            f"{len(self.unmoved)} of {len(names)} parameters get none from this data in {1 + _TIMED_STEPS} steps: "
+            + "; ".join(words)
         )
 
     def _memory(self) -> str | tuple[str, str]:
@@ -402,6 +437,10 @@ class _Checks:
             return text
 
         self._check("whole run", add, "seconds_a_step" in self.result.numbers)
+
+
+def _trained(trainer: Trainer) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, value) for name, value in trainer.plain.named_parameters() if value.requires_grad]
 
 
 def _held(source: PeopleSource) -> int | None:

@@ -47,6 +47,7 @@ from hmdiff.models.masking import draw_hidden
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train import checkpoint
+from hmdiff.train.maps import check_maps
 from hmdiff.train.optimizer import OPTIMIZERS, SCHEDULES, build_optimizer, rate_share
 from hmdiff.train.sharding import fill, shared_out, whole
 from hmdiff.train.step import Draws, TrainingStep, keypoint_map, used_by_no_loss
@@ -125,6 +126,8 @@ class Trainer:
         # A GPU draws its own people, ahead of the step: its queue runs on while the next batch is asked for.
         drawn_on = device if device.type == "cuda" and not config.data.workers else torch.device("cpu")
         data = build_source(config, body, mesh, device=drawn_on)
+        for line in check_maps(config, data):
+            self.accelerator.print(line)
         self.stream = TrainingStream(
             data, config, self.accelerator.process_index, self.accelerator.num_processes, self.plain
         )

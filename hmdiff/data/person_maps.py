@@ -1,0 +1,177 @@
+"""A person's depth map and mask, as they are stored with a record, and cut to a crop as its picture is.
+
+D2A-HMR (arXiv 2403.09063) reads a pseudo-depth and learns a silhouette. A map is kept of the same part of the photo as
+the picture. Depth is a 16-bit png, 0 = not known, its own range over 1..65535: its unit and origin are gone, which the
+model does not read either. A mask is an 8-bit png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.data.transforms import crop_picture
+from hmdiff.errors import UserError
+from hmdiff.files.images import open_image
+
+Region = tuple[float, float, float, float]  # x0, y0, x1, y1 photo pixels
+
+
+def encode_depth(
+    depth: np.ndarray,  # (h, w) of the whole photo, larger = farther, NaN or infinite = not known
+    photo_size: tuple[int, int],  # width, height
+    region: Region,
+    size: tuple[int, int],  # width, height of what is stored
+) -> bytes | None:  # None: nothing is known in the region
+    """The region of a depth map, as a png."""
+    known = np.isfinite(depth)
+    middle = np.median(depth[known]) if known.any() else 0.0
+    layers = np.stack([np.where(known, depth - middle, 0), known], -1).astype(np.float32)
+    layers = _cut(layers, photo_size, region, size)
+    there = layers[..., 1] >= 0.5
+    if not there.any():
+        return None
+    values = layers[..., 0] / np.maximum(layers[..., 1], 1e-6)
+    low, high = values[there].min(), values[there].max()
+    scaled = 1 + (values - low) * (65534 / max(high - low, 1e-12))
+    return _png(np.where(there, scaled.round().clip(1, 65535), 0).astype(np.uint16))
+
+
+def encode_mask(
+    mask: np.ndarray,  # (h, w) bool of the whole photo
+    photo_size: tuple[int, int],
+    region: Region,
+    size: tuple[int, int],
+) -> bytes:
+    """The region of a mask, as a png of the covered share of each pixel."""
+    return _png((255 * _cut(mask.astype(np.float32), photo_size, region, size)).round().astype(np.uint8))
+
+
+def crop_depth(
+    stored: np.ndarray,  # bytes of `encode_depth`
+    region: Region,
+    affine: np.ndarray,  # (2, 3) photo pixels to crop coordinates, turned and mirrored with the picture
+    size: int,  # S
+) -> np.ndarray:  # (S, S) float32, NaN = not known
+    values = _decoded(stored).astype(np.float32)
+    known = values > 0
+    layers = np.stack([values, known], -1).astype(np.float32)
+    found = crop_picture(layers, region, affine, size)
+    return np.where(found[..., 1] >= 0.5, found[..., 0] / np.maximum(found[..., 1], 1e-6), np.nan).astype(np.float32)
+
+
+def crop_mask(
+    stored: np.ndarray,  # bytes of `encode_mask`
+    region: Region,
+    affine: np.ndarray,
+    size: int,
+) -> np.ndarray:  # (S, S) float32, 0..1
+    return crop_picture(_decoded(stored).astype(np.float32) / 255, region, affine, size).clip(0, 1)
+
+
+def map_fields(
+    depths: Sequence[np.ndarray | None],  # (S, S) of every person
+    masks: Sequence[np.ndarray | None],
+    size: int,  # S
+) -> dict[str, Tensor]:
+    """A sample's `depth_input`, `silhouette` and `has_silhouette`; a field is left out where nobody has it."""
+    fields = {}
+    if any(depth is not None for depth in depths):
+        nothing = np.full((size, size), np.nan, np.float32)
+        fields["depth_input"] = torch.from_numpy(np.stack([nothing if depth is None else depth for depth in depths]))
+    if any(mask is not None for mask in masks):
+        nobody = np.zeros((size, size), np.float32)
+        fields["silhouette"] = torch.from_numpy(np.stack([nobody if mask is None else mask for mask in masks]))
+        fields["has_silhouette"] = torch.tensor([mask is not None for mask in masks])
+    return fields
+
+
+def read_mask(
+    mask: Any,  # COCO's polygons or RLE, or the path of a picture that is not black on the person
+    photo_size: tuple[int, int],  # width, height
+    source: str,  # for error messages
+) -> np.ndarray:  # (H, W) bool
+    """A data set's own mask. Raises `UserError` for one that is damaged, or of another photo's size."""
+    width, height = photo_size
+    if isinstance(mask, str | Path):
+        with open_image(Path(mask)) as opened:
+            found = np.asarray(opened.convert("L")) > 0
+        if found.shape != (height, width):
+            raise UserError(f"{mask}: {found.shape[1]} x {found.shape[0]} pixels, its photo has {width} x {height}")
+        return found
+    try:
+        if isinstance(mask, dict):
+            return _runs(mask, width, height)
+        drawn = np.zeros((height, width), np.uint8)
+        for polygon in mask:
+            points = np.asarray(polygon, np.float64).reshape(-1, 2)
+            # COCO's points count from a pixel's corner, OpenCV's from its centre; in 1/256 of a pixel.
+            cv2.fillPoly(drawn, [((points - 0.5) * 256).round().astype(np.int32)], 1, shift=8)
+        return drawn > 0
+    except (ValueError, TypeError, KeyError, IndexError, cv2.error) as error:
+        raise UserError(f"{source}: a damaged segmentation ({error!r:.120}); polygons or RLE are expected") from None
+
+
+def _runs(rle: dict[str, Any], width: int, height: int) -> np.ndarray:  # (H, W) bool
+    """COCO's RLE: lengths of 0s, 1s, 0s ... down the columns, as a list or packed to text, 5 bits a character."""
+    if [int(value) for value in rle["size"]] != [height, width]:
+        raise ValueError(f"a mask of {rle['size']} in a photo of {[height, width]}")
+    counts = rle["counts"]
+    if isinstance(counts, str | bytes):
+        counts = _unpacked(counts.encode() if isinstance(counts, str) else counts)
+    lengths = np.asarray(counts, np.int64)
+    if (lengths < 0).any() or lengths.sum() != width * height:
+        raise ValueError(f"runs of {lengths.sum()} pixels, {width * height} expected")
+    values = np.repeat(np.arange(len(lengths)) % 2, lengths)
+    return values.reshape(width, height).T > 0
+
+
+def _unpacked(text: bytes) -> list[int]:
+    """Characters from 48 on: 5 bits each, the lowest first, bit 6 = one more follows; from the third run on, the
+    difference to the run two before; the last character's bit 5 is the sign."""
+    counts: list[int] = []
+    place = 0
+    while place < len(text):
+        value = shift = 0
+        more = True
+        while more:
+            bits = text[place] - 48
+            value |= (bits & 31) << shift
+            more, place, shift = bool(bits & 32), place + 1, shift + 5
+            if not more and bits & 16:
+                value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    return counts
+
+
+def _cut(values: np.ndarray, photo_size: tuple[int, int], region: Region, size: tuple[int, int]) -> np.ndarray:
+    """A region of a map of the whole photo, whatever the map's size, at another size; smoothed where it is coarser."""
+    x0, y0, x1, y1 = region
+    stretch = np.array([photo_size[0] / values.shape[1], photo_size[1] / values.shape[0]])  # photo pixels a map's
+    scale = np.array([size[0] / (x1 - x0), size[1] / (y1 - y0)])
+    linear = np.diag(stretch * scale)
+    offset = -np.array([x0, y0]) * scale + linear @ np.array([0.5, 0.5]) - 0.5
+    coarser = float((stretch * scale).min())
+    if coarser < 0.7:
+        values = cv2.GaussianBlur(values, (0, 0), 0.4 / coarser, borderType=cv2.BORDER_REPLICATE)
+    matrix = np.concatenate([linear, offset[:, None]], 1)
+    return cv2.warpAffine(values, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _png(values: np.ndarray) -> bytes:
+    encoded, data = cv2.imencode(".png", values)
+    assert encoded
+    return data.tobytes()
+
+
+def _decoded(stored: Sequence[int] | np.ndarray) -> np.ndarray:
+    found = cv2.imdecode(np.asarray(stored, np.uint8), cv2.IMREAD_UNCHANGED)
+    if found is None or found.ndim != 2:
+        raise UserError("a stored depth map or mask cannot be decoded; prepare the data set again")
+    return found
