@@ -1,4 +1,4 @@
-"""The training loop, on Accelerate: EMA, warm-up and cosine, checkpoints, resume.
+"""The training loop, on Accelerate: EMA, a learning rate by name, checkpoints, resume.
 
 Nothing random has a state: the data, the noise and the learning rate of step s are functions of (seed, s) alone. So a
 run that was killed and started again by the same command goes on from its last checkpoint to the same result, and a
