@@ -366,6 +366,7 @@ def shipped() -> tuple[Body, MeshSampler]:
     return body, load_mesh(body)
 
 
+@pytest.mark.slow
 def test_shipped_mesh_is_the_one_that_decimation_gives(shipped: tuple[Body, MeshSampler]) -> None:
     body, sampler = shipped
     assert body.faces is not None

@@ -306,6 +306,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["doctor"])
 
 
+@pytest.mark.slow
 def test_as_a_process(checkpoint: Path, photo: Path, tmp_path: Path) -> None:
     """The libraries that are loaded on the way to the error print nothing beside it."""
     folder = spoiled(checkpoint, tmp_path / "copy", "model/diffusion_pytorch_model.safetensors", b"half")

@@ -137,6 +137,7 @@ def example(people: int) -> Heatmaps:
     return Heatmaps(values, valid, Crop.of(torch.full((people, 2), 100.0), torch.full((people,), 150.0)))
 
 
+@pytest.mark.slow
 def test_ten_thousand_hypotheses(pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of bounded size, with the same result: the first of 10,000 are those of a few, in any chunk."""
     heatmaps = example(1)

@@ -165,6 +165,7 @@ def test_sample_writes_everyone_the_same_whoever_is_asked_for_with_them(
     np.testing.assert_allclose(mean.vertices * [1, -1, -1], alone["vertices"].mean(0), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_sheet")
 def test_focal_and_sampler_reach_the_pipeline(checkpoint: Path, tmp_path: Path) -> None:
     photo = make_photo(tmp_path, "one")

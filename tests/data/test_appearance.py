@@ -42,6 +42,7 @@ def picture(figure, generators, fraction=None):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_person_does_not_depend_on_the_batch(figure):
     fraction = torch.tensor([0.4, 0.0, 0.3])
     batch = picture(figure, seeds(5, 6, 7), fraction)

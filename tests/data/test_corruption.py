@@ -77,6 +77,7 @@ def test_missing_joints() -> None:
     assert not there[:, 3].any() and there[:, [0, 1, 2, 4]].all()
 
 
+@pytest.mark.slow
 def test_guesses_of_hidden_joints_are_off_and_half_of_them_as_wide_as_they_are_off() -> None:
     points, behind = places(400), torch.ones(400, JOINTS, dtype=torch.bool)
     behind[:, ::2] = False

@@ -218,6 +218,7 @@ def test_recorded_people_without_anything_in_front_are_as_ever(tmp_path: Path) -
     assert same(recorded(tmp_path).block("train", 0), recorded(tmp_path, pasted=0.9).block("train", 0))
 
 
+@pytest.mark.slow
 def test_synthetic_people_with_more_in_front(folder: Path) -> None:
     config = ("data.block_size=8", "data.pictures=true", "data.image_size=48", "data.map_size=48")
     share = f"data.augment={{objects: 0.3, people: 0.3, cutouts: {folder}, pasted: 0.3}}"

@@ -296,6 +296,7 @@ def test_a_writer_takes_records_one_by_one(tmp_path: Path) -> None:
 # -- the commands ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prepare_and_bench_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def around(maps, points, largest=True):
     return torch.where(inside, maps.flatten(1).gather(1, row * maps.shape[-1] + column), torch.nan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_mesh", [False, True])
 def test_people_are_the_same_with_pictures_as_without(body, mesh, full_mesh):
     plain, pictured = (people(body, mesh, full_mesh=full_mesh, image_size=size) for size in (None, 32))
@@ -187,6 +188,7 @@ def training_stream():
     return TrainingStream(build_data(config, body, mesh), config, 0, 1, build_model(config, body, mesh))
 
 
+@pytest.mark.slow
 def test_workers_draw_the_same_people():
     stream = training_stream()
     alone = list(DataLoader(stream, batch_size=None))

@@ -35,9 +35,9 @@ from hmdiff.files.foreign_weights import read_checkpoint
 from hmdiff.geometry import crop_to_photo
 from hmdiff.heatmaps import Crop, Heatmaps, crop_from_box, heatmap_peaks, load_heatmaps
 
-pytestmark = pytest.mark.skipif(
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     importlib.util.find_spec("mmpose") is None, reason="mmpose is not installed: uv sync --extra mmpose"
-)
+)]
 
 MSRA = "topdown_heatmap/coco/td-hm_mobilenetv2_8xb64-210e_coco-256x192.py"
 UDP = "topdown_heatmap/coco/cspnext-tiny_udp_8xb256-210e_coco-256x192.py"
@@ -143,6 +143,7 @@ def round_trip(codec: Any, box: Any, udp: bool, exact: bool) -> float:
     return float((places(maps)[0, :17] - torch.from_numpy(keypoints[0])).norm(dim=-1).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0][1]}x{size[0][0]}")
 @pytest.mark.parametrize("name", ["MSRA", "MSRA unbiased", "UDP", "SimCC", "UDP, plain warp", "SimCC, UDP warp"])
 def test_a_keypoint_of_mmposes_codecs_comes_back(name: str, size: tuple[tuple[int, int], tuple[int, int]]) -> None:
@@ -432,6 +433,7 @@ def test_a_model_of_our_own_training(suffix: str, tmp_path: Path, photo: np.ndar
 # ---- weights ----
 
 
+@pytest.mark.slow
 def test_weights_of_both_kinds_are_the_model_s(
     msra: MMPoseEstimator, weights: Path, tmp_path: Path, photo: np.ndarray
 ) -> None:
@@ -539,6 +541,7 @@ def detector() -> PersonDetector:
     return found
 
 
+@pytest.mark.slow
 def test_people_are_found(detector: PersonDetector, photo: np.ndarray) -> None:
     boxes = detector.boxes(photo, 0.3)
     assert 1 < len(boxes) <= 100
@@ -582,6 +585,7 @@ def box_words() -> list[str]:
     return [word for box in BOXES[:2] for word in ("--box", ",".join(f"{number:g}" for number in box))]
 
 
+@pytest.mark.slow
 def test_heatmaps_are_saved_and_sampled_as_if_estimated(
     picture: Path, photo: np.ndarray, weights: Path, msra: MMPoseEstimator, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -140,6 +140,7 @@ def calibrated(spread: float) -> tuple[Tensor, Tensor]:
     return centre + 0.1 * spread * torch.randn(300, 200, 5, 3), truth
 
 
+@pytest.mark.slow
 def test_calibration_tells_honest_from_overconfident_and_vague() -> None:
     honest, sure, vague = (m.expected_calibration_error(*calibrated(spread)) for spread in (1.0, 0.3, 3.0))
     assert honest < 0.03 and sure > 0.3 and vague > 0.3

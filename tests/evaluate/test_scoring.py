@@ -350,6 +350,7 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch: pytest.M
         Processes()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = predicted_people(tmp_path / "p")
     whole = score_people(*setting, tmp_path / "whole", {})
@@ -554,6 +555,7 @@ def test_faults_of_the_command(tmp_path: Path, prepared: Path, capsys: pytest.Ca
     assert "SMPL's raw output, which synthetic people have not" in fails(*words)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_by_torchrun(tmp_path: Path, prepared: Path) -> None:
     """The command over two gloo processes writes the bytes that one writes."""

@@ -97,6 +97,7 @@ def test_a_patch_that_hides_nothing_moves_nothing(pipe: HMDiffPipeline) -> None:
     assert found.error is not None and found.error[0] == pytest.approx(found.clear_error, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_maps_do_not_depend_on_the_chunks_and_are_those_of_single_calls(pipe: HMDiffPipeline) -> None:
     subject, centres = subject_of(), patch_grid(3, 0.35)
     told: list[int] = []
@@ -123,6 +124,7 @@ def test_the_error_is_that_of_the_evaluation(pipe: HMDiffPipeline) -> None:
     assert np.mean(alone) == pytest.approx(report["errors"]["pve"]["mean"]["value"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_image_model_sees_the_grey_patch() -> None:
     pipe = small_pipeline("model.inputs=image", "model.backbone=resnet18", "model.image_size=64")
     subject = dataclasses.replace(subject_of(), image=torch.rand(1, 3, 64, 64))
@@ -169,6 +171,7 @@ def test_the_cut_out_shows_the_crop() -> None:
     assert (cut_out(photo, (0, 0), 20, 40)[:18, :18] > 200).all()  # outside the photo it is light
 
 
+@pytest.mark.slow
 def test_translucent_bodies_agree_where_they_are_the_same() -> None:
     body, mesh = free_body()
     vertices, faces = body.v_template[mesh.coarse_ids], mesh.coarse_faces

@@ -464,6 +464,7 @@ def few_people(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "RESOLUTION", 40)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_people")
 def test_sweep_command(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [

@@ -248,6 +248,7 @@ def noisy(noise: float, seed: int = 0) -> NoisyLabels:
     return NoisyLabels(people(False), body, mesh.coarse_ids, noise, seed)
 
 
+@pytest.mark.slow
 def test_labels_are_displaced_in_training_alone() -> None:
     clean, source = people(False).block("train", 3), noisy(0.05)
     sample = source.block("train", 3)

@@ -97,6 +97,7 @@ def test_joint_to_joint_equals_loops(labels: list[bool] | None) -> None:
     assert warm.item() == pytest.approx(mean_of(joint_triples(predicted, truth, has), 0.5), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", LABELS)
 def test_joint_to_non_joint_equals_loops(labels: list[bool] | None) -> None:
     predicted, _, voxels, away = features()

@@ -207,6 +207,7 @@ def test_people_without_labels_change_neither_term() -> None:
     torch.testing.assert_close(term(half), term(some))
 
 
+@pytest.mark.slow
 def test_garbage_where_nothing_is_labelled() -> None:
     sample = flat(people_block())
     names = ("focal", "principal_point", "pelvis", "keypoints_3d", "coarse_vertices", "joints_3d", "camera")
@@ -242,6 +243,7 @@ def test_noise_levels_weigh_as_in_the_point_loss() -> None:
     torch.testing.assert_close(term("truncated_snr"), 3 * term("uniform"))
 
 
+@pytest.mark.slow
 def test_off_is_as_if_absent() -> None:
     """With the map and without it, the same numbers to the last bit."""
     terms, gradient = gradient_of_the_mesh(people_block(), LossConfig())

@@ -144,6 +144,7 @@ def test_denormal_tails_of_heatmaps_do_not_reach_the_convolutions() -> None:
         assert torch.equal(seen[0], seen[1]) and not ((seen[0] != 0) & (seen[0].abs() < 1e-30)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["", "backbone."])
 def test_image_backbone_starts_from_a_file(start: str, tmp_path: Path) -> None:
     """A pose network's weights: the same features, and with heatmaps beside the picture the same ones at first."""

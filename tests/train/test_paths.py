@@ -78,6 +78,7 @@ def test_every_path_learns_with_and_without_diffusion(name: str, mode: str) -> N
     assert not idle or used_by_no_loss(model, values.loss), idle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 @torch.no_grad()
 def test_a_path_that_is_not_used_changes_nothing(name: str) -> None:
@@ -188,6 +189,7 @@ def all_paths(*overrides: str) -> tuple[HMDiffPipeline, Sample]:
     return pipeline, people_of(*EVERYTHING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["diffusion", "direct"])
 def test_saved_and_loaded_with_every_path(tmp_path: Path, mode: str) -> None:
     pipeline, people = all_paths(f"model.mode={mode}", "model.rle_variant=official")

@@ -42,6 +42,8 @@ from hmdiff.train.estimator_config import NETWORKS, estimator_config, write_conf
 from hmdiff.train.estimator_crops import Jitter, jitter_crops, target_heatmaps
 from hmdiff.train.estimator_figures import pck_figures, within
 
+pytestmark = pytest.mark.slow  # networks of full size, or mmpose
+
 MMPOSE = importlib.util.find_spec("mmpose") is not None
 needs_mmpose = pytest.mark.skipif(not MMPOSE, reason="mmpose is not installed: uv sync --extra mmpose")
 

@@ -22,6 +22,8 @@ from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import open_reader
 from hmdiff.train.check import dry_run
 
+pytestmark = pytest.mark.slow  # networks of full size, or mmpose
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = ("hmdiff_3dpw", "hmdiff_h36m", "hmdiff_freihand")
 # Small enough for a step in a second: everything that decides how the parts fit together stays the recipe's own.

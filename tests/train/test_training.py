@@ -107,6 +107,7 @@ def in_a_process(work: Callable[[], None], **environment: str) -> multiprocessin
 # -- it learns --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_learns_and_leaves_a_pipeline(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 60, "training.batch_size=8", "data.block_size=8", "training.log_every=10")
     report = training.train(values)
@@ -229,6 +230,7 @@ def test_learning_rate_and_ema(tmp_path: Path) -> None:
     assert groups[1]["weight_decay"] == 0 < groups[0]["weight_decay"]
 
 
+@pytest.mark.slow
 def test_a_stream_is_shared_without_overlap(tmp_path: Path) -> None:
     values = config(tmp_path, 4, "training.batch_size=8")
     trainer = Trainer(values)
@@ -308,6 +310,7 @@ def as_if_on_gpus() -> None:
     AcceleratorState.__init__ = init  # type: ignore[method-assign]  # in a process of its own
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_weights_that_are_shared_out_train_and_resume_the_same(tmp_path: Path, quick: None) -> None:
     """configs/accelerate/fsdp.yaml on two processes: the weights of one process, and the same bits after a stop."""
@@ -374,6 +377,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     assert [row["step"] for row in evaluations[0]] == ["6", "9"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [3, 5, 9])
 def test_stopped_and_started_again(tmp_path: Path, quick: None, uninterrupted: Path, stop_at: int) -> None:
     """By SIGTERM at a checkpoint, between two, and when there is nothing left to do."""
@@ -471,6 +475,7 @@ def test_killed_at_the_worst_moments(
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
     """An evaluation puts the EMA into the model, and must take it out again."""
     training.train(config(tmp_path, STEPS, *STEADY, "training.evaluate_every=100"))
@@ -579,6 +584,7 @@ def test_nothing_is_unpickled(tmp_path: Path, quick: None) -> None:
             assert not trap.exists(), name
 
 
+@pytest.mark.slow
 def test_starting_from_a_saved_pipeline(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
     again = config(tmp_path / "again", 1, *STEADY, f"training.start_from={uninterrupted / 'pipeline'}", "seed=7")
     start = {name: value.clone() for name, value in Trainer(again).plain.state_dict().items()}
@@ -592,6 +598,7 @@ def test_starting_from_a_saved_pipeline(tmp_path: Path, quick: None, uninterrupt
         Trainer(other)
 
 
+@pytest.mark.slow
 def test_a_path_joins_a_saved_pipeline(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
     start_from = f"training.start_from={uninterrupted / 'pipeline'}"
     with_depth = config(tmp_path / "depth", 1, *STEADY, start_from, "seed=7", "model.depth_map=true")

@@ -254,6 +254,7 @@ def test_bad_arguments_are_refused():
         rasterize(TRIANGLE, torch.tensor([[0, 1, 2]]), torch.ones(1), torch.zeros(1, 2), 8)
 
 
+@pytest.mark.slow
 def test_import_is_light():
     heavy = "('numba', 'matplotlib', 'cv2', 'PIL')"
     code = f"import sys, hmdiff.viz.renderer; sys.exit(any(m in sys.modules for m in {heavy}))"
