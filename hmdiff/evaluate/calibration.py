@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hmdiff.body.skeletons import HALPE26, J14, joint_indices
 from hmdiff.data.sample import PeopleSource
 from hmdiff.diffusion.hypotheses import apply_temperature
 from hmdiff.diffusion.temperature import Temperature
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import MESHES_AT_ONCE, ROOT, as_heatmaps, ask, split_batches
-from hmdiff.evaluate.metrics import coverage, expected_calibration_error, root_of
+from hmdiff.evaluate.evaluation import measure, split_batches
+from hmdiff.evaluate.metrics import coverage, expected_calibration_error
 from hmdiff.files.storage import atomic_file
 from hmdiff.pipeline import HMDiffPipeline
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 LOWEST, HIGHEST = 1 / 8, 8.0
 COVERAGE_LEVEL = 0.9
 _COARSE, _FINE = 25, 41  # temperatures of the two grids, evenly spaced in the logarithm
-_J14 = joint_indices(J14, HALPE26)
 
 
 def fit_temperature(
@@ -92,7 +90,7 @@ def _best(error: Callable[[float], float], low: float, high: float, count: int) 
 @torch.no_grad()
 def draw(
     pipeline: HMDiffPipeline,
-    data: PeopleSource,
+    data: PeopleSource,  # with the full mesh
     split: str,
     people: int,
     num_hypotheses: int = 25,
@@ -104,21 +102,11 @@ def draw(
     progress: Callable[[int], None] | None = None,  # told how many people are done
 ) -> tuple[Tensor, Tensor]:  # (P, N, 14, 3) and (P, 14, 3) metres, relative to the middle of the hips
     """The hypotheses' and the true joints of a split's people, as `evaluate.evaluation` numbers and roots them."""
-    drawn, true = [], []
-    at_once = max(1, MESHES_AT_ONCE // num_hypotheses)
-    for block in split_batches(data, split, people):
-        for first in range(0, len(block), at_once):
-            part = block.map(lambda tensor, first=first: tensor[first : first + at_once])  # type: ignore[misc]
-            output = ask(
-                pipeline, part, as_heatmaps(part), num_hypotheses, num_inference_steps, seed, scheduler, eta, guidance
-            )
-            assert output.keypoints is not None and part.keypoints_3d is not None
-            joints, target = output.keypoints[:, :, _J14].cpu(), part.keypoints_3d[:, _J14].cpu()
-            drawn.append(joints - root_of(joints, J14, ROOT))
-            true.append(target - root_of(target, J14, ROOT))
-            if progress is not None:
-                progress(len(target))
-    return torch.cat(drawn), torch.cat(true)
+    found = measure(
+        pipeline, split_batches(data, split, people), (num_hypotheses,), num_inference_steps, seed, scheduler, eta,
+        guidance, progress,
+    )[num_hypotheses]  # fmt: skip
+    return found.joints, found.true_joints
 
 
 def calibrate(

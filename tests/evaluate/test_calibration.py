@@ -166,7 +166,7 @@ def test_calibration_sets_the_temperature_and_lowers_the_error(pipe: HMDiffPipel
 def test_the_command_writes_it_into_the_pipeline(
     pipe: HMDiffPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hmdiff.cli.evaluate.test_people", lambda body, image_size, map_size: people(True))
+    monkeypatch.setattr("hmdiff.cli.splits.test_people", lambda body, image_size, map_size: people(True))
     pipe.save_pretrained(tmp_path / "run" / "pipeline")
     before = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     words = ["--people", "8", "--num-hypotheses", "5", "--steps", "1", "2", "--device", "cpu"]
