@@ -98,6 +98,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         volume_size: int = 8,
         volume_exponent: float = 3.0,  # k at the start, JOTR's; 1 gives all depths the same layers (see LOG.md)
         coarse_to_fine: bool = False,  # JOTR: joints and mesh refined from block to block, the last one the result
+        hybrid_position: bool = False,  # D2A-HMR: a learned code on the image tokens, beside their sinusoidal one
         tokens: str = "patches",  # of the denoiser: "patches" of vertices and joints, or "parts" in the LBS basis
         encoder_type: str = "transformer",  # or "mlp", for the backbone "joints" and part tokens alone
         encoder_hidden: int = 1024,  # width of the "mlp"
@@ -185,6 +186,12 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
                     f"lifting needs a feature map, which backbone {backbone!r} has not; take 'conv' or images"
                 )
             self.volume_lifting = Lifting(encoder_width, volume_width, volume_size, exponent=volume_exponent)
+        self.image_place: nn.Parameter | None = None  # zero at the start, so that it can join a trained model
+        if hybrid_position:
+            if not hasattr(self.feature_backbone, "grid"):
+                raise ValueError(f"hybrid_position is of a grid of image tokens, which backbone {backbone!r} has not")
+            backbone_tokens: Any = self.feature_backbone.num_tokens
+            self.image_place = nn.Parameter(torch.zeros(backbone_tokens, encoder_width))
 
     def set_topology(
         self,
@@ -238,6 +245,8 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         else:
             tokens, mask = self.feature_backbone(image, heatmaps, heatmap_valid)
         features = tokens
+        if self.image_place is not None:
+            tokens = tokens + self.image_place.to(tokens.dtype)
         if self.depth_at_tokens is not None and depth is not None:
             places: Any = self.feature_backbone
             look = functools.partial(places.look, heatmaps=heatmaps, heatmap_valid=heatmap_valid)

@@ -513,7 +513,7 @@ def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
 # Entries of the optional paths: a path that the saved pipeline has not starts as it is built.
 _PATHS = (
     "depth_map", "depth_layers", "depth_size", "rle", "rle_variant", "silhouette", "masked", "lifting", "volume_width",
-    "volume_size", "volume_exponent", "coarse_to_fine",
+    "volume_size", "volume_exponent", "coarse_to_fine", "hybrid_position",
 )  # fmt: skip
 
 

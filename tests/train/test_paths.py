@@ -30,6 +30,7 @@ PATHS = {
     "lifting": ("model.backbone=conv", "model.lifting=true", "model.volume_width=16", "model.volume_size=4",
                 "model.depth=2", "loss.estimates=0.5", "loss.joint_contrast=0.1", "loss.non_joint_contrast=0.1"),
 }  # fmt: skip
+PATHS["hybrid position"] = ("model.backbone=conv", "model.hybrid_position=true")
 PATHS["coarse to fine"] = (*PATHS["lifting"], "model.coarse_to_fine=true")
 EVERYTHING = tuple(value for name, path in PATHS.items() for value in path if name != "rle composite")
 
@@ -71,6 +72,7 @@ def test_every_path_learns_with_and_without_diffusion(name: str, mode: str) -> N
         "depth": set(), "rle": {"rle_joints", "rle_vertices", "rle_joints_2d"}, "rle composite": {"rle_joints"},
         "silhouette": {"silhouette"}, "masked": set(), "projection": {"projection"},
         "lifting": {"estimates", "joint_contrast", "non_joint_contrast"},
+        "hybrid position": set(),
         "coarse to fine": {"estimates", "mesh_estimates", "joint_contrast", "non_joint_contrast"},
     }  # fmt: skip
     assert names == (set().union(*wanted.values()) if name == "all" else wanted[name])
@@ -96,6 +98,19 @@ def test_a_path_that_is_not_used_changes_nothing(name: str) -> None:
     expected = without(points, steps, None, people.heatmaps, people.heatmap_valid)
     found = model(points, steps, None, people.heatmaps, people.heatmap_valid)
     assert torch.equal(found.points, expected.points) and torch.equal(found.camera, expected.camera)
+
+
+@torch.no_grad()
+def test_every_image_token_has_a_learned_place() -> None:
+    """One number of the table moves the tokens of every image alike; without a grid there is nothing to place."""
+    model, people = build_pipeline(small_config("unused", *PATHS["hybrid position"])).model, people_of()
+    assert model.image_place.shape == (64, 32)
+    before, _ = model.encode(None, people.heatmaps, people.heatmap_valid)
+    model.image_place[5] += 1.0
+    after, _ = model.encode(None, people.heatmaps, people.heatmap_valid)
+    assert (after.tokens - before.tokens).abs().amax((1, 2)).min() > 1e-3
+    with pytest.raises(UserError, match="hybrid_position is of a grid of image tokens"):
+        build_pipeline(small_config("unused", "model.hybrid_position=true"))
 
 
 FINE = (*PATHS["coarse to fine"], "model.depth=4")
