@@ -17,7 +17,7 @@ from scipy.optimize import nnls
 from hmdiff.body.body import load_body
 from hmdiff.body.decimation import MeshHierarchy
 from hmdiff.body.keypoints import LANDMARKS
-from hmdiff.body.mesh import _read_asset
+from hmdiff.body.mesh_cache import _read_asset
 from hmdiff.body.skeletons import MANO16, SMPL24
 
 SMPL, MANO = 6890, 778
