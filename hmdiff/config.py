@@ -115,6 +115,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     minutes: float = 0.0  # 0: no limit
     threads: int = 0  # of torch, 0: its own choice
+    trackers: str = "tensorboard"  # of accelerate, separated by commas: tensorboard,wandb; or none
 
 
 @dataclasses.dataclass

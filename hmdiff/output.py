@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.fitting import FittedBodies
+from hmdiff.diffusion.confidence import RADII, Confidence, Within
 from hmdiff.diffusion.dat import GuidanceReport
 from hmdiff.diffusion.hypotheses import Modes, apply_temperature, heatmap_log_likelihood, modes, select, spread, take
 from hmdiff.errors import UserError
@@ -33,6 +34,7 @@ class MeshOutput:
     guidance: GuidanceReport | None = None  # what DAT did, where it was asked for
     log_likelihood: Tensor | None = None  # (B, N) nats, of every hypothesis under the heatmaps; None without them
     temperature: float = 1.0  # of this way of sampling: 1 where none was fitted
+    calibration: Confidence | None = None  # of this way of sampling; None where none was fitted
     confidence: Tensor | None = None  # (B, K) 0..1 of the joints, from RLE's σ̂ (D2A-HMR); None without RLE
     joint_scale: Tensor | None = None  # (B, K, 3) metres, RLE's σ̂ of the joints, camera's or crop's axes as the model's
     rle_log_likelihood: Tensor | None = None  # (B, N) nats, of every hypothesis under the model's own regression
@@ -70,6 +72,36 @@ class MeshOutput:
         stretched is no longer a person. `calibrated` does it to points for which that does not matter.
         """
         return spread(self.vertices) * self.temperature * 1000
+
+    @property
+    def joint_spread(self) -> Tensor:  # (B, K) millimetres
+        """`spread` of the body's joints."""
+        return spread(self.joints) * self.temperature * 1000
+
+    def within(
+        self,
+        radius: int = 50,  # mm: 50 or 100
+    ) -> Within | None:
+        """Probabilities that joints and vertices of the mean body are within the radius of the truth, relative to the
+        pelvis, and the share of the surface that is expected to be; None where this way of sampling is uncalibrated.
+        """
+        return None if self.calibration is None else self.calibration.within(radius, self.joint_spread, self.spread)
+
+    def confidences(
+        self,
+        row: int,  # a person
+    ) -> dict[str, Tensor]:
+        """What files hold of it: "confidence", one number (the person's, within 100 mm), and for each radius
+        "confidence_50mm" (V,) and "joint_confidence_50mm" (K,); nothing where this way of sampling is uncalibrated.
+        """
+        found: dict[str, Tensor] = {}
+        for radius in RADII:
+            within = self.within(radius)
+            if within is not None:
+                found[f"confidence_{radius}mm"] = within.vertices[row]
+                found[f"joint_confidence_{radius}mm"] = within.joints[row]
+                found["confidence"] = within.person[row]
+        return found
 
     def calibrated(
         self,

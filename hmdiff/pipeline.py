@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from hmdiff.body.body import Body, load_named_body
 from hmdiff.body.fitting import FittedBodies, fit_coarse
 from hmdiff.body.lbs_basis import lbs_basis
+from hmdiff.diffusion.confidence import Confidence
 from hmdiff.diffusion.dat import GuidanceReport, aligned_sample
 from hmdiff.diffusion.gap import make_target
 from hmdiff.diffusion.guidance import Guidance
@@ -33,6 +35,7 @@ from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
 from hmdiff.files.checksums import folder_checksums, verify_checksums
 from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.files.hub import download, is_repository_id, upload
 from hmdiff.files.reading import read_json
 from hmdiff.files.resources import asset_path
 from hmdiff.files.storage import atomic_folder
@@ -205,7 +208,8 @@ class HMDiffPipeline:
                 fitted = fitted._replace(pose=pose)
         return MeshOutput(
             vertices, joints, keypoints, camera, translation, focal, principal, self.faces, report, likelihood,
-            self.temperature(num_inference_steps, scheduler, eta, guidance), confidence, joint_scale, regressed, fitted,
+            self.temperature(num_inference_steps, scheduler, eta, guidance),
+            self.calibration(num_inference_steps, scheduler, eta, guidance), confidence, joint_scale, regressed, fitted,
         )  # fmt: skip
 
     def _bodies(
@@ -249,6 +253,17 @@ class HMDiffPipeline:
         """By what the spread of these hypotheses is multiplied to be calibrated; 1 where nothing was fitted."""
         fitted = self.temperatures.get(self.sampling(num_inference_steps, scheduler, eta, guidance))
         return 1.0 if fitted is None else fitted.temperature
+
+    def calibration(
+        self,
+        num_inference_steps: int | None = None,
+        scheduler: str | None = None,
+        eta: float | None = None,
+        guidance: Guidance | None = None,
+    ) -> Confidence | None:
+        """What turns these hypotheses' spread into probabilities; None where nothing was fitted."""
+        fitted = self.temperatures.get(self.sampling(num_inference_steps, scheduler, eta, guidance))
+        return None if fitted is None else fitted.confidence
 
     def set_temperature(self, fitted: Temperature) -> None:
         """Use it from now on, and save it with the pipeline; it replaces an older one of the same way of sampling."""
@@ -414,6 +429,17 @@ class HMDiffPipeline:
             about = {**self._about(), "checksums": folder_checksums(temporary)}
             (temporary / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
+    def push_to_hub(self, repository: str, private: bool = False, card: str = "") -> str:
+        """Save the pipeline, with a model card (`hmdiff card` writes one), into OWNER/NAME of the Hugging Face Hub.
+
+        Returns its address. Raises `UserError` where the Hub does not take it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "pipeline")
+            if card:
+                (Path(folder) / "pipeline" / "README.md").write_text(card)
+            return upload(Path(folder) / "pipeline", repository, private)
+
     def _about(self) -> dict[str, Any]:
         about = {
             "format": FORMAT,
@@ -429,12 +455,13 @@ class HMDiffPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,  # of `save_pretrained`, or the name of a shipped one, such as "hmdiff_small"
+        folder: str | Path,  # of `save_pretrained`, the name of a shipped one, or OWNER/NAME on the Hugging Face Hub
         device: torch.device | str = "cpu",
         body: Body | None = None,  # None: the body that the checkpoint names
+        revision: str | None = None,  # of a repository: a branch, a tag or a commit
     ) -> HMDiffPipeline:
         """Read a saved pipeline. Raises `UserError` for a folder that is not one, or that is damaged."""
-        place = Path(folder)
+        place = download(str(folder), revision) if is_repository_id(str(folder)) else Path(folder)
         if not place.exists() and len(place.parts) == 1:
             try:
                 place = asset_path(str(folder))

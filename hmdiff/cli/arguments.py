@@ -183,9 +183,12 @@ def resolve_device(name: str) -> torch.device:
 
 def checkpoint_folder(name: str) -> Path:
     """The folder of a saved pipeline: a folder, the folder of its training, or a shipped one. It need not be whole."""
+    from hmdiff.files.hub import download, is_repository_id
     from hmdiff.files.resources import asset_path
 
     place = Path(name)
+    if is_repository_id(name):
+        return download(name)
     if not place.exists():
         if len(place.parts) > 1:
             raise UserError(f"{name}: no such folder; give a saved pipeline, such as runs/NAME/pipeline")

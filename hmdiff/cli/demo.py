@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
         return 2
     print(f"\n{time.perf_counter() - started:.0f} s in all. Look at:")
     print(f"  {options.output / 'sample.png'}   the photo, hypotheses over it, and all of them from the side")
+    print(f"  {options.output / 'sample.html'}  all of it to turn and compare, in a browser")
     print(f"  {options.output / 'sample.glb'}   the mean body and every hypothesis, for any 3D viewer")
     print(f"  {options.output / 'sample.npz'}   the arrays: vertices (N, V, 3) in metres, joints, camera, spread")
     print("Next, a photo of yours, with COCO or OpenPose keypoints of it:")

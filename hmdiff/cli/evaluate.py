@@ -66,6 +66,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--as-is", action="store_true", help="keep the crops of people who lie or are upside down (default: turn them)"
     )
+    parser.add_argument(
+        "--reliability", action="store_true",
+        help="instead: how often the confidence is right, the conformal intervals' coverage, and their diagram; best "
+        "with --split test test_occluded test_guessed test_ood (default: no)",
+    )  # fmt: skip
     add_protocol(parser)
     arguments.add_sampling(parser, eta=False)
     arguments.add_guidance(parser, "none")
@@ -130,6 +135,10 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             raise UserError(f"--{name} goes with --protocol; name one, such as --protocol spin")
     options.people = options.people or PEOPLE
+    if options.reliability:
+        from hmdiff.cli.reliability_run import run_reliability
+
+        return run_reliability(options)
     folder = make_folder(options.output)
     device = arguments.resolve_device(options.device)
     pipelines = {}

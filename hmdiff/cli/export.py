@@ -36,7 +36,8 @@ def add_parser(subparsers: Any) -> None:
         "--fps", type=arguments.number(0, above=True), default=30.0, metavar="N", help="of a motion (default: 30)"
     )
     parser.add_argument(
-        "--body", metavar="FILE", help="fit another body's parameters, such as your SMPL_NEUTRAL.npz, and write those"
+        "--body", metavar="FILE",
+        help="fit another body's parameters, such as your SMPL_NEUTRAL.npz's (default: the result's body)",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: beside the first result)")
     parser.set_defaults(run=run)
@@ -102,7 +103,7 @@ def clips_of(
         return {"motion": clip}, shape, away
     mean = [clip.pose[:1], clip.translation[:1]]
     return {
-        f"hypothesis_{number + 1:02d}": Clip(
+        f"hypothesis_{number:02d}": Clip(
             torch.cat([mean[0], clip.pose[number + 1 : number + 2]]),
             torch.cat([mean[1], clip.translation[number + 1 : number + 2]]), 1 / SECONDS,
         )

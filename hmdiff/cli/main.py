@@ -21,7 +21,7 @@ from hmdiff.errors import UserError
 
 COMMANDS = (
     "demo", "sample", "view", "export", "heatmaps", "stress", "train", "evaluate", "sweep", "ablate", "bench", "info",
-    "prepare", "doctor",
+    "card", "prepare", "doctor",
 )  # fmt: skip
 TRACEBACK_VARIABLE = "HMDIFF_TRACEBACK"  # any value: show where an error came from
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hmdiff.estimators.people import PhotoPeople
     from hmdiff.pipeline import MeshOutput
 
-SHOWN = 5  # hypotheses of the picture
+SHOWN = 5  # bodies of the picture
 MODES = 5  # groups of hypotheses in the npz, at most
 
 
@@ -77,6 +77,7 @@ def person_arrays(
         "crop_side": crop.side[0],
         "crop_rotation": crop.rotation[0],
     }
+    arrays |= output.confidences(row)
     arrays |= {f"id_{kind}": value for kind, value in photo.identity(person).items()}
     if output.guidance is not None:
         report = output.guidance
@@ -105,7 +106,8 @@ def write_person(
     from hmdiff.evidence import doubts, torn_share
     from hmdiff.viz.canvas import read_picture, save_picture
     from hmdiff.viz.export import save_glb, save_npz, save_obj
-    from hmdiff.viz.overlays import PALETTE, hypotheses_sheet
+    from hmdiff.viz.overlays import PALETTE
+    from hmdiff.viz.sheets import MEAN_COLOUR, hypotheses_sheet
     from hmdiff.viz.spread import spread_sheet
     from hmdiff.viz.viewer import save_viewer
 
@@ -125,10 +127,10 @@ def write_person(
     arrays |= {"joint_names": np.array(body.joint_names), "joint_parents": np.array(body.parents)}
     save_npz(path(".npz"), **arrays, **fitted, **said, **(more or {}))
     picture = read_picture(photo.photo)
-    save_viewer(path(".html"), arrays, picture)
+    save_viewer(path(".html"), arrays | said, picture)
     save_obj(path(".obj"), mean, faces)
     meshes: dict[str, tuple[Any, Any]] = {"mean": (mean, faces)}
-    colours: list[Any] = [(0.75, 0.75, 0.78)]
+    colours: list[Any] = [MEAN_COLOUR]
     for number, hypothesis in enumerate(vertices):
         meshes[f"hypothesis_{number:02d}"] = (hypothesis, faces)
         colours.append(PALETTE[number % len(PALETTE)])
@@ -136,12 +138,13 @@ def write_person(
     points, names = photo.points[person]
     sheet = hypotheses_sheet(
         picture, vertices, faces, output.translation[row].cpu(), float(output.focal[row]),
-        output.principal_point[row].cpu(), min(SHOWN, len(vertices)), points, names,
+        output.principal_point[row].cpu(), SHOWN, points, names, selected,
     )  # fmt: skip
     save_picture(path(".png"), sheet)
     heat = spread_sheet(
         picture, vertices[selected], output.spread[row].cpu(), faces,
         output.translation[row, selected].cpu(), float(output.focal[row]), output.principal_point[row].cpu(),
+        float(arrays["confidence"]) if "confidence" in arrays else None,
     )  # fmt: skip
     save_picture(path("_spread.png"), heat)
     return Report(_line(output, row, photo, person, stem, away, side), warning)
@@ -154,4 +157,9 @@ def _line(
     many = f", person {person}" if len(photo.heatmaps) > 1 else ""
     known = "".join(f", {kind} {value}" for kind, value in photo.identity(person).items())
     fits = "" if away is None else f"keypoints fit within {away:.1f} px ({100 * away / side:.1f} % of the crop), "
-    return f"{photo.photo}{many}{known} -> {stem}.npz\n    {fits}hypotheses spread {spread:.0f} mm; from {photo.source}"
+    sure = output.within(100)
+    share = "" if sure is None else f", {float(sure.person[row]):.0%} of the surface expected within 100 mm"
+    return (
+        f"{photo.photo}{many}{known} -> {stem}.npz\n    {fits}hypotheses spread {spread:.0f} mm{share}; "
+        f"from {photo.source}"
+    )

@@ -12,6 +12,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from hmdiff.diffusion.confidence import Confidence
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Temperature:
     sampling: Sampling
     temperature: float
     fitted_on: dict[str, Any] = dataclasses.field(default_factory=dict)  # split, people, errors before and after
+    confidence: Confidence | None = None  # of the spread with this temperature; None in files of before it
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -56,6 +58,7 @@ class Temperature:
             "guidance": json.loads(self.sampling.guidance) if self.sampling.guidance else None,
             "temperature": self.temperature,
             "fitted_on": self.fitted_on,
+            **({} if self.confidence is None else {"confidence": self.confidence.as_json()}),
         }
 
     @classmethod
@@ -69,4 +72,8 @@ class Temperature:
             # With the defaults of options that are younger than the file.
             json.dumps({**dataclasses.asdict(Guidance()), **guidance}, sort_keys=True) if guidance else "",
         )  # fmt: skip
-        return cls(sampling, float(found["temperature"]), dict(found.get("fitted_on", {})))
+        confidence = found.get("confidence")
+        return cls(
+            sampling, float(found["temperature"]), dict(found.get("fitted_on", {})),
+            None if confidence is None else Confidence.from_json(confidence),
+        )  # fmt: skip

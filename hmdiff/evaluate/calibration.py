@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hmdiff.data.sample import PeopleSource
+from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.diffusion.confidence import LEAST_PEOPLE, fit_confidence
 from hmdiff.diffusion.hypotheses import apply_temperature
 from hmdiff.diffusion.temperature import Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import measure, split_batches
 from hmdiff.evaluate.metrics import coverage, expected_calibration_error
+from hmdiff.evaluate.reliability import SpreadWatch
 from hmdiff.files.storage import atomic_file
+from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
 
 if TYPE_CHECKING:
@@ -100,11 +103,12 @@ def draw(
     seed: int = 0,
     guidance: Guidance | None = None,
     progress: Callable[[int], None] | None = None,  # told how many people are done
+    watch: Callable[[Sample, MeshOutput], None] | None = None,
 ) -> tuple[Tensor, Tensor]:  # (P, N, 14, 3) and (P, 14, 3) metres, relative to the middle of the hips
     """The hypotheses' and the true joints of a split's people, as `evaluate.evaluation` numbers and roots them."""
     found = measure(
         pipeline, split_batches(data, split, people), (num_hypotheses,), num_inference_steps, seed, scheduler, eta,
-        guidance, progress,
+        guidance, progress, observe=watch,
     )[num_hypotheses]  # fmt: skip
     return found.joints, found.true_joints
 
@@ -122,7 +126,7 @@ def calibrate(
     guidance: Guidance | None = None,
     progress: Callable[[int], None] | None = None,  # told how many people are done
 ) -> Temperature:
-    """Fit the temperature of one way of sampling, and set it in the pipeline, which then saves it.
+    """Fit the temperature and the confidence of one way of sampling, and set them in the pipeline, which saves them.
 
     Raises:
         UserError: a model without diffusion, a body without keypoints, or fewer than 2 hypotheses.
@@ -131,9 +135,11 @@ def calibrate(
         raise UserError("temperature: a direct baseline gives one mesh; there is no spread to calibrate")
     if pipeline.body.keypoint_regressor is None:
         raise UserError(f"temperature: body {pipeline.body.name!r} has no keypoints to calibrate by")
+    watch = SpreadWatch()
     samples, target = draw(
-        pipeline, data, split, people, num_hypotheses, num_inference_steps, scheduler, eta, seed, guidance, progress
-    )
+        pipeline, data, split, people, num_hypotheses, num_inference_steps, scheduler, eta, seed, guidance, progress,
+        watch,
+    )  # fmt: skip
     temperature = fit_temperature(samples, target)
     about: dict[str, Any] = {"split": split, "people": people, "num_hypotheses": num_hypotheses, "seed": seed}
     for name, scale in (("before", 1.0), ("after", temperature)):
@@ -141,7 +147,8 @@ def calibrate(
         about[f"expected_calibration_error_{name}"] = expected_calibration_error(tempered, target)
         about[f"coverage_{name}"] = coverage(tempered, target, COVERAGE_LEVEL).mean().item()
     sampling = pipeline.sampling(num_inference_steps, scheduler, eta, guidance)
-    fitted = Temperature(sampling, temperature, about)
+    confidence = fit_confidence(*watch.observed().times(temperature)) if people >= LEAST_PEOPLE else None
+    fitted = Temperature(sampling, temperature, about, confidence)
     pipeline.set_temperature(fitted)
     return fitted
 

@@ -13,7 +13,6 @@ block of people gets the same noise on whichever process it lands.
 from __future__ import annotations
 
 import contextlib
-import csv
 import math
 import shutil
 import signal
@@ -40,13 +39,14 @@ from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import evaluate, mean_mesh_error, mean_mesh_errors
 from hmdiff.evaluate.store import save_report
 from hmdiff.files.locks import claim
-from hmdiff.files.storage import atomic_file, make_folder
+from hmdiff.files.storage import make_folder
 from hmdiff.losses.mesh import POINT_LOSSES
 from hmdiff.losses.rle import RLE_VARIANTS
 from hmdiff.models.masking import draw_hidden
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train import checkpoint
+from hmdiff.train.logger import run_log, tracker_options
 from hmdiff.train.maps import check_maps
 from hmdiff.train.optimizer import OPTIMIZERS, SCHEDULES, build_optimizer, rate_share
 from hmdiff.train.sharding import fill, shared_out, whole
@@ -110,8 +110,11 @@ class Trainer:
             torch.set_num_threads(values.threads)
         # Its find_unused_parameters is set once the model is known, and read when the model is wrapped.
         self._wrapping = DistributedDataParallelKwargs()
-        self.accelerator = Accelerator(mixed_precision=values.mixed_precision, kwargs_handlers=[self._wrapping])
         self.folder = make_folder(config.output)
+        self.accelerator = Accelerator(
+            mixed_precision=values.mixed_precision, kwargs_handlers=[self._wrapping],
+            **tracker_options(values.trackers, self.folder),
+        )  # fmt: skip
         self._check_same_run()
         device = self.accelerator.device
         body = load_body(config.body)
@@ -189,7 +192,9 @@ class Trainer:
             prefetch_factor=4 if self.config.data.workers else None,
         )
         bar = tqdm(total=values.steps, initial=self.step, disable=not main, desc=self.config.name, unit="step")
-        with self._stop_signals(), self._log() as log:
+        with self._stop_signals(), run_log(
+            self.accelerator, self.folder, self.config, self.step, again=self._evaluation_due()
+        ) as log:
             # In here, so that Ctrl-C finds our handler in the data workers too, and not the one that ends them.
             batches = iter(loader)
             if self.step and self._evaluation_due():
@@ -367,43 +372,6 @@ class Trainer:
         self._sums, self._counted = dict(progress.sums), progress.counted
         if self.accelerator.is_main_process:
             tqdm.write(f"going on from {place}")
-
-    @contextlib.contextmanager
-    def _log(self) -> Iterator[Any]:
-        """A function that writes a row to log.csv and to TensorBoard.
-
-        What a resumed run will write again is dropped first: rows past its step, and the evaluation at its step.
-        """
-        if not self.accelerator.is_main_process:
-            yield lambda row: None
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = self.folder / "log.csv"
-        rows: list[dict] = []
-        if path.is_file():
-            with open(path, newline="") as handle:
-                rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(handle) if row.get("step")]
-        rows = [row for row in rows if int(row["step"]) <= self.step]
-        if self._evaluation_due():
-            rows = [row for row in rows if int(row["step"]) < self.step or "val_pve_mean" not in row]
-        writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
-
-        def log(row: dict[str, float]) -> None:
-            rows.append({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
-            names = list(dict.fromkeys(name for row in rows for name in row))
-            with atomic_file(path) as temporary, open(temporary, "w", newline="") as handle:
-                table = csv.DictWriter(handle, names)
-                table.writeheader()
-                table.writerows(rows)
-            for name, value in row.items():
-                if name != "step":
-                    writer.add_scalar(name, float(value), int(row["step"]))
-
-        try:
-            yield log
-        finally:
-            writer.close()
 
     def _evaluate(self, log: Any) -> dict[str, Any]:
         """The EMA weights on the validation split; then they are saved as a pipeline."""

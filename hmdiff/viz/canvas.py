@@ -92,6 +92,7 @@ def contact_sheet(
     columns: int,
     captions: Sequence[str] | None = None,  # one an image
     gap: int = 10,  # pixels
+    footer: str = "",  # a line under all of them
 ) -> np.ndarray:  # uint8
     """Pictures in rows, on white, a caption under each."""
     if captions is not None and len(captions) != len(images):
@@ -100,7 +101,8 @@ def contact_sheet(
     font = max(11, min(18, width // 16))
     line = int(font * 1.7) if captions is not None else 0
     rows = -(-len(images) // columns)
-    sheet = np.full((rows * (height + line + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    foot = int(font * 1.9) if footer else 0
+    sheet = np.full((rows * (height + line + gap) + gap + foot, columns * (width + gap) + gap, 3), 255, np.uint8)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         y, x = gap + row * (height + line + gap), gap + column * (width + gap)
@@ -111,6 +113,8 @@ def contact_sheet(
         x = [gap + column * (width + gap) + width // 2 for _, column in places]
         y = [gap + row * (height + line + gap) + height + line // 2 for row, _ in places]
         sheet = _write(sheet, list(zip(captions, x, y, strict=True)), font)
+    if footer:
+        sheet = _write(sheet, [(footer, sheet.shape[1] // 2, sheet.shape[0] - foot // 2 - gap // 2)], font)
     return sheet
 
 
@@ -159,7 +163,7 @@ def colour_bar(
     return _write(
         bar,
         [
-            (f"{highest:g}", middle, margin + font // 2),
+            (f"{highest:g}+", middle, margin + font // 2),
             (label, middle, height // 2),
             (f"{lowest:g}", middle, height - margin - font // 2),
         ],

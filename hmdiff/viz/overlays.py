@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from hmdiff.body.skeletons import COCO17
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.viz.canvas import (
     as_tensor,
@@ -37,7 +36,6 @@ __all__ = [
     "contact_sheet",
     "draw_keypoints",
     "heat_colours",
-    "hypotheses_sheet",
     "overlay",
     "overlay_all",
     "read_picture",
@@ -284,46 +282,6 @@ def _ground(
     backdrop = np.array([0.965, 0.968, 0.975]) - 0.05 * (y[:, None, None] * 0.5 + 0.5)
     picture = np.broadcast_to(backdrop, (height, width, 3))
     return picture - (0.035 * fade + 0.13 * line * fade)[..., None]
-
-
-def hypotheses_sheet(
-    photo: np.ndarray,  # (H, W, 3) uint8
-    vertices: ArrayLike | Tensor,  # (N, V, 3) metres, relative to the pelvis
-    faces: ArrayLike | Tensor,  # (F, 3)
-    camera_translation: ArrayLike | Tensor,  # (3,) or (N, 3) metres
-    focal: float,  # pixels
-    principal_point: ArrayLike | Tensor,  # (2,) pixels
-    columns: int = 5,  # hypotheses shown; the rest only in the picture of all
-    keypoints: ArrayLike | Tensor | None = None,  # (J, 3) pixels and confidence
-    names: Sequence[str] = COCO17,  # of the J keypoints
-    captions: Sequence[str] | None = None,  # one a hypothesis
-    height: int = 360,  # of a cell, pixels
-) -> np.ndarray:  # uint8
-    """Two rows: the photo and hypotheses over it; all hypotheses at once and each alone, from the side."""
-    bodies = as_tensor(vertices).float()
-    shifts = as_tensor(camera_translation).float().expand(len(bodies), 3)
-    crop, centre, scale, (left, top) = person_crop(photo, bodies + shifts[:, None], focal, principal_point, height)
-    width = crop.shape[1]
-
-    shown = min(columns, len(bodies))
-    first = crop
-    if keypoints is not None:
-        moved = as_tensor(keypoints).double().numpy().copy()
-        moved[:, :2] = (moved[:, :2] - [left, top]) * scale
-        first = draw_keypoints(crop, moved, names)
-    colours = [PALETTE[index % len(PALETTE)] for index in range(len(bodies))]
-    size = (height, width)
-    looked_at, extent = reach_of(bodies, size)
-    top_row = [first] + [
-        overlay(crop, bodies[i], faces, shifts[i], focal * scale, centre, colours[i]) for i in range(shown)
-    ]
-    many = list(bodies[: max(shown, 12)])
-    bottom_row = [_studio(many, faces, 90.0, size, colours[: len(many)], extent, looked_at, 0.4)]
-    bottom_row += [turntable_view(bodies[i], faces, 90.0, size, colours[i], extent, looked_at) for i in range(shown)]
-    words = list(captions)[:shown] if captions is not None else [f"hypothesis {i + 1}" for i in range(shown)]
-    below = [f"{len(many)} of {len(bodies)}, side" if len(many) < len(bodies) else f"all {len(many)}, side"]
-    words = ["photo" if keypoints is None else "photo, keypoints", *words, *below, *["side"] * shown]
-    return contact_sheet(top_row + bottom_row, shown + 1, words)
 
 
 def reach_of(

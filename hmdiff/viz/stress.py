@@ -17,7 +17,7 @@ from torch import Tensor
 from hmdiff.errors import UserError
 from hmdiff.viz.canvas import as_tensor, colour_bar, contact_sheet, heat_colours, to_bytes
 from hmdiff.viz.overlays import overlay_all, reach_of, view_all
-from hmdiff.viz.spread import scale_end
+from hmdiff.viz.spread import SCALE
 
 STEP = 10.0  # mm: the scale ends at a multiple
 _OPACITY = 0.62
@@ -119,12 +119,11 @@ def hidden_sheet(
     have one scale of colours and one of lengths, so that they compare.
     """
     size = len(rows[0][0])
-    highest = scale_end(np.concatenate([np.asarray(as_tensor(row[3]), np.float64) for row in rows]))
     middle, extent = reach_of(torch.cat([as_tensor(row[1]).float()[:shown] for row in rows]), (size, size))
     cells, words = [], []
     for (crop, vertices, shifts, spread), caption in zip(rows, captions, strict=True):
         bodies, places = as_tensor(vertices).float()[:shown], as_tensor(shifts).float()[:shown]
-        tints = [heat_colours(spread, 0.0, highest)] * len(bodies)
+        tints = [heat_colours(spread, 0.0, SCALE)] * len(bodies)
         cells += [
             crop,
             overlay_all(crop, bodies, faces, places, focal, principal_point, tints, _TRANSLUCENT),
@@ -133,5 +132,5 @@ def hidden_sheet(
         words += [caption, f"{len(bodies)} hypotheses", "from the side"]
     sheet = contact_sheet(cells, 3, words)
     bar = np.full((len(sheet), 100, 3), 255, np.uint8)
-    bar[10 : 10 + size, :90] = colour_bar(0.0, highest, "mm", (size, 90))
+    bar[10 : 10 + size, :90] = colour_bar(0.0, SCALE, "spread, mm", (size, 90))
     return np.concatenate([sheet, bar], axis=1)

@@ -159,7 +159,7 @@ async function start() {
   }
 
   // ---- controls ----------------------------------------------------------------------------------------------------
-  const name = number => number === 0 ? "mean" : `hypothesis ${number}` + (number === person.selected + 1 ? " (selected)" : "");
+  const name = number => number === 0 ? "mean" : `hypothesis ${number - 1}` + (number === person.selected + 1 ? " (selected)" : "");
   const boxes = bodies.map((_, number) => {
     const label = document.createElement("label");
     label.innerHTML = `<input type="checkbox"><span class="dot" style="background:${css(own(number))}"></span><span></span>`;

@@ -25,12 +25,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from hmdiff.diffusion.confidence import RADII
 from hmdiff.errors import UserError
 from hmdiff.files.reading import read_npz
 from hmdiff.files.storage import atomic_file
 from hmdiff.viz.canvas import HEAT, as_tensor, read_picture
 from hmdiff.viz.overlays import PALETTE, person_crop
-from hmdiff.viz.spread import scale_end
+from hmdiff.viz.spread import SCALE
 
 UNIT = 1e-4  # metres; larger only for bodies that reach beyond 3.2 m
 PHOTO_HEIGHT = 720  # pixels of the photo's crop, at most
@@ -121,14 +122,27 @@ def _maps(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, Any]], 
     maps = {
         "spread": {
             "label": "spread of the hypotheses", "unit": "mm", "array": "spread", "scale": 0.1, "digits": 0,
-            "lowest": 0, "highest": scale_end(spread),
+            "lowest": 0, "highest": SCALE,
         }
     }  # fmt: skip
-    return maps, {"spread": np.round(spread * 10).clip(0, 65535).astype("<u2")}
+    values = {"spread": np.round(spread * 10).clip(0, 65535).astype("<u2")}
+    for radius in RADII:
+        if (name := f"confidence_{radius}mm") in arrays:
+            values[name] = np.round(arrays[name] * 200).astype(np.uint8)
+            maps[name] = {
+                "label": f"confidence within {radius} mm", "unit": "%", "array": name, "scale": 0.5, "digits": 0,
+                "lowest": 100, "highest": 0,  # dark is unsure, as wide is
+            }  # fmt: skip
+    return maps, values
 
 
 def _about(arrays: Mapping[str, np.ndarray]) -> str:
-    return f"{len(arrays['vertices'])} hypotheses, mean spread {arrays['spread_mm'].mean():.0f} mm"
+    about = f"{len(arrays['vertices'])} hypotheses, mean spread {arrays['spread_mm'].mean():.0f} mm"
+    if "confidence" in arrays:
+        about += f"; {float(arrays['confidence']):.0%} of the surface expected within 100 mm of the truth"
+    if (warning := str(arrays.get("warning", ""))):
+        about += f". Doubtful: {warning}"
+    return about
 
 
 @lru_cache(maxsize=1)

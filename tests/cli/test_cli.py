@@ -52,7 +52,7 @@ def make_photo(folder: Path, name: str, shifts: tuple[int, ...] = (0,), width: i
 @pytest.fixture
 def quick_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture is tested with the pictures, and once here by the demo; drawing it is what takes the time."""
-    for name in ("hmdiff.viz.overlays.hypotheses_sheet", "hmdiff.viz.spread.spread_sheet"):
+    for name in ("hmdiff.viz.sheets.hypotheses_sheet", "hmdiff.viz.spread.spread_sheet"):
         monkeypatch.setattr(name, lambda *args, **kwargs: np.zeros((4, 4, 3), np.uint8))
 
 
@@ -245,7 +245,7 @@ def test_output_names_are_their_own(tmp_path: Path) -> None:
 def test_demo(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hmdiff.viz.overlays as pictures
+    import hmdiff.viz.sheets as pictures
     import hmdiff.viz.spread as spread_picture
 
     monkeypatch.setattr(pictures, "hypotheses_sheet", functools.partial(pictures.hypotheses_sheet, height=80))

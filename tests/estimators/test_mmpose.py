@@ -601,7 +601,7 @@ def test_heatmaps_are_saved_and_sampled_as_if_estimated(
         assert drawn.size == (400, 300)
         assert np.median(np.asarray(drawn)[40, 50:150]) == 250  # the first box's upper edge, but for joints on it
 
-    for drawn_by in ("hmdiff.viz.overlays.hypotheses_sheet", "hmdiff.viz.spread.spread_sheet"):
+    for drawn_by in ("hmdiff.viz.sheets.hypotheses_sheet", "hmdiff.viz.spread.spread_sheet"):
         monkeypatch.setattr(drawn_by, lambda *args, **kwargs: np.zeros((4, 4, 3), np.uint8))
     small_pipeline().save_pretrained(tmp_path / "pipeline")
     quick = ["--checkpoint", str(tmp_path / "pipeline"), "--num-hypotheses", "2", "--steps", "2", "--device", "cpu"]

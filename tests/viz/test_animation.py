@@ -228,10 +228,10 @@ def test_export_writes_a_clip_of_every_hypothesis_and_a_motion_of_several_result
     write_result(tmp_path / "two.npz", body, 1)
     assert main(["export", str(tmp_path / "one.npz")]) == 0
     glb = Glb(tmp_path / "one_animated.glb")
-    assert [each.name for each in glb.gltf.animations] == [f"hypothesis_0{number}" for number in (1, 2, 3)]
-    for number in (1, 2, 3):
+    assert [each.name for each in glb.gltf.animations] == [f"hypothesis_0{number}" for number in (0, 1, 2)]
+    for number in (0, 1, 2):
         found = glb.vertices(f"hypothesis_0{number}", 1)
-        assert np.linalg.norm(found - bodies[number - 1], axis=1).mean() < 5e-3
+        assert np.linalg.norm(found - bodies[number], axis=1).mean() < 5e-3
     assert len(read_bvh(tmp_path / "one.bvh")[1]) == 4  # the mean and three hypotheses
     assert "one_smpl.npz" in capsys.readouterr().out
 

@@ -10,7 +10,8 @@ from PIL import Image
 from hmdiff.body.skeletons import COCO17, OPENPOSE25
 from hmdiff.errors import UserError
 from hmdiff.viz.canvas import contact_sheet, draw_keypoints, heat_colours, read_picture, save_picture
-from hmdiff.viz.overlays import PALETTE, colour_bar, hypotheses_sheet, overlay, turntable_view
+from hmdiff.viz.overlays import PALETTE, colour_bar, overlay, turntable_view
+from hmdiff.viz.sheets import MEAN_COLOUR, hypotheses_sheet
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +72,19 @@ def test_hypotheses_sheet_shows_each_in_its_colour(ball):
     bodies = torch.stack([vertices, vertices * torch.tensor([0.7, 1.0, 1.2]), vertices * 0.9])
     points = np.full((17, 3), 60.0)
     sheet = hypotheses_sheet(
-        grey(), bodies, faces, [0.0, 0.0, 4.0], 200.0, [100.0, 60.0], columns=2, keypoints=points, height=120
-    )
-    assert sheet.dtype == np.uint8 and sheet.shape[1] > 3 * 0.7 * 120 and sheet.shape[0] > 2 * 120
-    cells = np.array_split(sheet[: sheet.shape[0] // 2], 3, axis=1)
-    for index in (1, 2):
+        grey(), bodies, faces, [0.0, 0.0, 4.0], 200.0, [100.0, 60.0], columns=3, keypoints=points, height=120,
+        selected=1,
+    )  # fmt: skip
+    assert sheet.dtype == np.uint8 and sheet.shape[1] > 4 * 0.7 * 120 and sheet.shape[0] > 2 * 120
+    cells = np.array_split(sheet[: sheet.shape[0] // 2], 4, axis=1)
+    # The mean in grey, the selected one in its own colour before the first of the others.
+    for index, colour in ((1, MEAN_COLOUR), (2, PALETTE[1]), (3, PALETTE[0])):
         middle = (
             cells[index][50:80, cells[index].shape[1] // 2 - 10 : cells[index].shape[1] // 2 + 10].mean((0, 1)) / 255
         )
-        nearest = min(PALETTE[:4], key=lambda c: np.abs(middle / middle.sum() - np.array(c) / sum(c)).sum())
-        assert nearest == PALETTE[index - 1]
+        choices = (*PALETTE[:4], MEAN_COLOUR)
+        nearest = min(choices, key=lambda c: np.abs(middle / middle.sum() - np.array(c) / sum(c)).sum())
+        assert nearest == colour
 
 
 def test_save_and_read_again(tmp_path):

@@ -1,0 +1,174 @@
+"""Does the confidence tell how often it is right? Reliability, conformal coverage and rank by split.
+
+ECE is the mean difference of predicted and counted frequency over bins of the prediction, weighted by how many points
+are in them (Naeini et al., AAAI 2015); the Brier skill score is 1 less the Brier score over that of always predicting
+the split's own frequency, 0 where the confidence knows nothing of a point (Murphy 1973). Conformal intervals are those
+of `hmdiff.diffusion.confidence`: off the distribution that they were fitted on they promise nothing, which shows here.
+P people, K joints, V vertices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.diffusion.confidence import KINDS, LEVELS, RADII, Confidence
+from hmdiff.diffusion.hypotheses import spread
+from hmdiff.errors import UserError
+from hmdiff.evaluate.evaluation import measure, split_batches
+from hmdiff.evaluate.uncertainty_metrics import rank_correlation
+from hmdiff.output import MeshOutput
+
+if TYPE_CHECKING:
+    from hmdiff.diffusion.guidance import Guidance
+    from hmdiff.pipeline import HMDiffPipeline
+
+BINS = 10
+COLUMNS = (
+    "split", "of", "within", "it is", "said", "ECE", "skill", *(f"{level:.0%} interval" for level in LEVELS), "rank",
+)  # fmt: skip
+
+
+class Observed(NamedTuple):
+    """Spread of the hypotheses, uncalibrated, and error of their mean, both mm and relative to the pelvis."""
+
+    joint_spread: Tensor  # (P, K)
+    joint_error: Tensor  # (P, K)
+    vertex_spread: Tensor  # (P, V)
+    vertex_error: Tensor  # (P, V)
+
+    def times(self, temperature: float) -> Observed:
+        return self._replace(
+            joint_spread=temperature * self.joint_spread, vertex_spread=temperature * self.vertex_spread
+        )
+
+
+class SpreadWatch:
+    """Callback of calls to the pipeline that collects what `Observed` holds."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, sample: Sample, output: MeshOutput) -> None:
+        if sample.vertices is None or sample.joints_3d is None:
+            raise UserError("confidence is fitted to vertices and joints: build the data with full_mesh=True")
+        found = []
+        for drawn, true in ((output.joints, sample.joints_3d), (output.vertices, sample.vertices)):
+            error = (drawn.mean(1) - true.to(drawn)).norm(dim=-1)
+            found += [1000 * spread(drawn).cpu(), 1000 * error.cpu()]
+        self.parts.append(tuple(found))
+
+    def observed(self) -> Observed:
+        return Observed(*(torch.cat(values) for values in zip(*self.parts, strict=True)))
+
+
+@torch.no_grad()
+def observe(
+    pipeline: HMDiffPipeline,
+    data: PeopleSource,  # with the full mesh
+    split: str,
+    people: int,
+    num_hypotheses: int = 25,
+    num_inference_steps: int | None = None,
+    scheduler: str | None = None,
+    seed: int = 0,
+    guidance: Guidance | None = None,
+    progress: Callable[[int], None] | None = None,  # told how many people are done
+) -> Observed:
+    """Draw a split's people, as `hmdiff.evaluate.evaluation` numbers them."""
+    watch = SpreadWatch()
+    measure(
+        pipeline, split_batches(data, split, people), (num_hypotheses,), num_inference_steps, seed, scheduler, None,
+        guidance, progress, observe=watch,
+    )  # fmt: skip
+    return watch.observed()
+
+
+def reliability(
+    observed: Observed,  # its spread with the temperature
+    confidence: Confidence,
+) -> dict[str, Any]:
+    """kind -> radius -> said, counted, ece, skill, curve; "intervals"; "person": rank correlation with PVE."""
+    report: dict[str, Any] = {kind: {} for kind in KINDS}
+    report["intervals"] = {kind: {} for kind in KINDS}
+    person: dict[int, float] = {}
+    for radius in RADII:
+        found = confidence.within(radius, observed.joint_spread, observed.vertex_spread)
+        for kind, said, error in (("joints", found.joints[:, 1:], observed.joint_error[:, 1:]),
+                                  ("vertices", found.vertices, observed.vertex_error)):  # fmt: skip
+            report[kind][radius] = _frequencies(said.flatten().double(), (error < radius).flatten().double())
+        person[radius] = rank_correlation(-found.person, observed.vertex_error.mean(1))
+    for kind, drawn, error in (("joints", observed.joint_spread[:, 1:], observed.joint_error[:, 1:]),
+                               ("vertices", observed.vertex_spread, observed.vertex_error)):  # fmt: skip
+        for level in LEVELS:
+            reach = confidence.interval(level, drawn, kind)
+            report["intervals"][kind][level] = {
+                "coverage": (error <= reach).double().mean().item(), "radius_mm": reach.mean().item()
+            }  # fmt: skip
+    report["person"] = {"rank_correlation": person}
+    return report
+
+
+def _frequencies(said: Tensor, inside: Tensor) -> dict[str, Any]:  # (M,) probabilities; (M,) 0 or 1
+    place = (said * BINS).long().clamp(max=BINS - 1)
+    count = torch.zeros(BINS, dtype=said.dtype).index_add(0, place, torch.ones_like(said))
+    mean_said, frequency = (
+        torch.zeros(BINS, dtype=said.dtype).index_add(0, place, values) / count.clamp_min(1)
+        for values in (said, inside)
+    )
+    base = inside.mean()
+    constant = (base * (1 - base)).item()
+    brier = (said - inside).square().mean().item()
+    return {
+        "said": said.mean().item(),
+        "counted": base.item(),
+        "ece": ((mean_said - frequency).abs() * count / count.sum()).sum().item(),
+        "skill": 1 - brier / constant if constant > 0 else float("nan"),
+        "curve": [
+            {"said": s, "counted": f, "share": c}
+            for s, f, c in zip(mean_said.tolist(), frequency.tolist(), (count / count.sum()).tolist(), strict=True)
+            if c > 0
+        ],
+    }
+
+
+def reliability_rows(split: str, report: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of `COLUMNS` for a table."""
+    rows: list[list[str]] = []
+    for kind in KINDS:
+        for number, radius in enumerate(RADII):
+            found = report[kind][radius]
+            intervals = [report["intervals"][kind][level] for level in LEVELS]
+            rows.append([
+                split if not rows else "", kind if number == 0 else "", f"{radius} mm", f"{found['counted']:.0%}",
+                f"{found['said']:.0%}", f"{found['ece']:.3f}", f"{found['skill']:.2f}",
+                *(f"{each['coverage']:.0%} in {each['radius_mm']:.0f} mm" if number == 0 else "" for each in intervals),
+                f"{report['person']['rank_correlation'][radius]:.2f}" if kind == "vertices" else "",
+            ])  # fmt: skip
+    return rows
+
+
+def reliability_picture(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """The reliability diagram: predicted against counted frequency, a panel a radius and kind, a line a split."""
+    from matplotlib.figure import Figure
+
+    from hmdiff.files.storage import atomic_file
+
+    figure = Figure(figsize=(3.2 * len(RADII) * len(KINDS), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(RADII) * len(KINDS), sharey=True)
+    for panel, (kind, radius) in zip(panels, [(kind, radius) for kind in KINDS for radius in RADII], strict=True):
+        panel.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+        for split, report in reports.items():
+            curve = [point for point in report[kind][radius]["curve"] if point["share"] >= 0.005]
+            said, counted = [[point[key] for point in curve] for key in ("said", "counted")]
+            panel.plot(said, counted, marker="o", markersize=3, label=f"{split}, ECE {report[kind][radius]['ece']:.2f}")
+        panel.set(title=f"{kind} within {radius} mm", xlabel="said", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        panel.legend(fontsize=6, loc="upper left", frameon=False)
+    panels[0].set_ylabel("counted")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:], dpi=140)

@@ -1,0 +1,55 @@
+"""Checkpoints of the Hugging Face Hub by their repository id, such as "somebody/hmdiff-base".
+
+Only JSON, safetensors and the card are fetched: nothing that could be run. The Hub's own cache keeps them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hmdiff.errors import UserError
+
+FILES = ("*.json", "*.safetensors", "README.md")
+_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
+
+
+def is_repository_id(name: str) -> bool:
+    """OWNER/NAME, where no folder of this machine is meant: neither it nor its first part is there."""
+    return bool(_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
+def download(repository: str, revision: str | None = None) -> Path:
+    """The folder of the checkpoint, from the cache where it is there. Raises `UserError` where it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise UserError(
+            f"{repository}: no such folder, and it cannot be had from the Hugging Face Hub ({reason}); check the name, "
+            "the connection and, for a private repository, HF_TOKEN"
+        ) from None
+
+
+def upload(folder: Path, repository: str, private: bool = False, message: str = "Upload an hmdiff pipeline") -> str:
+    """Put a saved pipeline and its card into a repository, made where it is not there; returns its address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not _ID.fullmatch(repository):
+        raise UserError(f"{repository}: not a repository id; give OWNER/NAME")
+    hub = HfApi()
+    try:
+        address = str(hub.create_repo(repository, private=private, exist_ok=True))
+        hub.upload_folder(
+            folder_path=folder, repo_id=repository, allow_patterns=list(FILES), commit_message=message
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise UserError(
+            f"{repository}: the Hugging Face Hub did not take it ({reason}); set HF_TOKEN to a token that may write"
+        ) from None
+    return address

@@ -1,0 +1,87 @@
+"""What a training writes of itself: log.csv, and accelerate's trackers (TensorBoard, Weights & Biases, ...)."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
+
+from hmdiff.errors import UserError
+from hmdiff.files.storage import atomic_file
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from hmdiff.config import Config
+
+PROJECT = "hmdiff"
+
+
+def tracker_options(trackers: str, folder: Path) -> dict[str, Any]:
+    """Keywords of `Accelerator`. Raises `UserError` for a tracker that is not known or not installed."""
+    names = [] if trackers == "none" else [name.strip() for name in trackers.split(",") if name.strip()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"training.trackers {name!r} is not known; choose of {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name not in {each.value for each in get_available_trackers()}:
+            raise UserError(f"training.trackers {name!r} is not installed; pip install {name}, or leave it out")
+    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
+    return {"log_with": names or None, "project_config": project}
+
+
+@contextlib.contextmanager
+def run_log(
+    accelerator: Accelerator,
+    folder: Path,
+    config: Config,
+    step: int,  # of the checkpoint that the run goes on from; 0: a new run
+    again: bool,  # the evaluation at this step will be written again
+) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A function that writes a row to log.csv and to the trackers, on the main process.
+
+    What a resumed run will write again is dropped first: rows past its step, and the evaluation at its step.
+    """
+    if not accelerator.is_main_process:
+        yield lambda row: None
+        return
+    path = folder / "log.csv"
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        with open(path, newline="") as handle:
+            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(handle) if row.get("step")]
+    rows = [row for row in rows if int(row["step"]) <= step]
+    if again:
+        rows = [row for row in rows if int(row["step"]) < step or "val_pve_mean" not in row]
+    # One W&B run for one folder, also after a resume.
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    accelerator.init_trackers(PROJECT, init_kwargs={
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"name": config.name, "id": identity, "resume": "allow", "dir": str(folder),
+                  "config": dataclasses.asdict(config)},
+    })  # fmt: skip
+
+    def log(row: dict[str, float]) -> None:
+        rows.append({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        with atomic_file(path) as temporary, open(temporary, "w", newline="") as handle:
+            table = csv.DictWriter(handle, names)
+            table.writeheader()
+            table.writerows(rows)
+        values = {name: float(value) for name, value in row.items() if name != "step"}
+        for tracker in accelerator.trackers:
+            tracker.log(values, step=int(row["step"]))
+
+    try:
+        yield log
+    finally:
+        # Not end_training: it would also end the processes' group, and the test split is still to come.
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers = []

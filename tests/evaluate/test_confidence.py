@@ -1,0 +1,131 @@
+"""Confidence: it is as often right as it says, knows who is uncertain, and travels with the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import chi
+from small import people, small_pipeline
+
+from hmdiff.cli.main import main
+from hmdiff.diffusion.confidence import Confidence, fit_confidence
+from hmdiff.errors import UserError
+from hmdiff.evaluate.calibration import calibrate
+from hmdiff.evaluate.reliability import Observed, observe, reliability, reliability_picture, reliability_rows
+from hmdiff.pipeline import HMDiffPipeline
+
+
+def observed(people: int, seed: int, scale: float = 1.0) -> Observed:
+    """Errors that are drawn from a Gaussian of the hypotheses' own width, which spread tells; `scale` misleads."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.exp(0.5 * torch.randn(people, 1, generator=generator))
+    parts = []
+    for points in (24, 300):
+        sigma = 40 * whole * torch.exp(0.4 * torch.randn(people, points, generator=generator))
+        error = (sigma[..., None] * torch.randn(people, points, 3, generator=generator)).norm(dim=-1)
+        parts += [scale * 1.6 * sigma, error]  # the mean distance of a Gaussian to its middle is 1.6 sigma
+    return Observed(*parts)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Confidence:
+    return fit_confidence(*observed(300, 0))
+
+
+def test_it_is_the_probability_of_a_gaussian_error(fitted: Confidence) -> None:
+    spread = torch.tensor([[20.0, 60.0, 64.0, 130.0, 300.0]])
+    # One person whose mean spread is the population's: the probabilities are those of the chi distribution.
+    found = fitted.within(50, spread, torch.full((1, 300), 64.0))
+    expected = torch.from_numpy(chi.cdf(50 / (spread.numpy() / 1.6), 3)).float()
+    assert (found.joints - expected).abs().max() < 0.1
+    assert (found.joints.diff() < 0).all() and found.joints.min() > 0 and found.joints.max() < 1
+    wider = fitted.within(100, spread, torch.full((1, 300), 64.0))
+    assert (wider.joints > found.joints).all()
+    torch.testing.assert_close(found.person, found.vertices.mean(1))
+
+
+def test_new_people_are_within_as_often_as_it_says_and_misleading_spread_shows(fitted: Confidence) -> None:
+    honest = reliability(observed(300, 1), fitted)
+    misled = reliability(observed(300, 1, scale=0.5), fitted)
+    for kind in ("joints", "vertices"):
+        for radius in (50, 100):
+            assert honest[kind][radius]["ece"] < 0.05 < 0.1 < misled[kind][radius]["ece"]
+            assert honest[kind][radius]["skill"] > 0.1
+        for level in (0.5, 0.9):
+            coverage = honest["intervals"][kind][level]["coverage"]
+            assert coverage == pytest.approx(level, abs=0.03)
+            assert misled["intervals"][kind][level]["coverage"] < coverage
+    assert honest["person"]["rank_correlation"][100] > 0.8
+    shuffled = observed(300, 1)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    shuffled = shuffled._replace(vertex_error=shuffled.vertex_error[order])
+    assert abs(reliability(shuffled, fitted)["person"]["rank_correlation"][100]) < 0.2
+
+
+def test_what_always_is_within_keeps_finite_numbers() -> None:
+    certain = Observed(torch.full((20, 24), 5.0), torch.full((20, 24), 2.0), torch.full((20, 50), 5.0),
+                       torch.full((20, 50), 2.0))  # fmt: skip
+    found = fit_confidence(*certain).within(50, certain.joint_spread, certain.vertex_spread)
+    assert found.joints.min() > 0.9 and found.joints.isfinite().all()
+    with pytest.raises(UserError, match="3 people; give at least 10"):
+        fit_confidence(*(each[:3] for each in certain))
+
+
+def test_it_travels_as_json_and_refuses_what_it_is_not(fitted: Confidence) -> None:
+    assert Confidence.from_json(json.loads(json.dumps(fitted.as_json()))) == fitted
+    with pytest.raises(UserError, match="finite numbers"):
+        Confidence({"joints": {50: (0.0, float("nan"), 0.0)}, "vertices": {}}, {})
+    with pytest.raises(UserError, match="within 75 mm was not fitted; choose one of 50, 100"):
+        fitted.within(75, torch.ones(1, 24), torch.ones(1, 5))
+
+
+def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) -> None:
+    pipe = small_pipeline()
+    data = people(True)
+    before = observe(pipe, data, "val", 8, 4, 2)
+    temperature = calibrate(pipe, data, "val", 16, 4, 2).temperature
+    block = data.block("val", 0)
+    from hmdiff.evaluate.evaluation import as_heatmaps, ask
+
+    output = ask(pipe, block, as_heatmaps(block), 4, 2, 0, None)
+    torch.testing.assert_close(output.joint_spread, before.joint_spread * temperature, rtol=1e-3, atol=1e-2)
+    within = output.within(100)
+    assert within is not None and within.vertices.shape == output.spread.shape and within.joints.shape == (8, 24)
+    found = output.confidences(3)
+    assert set(found) == {"confidence", "confidence_50mm", "confidence_100mm", "joint_confidence_50mm",
+                          "joint_confidence_100mm"}  # fmt: skip
+    torch.testing.assert_close(found["confidence"], within.person[3])
+    pipe.save_pretrained(tmp_path / "saved")
+    again = HMDiffPipeline.from_pretrained(tmp_path / "saved")
+    assert again.calibration(2) == pipe.calibration(2) is not None
+    other = ask(again, block, as_heatmaps(block), 4, 3, 0, None)  # three steps: nothing was fitted
+    assert other.within(50) is None and other.confidences(0) == {}
+
+
+def test_the_command_prints_and_draws_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hmdiff.cli.reliability_run.test_people", lambda body, image_size, map_size: people(True))
+    pipe = small_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    command = ["evaluate", "--reliability", "--checkpoint", str(tmp_path / "pipe"), "--people", "8", "--steps", "2",
+               "--num-hypotheses", "3", "--split", "val", "test", "--output", str(tmp_path / "out")]  # fmt: skip
+    assert main(command) == 2
+    assert "no confidence was fitted" in capsys.readouterr().err
+    calibrate(pipe, people(True), "val", 16, 3, 2)
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert main(command) == 0
+    reports = json.loads((tmp_path / "out" / "reliability_pipe.json").read_text())
+    assert set(reports) == {"val", "test"} and "vertices" in capsys.readouterr().out
+    assert (tmp_path / "out" / "reliability_pipe.png").stat().st_size > 5000
+
+
+def test_the_diagram_and_the_table_have_every_split(fitted: Confidence, tmp_path: Path) -> None:
+    reports = {"val": reliability(observed(60, 1), fitted), "ood": reliability(observed(60, 2, 0.6), fitted)}
+    reliability_picture(reports, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    rows = reliability_rows("ood", reports["ood"])
+    assert [row[0] for row in rows] == ["ood", "", "", ""] and rows[3][2] == "100 mm"

@@ -1,0 +1,55 @@
+"""The log of a training: log.csv and TensorBoard say the same, also after a resume; trackers are checked by name."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from small import small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hmdiff.errors import UserError
+from hmdiff.train.logger import run_log, tracker_options
+
+
+def logged(folder: Path, name: str) -> dict[int, float]:
+    found = EventAccumulator(str(folder / "tensorboard" / "hmdiff"))
+    found.Reload()
+    return {event.step: event.value for event in found.Scalars(name)}
+
+
+def test_a_resumed_run_leaves_one_value_a_step(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    accelerator = Accelerator(cpu=True, **tracker_options(config.training.trackers, tmp_path))
+    with run_log(accelerator, tmp_path, config, 0, again=False) as log:
+        for step in (2, 4, 6):
+            log({"step": step, "loss": step / 10})
+        log({"step": 4, "val_pve_mean": 7.0})
+    with run_log(accelerator, tmp_path, config, 4, again=True) as log:  # killed after step 6, the checkpoint is of 4
+        log({"step": 4, "val_pve_mean": 8.0})
+        log({"step": 6, "loss": 0.9})
+    with open(tmp_path / "log.csv", newline="") as handle:
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(handle)]
+    assert rows == [{"step": "2", "loss": "0.2"}, {"step": "4", "loss": "0.4"}, {"step": "4", "val_pve_mean": "8"},
+                    {"step": "6", "loss": "0.9"}]  # fmt: skip
+    assert logged(tmp_path, "loss") == pytest.approx({2: 0.2, 4: 0.4, 6: 0.9})
+
+
+def test_trackers_that_cannot_be_had_are_named() -> None:
+    with pytest.raises(UserError, match=r"training.trackers 'tensorbord' is not known; choose of .*tensorboard"):
+        tracker_options("tensorbord", Path("x"))
+    absent = next(name for name in ("wandb", "aim", "dvclive") if importlib.util.find_spec(name) is None)
+    with pytest.raises(UserError, match=rf"'{absent}' is not installed; pip install {absent}"):
+        tracker_options(f"tensorboard, {absent}", Path("x"))
+
+
+def test_no_tracker_leaves_the_csv(tmp_path: Path) -> None:
+    config = small_config(tmp_path, "training.trackers=none")
+    accelerator = Accelerator(cpu=True, **tracker_options(config.training.trackers, tmp_path))
+    with run_log(accelerator, tmp_path, config, 0, again=False) as log:
+        log({"step": 1, "loss": 0.5})
+    assert (tmp_path / "log.csv").read_text().splitlines() == ["step,loss", "1,0.5"]
+    assert not (tmp_path / "tensorboard").exists()
