@@ -301,8 +301,10 @@ def _say_once(line: str) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _mean_person(data: PeopleSource, people: int) -> tuple[Tensor, Tensor]:  # (V, 3), (J, 3)
+def _mean_person(data: PeopleSource, people: int, split: str) -> tuple[Tensor, Tensor]:  # (V, 3), (J, 3)
     sample = concatenate(list(split_batches(data, "train", people)))
+    if sample.has_vertices is not None and not sample.has_vertices.any():  # keypoints alone are trained on
+        sample = data.block(split, 0)
     assert sample.vertices is not None and sample.keypoints_3d is not None
     there = slice(None) if sample.has_vertices is None else sample.has_vertices
     return sample.vertices[there].mean(0), sample.keypoints_3d[there].mean(0)
@@ -314,8 +316,11 @@ def mean_mesh_errors(
     people: int,
     training_people: int = 512,
 ) -> dict[str, dict[str, float]]:  # metric -> {value, low, high} mm
-    """The errors of predicting for everybody the mean mesh of training people, in the camera's frame."""
-    vertices, keypoints = _mean_person(data, training_people)
+    """The errors of predicting for everybody the mean mesh of training people, in the camera's frame.
+
+    Where none of them has a mesh, the mean mesh of the split's first block.
+    """
+    vertices, keypoints = _mean_person(data, training_people, split)
     collected: dict[str, list[Tensor]] = {metric: [] for metric in METRICS}
     for sample in split_batches(data, split, people):
         assert sample.vertices is not None and sample.keypoints_3d is not None

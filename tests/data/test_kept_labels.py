@@ -10,6 +10,7 @@ from hmdiff.build import build_source
 from hmdiff.data.kept_labels import KeptLabels
 from hmdiff.data.sample import Sample
 from hmdiff.errors import UserError
+from hmdiff.evaluate.evaluation import mean_mesh_errors
 
 
 def first(labels: str, **more: object) -> Sample:
@@ -38,6 +39,11 @@ def test_a_seed_of_its_own_and_splits_that_stay() -> None:
     assert not torch.equal(first("keypoints_2d", seed=7).joints_2d, first("all").joints_2d)
     source = KeptLabels(people(), "keypoints_2d")  # people are evaluated with all their labels
     assert torch.equal(source.block("val", 0).silenced().coarse_vertices, people().block("val", 0).coarse_vertices)
+
+
+def test_a_training_on_keypoints_alone_is_evaluated() -> None:
+    """Nobody of its training people has a mesh whose mean could be compared with."""
+    assert 50 < mean_mesh_errors(KeptLabels(people(True, 4), "keypoints_2d"), "val", 4, 8)["pve"]["value"] < 2000
 
 
 def test_bad_words() -> None:

@@ -92,7 +92,7 @@ def test_a_path_that_is_not_used_changes_nothing(name: str) -> None:
     assert set(without.state_dict()) <= set(model.state_dict())
     for key, value in without.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
-    people = people_of()
+    people = people_of("model.backbone=conv")
     points, steps = torch.randn(len(people), 2, model.num_points, 3), torch.rand(len(people), 2)
     # A lifted model at its start: its joints' gate is closed.
     expected = without(points, steps, None, people.heatmaps, people.heatmap_valid)
@@ -103,7 +103,8 @@ def test_a_path_that_is_not_used_changes_nothing(name: str) -> None:
 @torch.no_grad()
 def test_every_image_token_has_a_learned_place() -> None:
     """One number of the table moves the tokens of every image alike; without a grid there is nothing to place."""
-    model, people = build_pipeline(small_config("unused", *PATHS["hybrid position"])).model, people_of()
+    model = build_pipeline(small_config("unused", *PATHS["hybrid position"])).model
+    people = people_of("model.backbone=conv")
     assert model.image_place.shape == (64, 32)
     before, _ = model.encode(None, people.heatmaps, people.heatmap_valid)
     model.image_place[5] += 1.0
@@ -119,7 +120,7 @@ FINE = (*PATHS["coarse to fine"], "model.depth=4")
 @torch.no_grad()
 def test_joints_and_mesh_accumulate_from_block_to_block() -> None:
     """JOTR's heads: every block adds to what the block before found, and the last sum is the result."""
-    model, people = build_pipeline(small_config("unused", *FINE)).model, people_of()
+    model, people = build_pipeline(small_config("unused", *FINE)).model, people_of("model.backbone=conv")
     wake(model)
     points, steps = torch.randn(len(people), 2, model.num_points, 3), torch.rand(len(people), 2)
     found = model(points, steps, None, people.heatmaps, people.heatmap_valid)
@@ -145,7 +146,7 @@ def test_every_block_is_supervised() -> None:
     """A loss on the first block's joints and mesh alone would leave the others' heads where they are, and so on."""
     values = small_config("unused", *FINE, "loss.camera=0", "loss.joint_contrast=0", "loss.non_joint_contrast=0")
     body, mesh = free_body()
-    model, people = build_model(values, body, mesh), people_of()
+    model, people = build_model(values, body, mesh), people_of("model.backbone=conv")
     wake(model)
     losses = training_losses(model, build_scheduler(values), values.loss, people, draws_for(model, len(people)))
     assert losses["mesh_estimates"] > 0 and losses["estimates"] > 0
@@ -161,7 +162,7 @@ def test_contrast_knows_whose_joints_are_outside_the_crop(monkeypatch: pytest.Mo
     """By the true joints through the true camera, for both losses."""
     values = small_config("unused", *PATHS["lifting"])
     body, mesh = free_body()
-    model, people = build_model(values, body, mesh), people_of()
+    model, people = build_model(values, body, mesh), people_of("model.backbone=conv")
     camera = people.camera.clone()
     camera[0, 1] += 0.8  # half of the first person is beyond the right border
     people = dataclasses.replace(people, camera=camera)
