@@ -13,7 +13,7 @@ from hmdiff.errors import UserError
 
 # The largest that is built, by the last part of the name.
 _LARGEST = {
-    "stack": 8, "depth": 64, "encoder_depth": 64, "depth_layers": 64, "heads": 64, "encoder_heads": 64, "width": 4096,
+    "stack": 16, "depth": 64, "encoder_depth": 64, "depth_layers": 64, "heads": 64, "encoder_heads": 64, "width": 4096,
     "encoder_width": 4096, "image_size": 2048, "heatmap_size": 512, "depth_size": 1024, "num_keypoints": 1024,
     "num_vertices": 200_000, "num_coarse": 8192, "num_joints": 512, "patch_size": 8192, "upsample_neighbours": 256,
     "volume_width": 1024, "volume_size": 64,

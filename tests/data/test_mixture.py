@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hmdiff.body.mesh import MeshSampler
 from hmdiff.body.skeletons import HALPE26, SMPL24, mirror_permutation
-from hmdiff.build import build_model, build_scheduler, build_source
+from hmdiff.build import build_data, build_model, build_scheduler, build_source
 from hmdiff.config import Config, LossConfig
 from hmdiff.data.mixture import PERIOD, Mixture, WithSplits, schedule
 from hmdiff.data.prepare import prepare_dataset
@@ -361,7 +361,7 @@ def with_garbage(sample: Sample, value: float) -> Sample:
     changed = {}
     for name, mask_name in MASKS.items():
         field, mask = getattr(sample, name), getattr(sample, mask_name)
-        if field is not None and mask is not None and field.is_floating_point() and name != "heatmaps":
+        if field is not None and mask is not None and field.is_floating_point() and name not in ("heatmaps", "peaks"):
             there = (mask > 0).reshape(*mask.shape, *(1,) * (field.dim() - mask.dim()))
             changed[name] = torch.where(there, field, value)
     return dataclasses.replace(sample, **changed)
@@ -424,12 +424,13 @@ def test_the_loss_of_a_mixture_is_the_sum_over_its_parts(tmp_path: Path) -> None
     model, scheduler, _ = small_parts(config)
     whole = make_records(tmp_path, 4, photos=False)
     flat = [dataclasses.replace(record, pose=None, betas=None, translation=None, body="smpl") for record in whole]
-    synthetic = dataclasses.replace(people(False, 4).block("train", 0), has_joints_3d=None, has_vertices=None)
+    drawn = build_data(small_config("unused", "data.block_size=4", "data.kind=mixture"), *free_body())
+    synthetic = dataclasses.replace(drawn.block("train", 0), has_joints_3d=None, has_vertices=None)
     parts = [
         synthetic,  # no masks at all
         recorded(whole, full_mesh=False).block("train", 0),
         recorded(flat, full_mesh=False).block("train", 1),
-        dataclasses.replace(people(False, 4).block("train", 2), camera=None),  # its keypoints tell of the camera
+        dataclasses.replace(drawn.block("train", 2), camera=None),  # its keypoints tell of the camera
     ]
     generator = torch.Generator().manual_seed(1)
     steps = [torch.randint(200, (4, 2), generator=generator) for _ in parts]

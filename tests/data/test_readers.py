@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -435,7 +436,7 @@ def test_npz_files_cut_short_missing_or_many_are_named(tmp_path: Path) -> None:
     damaged = bytearray(whole)
     damaged[whole.index(b"shape.npy") + 300] ^= 255
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"coco_2014_train\.npz: array 'shape' is damaged"):
+    with pytest.raises(UserError, match=r"coco_2014_train\.npz: a damaged file of arrays .*'shape\.npy'"):
         open_reader("spin", tmp_path)
     path.write_bytes(whole)
     (tmp_path / "train2014/COCO_train2014_000000000001.jpg").unlink()
@@ -657,7 +658,7 @@ def test_bedlam_faults_are_named(tmp_path: Path, licensed: Path) -> None:
         list(open_reader("bedlam", tmp_path).records())
     image = tmp_path / "training_images/static_6fps/png/seq_000000/seq_000000_0000.png"
     image.write_bytes(b"")
-    with pytest.raises(UserError, match=r"0000\.png: not a picture"):
+    with pytest.raises(UserError, match=r"0000\.png: the file is empty"):
         list(open_reader("bedlam", tmp_path).records())
     image.unlink()
     with pytest.raises(UserError, match=r"static_6fps\.npz, row 0: its image seq_000000/.* is in none of"):
@@ -803,7 +804,7 @@ def test_sports_may_be_a_coco_file(tmp_path: Path) -> None:
         (lambda text: text.replace("240.0", "wide", 1), r"frames\.csv, line 2: could not convert .*'wide', in fx, fy"),
         (lambda text: text.replace("0.9", "nan", 1), r"frames\.csv, line 2: keypoints_2d_confidence has NaN"),
         (lambda text: text.replace("game1/0000.jpg", "game1/9.jpg"), r"csv, line 2: its image .*9\.jpg is missing"),
-        (lambda text: text.replace("0.9", "0"), r"frames\.csv, line 4: neither a box nor a labelled keypoint"),
+        (lambda text: re.sub(r"(?<![\d.])0\.9(?!\d)", "0", text), r"csv, line 4: neither a box nor a labelled keypoint"),
     ],
 )
 def test_sports_faults_are_named(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
