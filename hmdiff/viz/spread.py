@@ -45,9 +45,9 @@ def spread_sheet(
     views += [turntable_view(body, faces, degrees, size, colours, extent, middle) for degrees in (90.0, 180.0)]
     note = FOOTER
     if confidence is not None:
-        note = f"confidence {confidence:.0%} (share of the surface expected within 100 mm); " + note
+        note = f"Confidence {confidence:.0%} (share of the surface expected within 100 mm). " + note
     captions = ["photo", "spread over the photo", "rendered, side", "rendered, behind"]
     sheet = contact_sheet(views, len(views), captions, footer=note)
     bar = np.full((len(sheet), 100, 3), 255, np.uint8)
-    bar[10 : 10 + height, :90] = colour_bar(0.0, SCALE, "spread, mm", (height, 90))
+    bar[10 : 10 + height, :90] = colour_bar(0.0, SCALE, "mm", (height, 90))
     return np.concatenate([sheet, bar], axis=1)

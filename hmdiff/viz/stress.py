@@ -132,5 +132,5 @@ def hidden_sheet(
         words += [caption, f"{len(bodies)} hypotheses", "from the side"]
     sheet = contact_sheet(cells, 3, words)
     bar = np.full((len(sheet), 100, 3), 255, np.uint8)
-    bar[10 : 10 + size, :90] = colour_bar(0.0, SCALE, "spread, mm", (size, 90))
+    bar[10 : 10 + size, :90] = colour_bar(0.0, SCALE, "mm", (size, 90))
     return np.concatenate([sheet, bar], axis=1)
