@@ -16,7 +16,7 @@ from hmdiff.body.body import Body
 DISTANCE = 0.06  # of the crop's side
 FIT = 45.0  # mm
 TORN = 0.12  # of all edges
-GAP = 0.03  # of the residual, crop coordinates squared
+GAP = 0.01  # of the residual, crop coordinates squared
 
 
 def torn_share(

@@ -6,10 +6,13 @@ B people, N hypotheses, V vertices, K body joints, J keypoints (HALPE26).
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hmdiff.body.body import Body
 from hmdiff.body.fitting import FittedBodies
 from hmdiff.diffusion.confidence import RADII, Confidence, Within
 from hmdiff.diffusion.dat import GuidanceReport
@@ -17,6 +20,7 @@ from hmdiff.diffusion.hypotheses import Modes, apply_temperature, heatmap_log_li
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
+from hmdiff.recovered import RecoveredPerson
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,39 @@ class MeshOutput:
     # (B, N, ...) pose, betas, translation of the bodies that `vertices` are the skin of, and how far they lie from the
     # predicted coarse vertices; None for surface="vertices"
     fitted: FittedBodies | None = None
+    calibrated_spread: bool = False  # a temperature was fitted for this way of sampling
+    body: Body | None = None  # that `vertices` are of
+    photos: tuple[tuple[Any, int], ...] = ()  # of each: the photo (`PhotoPeople`) and their number in it, where known
+
+    @property
+    def people(self) -> list[RecoveredPerson]:
+        """One by one, with camera, projection, parameters and files."""
+        return [RecoveredPerson(self, row) for row in range(len(self.vertices))]
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write everybody's files as `hmdiff sample` does; returns the npz of each.
+
+        Raises:
+            UserError: the output is not of photos; a file would replace an input, or one that is not ours.
+        """
+        from hmdiff.files.outputs import output_names, protect_inputs
+
+        photos: list[Any] = []
+        for photo, _ in self.photos:
+            if not any(photo is other for other in photos):
+                photos.append(photo)
+        protect_inputs(Path(folder), [photo.photo for photo in photos], [photo.photo for photo in photos])
+        names = output_names([photo.photo for photo in photos], [len(photo.heatmaps) for photo in photos])
+        written = []
+        for person, (photo, number) in zip(self.people, self.photos, strict=bool(self.photos)):
+            index = next(i for i, other in enumerate(photos) if other is photo)
+            person.save(Path(folder) / names[index, number])
+            written.append(Path(folder) / f"{names[index, number]}.npz")
+        return written
+
+    def to_smpl(self, body: Body | None = None) -> list[dict[str, Tensor]]:
+        """Of each person, see `RecoveredPerson.to_smpl`."""
+        return [person.to_smpl(body) for person in self.people]
 
     @property
     def mean_vertices(self) -> Tensor:  # (B, V, 3)

@@ -33,6 +33,8 @@ from hmdiff.diffusion.sampling import sample as reverse_diffusion
 from hmdiff.diffusion.schedule import change_scheduler, load_scheduler, sampler_name
 from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
+from hmdiff.estimators.people import Photo, PhotoPeople, crops, people_in
+from hmdiff.estimators.source import PoseSource
 from hmdiff.files.checksums import folder_checksums, verify_checksums
 from hmdiff.files.diffusers_parts import SchedulerMixin
 from hmdiff.files.hub import download, is_repository_id, upload
@@ -46,7 +48,7 @@ from hmdiff.geometry import (
     perspective_translation_fit,
     weak_to_full_camera,
 )
-from hmdiff.heatmaps import Crop, Heatmaps, heatmap_peaks
+from hmdiff.heatmaps import Crop, Heatmaps, concatenate_heatmaps, heatmap_peaks
 from hmdiff.heatmaps.upright import turned_upright
 from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
 from hmdiff.models.conditioning import Conditioning
@@ -58,6 +60,7 @@ from hmdiff.output import MeshOutput, keypoint_distance, log_likelihood
 __all__ = ["GuidancePlan", "HMDiffPipeline", "MeshOutput", "keypoint_distance"]
 
 FORMAT = 1
+Photos = Photo | Sequence[Photo]
 ABOUT = "hmdiff.json"
 GUIDANCE_STREAM = 1 << 32  # added to the seed where guidance draws
 SURFACES = ("body", "vertices")
@@ -102,21 +105,35 @@ class HMDiffPipeline:
         self.body = body
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.temperatures: dict[Sampling, Temperature] = {}
+        self._source: PoseSource | None = None
+        self.dtype = torch.float32  # what the networks compute in
 
     @property
     def device(self) -> torch.device:
         return self.model.coarse_ids.device
 
-    def to(self, device: torch.device | str) -> HMDiffPipeline:
-        torch.nn.Module.to(self.model, device)  # ModelMixin's own imports torch's compiler, to look for its hooks
-        self.body.to(device)
-        self.faces = self.faces.to(device)
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> HMDiffPipeline:
+        """Move to a device; weights to bfloat16 or float32, which changes how the denoiser computes and nothing else.
+
+        Raises:
+            UserError: a dtype that the model cannot compute in.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype is not None:
+            if dtype not in (torch.float32, torch.bfloat16):
+                raise UserError(f"dtype {dtype}: choose torch.float32 or torch.bfloat16")
+            self.dtype = dtype
+        if device is not None:
+            torch.nn.Module.to(self.model, device)  # ModelMixin's own imports torch's compiler, to look for its hooks
+            self.body.to(device)
+            self.faces = self.faces.to(device)
         return self
 
     @torch.no_grad()
     def __call__(
         self,
-        images: Tensor | None = None,  # (B, 3, S, S) RGB 0..1, the crops
+        images: Photos | Tensor | None = None,  # photos, as `read`; or crops (B, 3, S, S) RGB 0..1
         heatmaps: Heatmaps | None = None,
         num_hypotheses: int = 25,
         num_inference_steps: int | None = None,  # None: the number saved with the pipeline
@@ -129,12 +146,16 @@ class HMDiffPipeline:
         people: Sequence[int] | None = None,  # number of every person among all asked for; None: 0, 1, ...
         callback: Callback | None = None,
         progress: Callable[[int], None] | None = None,  # told how many hypotheses are done
-        guidance: Guidance | None = None,  # DAT towards `heatmaps`, which an image model may be given for this alone
+        guidance: Guidance | None = None,  # DAT towards `heatmaps`, which an image model may be given for this alone;
+        # of photos DAT is the default, as on the command line: Guidance(mode="none") is none
         depth: Tensor | None = None,  # (B, S, S) of the crops, larger = farther, any scale and shift, NaN = not known
         surface: str = "body",  # of every hypothesis: the nearest body's, or the predicted "vertices" as they are
         upright: bool = True,  # heatmaps alone: turn the crops of people who lie or are upside down
     ) -> MeshOutput:
         """Recover the people. The same seed gives the same result whatever the batch or the device's number of rows.
+
+        `pipe("photo.jpg")` looks for keypoints or heatmaps beside the photo, else its pose estimator looks at it
+        (`pipe.source`); everybody in the photos is a row of the output.
 
         Raises:
             UserError: an input that the model needs is missing, or a number is out of its range.
@@ -143,11 +164,20 @@ class HMDiffPipeline:
         check_weights(next(self.model.parameters()).dtype)
         if surface not in SURFACES:
             raise UserError(f"surface {surface!r} is not known; choose one of {', '.join(SURFACES)}")
+        photos: tuple[tuple[PhotoPeople, int], ...] = ()
+        if images is not None and not isinstance(images, Tensor):
+            found = self.read(images)
+            photos = tuple((photo, number) for photo in found for number in range(len(photo.heatmaps)))
+            images, heatmaps = self._photo_inputs(found)
+            people = [number for _, number in photos] if people is None else people
+            guidance = self.default_guidance() if guidance is None else guidance
         if upright and heatmaps is not None and self.model.config.inputs == "heatmaps" and depth is None:
             heatmaps = turned_upright(heatmaps)
         images, values, valid = self._inputs(images, heatmaps)
         depth = self._depth(depth, len(values) if values is not None else len(images))  # type: ignore[arg-type]
-        conditioning, camera = self.model.encode(images, values, valid, depth)
+        with self._autocast():
+            conditioning, camera = self.model.encode(images, values, valid, depth)
+        camera = camera.float()
         count = len(camera)
         people = list(range(count)) if people is None else list(people)
         if len(people) != count:
@@ -170,9 +200,12 @@ class HMDiffPipeline:
             rotation = crop_rotation(principal_in_crop, focal * 2 / side)
 
         plan = self._guidance_plan(guidance, heatmaps, camera, principal_in_crop, rotation)
-        points, report = self.denoised(
-            conditioning, people, num_hypotheses, num_inference_steps, seed, scheduler, eta, callback, progress, plan
-        )
+        with self._autocast():
+            points, report = self.denoised(
+                conditioning, people, num_hypotheses, num_inference_steps, seed, scheduler, eta, callback, progress,
+                plan,
+            )  # fmt: skip
+        points = points.float()
         confidence, joint_scale, regressed = self._certainty(conditioning, points) or (None, None, None)
         if rotation is not None:
             points = points @ rotation[:, None].mT
@@ -210,6 +243,7 @@ class HMDiffPipeline:
             vertices, joints, keypoints, camera, translation, focal, principal, self.faces, report, likelihood,
             self.temperature(num_inference_steps, scheduler, eta, guidance),
             self.calibration(num_inference_steps, scheduler, eta, guidance), confidence, joint_scale, regressed, fitted,
+            self.is_calibrated(num_inference_steps, scheduler, eta, guidance), self.body, photos,
         )  # fmt: skip
 
     def _bodies(
@@ -230,6 +264,46 @@ class HMDiffPipeline:
 
         fitted = FittedBodies(*map(grouped, found))
         return grouped(posed.vertices + shift[:, None]), grouped(posed.joints + shift[:, None]), fitted
+
+    def read(self, photos: Photos) -> list[PhotoPeople]:
+        """Photos as the pipeline takes them: a path, a PIL image, an array (H, W, 3) of uint8 RGB, or a list of these.
+
+        Raises:
+            UserError: a photo cannot be read, or nobody is found in it.
+        """
+        many = list(photos) if isinstance(photos, list | tuple) else [photos]
+        if not many:
+            raise UserError("no photos: the list is empty")
+        return [people_in(photo, self.source) for photo in many]
+
+    @property
+    def source(self) -> PoseSource:
+        """What looks at photos; set another, such as ``pipe.source = load_source("vitpose:MODEL")``."""
+        if self._source is None:
+            from hmdiff.estimators.choose import load_source
+
+            self._source = load_source()
+        return self._source
+
+    @source.setter
+    def source(self, source: PoseSource | None) -> None:
+        self._source = source
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def default_guidance(self) -> Guidance | None:
+        """DAT, as the command line has it; None where nothing can be steered."""
+        if self.model.config.mode == "direct" or self.body.keypoint_regressor is None:
+            return None
+        return Guidance()
+
+    def _photo_inputs(self, found: Sequence[PhotoPeople]) -> tuple[Tensor | None, Heatmaps]:
+        heatmaps = concatenate_heatmaps([photo.heatmaps for photo in found])
+        if self.model.config.inputs == "heatmaps":
+            return None, heatmaps
+        size = self.model.config.image_size
+        return torch.cat([crops(photo.pixels(), photo.heatmaps, size) for photo in found]), heatmaps
 
     def sampling(
         self,
@@ -264,6 +338,16 @@ class HMDiffPipeline:
         """What turns these hypotheses' spread into probabilities; None where nothing was fitted."""
         fitted = self.temperatures.get(self.sampling(num_inference_steps, scheduler, eta, guidance))
         return None if fitted is None else fitted.confidence
+
+    def is_calibrated(
+        self,
+        num_inference_steps: int | None = None,
+        scheduler: str | None = None,
+        eta: float | None = None,
+        guidance: Guidance | None = None,
+    ) -> bool:
+        """Whether a temperature was fitted for this way of sampling. The direct baseline's copies have no spread."""
+        return self.sampling(num_inference_steps, scheduler, eta, guidance) in self.temperatures
 
     def set_temperature(self, fitted: Temperature) -> None:
         """Use it from now on, and save it with the pipeline; it replaces an older one of the same way of sampling."""
@@ -459,6 +543,7 @@ class HMDiffPipeline:
         device: torch.device | str = "cpu",
         body: Body | None = None,  # None: the body that the checkpoint names
         revision: str | None = None,  # of a repository: a branch, a tag or a commit
+        torch_dtype: torch.dtype = torch.float32,  # what the networks compute in, as `to`
     ) -> HMDiffPipeline:
         """Read a saved pipeline. Raises `UserError` for a folder that is not one, or that is damaged."""
         place = download(str(folder), revision) if is_repository_id(str(folder)) else Path(folder)
@@ -488,7 +573,7 @@ class HMDiffPipeline:
         pipeline = cls(model, scheduler, body, about["num_inference_steps"], float(about["eta"]))
         for fitted in temperatures:
             pipeline.set_temperature(fitted)
-        return pipeline.to(device)
+        return pipeline.to(device, torch_dtype)
 
 
 def _halve(path: Path) -> None:

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
     from hmdiff.cli.estimation import estimation_of
     from hmdiff.cli.main import report
-    from hmdiff.cli.outputs import photo_names, protect_inputs
+    from hmdiff.files.outputs import photo_names, protect_inputs
     from hmdiff.files.storage import make_folder
     from hmdiff.heatmaps import save_heatmaps
     from hmdiff.viz.canvas import read_picture, save_picture
@@ -95,11 +95,10 @@ def heat_picture(
 
     height, width = photo.shape[:2]
     heat = np.zeros((height, width), np.float32)
-    for person, (x, y), side in zip(heatmaps.values, heatmaps.center.tolist(), heatmaps.side.tolist(), strict=True):
-        scale = HEATMAP_SIZE / side
+    for index, person in enumerate(heatmaps.values):
         # Photo index to heatmap index; both count from a pixel's centre here.
-        place = np.array([[scale, 0, (side / 2 - x) * scale], [0, scale, (side / 2 - y) * scale]])
-        place[:, 2] += 0.5 * scale - 0.5
+        place = np.array(heatmaps.crop.affine(index, HEATMAP_SIZE))
+        place[:, 2] += place[:, :2] @ [0.5, 0.5] - 0.5
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         strongest = person.amax(0).clamp(0, 1).numpy()
         heat = np.maximum(heat, cv2.warpAffine(strongest, place, (width, height), flags=flags))

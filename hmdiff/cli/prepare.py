@@ -91,6 +91,10 @@ def _add_temperature(parts: Any) -> None:
             option, type=arguments.whole(least), default=default, metavar="N", help=f"{words} (default: %(default)s)"
         )
     temperature.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
+    temperature.add_argument(
+        "--output", type=Path, metavar="FOLDER",
+        help="a copy of the pipeline that gets the temperatures, needed for an installed one (default: PIPELINE)",
+    )  # fmt: skip
     arguments.add_device(temperature)
     temperature.set_defaults(run=_run(_temperature))
 
@@ -175,8 +179,18 @@ def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
     from hmdiff.evaluate.calibration import calibrate, store_temperature
 
     arguments.check_guidance(options)
+    installed = not Path(options.source).exists()
+    folder = arguments.checkpoint_folder(options.source)
+    if installed and options.output is None:
+        raise UserError(
+            f"{options.source}: is installed with hmdiff and stays as it is; give --output FOLDER for a copy of it "
+            "with the new temperatures"
+        )
     pipeline = arguments.load_pipeline(options.source, arguments.resolve_device(options.device))
-    options.output = arguments.checkpoint_folder(options.source)
+    if options.output is None:
+        options.output = folder
+    else:
+        pipeline.save_pretrained(options.output)
     model, chosen = pipeline.model.config, options.steps or [pipeline.num_inference_steps]
     for options.steps in chosen:
         arguments.check_sampling(pipeline, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hmdiff.cli.estimation import Estimation
+    from hmdiff.cli.photo_list import Results
     from hmdiff.estimators.people import Box, PhotoPeople
     from hmdiff.heatmaps.cameras import PhotoCamera
     from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
+PHOTOS_AT_ONCE = 32  # read before they are sampled
 PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; changes no result
 
 
@@ -35,10 +37,14 @@ def add_parser(subparsers: Any) -> None:
         "hypothesis, modes and their weights, and the pose and shape fitted to each hypothesis), NAME.obj (the mean "
         "body), NAME.glb (mean and hypotheses), NAME.png (a picture of them over the photo and from the side) and "
         "NAME_spread.png (the selected one, coloured by spread), and NAME.html (all of it, for a browser); NAME_0, "
-        "NAME_1, ... where there are several people. "
+        "NAME_1, ... where there are several people; PHOTO_scene.glb is everybody before the photo's camera, and "
+        "results.jsonl one line a person. A folder is gone on with where it was stopped. "
         "Hypotheses are numbered from 0 everywhere.",
     )
-    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="jpg, png, webp, ...")
+    parser.add_argument(
+        "photos", nargs="+", type=Path, metavar="PHOTO",
+        help="jpg, png, webp, ...; a folder of them; or a pattern in quotes, such as 'clips/*/*.jpg'",
+    )  # fmt: skip
     parser.add_argument(
         "--keypoints", nargs="+", type=Path, default=[], metavar="FILE",
         help="keypoints of any of the formats in docs/keypoints.md, one file a photo, or one about all (default: "
@@ -67,45 +73,95 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from hmdiff.cli.depth_maps import check_depth, with_depth
+    from hmdiff.cli.depth_maps import check_depth
     from hmdiff.cli.estimation import estimation_of
-    from hmdiff.cli.main import report, warn
-    from hmdiff.cli.outputs import protect_inputs
+    from hmdiff.cli.main import report
+    from hmdiff.cli.photo_list import Results, photos_of
     from hmdiff.estimators.people import pair_files
+    from hmdiff.files.outputs import photo_names, protect_inputs
     from hmdiff.files.storage import make_folder
 
+    options.photos, many = photos_of(options.photos)
     if options.box is not None and len(options.photos) > 1:
         raise UserError(f"--box is about one photo, {len(options.photos)} were given; sample them one by one")
     keypoints = pair_files("--keypoints", options.keypoints, options.photos)
     heatmaps = pair_files("--heatmaps", options.heatmaps, options.photos)
     source = estimation_of(options)
     check_depth(options)
-    camera_of = cameras(options)
     protect_inputs(options.output, options.photos, inputs_of(options, keypoints, heatmaps))
     make_folder(options.output)
+    results = Results.open(options.output, settings_of(options))
+    files = list(zip(options.photos, keypoints, heatmaps, photo_names(options.photos), strict=True))
+    if many:
+        todo = [each for each in files if not results.done(each[0])]
+        if len(todo) < len(files):
+            print(f"{len(files) - len(todo)} of {len(files)} photos are done (see {results.path})", flush=True)
+        files = todo
+    results.restart([photo for photo, *_ in files])
     print(f"loading {options.checkpoint}", flush=True)
+    run = Run(options, source, cameras(options), results)
+    bar = tqdm(total=len(files), desc="photos", unit="photo", disable=None if len(files) > 1 else True, leave=False)
+    for first in range(0, len(files), PHOTOS_AT_ONCE):
+        run.photos(files[first : first + PHOTOS_AT_ONCE])
+        bar.update(min(PHOTOS_AT_ONCE, len(files) - first))
+    bar.close()
+    for failure in run.failures:
+        report(failure)
+    return 2 if run.failures else 0
 
-    failures: list[str] = []
-    people: list[PhotoPeople] = []
-    files = list(zip(options.photos, keypoints, heatmaps, strict=True))
-    for photo, keypoint_file, heatmap_file in tqdm(files, "reading", disable=None, leave=False, unit="photo"):
-        try:
-            found = _read(photo, keypoint_file, heatmap_file, options.box, source, camera_of(photo))
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a result depends on beside the photo, as results.jsonl keeps it."""
+    names = ("checkpoint", "num_hypotheses", "steps", "sampler", "eta", "seed", "guidance", "strength", "last",
+             "focal", "principal_point")  # fmt: skip
+    return {name: getattr(options, name, None) for name in names}
+
+
+class Run:
+    """Photos in batches through one pipeline, which is loaded at the first that has somebody in it."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        source: Estimation | None,
+        camera_of: Callable[[Path], PhotoCamera],
+        results: Results,
+    ) -> None:
+        self.options, self.source, self.camera_of, self.results = options, source, camera_of, results
+        self.failures: list[str] = []
+        self._pipeline: HMDiffPipeline | None = None
+
+    def photos(self, files: Sequence[tuple[Path, Path | None, Path | None, str]]) -> None:
+        from hmdiff.cli.depth_maps import with_depth
+        from hmdiff.cli.main import warn
+
+        options = self.options
+        people: list[PhotoPeople] = []
+        names: dict[Path, str] = {}
+        for photo, keypoints, heatmaps, name in files:
+            try:
+                found = _read(photo, keypoints, heatmaps, options.box, self.source, self.camera_of(photo))
+            except UserError as error:
+                self._failed(photo, error)
+                continue
             for note in found.notes:
                 warn(note)
             people.append(found)
-        except UserError as error:
-            failures.append(_about(photo, error))
-    if people:
-        pipeline = arguments.load_pipeline(options.checkpoint, arguments.resolve_device(options.device))
-        arguments.check_sampling(pipeline, options)
-        people, without = with_depth(people, pipeline, options)
-        failures += without
+            names[photo] = name
+        if not people:
+            return
+        if self._pipeline is None:
+            self._pipeline = arguments.load_pipeline(options.checkpoint, arguments.resolve_device(options.device))
+            arguments.check_sampling(self._pipeline, options)
+        people, without = with_depth(people, self._pipeline, options)
+        self.failures += without
         if people:
-            failures += sample_people(pipeline, people, options)
-    for failure in failures:
-        report(failure)
-    return 2 if failures else 0
+            self.failures += sample_people(self._pipeline, people, options, self.results, names)
+
+    def _failed(self, photo: Path, error: UserError) -> None:
+        text = _about(photo, error)
+        self.failures.append(text)
+        self.results.add(photo, error=text)
 
 
 def _read(
@@ -170,16 +226,26 @@ def _about(photo: Path, error: UserError) -> str:
     return str(error) if str(photo) in str(error) else f"{photo}: {error}"
 
 
-def sample_people(pipeline: HMDiffPipeline, people: Sequence[PhotoPeople], options: argparse.Namespace) -> list[str]:
+def sample_people(
+    pipeline: HMDiffPipeline,
+    people: Sequence[PhotoPeople],
+    options: argparse.Namespace,
+    results: Results | None = None,
+    bases: Mapping[Path, str] | None = None,  # the photos' names among all photos of the run
+) -> list[str]:
     """Sample everyone in batches, write each as soon as their batch is done; returns what could not be written."""
     from tqdm import tqdm
 
     from hmdiff.cli.main import warn
-    from hmdiff.cli.outputs import output_names
-    from hmdiff.cli.person_files import write_person
+    from hmdiff.files.outputs import output_names
+    from hmdiff.viz.person_files import Scene, write_person
 
     everyone = [(number, person) for number, photo in enumerate(people) for person in range(len(photo.heatmaps))]
-    names = output_names(people)
+    names = output_names(
+        [photo.photo for photo in people], [len(photo.heatmaps) for photo in people],
+        None if bases is None else [bases[photo.photo] for photo in people], () if results is None else results.names,
+    )  # fmt: skip
+    scenes = [Scene() for _ in people]
     failures: dict[Path, str] = {}
     settings = {"seed": options.seed, "checkpoint": options.checkpoint, "guidance_mode": options.guidance,
                 "steps": options.steps or pipeline.num_inference_steps}  # fmt: skip
@@ -192,15 +258,21 @@ def sample_people(pipeline: HMDiffPipeline, people: Sequence[PhotoPeople], optio
         output = sample_batch(pipeline, people, batch, options, bar.update)
         distance = _distance(output, people, batch)
         for row, (number, person) in enumerate(batch):
-            photo = people[number]
-            bar.set_description(f"writing {names[number, person]}")
+            photo, name = people[number], names[number, person]
+            bar.set_description(f"writing {name}")
             try:
-                stem = Path(options.output) / names[number, person]
+                stem = Path(options.output) / name
                 said = write_person(output, row, photo, person, stem, pipeline.body, distance, settings)
+                scenes[number].add(output, row, person)
+                if person == len(photo.heatmaps) - 1:
+                    base = photo.photo.stem if bases is None else bases[photo.photo]
+                    scenes[number].save(Path(options.output) / f"{base}_scene.glb")
             except UserError as error:
                 failures[photo.photo] = _about(photo.photo, error)
                 continue
             written += 1
+            if results is not None:
+                results.add(photo.photo, person=person, people=len(photo.heatmaps), npz=f"{name}.npz", **said.values)
             tqdm.write(said.line)
             if said.warning:
                 bar.clear()
@@ -226,11 +298,10 @@ def sample_batch(
     from hmdiff.cli.depth_maps import depth_crops
     from hmdiff.estimators.people import crops
     from hmdiff.heatmaps import concatenate_heatmaps
-    from hmdiff.viz.canvas import read_picture
 
     images = None
     if pipeline.model.config.inputs != "heatmaps":
-        pictures = {number: read_picture(people[number].photo) for number in {number for number, _ in batch}}
+        pictures = {number: people[number].pixels() for number in {number for number, _ in batch}}
         size = pipeline.model.config.image_size
         images = torch.cat([crops(pictures[n], people[n].heatmaps[person], size) for n, person in batch])
     output: MeshOutput = pipeline(

@@ -73,8 +73,8 @@ def read_heatmaps(
     grid = pixel_coordinates(HEATMAP_SIZE, maps.values).numpy().astype(np.float64)
     crop = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
     photo = (crop - affine[:, 2]) @ np.linalg.inv(affine[:, :2]).T
-    local = (photo - maps.center[0].numpy()) * (2 / maps.side[0].item())
-    places = torch.from_numpy(local).float().reshape(1, HEATMAP_SIZE, HEATMAP_SIZE, 2)
+    local = maps.crop[:1].from_photo(torch.from_numpy(photo)[None])
+    places = local.float().reshape(1, HEATMAP_SIZE, HEATMAP_SIZE, 2)
     values = torch.nn.functional.grid_sample(maps.values[:1], places, align_corners=False)
     order = mirror_permutation(HALPE26) if change.flip else list(range(len(HALPE26)))
     return values[:, order], maps.valid[:1, order]

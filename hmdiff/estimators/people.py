@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hmdiff.errors import UserError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hmdiff.heatmaps.cameras import PhotoCamera
     from hmdiff.heatmaps.photo import PhotoInfo
 
+Photo = Any  # str | Path | PIL.Image.Image | numpy array (H, W, 3) uint8 RGB
 FAINT = 0.1  # a highest confidence under this is worth a warning: hardly anything steers the result
 
 
@@ -38,9 +39,49 @@ class PhotoPeople:
     identities: tuple[dict[str, str], ...] = ()  # of each: annotation, track, ... as the file has them
     notes: tuple[str, ...] = ()  # what was mended or left out
     focal_from: str = ""
+    picture: np.ndarray | None = None  # (H, W, 3) uint8 RGB, of a photo that is no file
+
+    def pixels(self) -> np.ndarray:  # (H, W, 3) uint8 RGB
+        from hmdiff.viz.canvas import read_picture
+
+        return read_picture(self.photo) if self.picture is None else self.picture
 
     def identity(self, person: int) -> dict[str, str]:
         return self.identities[person] if person < len(self.identities) else {}
+
+
+def people_in(photo: Photo, source: PoseSource) -> PhotoPeople:
+    """Everybody in a photo: from what lies beside a file, else as the source sees them.
+
+    Raises:
+        UserError: no photo, nobody in it, or damaged files beside it.
+    """
+    import numpy as np
+
+    if isinstance(photo, str | Path):
+        return read_people(Path(photo), source=source)
+    mode = getattr(photo, "mode", None)
+    if mode is not None:
+        from PIL import Image, ImageOps
+
+        assert isinstance(photo, Image.Image)
+        photo = np.array(ImageOps.exif_transpose(photo).convert("RGB"))
+    picture = np.asarray(photo)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+        raise UserError(
+            f"photo: {picture.dtype} of shape {picture.shape} found; a path, a PIL image, or uint8 RGB of shape "
+            "(H, W, 3) is expected"
+        )
+    from hmdiff.heatmaps.cameras import PhotoCamera
+    from hmdiff.heatmaps.photo import PhotoInfo
+
+    info = PhotoInfo(picture.shape[1], picture.shape[0])
+    maps, camera = source.see(picture).heatmaps, PhotoCamera()
+    maps = dataclasses.replace(maps, crop=camera.applied(maps.crop, info))
+    said = f"heatmaps of the {source.name}"
+    return PhotoPeople(
+        Path("photo"), info.size, maps, peaks(maps), said, focal_from=camera.described(info), picture=picture
+    )
 
 
 def pair_files(kind: str, files: Sequence[Path], photos: Sequence[Path]) -> list[Path | None]:

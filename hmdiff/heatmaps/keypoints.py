@@ -27,7 +27,7 @@ from hmdiff.heatmaps.photo import PhotoInfo
 _FAINT = 0.25  # of the surest joint's confidence: fainter joints count where the sure ones make them likely
 _REACH = 0.5  # of the sure joints' extent: so far beyond it a faint joint still is
 _OUTLIER = 5.0  # times the median distance to the joints' median
-_TURN_FROM = math.radians(40)  # a person turned farther in the picture is read in a crop turned with them
+_TURN_FROM = math.radians(60)  # a person turned farther in the picture is read in a crop turned with them
 _ALIGNED = 1.2  # length of the sum of the directions of torso and legs: less is somebody bent or sitting
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import trimesh
 
 Array = ArrayLike | Tensor
+CAMERA_Y_UP = "x right, y up, z towards the viewer: the photo's camera after a half turn about x"
 HALF_TURN = np.array([1.0, -1.0, -1.0])
 
 
@@ -33,13 +34,20 @@ def _mesh(
     faces: Array,  # (F, 3)
     colours: Array | None,  # (3,) or (V, 3) RGB 0..1
     y_up: bool,
+    material: bool = False,  # one colour as a matt material, which viewers show alike
 ) -> trimesh.Trimesh:
     import trimesh
 
     points = _numpy(vertices).astype(np.float64)
     # process=False: trimesh would merge and reorder vertices, and index i would no longer be vertex i.
     mesh = trimesh.Trimesh(points * HALF_TURN if y_up else points, _numpy(faces), process=False)
-    if colours is not None:
+    if colours is not None and material and _numpy(colours).ndim == 1:
+        from trimesh.visual.material import PBRMaterial
+
+        rgba = [*map(float, _numpy(colours).clip(0, 1)), 1.0]
+        matt = PBRMaterial(baseColorFactor=rgba, metallicFactor=0.0, roughnessFactor=0.8, doubleSided=False)
+        mesh.visual = trimesh.visual.TextureVisuals(material=matt)
+    elif colours is not None:
         rgb = np.broadcast_to((_numpy(colours).clip(0, 1) * 255 + 0.5).astype(np.uint8), (len(points), 3))
         mesh.visual = trimesh.visual.ColorVisuals(
             mesh, vertex_colors=np.pad(rgb, ((0, 0), (0, 1)), constant_values=255)
@@ -75,7 +83,8 @@ def save_obj(
     """One mesh as Wavefront obj, vertices in their order, eight decimals."""
     from trimesh.exchange.obj import export_obj
 
-    _write(path, export_obj(_mesh(vertices, faces, None, y_up), include_normals=False, write_texture=False, digits=8))
+    text = export_obj(_mesh(vertices, faces, None, y_up), include_normals=False, write_texture=False, digits=8)
+    _write(path, f"# hmdiff: metres; {CAMERA_Y_UP if y_up else 'y up, as given'}\n{text}")
 
 
 def save_ply(
@@ -96,15 +105,20 @@ def save_glb(
     meshes: Mapping[str, tuple[Array, Array]],  # name -> vertices (V, 3) metres in the camera frame, faces (F, 3)
     colours: Mapping[str, Array] | Sequence[Array] | None = None,  # by name or in order: (3,) or (V, 3) RGB 0..1
     y_up: bool = True,
+    origin: str = "",  # in words: the pelvis, or the camera
 ) -> None:
-    """Several meshes in one binary glTF, each a node of its own name: a viewer can switch hypotheses on and off."""
+    """Several meshes in one binary glTF with normals, each a node of its own name that a viewer can switch off.
+
+    One colour becomes a matt material. The scene's `extras` say in which frame the meshes are.
+    """
     import trimesh
 
-    scene = trimesh.Scene()
+    frame = CAMERA_Y_UP if y_up else "y up, as given"
+    scene = trimesh.Scene(metadata={"frame": f"metres; {frame}{f'; {origin}' if origin else ''}"})
     for position, (name, (vertices, faces)) in enumerate(meshes.items()):
         if colours is None:
             colour = None
         else:
             colour = colours[name] if isinstance(colours, Mapping) else colours[position]
-        scene.add_geometry(_mesh(vertices, faces, colour, y_up), node_name=name, geom_name=name)
-    _write(path, scene.export(file_type="glb"))
+        scene.add_geometry(_mesh(vertices, faces, colour, y_up, True), node_name=name, geom_name=name)
+    _write(path, scene.export(file_type="glb", include_normals=True))

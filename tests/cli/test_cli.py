@@ -21,9 +21,9 @@ from hmdiff.body.body import load_body
 from hmdiff.cli import arguments
 from hmdiff.cli import main as cli
 from hmdiff.cli.main import COMMANDS, build_parser, main
-from hmdiff.cli.outputs import output_names
 from hmdiff.errors import UserError
 from hmdiff.estimators.people import crops, read_people
+from hmdiff.files.outputs import output_names
 from hmdiff.heatmaps import Crop, Heatmaps, crop_from_box, heatmaps_from_keypoints, read_keypoints, save_heatmaps
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -128,7 +128,11 @@ def test_sample_writes_everyone_the_same_whoever_is_asked_for_with_them(
     assert "3 of 3 people" in capsys.readouterr().out
     names = ("one", "two.people_0", "two.people_1")
     expected = {f"{name}{kind}" for name in names for kind in (".npz", ".html", ".obj", ".glb", ".png", "_spread.png")}
+    expected |= {"one_scene.glb", "two.people_scene.glb", "results.jsonl"}
     assert {path.name for path in (tmp_path / "all").iterdir()} == expected
+    lines = [json.loads(line) for line in (tmp_path / "all" / "results.jsonl").read_text().splitlines()]
+    assert [line["npz"] for line in lines] == ["one.npz", "two.people_0.npz", "two.people_1.npz"]
+    assert [line["people"] for line in lines] == [1, 2, 2]
 
     assert sample(checkpoint, tmp_path / "alone", two) == 0
     together, alone = (arrays(tmp_path / folder / "two.people_1.npz") for folder in ("all", "alone"))
@@ -161,6 +165,11 @@ def test_sample_writes_everyone_the_same_whoever_is_asked_for_with_them(
 
     scene = trimesh.load_scene(tmp_path / "alone" / "two.people_1.glb")
     assert set(scene.geometry) == {"mean", "hypothesis_00", "hypothesis_01"}
+    everybody = trimesh.load_scene(tmp_path / "alone" / "two.people_scene.glb")
+    assert set(everybody.geometry) == {"person_0", "person_1"}
+    placed = alone["vertices"].mean(0) + alone["translation"].mean(0)
+    np.testing.assert_allclose(everybody.geometry["person_1"].vertices * [1, -1, -1], placed, atol=1e-4)
+    assert everybody.geometry["person_1"].visual.material.metallicFactor == 0
     mean = trimesh.load_mesh(tmp_path / "alone" / "two.people_1.obj", process=False)
     np.testing.assert_allclose(mean.vertices * [1, -1, -1], alone["vertices"].mean(0), atol=1e-5)
 
@@ -190,7 +199,7 @@ def test_one_bad_photo_does_not_keep_the_others(
     bare = make_photo(tmp_path, "bare")
     bare.with_suffix(".json").unlink()
     assert sample(checkpoint, tmp_path / "out", bad, good, bare, again) == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert [line.split(":")[2].strip() for line in lines] == [str(bad), str(bare)]
     assert {path.stem for path in (tmp_path / "out").glob("*.npz")} == {f"{tmp_path.name}_good", "b_good"}
 
@@ -237,7 +246,7 @@ def test_crops_follow_the_photo() -> None:
 def test_output_names_are_their_own(tmp_path: Path) -> None:
     photos = [make_photo(tmp_path, "a_1"), make_photo(tmp_path, "a", (0, 70), 200), make_photo(tmp_path / "b", "a_1")]
     people = [read_people(photo) for photo in photos]
-    names = output_names(people)
+    names = output_names(photos, [len(photo.heatmaps) for photo in people])
     here = tmp_path.name
     assert names == {(0, 0): f"{here}_a_1", (1, 0): "a_0", (1, 1): "a_1", (2, 0): "b_a_1"}
 
@@ -253,10 +262,12 @@ def test_demo(
     words = ["--checkpoint", str(checkpoint), "--num-hypotheses", "1", "--steps", "1", "--output", str(tmp_path)]
     assert main(["demo", *words]) == 0
     text = capsys.readouterr().out
-    assert "hmdiff sample photo.jpg --keypoints photo.json" in text
+    assert "hmdiff sample photo.jpg" in text
     assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".html", ".obj", ".glb", ".png"}
-    with Image.open(tmp_path / "sample.png") as picture:
-        assert min(picture.size) > 160  # two rows
+    from hmdiff.cli.demo import demo_photo
+
+    with Image.open(tmp_path / f"{demo_photo()[0].stem}.png") as picture:
+        assert min(picture.size) > 100  # two rows
 
 
 def test_evaluate_is_not_done_twice(

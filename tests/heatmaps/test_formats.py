@@ -360,7 +360,7 @@ def test_who_a_person_is_comes_along(tmp_path: Path) -> None:
 # -- people who are turned
 
 
-@pytest.mark.parametrize("degrees", [0, 20, 60, 90, 180, -135])
+@pytest.mark.parametrize("degrees", [0, 20, 50, 75, 90, 180, -135])
 def test_a_turned_person_gets_a_turned_crop(degrees: int) -> None:
     """The same heatmaps as upright, whatever the turn in the picture."""
     from hmdiff.heatmaps import PersonKeypoints
@@ -370,11 +370,11 @@ def test_a_turned_person_gets_a_turned_crop(degrees: int) -> None:
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
     points = torch.cat([(upright[:, :2] - 200) @ turn.T + 200, upright[:, 2:]], 1)
     found = body_turn(points[:, :2], points[:, 2])
-    expected = angle.item() if abs(degrees) > 40 else 0.0
+    expected = angle.item() if abs(degrees) > 60 else 0.0
     assert math.cos(found - expected) > 0.999
     before = heatmaps_from_keypoints([PersonKeypoints(upright, HALPE26)])
     after = heatmaps_from_keypoints([PersonKeypoints(points, HALPE26)])
-    if abs(degrees) > 40:
+    if abs(degrees) > 60:
         torch.testing.assert_close(after.side, before.side, rtol=0.03, atol=0)
         assert (after.values - before.values).abs().max() < 0.2
 

@@ -114,6 +114,13 @@ def test_other_kinds_of_picture_come_out_as_rgb(tmp_path):
     Image.fromarray(np.zeros((4, 5, 4), np.uint8)).save(tmp_path / "clear.png")
     assert (read_picture(tmp_path / "grey.png") == 77).all()
     assert (read_picture(tmp_path / "deep.png") == 77).all()
+    # 12 bits of a camera in a file of 16, grey and in colours, png and tiff: not black.
+    colours = np.array([[[4095, 2048, 0], [1024, 4095, 512]]], np.uint16)
+    for suffix in ("png", "tiff"):
+        cv2.imwrite(str(tmp_path / f"grey12.{suffix}"), np.array([[4095, 2048, 0]], np.uint16))
+        cv2.imwrite(str(tmp_path / f"rgb12.{suffix}"), colours[..., ::-1])
+        assert read_picture(tmp_path / f"grey12.{suffix}")[0, :, 0].tolist() == [255, 128, 0]
+        assert read_picture(tmp_path / f"rgb12.{suffix}").tolist() == [[[255, 128, 0], [64, 255, 32]]]
     assert (read_picture(tmp_path / "clear.png") == 255).all()
     assert read_picture(tmp_path / "clear.png").shape == (4, 5, 3)
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hmdiff.errors import UserError
 
-if TYPE_CHECKING:
-    from hmdiff.estimators.people import PhotoPeople
-
-PERSON_FILES = (".npz", ".html", ".obj", ".glb", ".png", "_spread.png")
+SCENE = "_scene.glb"
+PERSON_FILES = (".npz", ".html", ".obj", ".glb", ".png", "_spread.png", SCENE)
 OURS = "spread_mm"  # an array of every npz that `hmdiff sample` ever wrote
 
 
@@ -39,18 +36,24 @@ def photo_names(photos: Sequence[Path]) -> list[str]:
     return names
 
 
-def output_names(people: Sequence[PhotoPeople]) -> dict[tuple[int, int], str]:
+def output_names(
+    photos: Sequence[Path],
+    counts: Sequence[int],  # of the people in each
+    bases: Sequence[str] | None = None,  # the photos' own names; None: `photo_names`
+    taken: Iterable[str] = (),  # names that others have
+) -> dict[tuple[int, int], str]:
     """(photo, person) -> a name of its own: the photo's, _i where there are several, -2 where it is taken."""
     names: dict[tuple[int, int], str] = {}
-    bases = photo_names([photo.photo for photo in people])
-    for number, photo in enumerate(people):
-        count = len(photo.heatmaps)
+    bases = photo_names(photos) if bases is None else bases
+    others = set(taken)
+    for number, count in enumerate(counts):
         for person in range(count):
             base = bases[number] + (f"_{person}" if count > 1 else "")
             name, copy = base, 2
-            while name in names.values():
+            while name in others:
                 name, copy = f"{base}-{copy}", copy + 1
             names[number, person] = name
+            others.add(name)
     return names
 
 
@@ -76,7 +79,7 @@ def protect_inputs(
                     continue
                 if path.resolve() in read:
                     raise UserError(f"{path}: is read, and would be replaced by the result; give another --output")
-                if suffix in PERSON_FILES and not _ours(path, suffix):
+                if suffix in PERSON_FILES and not is_ours(path, suffix):
                     raise UserError(
                         f"{path}: is there already and was not written by hmdiff; move it, or give another --output"
                     )
@@ -90,11 +93,15 @@ def _is_name_of(name: str, stem: str) -> bool:
     return rest == "" or (rest[0] in "_-" and rest[1:].replace("-", "").isdigit())
 
 
-def _ours(path: Path, suffix: str) -> bool:
-    """The npz is written first, so beside every file of ours there is one."""
-    npz = path if suffix == ".npz" else path.with_name(path.name.removesuffix(suffix) + ".npz")
-    try:
-        with zipfile.ZipFile(npz) as archive:
-            return f"{OURS}.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return False
+def is_ours(path: Path, suffix: str) -> bool:
+    """The npz is written first, so beside every file of ours there is one; beside a scene the first person's."""
+    stem = path.name.removesuffix(suffix)
+    names = [path.name] if suffix == ".npz" else [f"{stem}.npz"] + ([f"{stem}_0.npz"] if suffix == SCENE else [])
+    for name in names:
+        try:
+            with zipfile.ZipFile(path.with_name(name)) as archive:
+                if f"{OURS}.npy" in archive.namelist():
+                    return True
+        except (OSError, zipfile.BadZipFile):
+            continue
+    return False

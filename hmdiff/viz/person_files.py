@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from hmdiff.body.body import Body
     from hmdiff.body.fitting import FittedBodies
     from hmdiff.estimators.people import PhotoPeople
-    from hmdiff.pipeline import MeshOutput
 
+MeshOutput = Any  # of hmdiff.output, which saves itself by this module: importing it would close a circle
 SHOWN = 5  # bodies of the picture
 MODES = 5  # groups of hypotheses in the npz, at most
 
@@ -24,6 +24,25 @@ class Report:
 
     line: str
     warning: str  # empty where the result fits its evidence
+    values: dict[str, Any]  # of a line of results.jsonl
+
+
+class Scene:
+    """Everybody of a photo in the camera's frame: the mean of their hypotheses where it was placed."""
+
+    def __init__(self) -> None:
+        self._meshes: dict[str, tuple[Any, Any]] = {}
+
+    def add(self, output: MeshOutput, row: int, person: int) -> None:
+        place = output.translation[row].mean(0)
+        self._meshes[f"person_{person}"] = ((output.mean_vertices[row] + place).cpu(), output.faces.cpu())
+
+    def save(self, path: Path) -> None:
+        from hmdiff.viz.export import save_glb
+        from hmdiff.viz.overlays import PALETTE
+
+        colours = [PALETTE[index % len(PALETTE)] for index in range(len(self._meshes))]
+        save_glb(path, self._meshes, colours, origin="the camera at the origin")
 
 
 def fitted_parameters(
@@ -65,10 +84,12 @@ def person_arrays(
         "focal": output.focal[row],
         "principal_point": output.principal_point[row],
         "intrinsics": crop.intrinsics[0],
+        "frame": "x right, y down, z forward; metres; pelvis at 0, camera at 0 once translation is added",
         "focal_from": photo.focal_from,
         "faces": output.faces.cpu(),
         "spread_mm": output.spread[row],
         "temperature": output.temperature,
+        "spread_calibrated": output.calibrated_spread,
         "photo": str(photo.photo),
         "photo_size": photo.size,
         "source": photo.source,
@@ -85,6 +106,8 @@ def person_arrays(
                    "guided": report.active[:, row], "fell_back": report.fell_back[row]}  # fmt: skip
     if output.keypoints is not None:
         arrays |= {"keypoints": output.keypoints[row], "keypoint_names": list(HALPE26)}
+        seen = output.people[row]
+        arrays["keypoints_2d"] = seen.project(output.keypoints[row] + output.translation[row][:, None])
     modes = output.modes(min(MODES, len(vertices)))
     arrays |= {"selected": output.selected[row], "modes": modes.index[row], "mode_weights": modes.weights[row]}
     return arrays
@@ -104,7 +127,7 @@ def write_person(
     import numpy as np
 
     from hmdiff.evidence import doubts, torn_share
-    from hmdiff.viz.canvas import read_picture, save_picture
+    from hmdiff.viz.canvas import save_picture
     from hmdiff.viz.export import save_glb, save_npz, save_obj
     from hmdiff.viz.overlays import PALETTE
     from hmdiff.viz.sheets import MEAN_COLOUR, hypotheses_sheet
@@ -126,7 +149,7 @@ def write_person(
     arrays = person_arrays(output, row, photo, person)
     arrays |= {"joint_names": np.array(body.joint_names), "joint_parents": np.array(body.parents)}
     save_npz(path(".npz"), **arrays, **fitted, **said, **(more or {}))
-    picture = read_picture(photo.photo)
+    picture = photo.pixels()
     save_viewer(path(".html"), arrays | said, picture)
     save_obj(path(".obj"), mean, faces)
     meshes: dict[str, tuple[Any, Any]] = {"mean": (mean, faces)}
@@ -134,7 +157,7 @@ def write_person(
     for number, hypothesis in enumerate(vertices):
         meshes[f"hypothesis_{number:02d}"] = (hypothesis, faces)
         colours.append(PALETTE[number % len(PALETTE)])
-    save_glb(path(".glb"), meshes, colours)
+    save_glb(path(".glb"), meshes, colours, origin="the pelvis at the origin")
     points, names = photo.points[person]
     sheet = hypotheses_sheet(
         picture, vertices, faces, output.translation[row].cpu(), float(output.focal[row]),
@@ -147,7 +170,14 @@ def write_person(
         float(arrays["confidence"]) if "confidence" in arrays else None,
     )  # fmt: skip
     save_picture(path("_spread.png"), heat)
-    return Report(_line(output, row, photo, person, stem, away, side), warning)
+    values = {
+        "selected": selected, "spread_mm": round(float(output.spread[row].mean()), 1),
+        "spread_calibrated": output.calibrated_spread, "keypoint_distance_px": None if away is None else round(away, 2),
+        "fit_mm": round(float(fitted["fit_error_mm"].mean()), 1), "warning": warning, "source": photo.source,
+        "translation": [round(float(value), 4) for value in output.translation[row, selected]],
+        "focal": round(float(output.focal[row]), 2), **photo.identity(person),
+    }  # fmt: skip
+    return Report(_line(output, row, photo, person, stem, away, side), warning, values)
 
 
 def _line(
@@ -159,6 +189,7 @@ def _line(
     fits = "" if away is None else f"keypoints fit within {away:.1f} px ({100 * away / side:.1f} % of the crop), "
     sure = output.within(100)
     share = "" if sure is None else f", {float(sure.person[row]):.0%} of the surface expected within 100 mm"
+    share += "" if output.calibrated_spread else " (uncalibrated)"
     return (
         f"{photo.photo}{many}{known} -> {stem}.npz\n    {fits}hypotheses spread {spread:.0f} mm{share}; "
         f"from {photo.source}"

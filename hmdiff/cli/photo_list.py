@@ -1,0 +1,111 @@
+"""Which photos a command reads: files, folders and patterns; and `results.jsonl`, what is done of them.
+
+One line of JSON a person (or a photo in which nothing could be recovered), written when their files are: a run that
+was stopped goes on where it was, and programs read one file in place of many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hmdiff.errors import UserError
+
+RESULTS = "results.jsonl"
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def photos_of(places: Sequence[Path]) -> tuple[list[Path], bool]:  # photos; whether a folder or pattern named them
+    """Every photo once, in order; a folder's by name.
+
+    Raises:
+        UserError: a folder without pictures, a pattern that fits nothing.
+    """
+    found: list[Path] = []
+    many = False
+    for place in places:
+        if place.is_dir():
+            inside = sorted(p for p in place.iterdir() if p.suffix.lower() in _PICTURES and p.is_file())
+            inside = [path for path in inside if not _written_by_us(path)]
+            if not inside:
+                raise UserError(f"{place}: no pictures in it ({', '.join(_PICTURES)}); name another folder")
+            found += inside
+            many = True
+        elif not place.exists() and any(sign in str(place) for sign in "*?["):
+            inside = [path for path in map(Path, sorted(glob.glob(str(place), recursive=True))) if path.is_file()]
+            if not inside:
+                raise UserError(f"{place}: no file fits this pattern; check it")
+            found += inside
+            many = True
+        else:
+            found.append(place)
+    return list(dict.fromkeys(found)) if many else found, many
+
+
+def _written_by_us(path: Path) -> bool:
+    """A picture of an earlier result in the same folder."""
+    from hmdiff.files.outputs import is_ours
+
+    return any(path.name.endswith(suffix) and is_ours(path, suffix) for suffix in ("_spread.png", ".png"))
+
+
+@dataclasses.dataclass
+class Results:
+    """The lines of one output folder."""
+
+    path: Path
+    settings: dict[str, Any]  # of this run: lines of other settings are not this run's
+    lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: Path, settings: dict[str, Any]) -> Results:
+        """Read what is there; a last line that was cut by a kill is left out."""
+        results = cls(folder / RESULTS, settings)
+        if results.path.is_file():
+            for line in results.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(found, dict) and "photo" in found:
+                    results.lines.append(found)
+        return results
+
+    def done(self, photo: Path) -> bool:
+        """Whether every person of the photo was written with these settings, and is still there."""
+        mine = [each for each in self.lines if each["photo"] == str(photo)]
+        if not mine or any("error" in each or each.get("settings") != self.settings for each in mine):
+            return False
+        files = [self.path.parent / str(each.get("npz")) for each in mine]
+        return len(mine) == mine[0].get("people") and all(path.is_file() for path in files)
+
+    def restart(self, photos: Sequence[Path]) -> None:
+        """Forget the photos that are done anew."""
+        from hmdiff.files.storage import atomic_file
+
+        names = {str(photo) for photo in photos}
+        kept = [each for each in self.lines if each["photo"] not in names]
+        if len(kept) == len(self.lines):
+            return
+        self.lines = kept
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("".join(map(_line, self.lines)), encoding="utf-8")
+
+    def add(self, photo: Path, **values: Any) -> None:
+        line = {"photo": str(photo), **values, "settings": self.settings}
+        self.lines.append(line)
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(_line(line))
+
+    @property
+    def names(self) -> set[str]:
+        """Names that people of other photos have."""
+        return {Path(str(each["npz"])).stem for each in self.lines if "npz" in each}
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"

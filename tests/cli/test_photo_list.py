@@ -1,0 +1,94 @@
+"""Folders and patterns of photos, results.jsonl, names and guards of what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hmdiff.cli.photo_list import Results, photos_of
+from hmdiff.errors import UserError
+from hmdiff.files.outputs import output_names, photo_names, protect_inputs
+
+
+def pictures(folder: Path, *names: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (4, 4)).save(folder / name)
+    return [folder / name for name in names]
+
+
+def test_folders_and_patterns(tmp_path: Path) -> None:
+    a, b = pictures(tmp_path / "in", "b.png", "a.jpg")
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    assert photos_of([tmp_path / "in"]) == ([b, a], True)
+    assert photos_of([Path(f"{tmp_path}/*/*.png")]) == ([a], True)
+    assert photos_of([tmp_path / "in", a]) == ([b, a], True)  # once
+    assert photos_of([a, tmp_path / "gone.jpg"]) == ([a, tmp_path / "gone.jpg"], False)  # refused when it is read
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no pictures in it"):
+        photos_of([tmp_path / "empty"])
+    with pytest.raises(UserError, match="no file fits this pattern"):
+        photos_of([tmp_path / "*.jpg"])
+
+
+def test_pictures_of_an_earlier_result_are_no_photos(tmp_path: Path) -> None:
+    (photo,) = pictures(tmp_path, "a.jpg")
+    pictures(tmp_path, "a.png", "a_spread.png")
+    np.savez(tmp_path / "a.npz", spread_mm=np.zeros(2))
+    assert photos_of([tmp_path]) == ([photo], True)
+
+
+def test_names_of_photos_that_share_one(tmp_path: Path) -> None:
+    photos = [Path("/x/seq_a/0.jpg"), Path("/x/seq_b/0.jpg"), Path("/x/c.jpg")]
+    assert photo_names(photos) == ["seq_a_0", "seq_b_0", "c"]
+    assert photo_names([Path("/a/x/0.jpg"), Path("/b/x/0.jpg")]) == ["a_x_0", "b_x_0"]
+    assert photo_names([Path("/a/0.jpg"), Path("/a/0.png"), Path("/a/0.jpg")]) == ["a_0", "a_0-2", "a_0-3"]
+    found = output_names([Path("/a.jpg"), Path("/a_1.jpg")], [2, 1], taken=["a_0"])
+    assert list(found.values()) == ["a_0-2", "a_1", "a_1-2"]
+
+
+@pytest.mark.parametrize("photo", ["photo.png", "photo_spread.png", "photo_0.png"])
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path, photo: str) -> None:
+    pictures(tmp_path, "photo.jpg", photo)
+    with pytest.raises(UserError, match=f"{photo}: is read, and would be replaced"):
+        protect_inputs(tmp_path, [tmp_path / "photo.jpg"], [tmp_path / "photo.jpg", tmp_path / photo])
+    protect_inputs(tmp_path / "elsewhere", [tmp_path / "photo.jpg"], [tmp_path / photo])
+
+
+def test_files_of_others_are_not_replaced_and_ours_are(tmp_path: Path) -> None:
+    (photo,) = pictures(tmp_path, "photo.jpg")
+    for suffix in (".obj", ".glb", ".npz", "_scene.glb"):
+        (tmp_path / f"photo{suffix}").write_bytes(b"of another program")
+        with pytest.raises(UserError, match="was not written by hmdiff"):
+            protect_inputs(tmp_path, [photo], [photo])
+        (tmp_path / f"photo{suffix}").unlink()
+    (tmp_path / "photography.obj").write_bytes(b"another name")
+    np.savez(tmp_path / "photo.npz", spread_mm=np.zeros(2))
+    (tmp_path / "photo.obj").write_bytes(b"ours")
+    (tmp_path / "photo_scene.glb").write_bytes(b"ours")
+    protect_inputs(tmp_path, [photo], [photo])
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
+    settings = {"seed": 0}
+    results = Results.open(tmp_path, settings)
+    a, b, c = Path("a.jpg"), Path("b.jpg"), Path("c.jpg")
+    for name in ("a", "b_0"):
+        (tmp_path / f"{name}.npz").write_bytes(b"")
+    results.add(a, person=0, people=1, npz="a.npz")
+    results.add(b, person=0, people=2, npz="b_0.npz")  # killed before the second person
+    results.add(c, error="no person was found")
+    with open(results.path, "a") as handle:
+        handle.write('{"photo": "d.jpg", "per')
+    again = Results.open(tmp_path, settings)
+    assert [again.done(photo) for photo in (a, b, c, Path("d.jpg"))] == [True, False, False, False]
+    assert not Results.open(tmp_path, {"seed": 1}).done(a)
+    again.restart([b, c])
+    left = [json.loads(line) for line in again.path.read_text().splitlines()]
+    assert [line["photo"] for line in left] == ["a.jpg"] and again.names == {"a"}
+    (tmp_path / "a.npz").unlink()
+    assert not again.done(a)
