@@ -1,0 +1,133 @@
+"""A small slice of each campaign, and that the campaigns see what they look for."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hmdiff.errors import UserError
+from tools.campaign import calls, kills, mutants, offline
+from tools.campaign.children import Notebook, Wrong, attempt
+from tools.campaign.families import FAMILIES
+from tools.campaign.mutations import mutate_bytes, mutate_json, mutate_text
+
+
+def refuse() -> None:
+    raise UserError("a.json: not JSON; write it again")
+
+
+def two_lines() -> None:
+    raise UserError("a.json:\nnot JSON")
+
+
+def trace() -> None:
+    raise KeyError("x")
+
+
+def crash() -> None:
+    os.abort()
+
+
+def hang() -> None:
+    while True:
+        pass
+
+
+def eat() -> None:
+    bytearray(4 << 30)
+
+
+def wrong() -> None:
+    raise Wrong("NaN")
+
+
+def execute() -> None:
+    os.system("true")
+
+
+def write_outside() -> None:
+    open("/var/tmp/hmdiff_campaign_outside", "w").close()
+    os.unlink("/var/tmp/hmdiff_campaign_outside")
+
+
+@pytest.mark.parametrize(
+    ("work", "outcome"),
+    [
+        (lambda: None, "right"), (refuse, "refused"), (two_lines, "traceback"), (trace, "traceback"),
+        (crash, "crashed"), (hang, "hung"), (eat, "memory"), (wrong, "wrong"), (execute, "executed"),
+        (write_outside, "outside"),
+    ],
+)  # fmt: skip
+def test_every_outcome_is_seen(tmp_path: Path, work: Callable[[], None], outcome: str) -> None:
+    found, about = attempt(work, tmp_path, seconds=1)
+    assert found == outcome, about
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_mutants_of_every_family(tmp_path: Path, family: mutants.Family) -> None:
+    found = mutants.run(seed=1, count=2, output=tmp_path, families=[family], progress=False)
+    assert found["tried"] == 2 and not found["bad"], found["bad"]
+
+
+def test_a_campaign_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    (family,) = [family for family in FAMILIES if family.name == "configs"]
+    whole = mutants.run(5, 4, tmp_path / "whole", [family], progress=False)
+    mutants.run(5, 2, tmp_path / "parts", [family], progress=False)
+    with open(tmp_path / "parts" / "mutants.jsonl", "a") as handle:
+        handle.write('{"family": "configs", "numb')
+    parts = mutants.run(5, 4, tmp_path / "parts", [family], progress=False)
+    assert parts == whole and json.loads((tmp_path / "parts" / "mutants.json").read_text()) == whole
+
+
+def test_mutations_repeat_and_change_something() -> None:
+    content = json.dumps({"a": [1, 2, {"b": "c"}], "d": 1.5}).encode()
+    for mutate in (mutate_bytes, mutate_json, mutate_text):
+        found = [mutate(content, random.Random(number)) for number in range(30)]
+        assert found == [mutate(content, random.Random(number)) for number in range(30)]
+        assert sum(each != content for each in found) > 20
+
+
+def test_kills_of_a_preparation(tmp_path: Path) -> None:
+    found = kills.run(0, 3, tmp_path, ["preparation"])
+    assert found["total"] == {"same": 3}, found["bad"]
+
+
+def test_a_loss_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loses(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "count").write_text(str(len(list(folder.iterdir()))))  # another second time
+        time.sleep(0.3)
+
+    def left(folder: Path) -> dict[str, str]:
+        return {"count": (folder / "count").read_text()}
+
+    monkeypatch.setitem(kills.KINDS, "loses", (loses, left))
+    found = kills.run(0, 4, tmp_path, ["loses"])
+    assert found["total"].get("lost", 0) >= 1
+
+
+def test_calls_in_threads_and_memory(tmp_path: Path) -> None:
+    found = calls.run(7, 3, tmp_path, progress=False)
+    assert found["different"] == [] and len(found["megabytes"]) >= 3
+
+
+def test_without_a_network() -> None:
+    if not offline.available():
+        pytest.skip("no namespaces here")
+    code = "import socket, sys\ntry:\n socket.create_connection(('192.0.2.1', 80), 2)\nexcept OSError:\n sys.exit(7)"
+    assert subprocess.run([*offline.UNSHARE, sys.executable, "-c", code]).returncode == 7
+
+
+def test_a_notebook_keeps_whole_lines(tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path / "a.jsonl")
+    notebook.add(family="a", number=0, outcome="right")
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + '{"cut')
+    assert Notebook(tmp_path / "a.jsonl").known == {("a", 0)}
