@@ -173,7 +173,7 @@ class MeshDenoiser(nn.Module):
                 tokens, found = self._look(number, tokens, estimates[-1] if estimates else start, conditioning)
                 estimates.append(found)
                 if self.refinements:
-                    mesh = self.patch_bias + self.refinements[number](self.norm(tokens[:, :count]))
+                    mesh = mesh + self.refinements[number](self.norm(tokens[:, :count]))
                     meshes.append(mesh.reshape(len(flat), -1, 3)[:, self.place])
         tokens = self.norm(tokens)
         result = self.decode(tokens, mesh, estimates[-1] if self.refinements else self.joint_bias)
