@@ -380,7 +380,8 @@ def test_strength_zero_and_mode_none_are_bit_identical_to_no_guidance(pipe):
 
 
 def test_guidance_in_the_pipeline_reports_and_does_not_depend_on_the_batch_or_the_chunks(pipe, monkeypatch):
-    settings = {"num_hypotheses": 4, "num_inference_steps": 4, "guidance": Guidance()}
+    # Keypoints at random have no upright.
+    settings = {"num_hypotheses": 4, "num_inference_steps": 4, "guidance": Guidance(), "upright": False}
     whole = pipe(heatmaps=people(3), **settings)
     assert whole.guidance is not None and whole.guidance.gap_after.shape == (3, 4)
     assert (whole.guidance.gap_after <= whole.guidance.gap_before).float().mean() > 0.5
@@ -399,11 +400,13 @@ def test_guidance_without_heatmaps_is_refused(pipe):
 
 def test_a_model_of_the_crops_frame_turns_its_meshes_to_the_camera(pipe):
     before = dict(pipe.model.config)
+    # As predicted, and the crop as it is: the nearest body of a mesh at random turns by other angles than the mesh.
     maps, sizes = people(1), torch.tensor([[1000.0, 800.0]])
-    plain = pipe(heatmaps=maps, num_hypotheses=2, num_inference_steps=2, photo_sizes=sizes)
+    settings = {"num_hypotheses": 2, "num_inference_steps": 2, "surface": "vertices", "upright": False}
+    plain = pipe(heatmaps=maps, photo_sizes=sizes, **settings)
     try:
         pipe.model.register_to_config(**{**before, "frame": "crop"})
-        turned = pipe(heatmaps=maps, num_hypotheses=2, num_inference_steps=2, photo_sizes=sizes)
+        turned = pipe(heatmaps=maps, photo_sizes=sizes, **settings)
     finally:
         pipe.model.register_to_config(**before)
     principal = photo_to_crop(sizes[:, None] / 2, maps.center, maps.side)[:, 0]
