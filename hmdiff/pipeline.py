@@ -590,8 +590,10 @@ def _read_about(path: Path) -> dict[str, Any]:
     about = read_json(path, 1 << 24, "save the pipeline again")
     if not isinstance(about, dict):
         raise UserError(f"{path}: damaged (a {type(about).__name__}, a mapping was expected); save the pipeline again")
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path}: format {about.get('format')!r:.40}, this hmdiff reads {FORMAT}; update hmdiff")
+    if "format" not in about:
+        raise UserError(f"{path}: damaged (it has no format); save the pipeline again")
+    if about["format"] != FORMAT:
+        raise UserError(f"{path}: format {about['format']!r:.40}, this hmdiff reads {FORMAT}; update hmdiff")
     checks: dict[str, tuple[Any, Callable[[Any], bool]]] = {
         "body": (str, lambda value: True),
         "sampler": (str, lambda value: True),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hmdiff.body.decimation import MeshHierarchy
 from hmdiff.body.surface import closest_on_surface, partition_patches, surface_distances
+from hmdiff.files.reading import read_npz
 from hmdiff.files.storage import atomic_file
 
 __all__ = [
@@ -234,9 +235,8 @@ def read_mesh(
     path: str | Path,
     faces: Tensor,  # (F, 3) of the full mesh
 ) -> MeshSampler:
-    """The sampler that `save_mesh` wrote. Raises ValueError when it was made of other faces."""
-    with np.load(path, allow_pickle=False) as file:
-        stored = dict(file)
+    """The sampler that `save_mesh` wrote. Raises ValueError: made of other faces; UserError: damaged."""
+    stored = read_npz(path)
     return stored_sampler(stored, MeshHierarchy.from_arrays(stored, faces.numpy()))
 
 

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from hmdiff.estimators.source import Box, PoseSource, SeenPeople
 
-NONE = "none"
+NONE, EMBEDDED = "none", "embedded"
 MOST_PEOPLE = 10
 
 
 def add_estimation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--pose", metavar="MODEL", default="embedded",
+        "--pose", metavar="MODEL", default=EMBEDDED,
         help="what sees the joints where nothing is given or found beside the photo: embedded (MediaPipe's networks, "
         "nothing to download), vitpose:MODEL of transformers, a config file or alias of mmpose such as human or "
         "rtmpose-l, or none (default: %(default)s)",
@@ -80,7 +80,7 @@ class Estimation:
 
 def estimation_of(options: argparse.Namespace) -> Estimation | None:
     """None where the user wants none. Raises `UserError` for weights without a model."""
-    if options.pose_checkpoint is not None and options.pose in (NONE, "embedded"):
+    if options.pose_checkpoint is not None and options.pose in (NONE, EMBEDDED):
         path = Path(options.pose_checkpoint)
         raise UserError(f"--pose-checkpoint {path}: weights without a model; name its config or alias by --pose MODEL")
     return None if options.pose == NONE else Estimation(options)

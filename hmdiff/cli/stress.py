@@ -119,14 +119,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """What can be told before anything is loaded."""
-    from hmdiff.cli.estimation import estimation_of
+    from hmdiff.cli.estimation import EMBEDDED, estimation_of
 
     if (options.photo is None) == (options.synthetic is None):
         found = "neither was" if options.photo is None else "both were"
         raise UserError(f"stress: {found} given, a photo and --synthetic; name a PHOTO, or give --synthetic N")
     if options.synthetic is not None:
         for name in ("keypoints", "heatmaps", "box", "pose", "focal"):
-            if getattr(options, name) is not None:
+            if getattr(options, name) not in (None, EMBEDDED):
                 raise UserError(f"--{name} is about a photo, and --synthetic people need none; leave it out")
     estimation_of(options)
     if options.picture is not None and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):

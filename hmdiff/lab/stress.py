@@ -135,6 +135,7 @@ class Settings:
     scheduler: str | None = None
     eta: float | None = None
     guidance: Guidance | None = None
+    surface: str = "body"
 
 
 def stress(
@@ -198,7 +199,7 @@ def recover(pipeline: HMDiffPipeline, subject: Subject, settings: Settings, coun
         None if reads == "heatmaps" else subject.image, subject.heatmaps, settings.num_hypotheses,
         settings.num_inference_steps, settings.seed, settings.scheduler, settings.eta,
         photo_sizes=subject.photo_size, focal=subject.focal, people=[subject.number] * count,
-        guidance=settings.guidance, depth=depth,
+        guidance=settings.guidance, depth=depth, surface=settings.surface,
     )  # fmt: skip
     return output
 

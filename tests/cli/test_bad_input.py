@@ -77,7 +77,9 @@ def test_photo(photo: Path, fails: Callable[..., str], content: Any, message: st
         photo.write_bytes(content)
     line = fails("sample", photo, "--output", tmp_path / "out")
     assert str(photo) in line and message in line
-    assert not files_of(tmp_path / "out")
+    assert files_of(tmp_path / "out").keys() == {"results.jsonl"}
+    kept = json.loads((tmp_path / "out" / "results.jsonl").read_text())
+    assert kept["photo"] == str(photo) and message in kept["error"] and "npz" not in kept
 
 
 @pytest.mark.parametrize(
@@ -129,9 +131,16 @@ def test_wrong_number_of_files(photo: Path, fails: Callable[..., str], tmp_path:
 # -- checkpoints
 
 
-def spoiled(checkpoint: Path, folder: Path, name: str, content: bytes | None) -> Path:
-    """A copy of the checkpoint with one file replaced, cut in half (b"half") or missing."""
+def spoiled(checkpoint: Path, folder: Path, name: str, content: bytes | None, checksums: bool = False) -> Path:
+    """A copy of the checkpoint with one file replaced, cut in half (b"half") or missing.
+
+    Without checksums, as those saved before there were any: so it is the deeper checks that find the fault.
+    """
     shutil.copytree(checkpoint, folder)
+    if not checksums:
+        about = json.loads((folder / "hmdiff.json").read_text())
+        del about["checksums"]
+        (folder / "hmdiff.json").write_text(json.dumps(about))
     path = folder / name
     if content is None:
         path.unlink()
@@ -144,15 +153,15 @@ def spoiled(checkpoint: Path, folder: Path, name: str, content: bytes | None) ->
     ("name", "content", "message"),
     [
         ("model/diffusion_pytorch_model.safetensors", b"half", "cannot be read as a model"),
-        ("model/diffusion_pytorch_model.safetensors", b"", "cannot be read as a model"),
+        ("model/diffusion_pytorch_model.safetensors", b"", "describes a larger model than"),
         ("model/diffusion_pytorch_model.safetensors", None, "missing"),
-        ("model/config.json", b'{"_class_name": "UNet2DModel"}', "holds a UNet2DModel"),
+        ("model/config.json", b'{"_class_name": "UNet2DModel"}', "holds a 'UNet2DModel', not a MeshRecoveryModel"),
         ("model/config.json", b'{"width": 64}', "not a MeshRecoveryModel"),
-        ("model/config.json", b"[]", "cannot be read as a model"),
+        ("model/config.json", b"[]", "holds a 'list', not a MeshRecoveryModel"),
         ("hmdiff.json", b"{}", "damaged"),
         ("hmdiff.json", None, "no hmdiff.json"),
         ("hmdiff.json", b'{"format": 99, "body": "x", "sampler": "x", "num_inference_steps": 1, "eta": 0}', "update"),
-        ("scheduler/scheduler_config.json", b"half", "cannot be read as a scheduler"),
+        ("scheduler/scheduler_config.json", b"half", "scheduler_config.json: not JSON, or cut short"),
     ],
 )
 def test_checkpoint(
@@ -161,6 +170,22 @@ def test_checkpoint(
     folder = spoiled(checkpoint, tmp_path / "copy", name, content)
     line = fails("sample", photo, "--checkpoint", folder, "--output", tmp_path / "out")
     assert str(folder) in line and message in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model/diffusion_pytorch_model.safetensors", b"half", "not what was written, by its checksum"),
+        ("scheduler/scheduler_config.json", b"{}", "not what was written, by its checksum"),
+        ("model/config.json", None, "missing"),
+    ],
+)
+def test_checksums_of_a_checkpoint(
+    checkpoint: Path, photo: Path, fails: Callable[..., str], tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    folder = spoiled(checkpoint, tmp_path / "copy", name, content, checksums=True)
+    line = fails("sample", photo, "--checkpoint", folder, "--output", tmp_path / "out")
+    assert f"{folder / name}: {message}; save or copy the checkpoint again" in line
 
 
 def test_what_is_no_checkpoint(photo: Path, fails: Callable[..., str], tmp_path: Path) -> None:
@@ -314,5 +339,5 @@ def test_as_a_process(checkpoint: Path, photo: Path, tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "hmdiff", *words], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )
-    assert run.returncode == 2 and run.stdout == ""
+    assert run.returncode == 2 and run.stdout == f"loading {folder}\n"
     assert run.stderr.count("\n") == 1 and run.stderr.startswith("hmdiff: error: ")

@@ -15,6 +15,7 @@ from hmdiff.estimators.depth_sources import crop_depth
 from hmdiff.estimators.people import read_people
 from hmdiff.files.resources import asset_path
 from hmdiff.viz.canvas import read_picture
+from hmdiff.viz.person_files import Report
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,10 @@ def sampled(folders, monkeypatch):
 
     def write(output, row, photo, person, stem, *rest):
         written.append(output.vertices[row].numpy())
-        return f"{photo.photo} -> {stem}.npz (from {photo.source})"
+        np.savez(stem.with_name(stem.name + ".npz"), spread_mm=output.spread[row])  # by which hmdiff knows its files
+        return Report(f"{photo.photo} -> {stem}.npz (from {photo.source})", "", {})
 
-    monkeypatch.setattr("hmdiff.cli.sample.write_person", write)
+    monkeypatch.setattr("hmdiff.viz.person_files.write_person", write)
 
     def run(*more):
         files = [str(folders / "photo.jpg"), "--checkpoint", str(folders / "reads"), "--output", str(folders / "out")]

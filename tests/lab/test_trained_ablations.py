@@ -291,9 +291,12 @@ def test_noise_is_of_the_training_source_of_a_config() -> None:
         config = small_config("unused", f"data.label_noise={noise}")
         assert type(build_source(config, body, mesh)).__name__ == kind
         assert type(build_source(config, body, mesh, full_mesh=True)).__name__ == "SyntheticHumans"
+    for bad in (-0.1, math.nan):  # a config refuses them before there is anybody to label
+        with pytest.raises(UserError, match=rf"data\.label_noise {bad}: 0 to 0\.5 is possible"):
+            small_config("unused", f"data.label_noise={bad}")
     for bad in (-0.1, 0.6, math.nan):
-        with pytest.raises(UserError, match=r"data\.label_noise .*: metres from 0 to 0\.5 are expected"):
-            build_source(small_config("unused", f"data.label_noise={bad}"), body, mesh)
+        with pytest.raises(UserError, match=rf"data\.label_noise {bad}: metres from 0 to 0\.5 are expected"):
+            NoisyLabels(people(False), body, mesh.coarse_ids, bad, 0)
     with pytest.raises(UserError, match="is of training labels: these people have the full mesh"):
         NoisyLabels(people(True), body, mesh.coarse_ids, 0.1, 0)
 
