@@ -161,7 +161,8 @@ class Run:
     def _failed(self, photo: Path, error: UserError) -> None:
         text = _about(photo, error)
         self.failures.append(text)
-        self.results.add(photo, error=text)
+        if len(self.options.photos) > 1:  # one bad photo alone writes nothing
+            self.results.add(photo, error=text)
 
 
 def _read(

@@ -606,7 +606,7 @@ def test_heatmaps_are_saved_and_sampled_as_if_estimated(
     small_pipeline().save_pretrained(tmp_path / "pipeline")
     quick = ["--checkpoint", str(tmp_path / "pipeline"), "--num-hypotheses", "2", "--steps", "2", "--device", "cpu"]
     assert main(["sample", str(picture), *model[:-2], *quick, "--output", str(tmp_path / "a")]) == 0
-    assert "heatmaps of the pose estimator" in capsys.readouterr().out
+    assert "heatmaps of the mmpose" in capsys.readouterr().out
     words = ["--heatmaps", str(saved / "photo_heatmaps.npz")]
     assert main(["sample", str(picture), *words, *quick, "--output", str(tmp_path / "b")]) == 0
     for person in (0, 1):
@@ -650,7 +650,7 @@ def test_bad_input_of_the_commands(
     assert "2 were given" in fails(capsys, "heatmaps", picture, picture, *model, "--box", "1,2,3,4", *out)
     assert "name its config" in fails(capsys, "sample", picture, "--pose-checkpoint", weights, *out)
     assert "only --pose MODEL" in fails(capsys, "sample", picture, "--pose", "none", *box_words(), *out)
-    assert "empty name" in fails(capsys, "sample", picture, "--pose", "", "--box", "1,2,30,40", *out)
+    assert "an argument is empty" in fails(capsys, "sample", picture, "--pose", "", "--box", "1,2,30,40", *out)
     assert "by --pose embedded" in fails(capsys, "sample", picture, "--pose", "none", *out)
 
     def nobody(self: Any, *args: Any) -> Tensor:
