@@ -550,4 +550,4 @@ def test_the_mean_mesh_is_of_those_who_have_one(tmp_path: Path) -> None:
     options = {"augment": PLAIN, "heatmaps": "none"}
     both = Mixture([recorded(flat, **options), recorded(whole, **options)], [1, 1])
     expected = recorded(whole, **options).block("train", 0).vertices.mean(0)
-    torch.testing.assert_close(_mean_person(both, 8)[0], expected)
+    torch.testing.assert_close(_mean_person(both, 8, "train")[0], expected)
