@@ -78,7 +78,7 @@ def test_older_pipelines_without_checksums_are_read(saved: Path, tmp_path: Path)
     ("name", "value", "message"),
     [
         ("depth", 10**9, r"depth 1000000000; 0 to 64 is possible"),
-        ("stack", 10**9, r"stack 1000000000; 1 to 8"),
+        ("stack", 10**9, r"stack 1000000000; 1 to 16"),
         ("width", 4096, "describes a larger model than"),
         ("encoder_depth", 9, "lacks the weight 'encoder.1"),
         ("width", 0, "width 0; 1 to"),
