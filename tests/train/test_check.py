@@ -127,7 +127,7 @@ def test_what_would_be_resumed(tmp_path: Path) -> None:
     kept = (last / "model.safetensors").read_bytes()
     (last / "model.safetensors").write_bytes(kept[:100])
     line = found(dry_run(config))["resume"]
-    assert line.state == WRONG and "damaged checkpoint" in line.found
+    assert line.state == WRONG and "model.safetensors: not what was written, by its checksum" in line.found
     (last / "model.safetensors").write_bytes(kept)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 

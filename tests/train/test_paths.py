@@ -225,12 +225,12 @@ def test_saved_and_loaded_with_every_path(tmp_path: Path, mode: str) -> None:
 def test_a_person_alone_and_in_a_batch() -> None:
     pipeline, people = all_paths()
     heatmaps = as_heatmaps(people)
-    whole = pipeline(heatmaps=heatmaps, num_hypotheses=3, num_inference_steps=2, depth=people.depth_input)
+    # As predicted: the body nearest to a mesh of an untrained model enlarges the last bits of a batch's rounding.
+    raw = {"num_hypotheses": 3, "num_inference_steps": 2, "surface": "vertices"}
+    whole = pipeline(heatmaps=heatmaps, depth=people.depth_input, **raw)
     for person in (0, 2):
-        one = pipeline(
-            heatmaps=heatmaps[person], num_hypotheses=3, num_inference_steps=2, people=[person],
-            depth=people.depth_input[person : person + 1],
-        )  # fmt: skip
+        depth = people.depth_input[person : person + 1]
+        one = pipeline(heatmaps=heatmaps[person], people=[person], depth=depth, **raw)
         torch.testing.assert_close(one.vertices[0], whole.vertices[person], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(one.confidence[0], whole.confidence[person], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(one.rle_log_likelihood[0], whole.rle_log_likelihood[person], rtol=1e-3, atol=1e-2)
@@ -304,7 +304,7 @@ def test_a_hidden_token_shows_neither_itself_nor_the_image() -> None:
     model = build_model(values, body, mesh).eval()
     wake(model)
     people = people_of()
-    conditioning, _ = model.encode(None, people.heatmaps, people.heatmap_valid)
+    conditioning, _ = model.encode(None, None, people.heatmap_valid, None, people.peaks)
     points, steps = torch.randn(len(people), 1, model.num_points, 3), torch.full((len(people), 1), 0.5)
     hidden = torch.ones(len(people), 1, model.num_tokens, dtype=torch.bool)
     first = model.predict(points, steps, conditioning, hidden).points
