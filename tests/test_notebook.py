@@ -27,9 +27,11 @@ def test_the_notebook_goes_from_a_picture_to_an_animated_body(tmp_path: Path, mo
         text = "".join(cell["source"])
         if cell["cell_type"] == "code" and text.startswith("!hmdiff "):
             # Fewer hypotheses than the reader sees: the same files.
-            assert main(shlex.split(text.replace("--num-hypotheses 8", "--num-hypotheses 2"))[1:]) == 0
+            words = text.replace("--num-hypotheses 8", "--num-hypotheses 2").format(**names)
+            assert main(shlex.split(words)[1:]) == 0
         elif cell["cell_type"] == "code":
             exec(compile(text, str(NOTEBOOK), "exec"), names)
-    scene = trimesh.load(tmp_path / "outputs" / "demo" / "sample_animated.glb")
+    stem = names["RESULT"].stem
+    scene = trimesh.load(tmp_path / "outputs" / "demo" / f"{stem}_animated.glb")
     assert "left_wrist" in scene.graph.nodes
-    assert (tmp_path / "outputs" / "demo" / "sample.bvh").exists()
+    assert (tmp_path / "outputs" / "demo" / f"{stem}.bvh").exists()

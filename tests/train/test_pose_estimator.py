@@ -287,8 +287,12 @@ def test_mmpose_reads_the_files_itself(trained: EstimatorRun, tmp_path: Path) ->
     low, high = 32 - 32 / 1.25, 32 + 32 / 1.25  # the box whose padded crop is the whole picture
     result = inference_topdown(model, photo, np.array([[low, low, high, high]], np.float32))[0]
     theirs = result.pred_instances.keypoints[0] * (2 / 64) - 1 + 1 / 64  # pixel indices as crop coordinates
-    ours, confidence = heatmap_peaks(estimator.estimate((image * 255).round() / 255))
-    sure = (confidence[0] > 0.4).numpy()
+    maps = estimator.estimate((image * 255).round() / 255)
+    ours, confidence = heatmap_peaks(maps)
+    # Of two peaks of about one height each decoder may take its own: those joints say nothing.
+    near = torch.nn.functional.max_pool2d((maps == maps.amax((-2, -1), keepdim=True)).float(), 9, 1, 4) > 0
+    second = maps.masked_fill(near, 0.0).amax((-2, -1))
+    sure = ((confidence[0] > 0.4) & (second[0] < 0.6 * confidence[0])).numpy()
     assert sure.sum() > 3
     np.testing.assert_allclose(theirs[sure], ours[0].numpy()[sure], atol=0.06)
 
