@@ -90,7 +90,7 @@ class LossConfig:
 
 @dataclasses.dataclass
 class TrainingConfig:
-    """The loop. `steps` sets the length of the cosine; `minutes` only stops a call early, to be resumed."""
+    """The loop. `steps` sets the length of the schedule; `minutes` only stops a call early, to be resumed."""
 
     steps: int = 2000
     start_from: str = ""  # a saved pipeline whose weights to start from; give another seed, for other people
