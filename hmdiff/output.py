@@ -48,6 +48,7 @@ class MeshOutput:
     calibrated_spread: bool = False  # a temperature was fitted for this way of sampling
     body: Body | None = None  # that `vertices` are of
     photos: tuple[tuple[Any, int], ...] = ()  # of each: the photo (`PhotoPeople`) and their number in it, where known
+    aggregated_vertices: Tensor | None = None  # (B, V, 3) metres: all hypotheses as one mesh, by the pipeline's MLP
 
     @property
     def people(self) -> list[RecoveredPerson]:

@@ -51,6 +51,7 @@ from hmdiff.geometry import (
 from hmdiff.heatmaps import Crop, Heatmaps, concatenate_heatmaps, heatmap_peaks
 from hmdiff.heatmaps.upright import turned_upright
 from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
+from hmdiff.models.aggregation import HypothesisAggregator, load_aggregator, save_aggregator
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.inputs import check_call, check_camera, check_depth, check_pictures, check_result, check_weights
 from hmdiff.models.recovery import MeshRecoveryModel
@@ -62,6 +63,7 @@ __all__ = ["GuidancePlan", "HMDiffPipeline", "MeshOutput", "keypoint_distance"]
 FORMAT = 1
 Photos = Photo | Sequence[Photo]
 ABOUT = "hmdiff.json"
+AGGREGATOR = "aggregator"  # the folder of the optional head
 GUIDANCE_STREAM = 1 << 32  # added to the seed where guidance draws
 SURFACES = ("body", "vertices")
 ROWS_AT_ONCE = 512  # people times hypotheses in one evaluation of the denoiser: bounds the memory, changes no result
@@ -105,6 +107,7 @@ class HMDiffPipeline:
         self.body = body
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.temperatures: dict[Sampling, Temperature] = {}
+        self.aggregator: HypothesisAggregator | None = None  # from N hypotheses to one mesh, where one was trained
         self._source: PoseSource | None = None
         self.dtype = torch.float32  # what the networks compute in
 
@@ -125,6 +128,8 @@ class HMDiffPipeline:
                 raise UserError(f"dtype {dtype}: choose torch.float32 or torch.bfloat16")
             self.dtype = dtype
         if device is not None:
+            if self.aggregator is not None:
+                self.aggregator.to(device)
             torch.nn.Module.to(self.model, device)  # ModelMixin's own imports torch's compiler, to look for its hooks
             self.body.to(device)
             self.faces = self.faces.to(device)
@@ -207,8 +212,10 @@ class HMDiffPipeline:
             )  # fmt: skip
         points = points.float()
         confidence, joint_scale, regressed = self._certainty(conditioning, points) or (None, None, None)
+        together = None if self.aggregator is None else self.aggregator(points)[:, None]
         if rotation is not None:
             points = points @ rotation[:, None].mT
+            together = None if together is None else together @ rotation[:, None].mT
         coarse, joints = self.model.to_coarse(points), self.model.to_joints(points)
         fitted = None
         if surface == "body":
@@ -216,6 +223,10 @@ class HMDiffPipeline:
         else:
             vertices = self.model.upsample(coarse)
         keypoints = self.body.keypoints(vertices) if self.body.keypoint_regressor is not None else None
+        one = None
+        if together is not None:
+            one = self.model.to_coarse(together)
+            one = self._bodies(one)[0] if surface == "body" else self.model.upsample(one)
 
         translation = weak_to_full_camera(camera, center, side, focal, principal)
         translation = translation[:, None].expand(-1, num_hypotheses, -1)
@@ -235,6 +246,7 @@ class HMDiffPipeline:
             back = turn[:, None].mT
             vertices, joints, translation = vertices @ back, joints @ back, (translation[:, :, None] @ back)[:, :, 0]
             keypoints = None if keypoints is None else keypoints @ back
+            one = None if one is None else one @ back
             if fitted is not None:  # about the pelvis, which is at the origin: the translation stays
                 root = turn[:, None] @ axis_angle_to_matrix(fitted.pose[:, :, 0])
                 pose = torch.cat([matrix_to_axis_angle(root)[:, :, None], fitted.pose[:, :, 1:]], 2)
@@ -244,6 +256,7 @@ class HMDiffPipeline:
             self.temperature(num_inference_steps, scheduler, eta, guidance),
             self.calibration(num_inference_steps, scheduler, eta, guidance), confidence, joint_scale, regressed, fitted,
             self.is_calibrated(num_inference_steps, scheduler, eta, guidance), self.body, photos,
+            None if one is None else one[:, 0],
         )  # fmt: skip
 
     def _bodies(
@@ -510,6 +523,8 @@ class HMDiffPipeline:
             if half:
                 _halve(temporary / "model" / WEIGHTS)
             self.scheduler.save_pretrained(temporary / "scheduler")  # type: ignore[attr-defined]
+            if self.aggregator is not None:
+                save_aggregator(self.aggregator, temporary / AGGREGATOR)
             about = {**self._about(), "checksums": folder_checksums(temporary)}
             (temporary / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
@@ -573,6 +588,9 @@ class HMDiffPipeline:
         pipeline = cls(model, scheduler, body, about["num_inference_steps"], float(about["eta"]))
         for fitted in temperatures:
             pipeline.set_temperature(fitted)
+        if (place / AGGREGATOR).is_dir():
+            pipeline.aggregator = load_aggregator(place / AGGREGATOR, model.num_points, model.config.num_joints)
+            pipeline.aggregator.set_basis(lbs_basis(body, model.coarse_ids).points)
         return pipeline.to(device, torch_dtype)
 
 

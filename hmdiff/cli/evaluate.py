@@ -214,7 +214,7 @@ def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> d
 
 def rows(reports: list[dict[str, Any]], split: str) -> Iterator[tuple[str, str, list[str]]]:
     """(checkpoint, which hypothesis, a cell for every metric) of one split."""
-    from hmdiff.evaluate.evaluation import KINDS
+    from hmdiff.evaluate.evaluation import AGGREGATED, KINDS
 
     for report in reports:
         if report["split"] != split:
@@ -222,7 +222,8 @@ def rows(reports: list[dict[str, Any]], split: str) -> Iterator[tuple[str, str, 
         errors = report["errors"]
         # The mean mesh, and a baseline without diffusion, whose hypotheses are all the same: one row says it all.
         alone = all(len({json.dumps(value) for value in kinds.values()}) == 1 for kinds in errors.values())
-        for kind in [next(iter(errors["pve"]))] if alone else KINDS:
+        several = [*KINDS, *((AGGREGATED,) if AGGREGATED in errors["pve"] else ())]
+        for kind in [next(iter(errors["pve"]))] if alone else several:
             name = "-" if alone else kind if kind == "first" else f"{kind} of {report['num_hypotheses']}"
             values = [errors[metric][kind] for metric in METRICS]
             yield report["checkpoint"], name, [f"{v['value']:.1f} ({v['low']:.1f}-{v['high']:.1f})" for v in values]

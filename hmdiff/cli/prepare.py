@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hmdiff.cli import arguments
+from hmdiff.cli import aggregator_fit, arguments
 from hmdiff.data.readers import READERS
 from hmdiff.errors import UserError
 
@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
 
     _add_licensed(parts)
     _add_temperature(parts)
+    aggregator_fit.add_parser(parts, _run)
 
     estimator = arguments.new_parser(
         parts, "estimator", "a small mmpose pose estimator, trained on synthetic people",

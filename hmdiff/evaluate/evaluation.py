@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 ROOT = ("left_hip", "right_hip")
 KINDS = ("first", "mean", "oracle")  # of every report
 SELECTED = "selected"  # of new ones: the hypothesis chosen without the ground truth
+AGGREGATED = "aggregated"  # of pipelines that have the MLP from N hypotheses to one mesh, for all that were drawn
 COUNTS = (1, 5, 10, 25, 100)  # numbers of hypotheses that the literature reports
 PHOTO = 64.0  # side of the photo that synthetic crops are said to be from, in crop half-sides; any size would do
 MESHES_AT_ONCE = 800  # people times hypotheses whose full meshes are in memory: bounds it, changes no result
@@ -106,8 +107,14 @@ def measure(
             if count < counts[-1]:
                 mean = _mean_errors(output.vertices[:, :count], predicted[:, :count], vertices, target)
             cut = {metric: errors[:, :count] for metric, errors in each.items()}
+            errors = multi_hypothesis(cut, mean, chosen)
+            one = output.aggregated_vertices
+            if count == counts[-1] and one is not None:
+                together = mesh_errors(one, pipeline.body.keypoints(one)[:, _J14], vertices, target, J14, ROOT)
+                for metric, values in together.items():
+                    errors[metric][AGGREGATED] = values
             found[count].append({
-                "errors": multi_hypothesis(cut, mean, chosen),
+                "errors": errors,
                 "best_of": {metric: oracle_curve(errors, (*COUNTS, count)) for metric, errors in cut.items()},
                 "joints": relative[:, :count],
                 "guidance": _guidance_report(output, count),

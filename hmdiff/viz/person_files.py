@@ -108,6 +108,8 @@ def person_arrays(
         arrays |= {"keypoints": output.keypoints[row], "keypoint_names": list(HALPE26)}
         seen = output.people[row]
         arrays["keypoints_2d"] = seen.project(output.keypoints[row] + output.translation[row][:, None])
+    if output.aggregated_vertices is not None:
+        arrays["aggregated_vertices"] = output.aggregated_vertices[row]
     modes = output.modes(min(MODES, len(vertices)))
     arrays |= {"selected": output.selected[row], "modes": modes.index[row], "mode_weights": modes.weights[row]}
     return arrays

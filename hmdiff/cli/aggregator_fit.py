@@ -1,0 +1,82 @@
+"""`hmdiff prepare aggregator`: train the MLP that makes one mesh of N hypotheses, into a saved pipeline."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hmdiff.cli import arguments
+from hmdiff.cli.show import progress
+from hmdiff.errors import UserError
+
+Run = Callable[[Callable[[argparse.Namespace], Mapping[str, Any]]], Callable[[argparse.Namespace], int]]
+
+DATA_KEYS = ("inputs", "backbone", "image_size", "num_coarse", "depth_map", "depth_size")
+
+
+def add_parser(parts: Any, run: Run) -> None:
+    parser = arguments.new_parser(
+        parts, "aggregator", "train the MLP from N hypotheses to one mesh, as HMDiff ends, into a pipeline",
+        "hmdiff prepare aggregator hmdiff_small --people 4096 --output runs/with_mlp",
+        "Synthetic people of the training's kind, val to choose the epoch. hmdiff evaluate then has a row more.",
+    )  # fmt: skip
+    parser.add_argument("source", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
+    parser.add_argument("--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: as saved)")
+    for option, least, default, words in (
+        ("--people", 8, 4096, "to train on"), ("--val-people", 8, 256, "of val, to choose the epoch by"),
+        ("--num-hypotheses", 2, 25, "of each"), ("--epochs", 1, 30, "of the MLP"),
+        ("--hidden", 8, 256, "width of the MLP"),
+    ):  # fmt: skip
+        parser.add_argument(
+            option, type=arguments.whole(least), default=default, metavar="N", help=f"{words} (default: %(default)s)"
+        )
+    parser.add_argument("--seed", type=arguments.whole(0), default=0, help="other people (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER",
+        help="a copy of the pipeline that gets the MLP, needed for an installed one (default: PIPELINE)",
+    )  # fmt: skip
+    arguments.add_device(parser)
+    parser.set_defaults(run=run(_aggregator))
+
+
+def _aggregator(options: argparse.Namespace) -> Mapping[str, Any]:
+    from hmdiff.build import build_data, build_mesh
+    from hmdiff.config import load_config
+    from hmdiff.train.aggregator import SEED, check_model, draw_hypotheses, train_aggregator
+
+    folder = arguments.checkpoint_folder(options.source)
+    if not Path(options.source).exists() and options.output is None:
+        raise UserError(
+            f"{options.source}: is installed with hmdiff and stays as it is; give --output FOLDER for a copy with it"
+        )
+    options.output = options.output or folder
+    pipeline = arguments.load_pipeline(options.source, arguments.resolve_device(options.device))
+    check_model(pipeline)
+    total = pipeline.scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
+    steps = options.steps or pipeline.num_inference_steps
+    if steps > total:
+        raise UserError(f"--steps {steps}: the model was trained with {total} steps; give 1 to {total}")
+    config = load_config(None, [f"seed={SEED + options.seed}"])
+    config.model = {name: pipeline.model.config[name] for name in DATA_KEYS}  # what decides which inputs are drawn
+    data = build_data(config, pipeline.body, build_mesh(config, pipeline.body))
+    drawn = []
+    for stream, people in (("train", options.people), ("val", options.val_people)):
+        with progress(f"hypotheses of {stream}, {steps} steps", people) as update:
+            drawn.append(
+                draw_hypotheses(pipeline, data, stream, people, options.num_hypotheses, steps, options.seed, update)
+            )
+    with progress("MLP", options.epochs) as update:
+        found = train_aggregator(
+            pipeline, drawn[0], drawn[1], options.epochs, options.hidden, options.seed, update
+        )
+    assert pipeline.aggregator is not None
+    pipeline.aggregator.fitted_on["num_inference_steps"] = steps
+    pipeline.save_pretrained(options.output)
+    return {
+        "people": found["people"],
+        "best epoch": f"{found['best_epoch']} of {found['epochs']}",
+        "val, mean of all, mm": found["val_mean_mm"],
+        "val, by the MLP, mm": found["val_aggregated_mm"],
+    }
