@@ -37,7 +37,7 @@ class MeshOutput:
     faces: Tensor  # (F, 3) long
     guidance: GuidanceReport | None = None  # what DAT did, where it was asked for
     log_likelihood: Tensor | None = None  # (B, N) nats, of every hypothesis under the heatmaps; None without them
-    temperature: float = 1.0  # of this way of sampling: 1 where none was fitted
+    temperature: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1))  # (B,) 1 where none was fitted
     calibration: Confidence | None = None  # of this way of sampling; None where none was fitted
     confidence: Tensor | None = None  # (B, K) 0..1 of the joints, from RLE's σ̂ (D2A-HMR); None without RLE
     joint_scale: Tensor | None = None  # (B, K, 3) metres, RLE's σ̂ of the joints, camera's or crop's axes as the model's
@@ -46,6 +46,7 @@ class MeshOutput:
     # predicted coarse vertices; None for surface="vertices"
     fitted: FittedBodies | None = None
     calibrated_spread: bool = False  # a temperature was fitted for this way of sampling
+    evidence: Tensor | None = None  # (B, 3) what the image says of the spread, see `diffusion/image_evidence.py`
     body: Body | None = None  # that `vertices` are of
     photos: tuple[tuple[Any, int], ...] = ()  # of each: the photo (`PhotoPeople`) and their number in it, where known
     aggregated_vertices: Tensor | None = None  # (B, V, 3) metres: all hypotheses as one mesh, by the pipeline's MLP
@@ -109,12 +110,12 @@ class MeshOutput:
         Only the reported number is multiplied by the temperature. The vertices are not: a mesh whose deviations are
         stretched is no longer a person. `calibrated` does it to points for which that does not matter.
         """
-        return spread(self.vertices) * self.temperature * 1000
+        return spread(self.vertices) * self.temperature[:, None].to(self.vertices) * 1000
 
     @property
     def joint_spread(self) -> Tensor:  # (B, K) millimetres
         """`spread` of the body's joints."""
-        return spread(self.joints) * self.temperature * 1000
+        return spread(self.joints) * self.temperature[:, None].to(self.joints) * 1000
 
     def within(
         self,

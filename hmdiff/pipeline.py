@@ -24,10 +24,10 @@ from torch import Tensor
 from hmdiff.body.body import Body, load_named_body
 from hmdiff.body.fitting import FittedBodies, fit_coarse
 from hmdiff.body.lbs_basis import lbs_basis
-from hmdiff.diffusion.confidence import Confidence
 from hmdiff.diffusion.dat import GuidanceReport, aligned_sample
 from hmdiff.diffusion.gap import make_target
 from hmdiff.diffusion.guidance import Guidance
+from hmdiff.diffusion.image_evidence import image_evidence
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
 from hmdiff.diffusion.schedule import change_scheduler, load_scheduler, sampler_name
@@ -251,13 +251,13 @@ class HMDiffPipeline:
                 root = turn[:, None] @ axis_angle_to_matrix(fitted.pose[:, :, 0])
                 pose = torch.cat([matrix_to_axis_angle(root)[:, :, None], fitted.pose[:, :, 1:]], 2)
                 fitted = fitted._replace(pose=pose)
-        return MeshOutput(
+        output = MeshOutput(
             vertices, joints, keypoints, camera, translation, focal, principal, self.faces, report, likelihood,
-            self.temperature(num_inference_steps, scheduler, eta, guidance),
-            self.calibration(num_inference_steps, scheduler, eta, guidance), confidence, joint_scale, regressed, fitted,
-            self.is_calibrated(num_inference_steps, scheduler, eta, guidance), self.body, photos,
-            None if one is None else one[:, 0],
+            confidence=confidence, joint_scale=joint_scale, rle_log_likelihood=regressed, fitted=fitted, body=self.body,
+            photos=photos, aggregated_vertices=None if one is None else one[:, 0],
         )  # fmt: skip
+        calibration = self.calibration(num_inference_steps, scheduler, eta, guidance)
+        return _calibrated(output, heatmaps, crop.side, calibration)
 
     def _bodies(
         self,
@@ -337,8 +337,11 @@ class HMDiffPipeline:
         eta: float | None = None,
         guidance: Guidance | None = None,
     ) -> float:
-        """By what the spread of these hypotheses is multiplied to be calibrated; 1 where nothing was fitted."""
-        fitted = self.temperatures.get(self.sampling(num_inference_steps, scheduler, eta, guidance))
+        """By what the spread of these hypotheses is multiplied to be calibrated; 1 where nothing was fitted.
+
+        Of a person like most that it was fitted on: `MeshOutput.temperature` has everybody's own.
+        """
+        fitted = self.calibration(num_inference_steps, scheduler, eta, guidance)
         return 1.0 if fitted is None else fitted.temperature
 
     def calibration(
@@ -347,20 +350,9 @@ class HMDiffPipeline:
         scheduler: str | None = None,
         eta: float | None = None,
         guidance: Guidance | None = None,
-    ) -> Confidence | None:
-        """What turns these hypotheses' spread into probabilities; None where nothing was fitted."""
-        fitted = self.temperatures.get(self.sampling(num_inference_steps, scheduler, eta, guidance))
-        return None if fitted is None else fitted.confidence
-
-    def is_calibrated(
-        self,
-        num_inference_steps: int | None = None,
-        scheduler: str | None = None,
-        eta: float | None = None,
-        guidance: Guidance | None = None,
-    ) -> bool:
-        """Whether a temperature was fitted for this way of sampling. The direct baseline's copies have no spread."""
-        return self.sampling(num_inference_steps, scheduler, eta, guidance) in self.temperatures
+    ) -> Temperature | None:
+        """What was fitted for this way of sampling: temperature, factor of the evidence, confidence. None: nothing."""
+        return self.temperatures.get(self.sampling(num_inference_steps, scheduler, eta, guidance))
 
     def set_temperature(self, fitted: Temperature) -> None:
         """Use it from now on, and save it with the pipeline; it replaces an older one of the same way of sampling."""
@@ -592,6 +584,27 @@ class HMDiffPipeline:
             pipeline.aggregator = load_aggregator(place / AGGREGATOR, model.num_points, model.config.num_joints)
             pipeline.aggregator.set_basis(lbs_basis(body, model.coarse_ids).points)
         return pipeline.to(device, torch_dtype)
+
+
+def _calibrated(
+    output: MeshOutput,
+    heatmaps: Heatmaps | None,
+    side: Tensor,  # (B,) of the crops, photo pixels
+    fitted: Temperature | None,  # for this way of sampling
+) -> MeshOutput:
+    """With what the image says of the spread, and the temperatures of everybody."""
+    confidence = distance = None
+    if heatmaps is not None and output.keypoints is not None:
+        confidence = heatmap_peaks(heatmaps.values.to(side))[1]
+        distance = keypoint_distance(output, heatmaps).mean(1) / side
+    evidence = image_evidence(output.joints, confidence, distance)
+    return dataclasses.replace(
+        output,
+        evidence=evidence,
+        temperature=evidence.new_ones(len(evidence)) if fitted is None else fitted.of(evidence),
+        calibration=None if fitted is None else fitted.confidence,
+        calibrated_spread=fitted is not None,
+    )
 
 
 def _halve(path: Path) -> None:

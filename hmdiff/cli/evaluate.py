@@ -20,6 +20,7 @@ from hmdiff.names import METRICS, SPLITS
 if TYPE_CHECKING:
     from hmdiff.body.body import Body
     from hmdiff.data.synthetic.people import SyntheticHumans
+    from hmdiff.diffusion.temperature import Temperature
 
 MEAN_MESH = "mean mesh"
 TABLE_WIDTH, BANDS_WIDTH = 120, 172  # where the output is no terminal
@@ -169,7 +170,7 @@ def run(options: argparse.Namespace) -> int:
                 "num_inference_steps": options.steps or pipeline.num_inference_steps,
                 "sampler": options.sampler or "as saved", "seed": options.seed,
                 "guided_by": guided, "surface": options.surface, "upright": not options.as_is,
-                "temperature": pipeline.temperature(options.steps, options.sampler, None, guidance),
+                "temperature": _calibration_key(pipeline.calibration(options.steps, options.sampler, None, guidance)),
             }  # fmt: skip
             raw = ("" if options.surface == "body" else "_vertices") + ("_as_is" if options.as_is else "")
             path = folder / f"{label}_{split}{suffix(guided)}{raw}.json"
@@ -258,6 +259,13 @@ def print_tables(reports: list[dict[str, Any]]) -> None:
                 console.print(bodies_line(report), soft_wrap=True)
 
 
+def _calibration_key(fitted: Temperature | None) -> dict[str, Any] | None:
+    """What of it the figures depend on."""
+    if fitted is None:
+        return None
+    return {key: value for key, value in fitted.as_json().items() if key in ("temperature", "evidence")}
+
+
 def calibration_line(report: dict[str, Any]) -> str:
     """How well the spread is calibrated, and with the temperature that was fitted for this way of sampling."""
     level = report["coverage"]["level"]
@@ -271,7 +279,7 @@ def calibration_line(report: dict[str, Any]) -> str:
 
     line = f"{report['checkpoint']}: expected calibration error {told(report)}"
     if "tempered" in report:
-        line += f"; with temperature {report['tempered']['temperature']:.2f}: {told(report['tempered'])}"
+        line += f"; with a temperature of {report['tempered']['temperature']:.2f} (median): {told(report['tempered'])}"
     return line
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from hmdiff.cli import aggregator_fit, arguments
 from hmdiff.data.readers import READERS
 from hmdiff.errors import UserError
+from hmdiff.names import SPLITS
 
 
 def add_parser(subparsers: Any) -> None:
@@ -86,8 +87,11 @@ def _add_temperature(parts: Any) -> None:
     temperature.add_argument("--sampler", metavar="NAME", help="another sampler (default: the pipeline's own)")
     temperature.add_argument("--eta", type=arguments.number(0), help="ddim's fresh noise (default: the pipeline's own)")
     arguments.add_guidance(temperature)
-    temperature.add_argument("--split", default="val", help="synthetic people to fit it on (default: %(default)s)")
-    for option, least, default, words in (("--people", 8, 128, "of the split"), ("--num-hypotheses", 5, 25, "of each")):
+    temperature.add_argument(
+        "--split", default="calibration", choices=SPLITS, metavar="SPLIT",
+        help="synthetic people to fit it on (default: %(default)s, of every kind in turn)",
+    )  # fmt: skip
+    for option, least, default, words in (("--people", 8, 320, "of the split"), ("--num-hypotheses", 5, 25, "of each")):
         temperature.add_argument(
             option, type=arguments.whole(least), default=default, metavar="N", help=f"{words} (default: %(default)s)"
         )

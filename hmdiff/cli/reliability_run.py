@@ -22,9 +22,8 @@ def run_reliability(options: argparse.Namespace) -> int:
         pipeline = arguments.load_pipeline(name, device)
         arguments.check_sampling(pipeline, options)
         guidance, model = arguments.guidance_of(options, pipeline), pipeline.model.config
-        temperature = pipeline.temperature(options.steps, options.sampler, None, guidance)
-        confidence = pipeline.calibration(options.steps, options.sampler, None, guidance)
-        if confidence is None:
+        fitted = pipeline.calibration(options.steps, options.sampler, None, guidance)
+        if fitted is None or fitted.confidence is None:
             sampling = pipeline.sampling(options.steps, options.sampler, None, guidance)
             raise UserError(
                 f"{label}: no confidence was fitted for {sampling}; run hmdiff prepare temperature with these settings"
@@ -38,7 +37,7 @@ def run_reliability(options: argparse.Namespace) -> int:
                     pipeline, data, split, options.people, options.num_hypotheses, options.steps, options.sampler,
                     options.seed, guidance, update,
                 )  # fmt: skip
-            reports[split] = reliability(observed.times(temperature), confidence)
+            reports[split] = reliability(observed.tempered(fitted), fitted.confidence)
         rows = [row for split, report in reports.items() for row in reliability_rows(split, report)]
         print_table(f"{label}: {options.people} people of each split", COLUMNS, rows)
         save_report(reports, folder / f"reliability_{label}.json")

@@ -154,13 +154,15 @@ def _person_modes(points: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]: 
 
 def apply_temperature(
     points: Tensor,  # (B, N, ..., 3)
-    temperature: float,
+    temperature: float | Tensor,  # of all, or (B,)
 ) -> Tensor:  # (B, N, ..., 3)
     """The hypotheses' deviations from their mean, times the temperature; the mean stays. Linear, so that it commutes
     with joint regressors and with moving everybody to their root. Stretched far, meshes stop being people: this is for
     points that are to be calibrated, not for meshes to look at.
     """
     mean = points.mean(1, keepdim=True)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(points).reshape(-1, *[1] * (points.dim() - 1))
     return mean + temperature * (points - mean)
 
 

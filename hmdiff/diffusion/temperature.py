@@ -2,7 +2,8 @@
 
 One scalar for each way of sampling (steps, sampler, eta, guidance), since each spreads the hypotheses differently;
 fitted by `hmdiff.evaluate.calibration` on people whose bodies are known, kept in the pipeline's hmdiff.json with what
-it was fitted on. A way of sampling that nothing was fitted for has temperature 1: the spread as it is. Our choice.
+it was fitted on. With it comes a factor for each person, of what the image shows (`image_evidence.py`). A way of
+sampling that nothing was fitted for has temperature 1: the spread as it is. Our choice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from hmdiff.diffusion.confidence import Confidence
+from hmdiff.diffusion.image_evidence import EvidenceFactor
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,10 +51,19 @@ class Temperature:
     temperature: float
     fitted_on: dict[str, Any] = dataclasses.field(default_factory=dict)  # split, people, errors before and after
     confidence: Confidence | None = None  # of the spread with this temperature; None in files of before it
+    evidence: EvidenceFactor | None = None  # of each person's evidence; None: one temperature for everybody
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UserError(f"temperature {self.temperature}: a finite number above 0 is needed")
+
+    def of(
+        self,
+        evidence: Tensor,  # (B, 3), see `image_evidence`
+    ) -> Tensor:  # (B,) everybody's own temperature
+        if self.evidence is None:
+            return evidence.new_full((len(evidence),), self.temperature)
+        return self.temperature * self.evidence(evidence)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -59,6 +72,7 @@ class Temperature:
             "temperature": self.temperature,
             "fitted_on": self.fitted_on,
             **({} if self.confidence is None else {"confidence": self.confidence.as_json()}),
+            **({} if self.evidence is None else {"evidence": dataclasses.asdict(self.evidence)}),
         }
 
     @classmethod
@@ -72,8 +86,9 @@ class Temperature:
             # With the defaults of options that are younger than the file.
             json.dumps({**dataclasses.asdict(Guidance()), **guidance}, sort_keys=True) if guidance else "",
         )  # fmt: skip
-        confidence = found.get("confidence")
+        confidence, evidence = found.get("confidence"), found.get("evidence")
         return cls(
             sampling, float(found["temperature"]), dict(found.get("fitted_on", {})),
             None if confidence is None else Confidence.from_json(confidence),
+            None if evidence is None else EvidenceFactor.from_json(evidence),
         )  # fmt: skip

@@ -1,12 +1,14 @@
 """Calibration: the temperature that makes a pipeline's hypotheses spread as far as they are wrong.
 
-Hypotheses drawn in few steps lie too close together. Their deviations from the mean are multiplied by one scalar,
-fitted on people whose bodies are known so that the expected calibration error (`hmdiff.evaluate.metrics`) is least.
-One scalar is enough (LOG.md); one for each joint would each be fitted to less. All of it is our choice.
+Hypotheses drawn in few steps lie too close together. Their deviations from the mean are multiplied by a person's
+temperature: a factor of what the image shows (`hmdiff.diffusion.image_evidence`), the likeliest, and one scalar for all
+with which the expected calibration error (`hmdiff.evaluate.metrics`) is least, both fitted on people whose bodies are
+known. The split `calibration` has people of every kind, none of whom is in another split. All of it is our choice.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from torch import Tensor
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.diffusion.confidence import LEAST_PEOPLE, fit_confidence
 from hmdiff.diffusion.hypotheses import apply_temperature
+from hmdiff.diffusion.image_evidence import fit_evidence_factor
 from hmdiff.diffusion.temperature import Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import measure, split_batches
@@ -116,8 +119,8 @@ def draw(
 def calibrate(
     pipeline: HMDiffPipeline,
     data: PeopleSource,  # with the bodies of `split`
-    split: str = "val",
-    people: int = 128,
+    split: str = "calibration",
+    people: int = 160,
     num_hypotheses: int = 25,
     num_inference_steps: int | None = None,  # None: the pipeline's own
     scheduler: str | None = None,
@@ -140,15 +143,19 @@ def calibrate(
         pipeline, data, split, people, num_hypotheses, num_inference_steps, scheduler, eta, seed, guidance, progress,
         watch,
     )  # fmt: skip
-    temperature = fit_temperature(samples, target)
+    observed = watch.observed()
+    factor = fit_evidence_factor(samples, target, observed.evidence) if people >= LEAST_PEOPLE else None
+    scales = torch.ones(len(samples)) if factor is None else factor(observed.evidence)
+    temperature = fit_temperature(apply_temperature(samples, scales), target)
     about: dict[str, Any] = {"split": split, "people": people, "num_hypotheses": num_hypotheses, "seed": seed}
-    for name, scale in (("before", 1.0), ("after", temperature)):
+    for name, scale in (("before", 1.0), ("after", temperature * scales)):
         tempered = apply_temperature(samples, scale)
         about[f"expected_calibration_error_{name}"] = expected_calibration_error(tempered, target)
         about[f"coverage_{name}"] = coverage(tempered, target, COVERAGE_LEVEL).mean().item()
     sampling = pipeline.sampling(num_inference_steps, scheduler, eta, guidance)
-    confidence = fit_confidence(*watch.observed().times(temperature)) if people >= LEAST_PEOPLE else None
-    fitted = Temperature(sampling, temperature, about, confidence)
+    fitted = Temperature(sampling, temperature, about, evidence=factor)
+    if people >= LEAST_PEOPLE:
+        fitted = dataclasses.replace(fitted, confidence=fit_confidence(*observed.tempered(fitted)[:4]))
     pipeline.set_temperature(fitted)
     return fitted
 

@@ -118,6 +118,7 @@ def measure(
                 "best_of": {metric: oracle_curve(errors, (*COUNTS, count)) for metric, errors in cut.items()},
                 "joints": relative[:, :count],
                 "guidance": _guidance_report(output, count),
+                **({"temperatures": output.temperature} if output.calibrated_spread else {}),
             })
         true.append((target - root_of(target, J14, ROOT)).cpu())
         if observe is not None:
@@ -247,10 +248,7 @@ def evaluate(
         "surface": surface,
         "upright": upright,
         "protocol": "J14 regressed from the mesh, root mid-hip, mm",
-        **summary(
-            measured, pipeline.model.config.mode == "diffusion",
-            pipeline.temperature(num_inference_steps, scheduler, eta, guidance),
-        ),
+        **summary(measured, pipeline.model.config.mode == "diffusion"),
         "bodies": bodies.report(),
         **({} if watch is None else {"bands": watch.report(measured)}),
     }

@@ -29,12 +29,12 @@ class Measured:
     true_joints: Tensor  # (P, 14, 3) metres
     guidance: dict[str, Tensor]  # (P,) of what guidance tells: gap_before, gap_after, active, fell_back; {} without it
     calls: tuple[tuple[int, float], ...]  # people and seconds of every call for n; none where more were drawn
+    temperatures: Tensor | None = None  # (P,) fitted for this way of sampling; None: none was
 
 
 def summary(
     measured: Measured,
     diffusion: bool = True,
-    temperature: float = 1.0,  # that was fitted for this way of sampling; 1: none was
 ) -> dict[str, Any]:
     """Means with 95 % bootstrap intervals over people, as JSON; calibration where hypotheses differ (diffusion).
 
@@ -53,9 +53,9 @@ def summary(
         }
     if diffusion and measured.joints.shape[1] >= LEAST_TO_CALIBRATE:
         report |= _calibration(measured)
-        if temperature != 1:
-            scaled = dataclasses.replace(measured, joints=apply_temperature(measured.joints, temperature))
-            report["tempered"] = {"temperature": temperature, **_calibration(scaled)}
+        if measured.temperatures is not None:
+            scaled = dataclasses.replace(measured, joints=apply_temperature(measured.joints, measured.temperatures))
+            report["tempered"] = {"temperature": measured.temperatures.median().item(), **_calibration(scaled)}
     if measured.guidance:
         report["guidance"] = {name: interval(values) for name, values in measured.guidance.items()}
     return report

@@ -19,6 +19,7 @@ from torch import Tensor
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.diffusion.confidence import KINDS, LEVELS, RADII, Confidence
 from hmdiff.diffusion.hypotheses import spread
+from hmdiff.diffusion.temperature import Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import measure, split_batches
 from hmdiff.evaluate.uncertainty_metrics import rank_correlation
@@ -41,8 +42,11 @@ class Observed(NamedTuple):
     joint_error: Tensor  # (P, K)
     vertex_spread: Tensor  # (P, V)
     vertex_error: Tensor  # (P, V)
+    evidence: Tensor  # (P, 3) see `hmdiff.diffusion.image_evidence`
 
-    def times(self, temperature: float) -> Observed:
+    def tempered(self, fitted: Temperature) -> Observed:
+        """With the spread as it is reported, times everybody's temperature."""
+        temperature = fitted.of(self.evidence)[:, None]
         return self._replace(
             joint_spread=temperature * self.joint_spread, vertex_spread=temperature * self.vertex_spread
         )
@@ -61,6 +65,8 @@ class SpreadWatch:
         for drawn, true in ((output.joints, sample.joints_3d), (output.vertices, sample.vertices)):
             error = (drawn.mean(1) - true.to(drawn)).norm(dim=-1)
             found += [1000 * spread(drawn).cpu(), 1000 * error.cpu()]
+        assert output.evidence is not None
+        found.append(output.evidence.cpu())
         self.parts.append(tuple(found))
 
     def observed(self) -> Observed:

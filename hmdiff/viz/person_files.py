@@ -88,7 +88,7 @@ def person_arrays(
         "focal_from": photo.focal_from,
         "faces": output.faces.cpu(),
         "spread_mm": output.spread[row],
-        "temperature": output.temperature,
+        "temperature": output.temperature[row],
         "spread_calibrated": output.calibrated_spread,
         "photo": str(photo.photo),
         "photo_size": photo.size,

@@ -87,18 +87,21 @@ def test_a_temperature_changes_what_is_said_of_the_spread_and_no_mesh(pipe: HMDi
     plain = run()
     pipe.set_temperature(fitted(2.5))
     hot = run()
-    assert hot.temperature == 2.5 and torch.equal(hot.vertices, plain.vertices)
+    assert hot.temperature.tolist() == [2.5] * 3 and torch.equal(hot.vertices, plain.vertices)
     assert torch.equal(hot.selected, plain.selected)
     torch.testing.assert_close(hot.spread, plain.spread * 2.5)
     tempered = hot.calibrated(hot.joints)
     torch.testing.assert_close(tempered.mean(1), plain.mean_joints, rtol=0, atol=1e-6)
     torch.testing.assert_close(tempered - tempered.mean(1, True), 2.5 * (hot.joints - hot.joints.mean(1, True)))
     # Another way of sampling was not fitted.
-    assert run(steps=3).temperature == 1.0 and run(eta=1.0).temperature == 1.0
-    assert run(scheduler="ddpm").temperature == 1.0 and run(scheduler="ddim").temperature == 2.5
-    assert run(guidance=Guidance()).temperature == 1.0 and run(guidance=Guidance("none")).temperature == 2.5
+    first = {str(options): run(**options).temperature.tolist() for options in (  # type: ignore[arg-type]
+        {"steps": 3}, {"eta": 1.0}, {"scheduler": "ddpm"}, {"guidance": Guidance()},
+    )}  # fmt: skip
+    assert all(temperatures == [1.0] * 3 for temperatures in first.values()), first
+    for options in ({"scheduler": "ddim"}, {"guidance": Guidance("none")}):
+        assert run(**options).temperature.tolist() == [2.5] * 3  # type: ignore[arg-type]
     pipe.set_temperature(fitted(1.5, sampler="ddpm"))
-    assert run(scheduler="ddpm", eta=0.7).temperature == 1.5  # eta is ddim's alone
+    assert run(scheduler="ddpm", eta=0.7).temperature[0] == 1.5  # eta is ddim's alone
     guided = Temperature(pipe.sampling(2, guidance=Guidance(strength=0.5)), 3.0)
     pipe.set_temperature(guided)
     assert pipe.temperature(2, guidance=Guidance(strength=0.5)) == 3.0
@@ -194,7 +197,8 @@ def test_the_report_with_a_temperature() -> None:
     joints = torch.randn(60, 20, 14, 3, generator=drawn) * 0.4  # as far as they should be, times 0.4
     errors = {"pve": {"mean": torch.rand(60, generator=drawn)}}
     plain = Measured(errors, {}, joints, truth, {}, ())
-    report, as_drawn = summary(plain, temperature=2.5), summary(plain)
+    hot = dataclasses.replace(plain, temperatures=torch.full((60,), 2.5))
+    report, as_drawn = summary(hot), summary(plain)
     assert "tempered" not in as_drawn
     assert {name: value for name, value in report.items() if name != "tempered"} == as_drawn
     scaled = summary(dataclasses.replace(plain, joints=apply_temperature(joints, 2.5)))
@@ -203,4 +207,4 @@ def test_the_report_with_a_temperature() -> None:
     assert tempered == {name: scaled[name] for name in tempered}
     assert tempered["expected_calibration_error"] < 0.07 < 0.2 < as_drawn["expected_calibration_error"]
     told = calibration_line({"checkpoint": "ours", **report, "tempered": {"temperature": 2.5, **tempered}})
-    assert told.startswith("ours: expected calibration error 0.") and "with temperature 2.50" in told
+    assert told.startswith("ours: expected calibration error 0.") and "with a temperature of 2.50 (median)" in told

@@ -27,12 +27,12 @@ def observed(people: int, seed: int, scale: float = 1.0) -> Observed:
         sigma = 40 * whole * torch.exp(0.4 * torch.randn(people, points, generator=generator))
         error = (sigma[..., None] * torch.randn(people, points, 3, generator=generator)).norm(dim=-1)
         parts += [scale * 1.6 * sigma, error]  # the mean distance of a Gaussian to its middle is 1.6 sigma
-    return Observed(*parts)
+    return Observed(*parts, torch.full((people, 3), float("nan")))
 
 
 @pytest.fixture(scope="module")
 def fitted() -> Confidence:
-    return fit_confidence(*observed(300, 0))
+    return fit_confidence(*observed(300, 0)[:4])
 
 
 def test_it_is_the_probability_of_a_gaussian_error(fitted: Confidence) -> None:
@@ -67,11 +67,11 @@ def test_new_people_are_within_as_often_as_it_says_and_misleading_spread_shows(f
 
 def test_what_always_is_within_keeps_finite_numbers() -> None:
     certain = Observed(torch.full((20, 24), 5.0), torch.full((20, 24), 2.0), torch.full((20, 50), 5.0),
-                       torch.full((20, 50), 2.0))  # fmt: skip
-    found = fit_confidence(*certain).within(50, certain.joint_spread, certain.vertex_spread)
+                       torch.full((20, 50), 2.0), torch.zeros(20, 3))  # fmt: skip
+    found = fit_confidence(*certain[:4]).within(50, certain.joint_spread, certain.vertex_spread)
     assert found.joints.min() > 0.9 and found.joints.isfinite().all()
     with pytest.raises(UserError, match="3 people; give at least 10"):
-        fit_confidence(*(each[:3] for each in certain))
+        fit_confidence(*(each[:3] for each in certain[:4]))
 
 
 def test_it_travels_as_json_and_refuses_what_it_is_not(fitted: Confidence) -> None:
@@ -91,7 +91,9 @@ def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) 
     from hmdiff.evaluate.evaluation import as_heatmaps, ask
 
     output = ask(pipe, block, as_heatmaps(block), 4, 2, 0, None)
-    torch.testing.assert_close(output.joint_spread, before.joint_spread * temperature, rtol=1e-3, atol=1e-2)
+    own = output.temperature[:, None]
+    assert own.unique().numel() > 1 and own.min() < temperature < own.max()
+    torch.testing.assert_close(output.joint_spread, before.joint_spread * own, rtol=1e-3, atol=1e-2)
     within = output.within(100)
     assert within is not None and within.vertices.shape == output.spread.shape and within.joints.shape == (8, 24)
     found = output.confidences(3)

@@ -80,9 +80,6 @@ class Perfect:
         self.model = small_pipeline("model.mode=direct").model
         self.num_inference_steps, self.body = 1, free_body()[0]
 
-    def temperature(self, *_: object) -> float:
-        return 1.0
-
     def __call__(
         self, images: object, heatmaps: object, hypotheses: int, *_: object, people: list[int], **__: object
     ) -> MeshOutput:
@@ -178,9 +175,6 @@ class Chatty:
     def __init__(self, pipe: HMDiffPipeline) -> None:
         self.pipe, self.asked = pipe, []
         self.model, self.num_inference_steps, self.body = pipe.model, pipe.num_inference_steps, pipe.body
-
-    def temperature(self, *_: object) -> float:
-        return 1.25
 
     def __call__(self, *words: object, guidance: object = None, **options: object) -> object:
         self.asked.append({**options, "people": len(options["people"]), "guidance": guidance})  # type: ignore[arg-type]

@@ -66,6 +66,9 @@ _SPLIT_SCENES = {
     "test_ood": SceneOptions(tail=True),
     "test_postures": SceneOptions(postures=1.0, wide=True),
 }
+# `calibration` takes them in turn, block by block, with people of its own: what a spread is worth has to be learned
+# from every kind of photo, and from nobody who is tested on.
+_CALIBRATION = tuple(_SPLIT_SCENES[split] for split in SPLITS if split.startswith("test"))
 _PEOPLE_OF = {"test_guessed": "test_occluded"}  # the same people behind the same occluders
 
 
@@ -127,9 +130,11 @@ class SyntheticHumans:
         number: int,
     ) -> Sample:
         """The people of one block. Raises `UserError` for an unknown stream."""
-        if stream != "train" and stream not in _SPLIT_SCENES:
+        if stream not in ("train", "calibration") and stream not in _SPLIT_SCENES:
             raise UserError(f"split {stream!r} is not known; choose one of train, {', '.join(SPLITS)}")
         scene = _SPLIT_SCENES.get(stream, TRAIN_SCENE)
+        if stream == "calibration":
+            scene = _CALIBRATION[number % len(_CALIBRATION)]
         faults = self.faults if scene.guess is None else dataclasses.replace(self.faults, hidden=scene.guess)
         faults = dataclasses.replace(faults, few_joints=faults.few_joints or scene.wide)
         stream = _PEOPLE_OF.get(stream, stream)
