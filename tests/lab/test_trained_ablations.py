@@ -549,7 +549,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ("depth_rle --list --train", "--list trains nothing: leave --list or --train out"),
         (
             "depth_rle --splits tset",
-            "split 'tset' is not known; choose one of test, test_occluded, test_guessed, test_ood, test_postures, val, calibration",
+            "split 'tset' is not known; choose one of test, test_occluded, test_guessed, test_ood, test_postures, val",
         ),
         ("depth_rle --set training.stpes=3", "there is no key 'stpes'; did you mean 'steps'"),
         ("depth_rle --base nowhere.yaml", "nowhere.yaml: no such config"),
