@@ -1,8 +1,7 @@
 """Many hypotheses of one person: how well each fits the heatmaps, the one to show, the modes among them, the spread.
 
 HMDiff (arXiv 2308.13369) turns its hypotheses into one mesh by an MLP (`models/aggregation.py`); all of this is ours.
-Pure functions, person
-by person: nobody's result depends on the batch. B people, N hypotheses, J keypoints, K joints.
+Pure functions, person by person: nobody's result depends on the batch. B people, N hypotheses, J keypoints, K joints.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from hmdiff.pipeline import HMDiffPipeline
 
 SEED = 7_654_321  # of the people; added to the command's
 BATCH = 64
-RATE, WEIGHT_DECAY = 1e-3, 1e-2
+RATE, WEIGHT_DECAY = 3e-4, 1e-2
 LEAST_HYPOTHESES = 2  # that a training batch keeps
 
 
@@ -98,8 +98,6 @@ def train_aggregator(
         return ((mean + head.correction(coordinates) - truth)[:, :count].norm(dim=-1).mean()) * scale
 
     optimizer = torch.optim.AdamW(head.parameters(), RATE, weight_decay=WEIGHT_DECAY)
-    total = epochs * -(-len(truth) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, max(total, 1), pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         before = error(*seen).item()
@@ -116,7 +114,6 @@ def train_aggregator(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
         with torch.no_grad():
             now = error(*seen).item()
         if now < best:

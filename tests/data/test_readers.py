@@ -536,7 +536,7 @@ def test_human36m_faults_are_named(tmp_path: Path) -> None:
         open_reader("human36m", tmp_path)
     _edit(path, imgname=names)
     s.write_python2_pickle(cameras, {("S9", "60457274"): {"R": np.eye(3)}})
-    with pytest.raises(UserError, match=r"cameras\.pkl: not mmpose's cameras"):
+    with pytest.raises(UserError, match=r"cameras\.pkl, camera \('S9', '60457274'\), T: damaged"):
         open_reader("human36m", tmp_path)
     s.write_python2_pickle(cameras, {})
     with pytest.raises(UserError, match=r"h36m_test\.npz, row 4: camera 60457274 of S9 is not in cameras\.pkl"):
@@ -569,7 +569,8 @@ def test_human36m_json_faults_are_named(tmp_path: Path) -> None:
         list(open_reader("human36m", tmp_path).records())
     del joints["2"]["4"]["5"]
     s.write_json(start / "Human36M_subject9_joint_3d.json", joints)
-    with pytest.raises(UserError, match=r"subject9_data\.json, annotation 6: no joints of action, subaction, frame"):
+    message = r"joint_3d\.json, action 2, subaction 4, frame 5 \(of .*subject9_data\.json, annotation 6\): damaged"
+    with pytest.raises(UserError, match=message):
         list(open_reader("human36m", tmp_path).records())
     (start / "Human36M_subject11_camera.json").unlink()
     with pytest.raises(UserError, match=r"subject11_camera\.json: no such file"):

@@ -64,7 +64,7 @@ def test_training_learns_what_the_hypotheses_share(pipe: HMDiffPipeline) -> None
     """All hypotheses bend alike away from the truth: the mean keeps that, the MLP learns to take it back."""
     generator = torch.Generator().manual_seed(0)
     basis = head(pipe).basis
-    shared = basis @ (0.02 * torch.randn(basis.shape[1], 3, generator=generator).sign())
+    shared = basis @ (0.01 * torch.randn(basis.shape[1], 3, generator=generator).sign())
 
     def drawn(count: int) -> Drawn:
         truth = basis @ torch.randn(count, basis.shape[1], 3, generator=generator) * 0.5

@@ -55,7 +55,8 @@ def read(source: Path, split: str) -> RowReader:
         return _Scene(scenes[number], source)
 
     notes = [f"{len(scenes)} scenes of {folders[0]}"]
-    return RowReader("bedlam", rows, lambda row: scene(row[0]).record(row[1]), notes)
+    return RowReader("bedlam", rows, lambda row: scene(row[0]).record(row[1]), notes,
+                     place=lambda row: f"{scenes[row[0]].path}, row {row[1]}")  # fmt: skip
 
 
 class _Scene:

@@ -15,8 +15,8 @@ import numpy as np
 
 from hmdiff.body.skeletons import COCO17
 from hmdiff.data.readers.boxes import square_of_box
-from hmdiff.data.readers.labels import RowReader
-from hmdiff.data.readers.tables import read_json, stem_name
+from hmdiff.data.readers.labels import RowReader, naming
+from hmdiff.data.readers.tables import read_json, rows_of, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 
@@ -38,15 +38,21 @@ def read_file(
     data = read_json(path)
     if not isinstance(data, dict) or not {"images", "annotations"} <= data.keys():
         raise UserError(f"{path}: no 'images' and 'annotations' in it; a COCO annotation file is expected")
-    files = {image["id"]: str(image["file_name"]) for image in data["images"]}
-    people = [
-        (row, item) for row, item in enumerate(data["annotations"])
-        if not item.get("iscrowd") and item.get("num_keypoints", 1) > 0 and "keypoints" in item
-    ]  # fmt: skip
-    place = _place(path, places, files[people[0][1]["image_id"]] if people else "")
+    files: dict[Any, str] = {}
+    for row, image in enumerate(rows_of(path, data, "images")):
+        with naming(f"{path}, image {row}"):
+            files[image["id"]] = str(image["file_name"])
+    people = []
+    for row, item in enumerate(rows_of(path, data, "annotations")):
+        with naming(f"{path}, annotation {row}"):
+            if not item.get("iscrowd") and item.get("num_keypoints", 1) > 0 and "keypoints" in item:
+                people.append((row, item))
+    with naming(f"{path}, image of annotation {people[0][0] if people else 0}"):
+        place = _place(path, places, files[people[0][1]["image_id"]] if people else "")
     crowd = len(data["annotations"]) - len(people)
     notes = [f"{path}, images in {place}", f"{crowd} annotations without keypoints, or of crowds, were left out"]
-    return RowReader(name, people, lambda row: _record(name, path, place, files, *row), notes)
+    return RowReader(name, people, lambda row: _record(name, path, place, files, *row), notes,
+                     place=lambda row: f"{path}, annotation {row[0]}")  # fmt: skip
 
 
 def _place(path: Path, places: Sequence[Path], first: str) -> Path:

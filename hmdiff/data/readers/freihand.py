@@ -81,7 +81,8 @@ def read(source: Path, split: str) -> RowReader:
             intrinsics=intrinsics,
         )
 
-    return RowReader("freihand", index, make, notes)
+    place = f"{source / split}_xyz.json"
+    return RowReader("freihand", index, make, notes, place=lambda item: f"{place}, row {item[1]}")
 
 
 def _column(source: Path, split: str, key: str) -> np.ndarray:

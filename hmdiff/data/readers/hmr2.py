@@ -61,7 +61,7 @@ def read(source: Path, split: str) -> RowReader:
             keypoint_names=names,
         )
 
-    return RowReader(name, range(len(table)), make, [f"{path}, images in {images}"])
+    return RowReader(name, range(len(table)), make, [f"{path}, images in {images}"], place=table.place)
 
 
 def _sets(table: Table, dimensions: str, size: int) -> list[tuple[np.ndarray, tuple[str, ...]]]:

@@ -22,7 +22,7 @@ from hmdiff.body.skeletons import H36M17, SPIN24, SPIN24_H36M17, joint_indices
 from hmdiff.data.readers.boxes import PIXELS_PER_SCALE
 from hmdiff.data.readers.human36m_frames import Frame, frame_of, in_split
 from hmdiff.data.readers.human36m_json import read_annotations
-from hmdiff.data.readers.labels import RowReader
+from hmdiff.data.readers.labels import RowReader, naming
 from hmdiff.data.readers.lens import Lens, pinhole_about
 from hmdiff.data.readers.spin import SpinTable
 from hmdiff.data.readers.tables import Table, image_folder, stem_name
@@ -31,6 +31,7 @@ from hmdiff.errors import UserError
 from hmdiff.files.unpickling import load_pickle
 
 _SPIN24_ROWS = joint_indices(SPIN24_H36M17, SPIN24)
+_LENS = {"R": (3, 3), "T": (3,), "f": (2,), "c": (2,), "k": (3,), "p": (2,)}  # of one camera in cameras.pkl
 _AGREEMENT = 3.0  # pixels that 3D joints may miss their 2D ones by, for the camera to be thought theirs
 
 
@@ -99,7 +100,7 @@ def _spin(source: Path, path: Path, split: str) -> RowReader:
 
     rows = _frames(data.table, split)
     notes = [f"SPIN's {path}: {len(rows)} of its {len(data)} rows are in {split}; no camera, joints about the pelvis"]
-    return RowReader("human36m", rows, make, notes)
+    return RowReader("human36m", rows, make, notes, place=lambda item: data.table.place(item[0]))
 
 
 def _mmpose(source: Path, path: Path, split: str) -> RowReader:
@@ -137,27 +138,31 @@ def _mmpose(source: Path, path: Path, split: str) -> RowReader:
             intrinsics=pinhole_about(frames[best], points, lens),
         )
 
-    return RowReader("human36m", rows, make, [f"mmpose's {path}: {len(rows)} of its {len(table)} rows are in {split}"])
+    notes = [f"mmpose's {path}: {len(rows)} of its {len(table)} rows are in {split}"]
+    return RowReader("human36m", rows, make, notes, place=lambda item: table.place(item[0]))
 
 
 def _lenses(path: Path) -> dict[tuple[str, str], Lens]:
     if not path.is_file():
         raise UserError(f"{path}: missing; mmpose's preprocess_h36m.py writes it beside the labels")
     cameras = load_pickle(path)
-    try:
-        return {
-            (str(subject), str(camera)): Lens(
-                # Theirs is applied to row vectors, so its transpose takes the world to the camera.
-                rotation=np.asarray(values["R"], np.float64).reshape(3, 3).T,
-                position=np.asarray(values["T"], np.float64).reshape(3),
-                focal=np.asarray(values["f"], np.float64).reshape(2),
-                principal=np.asarray(values["c"], np.float64).reshape(2),
-                radial=np.asarray(values.get("k", np.zeros(3)), np.float64).reshape(3),
-                tangential=np.asarray(values.get("p", np.zeros(2)), np.float64).reshape(2),
+    if not isinstance(cameras, dict):
+        raise UserError(f"{path}: not mmpose's cameras; R, T, f, c, k and p by (S9, 60457274) were expected")
+    lenses = {}
+    for key, values in cameras.items():
+        if not (isinstance(key, tuple) and len(key) == 2 and isinstance(values, dict)):
+            raise UserError(
+                f"{path}, camera {key!r:.60}: not mmpose's cameras; R, T, f, c, k and p by (S9, 60457274) were expected"
             )
-            for (subject, camera), values in cameras.items()
-        }
-    except (AttributeError, KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: not mmpose's cameras ({error!r}); R, T, f, c, k and p by (S9, 60457274) were expected"
-        ) from None
+        found = {}
+        for field, shape in _LENS.items():
+            with naming(f"{path}, camera {key!r:.60}, {field}"):
+                value = values.get(field, np.zeros(shape)) if field in ("k", "p") else values[field]
+                found[field] = np.asarray(value, np.float64).reshape(shape)
+                if not np.isfinite(found[field]).all():
+                    raise ValueError("not finite")
+        # Theirs is applied to row vectors, so its transpose takes the world to the camera.
+        lenses[str(key[0]), str(key[1])] = Lens(
+            found["R"].T, found["T"], found["f"], found["c"], found["k"], found["p"]
+        )
+    return lenses

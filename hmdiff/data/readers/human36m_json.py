@@ -19,7 +19,14 @@ import numpy as np
 from hmdiff.body.skeletons import H36M17
 from hmdiff.data.readers.boxes import square_of_points
 from hmdiff.data.readers.human36m_frames import EVERY, P2_CAMERA, TEST_SUBJECTS, TRAIN_SUBJECTS
-from hmdiff.data.readers.labels import RowReader, body_if_there, moved_translation, root_at_rest, turned_root
+from hmdiff.data.readers.labels import (
+    RowReader,
+    body_if_there,
+    moved_translation,
+    naming,
+    root_at_rest,
+    turned_root,
+)
 from hmdiff.data.readers.tables import read_json, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
@@ -32,18 +39,18 @@ _SMPL_FILES = ("smpl_param", "SMPL_NeuralAnnot")
 def read_annotations(source: Path, split: str) -> RowReader:
     """Records of p2, p1 or train."""
     subjects = [_Subject(source, n) for n in (TRAIN_SUBJECTS if split == "train" else TEST_SUBJECTS)]
-    rows = [
-        (subject, row)
-        for subject in subjects
-        for row, (image, _) in enumerate(subject.rows)
-        if split == "train" or (
-            image["frame_idx"] % EVERY == 0 and (split == "p1" or CAMERAS[image["cam_idx"] - 1] == P2_CAMERA)
-        )
-    ]  # fmt: skip
+    rows = []
+    for subject in subjects:
+        for row, (image, _) in enumerate(subject.rows):
+            with naming(f"{subject.path}, annotation {row}"):
+                camera = CAMERAS[image["cam_idx"] - 1]
+                if split == "train" or (image["frame_idx"] % EVERY == 0 and (split == "p1" or camera == P2_CAMERA)):
+                    rows.append((subject, row))
     notes = [f"annotations of subjects {', '.join(str(s.number) for s in subjects)}: {len(rows)} rows in {split}"]
     fits = [str(subject.number) for subject in subjects if subject.smpl is not None]
     notes.append(f"SMPL of subjects {', '.join(fits)}" if fits else "without SMPL: neither smpl_param nor NeuralAnnot")
-    return RowReader("human36m", rows, lambda item: item[0].record(item[1]), notes)
+    return RowReader("human36m", rows, lambda item: item[0].record(item[1]), notes,
+                     place=lambda item: f"{item[0].path}, annotation {item[1]}")  # fmt: skip
 
 
 class _Subject:
@@ -62,6 +69,7 @@ class _Subject:
         self.cameras = read_json(Path(f"{self.start}_camera.json"))
         self.joints = read_json(Path(f"{self.start}_joint_3d.json"))
         fits = [path for name in _SMPL_FILES if (path := Path(f"{self.start}_{name}.json")).is_file()]
+        self.fits = fits[0] if fits else None
         self.smpl = read_json(fits[0]) if fits else None
         self._smpl = None if self.smpl is None else body_if_there("smpl", "neutral")
         self._inverse: dict[int, bool] = {}  # per camera: t is the camera's place
@@ -71,16 +79,19 @@ class _Subject:
         source = f"{self.path}, annotation {row}"
         x, y, width, height = item["bbox"]
         where = (str(image["action_idx"]), str(image["subaction_idx"]), str(image["frame_idx"]))
-        try:
-            world = np.array(self.joints[where[0]][where[1]][where[2]], np.float64).reshape(17, 3) / _MILLIMETRES
-            given = self.cameras[str(image["cam_idx"])]
-            camera = {key: np.array(given[key], np.float64) for key in ("R", "t", "f", "c")}
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{source}: no joints of action, subaction, frame {where}, or no camera ({error!r}); "
-                "the files are not of one conversion"
-            ) from None
-        (fx, fy), (cx, cy) = camera["f"].reshape(2), camera["c"].reshape(2)
+        action, subaction, frame = where
+        place = f"{self.start}_joint_3d.json, action {action}, subaction {subaction}, frame {frame} (of {source})"
+        with naming(place):
+            world = np.array(self.joints[action][subaction][frame], np.float64).reshape(17, 3) / _MILLIMETRES
+            if not np.isfinite(world).all():
+                raise ValueError("not finite")
+        camera = {}
+        for key, shape in (("R", (3, 3)), ("t", (3,)), ("f", (2,)), ("c", (2,))):
+            with naming(f"{self.start}_camera.json, camera {image['cam_idx']}, {key} (of {source})"):
+                camera[key] = np.array(self.cameras[str(image["cam_idx"])][key], np.float64).reshape(shape)
+                if not np.isfinite(camera[key]).all():
+                    raise ValueError("not finite")
+        (fx, fy), (cx, cy) = camera["f"], camera["c"]
         intrinsics = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
         extrinsics = self._extrinsics(image["cam_idx"], camera, world, intrinsics, (x, y, width, height), source)
         joints = world @ extrinsics[:, :3].T + extrinsics[:, 3]
@@ -106,7 +117,7 @@ class _Subject:
         self, number: int, camera: dict[str, np.ndarray], world: np.ndarray, intrinsics: np.ndarray,
         box: tuple[float, float, float, float], source: str,
     ) -> np.ndarray:  # (3, 4)  # fmt: skip
-        rotation, t = camera["R"].reshape(3, 3), camera["t"].reshape(3) / _MILLIMETRES
+        rotation, t = camera["R"], camera["t"] / _MILLIMETRES
         both = [np.concatenate([rotation, shift[:, None]], 1) for shift in (t, -rotation @ t)]
         if number not in self._inverse:
             x, y, width, height = box
@@ -117,19 +128,28 @@ class _Subject:
                 miss = np.abs(np.stack([seen.min(0), seen.max(0)]) - edges).max()
                 misses.append(miss if (pixels[:, 2] > 0.1).all() else np.inf)
             if not min(misses) <= max(width, height):
-                raise UserError(f"{source}: camera {number} does not see the joints in their box; not one set of files")
+                raise UserError(
+                    f"{source}: camera {number} does not see the joints in their box; {self.start}_camera.json, "
+                    f"{self.start}_joint_3d.json and this file are not one set"
+                )
             self._inverse[number] = bool(misses[1] < misses[0])
         return both[self._inverse[number]]
 
     def _body(self, where: tuple[str, str, str], extrinsics: np.ndarray) -> dict[str, Any]:
         """Pose and shape, where they were fitted; the translation needs SMPL's file, for the root joint at rest."""
-        try:
-            fit = self.smpl[where[0]][where[1]][where[2]] if self.smpl is not None else None
-        except KeyError:
-            fit = None
-        if fit is None:
+        if self.smpl is None:
             return {}
+        with naming(f"{self.fits}, action {where[0]}, subaction {where[1]}, frame {where[2]}"):
+            try:
+                fit = self.smpl[where[0]][where[1]][where[2]]
+            except KeyError:
+                return {}
+            return self._labels(fit, extrinsics)
+
+    def _labels(self, fit: dict[str, Any], extrinsics: np.ndarray) -> dict[str, Any]:
         pose, betas = np.array(fit["pose"], np.float64).reshape(-1, 3), np.array(fit["shape"], np.float64).reshape(-1)
+        if not (np.isfinite(pose).all() and np.isfinite(betas).all()):
+            raise ValueError("pose or shape is not finite")
         labels: dict[str, Any] = {"pose": turned_root(pose[:24], extrinsics[:, :3]), "betas": betas[:10]}
         if "trans" in fit:
             trans = np.array(fit["trans"], np.float64).reshape(3)

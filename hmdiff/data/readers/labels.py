@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,24 @@ from hmdiff.errors import UserError
 _GENDERS = {"m": "male", "f": "female", "n": "neutral"}
 
 
+# What damaged labels raise where a number, a list or a mapping was expected and something else is there.
+_DAMAGE = (ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def naming(
+    place: str,  # file, row and, where it is known, field
+) -> Iterator[None]:
+    """Whatever damaged labels raise in the block, as a `UserError` that names the place."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{place}: damaged ({type(error).__name__}: {reason}); download it again") from None
+
+
 class RowReader:
     """A `Reader` over a list of rows and a function that makes the record of one."""
 
@@ -24,8 +43,10 @@ class RowReader:
         rows: Sequence[Any],
         make: Callable[[Any], Record],
         notes: Sequence[str] = (),  # for the user: what was left out, and why
+        *,
+        place: Callable[[Any], str],  # of a row: its file and number, for messages
     ) -> None:
-        self.name, self.rows, self.make, self.notes = name, rows, make, notes
+        self.name, self.rows, self.make, self.notes, self.place = name, rows, make, notes, place
 
     @property
     def summary(self) -> list[str]:
@@ -36,7 +57,9 @@ class RowReader:
 
     def records(self) -> Iterator[Record]:
         for row in self.rows:
-            yield self.make(row).check()
+            with naming(self.place(row)):
+                record = self.make(row).check()
+            yield record
 
 
 def turned_root(

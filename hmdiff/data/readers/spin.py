@@ -80,4 +80,4 @@ def read(source: Path, split: str) -> RowReader:
             keypoint_names=names,
         )
 
-    return RowReader(name, range(len(data)), make, [f"{path}, images in {images}"])
+    return RowReader(name, range(len(data)), make, [f"{path}, images in {images}"], place=data.table.place)

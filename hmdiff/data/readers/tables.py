@@ -53,8 +53,10 @@ class Table:
         if value.ndim == 0 or len(value) != len(self):
             found = "no" if value.ndim == 0 else len(value)
             raise UserError(f"{self.path}: {key} has {found} rows, imgname has {len(self)}; the file is not whole")
-        if value.dtype.kind in "OSU":
+        if value.dtype.kind in "OSU" and not shapes:
             return value
+        if value.dtype.kind in "OSU":
+            value = self._as_numbers(key, value)
         if shapes and value.shape[1:] not in shapes:
             for shape in shapes:
                 if math.prod(value.shape[1:]) == math.prod(shape):
@@ -63,6 +65,18 @@ class Table:
             else:
                 raise UserError(f"{self.path}: {key} has rows of shape {value.shape[1:]}, expected {shapes[0]}")
         return value.astype(np.float64)
+
+    def _as_numbers(self, key: str, value: np.ndarray) -> np.ndarray:
+        """An array of objects, as some copies were saved, as numbers."""
+        rows: list[np.ndarray] = []
+        for number, row in enumerate(value):
+            try:
+                rows.append(np.asarray(row, np.float64))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise UserError(f"{self.place(number)}, {key}: damaged ({error}); download it again") from None
+            if rows[-1].shape != rows[0].shape:
+                raise UserError(f"{self.place(number)}, {key}: shape {rows[-1].shape}, others have {rows[0].shape}")
+        return np.stack(rows) if rows else np.zeros(0)
 
     def optional(self, key: str, *shapes: tuple[int, ...]) -> np.ndarray | None:
         """`column`, or None where the file has no such array."""
@@ -121,6 +135,18 @@ def image_folder(
 def read_json(path: Path) -> Any:
     """Raises `UserError` naming the file: missing, cut short, not JSON."""
     return reading.read_json(path, _MAX_JSON, "download it again")
+
+
+def rows_of(
+    path: Path,
+    data: dict[str, Any],  # of the file
+    key: str,
+) -> list[Any]:
+    """A list of the file. Raises `UserError` naming file and key where there is something else."""
+    value = data.get(key)
+    if not isinstance(value, list):
+        raise UserError(f"{path}: {key} is {value!r:.60}, a list was expected; download it again")
+    return value
 
 
 def _json_text(path: Path) -> str:

@@ -41,7 +41,8 @@ def read(source: Path, split: str) -> RowReader:
     if not isinstance(people, dict):
         raise UserError(f"{path}: a {type(people).__name__}, where entries by number were expected; download it again")
     rows = list(people.items())
-    return RowReader("3doh", rows, lambda row: _record(path, folder, *row), [f"{path}: {len(rows)} entries"])
+    return RowReader("3doh", rows, lambda row: _record(path, folder, *row), [f"{path}: {len(rows)} entries"],
+                     place=lambda row: f"{path}, entry {row[0]}")  # fmt: skip
 
 
 def _record(path: Path, folder: Path, key: str, entry: dict[str, Any]) -> Record:

@@ -19,7 +19,7 @@ import numpy as np
 
 from hmdiff.body.skeletons import OPENPOSE18, SMPL24
 from hmdiff.data.readers.boxes import square_of_points
-from hmdiff.data.readers.labels import RowReader, gender_word, moved_translation, plain_text, turned_root
+from hmdiff.data.readers.labels import RowReader, gender_word, moved_translation, naming, plain_text, turned_root
 from hmdiff.data.readers.splits import SPLITS_OF, has_frame, has_sequence
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
@@ -57,7 +57,8 @@ def read(source: Path, split: str) -> RowReader:
         sequences.append(sequence)
     notes = [f"{len(sequences)} sequences of {split}"]
     notes += [f"{without} people without any 2D keypoint, and so without a box, were left out"] if without else []
-    return RowReader("3dpw", rows, lambda row: _record(sequences[row[0]], *row[1:]), notes)
+    return RowReader("3dpw", rows, lambda row: _record(sequences[row[0]], *row[1:]), notes,
+                     place=lambda row: f"{sequences[row[0]].path}, person {row[1]}, frame {row[2]}")  # fmt: skip
 
 
 def _pickles(source: Path, split: str) -> Iterator[Path]:
@@ -80,7 +81,12 @@ def _load(path: Path, source: Path) -> _Sequence:
     missing = [key for key in needed if key not in data] if isinstance(data, dict) else list(needed)
     if missing:
         raise UserError(f"{path}: not a 3DPW sequence: no {', '.join(missing)} in it; download it again")
-    frames, count = len(data["cam_poses"]), len(data["poses"])
+    cameras = _numbers(path, data, "cam_poses", (-1, 4, 4))
+    intrinsics = _numbers(path, data, "cam_intrinsics", (3, 3))
+    for key in (*_PER_PERSON, *_OPTIONAL, "betas", "genders"):
+        if key in data and not isinstance(data[key], list | tuple | np.ndarray | str):
+            raise UserError(f"{path}: {key} is {data[key]!r:.60}, an entry for each person expected; download it again")
+    frames, count = len(cameras), len(data["poses"])
     people = []
     for person in range(count):
         arrays = {"betas": _entry(path, data, "betas", person, count).reshape(-1)[:10]}
@@ -99,12 +105,12 @@ def _load(path: Path, source: Path) -> _Sequence:
             if valid.any() and np.ptp(root[valid], 0).max() < _STEADY:
                 arrays["root"] = np.median(root[valid], 0)
         people.append(arrays)
-    name = plain_text(data.get("sequence", path.stem))
-    cameras, intrinsics = np.asarray(data["cam_poses"], np.float64), np.asarray(data["cam_intrinsics"], np.float64)
-    if cameras.shape != (frames, 4, 4) or intrinsics.shape != (3, 3):
-        raise UserError(f"{path}: cam_poses {cameras.shape} and cam_intrinsics {intrinsics.shape}, expected "
-                        f"({frames}, 4, 4) and (3, 3); download it again")  # fmt: skip
-    genders = [gender_word(gender) for gender in data["genders"]]
+    with naming(f"{path}, sequence"):
+        name = plain_text(data.get("sequence", path.stem))
+    genders = []
+    for person in range(count):
+        with naming(f"{path}, genders of person {person}"):
+            genders.append(gender_word(data["genders"][person]))
     return _Sequence(path, name, source / "imageFiles" / name, people, genders, cameras, intrinsics)
 
 
@@ -112,7 +118,19 @@ def _entry(path: Path, data: dict[str, Any], key: str, person: int, count: int) 
     if len(data[key]) != count or len(data["genders"]) != count:
         found = f"{key} of {len(data[key])} and genders of {len(data['genders'])} people, poses of {count}"
         raise UserError(f"{path}: {found}; download it again")
-    return np.asarray(data[key][person], np.float64)
+    with naming(f"{path}, {key} of person {person}"):
+        return np.asarray(data[key][person], np.float64)
+
+
+def _numbers(path: Path, data: dict[str, Any], key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of the whole sequence; -1 in the shape: any length."""
+    with naming(f"{path}, {key}"):
+        value = np.asarray(data[key], np.float64)
+    if value.ndim != len(shape) or any(want not in (-1, have) for have, want in zip(value.shape, shape, strict=True)):
+        words = ", ".join("frames" if size == -1 else str(size) for size in shape)
+        raise UserError(f"{path}: {key} is {data[key]!r:.40} of shape {value.shape}, ({words}) expected; download it "
+                        "again")  # fmt: skip
+    return value
 
 
 def _record(sequence: _Sequence, person: int, frame: int) -> Record:
