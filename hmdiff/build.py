@@ -22,10 +22,12 @@ from hmdiff.data.synthetic.corruption import EstimatorFaults
 from hmdiff.data.synthetic.depth_faults import DepthFaults
 from hmdiff.data.synthetic.in_front import FrontDrawer
 from hmdiff.data.synthetic.people import SyntheticHumans
+from hmdiff.data.synthetic.pose_prior import PosePrior
 from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.data.transforms import AugmentOptions
 from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError
+from hmdiff.files.resources import asset_path
 from hmdiff.models.limits import check_hyperparameters
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
@@ -94,10 +96,12 @@ def build_data(
     check_keys(
         config.data.depth_faults, [f.name for f in dataclasses.fields(DepthFaults)], "section 'data.depth_faults'"
     )
+    training_poses = PoseMixture(prior=PosePrior.load(asset_path("pose_prior_train.npz")))
     return SyntheticHumans(
         body, PoseMixture(), mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, _faults(config), device,
         _picture_size(config), _map_size(config), DepthFaults(**config.data.depth_faults),
-        FrontDrawer(_augment(config)), peaks=_reads_peaks(config) and not full_mesh,
+        FrontDrawer(_augment(config)), training_poses,
+        peaks=_reads_peaks(config) and not full_mesh,
     )  # fmt: skip
 
 

@@ -16,7 +16,17 @@ from hmdiff.body.body import Body
 from hmdiff.body.fitting import FittedBodies
 from hmdiff.diffusion.confidence import RADII, Confidence, Within
 from hmdiff.diffusion.dat import GuidanceReport
-from hmdiff.diffusion.hypotheses import Modes, apply_temperature, heatmap_log_likelihood, modes, select, spread, take
+from hmdiff.diffusion.hypotheses import (
+    Modes,
+    Reprojection,
+    apply_temperature,
+    heatmap_log_likelihood,
+    modes,
+    select,
+    spread,
+    take,
+    weighted_mean,
+)
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
@@ -46,6 +56,7 @@ class MeshOutput:
     # predicted coarse vertices; None for surface="vertices"
     fitted: FittedBodies | None = None
     calibrated_spread: bool = False  # a temperature was fitted for this way of sampling
+    reprojection: Reprojection | None = None  # how far keypoints project from the heatmaps' peaks; None without any
     evidence: Tensor | None = None  # (B, 3) what the image says of the spread, see `diffusion/image_evidence.py`
     body: Body | None = None  # that `vertices` are of
     photos: tuple[tuple[Any, int], ...] = ()  # of each: the photo (`PhotoPeople`) and their number in it, where known
@@ -87,13 +98,19 @@ class MeshOutput:
         return self.vertices.mean(1)
 
     @property
+    def weighted_vertices(self) -> Tensor:  # (B, V, 3)
+        """The mean in which hypotheses that agree with the photo count more, see `hypotheses.weighted_mean`."""
+        return self.mean_vertices if self.reprojection is None else weighted_mean(self.vertices, self.reprojection)
+
+    @property
     def mean_joints(self) -> Tensor:  # (B, K, 3)
         return self.joints.mean(1)
 
     @property
     def selected(self) -> Tensor:  # (B,) long
         """The hypothesis to show where it must be one, chosen without the ground truth (`hypotheses.select`)."""
-        return select(self.vertices, self.joints[:, :, 0], self.log_likelihood, self.rle_log_likelihood)
+        likely = self.log_likelihood, self.rle_log_likelihood
+        return select(self.vertices, self.joints[:, :, 0], *likely, self.reprojection)
 
     @property
     def selected_vertices(self) -> Tensor:  # (B, V, 3)

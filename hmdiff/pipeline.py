@@ -27,6 +27,7 @@ from hmdiff.body.lbs_basis import lbs_basis
 from hmdiff.diffusion.dat import GuidanceReport, aligned_sample
 from hmdiff.diffusion.gap import make_target
 from hmdiff.diffusion.guidance import Guidance
+from hmdiff.diffusion.hypotheses import Reprojection, keypoint_nearness
 from hmdiff.diffusion.image_evidence import image_evidence
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
@@ -56,7 +57,7 @@ from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.inputs import check_call, check_camera, check_depth, check_pictures, check_result, check_weights
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.models.saved import WEIGHTS, load_model
-from hmdiff.output import MeshOutput, keypoint_distance, log_likelihood
+from hmdiff.output import MeshOutput, keypoint_distance, log_likelihood, projected_keypoints
 
 __all__ = ["GuidancePlan", "HMDiffPipeline", "MeshOutput", "keypoint_distance"]
 
@@ -593,14 +594,21 @@ def _calibrated(
     fitted: Temperature | None,  # for this way of sampling
 ) -> MeshOutput:
     """With what the image says of the spread, and the temperatures of everybody."""
-    confidence = distance = None
+    confidence = distance = seen = None
     if heatmaps is not None and output.keypoints is not None:
-        confidence = heatmap_peaks(heatmaps.values.to(side))[1]
+        assert output.body is not None
+        peaks, confidence = heatmap_peaks(heatmaps.values.to(side))
         distance = keypoint_distance(output, heatmaps).mean(1) / side
+        pixels = projected_keypoints(output.keypoints, output.translation, output.focal, output.principal_point)
+        error = (pixels - heatmaps.crop.to_photo(peaks)[:, None]).norm(dim=-1) / side[:, None, None]
+        rest = output.body.v_template
+        nearness = keypoint_nearness(rest, output.body.keypoints(rest[None])[0])
+        seen = Reprojection(error, confidence.clamp(max=1), nearness)
     evidence = image_evidence(output.joints, confidence, distance)
     return dataclasses.replace(
         output,
         evidence=evidence,
+        reprojection=seen,
         temperature=evidence.new_ones(len(evidence)) if fitted is None else fitted.of(evidence),
         calibration=None if fitted is None else fitted.confidence,
         calibrated_spread=fitted is not None,

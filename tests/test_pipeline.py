@@ -11,7 +11,7 @@ from small import free_body, people_block, small_pipeline
 from torch import Tensor
 
 from hmdiff import pipeline as pipeline_module
-from hmdiff.diffusion.hypotheses import select
+from hmdiff.diffusion.hypotheses import Reprojection, select
 from hmdiff.diffusion.schedule import SCHEDULER_NAMES
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
@@ -36,6 +36,8 @@ def same(first: MeshOutput, second: MeshOutput) -> bool:
     def equal(a: object, b: object) -> bool:
         if isinstance(a, tuple) and isinstance(b, tuple):
             return all(map(equal, a, b))
+        if isinstance(a, Reprojection) and isinstance(b, Reprojection):
+            return all(map(equal, vars(a).values(), vars(b).values()))
         return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
 
     pairs = zip(vars(first).items(), vars(second).values(), strict=True)

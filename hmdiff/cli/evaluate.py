@@ -215,7 +215,7 @@ def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> d
 
 def rows(reports: list[dict[str, Any]], split: str) -> Iterator[tuple[str, str, list[str]]]:
     """(checkpoint, which hypothesis, a cell for every metric) of one split."""
-    from hmdiff.evaluate.evaluation import AGGREGATED, KINDS
+    from hmdiff.evaluate.evaluation import AGGREGATED, KINDS, WEIGHTED
 
     for report in reports:
         if report["split"] != split:
@@ -223,7 +223,7 @@ def rows(reports: list[dict[str, Any]], split: str) -> Iterator[tuple[str, str, 
         errors = report["errors"]
         # The mean mesh, and a baseline without diffusion, whose hypotheses are all the same: one row says it all.
         alone = all(len({json.dumps(value) for value in kinds.values()}) == 1 for kinds in errors.values())
-        several = [*KINDS, *((AGGREGATED,) if AGGREGATED in errors["pve"] else ())]
+        several = [*KINDS, *(kind for kind in (WEIGHTED, AGGREGATED) if kind in errors["pve"])]
         for kind in [next(iter(errors["pve"]))] if alone else several:
             name = "-" if alone else kind if kind == "first" else f"{kind} of {report['num_hypotheses']}"
             values = [errors[metric][kind] for metric in METRICS]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26, J14, joint_indices
 from hmdiff.data.sample import PeopleSource, Sample, concatenate
-from hmdiff.diffusion.hypotheses import select
+from hmdiff.diffusion.hypotheses import select, weighted_mean
 from hmdiff.errors import UserError
 from hmdiff.evaluate.measured import Measured, summary
 from hmdiff.evaluate.metrics import (
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 ROOT = ("left_hip", "right_hip")
 KINDS = ("first", "mean", "oracle")  # of every report
 SELECTED = "selected"  # of new ones: the hypothesis chosen without the ground truth
+WEIGHTED = "weighted"  # the mean, those that agree with the heatmaps counting more (`hypotheses.weighted_mean`)
 AGGREGATED = "aggregated"  # of pipelines that have the MLP from N hypotheses to one mesh, for all that were drawn
 COUNTS = (1, 5, 10, 25, 100)  # numbers of hypotheses that the literature reports
 PHOTO = 64.0  # side of the photo that synthetic crops are said to be from, in crop half-sides; any size would do
@@ -79,7 +80,7 @@ def measure(
     upright: bool = True,  # as the pipeline's
 ) -> dict[int, Measured]:  # by count
     """The errors of every person. Hypotheses, guided ones too, are nested by seed: one run serves several counts."""
-    counts = sorted(set(counts))
+    counts, direct = sorted(set(counts)), pipeline.model.config.mode == "direct"
     found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     true: list[Tensor] = []
     calls: list[tuple[int, float]] = []
@@ -99,20 +100,24 @@ def measure(
         each, mean_of_all = hypothesis_errors(output.vertices, predicted, vertices, target, J14, ROOT)
         relative = predicted - root_of(predicted, J14, ROOT)
         for count in counts:
-            likely = [
+            likely, regressed = (
                 None if values is None else values[:, :count]
                 for values in (output.log_likelihood, output.rle_log_likelihood)
-            ]
-            chosen, mean = select(output.vertices[:, :count], output.joints[:, :count, 0], *likely), mean_of_all
+            )
+            seen = None if output.reprojection is None else output.reprojection.first(count)
+            first = output.vertices[:, :count]
+            chosen, mean = select(first, output.joints[:, :count, 0], likely, regressed, seen), mean_of_all
             if count < counts[-1]:
                 mean = _mean_errors(output.vertices[:, :count], predicted[:, :count], vertices, target)
             cut = {metric: errors[:, :count] for metric, errors in each.items()}
             errors = multi_hypothesis(cut, mean, chosen)
-            one = output.aggregated_vertices
-            if count == counts[-1] and one is not None:
-                together = mesh_errors(one, pipeline.body.keypoints(one)[:, _J14], vertices, target, J14, ROOT)
-                for metric, values in together.items():
-                    errors[metric][AGGREGATED] = values
+            whole = {WEIGHTED: None if seen is None or direct or count == 1 else weighted_mean(first, seen),
+                     AGGREGATED: output.aggregated_vertices if count == counts[-1] else None}  # fmt: skip
+            for kind, one in whole.items():
+                if one is not None:
+                    together = mesh_errors(one, pipeline.body.keypoints(one)[:, _J14], vertices, target, J14, ROOT)
+                    for metric, values in together.items():
+                        errors[metric][kind] = values
             found[count].append({
                 "errors": errors,
                 "best_of": {metric: oracle_curve(errors, (*COUNTS, count)) for metric, errors in cut.items()},

@@ -172,8 +172,10 @@ def test_log_prob_equals_torch_distributions(small_prior):
     torch.testing.assert_close(small_prior.log_prob(turned), expected[2:3], atol=1e-2, rtol=1e-4)
 
 
-def test_shipped_prior_is_small_credited_and_prefers_people(prior):
-    path = asset_path("pose_prior.npz")
+@pytest.mark.parametrize("name", ["pose_prior.npz", "pose_prior_train.npz"])
+def test_shipped_priors_are_small_credited_and_prefer_people(name: str) -> None:
+    path = asset_path(name)
+    prior = PosePrior.load(path)
     assert path.stat().st_size < 400_000
     assert prior.metadata["credit"] == CREDIT
     assert CREDIT in " ".join(asset_path("NOTICE").read_text().split())

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from hmdiff.diffusion.hypotheses import apply_temperature, heatmap_log_likelihood, modes, select, spread, take
+from hmdiff.diffusion.hypotheses import (
+    Reprojection,
+    apply_temperature,
+    heatmap_log_likelihood,
+    keypoint_nearness,
+    modes,
+    select,
+    spread,
+    take,
+    weighted_mean,
+)
 from hmdiff.errors import UserError
 from hmdiff.evaluate.calibration import fit_temperature, tempered_error
 from hmdiff.evaluate.metrics import coverage, expected_calibration_error
@@ -108,6 +119,34 @@ def test_selection_is_near_the_mean_and_pulled_by_the_likelihood() -> None:
     assert selected(joints, torch.tensor([[0.0, 0.0, 3.0, 3.1, 0.0]])).tolist() == [2]
     moved = joints + torch.randn(1, 5, 1, 3)  # somewhere else in space: only what is relative to the root counts
     assert selected(moved).tolist() == [2]
+
+
+def test_the_weighted_mean_follows_what_the_photo_shows_vertex_by_vertex() -> None:
+    rest = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.7, 0.0]])  # feet and head, a keypoint at each
+    nearness = keypoint_nearness(rest, rest)
+    assert nearness.diagonal().min() > 0.999 and torch.allclose(nearness.sum(-1), torch.ones(2))
+    points = torch.zeros(1, 2, 2, 3)
+    points[0, 1] = 1.0  # two hypotheses, at 0 and at 1
+    error = torch.tensor([[[0.0, 0.03], [0.03, 0.0]]])  # the first fits at the feet, the second at the head
+    seen = Reprojection(error, torch.ones(1, 2), nearness)
+    feet, head = weighted_mean(points, seen)[0, :, 0]
+    assert feet < 0.06 and head > 0.94
+    unseen = weighted_mean(points, dataclasses.replace(seen, confidence=torch.zeros(1, 2)))
+    torch.testing.assert_close(unseen, points.mean(1))
+    # A joint that nobody fits says nothing, however far off; a person who fits worse everywhere counts less everywhere.
+    far = dataclasses.replace(seen, error=torch.tensor([[[0.4, 0.03], [0.9, 0.0]]]))
+    assert torch.allclose(*(weighted_mean(points, replaced)[0, 1] for replaced in (far, seen)), atol=0.12)
+    blind = dataclasses.replace(seen, error=torch.tensor([[[0.0, 0.0], [0.05, 0.0]]]))
+    assert weighted_mean(points, blind)[0, 1, 0] < 0.2
+
+
+def test_selection_is_near_the_weighted_mean() -> None:
+    joints = torch.zeros(1, 5, 2, 3)
+    joints[0, :, 1, 0] = torch.tensor([-0.2, -0.1, 0.05, 0.06, 0.19])
+    error = torch.tensor([[0.05, 0.0, 0.05, 0.05, 0.05]])[..., None]
+    seen = Reprojection(error, torch.ones(1, 1), torch.ones(2, 1))
+    assert select(joints, joints[:, :, 0], seen=seen).tolist() == [1]
+    assert select(joints[:, :3], joints[:, :3, 0], seen=seen.first(3)).tolist() == [1]
 
 
 def test_selection_uses_the_regressions_likelihood_where_there_is_one() -> None:

@@ -58,7 +58,8 @@ def test_the_output_selects_by_heatmaps_and_joints(pipe: HMDiffPipeline, maps: H
     seen = (pixels - maps.center[1]) / (maps.side[1] / 2)
     expected = heatmap_log_likelihood(seen[None], maps.values[1:2])
     torch.testing.assert_close(output.log_likelihood[1:2], expected, rtol=1e-4, atol=1e-3)
-    assert torch.equal(output.selected, select(output.vertices, output.joints[:, :, 0], output.log_likelihood))
+    chosen = select(output.vertices, output.joints[:, :, 0], output.log_likelihood, seen=output.reprojection)
+    assert torch.equal(output.selected, chosen)
     assert torch.equal(output.selected_vertices[2], output.vertices[2, output.selected[2]])
     alone = pipe(heatmaps=maps[2], **raw, people=[2], **photo(2, 3))
     assert alone.selected[0] == output.selected[2]

@@ -241,7 +241,7 @@ def test_the_selected_hypothesis_is_reported(pipe: HMDiffPipeline) -> None:
     for count in (2, 5):
         alone = pipe(heatmaps=maps, num_hypotheses=count, num_inference_steps=2, **photo_of(samples[0]))
         likely = torch.arange(float(count)).expand(4, -1) * 1000
-        chosen = select(alone.vertices, alone.joints[:, :, 0], likely)
+        chosen = select(alone.vertices, alone.joints[:, :, 0], likely, seen=alone.reprojection)
         each, _ = hypothesis_errors(
             alone.vertices, alone.keypoints[:, :, evaluation._J14], samples[0].vertices,  # type: ignore[index,arg-type]
             samples[0].keypoints_3d[:, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]
@@ -301,7 +301,9 @@ def test_the_regressions_likelihood_counts_in_the_selected_one(
     options = {"num_hypotheses": 5, "num_inference_steps": 2, "surface": "vertices"}
     plain = pipe(heatmaps=as_heatmaps(sample), **options, **photo_of(sample))
     far = (plain.vertices - plain.mean_vertices[:, None]).norm(dim=-1).mean(-1)
-    output = dataclasses.replace(plain, log_likelihood=None, rle_log_likelihood=100 * far**2)
+    output = dataclasses.replace(
+        plain, log_likelihood=None, rle_log_likelihood=100 * far**2, reprojection=None
+    )
     assert not torch.equal(output.selected, dataclasses.replace(output, rle_log_likelihood=None).selected)
     monkeypatch.setattr(evaluation, "ask", lambda *_: output)
     found = measure(pipe, [sample], (5,), 2)[5].errors["pve"]

@@ -146,8 +146,8 @@ def test_evaluate_reports_it_as_a_row(pipe: HMDiffPipeline) -> None:
     finally:
         pipe.aggregator = None
     names = [name for _, name, _ in rows([{**report, "checkpoint": "a", "split": "test"}], "test")]
-    assert names == ["first", "mean of 3", "oracle of 3", "aggregated of 3"]
-    assert len(list(rows([{**plain, "checkpoint": "a", "split": "test"}], "test"))) == 3
+    assert names == ["first", "mean of 3", "oracle of 3", "weighted of 3", "aggregated of 3"]
+    assert len(list(rows([{**plain, "checkpoint": "a", "split": "test"}], "test"))) == 4
 
 
 def spoil(folder: Path, change: Any) -> None:

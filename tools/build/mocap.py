@@ -173,12 +173,13 @@ def _angle(a: Array, b: Array) -> Array:
 
 def bad_frames(
     local: Array,  # (F, 24, 3, 3) at the recorded rate
+    fastest: float = MAX_SPEED,  # degrees a frame
 ) -> NDArray[np.bool_]:  # (F,)
     """Frames beside a jump that no body makes, or with a number that is not finite."""
     bad: NDArray[np.bool_] = np.logical_not(np.isfinite(local).reshape(len(local), -1).all(-1))
     step = np.swapaxes(local[:-1], -1, -2) @ local[1:]
     cosine = (np.trace(step, axis1=-2, axis2=-1) - 1) / 2
-    jump = (np.degrees(np.arccos(np.clip(cosine, -1, 1))) > MAX_SPEED).any(-1)
+    jump = (np.degrees(np.arccos(np.clip(cosine, -1, 1))) > fastest).any(-1)
     bad[1:] |= jump
     bad[:-1] |= jump
     return bad

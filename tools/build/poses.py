@@ -1,14 +1,16 @@
-"""Fits the pose prior to motion capture: `python -m tools.build.poses RECORDINGS --output assets/pose_prior.npz`.
+"""Fits the pose priors to motion capture: `python -m tools.build.poses RECORDINGS --output assets/pose_prior.npz`, and
+with `--clips CLIPS.npz --output assets/pose_prior_train.npz` that of the training people, from more recordings.
 
-Recordings (ASF/AMC) are retargeted, cleaned and thinned to 10 Hz; a mirror-tied Gaussian mixture is fitted by
-expectation maximisation; the number of components is the one with the best likelihood on whole recordings held out.
-Only the mixture's figures are written, never a recording.
+Recordings (ASF/AMC, and clips of a BVH skeleton) are retargeted, cleaned and thinned to 10 Hz; a mirror-tied Gaussian
+mixture is fitted by expectation maximisation; the number of components is the one with the best likelihood on whole
+recordings held out. Only the mixture's figures are written, never a recording.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -32,14 +34,15 @@ from hmdiff.files.storage import atomic_file
 from hmdiff.viz.canvas import contact_sheet, save_picture
 from hmdiff.viz.overlays import turntable_view
 from tools.build.acclaim import read_recordings, world_rotations
+from tools.build.bvh_clips import RATE, read_clips
 from tools.build.intersection import self_intersection
-from tools.build.mocap import MEAN_OFFSETS, bad_frames, direction_error, retarget
+from tools.build.mocap import MAX_SPEED, MEAN_OFFSETS, bad_frames, direction_error, retarget
 
 CREDIT = (
     "The data used in this project was obtained from mocap.cs.cmu.edu. "
     "The database was created with funding from NSF EIA-0196217."
 )
-STRIDE = 12  # 120 Hz -> 10 Hz
+RECORDED, KEPT = 120.0, 10.0  # Hz
 HELD_OUT = ("01_04", "01_10", "02_03", "02_06", "03_02")  # whole recordings; the rest is fitted
 COMPONENTS = (8, 16, 24, 32, 48)
 FLOOR = 0.04  # radians: standard deviation added to every coordinate; some joints of the recordings are hinges or fixed
@@ -56,23 +59,31 @@ class PoseFrames:
     direction_error: dict[str, float]  # degrees by limb
 
 
-def read_frames(source: str | Path, offsets: np.ndarray = MEAN_OFFSETS) -> PoseFrames:
+def read_frames(
+    source: str | Path,
+    offsets: np.ndarray = MEAN_OFFSETS,  # (24, 3) metres
+    clips: str | Path | None = None,  # an archive (`bvh_clips`); those whose names end in _test are held out
+) -> PoseFrames:
     """Recordings as poses of the T-pose body. Raises `UserError` for a source without recordings."""
     kept: dict[str, list[Tensor]] = {"train": [], "test": []}
     counts = {"recordings": 0, "read": 0, "jumps": 0, "thinned": 0, "beyond limits": 0}
     errors: list[dict[str, float]] = []
     tolerated = torch.tensor(["wrist" not in joint for joint in SMPL24])  # wrists are clamped: their markers are poor
-    for name, skeleton, motion in read_recordings(source):
-        world = world_rotations(skeleton, motion)
+    recordings = ((name, skeleton, world_rotations(skeleton, motion), RECORDED)
+                  for name, skeleton, motion in read_recordings(source))  # fmt: skip
+    more = () if clips is None else ((*clip, RATE) for clip in read_clips(clips))
+    for name, skeleton, world, rate in itertools.chain(recordings, more):
         local = retarget(skeleton, world, offsets)
-        errors.append(direction_error(skeleton, world, local, offsets))
-        bad = bad_frames(local)
-        thin = torch.from_numpy(local[::STRIDE][~bad[::STRIDE]]).float()
+        if rate == RECORDED:
+            errors.append(direction_error(skeleton, world, local, offsets))
+        bad = bad_frames(local, MAX_SPEED * RECORDED / rate)
+        stride = round(rate / KEPT)
+        thin = torch.from_numpy(local[::stride][~bad[::stride]]).float()
         angles = rotations_to_angles(thin)
         inside = limit_excess(angles)[:, tolerated].amax(-1) * (180 / np.pi) <= TOLERANCE
         poses = angles_to_rotations(clamp_angles(angles[inside]))
         poses[:, 0] = thin[inside, 0]
-        kept["test" if name in HELD_OUT else "train"].append(poses)
+        kept["test" if name in HELD_OUT or name.endswith("_test") else "train"].append(poses)
         for key, value in (("recordings", 1), ("read", len(local)), ("jumps", int(bad.sum())), ("thinned", len(thin)),
                            ("beyond limits", int((~inside).sum()))):  # fmt: skip
             counts[key] += value
@@ -145,13 +156,14 @@ def prepare_poses(
     source: str | Path,  # folder or archive of ASF and AMC files
     output: str | Path,  # the .npz to write
     components: tuple[int, ...] = COMPONENTS,
+    clips: str | Path | None = None,  # more recordings, see `read_frames`
 ) -> dict[str, object]:  # the metadata that was written
     """Fit the prior and write it.
 
     Raises:
         UserError: the source cannot be read, holds too few frames, or the output cannot be written.
     """
-    frames = read_frames(source)
+    frames = read_frames(source, clips=clips)
     train, test = pose_features(frames.train), pose_features(frames.test)
     if len(train) < 2 * max(components):
         raise UserError(f"{source}: {len(train)} usable poses at 10 Hz, too few for a prior; give more recordings")
@@ -235,6 +247,7 @@ def intersection_report(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.build.poses", description="Fit the pose prior.")
     parser.add_argument("source", nargs="?", help="folder or tar archive of ASF and AMC files (mocap.cs.cmu.edu)")
+    parser.add_argument("--clips", help="an archive of clips of a BVH skeleton (tools/build/bvh_clips.py)")
     parser.add_argument("--output", help="file to write the prior to, such as assets/pose_prior.npz")
     parser.add_argument("--sheet", help="draw a sheet of 32 sampled bodies to this picture")
     parser.add_argument("--intersections", action="store_true", help="report how far bodies lie in themselves")
@@ -242,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output is not None and options.source is None:
         parser.error("--output needs the recordings as SOURCE")
     if options.output is not None:
-        print(json.dumps(prepare_poses(options.source, options.output), indent=2))
+        print(json.dumps(prepare_poses(options.source, options.output, clips=options.clips), indent=2))
     if options.sheet is not None:
         draw_sheet(options.sheet)
     if options.intersections:

@@ -102,11 +102,13 @@ class SyntheticHumans:
         map_size: int | None = None,  # draw silhouette, depth and depth_input at this size, with pictures or without
         depth_faults: DepthFaults | None = None,  # of depth_input
         in_front: FrontDrawer | None = None,  # what more is put in front of the people of the stream train
+        training_poses: PoseMixture | None = None,  # of the stream train, from more recordings; None: `poses`
         peaks: bool = False,  # give the heatmaps of the stream train as `Sample.peaks`: most of the time went to pixels
     ) -> None:
         self.block_size, self.seed, self.full_mesh = block_size, seed, full_mesh
         self.faults = faults or EstimatorFaults()
-        self.poses, self.in_front, self.peaks = poses, in_front, peaks
+        self.poses, self.training_poses = poses, training_poses or poses
+        self.in_front, self.peaks = in_front, peaks
         self.device = torch.device(device)
         if body.keypoint_regressor is None:
             raise UserError(f"body {body.name!r} has no keypoint regressor: synthetic heatmaps need one, as free has")
@@ -142,7 +144,8 @@ class SyntheticHumans:
         generator = block_generator(seed, stream, number)
         n = self.block_size
         betas = torch.randn(n, self.body.num_betas, generator=generator).clamp(-2.5, 2.5).to(self.device)
-        rotations = self.poses.sample(n, generator, tail=scene.tail).clone()
+        poses_of = self.training_poses if stream == "train" else self.poses
+        rotations = poses_of.sample(n, generator, tail=scene.tail).clone()
         leaning = None
         if count := round(scene.postures * n):
             poses, leaning = PostureSampler().sample(count, generator)
