@@ -16,7 +16,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,6 +58,9 @@ from hmdiff.models.inputs import check_call, check_camera, check_depth, check_pi
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.models.saved import WEIGHTS, load_model
 from hmdiff.output import MeshOutput, keypoint_distance, log_likelihood, projected_keypoints
+
+if TYPE_CHECKING:
+    from hmdiff.video.recover import Video
 
 __all__ = ["GuidancePlan", "HMDiffPipeline", "MeshOutput", "keypoint_distance"]
 
@@ -289,6 +292,15 @@ class HMDiffPipeline:
         if not many:
             raise UserError("no photos: the list is empty")
         return [people_in(photo, self.source) for photo in many]
+
+    def video(self, clip: str | Path, **options: Any) -> Video:
+        """Everybody in a video as tracks of bodies: `pipe.video("clip.mp4", num_hypotheses=8, smoothing=0.08)`.
+
+        Options, and what raises `UserError`: see `hmdiff.video.recover.recover_video`.
+        """
+        from hmdiff.video.recover import recover_video
+
+        return recover_video(self, clip, **options)
 
     @property
     def source(self) -> PoseSource:

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         "data", "diffusion", "estimators", "evaluate.hand_metrics", "evaluate.metrics",
         "evaluate.uncertainty_metrics", "losses", "models",
     }),
-    frozenset({"build", "evidence", "output", "recovered", "pipeline", "viz"}),
+    frozenset({"build", "evidence", "output", "recovered", "pipeline", "video", "viz"}),
     frozenset({"evaluate"}),
     frozenset({"train"}),
     frozenset({"lab"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,8 +26,10 @@ PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; changes no result
 
 
 def add_parser(subparsers: Any) -> None:
+    from hmdiff.cli.camera import add_camera
     from hmdiff.cli.depth_maps import add_depth
     from hmdiff.cli.estimation import add_estimation
+    from hmdiff.cli.sample_video import add_smoothing
 
     parser = arguments.new_parser(
         subparsers,
@@ -38,12 +41,14 @@ def add_parser(subparsers: Any) -> None:
         "body), NAME.glb (mean and hypotheses), NAME.png (a picture of them over the photo and from the side) and "
         "NAME_spread.png (the selected one, coloured by spread), and NAME.html (all of it, for a browser); NAME_0, "
         "NAME_1, ... where there are several people; PHOTO_scene.glb is everybody before the photo's camera, and "
-        "results.jsonl one line a person. A folder is gone on with where it was stopped. "
+        "results.jsonl one line a person. A folder is gone on with where it was stopped, and so is a video, of "
+        "which it writes NAME_track_0.npz, NAME_track_0_animated.glb, NAME_track_0.bvh, ... and NAME_overlay.mp4. "
         "Hypotheses are numbered from 0 everywhere.",
     )
     parser.add_argument(
         "photos", nargs="+", type=Path, metavar="PHOTO",
-        help="jpg, png, webp, ...; a folder of them; or a pattern in quotes, such as 'clips/*/*.jpg'",
+        help="jpg, png, webp, ...; a folder of them; a pattern in quotes, such as 'clips/*/*.jpg'; or a video (mp4, "
+        "mov, ...), whose people are tracked",
     )  # fmt: skip
     parser.add_argument(
         "--keypoints", nargs="+", type=Path, default=[], metavar="FILE",
@@ -65,6 +70,7 @@ def add_parser(subparsers: Any) -> None:
     arguments.add_sampling(parser)
     arguments.add_guidance(parser)
     add_camera(parser)
+    add_smoothing(parser)
     arguments.add_device(parser)
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="(default: %(default)s)")
     parser.set_defaults(run=run)
@@ -73,15 +79,21 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from hmdiff.cli.camera import cameras
     from hmdiff.cli.depth_maps import check_depth
     from hmdiff.cli.estimation import estimation_of
     from hmdiff.cli.main import report
     from hmdiff.cli.photo_list import Results, photos_of
+    from hmdiff.cli.sample_video import check_clips, sample_clips
     from hmdiff.estimators.people import pair_files
-    from hmdiff.files.outputs import photo_names, protect_inputs
+    from hmdiff.files.outputs import photo_names, protect_from_clip, protect_inputs
     from hmdiff.files.storage import make_folder
+    from hmdiff.video.reading import is_clip
 
-    options.photos, many = photos_of(options.photos)
+    inputs, many = photos_of(options.photos)
+    clips = [path for path in inputs if is_clip(path)]
+    options.photos = [path for path in inputs if not is_clip(path)]
+    check_clips(options, clips)
     if options.box is not None and len(options.photos) > 1:
         raise UserError(f"--box is about one photo, {len(options.photos)} were given; sample them one by one")
     keypoints = pair_files("--keypoints", options.keypoints, options.photos)
@@ -89,6 +101,9 @@ def run(options: argparse.Namespace) -> int:
     source = estimation_of(options)
     check_depth(options)
     protect_inputs(options.output, options.photos, inputs_of(options, keypoints, heatmaps))
+    named_clips = list(zip(clips, photo_names(clips), strict=True))
+    for path, name in named_clips:
+        protect_from_clip(options.output, name, path)
     make_folder(options.output)
     results = Results.open(options.output, settings_of(options))
     files = list(zip(options.photos, keypoints, heatmaps, photo_names(options.photos), strict=True))
@@ -105,9 +120,12 @@ def run(options: argparse.Namespace) -> int:
         run.photos(files[first : first + PHOTOS_AT_ONCE])
         bar.update(min(PHOTOS_AT_ONCE, len(files) - first))
     bar.close()
-    for failure in run.failures:
+    failures = run.failures
+    if source is not None and clips:
+        failures = failures + sample_clips(options, named_clips, source, run.camera_of, results.settings)
+    for failure in failures:
         report(failure)
-    return 2 if run.failures else 0
+    return 2 if failures else 0
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -141,8 +159,8 @@ class Run:
         for photo, keypoints, heatmaps, name in files:
             try:
                 found = _read(photo, keypoints, heatmaps, options.box, self.source, self.camera_of(photo))
-            except UserError as error:
-                self._failed(photo, error)
+            except (UserError, OSError) as error:
+                self._failed(photo, one_photo_s(error))
                 continue
             for note in found.notes:
                 warn(note)
@@ -192,35 +210,15 @@ def inputs_of(
     return [*options.photos, *keypoints, *heatmaps, *beside, *depth, options.intrinsics]
 
 
-def add_camera(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--focal", type=arguments.number(0, above=True), metavar="PX",
-        help="focal length in pixels of the photo (default: EXIF's where there is one, else the photo's diagonal)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--principal-point", type=arguments.pair, metavar="CX,CY",
-        help="where the optical axis meets the photo, in pixels: needed for a photo that was cropped (default: the "
-        "photo's centre)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--intrinsics", type=Path, metavar="FILE",
-        help="JSON or npz with K, or fx, fy, cx, cy; of all photos, or of each by its name (default: none)",
-    )
+def one_photo_s(error: UserError | OSError) -> UserError:
+    """An error that is about one photo, the others going on; a full disk is about all of them."""
+    from hmdiff.files.reading import read_failure
 
-
-def cameras(options: argparse.Namespace) -> Callable[[Path], PhotoCamera]:
-    """The camera of each photo, as the options say; --focal and --principal-point win over a file."""
-    from hmdiff.heatmaps.cameras import PhotoCamera, read_intrinsics
-
-    def camera(photo: Path) -> PhotoCamera:
-        known = PhotoCamera() if options.intrinsics is None else read_intrinsics(options.intrinsics, photo)
-        return PhotoCamera(
-            known.focal if options.focal is None else options.focal,
-            known.principal_point if options.principal_point is None else options.principal_point,
-            known.source if options.focal is None else "--focal",
-        )
-
-    return camera
+    if isinstance(error, UserError):
+        return error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    return read_failure(str(error.filename or "a file"), error)
 
 
 def _about(photo: Path, error: UserError) -> str:
@@ -268,8 +266,8 @@ def sample_people(
                 if person == len(photo.heatmaps) - 1:
                     base = photo.photo.stem if bases is None else bases[photo.photo]
                     scenes[number].save(Path(options.output) / f"{base}_scene.glb")
-            except UserError as error:
-                failures[photo.photo] = _about(photo.photo, error)
+            except (UserError, OSError) as error:
+                failures[photo.photo] = _about(photo.photo, one_photo_s(error))
                 continue
             written += 1
             if results is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -94,9 +95,11 @@ def _is_name_of(name: str, stem: str) -> bool:
 
 
 def is_ours(path: Path, suffix: str) -> bool:
-    """The npz is written first, so beside every file of ours there is one; beside a scene the first person's."""
+    """The npz is written first, so beside every file of ours there is one; beside a scene that of any of its people."""
     stem = path.name.removesuffix(suffix)
-    names = [path.name] if suffix == ".npz" else [f"{stem}.npz"] + ([f"{stem}_0.npz"] if suffix == SCENE else [])
+    names = [path.name] if suffix == ".npz" else [f"{stem}.npz"]
+    if suffix == SCENE:
+        names += [other.name for other in path.parent.glob(f"{glob.escape(stem)}_[0-9]*.npz")]
     for name in names:
         try:
             with zipfile.ZipFile(path.with_name(name)) as archive:
@@ -105,3 +108,14 @@ def is_ours(path: Path, suffix: str) -> bool:
         except (OSError, zipfile.BadZipFile):
             continue
     return False
+
+
+def protect_from_clip(folder: Path, name: str, clip: Path) -> None:
+    """The same for a video's results, NAME_track_0.npz, ... and NAME_overlay.mp4. Raises `UserError` as above."""
+    overlay = folder / f"{name}_overlay.mp4"
+    if not overlay.exists():
+        return
+    if overlay.resolve() == clip.resolve():
+        raise UserError(f"{overlay}: is read, and would be replaced by the result; give another --output")
+    if not any(is_ours(path, ".npz") for path in folder.glob(f"{glob.escape(name)}_track_[0-9]*.npz")):
+        raise UserError(f"{overlay}: is there already and was not written by hmdiff; move it, or give another --output")

@@ -1,0 +1,1 @@
+"""People in videos: read, tracked, recovered with hypotheses that agree over time, smoothed, drawn."""

@@ -1,0 +1,98 @@
+"""Who is who from frame to frame: people are assigned to tracks by their keypoints.
+
+One linear assignment a frame (scipy) between the tracks' predicted keypoints, of constant velocity, and those that were
+seen. The trackers one can install were looked at: norfair (BSD-3) needs filterpy, which nobody has maintained since
+2018, `trackers` (Apache-2.0) needs supervision and numpy 2, boxmot is AGPL; all match boxes or bare points, while our
+sources give keypoints with confidences, which keep two people apart whose boxes are one. Nor have they weak
+detections, for which ByteTrack (arXiv 2110.06864) was made. P people, T tracks, J keypoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+_FAR = 0.35  # mean distance of two people's keypoints, as a share of the person's extent, beyond which they are two
+_SAME = 0.1  # the same, under which two sightings of one frame are one
+_FAINT = 0.1  # confidence of a keypoint that counts
+_VELOCITY = 0.7  # seconds without a sighting after which nothing is predicted any more
+_LOOK_AGAIN = 0.5  # seconds after a sighting in which a detector may have overlooked somebody
+_AWAY = 1.0  # seconds after which a person who comes back is somebody new
+
+
+@dataclasses.dataclass
+class _Track:
+    number: int
+    time: float  # of the last sighting
+    points: np.ndarray  # (J, 3) then
+    velocity: np.ndarray  # (2,) pixels a second, of the whole person
+
+    def predicted(self, time: float) -> np.ndarray:  # (J, 2)
+        ahead = time - self.time
+        return self.points[:, :2] + (self.velocity * ahead if ahead <= _VELOCITY else 0)
+
+
+class Tracker:
+    """Gives everybody seen in a frame the number of their track; frames must come in order of time."""
+
+    def __init__(self) -> None:
+        self._tracks: list[_Track] = []
+        self._next = 0
+
+    def update(
+        self,
+        time: float,  # seconds
+        people: np.ndarray,  # (P, J, 3) photo pixels and confidence
+    ) -> list[int]:  # P numbers, counted from 0 in the order in which people were first seen
+        self._tracks = [each for each in self._tracks if time - each.time <= _AWAY]
+        numbers = [-1] * len(people)
+        if self._tracks and len(people):
+            cost = np.array([[_distance(each.predicted(time), each.points, seen) for seen in people]
+                             for each in self._tracks])  # fmt: skip
+            # What is too far costs more than all that is near: the assignment then leaves it to the end.
+            for track, person in zip(*linear_sum_assignment(np.minimum(cost, 10 * _FAR)), strict=True):
+                if cost[track, person] <= _FAR:
+                    numbers[person] = self._tracks[track].number
+                    self._seen(self._tracks[track], time, people[person])
+        for person, number in enumerate(numbers):
+            if number < 0:
+                self._tracks.append(_Track(self._next, time, people[person], np.zeros(2)))
+                numbers[person] = self._next
+                self._next += 1
+        return numbers
+
+    def missed(
+        self,
+        time: float,  # seconds, of the frame that `update` was just given
+    ) -> list[np.ndarray]:  # each (J, 3): where somebody should be who was seen shortly before and is not now
+        gone = [each for each in self._tracks if 0 < time - each.time <= _LOOK_AGAIN]
+        return [np.concatenate([each.predicted(time), each.points[:, 2:]], 1) for each in gone]
+
+    def _seen(self, track: _Track, time: float, points: np.ndarray) -> None:
+        both = (track.points[:, 2] > _FAINT) & (points[:, 2] > _FAINT)
+        ahead = max(time - track.time, 1e-6)
+        if both.any():
+            found = np.median((points - track.points)[both, :2], axis=0) / ahead
+            track.velocity = 0.5 * (track.velocity + found)
+        track.time, track.points = time, points
+
+
+def same_person(first: np.ndarray, second: np.ndarray) -> bool:  # (J, 3) each
+    """Whether two sightings of one frame are of one person."""
+    return _distance(first[:, :2], first, second) < _SAME
+
+
+def _distance(
+    predicted: np.ndarray,  # (J, 2)
+    before: np.ndarray,  # (J, 3) the sighting that it was predicted from
+    seen: np.ndarray,  # (J, 3)
+) -> float:
+    """Mean distance of the keypoints that both have, over the person's extent; inf where there are none."""
+    both = (before[:, 2] > _FAINT) & (seen[:, 2] > _FAINT)
+    if not both.any():
+        return float("inf")
+    clear = seen[seen[:, 2] > _FAINT, :2]
+    extent = max(float(np.linalg.norm(np.ptp(clear, axis=0))), 1.0)
+    return float(np.linalg.norm(predicted[both] - seen[both, :2], axis=1).mean()) / extent

@@ -1,0 +1,70 @@
+"""People keep their numbers: through crossings, whatever the order they are seen in, and through short absences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hmdiff.video.tracking import Tracker, same_person
+
+SHAPE = np.array([[0, 0], [-20, 40], [20, 40], [-15, 100], [15, 100]], float)
+
+
+def person(x: float, y: float = 50.0, sure: float = 0.9) -> np.ndarray:  # (5, 3)
+    return np.concatenate([SHAPE + np.array([x, y]), np.full((5, 1), sure)], 1)
+
+
+def test_two_people_cross() -> None:
+    """At the crossing they are 6 pixels apart, less than each moves from frame to frame: only the velocity tells."""
+    tracker, generator = Tracker(), np.random.default_rng(0)
+    for frame in range(40):
+        people = [person(100 + 8 * frame), person(420 - 8 * frame, 56.0)]
+        order = generator.permutation(2)
+        numbers = tracker.update(frame / 25, np.stack([people[index] for index in order]))
+        if frame == 0:
+            named = {int(index): number for index, number in zip(order, numbers, strict=True)}
+        assert [named[int(index)] for index in order] == numbers
+
+
+def test_back_after_a_short_absence() -> None:
+    tracker = Tracker()
+    for frame in range(5):
+        assert tracker.update(frame / 25, np.stack([person(100 + 10 * frame)])) == [0]
+    assert tracker.update(9 / 25, np.stack([person(190.0), person(400.0)])) == [0, 1]
+
+
+def test_somebody_new_after_a_long_absence() -> None:
+    tracker = Tracker()
+    tracker.update(0.0, np.stack([person(100.0)]))
+    assert tracker.update(3.0, np.stack([person(100.0)])) == [1]
+
+
+def test_one_far_away_is_somebody_else() -> None:
+    tracker = Tracker()
+    tracker.update(0.0, np.stack([person(100.0)]))
+    assert tracker.update(0.04, np.stack([person(400.0)])) == [1]
+
+
+def test_nobody() -> None:
+    tracker = Tracker()
+    assert tracker.update(0.0, np.zeros((0, 5, 3))) == []
+    assert tracker.update(0.1, np.stack([person(0.0)])) == [0]
+    assert tracker.update(0.2, np.zeros((0,))) == []
+
+
+def test_who_is_missed_is_expected_where_they_walk() -> None:
+    tracker = Tracker()
+    for frame in range(30):
+        tracker.update(frame / 25, np.stack([person(100 + 10 * frame)]))
+    tracker.update(30 / 25, np.zeros((0,)))
+    (predicted,) = tracker.missed(30 / 25)
+    assert predicted[:, :2] == pytest.approx(person(400.0)[:, :2], abs=0.5)
+    tracker.update(50 / 25, np.zeros((0,)))
+    assert tracker.missed(50 / 25) == []
+
+
+def test_sightings_without_a_common_joint_are_of_two() -> None:
+    upper, lower = person(0.0), person(0.0)
+    upper[3:, 2] = lower[:3, 2] = 0
+    assert not same_person(upper, lower)
+    assert same_person(person(0.0), person(3.0))

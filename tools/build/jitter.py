@@ -1,0 +1,101 @@
+"""Jitter and error over a rendered clip of known motion, with and without what makes hypotheses agree over time.
+
+`python -m tools.build.jitter ../shared/data/mocap/cmu_asfamc_subjects_01-03.tar.xz`
+
+The clip goes the whole way: frames of a video, embedded pose estimator, tracker, pipeline. Three rows: other noise in
+every frame; noise shared along the track; shared noise and smoothing. Acceleration is that of the joints relative to
+the pelvis, by second differences (mm/s^2, mean over joints and frames), as the field's 'Accel' is but in SI units; the
+truth's own is printed beside. Frames that nobody was seen in count as they were filled in. F frames, N hypotheses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hmdiff.body.body import Body
+from hmdiff.geometry import axis_angle_to_matrix
+from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.video.recover import recover_video
+from hmdiff.video.smoothing import SIGMA
+from hmdiff.video.tracks import VideoTrack
+from tools.build.known_clip import recorded_motion, render_clip
+
+COLUMNS = ("mean: Accel", "accel error", "error mm", "one hypothesis: Accel", "error mm")
+
+
+def acceleration(
+    joints: Tensor,  # (..., F, K, 3) metres
+    frame_rate: float,
+) -> Tensor:  # (..., F - 2, K, 3) mm/s^2
+    return 1000 * frame_rate**2 * (joints[..., 2:, :, :] - 2 * joints[..., 1:-1, :, :] + joints[..., :-2, :, :])
+
+
+def posed_joints(body: Body, track: VideoTrack) -> Tensor:  # (N, F, K, 3) metres, relative to the pelvis
+    found = []
+    for pose, betas in zip(track.pose, track.betas, strict=True):
+        joints = body(betas, axis_angle_to_matrix(pose)).joints
+        found.append(joints - joints[:, :1])
+    return torch.stack(found)
+
+
+def row(
+    estimated: Tensor,  # (N, F, K, 3) metres
+    truth: Tensor,  # (F, K, 3)
+    frame_rate: float,
+) -> list[float]:  # in the order of COLUMNS
+    mean, known = acceleration(estimated.mean(0), frame_rate), acceleration(truth, frame_rate)
+    return [
+        float(mean.norm(dim=-1).mean()), float((mean - known).norm(dim=-1).mean()),
+        1000 * float((estimated.mean(0) - truth).norm(dim=-1).mean()),
+        float(acceleration(estimated, frame_rate).norm(dim=-1).mean()),
+        1000 * float((estimated - truth).norm(dim=-1).mean()),
+    ]  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recordings", type=Path, help="folder or archive of ASF and AMC files")
+    parser.add_argument("--recording", default="02_01", help="name (default: %(default)s, walking)")
+    parser.add_argument("--first", type=int, default=0, help="frame of the recording, 120 a second")
+    parser.add_argument("--frames", type=int, default=45, help="at 30 a second (default: %(default)s)")
+    parser.add_argument("--num-hypotheses", type=int, default=8)
+    parser.add_argument("--checkpoint", default="hmdiff_small")
+    parser.add_argument("--seed", type=int, default=3, help="of looks, shape and noise (default: %(default)s)")
+    parser.add_argument("--smoothing", type=float, nargs="+", default=[SIGMA], help="seconds (default: %(default)s)")
+    parser.add_argument("--keep", type=Path, help="where the clip is kept (default: nowhere)")
+    options = parser.parse_args(arguments)
+    pipe = HMDiffPipeline.from_pretrained(options.checkpoint)
+    body = pipe.body
+    motion = recorded_motion(options.recordings, options.recording, body, options.frames, first=options.first,
+                             seed=options.seed)  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        clip = Path(temporary) / "clip.mp4" if options.keep is None else options.keep
+        if not clip.exists():
+            render_clip(clip, motion, body, seed=options.seed)
+        truth = motion.joints(body)
+        known = float(acceleration(truth, motion.frame_rate).norm(dim=-1).mean())
+        runs = [("other noise in every frame", False, [0.0]), ("shared noise", True, [0.0, *options.smoothing])]
+        print(f"{options.recording}, {options.frames} frames at {motion.frame_rate:g}/s, {options.num_hypotheses} "
+              f"hypotheses; the truth's Accel {known:.0f} mm/s^2")  # fmt: skip
+        print(" | ".join(("", *COLUMNS)))
+        for name, shared, smoothings in runs:
+            kept = Path(temporary) / f"chunks_{shared}"  # so that a second smoothing recovers nothing anew
+            for smoothing in smoothings:
+                found = recover_video(pipe, clip, options.num_hypotheses, options.seed, smoothing, folder=kept,
+                                      share_noise=shared)  # fmt: skip
+                track = max(found.tracks, key=lambda each: int(each.seen.sum()))
+                part = slice(int(track.frames[0]), int(track.frames[-1]) + 1)
+                values = row(posed_joints(body, track), truth[part], motion.frame_rate)
+                label = name if smoothing == 0 else f"{name}, smoothed {smoothing:g} s"
+                seen = f"{int(track.seen.sum())} of {options.frames} frames seen, {len(found.tracks)} track(s)"
+                print(" | ".join((label, *(f"{value:.0f}" for value in values))), f"  ({seen})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A rendered clip of known motion: a recording of motion capture, worn by the free body, before a camera that stands.
+
+What is known is exact: pose, shape, joints in the camera's frame. Looks, shape and place come from one seed and stay
+the same in all frames; the background is plain. Our choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.body.anatomy import angles_to_rotations, clamp_angles, rotations_to_angles
+from hmdiff.body.body import Body
+from hmdiff.body.mesh_cache import load_mesh
+from hmdiff.data.synthetic.appearance import Wardrobe
+from hmdiff.errors import UserError
+from hmdiff.files.storage import atomic_file
+from hmdiff.geometry import axis_angle_to_matrix
+from hmdiff.viz.overlays import overlay
+from tools.build.acclaim import read_recordings, world_rotations
+from tools.build.mocap import retarget
+
+RECORDED = 120.0  # frames a second
+_DRAWN = 3000  # vertices
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownMotion:
+    rotations: Tensor  # (F, 24, 3, 3) local; the root's in the camera's frame
+    betas: Tensor  # (1, B)
+    place: Tensor  # (3,) metres: the pelvis in the camera's frame, the same in all frames
+    frame_rate: float
+
+    def joints(self, body: Body) -> Tensor:  # (F, 24, 3) metres, relative to the pelvis
+        found = body(self.betas.expand(len(self.rotations), -1), self.rotations).joints
+        return found - found[:, :1]
+
+
+def recorded_motion(
+    recordings: str | Path,  # folder or archive of ASF and AMC files
+    name: str,  # such as 02_01
+    body: Body,
+    frames: int,
+    frame_rate: float = 30.0,
+    first: int = 0,  # frame of the recording
+    seed: int = 0,
+    yaw: float = 25.0,  # degrees that the person's first direction is turned from the camera's
+    distance: float = 3.5,  # metres
+) -> KnownMotion:
+    """Raises `UserError` for an unknown name, or a recording that is too short."""
+    stride = round(RECORDED / frame_rate)
+    for found, skeleton, motion in read_recordings(recordings):
+        if found == name:
+            local = retarget(skeleton, world_rotations(skeleton, motion))[first::stride][:frames]
+            break
+    else:
+        raise UserError(f"{recordings}: no recording {name!r} in it")
+    if len(local) < frames:
+        raise UserError(f"{name}: {len(local)} frames at {frame_rate:g} a second, {frames} are wanted")
+    rotations = torch.from_numpy(local).float()
+    rotations[:, 1:] = angles_to_rotations(clamp_angles(rotations_to_angles(rotations)))[:, 1:]
+    ahead = rotations[0, 0, :, 2]
+    facing = math.atan2(float(ahead[0]), float(ahead[2]))
+    # The recording's frame is y up; half a turn about x brings it before the camera, which looks a little down.
+    turn = torch.tensor([[math.pi + 0.12, 0.0, 0.0], [0.0, math.radians(yaw) - facing, 0.0]])
+    around = axis_angle_to_matrix(turn)
+    rotations[:, 0] = around[0] @ around[1] @ rotations[:, 0]
+    generator = torch.Generator().manual_seed(seed)
+    betas = 0.5 * torch.randn(1, body.num_betas, generator=generator).clamp(-1.5, 1.5)
+    return KnownMotion(rotations, betas, torch.tensor([0.0, 0.1, distance]), frame_rate)
+
+
+@torch.no_grad()
+def render_clip(
+    path: str | Path,  # .mp4
+    motion: KnownMotion,
+    body: Body,
+    size: tuple[int, int] = (384, 384),  # height, width
+    seed: int = 0,
+) -> None:
+    """Every frame drawn with the same looks; the focal length is the diagonal, as the pipeline assumes."""
+    mesh = load_mesh(body, _DRAWN, fitted=False)
+    small = body.select(mesh.coarse_ids)
+    wardrobe = Wardrobe(small.v_template, small.lbs_weights, body.joint_names)
+    colours = wardrobe.colours(torch.Generator().manual_seed(seed), 1)[0]
+    height, width = size
+    shade = np.linspace(150, 205, height)[:, None, None] - 12 * np.linspace(-1, 1, width)[None, :, None] ** 2
+    behind = np.broadcast_to(shade + np.array([0.0, 3.0, 8.0]), (height, width, 3)).astype(np.uint8)
+    lens = math.hypot(*size), np.array([width / 2, height / 2])
+    with atomic_file(path) as temporary:
+        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), motion.frame_rate, (width, height))
+        for rotations in motion.rotations:
+            posed = small(motion.betas, rotations[None])
+            vertices = posed.vertices[0] - posed.joints[0, :1]
+            picture = overlay(behind, vertices, mesh.coarse_faces, motion.place, *lens, colours, 1.0)
+            writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        writer.release()
