@@ -10,13 +10,12 @@ import torch
 from small import free_body, people_block, small_pipeline
 from torch import Tensor
 
-from hmdiff import pipeline as pipeline_module
 from hmdiff.diffusion.hypotheses import Reprojection, select
 from hmdiff.diffusion.schedule import SCHEDULER_NAMES
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Crop, Heatmaps
-from hmdiff.pipeline import HMDiffPipeline, MeshOutput
+from hmdiff.pipeline import HMDiffPipeline, MeshOutput, reverse
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +96,7 @@ def test_results_do_not_depend_on_the_batch(
     for person in (0, 3):
         torch.testing.assert_close(run(everyone[person], 7, [person])[0], whole[person], **close)
     torch.testing.assert_close(run(everyone[[2, 1]], 3, [2, 1]), whole[[2, 1], :3], **close)  # the first 3 of 7
-    monkeypatch.setattr(pipeline_module, "ROWS_AT_ONCE", 9)  # 2 hypotheses at a time
+    monkeypatch.setattr(reverse, "ROWS_AT_ONCE", 9)  # 2 hypotheses at a time
     torch.testing.assert_close(run(everyone, 7, [0, 1, 2, 3]), whole, **close)
     assert (run(everyone[[0, 0]], 1, [0, 1]).diff(dim=0)).abs().max() > 1e-4  # the same heatmaps, another person
 

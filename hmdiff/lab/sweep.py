@@ -245,8 +245,8 @@ def cell(
 def code_digest() -> str:
     """Of the code that draws people and samples them. Cells of older code are still used, but are told apart by it."""
     found, package = hashlib.sha256(), Path(__file__).resolve().parents[1]
-    folders = [package / name for name in ("data", "diffusion", "heatmaps", "models")]
-    for path in sorted([package / "pipeline.py", *(path for folder in folders for path in folder.rglob("*.py"))]):
+    folders = [package / name for name in ("data", "diffusion", "heatmaps", "models", "pipeline")]
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

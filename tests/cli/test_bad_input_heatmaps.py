@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 from small import small_pipeline
 
-from hmdiff import pipeline as pipeline_module
 from hmdiff.body.skeletons import COCO17, HALPE26
 from hmdiff.cli.main import main
 from hmdiff.estimators.people import read_people
 from hmdiff.heatmaps import Crop, Heatmaps, gaussian_heatmaps
-from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.pipeline import HMDiffPipeline, reverse
 
 WIDTH, HEIGHT = 160, 200
 
@@ -153,11 +152,11 @@ def test_ten_thousand_hypotheses(pipe: HMDiffPipeline, monkeypatch: pytest.Monke
     with torch.no_grad():
         many, _ = pipe.denoised(conditioning, [0], 10_000, 1)
         assert many.shape[:2] == (1, 10_000) and many.isfinite().all()
-        limit = pipeline_module.ROWS_AT_ONCE
+        limit = reverse.ROWS_AT_ONCE
         assert max(rows) <= limit and sum(rows) == 10_000
         few, _ = pipe.denoised(conditioning, [0], 5, 1)
         torch.testing.assert_close(many[:, :5], few, rtol=0, atol=1e-4)
-        monkeypatch.setattr(pipeline_module, "ROWS_AT_ONCE", 37)
+        monkeypatch.setattr(reverse, "ROWS_AT_ONCE", 37)
         rows.clear()
         some, _ = pipe.denoised(conditioning, [0], 300, 1)
     assert max(rows) == 37

@@ -17,6 +17,8 @@ from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError
 from hmdiff.geometry import crop_rotation, fitted_projection, perspective_fit, photo_to_crop
 from hmdiff.heatmaps import Crop, Heatmaps, gaussian_heatmaps
+from hmdiff.pipeline.cameras import CropCamera
+from hmdiff.pipeline.reverse import guidance_plan
 
 JOINTS, POINTS = 12, 20
 KINDS = ("sample", "epsilon", "v_prediction")
@@ -387,7 +389,7 @@ def test_guidance_in_the_pipeline_reports_and_does_not_depend_on_the_batch_or_th
     assert (whole.guidance.gap_after <= whole.guidance.gap_before).float().mean() > 0.5
     alone = pipe(heatmaps=people(3)[1], people=[1], **settings)
     assert torch.allclose(alone.vertices[0], whole.vertices[1], atol=1e-5)
-    monkeypatch.setattr("hmdiff.pipeline.ROWS_AT_ONCE", 6)
+    monkeypatch.setattr("hmdiff.pipeline.reverse.ROWS_AT_ONCE", 6)
     parts = pipe(heatmaps=people(3), **settings)
     assert torch.allclose(parts.vertices, whole.vertices, atol=1e-5)
     assert torch.allclose(parts.guidance.active, whole.guidance.active, atol=1e-6)
@@ -395,7 +397,7 @@ def test_guidance_in_the_pipeline_reports_and_does_not_depend_on_the_batch_or_th
 
 def test_guidance_without_heatmaps_is_refused(pipe):
     with pytest.raises(UserError, match="guidance needs heatmaps"):
-        pipe._guidance_plan(Guidance(), None, torch.ones(1, 3), torch.zeros(1, 2), None)
+        guidance_plan(pipe.model, pipe.body, Guidance(), None, torch.ones(1, 3), CropCamera.of(people(1).crop, False))
 
 
 def test_a_model_of_the_crops_frame_turns_its_meshes_to_the_camera(pipe):

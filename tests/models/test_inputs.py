@@ -9,13 +9,12 @@ import pytest
 import torch
 from small import people_block, small_pipeline
 
-from hmdiff import pipeline as pipeline_module
 from hmdiff.diffusion.dat import Guidance
 from hmdiff.errors import UserError
 from hmdiff.heatmaps import Heatmaps
 from hmdiff.heatmaps.crop import Crop
 from hmdiff.models.inputs import MAX_HYPOTHESES, check_depth, check_pictures, check_result, check_weights
-from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.pipeline import HMDiffPipeline, reverse
 
 NAN, INF = float("nan"), float("inf")
 
@@ -119,7 +118,7 @@ def test_half_precision_is_named(pipe: HMDiffPipeline) -> None:
 
 
 def test_guided_chunks_are_smaller_and_change_nothing(pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pipeline_module.GUIDED_ROWS_AT_ONCE < pipeline_module.ROWS_AT_ONCE <= MAX_HYPOTHESES
+    assert reverse.GUIDED_ROWS_AT_ONCE < reverse.ROWS_AT_ONCE <= MAX_HYPOTHESES
     rows: list[int] = []
     denoise = pipe.model.denoise
 
@@ -128,7 +127,7 @@ def test_guided_chunks_are_smaller_and_change_nothing(pipe: HMDiffPipeline, monk
         return denoise(points, *rest)
 
     def run(guided: int, guidance: Guidance | None) -> torch.Tensor:
-        monkeypatch.setattr(pipeline_module, "GUIDED_ROWS_AT_ONCE", guided)
+        monkeypatch.setattr(reverse, "GUIDED_ROWS_AT_ONCE", guided)
         rows.clear()
         return pipe(heatmaps=heatmaps(2), num_hypotheses=6, num_inference_steps=2, guidance=guidance).vertices
 

@@ -1,0 +1,93 @@
+"""The temperatures of a pipeline: what its hypotheses' spread is worth, by the way of sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from hmdiff.diffusion.guidance import Guidance
+from hmdiff.diffusion.hypotheses import Reprojection, keypoint_nearness
+from hmdiff.diffusion.image_evidence import image_evidence
+from hmdiff.diffusion.schedule import sampler_name
+from hmdiff.diffusion.temperature import Sampling, Temperature
+from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.heatmaps import Heatmaps, heatmap_peaks
+from hmdiff.output import MeshOutput, keypoint_distance, projected_keypoints
+
+
+class Calibrated:
+    """What `HMDiffPipeline` knows of its spread. The arguments are those of a call; None is what was saved."""
+
+    scheduler: SchedulerMixin
+    num_inference_steps: int
+    eta: float
+    temperatures: dict[Sampling, Temperature]
+
+    def sampling(
+        self,
+        num_inference_steps: int | None = None,
+        scheduler: str | None = None,
+        eta: float | None = None,
+        guidance: Guidance | None = None,
+    ) -> Sampling:
+        """The way of sampling that these arguments of a call mean."""
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        name = sampler_name(self.scheduler) if scheduler is None else scheduler
+        return Sampling.of(steps, name, self.eta if eta is None else eta, guidance)
+
+    def temperature(
+        self,
+        num_inference_steps: int | None = None,
+        scheduler: str | None = None,
+        eta: float | None = None,
+        guidance: Guidance | None = None,
+    ) -> float:
+        """By what the spread of these hypotheses is multiplied to be calibrated; 1 where nothing was fitted.
+
+        Of a person like most that it was fitted on: `MeshOutput.temperature` has everybody's own.
+        """
+        fitted = self.calibration(num_inference_steps, scheduler, eta, guidance)
+        return 1.0 if fitted is None else fitted.temperature
+
+    def calibration(
+        self,
+        num_inference_steps: int | None = None,
+        scheduler: str | None = None,
+        eta: float | None = None,
+        guidance: Guidance | None = None,
+    ) -> Temperature | None:
+        """What was fitted for this way of sampling: temperature, factor of the evidence, confidence. None: nothing."""
+        return self.temperatures.get(self.sampling(num_inference_steps, scheduler, eta, guidance))
+
+    def set_temperature(self, fitted: Temperature) -> None:
+        """Use it from now on, and save it with the pipeline; it replaces an older one of the same way of sampling."""
+        self.temperatures[fitted.sampling] = fitted
+
+
+def calibrated(
+    output: MeshOutput,
+    heatmaps: Heatmaps | None,
+    side: Tensor,  # (B,) of the crops, photo pixels
+    fitted: Temperature | None,  # for this way of sampling
+) -> MeshOutput:
+    """With what the image says of the spread, and the temperatures of everybody."""
+    confidence = distance = seen = None
+    if heatmaps is not None and output.keypoints is not None:
+        assert output.body is not None
+        peaks, confidence = heatmap_peaks(heatmaps.values.to(side))
+        distance = keypoint_distance(output, heatmaps).mean(1) / side
+        pixels = projected_keypoints(output.keypoints, output.translation, output.focal, output.principal_point)
+        error = (pixels - heatmaps.crop.to_photo(peaks)[:, None]).norm(dim=-1) / side[:, None, None]
+        rest = output.body.v_template
+        nearness = keypoint_nearness(rest, output.body.keypoints(rest[None])[0])
+        seen = Reprojection(error, confidence.clamp(max=1), nearness)
+    evidence = image_evidence(output.joints, confidence, distance)
+    return dataclasses.replace(
+        output,
+        evidence=evidence,
+        reprojection=seen,
+        temperature=evidence.new_ones(len(evidence)) if fitted is None else fitted.of(evidence),
+        calibration=None if fitted is None else fitted.confidence,
+        calibrated_spread=fitted is not None,
+    )

@@ -1,0 +1,291 @@
+"""The assembly: encode once, run the reverse process for N hypotheses, make bodies of them, place them in the photo.
+
+B people, N hypotheses, V vertices, K body joints, J keypoints (HALPE26).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hmdiff.body.body import Body
+from hmdiff.body.fitting import FittedBodies
+from hmdiff.body.lbs_basis import lbs_basis
+from hmdiff.diffusion.dat import GuidanceReport
+from hmdiff.diffusion.guidance import Guidance
+from hmdiff.diffusion.sampling import Callback
+from hmdiff.diffusion.schedule import change_scheduler
+from hmdiff.diffusion.temperature import Sampling, Temperature
+from hmdiff.errors import UserError
+from hmdiff.estimators.people import Photo, PhotoPeople, people_in
+from hmdiff.estimators.source import PoseSource
+from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.heatmaps import Crop, Heatmaps
+from hmdiff.heatmaps.upright import turned_upright
+from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
+from hmdiff.models.aggregation import HypothesisAggregator
+from hmdiff.models.conditioning import Conditioning
+from hmdiff.models.inputs import check_call, check_camera, check_result, check_weights
+from hmdiff.models.recovery import MeshRecoveryModel
+from hmdiff.output import MeshOutput, log_likelihood
+from hmdiff.pipeline.calibrated import Calibrated, calibrated
+from hmdiff.pipeline.cameras import CropCamera
+from hmdiff.pipeline.inputs import depth_input, model_inputs, photo_inputs
+from hmdiff.pipeline.reverse import GuidancePlan, draw_hypotheses, guidance_plan
+from hmdiff.pipeline.saved import SavedPipeline
+from hmdiff.pipeline.surface import SURFACES, nearest_bodies
+
+if TYPE_CHECKING:
+    from hmdiff.video.recover import Video
+
+Photos = Photo | Sequence[Photo]
+
+
+class HMDiffPipeline(SavedPipeline, Calibrated):
+    """A model, the schedule it was trained with, and its body."""
+
+    def __init__(
+        self,
+        model: MeshRecoveryModel,
+        scheduler: SchedulerMixin,  # of diffusers, by `make_scheduler`
+        body: Body,
+        num_inference_steps: int = 10,
+        eta: float = 0.0,
+    ) -> None:
+        if body.num_vertices != model.config.num_vertices:
+            raise UserError(
+                f"the model predicts {model.config.num_vertices} vertices, but body {body.name!r} has "
+                f"{body.num_vertices}; load the body that the model was trained on ({model.config.body!r})"
+            )
+        if body.faces is None:
+            raise UserError(f"body {body.name!r} has no faces: give the whole body, not a selection of its vertices")
+        if model.config.tokens == "parts":
+            model.set_basis(lbs_basis(body, model.coarse_ids))
+        self.model = model.eval()
+        self.scheduler = scheduler
+        self.faces = body.faces
+        self.body = body
+        self.num_inference_steps, self.eta = num_inference_steps, eta
+        self.temperatures: dict[Sampling, Temperature] = {}
+        self.aggregator: HypothesisAggregator | None = None  # from N hypotheses to one mesh, where one was trained
+        self._source: PoseSource | None = None
+        self.dtype = torch.float32  # what the networks compute in
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.coarse_ids.device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> HMDiffPipeline:
+        """Move to a device; weights to bfloat16 or float32, which changes how the denoiser computes and nothing else.
+
+        Raises:
+            UserError: a dtype that the model cannot compute in.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype is not None:
+            if dtype not in (torch.float32, torch.bfloat16):
+                raise UserError(f"dtype {dtype}: choose torch.float32 or torch.bfloat16")
+            self.dtype = dtype
+        if device is not None:
+            if self.aggregator is not None:
+                self.aggregator.to(device)
+            torch.nn.Module.to(self.model, device)  # ModelMixin's own imports torch's compiler, to look for its hooks
+            self.body.to(device)
+            self.faces = self.faces.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Photos | Tensor | None = None,  # photos, as `read`; or crops (B, 3, S, S) RGB 0..1
+        heatmaps: Heatmaps | None = None,
+        num_hypotheses: int = 25,
+        num_inference_steps: int | None = None,  # None: the number saved with the pipeline
+        seed: int = 0,
+        scheduler: str | None = None,  # another sampler, such as "ddpm" or "dpm++"
+        eta: float | None = None,  # DDIM's share of fresh noise
+        photo_sizes: Tensor | None = None,  # (B, 2) width, height in pixels; None: the size that the crop carries
+        focal: Tensor | None = None,  # (B,) pixels; None: the focal length that the crop carries
+        fit_camera: bool = True,  # place every hypothesis where the heatmaps' peaks see it; False: the head's camera
+        people: Sequence[int] | None = None,  # number of every person among all asked for; None: 0, 1, ...
+        callback: Callback | None = None,
+        progress: Callable[[int], None] | None = None,  # told how many hypotheses are done
+        guidance: Guidance | None = None,  # DAT towards `heatmaps`, which an image model may be given for this alone;
+        # of photos DAT is the default, as on the command line: Guidance(mode="none") is none
+        depth: Tensor | None = None,  # (B, S, S) of the crops, larger = farther, any scale and shift, NaN = not known
+        surface: str = "body",  # of every hypothesis: the nearest body's, or the predicted "vertices" as they are
+        upright: bool = True,  # heatmaps alone: turn the crops of people who lie or are upside down
+    ) -> MeshOutput:
+        """Recover the people. The same seed gives the same result whatever the batch or the device's number of rows.
+
+        `pipe("photo.jpg")` looks for keypoints or heatmaps beside the photo, else its pose estimator looks at it
+        (`pipe.source`); everybody in the photos is a row of the output.
+
+        Raises:
+            UserError: an input that the model needs is missing, or a number is out of its range.
+        """
+        check_call(num_hypotheses, seed, eta, people)
+        check_weights(next(self.model.parameters()).dtype)
+        if surface not in SURFACES:
+            raise UserError(f"surface {surface!r} is not known; choose one of {', '.join(SURFACES)}")
+        photos: tuple[tuple[PhotoPeople, int], ...] = ()
+        if images is not None and not isinstance(images, Tensor):
+            found = self.read(images)
+            photos = tuple((photo, number) for photo in found for number in range(len(photo.heatmaps)))
+            images, heatmaps = photo_inputs(self.model, found)
+            people = [number for _, number in photos] if people is None else people
+            guidance = self.default_guidance() if guidance is None else guidance
+        if upright and heatmaps is not None and self.model.config.inputs == "heatmaps" and depth is None:
+            heatmaps = turned_upright(heatmaps)
+        images, values, valid = model_inputs(self.model, self.device, images, heatmaps)
+        given = len(values) if values is not None else len(images)  # type: ignore[arg-type]
+        depth = depth_input(self.model, self.device, depth, given)
+        with self._autocast():
+            conditioning, camera = self.model.encode(images, values, valid, depth)
+        camera = camera.float()
+        count = len(camera)
+        people = list(range(count)) if people is None else list(people)
+        if len(people) != count:
+            raise UserError(f"people: {len(people)} numbers for {count} people; give one for each")
+        check_camera(photo_sizes, focal, count)
+        if heatmaps is not None:
+            crop = heatmaps.crop.to(camera)
+        else:
+            assert images is not None
+            side = camera.new_full((count,), images.shape[-1])
+            crop = Crop.of(side[:, None].expand(-1, 2) / 2, side)
+        frames = CropCamera.of(crop.with_camera(photo_sizes, focal), self.model.config.frame == "crop")
+
+        plan = guidance_plan(self.model, self.body, guidance, heatmaps, camera, frames)
+        with self._autocast():
+            points, report = self.denoised(
+                conditioning, people, num_hypotheses, num_inference_steps, seed, scheduler, eta, callback, progress,
+                plan,
+            )  # fmt: skip
+        points = points.float()
+        confidence, joint_scale, regressed = self._certainty(conditioning, points) or (None, None, None)
+        one = None
+        if self.aggregator is not None:
+            one = self._surface(frames.to_camera(self.aggregator(points)[:, None]), surface)[0]
+        vertices, joints, fitted = self._surface(frames.to_camera(points), surface)
+        keypoints = self.body.keypoints(vertices) if self.body.keypoint_regressor is not None else None
+
+        translation = frames.translation(camera, num_hypotheses)
+        if fit_camera and values is not None and keypoints is not None:
+            translation = frames.fitted_translation(keypoints, values, translation)
+        check_result((vertices, translation))
+        turned, likelihood = frames.turned, None
+        if values is not None and keypoints is not None:
+            assert valid is not None
+            seen = Heatmaps(values, valid, turned)
+            likelihood = log_likelihood(keypoints, translation, turned.focal, turned.principal_point, seen)
+        if frames.is_turned:
+            vertices, joints, translation = frames.back(vertices), frames.back(joints), frames.back(translation)
+            keypoints = None if keypoints is None else frames.back(keypoints)
+            one = None if one is None else frames.back(one)
+            fitted = None if fitted is None else frames.back_fitted(fitted)
+        output = MeshOutput(
+            vertices, joints, keypoints, camera, translation, turned.focal, turned.principal_point, self.faces, report,
+            likelihood, confidence=confidence, joint_scale=joint_scale, rle_log_likelihood=regressed, fitted=fitted,
+            body=self.body, photos=photos, aggregated_vertices=None if one is None else one[:, 0],
+        )  # fmt: skip
+        fitted_for = self.calibration(num_inference_steps, scheduler, eta, guidance)
+        return calibrated(output, heatmaps, frames.crop.side, fitted_for)
+
+    def _surface(
+        self,
+        points: Tensor,  # (B, N, P, 3) of the diffusion, the camera's axes
+        surface: str,
+    ) -> tuple[Tensor, Tensor, FittedBodies | None]:  # vertices (B, N, V, 3), joints (B, N, K, 3), of (B, N, ...)
+        coarse = self.model.to_coarse(points)
+        if surface == "body":
+            return nearest_bodies(self.body, self.model, coarse)
+        return self.model.upsample(coarse), self.model.to_joints(points), None
+
+    def denoised(
+        self,
+        conditioning: Conditioning,  # of B people
+        people: Sequence[int],
+        num_hypotheses: int,
+        num_inference_steps: int | None = None,
+        seed: int = 0,
+        scheduler: str | None = None,
+        eta: float | None = None,
+        callback: Callback | None = None,
+        progress: Callable[[int], None] | None = None,
+        plan: GuidancePlan | None = None,
+    ) -> tuple[Tensor, GuidanceReport | None]:  # (B, N, P, 3) points of the diffusion
+        """Run the reverse process for all hypotheses, in chunks of bounded size. The direct baseline gives N copies."""
+        sampler = self.scheduler
+        if scheduler is not None and self.model.config.mode != "direct":
+            sampler = change_scheduler(sampler, scheduler)
+        return draw_hypotheses(
+            self.model, sampler, conditioning, people, num_hypotheses,
+            self.num_inference_steps if num_inference_steps is None else num_inference_steps, seed,
+            self.eta if eta is None else eta, callback, progress, plan,
+        )  # fmt: skip
+
+    def _certainty(
+        self,
+        conditioning: Conditioning,
+        points: Tensor,  # (B, N, P, 3) of the hypotheses, the model's frame
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[()]:
+        """Confidence and σ̂ of the joints and the likelihood of every hypothesis, by RLE where the model has it.
+
+        At the last step, where σ̂ is of p(x_0 | image): see `losses/rle.py`.
+        """
+        if "joints" not in self.model.config.rle:
+            return ()
+        at_last = self.model.at_last_step(conditioning)
+        mean, scale = at_last.points[:, 0, self.model.config.num_coarse :], at_last.scale["joints"][:, 0]
+        flow = self.model.flow_log_probs()["joints"]
+        joints = points[..., self.model.config.num_coarse :, :]
+        likelihood = rle_log_likelihood(joints, mean, scale, flow, self.model.config.rle_variant)
+        return joint_confidence(scale), scale * self.model.config.mesh_scale, likelihood
+
+    def read(self, photos: Photos) -> list[PhotoPeople]:
+        """Photos as the pipeline takes them: a path, a PIL image, an array (H, W, 3) of uint8 RGB, or a list of these.
+
+        Raises:
+            UserError: a photo cannot be read, or nobody is found in it.
+        """
+        many = list(photos) if isinstance(photos, list | tuple) else [photos]
+        if not many:
+            raise UserError("no photos: the list is empty")
+        return [people_in(photo, self.source) for photo in many]
+
+    def video(self, clip: str | Path, **options: Any) -> Video:
+        """Everybody in a video as tracks of bodies: `pipe.video("clip.mp4", num_hypotheses=8, smoothing=0.08)`.
+
+        Options, and what raises `UserError`: see `hmdiff.video.recover.recover_video`.
+        """
+        from hmdiff.video.recover import recover_video
+
+        return recover_video(self, clip, **options)
+
+    @property
+    def source(self) -> PoseSource:
+        """What looks at photos; set another, such as ``pipe.source = load_source("vitpose:MODEL")``."""
+        if self._source is None:
+            from hmdiff.estimators.choose import load_source
+
+            self._source = load_source()
+        return self._source
+
+    @source.setter
+    def source(self, source: PoseSource | None) -> None:
+        self._source = source
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def default_guidance(self) -> Guidance | None:
+        """DAT, as the command line has it; None where nothing can be steered."""
+        if self.model.config.mode == "direct" or self.body.keypoint_regressor is None:
+            return None
+        return Guidance()

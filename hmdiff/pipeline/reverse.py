@@ -1,0 +1,131 @@
+"""The reverse process for all hypotheses of all people, in chunks of bounded size, with or without DAT."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hmdiff.body.body import Body
+from hmdiff.diffusion.dat import GuidanceReport, aligned_sample
+from hmdiff.diffusion.gap import make_target
+from hmdiff.diffusion.guidance import Guidance
+from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
+from hmdiff.diffusion.sampling import sample as reverse_diffusion
+from hmdiff.errors import UserError
+from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.heatmaps import Heatmaps
+from hmdiff.models.conditioning import Conditioning
+from hmdiff.models.recovery import MeshRecoveryModel
+from hmdiff.pipeline.cameras import CropCamera
+
+GUIDANCE_STREAM = 1 << 32  # added to the seed where guidance draws
+ROWS_AT_ONCE = 512  # people times hypotheses in one evaluation of the denoiser: bounds the memory, changes no result
+GUIDED_ROWS_AT_ONCE = 128  # where a gradient goes back through it, and all that the denoiser computed is kept
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidancePlan:
+    """All that DAT needs to know of the people of one call."""
+
+    guidance: Guidance
+    heatmaps: Tensor  # (B, J, H, W)
+    camera: Tensor  # (B, 3) the head's
+    principal_point: Tensor  # (B, 2) of the photo, crop coordinates
+    keypoints: Callable[[Tensor], Tensor]  # points of the diffusion (M, P, 3) -> (M, J, 3) metres
+
+
+def guidance_plan(
+    model: MeshRecoveryModel,
+    body: Body,
+    guidance: Guidance | None,
+    heatmaps: Heatmaps | None,
+    camera: Tensor,  # (B, 3)
+    frames: CropCamera,
+) -> GuidancePlan | None:
+    """None where nothing is guided. Raises `UserError` where there is nothing to guide by."""
+    if guidance is None or not guidance.active or model.config.mode == "direct":
+        return None
+    if heatmaps is None:
+        raise UserError("guidance needs heatmaps to steer by: give heatmaps=Heatmaps beside the images")
+    if body.keypoint_regressor is None:
+        raise UserError(f"guidance compares keypoints, and body {body.name!r} has none")
+    matrix, rotation = model.keypoint_regressor(body), frames.rotation
+
+    def keypoints(points: Tensor) -> Tensor:
+        found = matrix @ model.to_coarse(points)
+        if rotation is not None:
+            found = found @ rotation.mT.repeat_interleave(len(found) // len(rotation), 0)
+        return found
+
+    return GuidancePlan(guidance, heatmaps.values.to(camera.device), camera, frames.principal_in_crop, keypoints)
+
+
+def draw_hypotheses(
+    model: MeshRecoveryModel,
+    sampler: SchedulerMixin,
+    conditioning: Conditioning,  # of B people
+    people: Sequence[int],
+    num_hypotheses: int,
+    steps: int,
+    seed: int,
+    eta: float,
+    callback: Callback | None = None,
+    progress: Callable[[int], None] | None = None,
+    plan: GuidancePlan | None = None,
+) -> tuple[Tensor, GuidanceReport | None]:  # (B, N, P, 3) points of the diffusion
+    """Run the reverse process for all hypotheses. The direct baseline gives N copies.
+
+    Raises:
+        UserError: more steps than the model was trained with.
+    """
+    count, device = len(conditioning.tokens), conditioning.tokens.device
+    if model.config.mode == "direct":
+        return model.regress(conditioning).expand(-1, num_hypotheses, -1, -1), None
+    total = sampler.config.num_train_timesteps  # type: ignore[attr-defined]
+    if not 1 <= steps <= total:
+        raise UserError(f"num_inference_steps {steps}: the model was trained with {total} steps; choose 1 to that")
+
+    through = plan is not None and plan.guidance.mode == "dat" and plan.guidance.gradient == "denoiser"
+    chunk = max(1, (GUIDED_ROWS_AT_ONCE if through else ROWS_AT_ONCE) // count)
+    if plan is not None and plan.guidance.decision == "image":
+        chunk = num_hypotheses  # the decision is about all of an image's hypotheses
+    parts, reports = [], []
+    for first in range(0, num_hypotheses, chunk):
+        width = min(chunk, num_hypotheses - first)
+
+        def start(first: int = first, width: int = width) -> tuple[Tensor, list[torch.Generator]]:
+            generators = hypothesis_generators(seed, people, width, first)
+            return initial_noise(generators, model.num_points, device), generators
+
+        def denoise(points: Tensor, step: Tensor, width: int = width) -> Tensor:
+            grouped = points.unflatten(0, (count, width))
+            return model.denoise(grouped, step.reshape(count, width), conditioning).flatten(0, 1)
+
+        def unguided(rows: Tensor, width: int = width, start: Any = start) -> Tensor:
+            noise, generators = start()
+            some = conditioning.rows(rows // width)
+            return reverse_diffusion(
+                lambda points, step: model.denoise(points[:, None], step[:, None], some)[:, 0],
+                sampler, noise[rows], steps, [generators[row] for row in rows.tolist()], eta,
+            )  # fmt: skip
+
+        noise, generators = start()
+        if plan is None:
+            result = reverse_diffusion(denoise, sampler, noise, steps, generators, eta, callback=callback)
+        else:
+            # A stream of its own: the u_i neither repeat nor disturb the noise of the hypotheses.
+            draws = hypothesis_generators(seed + GUIDANCE_STREAM, people, width, first)
+            target = make_target(plan.guidance, plan.heatmaps, plan.camera, draws, plan.principal_point)
+            result, report = aligned_sample(
+                denoise, sampler, (noise, generators), steps, eta, plan.keypoints, target, plan.guidance, count,
+                unguided, callback,
+            )  # fmt: skip
+            reports.append(report)
+        parts.append(result.unflatten(0, (count, width)))
+        if progress is not None:
+            progress(width * count)
+    return torch.cat(parts, 1), GuidanceReport.join(reports) if reports else None

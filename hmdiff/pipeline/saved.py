@@ -1,0 +1,157 @@
+"""A saved pipeline: a folder of JSON and safetensors. Nothing in it is unpickled, and no licensed body is in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hmdiff.body.body import Body, load_named_body
+from hmdiff.body.lbs_basis import lbs_basis
+from hmdiff.diffusion.schedule import load_scheduler, sampler_name
+from hmdiff.diffusion.temperature import Temperature
+from hmdiff.errors import UserError
+from hmdiff.files.checksums import folder_checksums, verify_checksums
+from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.files.hub import download, is_repository_id, upload
+from hmdiff.files.reading import read_json
+from hmdiff.files.resources import asset_path
+from hmdiff.files.storage import atomic_folder
+from hmdiff.models.aggregation import HypothesisAggregator, load_aggregator, save_aggregator
+from hmdiff.models.recovery import MeshRecoveryModel
+from hmdiff.models.saved import WEIGHTS, load_model
+
+if TYPE_CHECKING:
+    from typing import Self
+
+FORMAT = 1
+ABOUT = "hmdiff.json"
+AGGREGATOR = "aggregator"  # the folder of the optional head
+
+
+class SavedPipeline:
+    """Saving and loading of `HMDiffPipeline`."""
+
+    model: MeshRecoveryModel
+    scheduler: SchedulerMixin
+    num_inference_steps: int
+    eta: float
+    temperatures: dict[Any, Temperature]
+    aggregator: HypothesisAggregator | None
+
+    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
+        """Write the pipeline, atomically: an older one at `folder` stays until the new one is whole.
+
+        Reloaded it gives bit-equal results; with `half` the weights are rounded to float16, in half the bytes.
+        """
+        with atomic_folder(folder) as temporary:
+            self.model.save_pretrained(temporary / "model", safe_serialization=True)
+            if half:
+                _halve(temporary / "model" / WEIGHTS)
+            self.scheduler.save_pretrained(temporary / "scheduler")  # type: ignore[attr-defined]
+            if self.aggregator is not None:
+                save_aggregator(self.aggregator, temporary / AGGREGATOR)
+            about = {**self._about(), "checksums": folder_checksums(temporary)}
+            (temporary / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+
+    def push_to_hub(self, repository: str, private: bool = False, card: str = "") -> str:
+        """Save the pipeline, with a model card (`hmdiff card` writes one), into OWNER/NAME of the Hugging Face Hub.
+
+        Returns its address. Raises `UserError` where the Hub does not take it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "pipeline")
+            if card:
+                (Path(folder) / "pipeline" / "README.md").write_text(card)
+            return upload(Path(folder) / "pipeline", repository, private)
+
+    def _about(self) -> dict[str, Any]:
+        about = {
+            "format": FORMAT,
+            "body": self.model.config.body,
+            "sampler": sampler_name(self.scheduler),
+            "num_inference_steps": self.num_inference_steps,
+            "eta": self.eta,
+        }
+        if self.temperatures:
+            about["temperatures"] = [fitted.as_json() for fitted in self.temperatures.values()]
+        return about
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,  # of `save_pretrained`, the name of a shipped one, or OWNER/NAME on the Hugging Face Hub
+        device: torch.device | str = "cpu",
+        body: Body | None = None,  # None: the body that the checkpoint names
+        revision: str | None = None,  # of a repository: a branch, a tag or a commit
+        torch_dtype: torch.dtype = torch.float32,  # what the networks compute in, as `to`
+    ) -> Self:
+        """Read a saved pipeline. Raises `UserError` for a folder that is not one, or that is damaged."""
+        place = download(str(folder), revision) if is_repository_id(str(folder)) else Path(folder)
+        if not place.exists() and len(place.parts) == 1:
+            try:
+                place = asset_path(str(folder))
+            except UserError:
+                raise UserError(
+                    f"{folder}: neither a folder nor a shipped checkpoint (hmdiff_small, direct_small)"
+                ) from None
+        if not (place / ABOUT).is_file():
+            raise UserError(
+                f"{folder}: not a saved hmdiff pipeline (it has no hmdiff.json); give the folder that save_pretrained "
+                "or training wrote, such as runs/NAME/pipeline"
+            )
+        about = _read_about(place / ABOUT)
+        try:
+            temperatures = [Temperature.from_json(each) for each in about.get("temperatures", ())]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, UserError) as error:
+            raise UserError(f"{place / ABOUT}: damaged ({error!r:.160}); save the pipeline again") from None
+        if "checksums" in about:  # those saved before there were any are read without
+            verify_checksums(place, about["checksums"], "save or copy the checkpoint again")
+        model = load_model(place / "model")
+        scheduler = load_scheduler(place / "scheduler" / "scheduler_config.json", about["sampler"])
+        if body is None:
+            body = load_named_body(about["body"])
+        pipeline: Any = cls(model, scheduler, body, about["num_inference_steps"], float(about["eta"]))  # type: ignore[call-arg]
+        for fitted in temperatures:
+            pipeline.set_temperature(fitted)
+        if (place / AGGREGATOR).is_dir():
+            pipeline.aggregator = load_aggregator(place / AGGREGATOR, model.num_points, model.config.num_joints)
+            pipeline.aggregator.set_basis(lbs_basis(body, model.coarse_ids).points)
+        return pipeline.to(device, torch_dtype)
+
+
+def _halve(path: Path) -> None:
+    """float16 for the weights and int32 for the indices; loading widens both again."""
+    from safetensors.torch import load_file, save_file
+
+    narrow = {torch.float32: torch.float16, torch.int64: torch.int32}
+    state = {name: value.to(narrow.get(value.dtype, value.dtype)) for name, value in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """hmdiff.json, its fields of the types that `save_pretrained` writes."""
+    about = read_json(path, 1 << 24, "save the pipeline again")
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: damaged (a {type(about).__name__}, a mapping was expected); save the pipeline again")
+    if "format" not in about:
+        raise UserError(f"{path}: damaged (it has no format); save the pipeline again")
+    if about["format"] != FORMAT:
+        raise UserError(f"{path}: format {about['format']!r:.40}, this hmdiff reads {FORMAT}; update hmdiff")
+    checks: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+        "body": (str, lambda value: True),
+        "sampler": (str, lambda value: True),
+        "num_inference_steps": (int, lambda value: value >= 1),
+        "eta": (int | float, lambda value: 0 <= value < math.inf),
+        "temperatures": (list, lambda value: True),
+    }
+    for name, (kind, fits) in checks.items():
+        value = about.get(name, [] if name == "temperatures" else None)
+        if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
+            raise UserError(f"{path}: damaged ({name} is {value!r:.60}); save the pipeline again")
+    return about

@@ -1,0 +1,33 @@
+"""From the coarse meshes that the model predicts to full ones: the nearest bodies, or the predicted vertices."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hmdiff.body.body import Body
+from hmdiff.body.fitting import FittedBodies, fit_coarse
+from hmdiff.geometry import axis_angle_to_matrix
+from hmdiff.models.recovery import MeshRecoveryModel
+
+SURFACES = ("body", "vertices")
+
+
+def nearest_bodies(
+    body: Body,
+    model: MeshRecoveryModel,
+    coarse: Tensor,  # (B, N, C, 3) metres
+) -> tuple[Tensor, Tensor, FittedBodies]:  # vertices (B, N, V, 3), joints (B, N, K, 3), of (B, N, ...)
+    """Every hypothesis as the body nearest to its coarse mesh, the pelvis at the origin."""
+    people, hypotheses = coarse.shape[:2]
+    # The direct baseline's hypotheses are copies of one.
+    alone = coarse[:, :1] if model.config.mode == "direct" else coarse
+    found = fit_coarse(body, model.coarse_ids, alone.flatten(0, 1))
+    posed = body(found.betas, axis_angle_to_matrix(found.pose))
+    shift = -posed.joints[:, 0]
+    found = found._replace(translation=shift)
+
+    def grouped(value: Tensor) -> Tensor:
+        return value.unflatten(0, (people, -1)).expand(-1, hypotheses, *value.shape[1:])
+
+    fitted = FittedBodies(*map(grouped, found))
+    return grouped(posed.vertices + shift[:, None]), grouped(posed.joints + shift[:, None]), fitted
