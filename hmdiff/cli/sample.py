@@ -77,15 +77,13 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from hmdiff.cli.camera import cameras
     from hmdiff.cli.depth_maps import check_depth
     from hmdiff.cli.estimation import estimation_of
     from hmdiff.cli.main import report
-    from hmdiff.cli.photo_list import Results, photos_of
-    from hmdiff.cli.sample_video import check_clips, sample_clips
+    from hmdiff.cli.photo_list import photos_of
+    from hmdiff.cli.sample_video import check_clips
     from hmdiff.estimators.people import pair_files
+    from hmdiff.files.locks import claim
     from hmdiff.files.outputs import photo_names, protect_from_clip, protect_inputs
     from hmdiff.files.storage import make_folder
     from hmdiff.video.reading import is_clip
@@ -105,8 +103,29 @@ def run(options: argparse.Namespace) -> int:
     for path, name in named_clips:
         protect_from_clip(options.output, name, path)
     make_folder(options.output)
-    results = Results.open(options.output, settings_of(options))
     files = list(zip(options.photos, keypoints, heatmaps, photo_names(options.photos), strict=True))
+    # Two runs in one folder would forget each other's lines of results.jsonl.
+    with claim(options.output, "wait for it, or give another --output", name=None):
+        failures = _sampled(options, source, files, many, named_clips)
+    for failure in failures:
+        report(failure)
+    return 2 if failures else 0
+
+
+def _sampled(
+    options: argparse.Namespace,
+    source: Estimation | None,
+    files: list[tuple[Path, Path | None, Path | None, str]],  # photo, keypoints, heatmaps, name
+    many: bool,  # a folder or a pattern: what is done is not done again
+    named_clips: list[tuple[Path, str]],
+) -> list[str]:  # what went wrong
+    from tqdm import tqdm
+
+    from hmdiff.cli.camera import cameras
+    from hmdiff.cli.photo_list import Results
+    from hmdiff.cli.sample_video import sample_clips
+
+    results = Results.open(options.output, settings_of(options))
     if many:
         todo = [each for each in files if not results.done(each[0])]
         if len(todo) < len(files):
@@ -121,11 +140,9 @@ def run(options: argparse.Namespace) -> int:
         bar.update(min(PHOTOS_AT_ONCE, len(files) - first))
     bar.close()
     failures = run.failures
-    if source is not None and clips:
+    if source is not None and named_clips:
         failures = failures + sample_clips(options, named_clips, source, run.camera_of, results.settings)
-    for failure in failures:
-        report(failure)
-    return 2 if failures else 0
+    return failures
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,7 @@ LOCK = ".lock"
 @contextlib.contextmanager
 def try_claim(
     folder: Path,
-    name: str = LOCK,  # of the file that is locked; one for each purpose
+    name: str | None = LOCK,  # of the file that is locked; one for each purpose. None: the folder itself, no file
 ) -> Iterator[bool]:
     """Whether the folder is this process' own until the block ends.
 
@@ -26,12 +26,14 @@ def try_claim(
     except ImportError:
         yield True
         return
-    handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    flags = os.O_RDONLY if name is None else os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    handle = os.open(folder if name is None else folder / name, flags, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(handle, 0)
-            os.write(handle, str(os.getpid()).encode())
+            if name is not None:
+                os.ftruncate(handle, 0)
+                os.write(handle, str(os.getpid()).encode())
         except BlockingIOError:
             yield False
             return
@@ -43,16 +45,20 @@ def try_claim(
 
 
 @contextlib.contextmanager
-def claim(folder: Path, mend: str) -> Iterator[None]:
+def claim(
+    folder: Path,
+    mend: str,
+    name: str | None = LOCK,  # as of `try_claim`
+) -> Iterator[None]:
     """The folder for this process alone. Raises `UserError` when another process has it."""
     try:
-        context = try_claim(folder)
+        context = try_claim(folder, name)
         mine = context.__enter__()
     except OSError as error:
-        raise UserError(f"{folder / LOCK}: may not be written ({error.strerror}); {mend}") from None
+        raise UserError(f"{folder / (name or '')}: may not be written ({error.strerror}); {mend}") from None
     try:
         if not mine:
-            raise UserError(f"{folder}: another process{_owner(folder)} works in it; {mend}")
+            raise UserError(f"{folder}: another process{_owner(folder) if name == LOCK else ''} works in it; {mend}")
         yield
     finally:
         context.__exit__(None, None, None)

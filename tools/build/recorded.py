@@ -2,7 +2,7 @@
 
 Synthetic people as `hmdiff prepare` stores recorded ones (a mesh, 2D keypoints, a camera, a depth map with the faults
 of a monocular network, a mask; no picture), for what is to be measured on recorded people where no data set is at
-hand: `data.sources=[{path: OUT, same_body: true}]`, with and without `model.depth_map`. A photo is the crop alone, SIDE pixels wide.
+hand: `data.sources=[{path: OUT, same_body: true}]`, with and without `model.depth_map`. A photo is the crop alone.
 """
 
 from __future__ import annotations
