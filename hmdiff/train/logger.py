@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
 from hmdiff.errors import UserError
+from hmdiff.files.reading import read_bytes
 from hmdiff.files.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from hmdiff.config import Config
 
 PROJECT = "hmdiff"
+_LARGEST = 1 << 28  # bytes of a log.csv
 
 
 def tracker_options(trackers: str, folder: Path) -> dict[str, Any]:
@@ -34,6 +37,25 @@ def tracker_options(trackers: str, folder: Path) -> dict[str, Any]:
             raise UserError(f"training.trackers {name!r} is not installed; pip install {name}, or leave it out")
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
     return {"log_with": names or None, "project_config": project}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows that name a step; none where there is no file. Raises `UserError` naming the line that is not a row."""
+    if not os.path.lexists(path):
+        return []
+    text = read_bytes(path, _LARGEST).decode("utf-8", "replace").replace("\0", "\ufffd")
+    table, rows = csv.DictReader(text.splitlines()), []
+    try:
+        for row in table:
+            if None in row:
+                raise ValueError(f"{len(row[None])} cells more than the header has")
+            if row.get("step"):
+                if not str(row["step"]).isascii() or not str(row["step"]).isdigit() or len(str(row["step"])) > 18:
+                    raise ValueError(f"step {row['step']!r:.40} is not a whole number")
+                rows.append({name: value for name, value in row.items() if value})
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}, line {table.line_num}: {error}; mend the line, or remove the file") from None
+    return rows
 
 
 @contextlib.contextmanager
@@ -52,11 +74,7 @@ def run_log(
         yield lambda row: None
         return
     path = folder / "log.csv"
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        with open(path, newline="") as handle:
-            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(handle) if row.get("step")]
-    rows = [row for row in rows if int(row["step"]) <= step]
+    rows = [row for row in read_log(path) if int(row["step"]) <= step]
     if again:
         rows = [row for row in rows if int(row["step"]) < step or "val_pve_mean" not in row]
     # One W&B run for one folder, also after a resume.

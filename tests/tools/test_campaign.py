@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from hmdiff.errors import UserError
 from tools.campaign import calls, kills, mutants, offline
 from tools.campaign.children import Notebook, Wrong, attempt
 from tools.campaign.families import FAMILIES
+from tools.campaign.kill_scenarios import Scenario, sampled, trained
 from tools.campaign.mutations import mutate_bytes, mutate_json, mutate_text
 
 
@@ -100,6 +103,55 @@ def test_kills_of_a_preparation(tmp_path: Path) -> None:
     assert found["total"] == {"same": 3}, found["bad"]
 
 
+@pytest.mark.slow
+def test_kills_of_a_sampling(tmp_path: Path) -> None:
+    found = kills.run(0, 1, tmp_path, ["sampling"])
+    assert found["total"] == {"same": 1}, found["bad"]
+
+
+def test_one_of_several_processes_is_found_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two children with ranks, as torchrun makes them; the parent ends with what its children do."""
+
+    def ranks(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        code = "import time; time.sleep(0.7)"
+        started = [
+            subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "LOCAL_RANK": str(rank)})
+            for rank in range(2)
+        ]
+        if ends := [each.wait() for each in started]:
+            (folder / "ends").write_text(str(ends))
+        if any(ends):
+            raise RuntimeError(str(ends))
+
+    code = kills.in_a_child(ranks, tmp_path / "a", 0.3, 1)
+    assert code is None and (tmp_path / "a" / "ends").read_text() == "[0, -9]"
+    assert kills.in_a_child(ranks, tmp_path / "b", None) == 0
+
+
+def test_a_moment_that_differs_in_one_bit_is_seen(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints" / "step_00000006"
+    place.mkdir(parents=True)
+    (tmp_path / "log.csv").write_text("loss\n0.5\n")
+    for name in ("model.safetensors", "ema.safetensors"):
+        (place / name).write_bytes(b"x")
+    found = []
+    for moment in (torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])):  # of one sum
+        torch.save({"state": {0: {"exp_avg": moment, "step": torch.tensor(3.0)}}}, place / "optimizer.bin")
+        found.append(trained(tmp_path))
+    assert found[0]["moments"] != found[1]["moments"] and found[0]["losses"] == ["0.5"]
+
+
+def test_arrays_of_results_are_compared_by_their_bits(tmp_path: Path) -> None:
+    def left(value: float, lines: str) -> dict[str, object]:
+        np.savez(tmp_path / "a.npz", vertices=np.array([value]))
+        (tmp_path / "results.jsonl").write_text(lines)
+        return sampled(tmp_path)
+
+    first = left(1.0, "a\nb\n")
+    assert left(1.0, "b\na\n") == first and left(1.0 + 2**-52, "a\nb\n") != first
+
+
 def test_a_loss_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loses(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -109,7 +161,7 @@ def test_a_loss_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def left(folder: Path) -> dict[str, str]:
         return {"count": (folder / "count").read_text()}
 
-    monkeypatch.setitem(kills.KINDS, "loses", (loses, left))
+    monkeypatch.setitem(kills.SCENARIOS, "loses", Scenario(loses, left))
     found = kills.run(0, 4, tmp_path, ["loses"])
     assert found["total"].get("lost", 0) >= 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from small import small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hmdiff.errors import UserError
-from hmdiff.train.logger import run_log, tracker_options
+from hmdiff.train.logger import read_log, run_log, tracker_options
 
 
 def logged(folder: Path, name: str) -> dict[int, float]:
@@ -53,3 +54,29 @@ def test_no_tracker_leaves_the_csv(tmp_path: Path) -> None:
         log({"step": 1, "loss": 0.5})
     assert (tmp_path / "log.csv").read_text().splitlines() == ["step,loss", "1,0.5"]
     assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"step,loss\n2.7,1\n", r"line 2: step '2\.7' is not a whole number"),
+        (b"step,loss\n1,1\nx\n", r"line 3: step 'x' is not a whole number"),
+        (b"step,loss\n1,1,2,3\n", "line 2: 2 cells more than the header has"),
+        (b"step,loss\n" + b"9" * 400 + b",1\n", "line 2: step .* is not a whole number"),
+        (b"step,loss\n\xff\x00\xfe,1\n", "line 2: step .* is not a whole number"),
+        (b'step,loss\n"' + b"a" * 200_000 + b"\n", "field larger than field limit"),
+    ],
+)
+def test_an_odd_log_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"log\.csv, line \d+: ") as error:
+        read_log(tmp_path / "log.csv")
+    assert re.search(message, str(error.value)) and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_rows_without_a_step_and_no_file_are_no_rows(tmp_path: Path) -> None:
+    assert read_log(tmp_path / "log.csv") == []
+    (tmp_path / "log.csv").write_text("step,loss,val\n1,0.5,\n,0.4,\n3,,0.1\n")
+    assert read_log(tmp_path / "log.csv") == [{"step": "1", "loss": "0.5"}, {"step": "3", "val": "0.1"}]
+    (tmp_path / "log.csv").write_text("")
+    assert read_log(tmp_path / "log.csv") == []
