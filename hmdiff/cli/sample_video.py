@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hmdiff.video.recover import Video
     from hmdiff.video.tracks import VideoTrack
 
-SMOOTHING = 0.08  # seconds; equal to `hmdiff.video.smoothing.SIGMA`, which --help need not wait for
+SMOOTHING = 0.06  # seconds; equal to `hmdiff.video.smoothing.SIGMA`, which --help need not wait for
 
 
 def add_smoothing(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,9 @@ from hmdiff.names import SPLITS
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
+    from hmdiff.heatmaps import Crop
     from hmdiff.lab.stress import Settings, Stress, Subject
     from hmdiff.output import MeshOutput
     from hmdiff.pipeline import HMDiffPipeline
@@ -29,9 +31,8 @@ class Shown:
 
     name: str
     subject: Subject
-    crop: np.ndarray  # (S, S, 3) uint8
-    scale: float  # pixels of the crop in one of the photo's
-    corner: tuple[float, float]  # of the crop in the photo, its pixels
+    picture: np.ndarray  # (S, S, 3) uint8, of the crop
+    crop: Crop  # where it is in the photo, turned or not
 
 
 def add_parser(subparsers: Any) -> None:
@@ -134,7 +135,6 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
-
     from hmdiff.cli.estimation import estimation_of
     from hmdiff.estimators.people import crops, read_people
     from hmdiff.heatmaps.cameras import PhotoCamera
@@ -151,17 +151,18 @@ def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sho
     people = []
     for number in range(len(found.heatmaps)):
         heatmaps = found.heatmaps[number]
-        center, side = heatmaps.center[0].tolist(), float(heatmaps.side[0])
         image = None if config.inputs == "heatmaps" else crops(picture, heatmaps, config.image_size)
         subject = Subject(heatmaps, image, None, number)
         name = options.photo.stem + (f"_{number}" if len(found.heatmaps) > 1 else "")
-        corner = (center[0] - side / 2, center[1] - side / 2)
-        people.append(Shown(name, subject, cut_out(picture, center, side, SHOWN), SHOWN / side, corner))
+        people.append(Shown(name, subject, cut_out(picture, heatmaps.crop, SHOWN), heatmaps.crop))
     return people
 
 
 def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
+    import torch
+
     from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
+    from hmdiff.heatmaps import Crop
     from hmdiff.lab.stress import Subject
     from hmdiff.viz.canvas import to_bytes
     from hmdiff.viz.stress import cut_out
@@ -185,9 +186,9 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
             sample.keypoints_3d,
         )  # fmt: skip
         picture = to_bytes(sample.image[0].permute(1, 2, 0).numpy())
-        crop = cut_out(picture, (len(picture) / 2,) * 2, len(picture), SHOWN)
-        x, y = heatmaps.center[0].tolist()
-        people.append(Shown(f"{options.split}_{place:04d}", subject, crop, SHOWN / 2, (x - 1, y - 1)))
+        whole_picture = Crop.of(torch.full((1, 2), len(picture) / 2), torch.tensor([float(len(picture))]))
+        shown = cut_out(picture, whole_picture, SHOWN)
+        people.append(Shown(f"{options.split}_{place:04d}", subject, shown, heatmaps.crop))
     return people
 
 
@@ -214,7 +215,7 @@ def write(found: Stress, person: Shown, stem: Path) -> str:
         told += f"; error {found.clear_error:.0f} mm, most {float(found.error.max()):.0f} mm; rank correlation of "
         told += f"spread and error {rank_correlation(found.spread, found.error):.2f}"
     save_npz(stem.with_name(stem.name + ".npz"), **arrays)
-    sheet = stress_sheet(person.crop, maps, found.half, found.centres[worst])
+    sheet = stress_sheet(person.picture, maps, found.half, found.centres[worst])
     save_picture(stem.with_name(stem.name + ".png"), sheet)
     return f"{person.name} -> {stem}.npz .png  ({told})"
 
@@ -242,16 +243,27 @@ def write_picture(
     centre = found.centres[place : place + 1]
     covered, _ = recover_covered(pipeline, person.subject, centre, found.half, settings)
 
-    def row(crop: np.ndarray, output: MeshOutput) -> tuple[Any, ...]:
-        return crop, output.vertices[0].cpu(), output.translation[0].cpu(), output.spread[0].cpu()
+    crop = person.crop.to(found.clear.focal).with_camera(None, found.clear.focal, found.clear.principal_point)
+    turn, focal, principal = crop_camera(crop, SHOWN)
 
-    rows = [row(person.crop, found.clear), row(draw_patch(person.crop, centre[0], found.half), covered)]
-    point = found.clear.principal_point[0].cpu()
-    principal = [(float(point[axis]) - person.corner[axis]) * person.scale for axis in (0, 1)]
-    sheet = hidden_sheet(
-        rows, found.clear.faces.cpu(), float(found.clear.focal[0]) * person.scale, principal,
-        ["all is seen", "behind a patch"],
-    )  # fmt: skip
+    def row(picture: np.ndarray, output: MeshOutput) -> tuple[Any, ...]:
+        vertices, translation = output.vertices[0] @ turn, output.translation[0] @ turn
+        return picture, vertices.cpu(), translation.cpu(), output.spread[0].cpu()
+
+    rows = [row(person.picture, found.clear), row(draw_patch(person.picture, centre[0], found.half), covered)]
+    sheet = hidden_sheet(rows, found.clear.faces.cpu(), focal, principal, ["all is seen", "behind a patch"])
     save_picture(path, sheet)
     spreads = f"spread {found.clear_spread:.0f} mm without, {float(found.spread[place]):.0f} mm behind the patch"
     return f"{path}: {person.name}, {spreads}{_joints(found, place)}"
+
+
+def crop_camera(
+    crop: Crop,  # of one person
+    size: int,  # pixels a side of the crop's picture
+) -> tuple[Tensor, float, list[float]]:  # (3, 3), pixels, (2,) pixels
+    """The camera that sees a crop's picture, turned with it: ``x @ turn`` is a point of the photo's camera in its own
+    frame; its focal length and principal point are in pixels of the picture.
+    """
+    upright = crop.upright()
+    principal = (upright.from_photo(upright.principal_point[:, None])[0, 0] + 1) * size / 2
+    return crop.turn_3d()[0], float(crop.focal[0] / crop.side[0]) * size, principal.tolist()

@@ -260,7 +260,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         return [people_in(photo, self.source) for photo in many]
 
     def video(self, clip: str | Path, **options: Any) -> Video:
-        """Everybody in a video as tracks of bodies: `pipe.video("clip.mp4", num_hypotheses=8, smoothing=0.08)`.
+        """Everybody in a video as tracks of bodies: `pipe.video("clip.mp4", num_hypotheses=8, smoothing=0.06)`.
 
         Options, and what raises `UserError`: see `hmdiff.video.recover.recover_video`.
         """

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-SIGMA = 0.08  # seconds
+SIGMA = 0.06  # seconds; the least error of the acceleration (tools/build/jitter.py)
 DELTA = 0.06  # metres, root mean square over the joints
 _REACH = 3.0  # sigmas
 

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from hmdiff.errors import UserError
+from hmdiff.heatmaps import Crop
 from hmdiff.viz.canvas import as_tensor, colour_bar, contact_sheet, heat_colours, to_bytes
 from hmdiff.viz.overlays import overlay_all, reach_of, view_all
 from hmdiff.viz.spread import SCALE
@@ -27,14 +28,13 @@ _PATCH = 128  # of 255, the grey that hides
 
 def cut_out(
     photo: np.ndarray,  # (H, W, 3) uint8
-    center: Sequence[float],  # (2,) pixels
-    side: float,  # pixels
+    crop: Crop,  # of one person, turned or not
     size: int,  # of the result
 ) -> np.ndarray:  # (size, size, 3) uint8, light grey outside the photo
     """The square crop, for looking at."""
-    scale = size / side
-    affine = np.array([[scale, 0, (side / 2 - center[0]) * scale], [0, scale, (side / 2 - center[1]) * scale]])
-    affine[:, 2] += 0.5 * scale - 0.5  # OpenCV counts from the centre of the first pixel, we from its corner
+    affine = np.array(crop.affine(0, size))
+    scale = size / float(crop.side[0])
+    affine[:, 2] += affine[:, :2] @ [0.5, 0.5] - 0.5  # OpenCV counts from the centre of the first pixel, we its corner
     base = photo if scale >= 0.7 else cv2.GaussianBlur(photo, (0, 0), 0.4 / scale)
     how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_LINEAR
     return cv2.warpAffine(base, affine, (size, size), flags=how, borderValue=(238, 239, 242))

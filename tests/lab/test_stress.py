@@ -14,6 +14,7 @@ from small import free_body, people, small_pipeline
 
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.cli.main import main
+from hmdiff.cli.stress import crop_camera
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, evaluate, photo_of
 from hmdiff.heatmaps import Crop, Heatmaps, gaussian_heatmaps
@@ -169,8 +170,25 @@ def test_the_map_is_drawn_where_the_patch_was() -> None:
 def test_the_cut_out_shows_the_crop() -> None:
     photo = np.zeros((60, 80, 3), np.uint8)
     photo[20:40, 30:50] = 200
-    assert (cut_out(photo, (40, 30), 20, 40)[8:-8, 8:-8] == 200).all()
-    assert (cut_out(photo, (0, 0), 20, 40)[:18, :18] > 200).all()  # outside the photo it is light
+    side = torch.tensor([20.0])
+    assert (cut_out(photo, Crop.of(torch.tensor([[40.0, 30.0]]), side), 40)[8:-8, 8:-8] == 200).all()
+    corner = cut_out(photo, Crop.of(torch.zeros(1, 2), side), 40)
+    assert (corner[:18, :18] > 200).all()  # outside the photo it is light
+    turned = Crop.of(torch.tensor([[40.0, 20.0]]), side, torch.tensor([torch.pi / 2]))
+    shown = cut_out(photo, turned, 40)  # its x axis goes down the photo: the square's upper edge is a vertical one
+    assert (shown[4:-4, 24:-4] == 200).all() and (shown[4:-4, 4:16] == 0).all()
+
+
+def test_bodies_are_drawn_where_a_turned_crop_shows_them() -> None:
+    """Oracle: the photo's camera projects, the crop says where in it that pixel is."""
+    where = torch.tensor([[40.0, 30.0]]), torch.tensor([20.0]), torch.tensor([0.7])
+    crop = Crop.of(*where, (80, 60), 90.0, (35.0, 33.0))
+    points = torch.tensor([[0.1, -0.2, 3.0], [-0.3, 0.4, 2.5]])
+    pixels = points[:, :2] / points[:, 2:] * 90 + torch.tensor([35.0, 33.0])
+    expected = (crop.from_photo(pixels[None])[0] + 1) * 20
+    turn, focal, principal = crop_camera(crop, 40)
+    seen = points @ turn
+    assert torch.allclose(seen[:, :2] / seen[:, 2:] * focal + torch.tensor(principal), expected, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -15,12 +15,14 @@ from small import small_pipeline
 
 from hmdiff.cli import arguments
 from hmdiff.cli.main import main
+from hmdiff.cli.sample_video import SMOOTHING
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.video import recover
 from hmdiff.video.reading import clip_info, read_frames
 from hmdiff.video.recover import Video
+from hmdiff.video.smoothing import SIGMA
 
 
 @functools.cache
@@ -139,7 +141,7 @@ def test_the_command(tmp_path: Path, command: list[str], capsys: pytest.CaptureF
     info = clip_info(out / "clip_overlay.mp4")
     assert info.size == (WIDTH, HEIGHT) and len(list(read_frames(info))) == 4
     with np.load(out / "clip_track_0.npz") as data:
-        assert data["pose"].shape == (2, 4, 24, 3) and data["seed"] == 0 and data["smoothing_s"] == 0.08
+        assert data["pose"].shape == (2, 4, 24, 3) and data["seed"] == 0 and data["smoothing_s"] == SIGMA == SMOOTHING
     assert main(command) == 0
     assert "done before with these settings" in capsys.readouterr().out
 
