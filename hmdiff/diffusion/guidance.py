@@ -34,6 +34,7 @@ class Guidance:
     first: bool = False  # also at the terminal step, where x_k holds no signal; the paper's DAT acts there
     fall_back: bool = True  # take the unguided hypothesis where guidance raised the gap; the paper has no such guard
     sharpness: float = 4.0  # U is raised to this power: an estimator's Gaussians are wider than its errors
+    peaks: float = 1.0  # share of the way left to the peaks, which "dat" goes at last (`pipeline/image_plane.py`); ours
     joint_weights: tuple[float, ...] | None = None  # of the J keypoints, on top of the peaks' heights
 
     def __post_init__(self) -> None:
@@ -41,7 +42,7 @@ class Guidance:
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"guidance {name} {value!r} is not known; choose one of {', '.join(allowed)}")
-        for name, least in (("strength", 0.0), ("threshold", 0.0), ("sharpness", 0.0)):
+        for name, least in (("strength", 0.0), ("threshold", 0.0), ("sharpness", 0.0), ("peaks", 0.0)):
             if not getattr(self, name) >= least or getattr(self, name) == float("inf"):
                 raise UserError(f"guidance {name} {getattr(self, name)}: a number from {least:g} on is needed")
         if not 0 < self.last <= 1:
@@ -59,6 +60,6 @@ class Guidance:
 # its claims show on the shipped checkpoint, as far as they do (LOG.md). Its sampling: N = 25, 40 DDIM steps of K = 200.
 PAPER = Guidance(
     pairing="paired", step="gradient", decision="image", first=True, fall_back=False, sharpness=1.0,
-    strength=3000.0, threshold=0.3,
+    strength=3000.0, threshold=0.3, peaks=0.0,
 )  # fmt: skip
 PRESETS = {"ours": Guidance(), "paper": PAPER}

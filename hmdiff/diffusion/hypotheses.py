@@ -99,10 +99,11 @@ class Reprojection:
 def keypoint_nearness(
     vertices: Tensor,  # (V, 3) metres, of the body at rest
     keypoints: Tensor,  # (J, 3)
+    reach: float = _REACH,  # of the body's height: 10 cm of a person, and less of a hand
 ) -> Tensor:  # (V, J)
-    """A softmax of distances over a body's surface; the reach is 10 cm on a person of 1.7 m, and less on a hand."""
-    reach = _REACH * (vertices.amax(0) - vertices.amin(0)).amax()
-    return (-torch.cdist(vertices, keypoints) / reach).softmax(-1)
+    """A softmax of minus the distance, in reaches."""
+    height = (vertices.amax(0) - vertices.amin(0)).amax()
+    return (-torch.cdist(vertices, keypoints) / (reach * height)).softmax(-1)
 
 
 def weighted_mean(

@@ -24,7 +24,7 @@ from hmdiff.errors import UserError
 from hmdiff.estimators.people import Photo, PhotoPeople, people_in
 from hmdiff.estimators.source import PoseSource
 from hmdiff.files.diffusers_parts import SchedulerMixin
-from hmdiff.heatmaps import Crop, Heatmaps
+from hmdiff.heatmaps import Crop, Heatmaps, heatmap_peaks
 from hmdiff.heatmaps.upright import turned_upright
 from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
 from hmdiff.models.aggregation import HypothesisAggregator
@@ -34,6 +34,7 @@ from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.output import MeshOutput, log_likelihood
 from hmdiff.pipeline.calibrated import Calibrated, calibrated
 from hmdiff.pipeline.cameras import CropCamera
+from hmdiff.pipeline.image_plane import ROUNDS, moved_to_peaks, point_nearness
 from hmdiff.pipeline.inputs import depth_input, model_inputs, photo_inputs
 from hmdiff.pipeline.reverse import GuidancePlan, draw_hypotheses, guidance_plan
 from hmdiff.pipeline.saved import SavedPipeline
@@ -171,8 +172,10 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         confidence, joint_scale, regressed = self._certainty(conditioning, points) or (None, None, None)
         one = None
         if self.aggregator is not None:
-            one = self._surface(frames.to_camera(self.aggregator(points)[:, None]), surface)[0]
-        vertices, joints, fitted = self._surface(frames.to_camera(points), surface)
+            together = frames.to_camera(self.aggregator(points)[:, None])
+            one = self._surface(self._at_peaks(together, plan, values, camera, frames), surface)[0]
+        placed = self._at_peaks(frames.to_camera(points), plan, values, camera, frames)
+        vertices, joints, fitted = self._surface(placed, surface)
         keypoints = self.body.keypoints(vertices) if self.body.keypoint_regressor is not None else None
 
         translation = frames.translation(camera, num_hypotheses)
@@ -196,6 +199,32 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         )  # fmt: skip
         fitted_for = self.calibration(num_inference_steps, scheduler, eta, guidance)
         return calibrated(output, heatmaps, frames.crop.side, fitted_for)
+
+    def _at_peaks(
+        self,
+        points: Tensor,  # (B, N, P, 3) of the diffusion, the camera's axes
+        plan: GuidancePlan | None,
+        heatmaps: Tensor | None,  # (B, J, H, W)
+        camera: Tensor,  # (B, 3)
+        frames: CropCamera,
+    ) -> Tensor:  # (B, N, P, 3)
+        """With the last step of guidance, where it has one."""
+        if plan is None or heatmaps is None or plan.guidance.mode != "dat" or plan.guidance.peaks == 0:
+            return points
+        peaks, confidence = heatmap_peaks(heatmaps)
+        if plan.guidance.joint_weights is not None:
+            confidence = confidence * confidence.new_tensor(plan.guidance.joint_weights).clamp(max=1)
+        rest = self.body.v_template
+        ours = torch.cat([rest[self.model.coarse_ids], self.body.joint_template])
+        nearness = point_nearness(ours, self.body.keypoints(rest[None])[0])
+        regressor, seen_at = self.model.keypoint_regressor(self.body), frames.turned.to_photo(peaks)
+        for _ in range(ROUNDS):
+            keypoints = regressor @ self.model.to_coarse(points)
+            translation = frames.fitted_translation(keypoints, heatmaps, frames.translation(camera, points.shape[1]))
+            points = moved_to_peaks(
+                points, keypoints, translation, seen_at, confidence, frames.turned, nearness, plan.guidance.peaks
+            )
+        return points
 
     def _surface(
         self,
