@@ -32,6 +32,14 @@ def add_parser(subparsers: Any) -> None:
     _output(checkpoint, "assets/hmdiff_small", "FOLDER")
     checkpoint.set_defaults(run=_run(_checkpoint))
 
+    checksums = arguments.new_parser(
+        parts, "checksums", "SHA-256 sums into a pipeline that was saved before there were any",
+        "hmdiff prepare checksums runs/older/pipeline",
+        "One flipped bit of its files is then noticed when it is loaded.",
+    )  # fmt: skip
+    checksums.add_argument("output", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
+    checksums.set_defaults(run=_run(_checksums))
+
     _add_licensed(parts)
     _add_temperature(parts)
     aggregator_fit.add_parser(parts, _run)
@@ -176,6 +184,22 @@ def _checkpoint(options: argparse.Namespace) -> Mapping[str, Any]:
     pipeline.save_pretrained(options.output, half=True)
     size = sum(path.stat().st_size for path in Path(options.output).rglob("*") if path.is_file())
     return {"parameters": sum(p.numel() for p in pipeline.model.parameters()), "megabytes": size / 1e6}
+
+
+def _checksums(options: argparse.Namespace) -> Mapping[str, Any]:
+    import json
+
+    from hmdiff.files.checksums import folder_checksums
+    from hmdiff.files.storage import atomic_file
+
+    folder = arguments.checkpoint_folder(options.output)
+    arguments.load_pipeline(options.output)  # what is wrong now would be sealed
+    path = folder / "hmdiff.json"
+    about = json.loads(path.read_text())
+    about["checksums"] = folder_checksums(folder, (path.name,))
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(about, indent=2) + "\n")
+    return {"files": len(about["checksums"])}
 
 
 def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
