@@ -11,6 +11,7 @@ from small import free_body, people_block, small_pipeline
 from torch import Tensor
 
 from hmdiff.diffusion.hypotheses import Reprojection, select
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.schedule import SCHEDULER_NAMES
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
@@ -120,7 +121,8 @@ def test_one_step_is_the_direct_estimate_at_every_noise(pipe: HMDiffPipeline) ->
     given = heatmaps(2)
     conditioning, _ = pipe.model.encode(None, given.values, given.valid)
     seen: list[Tensor] = []
-    result, _ = pipe.denoised(conditioning, [0, 1], 3, 1, callback=lambda number, points, said: seen.append(said))
+    asked = SamplingConfig(3, 1)
+    result, _ = pipe.denoised(conditioning, [0, 1], asked, callback=lambda number, points, said: seen.append(said))
     assert len(seen) == 1 and torch.equal(result.flatten(0, 1), seen[0])
 
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hmdiff.cli import ablate_trained, arguments, show, studies
+from hmdiff.cli import ablate_trained, arguments, studies
 from hmdiff.errors import UserError
 
 OUTPUT = Path("outputs/ablation")
@@ -67,8 +67,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from hmdiff.diffusion.sampling_config import SamplingConfig
+    from hmdiff.evaluate.table import Table, save_csv
     from hmdiff.lab.ablations import ROLES, TABLES, csv_rows, find_table, rows_of, settings_of, texts
-    from hmdiff.lab.comparison import save_csv
     from hmdiff.lab.trained_ablations import TRAINED
 
     names = list(dict.fromkeys(options.tables)) or list(TABLES)
@@ -92,9 +93,10 @@ def run(options: argparse.Namespace) -> int:
     def guide(mode: str) -> Any:
         return studies.make_guidance(options, mode, options.strength, options.threshold, options.last)
 
+    sampling = SamplingConfig(options.num_hypotheses, options.steps, options.seed)
     rows = {name: rows_of(table, roles) for name, table in tables.items()}
     settings = {
-        name: settings_of(rows[name], roles, guide, options.num_hypotheses, options.steps) for name in tables
+        name: settings_of(rows[name], roles, guide, sampling) for name in tables
     }
     # All tables at once: cells that several of them need are computed once, and the time that is left is of all.
     results = studies.compute(study, [setting for each in settings.values() for setting in each])
@@ -105,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         if any(row.num_hypotheses is None for row in rows[name]):
             title += f", N = {options.num_hypotheses}"
         lines = texts(table, rows[name], mine)
-        show.print_table(title, ["", *(column.title for column in table.columns)], lines, table.note)
+        Table(title, ["", *(column.title for column in table.columns)], lines, table.note).print()
         left_out = [f"--{role}" for role in dict.fromkeys(row.role for row in table.rows) if role not in roles]
         if left_out:
             print(f"left out, since no model was given for them: the rows of {', '.join(left_out)}")

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.cli import arguments, show
+from hmdiff.cli import arguments
 from hmdiff.errors import UserError
+from hmdiff.evaluate.table import duration_text
 from hmdiff.names import SPLITS
 
 if TYPE_CHECKING:
@@ -113,8 +114,7 @@ def _check_splits(options: argparse.Namespace, tables: dict[str, TrainedTable]) 
 
 
 def _print_plan(options: argparse.Namespace, plan: Plan, rate: float | None) -> None:
-    from rich.markup import escape
-
+    from hmdiff.evaluate.table import Table
     from hmdiff.lab.trained_runs import is_done, reached, seconds_left
 
     for name, rows in plan.of.items():
@@ -124,27 +124,28 @@ def _print_plan(options: argparse.Namespace, plan: Plan, rate: float | None) -> 
                 "trained" if is_done(run) else f"at {reached(run)}" if reached(run) else "to train" for run in runs
             ]
             row = plan.rows[name][label]
-            changes = escape(" ".join((*row.overrides, *(f"tested:{text}" for text in row.tested))))
+            changes = " ".join((*row.overrides, *(f"tested:{text}" for text in row.tested)))
             lines.append([label, changes or "-", ", ".join(states), str(runs[0].folder.parent.name)])
         first = next(iter(rows.values()))[0].config.training
         title = f"{name}: {first.steps} steps of {first.batch_size * first.gradient_accumulation} people a training"
-        show.print_table(title, ["row", "over the base", "seeds", f"in {options.output}/runs"], lines)
+        Table(title, ["row", "over the base", "seeds", f"in {options.output}/runs"], lines).print()
     runs = plan.runs
     left = sum(not is_done(run) for run in runs)
     needed = sum(len(each) for rows in plan.of.values() for each in rows.values())
     words = f"{len(runs)} trainings for {needed} rows and seeds of the tables, {left} of them still to do"
-    print(f"{words}; about {show.duration(seconds_left(runs, rate))}" if left else words)
+    print(f"{words}; about {duration_text(seconds_left(runs, rate))}" if left else words)
 
 
 def _timed_step(plan: Plan) -> float:
     """Mean over the rows of the seconds of a step."""
+    from hmdiff.evaluate.table import Table
     from hmdiff.lab.trained_costs import measure_costs
 
     rows = _one_each(plan)
     costs = measure_costs([run.config for run in rows], repeats=2, images=False)
     lines = [[run.label, f"{cost['parameters']:,}", f"{cost['step_milliseconds']:.0f}"]
              for run, cost in zip(rows, costs, strict=True)]  # fmt: skip
-    show.print_table("without drawing the people", ["row", "parameters", "ms/training step"], lines)
+    Table("without drawing the people", ["row", "parameters", "ms/training step"], lines).print()
     return sum(cost["step_milliseconds"] for cost in costs) / len(costs) / 1000
 
 
@@ -161,16 +162,16 @@ def _train(plan: Plan) -> list[Run]:
     print(f"{len(runs)} trainings, {there} of them there already" if there else f"{len(runs)} trainings", flush=True)
 
     def told(trained: Trained) -> None:
-        left = "" if trained.done == trained.total else f"; about {show.duration(trained.seconds_left)} left"
-        seconds = show.duration(trained.seconds)
+        left = "" if trained.done == trained.total else f"; about {duration_text(trained.seconds_left)} left"
+        seconds = duration_text(trained.seconds)
         print(f"[{trained.done}/{trained.total}] {trained.run.name}: trained in {seconds}{left}", flush=True)
 
     return train_runs(runs, train_one, told)
 
 
 def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, TrainedTable], mode: str) -> int:
+    from hmdiff.evaluate.table import Table, save_csv
     from hmdiff.evaluate.visibility_bands import BANDS
-    from hmdiff.lab.comparison import save_csv
     from hmdiff.lab.trained_ablations import COSTS
     from hmdiff.lab.trained_cells import Asked
     from hmdiff.lab.trained_plots import plot_bands, plot_differences
@@ -189,19 +190,18 @@ def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, TrainedTa
             title = f"{table.title}: {mode}, {split}, {asked.people} people, mm (95 % interval)"
             if mode == "diffusion":
                 title += f", N = {asked.num_hypotheses}"
-            show.print_table(title, *texts(table, rows, mode), table.note)
+            Table(title, *texts(table, rows, mode), table.note).print()
             if table.banded:
-                show.print_table(f"PVE by visible part (people), {split}", *band_texts(rows, "pve"))
-                show.print_table(f"% of the reference's PVE, {split}", *band_texts(rows, "pve", relative=True))
+                Table(f"PVE by visible part (people), {split}", *band_texts(rows, "pve")).print()
+                Table(f"% of the reference's PVE, {split}", *band_texts(rows, "pve", relative=True)).print()
                 if mode == "diffusion":
-                    show.print_table(f"spread by visible part, {split}", *band_texts(rows, SPREAD))
-                    show.print_table(f"PVE of the best by visible part, {split}", *band_texts(rows, "pve", "oracle"))
+                    Table(f"spread by visible part, {split}", *band_texts(rows, SPREAD)).print()
+                    Table(f"PVE of the best by visible part, {split}", *band_texts(rows, "pve", "oracle")).print()
         if costs:
             any_rows = next(iter(found.values()))
             note = next(iter(costs.values()))
-            show.print_table(
-                f"cost: {note['device']}, {note['threads']} threads, medians", *texts(table, any_rows, mode, COSTS)
-            )
+            title = f"cost: {note['device']}, {note['threads']} threads, medians"
+            Table(title, *texts(table, any_rows, mode, COSTS)).print()
         place = options.output / f"{name}_{mode}"
         save_csv(lines, place.with_suffix(".csv"))
         written = [f"{place}.csv"]

@@ -54,7 +54,7 @@ def _aggregator(options: argparse.Namespace) -> Mapping[str, Any]:
     options.output = options.output or folder
     pipeline = arguments.load_pipeline(options.source, arguments.resolve_device(options.device))
     check_model(pipeline)
-    total = pipeline.scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
+    total = pipeline.scheduler.config.num_train_timesteps
     steps = options.steps or pipeline.num_inference_steps
     if steps > total:
         raise UserError(f"--steps {steps}: the model was trained with {total} steps; give 1 to {total}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from hmdiff.config import Config
     from hmdiff.diffusion.guidance import Guidance
+    from hmdiff.diffusion.sampling_config import SamplingConfig
     from hmdiff.pipeline import HMDiffPipeline
 
 DEFAULT_CHECKPOINT = "hmdiff_small"
@@ -164,6 +165,22 @@ def guidance_of(options: argparse.Namespace, pipeline: HMDiffPipeline) -> Guidan
     return dataclasses.replace(PRESETS[options.preset], mode=options.guidance, **asked)
 
 
+def sampling_of(options: argparse.Namespace, pipeline: HMDiffPipeline) -> SamplingConfig:
+    """The settings of `add_sampling` and, where the command has them, of `add_guidance`, as a call takes them."""
+    from hmdiff.diffusion.sampling_config import SamplingConfig
+
+    return SamplingConfig(
+        options.num_hypotheses,
+        options.steps,
+        options.seed,
+        options.sampler,
+        getattr(options, "eta", None),
+        guidance_of(options, pipeline) if hasattr(options, "guidance") else None,
+        getattr(options, "surface", "body"),
+        not getattr(options, "as_is", False),
+    )
+
+
 def resolve_device(name: str) -> torch.device:
     """`auto`, or what torch calls it. Raises `UserError` for a device that is unknown or not here."""
     import torch
@@ -226,7 +243,7 @@ def check_sampling(pipeline: HMDiffPipeline, options: argparse.Namespace) -> Non
 
     if options.sampler is not None:
         change_scheduler(pipeline.scheduler, options.sampler)  # type: ignore[arg-type]
-    total = pipeline.scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
+    total = pipeline.scheduler.config.num_train_timesteps
     if options.steps is not None and options.steps > total:
         raise UserError(f"--steps {options.steps}: the model was trained with {total} steps; give 1 to {total}")
 

@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
     heatmaps = None if model.config.inputs == "image" else as_heatmaps(sample)
 
     def sampling() -> None:
-        pipeline(sample.image, heatmaps, options.num_hypotheses, options.steps, scheduler=options.sampler)
+        pipeline(sample.image, heatmaps, arguments.sampling_of(options, pipeline))
 
     _timed(sampling, device, 1)
     seconds = _timed(sampling, device, options.repeats) / people

@@ -6,8 +6,6 @@ With --protocol: checkpoints or other people's predictions over a data set by a 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +13,7 @@ from hmdiff.cli import arguments
 from hmdiff.cli.show import progress
 from hmdiff.cli.splits import MAP_SIZE, PEOPLE, test_people
 from hmdiff.errors import UserError
-from hmdiff.names import METRICS, SPLITS
+from hmdiff.names import SPLITS
 
 if TYPE_CHECKING:
     from hmdiff.body.body import Body
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from hmdiff.diffusion.temperature import Temperature
 
 MEAN_MESH = "mean mesh"
-TABLE_WIDTH, BANDS_WIDTH = 120, 172  # where the output is no terminal
 
 
 def add_parser(subparsers: Any) -> None:
@@ -123,7 +120,8 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from hmdiff.cli.protocol_run import run_protocols
-    from hmdiff.evaluate.evaluation import evaluate
+    from hmdiff.evaluate.evaluation import asked, evaluate
+    from hmdiff.evaluate.split_tables import band_tables, split_tables
     from hmdiff.evaluate.store import guided_by, model_hash, save_report, stored, suffix
     from hmdiff.files.storage import make_folder
 
@@ -161,16 +159,12 @@ def run(options: argparse.Namespace) -> int:
     reports: list[dict[str, Any]] = []
     for split in dict.fromkeys(options.split):
         for label, pipeline in pipelines.items():
-            guidance = arguments.guidance_of(options, pipeline)
-            guided = guided_by(guidance)
+            sampling = arguments.sampling_of(options, pipeline)
+            guided = guided_by(sampling.guidance)
             settings = {
                 "checkpoint": label if guided is None else f"{label} with {options.guidance}",
-                "model": hashes[label], "split": split, "people": options.people,
-                "num_hypotheses": options.num_hypotheses,
-                "num_inference_steps": options.steps or pipeline.num_inference_steps,
-                "sampler": options.sampler or "as saved", "seed": options.seed,
-                "guided_by": guided, "surface": options.surface, "upright": not options.as_is,
-                "temperature": _calibration_key(pipeline.calibration(options.steps, options.sampler, None, guidance)),
+                "model": hashes[label], "split": split, "people": options.people, **asked(pipeline, sampling),
+                "guided_by": guided, "temperature": _calibration_key(pipeline.calibration(sampling)),
             }  # fmt: skip
             raw = ("" if options.surface == "body" else "_vertices") + ("_as_is" if options.as_is else "")
             path = folder / f"{label}_{split}{suffix(guided)}{raw}.json"
@@ -180,11 +174,8 @@ def run(options: argparse.Namespace) -> int:
                 pictures = None if model.inputs == "heatmaps" else model.image_size
                 people = people_of(pipeline.body, pictures, MAP_SIZE if options.bands or model.depth_map else 0)
                 with progress(f"{label} {split}", options.people) as update:
-                    found = evaluate(
-                        pipeline, people, split, options.people, options.num_hypotheses, options.steps,
-                        options.seed, options.sampler, update, guidance=guidance, bands=options.bands,
-                        surface=options.surface, upright=not options.as_is,
-                    ) | settings  # fmt: skip
+                    found = evaluate(pipeline, people, split, options.people, sampling, update, bands=options.bands)
+                    found |= settings
                 save_report(found, path)
             reports.append(found)
         settings = {"checkpoint": MEAN_MESH, "split": split, "people": options.people}
@@ -192,9 +183,13 @@ def run(options: argparse.Namespace) -> int:
         path = folder / f"mean_mesh_{split}.json"
         reports.append(stored(path, settings | {"body": body.name}) or _mean_mesh(people_of(body), settings, path))
     save_report({"reports": reports}, folder / "all.json")
-    print_tables(reports)
+    for table, notes in split_tables(reports):
+        table.print()
+        for line in notes:
+            print(line)
     if options.bands:
-        print_bands(reports)
+        for table in band_tables(reports):
+            table.print()
     print(f"written: {folder}/all.json, and a JSON for each checkpoint and split")
     return 0
 
@@ -213,107 +208,8 @@ def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> d
     return report
 
 
-def rows(reports: list[dict[str, Any]], split: str) -> Iterator[tuple[str, str, list[str]]]:
-    """(checkpoint, which hypothesis, a cell for every metric) of one split."""
-    from hmdiff.evaluate.evaluation import AGGREGATED, KINDS, WEIGHTED
-
-    for report in reports:
-        if report["split"] != split:
-            continue
-        errors = report["errors"]
-        # The mean mesh, and a baseline without diffusion, whose hypotheses are all the same: one row says it all.
-        alone = all(len({json.dumps(value) for value in kinds.values()}) == 1 for kinds in errors.values())
-        several = [*KINDS, *(kind for kind in (WEIGHTED, AGGREGATED) if kind in errors["pve"])]
-        for kind in [next(iter(errors["pve"]))] if alone else several:
-            name = "-" if alone else kind if kind == "first" else f"{kind} of {report['num_hypotheses']}"
-            values = [errors[metric][kind] for metric in METRICS]
-            yield report["checkpoint"], name, [f"{v['value']:.1f} ({v['low']:.1f}-{v['high']:.1f})" for v in values]
-
-
-def print_tables(reports: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
-    for split in dict.fromkeys(report["split"] for report in reports):
-        people = next(report["people"] for report in reports if report["split"] == split)
-        table = Table(title=f"{split}: {people} people, mm (95 % interval)", title_justify="left")
-        table.add_column("checkpoint", overflow="fold")
-        table.add_column("hypothesis", no_wrap=True)
-        for name in METRICS.values():
-            table.add_column(name, justify="right", no_wrap=True)
-        before = None
-        for checkpoint, kind, cells in rows(reports, split):
-            if before not in (None, checkpoint):
-                table.add_section()
-            table.add_row("" if checkpoint == before else checkpoint, kind, *cells)
-            before = checkpoint
-        console.print(table)
-        for report in reports:
-            if report["split"] == split and "coverage" in report:
-                console.print(calibration_line(report), soft_wrap=True)
-            if report["split"] == split and "bodies" in report:
-                console.print(bodies_line(report), soft_wrap=True)
-
-
 def _calibration_key(fitted: Temperature | None) -> dict[str, Any] | None:
     """What of it the figures depend on."""
     if fitted is None:
         return None
     return {key: value for key, value in fitted.as_json().items() if key in ("temperature", "evidence")}
-
-
-def calibration_line(report: dict[str, Any]) -> str:
-    """How well the spread is calibrated, and with the temperature that was fitted for this way of sampling."""
-    level = report["coverage"]["level"]
-
-    def told(found: dict[str, Any]) -> str:
-        ece, within = found["expected_calibration_error"], found["expected_calibration_error_interval"]
-        return (
-            f"{ece:.3f} ({within['low']:.3f}-{within['high']:.3f}), {found['coverage']['value']:.0%} of the joints "
-            f"within {level:.0%} of the hypotheses"
-        )
-
-    line = f"{report['checkpoint']}: expected calibration error {told(report)}"
-    if "tempered" in report:
-        line += f"; with a temperature of {report['tempered']['temperature']:.2f} (median): {told(report['tempered'])}"
-    return line
-
-
-def bodies_line(report: dict[str, Any]) -> str:
-    """Whether the hypotheses are bodies: torn edges, bent joints, and how far skin and predicted vertices are apart."""
-    found = report["bodies"]
-    line = f"{report['checkpoint']}: {found['torn_edges']['value']:.2%} of the edges off by more than a factor of 2"
-    if "torn_edges_of_true_bodies" in found:
-        line += f" (true bodies {found['torn_edges_of_true_bodies']['value']:.2%})"
-    if "surface_distance_mm" in found:
-        line += f"; skin and predicted vertices {found['surface_distance_mm']['value']:.1f} mm apart"
-    if "beyond_limits_degrees" in found:
-        line += f"; joints at most {found['beyond_limits_degrees']['largest']:.1f} degrees beyond their limits"
-    return line
-
-
-def print_bands(reports: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from hmdiff.evaluate.visibility_bands import COLUMNS, band_rows
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=BANDS_WIDTH)
-    for report in reports:
-        if "bands" not in report:
-            continue
-        title = f"{report['checkpoint']}, {report['split']}, by visible fraction: mm (95 % interval)"
-        table = Table(title=title, title_justify="left")
-        for number, name in enumerate(COLUMNS):
-            table.add_column(name, justify="right" if number else "left", no_wrap=True)
-        for row in band_rows(report["bands"]):
-            if row[0]:
-                table.add_section()
-            table.add_row(*row)
-        console.print(table)

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         patches = config.num_coarse // config.patch_size
         print(f"tokens       {patches} patches of {config.patch_size} coarse vertices, {config.num_joints} joints")
-    diffusion = scheduler.config  # type: ignore[attr-defined]
+    diffusion = scheduler.config
     print(
         f"diffusion    {type(scheduler).__name__}, {diffusion.num_train_timesteps} steps trained, "
         f"{pipeline.num_inference_steps} sampled, eta {pipeline.eta:g}, predicts {diffusion.prediction_type}"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
-from hmdiff.cli.show import TABLE_WIDTH, progress
+from hmdiff.cli.show import progress
 from hmdiff.cli.splits import PEOPLE, test_people
 from hmdiff.errors import UserError
 from hmdiff.names import SPLITS
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 DATA_VARIABLE = "HMDIFF_DATA_DIR"
 SYNTHETIC = "synthetic split"
-SEEN = {"labels": "heatmaps of the data set's own 2D keypoints, which no estimator gives: say so with the number"}
 
 
 class Scored:
@@ -38,6 +36,7 @@ class Scored:
 
 def run_protocols(options: argparse.Namespace) -> int:
     from hmdiff.evaluate.ground_truth import body_kind, check_body, protocol_regressors
+    from hmdiff.evaluate.protocol_table import print_protocol
     from hmdiff.evaluate.protocols import get_protocol
     from hmdiff.evaluate.report import Processes, report_of, save_scores, score_people
     from hmdiff.evaluate.store import stored, suffix
@@ -75,7 +74,8 @@ def run_protocols(options: argparse.Namespace) -> int:
             reports.append((protocol, path, report))
     if processes.first:
         for protocol in {protocol.title: protocol for protocol, _, _ in reports}.values():
-            print_protocol(protocol, data.words, [report for p, _, report in reports if p.title == protocol.title])
+            mine = [report for p, _, report in reports if p.title == protocol.title]
+            print_protocol(protocol, data.words, data.split is not None, mine)
         print("written: " + ", ".join(str(path) for _, path, _ in reports) + ", and everybody's values beside, as npz")
     return 0
 
@@ -138,23 +138,20 @@ class Data:
             files = PredictionFiles(options.predictions, scored.body.num_vertices)
             predicted = PredictedPeople(files, truths, count)
             return predicted, lambda: predicted.names, settings | {"predictions": files.fingerprint()}
+        from hmdiff.evaluate.evaluation import asked
         from hmdiff.evaluate.ground_truth import raw_placement
         from hmdiff.evaluate.store import guided_by
 
         pipeline = scored.pipeline
         assert pipeline is not None
         source, split = self._source(options, pipeline), self.split or self.label
-        settings |= {
-            "num_hypotheses": options.num_hypotheses,
-            "num_inference_steps": options.steps or pipeline.num_inference_steps,
-            "sampler": options.sampler or "as saved", "seed": options.seed,
-        }  # fmt: skip
-        guidance = arguments.guidance_of(options, pipeline)
-        if guided := guided_by(guidance):
+        sampling = arguments.sampling_of(options, pipeline)
+        found = asked(pipeline, sampling)
+        settings |= {name: found[name] for name in ("num_hypotheses", "num_inference_steps", "sampler", "seed")}
+        if guided := guided_by(sampling.guidance):
             settings |= {"guided_by": guided}
-        asked = (options.num_hypotheses, options.steps, options.seed, options.sampler)
         placement = None if protocol.centre else raw_placement(protocol, scored.body)
-        people = PipelinePeople(pipeline, source, split, truths, count, *asked, placement, guidance)
+        people = PipelinePeople(pipeline, source, split, truths, count, sampling, placement)
         return people, lambda: truths.names()[:count], settings
 
     def _truths(
@@ -222,68 +219,3 @@ def bar(title: str, people: People, processes: Processes) -> Any:
     blocks = range(0, (people.people + people.block_size - 1) // people.block_size, processes.count)
     share = sum(min(people.block_size, people.people - block * people.block_size) for block in blocks)
     return progress(title, share)
-
-
-def cell(protocol: Protocol, metric: str, value: float | dict[str, float] | None) -> str:
-    if value is None:
-        return "-"
-    digits = 3 if metric == "ece" or protocol.metrics[metric].unit == "share" else 1
-    if isinstance(value, dict):
-        return f"{value['value']:.{digits}f} ({value['low']:.{digits}f}-{value['high']:.{digits}f})"
-    return f"{value:.{digits}f}"
-
-
-def print_protocol(protocol: Protocol, data: str, reports: list[dict[str, Any]]) -> None:
-    """The protocol in words, a table of everybody who was scored by it, and what papers published by it."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from hmdiff.evaluate.published import published_rows
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
-    print(f"\nprotocol {protocol.title}: {protocol.citation}")
-    for word in ("ground_truth", "joints", "root", "alignment"):
-        print(textwrap.fill(f"{word.replace('_', ' ')}: {getattr(protocol, word)}", console.width, initial_indent="  ",
-                            subsequent_indent="    "))  # fmt: skip
-    if data.startswith(SYNTHETIC):
-        print("  here the ground truth is the synthetic people's own mesh, on the model's body")
-    elif reports[0].get("heatmaps", "none") != "none":
-        print(f"  the model sees: {SEEN.get(reports[0]['heatmaps'], reports[0]['heatmaps'])}")
-    if guided := reports[0].get("guided_by"):
-        print(f"  steered by those heatmaps: {guided['mode']}, strength {guided['strength']:g}")
-    shown = [m for m in protocol.metrics if f"{protocol.title}/{m}" in reports[0]["errors"]]
-    ece = f"{protocol.title}/ece"
-    counted = f"{reports[0]['people']} people"
-    if reports[0].get("of", reports[0]["people"]) != reports[0]["people"]:
-        counted += f" of {reports[0]['of']}: no published number compares"
-    table = Table(title=f"{protocol.title} on {data}, {counted}, mm (95 % interval)", title_justify="left")
-    table.add_column("scored", overflow="fold")
-    table.add_column("hypothesis,\nor data", no_wrap=True)
-    for metric in shown:
-        table.add_column(f"{protocol.name}\n{protocol.metrics[metric].header}", justify="right", no_wrap=True)
-    with_ece = any(ece in report for report in reports)
-    if with_ece:
-        table.add_column(f"{protocol.name}\nECE", justify="right", no_wrap=True)
-    for report in reports:
-        before = None
-        for row in next(iter(report["errors"].values())):
-            values = [cell(protocol, metric, report["errors"][f"{protocol.title}/{metric}"][row]) for metric in shown]
-            if with_ece:
-                values.append(cell(protocol, "ece", report.get(ece)) if before is None else "")
-            table.add_row(report["scored"] if before is None else "", row, *values)
-            before = row
-        table.add_section()
-    rows = published_rows(protocol.name)
-    for published in rows:
-        values = [cell(protocol, m, published.values.get(m)) for m in [*shown, *(["ece"] if with_ece else [])]]
-        table.add_row(f"{published.method} (published)", published.data, *values)
-    console.print(table)
-    if not rows:
-        print(f"no published row is kept for {protocol.name}")
-    elif data.startswith(SYNTHETIC):
-        print("the published rows are of other data and of SMPL's mesh: nothing here compares with them")
-    for published in rows:
-        if published.note:
-            print(f"  {published.method}, {published.data}: {published.source}; {published.note}")

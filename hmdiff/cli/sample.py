@@ -323,14 +323,9 @@ def sample_batch(
     output: MeshOutput = pipeline(
         images,
         concatenate_heatmaps([people[number].heatmaps[person] for number, person in batch]),
-        options.num_hypotheses,
-        options.steps,
-        options.seed,
-        options.sampler,
-        options.eta,
+        arguments.sampling_of(options, pipeline),
         people=[person for _, person in batch],
         progress=progress,
-        guidance=arguments.guidance_of(options, pipeline),
         depth=depth_crops(people, batch) if pipeline.model.config.depth_map else None,
     )
     return output

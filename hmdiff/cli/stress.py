@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from hmdiff.diffusion.sampling_config import SamplingConfig
     from hmdiff.heatmaps import Crop
-    from hmdiff.lab.stress import Settings, Stress, Subject
+    from hmdiff.lab.stress import Stress, Subject
     from hmdiff.output import MeshOutput
     from hmdiff.pipeline import HMDiffPipeline
 
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hmdiff.files.storage import make_folder
-    from hmdiff.lab.stress import Settings, patch_grid, stress
+    from hmdiff.lab.stress import patch_grid, stress
 
     _check(options)
     centres = patch_grid(options.places, options.patch)
@@ -104,17 +105,14 @@ def run(options: argparse.Namespace) -> int:
     if pipeline.body.keypoint_regressor is None:
         raise UserError(f"body {pipeline.body.name!r} has no keypoints, which heatmaps and crops are about")
     people = _synthetic(pipeline, options) if options.photo is None else _of_photo(pipeline, options)
-    settings = Settings(
-        options.num_hypotheses, options.steps, options.seed, options.sampler, options.eta,
-        arguments.guidance_of(options, pipeline),
-    )  # fmt: skip
+    sampling = arguments.sampling_of(options, pipeline)
     with tqdm(total=len(people) * len(centres), unit="place", desc="stress", disable=None, leave=False) as bar:
         for number, person in enumerate(people):
             bar.set_description(person.name)
-            found = stress(pipeline, person.subject, centres, options.patch, settings, bar.update)
+            found = stress(pipeline, person.subject, centres, options.patch, sampling, bar.update)
             tqdm.write(write(found, person, Path(options.output) / f"{person.name}_stress"))
             if number == 0 and options.picture is not None:
-                tqdm.write(write_picture(pipeline, found, person, settings, options.picture))
+                tqdm.write(write_picture(pipeline, found, person, sampling, options.picture))
     return 0
 
 
@@ -232,7 +230,7 @@ def _joints(found: Stress, place: int) -> str:
 
 
 def write_picture(
-    pipeline: HMDiffPipeline, found: Stress, person: Shown, settings: Settings, path: Path
+    pipeline: HMDiffPipeline, found: Stress, person: Shown, sampling: SamplingConfig, path: Path
 ) -> str:
     """The hypotheses without the patch, and with it at the place where they spread most."""
     from hmdiff.lab.stress import recover_covered
@@ -241,7 +239,7 @@ def write_picture(
 
     place = int(found.spread.argmax())
     centre = found.centres[place : place + 1]
-    covered, _ = recover_covered(pipeline, person.subject, centre, found.half, settings)
+    covered, _ = recover_covered(pipeline, person.subject, centre, found.half, sampling)
 
     crop = person.crop.to(found.clear.focal).with_camera(None, found.clear.focal, found.clear.principal_point)
     turn, focal, principal = crop_camera(crop, SHOWN)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.cli import arguments, show
+from hmdiff.cli import arguments
 from hmdiff.diffusion.guidance import CHOICES
 from hmdiff.errors import UserError
+from hmdiff.evaluate.table import duration_text
 from hmdiff.names import SPLITS
 
 if TYPE_CHECKING:
@@ -97,8 +98,7 @@ def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) 
         return made[body.name, size]
 
     return Study(
-        pipelines, hashes, people_of, folder, options.split, options.people, options.seed, options.batch_size,
-        estimate, heatmaps,
+        pipelines, hashes, people_of, folder, options.split, options.people, options.batch_size, estimate, heatmaps
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ class Teller:
         errors = progress.result["errors"]["pve"]
         found = ", ".join(f"{kind} {errors[kind]['value']:.1f}" for kind in ("mean", "oracle"))
         milliseconds = progress.result["time"]["milliseconds_per_image"]
-        left = "" if progress.done == progress.total else f"; about {show.duration(progress.seconds_left)} left"
+        left = "" if progress.done == progress.total else f"; about {duration_text(progress.seconds_left)} left"
         print(
             f"[{progress.done}/{progress.total}] {name_of(progress.setting)}: PVE {found} mm, "
             f"{milliseconds:.0f} ms an image{left}", flush=True,
@@ -166,10 +166,10 @@ def compute(study: Study, settings: Sequence[Setting]) -> list[dict[str, Any]]:
 
 
 def name_of(setting: Setting) -> str:
-    guidance = setting.guidance
+    asked, guidance = setting.sampling, setting.sampling.guidance
     guided = "" if guidance is None else f", {guided_as(dataclasses.asdict(guidance))}"
-    steps = f"{setting.steps} step{'' if setting.steps == 1 else 's'}"
-    return f"{setting.model}, {setting.sampler}, {steps}, N {setting.num_hypotheses}{guided}"
+    steps = f"{asked.num_inference_steps} step{'' if asked.num_inference_steps == 1 else 's'}"
+    return f"{setting.model}, {asked.scheduler}, {steps}, N {asked.num_hypotheses}{guided}"
 
 
 def guided_as(guidance: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.cli import arguments, show, studies
+from hmdiff.cli import arguments, studies
 from hmdiff.diffusion.guidance import MODES
 from hmdiff.errors import UserError
 from hmdiff.names import METRICS, SAMPLERS
@@ -74,7 +74,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from hmdiff.lab.comparison import save_csv, table_row
+    from hmdiff.evaluate.table import save_csv
+    from hmdiff.lab.comparison import table_row
     from hmdiff.lab.sweep import resolved
     from hmdiff.lab.sweep_plots import plot_sweep
 
@@ -96,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
 
 def grid(label: str, options: argparse.Namespace) -> list[Setting]:
     """Every combination; what has no guidance has no strength and no threshold either."""
+    from hmdiff.diffusion.sampling_config import SamplingConfig
     from hmdiff.lab.sweep import Setting
 
     guidances: list[Any] = []
@@ -107,7 +109,7 @@ def grid(label: str, options: argparse.Namespace) -> list[Setting]:
         for values in itertools.product(*asked):
             guidances.append(studies.make_guidance(options, mode, *values))
     return [
-        Setting(label, count, steps, sampler, eta, guidance)
+        Setting(label, SamplingConfig(count, steps, options.seed, sampler, eta, guidance))
         for guidance, sampler, eta, count, steps in itertools.product(
             guidances, options.sampler or [None], options.eta or [None], options.num_hypotheses, options.steps
         )
@@ -126,6 +128,7 @@ def reference_of(study: Study, cells: Sequence[dict[str, Any]]) -> dict[str, Any
 
 
 def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metric: str) -> None:
+    from hmdiff.evaluate.table import Table, difference_text, interval_text
     from hmdiff.lab.comparison import difference, pareto_front
 
     points = [(cell["time"]["milliseconds_per_image"], cell["errors"][metric]["mean"]["value"]) for cell in cells]
@@ -140,9 +143,7 @@ def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metr
             settings["model"], settings["sampler"] + (f" eta {settings['eta']:g}" if settings["eta"] else ""),
             str(settings["steps"]), str(settings["num_hypotheses"]),
             "-" if guidance is None else studies.guided_as(guidance),
-            f"{mean['value']:.1f} ({mean['low']:.1f}-{mean['high']:.1f})",
-            "reference" if cell is reference
-            else f"{apart['value']:+.1f} ({apart['low']:+.1f} to {apart['high']:+.1f})",
+            interval_text(mean), "reference" if cell is reference else difference_text(apart),
             f"{errors['oracle']['value']:.1f}", f"{errors['selected']['value']:.1f}" if "selected" in errors else "-",
             "-" if ece is None else f"{ece:.2f}", f"{points[number][0]:.0f}", "*" if number in front else "",
         ])  # fmt: skip
@@ -152,10 +153,10 @@ def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metr
         "ECE", "ms/image", "front",
     )  # fmt: skip
     kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
-    show.print_table(
+    Table(
         f"{first['split']}: {first['people']} people, mm (95 % interval)",
         [columns[i] for i in kept],
         [[row[i] for i in kept] for row in rows],
         "s: strength, R: threshold, last: share of the steps that is guided; front: on the Pareto front of the mean's "
         "error against milliseconds",
-    )
+    ).print()

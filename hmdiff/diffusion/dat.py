@@ -40,7 +40,7 @@ from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.noising import clean_estimate
 from hmdiff.diffusion.sampling import Callback, Denoise, sample
 from hmdiff.errors import UserError
-from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.files.diffusers_parts import Scheduler
 
 _LEAST_SIGNAL = 0.1  # sqrt(abar) below which the score's factor grows no further
 _NO_SIGNAL = 1e-6  # abar of a terminal step: nothing is steered through the denoiser there
@@ -53,7 +53,7 @@ class AlignedDenoiser:
     def __init__(
         self,
         denoise: Denoise,
-        scheduler: SchedulerMixin,  # with `alphas_cumprod`
+        scheduler: Scheduler,  # with `alphas_cumprod`
         keypoints: Callable[[Tensor], Tensor],  # points of the diffusion (M, P, 3) -> keypoints (M, J, 3) metres
         target: Target,
         guidance: Guidance,
@@ -61,8 +61,8 @@ class AlignedDenoiser:
     ) -> None:
         self.people = people
         self.denoise, self.keypoints, self.target, self.guidance = denoise, keypoints, target, guidance
-        self.shares: Tensor = scheduler.alphas_cumprod  # type: ignore[attr-defined]
-        self.kind: str = scheduler.config.prediction_type  # type: ignore[attr-defined]
+        self.shares: Tensor = scheduler.alphas_cumprod
+        self.kind: str = scheduler.config.prediction_type
         self.first_gap: Tensor | None = None  # (M,) D_K
         self.first_estimate: Tensor | None = None  # (M, P, 3) x̂_0 before any guidance
         self.on = target.known.clone()  # (M,) bool
@@ -182,7 +182,7 @@ class GuidanceReport:
 
 def aligned_sample(
     denoise: Denoise,
-    scheduler: SchedulerMixin,
+    scheduler: Scheduler,
     start: tuple[Tensor, Sequence[torch.Generator]],  # x_K (M, P, 3), the rows' generators
     num_inference_steps: int,
     eta: float,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.files.diffusers_parts import Scheduler
 
 WEIGHTINGS = ("uniform", "min_snr", "truncated_snr")
 
@@ -32,10 +32,10 @@ def draw_steps(
 
 
 def signal_share(
-    scheduler: SchedulerMixin,
+    scheduler: Scheduler,
     steps: Tensor,  # (...) long
 ) -> Tensor:  # (...) abar_k
-    return scheduler.alphas_cumprod.to(steps.device)[steps]  # type: ignore[attr-defined]
+    return scheduler.alphas_cumprod.to(steps.device)[steps]
 
 
 def training_target(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.errors import UserError
-from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.files.diffusers_parts import Scheduler
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x_k (M, P, 3), step as a fraction of K (M,) -> prediction (M, P, 3)
 Callback = Callable[[int, Tensor, Tensor], None]  # number of the step, x_k, prediction
@@ -54,7 +54,7 @@ def initial_noise(
 
 def sample(
     denoise: Denoise,
-    scheduler: SchedulerMixin,
+    scheduler: Scheduler,
     noise: Tensor,  # (M, P, 3) x_K
     num_inference_steps: int,
     generators: Sequence[torch.Generator] | None = None,  # of the M rows, for stochastic samplers
@@ -67,24 +67,24 @@ def sample(
     The scheduler is left as it was: its timesteps and history are those of a copy, so that threads can share it.
     """
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)  # type: ignore[attr-defined]
-    total = scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
-    points = noise * scheduler.init_noise_sigma  # type: ignore[attr-defined]
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    total = scheduler.config.num_train_timesteps
+    points = noise * scheduler.init_noise_sigma
     options = _step_options(scheduler, generators, eta)
-    for number, timestep in enumerate(scheduler.timesteps):  # type: ignore[attr-defined]
-        scaled = scheduler.scale_model_input(points, timestep)  # type: ignore[attr-defined]
+    for number, timestep in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(points, timestep)
         fraction = ((timestep + 1) / total).expand(len(points)).to(points.dtype)
         prediction = denoise(scaled, fraction)
-        if scheduler.config.prediction_type == "epsilon" and hasattr(scheduler, "alphas_cumprod"):  # type: ignore[attr-defined]
+        if scheduler.config.prediction_type == "epsilon" and hasattr(scheduler, "alphas_cumprod"):
             prediction = _bounded_noise(prediction, scaled, timestep, scheduler, clip)
         if callback is not None:
             callback(number, points, prediction)
-        points = scheduler.step(prediction, timestep, points, **options).prev_sample  # type: ignore[attr-defined]
+        points = scheduler.step(prediction, timestep, points, **options).prev_sample
     return points
 
 
-def _step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generator] | None, eta: float) -> dict:
-    accepted = inspect.signature(scheduler.step).parameters  # type: ignore[attr-defined]
+def _step_options(scheduler: Scheduler, generators: Sequence[torch.Generator] | None, eta: float) -> dict:
+    accepted = inspect.signature(scheduler.step).parameters
     options: dict = {}
     if "generator" in accepted and generators is not None:
         options["generator"] = list(generators)
@@ -94,9 +94,9 @@ def _step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generato
 
 
 def _bounded_noise(
-    prediction: Tensor, points: Tensor, timestep: Tensor, scheduler: SchedulerMixin, clip: float
+    prediction: Tensor, points: Tensor, timestep: Tensor, scheduler: Scheduler, clip: float
 ) -> Tensor:
     """The noise whose clean estimate lies within the bound: at a small abar a small error in eps is a huge mesh."""
-    share = scheduler.alphas_cumprod.to(points.device)[timestep.long()]  # type: ignore[attr-defined]
+    share = scheduler.alphas_cumprod.to(points.device)[timestep.long()]
     clean = (points - (1 - share).sqrt() * prediction) / share.sqrt()
     return (points - share.sqrt() * clean.clamp(-clip, clip)) / (1 - share).sqrt().clamp_min(1e-6)

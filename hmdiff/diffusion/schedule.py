@@ -22,7 +22,7 @@ import numpy as np
 
 from hmdiff.diffusion.ddim import ListedDDIMScheduler
 from hmdiff.errors import UserError
-from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.files.diffusers_parts import Scheduler
 from hmdiff.files.reading import read_json
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -87,7 +87,7 @@ def make_scheduler(
     schedule: str = "cosine",
     noise_shift: float = 1.0,
     prediction_type: str = "sample",
-) -> SchedulerMixin:
+) -> Scheduler:
     """A diffusers scheduler with our schedule. Raises `UserError` for an unknown name.
 
     Steps are spaced 'trailing', so that sampling starts at the last training step whatever the number of steps. The
@@ -117,7 +117,7 @@ def make_scheduler(
 def load_scheduler(
     path: Path,  # of the scheduler_config.json that `save_pretrained` wrote
     name: str,  # one of SCHEDULER_NAMES
-) -> SchedulerMixin:
+) -> Scheduler:
     """A saved scheduler: its schedule is the file's, all else is ours. Raises `UserError` for what is not one."""
     mend = "save the pipeline again"
     config = read_json(path, 1 << 26, mend)
@@ -130,31 +130,31 @@ def load_scheduler(
         found = f"sampler {name!r:.60} and prediction_type {config.get('prediction_type')!r:.60}"
         raise UserError(f"{path}: {found}; one of {', '.join(SCHEDULER_NAMES)} and of {', '.join(PREDICTION_TYPES)}")
     kind, options = _scheduler(name)
-    scheduler: SchedulerMixin = kind(
+    scheduler: Scheduler = kind(
         num_train_timesteps=len(betas or ()), trained_betas=betas, prediction_type=config["prediction_type"],
         timestep_spacing="trailing", **options,
     )  # fmt: skip
     return scheduler
 
 
-def sampler_name(scheduler: SchedulerMixin) -> str:
+def sampler_name(scheduler: Scheduler) -> str:
     """The name under which `make_scheduler` makes such a scheduler. Raises `UserError` for any other."""
     for name, (kind, options) in _SCHEDULERS.items():
-        config = scheduler.config  # type: ignore[attr-defined]
+        config = scheduler.config
         if type(scheduler).__name__ == kind and all(config[key] == options[key] for key in options):
             return name
     raise UserError(f"{type(scheduler).__name__}: not one of our schedulers; make it by hmdiff's make_scheduler")
 
 
 def change_scheduler(
-    scheduler: SchedulerMixin,
+    scheduler: Scheduler,
     name: str,  # one of SCHEDULER_NAMES
-) -> SchedulerMixin:
+) -> Scheduler:
     """Another sampler over the same training schedule."""
     if name not in _SCHEDULERS:
         raise UserError(f"scheduler {name!r} is not known; choose one of {', '.join(SCHEDULER_NAMES)}")
     kind, options = _scheduler(name)
-    config = scheduler.config  # type: ignore[attr-defined]
+    config = scheduler.config
     betas = np.asarray(config.trained_betas, dtype=np.float64)
     if name not in ("ddim", "ddpm"):
         shares = np.maximum(np.cumprod(1 - betas), 2.0**-24)

@@ -20,7 +20,7 @@ from hmdiff.diffusion.image_evidence import EvidenceFactor
 from hmdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from hmdiff.diffusion.guidance import Guidance
+    from hmdiff.diffusion.sampling_config import SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,12 @@ class Sampling:
     guidance: str = ""  # JSON of the guidance; empty without one
 
     @classmethod
-    def of(cls, steps: int, sampler: str, eta: float, guidance: Guidance | None) -> Sampling:
-        active = guidance is not None and guidance.active
-        said = json.dumps(dataclasses.asdict(guidance), sort_keys=True) if active else ""  # type: ignore[arg-type]
-        return cls(steps, sampler, float(eta) if sampler == "ddim" else 0.0, said)
+    def of(cls, config: SamplingConfig) -> Sampling:
+        """Of settings without None, see `HMDiffPipeline.resolved`."""
+        steps, sampler, eta, guidance = config.num_inference_steps, config.scheduler, config.eta, config.steered
+        assert steps is not None and sampler is not None and eta is not None
+        steered = "" if guidance is None else json.dumps(dataclasses.asdict(guidance), sort_keys=True)
+        return cls(steps, sampler, float(eta) if sampler == "ddim" else 0.0, steered)
 
     def __str__(self) -> str:
         eta = f", eta {self.eta:g}" if self.eta else ""

@@ -22,7 +22,8 @@ from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.diffusion.confidence import LEAST_PEOPLE, fit_confidence
 from hmdiff.diffusion.hypotheses import apply_temperature
 from hmdiff.diffusion.image_evidence import fit_evidence_factor
-from hmdiff.diffusion.temperature import Temperature
+from hmdiff.diffusion.sampling_config import SamplingConfig
+from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import measure, split_batches
 from hmdiff.evaluate.metrics import coverage, expected_calibration_error
@@ -109,10 +110,9 @@ def draw(
     watch: Callable[[Sample, MeshOutput], None] | None = None,
 ) -> tuple[Tensor, Tensor]:  # (P, N, 14, 3) and (P, 14, 3) metres, relative to the middle of the hips
     """The hypotheses' and the true joints of a split's people, as `evaluate.evaluation` numbers and roots them."""
-    found = measure(
-        pipeline, split_batches(data, split, people), (num_hypotheses,), num_inference_steps, seed, scheduler, eta,
-        guidance, progress, observe=watch,
-    )[num_hypotheses]  # fmt: skip
+    asked = SamplingConfig(num_hypotheses, num_inference_steps, seed, scheduler, eta, guidance)
+    batches = split_batches(data, split, people)
+    found = measure(pipeline, batches, asked, progress=progress, observe=watch)[num_hypotheses]
     return found.joints, found.true_joints
 
 
@@ -152,7 +152,8 @@ def calibrate(
         tempered = apply_temperature(samples, scale)
         about[f"expected_calibration_error_{name}"] = expected_calibration_error(tempered, target)
         about[f"coverage_{name}"] = coverage(tempered, target, COVERAGE_LEVEL).mean().item()
-    sampling = pipeline.sampling(num_inference_steps, scheduler, eta, guidance)
+    asked = SamplingConfig(num_hypotheses, num_inference_steps, seed, scheduler, eta, guidance)
+    sampling = Sampling.of(pipeline.resolved(asked))
     fitted = Temperature(sampling, temperature, about, evidence=factor)
     if people >= LEAST_PEOPLE:
         fitted = dataclasses.replace(fitted, confidence=fit_confidence(*observed.tempered(fitted)[:4]))

@@ -14,21 +14,21 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26, J14, joint_indices
 from hmdiff.data.sample import PeopleSource, Sample, concatenate
-from hmdiff.diffusion.hypotheses import select, weighted_mean
+from hmdiff.diffusion.hypotheses import Reprojection, select, weighted_mean
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
+from hmdiff.evaluate.hypothesis_rows import COUNTS, rows_of
 from hmdiff.evaluate.measured import Measured, summary
 from hmdiff.evaluate.metrics import (
     bootstrap_interval,
-    hypothesis_errors,
     mesh_errors,
-    multi_hypothesis,
     oracle_curve,
     root_of,
 )
@@ -38,15 +38,10 @@ from hmdiff.heatmaps import Crop, Heatmaps
 from hmdiff.names import METRICS
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
-if TYPE_CHECKING:
-    from hmdiff.diffusion.guidance import Guidance
-
 ROOT = ("left_hip", "right_hip")
 KINDS = ("first", "mean", "oracle")  # of every report
-SELECTED = "selected"  # of new ones: the hypothesis chosen without the ground truth
 WEIGHTED = "weighted"  # the mean, those that agree with the heatmaps counting more (`hypotheses.weighted_mean`)
 AGGREGATED = "aggregated"  # of pipelines that have the MLP from N hypotheses to one mesh, for all that were drawn
-COUNTS = (1, 5, 10, 25, 100)  # numbers of hypotheses that the literature reports
 PHOTO = 64.0  # side of the photo that synthetic crops are said to be from, in crop half-sides; any size would do
 MESHES_AT_ONCE = 800  # people times hypotheses whose full meshes are in memory: bounds it, changes no result
 _J14 = joint_indices(J14, HALPE26)
@@ -66,62 +61,52 @@ def split_batches(
 def measure(
     pipeline: HMDiffPipeline,
     samples: Iterable[Sample],  # with the full mesh
-    counts: Sequence[int] = (25,),  # numbers of hypotheses; the largest is drawn, the others are its first ones
-    num_inference_steps: int | None = None,
-    seed: int = 0,
-    scheduler: str | None = None,
-    eta: float | None = None,
-    guidance: Guidance | None = None,
-    progress: Callable[[int], None] | None = None,  # told how many people are done
+    sampling: SamplingConfig,
+    counts: Sequence[int] = (),  # numbers of hypotheses, the first ones of those that are drawn; none: all
+    progress: Callable[[int], None] | None = None,  # called with the number of people done
+    *,
     clock: Callable[[], float] = time.perf_counter,
     batch: int | None = None,  # people a call, at most; None: as the samples come
-    observe: Callable[[Sample, MeshOutput], None] | None = None,  # shown every call's people and hypotheses
-    surface: str = "body",  # of the hypotheses, as the pipeline's
-    upright: bool = True,  # as the pipeline's
+    observe: Callable[[Sample, MeshOutput], None] | None = None,  # called with every batch and its hypotheses
 ) -> dict[int, Measured]:  # by count
     """The errors of every person. Hypotheses, guided ones too, are nested by seed: one run serves several counts."""
-    counts, direct = sorted(set(counts)), pipeline.model.config.mode == "direct"
+    counts, direct = sorted({*counts, sampling.num_hypotheses}), pipeline.model.config.mode == "direct"
     found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     true: list[Tensor] = []
     calls: list[tuple[int, float]] = []
-    at_once = max(1, MESHES_AT_ONCE // counts[-1])
-    for sample in _parts(samples, at_once if batch is None else min(batch, at_once)):
-        heatmaps = as_heatmaps(sample)
-        started = clock()
-        output = ask(
-            pipeline, sample, heatmaps, counts[-1], num_inference_steps, seed, scheduler, eta, guidance, surface,
-            upright,
-        )  # fmt: skip
-        calls.append((len(output.vertices), clock() - started))
+    for answer in answers(pipeline, samples, sampling, batch, clock):
+        sample, output = answer.sample, answer.output
+        calls.append((len(output.vertices), answer.seconds))
         assert output.keypoints is not None and sample.keypoints_3d is not None and sample.vertices is not None
         place = output.vertices.device
         predicted, target = output.keypoints[:, :, _J14], sample.keypoints_3d[:, _J14].to(place)
         vertices = sample.vertices.to(place)
-        each, mean_of_all = hypothesis_errors(output.vertices, predicted, vertices, target, J14, ROOT)
-        relative = predicted - root_of(predicted, J14, ROOT)
+        each = mesh_errors(output.vertices, predicted, vertices[:, None], target[:, None], J14, ROOT)
+        origin = root_of(predicted, J14, ROOT)
+
+        def mean_of(count: int, meshes: Tensor = output.vertices - origin, joints: Tensor = predicted - origin,
+                    truth: tuple[Tensor, Tensor] = (vertices, target)) -> dict[str, Tensor]:  # fmt: skip
+            return mesh_errors(meshes[:, :count].mean(1), joints[:, :count].mean(1), *truth, J14, ROOT)
+
         for count in counts:
-            likely, regressed = (
-                None if values is None else values[:, :count]
-                for values in (output.log_likelihood, output.rle_log_likelihood)
-            )
-            seen = None if output.reprojection is None else output.reprojection.first(count)
-            first = output.vertices[:, :count]
-            chosen, mean = select(first, output.joints[:, :count, 0], likely, regressed, seen), mean_of_all
-            if count < counts[-1]:
-                mean = _mean_errors(output.vertices[:, :count], predicted[:, :count], vertices, target)
-            cut = {metric: errors[:, :count] for metric, errors in each.items()}
-            errors = multi_hypothesis(cut, mean, chosen)
-            whole = {WEIGHTED: None if seen is None or direct or count == 1 else weighted_mean(first, seen),
-                     AGGREGATED: output.aggregated_vertices if count == counts[-1] else None}  # fmt: skip
+            errors = rows_of(each, count, mean_of, answer.select)
+            seen = answer.seen(count)
+            whole = {
+                WEIGHTED: None if direct or count == 1 or seen is None else weighted_mean(
+                    output.vertices[:, :count], seen
+                ),
+                AGGREGATED: output.aggregated_vertices if count == counts[-1] else None,
+            }  # fmt: skip
             for kind, one in whole.items():
                 if one is not None:
-                    together = mesh_errors(one, pipeline.body.keypoints(one)[:, _J14], vertices, target, J14, ROOT)
-                    for metric, values in together.items():
-                        errors[metric][kind] = values
+                    keypoints = pipeline.body.keypoints(one)[:, _J14]
+                    errors[kind] = mesh_errors(one, keypoints, vertices, target, J14, ROOT)
             found[count].append({
-                "errors": errors,
-                "best_of": {metric: oracle_curve(errors, (*COUNTS, count)) for metric, errors in cut.items()},
-                "joints": relative[:, :count],
+                "errors": {metric: {kind: values[metric] for kind, values in errors.items()} for metric in each},
+                "best_of": {
+                    metric: oracle_curve(errors[:, :count], (*COUNTS, count)) for metric, errors in each.items()
+                },
+                "joints": (predicted - origin)[:, :count],
                 "guidance": _guidance_report(output, count),
                 **({"temperatures": output.temperature} if output.calibrated_spread else {}),
             })
@@ -138,45 +123,61 @@ def measure(
     }
 
 
+class Answer(NamedTuple):
+    """Some people of a data set, and what the pipeline recovered."""
+
+    sample: Sample
+    output: MeshOutput
+    seconds: float
+
+    def seen(self, count: int) -> Reprojection | None:
+        """How far the first so many hypotheses project from the heatmaps' peaks."""
+        reprojection = self.output.reprojection
+        return None if reprojection is None else reprojection.first(count)
+
+    def select(self, count: int) -> Tensor:  # (B,)
+        """Which of the first so many hypotheses is chosen without the truth."""
+        output = self.output
+        likely, regressed = (
+            None if values is None else values[:, :count]
+            for values in (output.log_likelihood, output.rle_log_likelihood)
+        )
+        roots = output.joints[:, :count, 0]
+        return select(output.vertices[:, :count], roots, likely, regressed, self.seen(count))
+
+
+def answers(
+    pipeline: HMDiffPipeline,
+    samples: Iterable[Sample],
+    sampling: SamplingConfig,
+    batch: int | None = None,  # people a call, at most; None: as the samples come
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Answer]:
+    """The people through the pipeline, so many at once that the memory of their meshes is bounded."""
+    at_once = max(1, MESHES_AT_ONCE // sampling.num_hypotheses)
+    size = at_once if batch is None else min(batch, at_once)
+    for whole in samples:
+        for first in range(0, len(whole), size):
+            sample = whole.map(lambda tensor, first=first: tensor[first : first + size])  # type: ignore[misc]
+            heatmaps = as_heatmaps(sample)
+            started = clock()
+            output = ask(pipeline, sample, heatmaps, sampling)
+            yield Answer(sample, output, clock() - started)
+
+
 def ask(
     pipeline: HMDiffPipeline,
     sample: Sample,
     heatmaps: Heatmaps | None,
-    num_hypotheses: int,
-    num_inference_steps: int | None,
-    seed: int,
-    scheduler: str | None,
-    eta: float | None = None,
-    guidance: Guidance | None = None,
-    surface: str = "body",
-    upright: bool = True,
+    sampling: SamplingConfig,
 ) -> MeshOutput:
     """One call of the pipeline; people are numbered by their place in the split. Returns when the device is done."""
-    options: dict[str, Any] = photo_of(sample) | depth_of(pipeline, sample) | {"surface": surface}
-    if not upright:
-        options["upright"] = False
-    if eta is not None:
-        options["eta"] = eta
-    if guidance is not None:
-        options["guidance"] = guidance
-    output = pipeline(
-        sample.image, heatmaps, num_hypotheses, num_inference_steps, seed, scheduler,
-        people=sample.index.tolist() if sample.index is not None else None, **options,
-    )  # fmt: skip
+    people = None if sample.index is None else sample.index.tolist()
+    given = photo_of(sample) | depth_of(pipeline, sample)
+    output: MeshOutput = pipeline(sample.image, heatmaps, sampling, people=people, **given)
     if output.vertices.is_cuda:
         torch.cuda.synchronize(output.vertices.device)
     return output
-
-
-def _mean_errors(
-    vertices: Tensor,  # (B, n, V, 3)
-    joints: Tensor,  # (B, n, 14, 3)
-    target_vertices: Tensor,  # (B, V, 3)
-    target_joints: Tensor,  # (B, 14, 3)
-) -> dict[str, Tensor]:  # (B,) mm
-    origin = root_of(joints, J14, ROOT)
-    mean_vertices, mean_joints = (vertices - origin).mean(1), (joints - origin).mean(1)
-    return mesh_errors(mean_vertices, mean_joints, target_vertices, target_joints, J14, ROOT)
 
 
 def _guidance_report(output: MeshOutput, count: int) -> dict[str, Tensor]:  # (B,) each
@@ -191,13 +192,6 @@ def _guidance_report(output: MeshOutput, count: int) -> dict[str, Tensor]:  # (B
     }
 
 
-def _parts(samples: Iterable[Sample], size: int) -> Iterator[Sample]:
-    """Samples of at most so many people."""
-    for sample in samples:
-        for first in range(0, len(sample), size):
-            yield sample.map(lambda tensor, first=first: tensor[first : first + size])  # type: ignore[misc]
-
-
 def _joined(parts: list[Any]) -> Any:
     """Nested dictionaries of (B, ...) tensors, joined along B."""
     if isinstance(parts[0], dict):
@@ -210,18 +204,11 @@ def evaluate(
     data: PeopleSource,  # with the full mesh
     split: str,
     people: int,
-    num_hypotheses: int = 25,
-    num_inference_steps: int | None = None,
-    seed: int = 0,
-    scheduler: str | None = None,
-    progress: Callable[[int], None] | None = None,  # told how many people are done
+    sampling: SamplingConfig,
+    progress: Callable[[int], None] | None = None,  # called with the number of people done
     *,
-    eta: float | None = None,
-    guidance: Guidance | None = None,
     estimate: Callable[[Tensor], Tensor] | None = None,  # a pose estimator in place of the split's own heatmaps
     bands: bool = False,  # also report["bands"], see `evaluate.visibility_bands`; the data needs pictures or maps
-    surface: str = "body",  # of the hypotheses: the nearest bodies', or the predicted "vertices"
-    upright: bool = True,  # turn the crops of people who lie or are upside down
 ) -> dict[str, Any]:
     """Errors with 95 % bootstrap intervals over people: report["errors"][metric][kind] = {value, low, high} in mm.
 
@@ -239,23 +226,27 @@ def evaluate(
         if watch is not None:
             watch(sample, output)
 
-    measured = measure(
-        pipeline, samples, (num_hypotheses,), num_inference_steps, seed, scheduler, eta, guidance, progress,
-        observe=observe, surface=surface, upright=upright,
-    )[num_hypotheses]  # fmt: skip
+    measured = measure(pipeline, samples, sampling, progress=progress, observe=observe)[sampling.num_hypotheses]
     return {
         "split": split,
         "people": people,
-        "num_hypotheses": num_hypotheses,
-        "num_inference_steps": num_inference_steps or pipeline.num_inference_steps,
-        "sampler": scheduler or "as saved",
-        "seed": seed,
-        "surface": surface,
-        "upright": upright,
+        **asked(pipeline, sampling),
         "protocol": "J14 regressed from the mesh, root mid-hip, mm",
         **summary(measured, pipeline.model.config.mode == "diffusion"),
         "bodies": bodies.report(),
         **({} if watch is None else {"bands": watch.report(measured)}),
+    }
+
+
+def asked(pipeline: HMDiffPipeline, sampling: SamplingConfig) -> dict[str, Any]:
+    """The settings as a report of a split holds them."""
+    return {
+        "num_hypotheses": sampling.num_hypotheses,
+        "num_inference_steps": sampling.num_inference_steps or pipeline.num_inference_steps,
+        "sampler": sampling.scheduler or "as saved",
+        "seed": sampling.seed,
+        "surface": sampling.surface,
+        "upright": sampling.upright,
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import torch
@@ -59,23 +59,41 @@ def score_hypotheses(
             if count < total:
                 rows[f"pick of {count} of {total}"] = _picked(each, joints, count)
         return Scores(rows)
-    counts = COUNTS if protocol.name == "min_of_n" else (total,)
-    for count in sorted({*(count for count in counts if 1 < count <= total), total}):
-        first = predicted.map(lambda points, count=count: points[:, :count])  # type: ignore[misc]
-        rows[f"mean of {count}"] = protocol.score(protocol.mean(first, regressors), target, regressors)
-        rows[f"oracle of {count}"] = {
-            metric: (torch.amax if protocol.metrics[metric].higher_is_better else torch.amin)(errors[:, :count], 1)
-            for metric, errors in each.items()
-        }
-        chosen = choose(count)
-        if chosen is not None:
-            rows[f"selected of {count}"] = {
-                metric: errors.gather(1, chosen.to(errors.device)[:, None])[:, 0] for metric, errors in each.items()
-            }
+    wanted = {count for count in (COUNTS if protocol.name == "min_of_n" else ()) if 1 < count <= total}
+
+    def mean_of(count: int) -> Errors:
+        first = predicted.map(lambda points: points[:, :count])
+        return protocol.score(protocol.mean(first, regressors), target, regressors)
+
+    higher = {metric for metric, each in protocol.metrics.items() if each.higher_is_better}
+    for count in sorted({*wanted, total}):
+        found = rows_of(each, count, mean_of, choose, higher)
+        rows |= {f"{kind} of {count}": errors for kind, errors in found.items() if kind != "first"}
     inside = None
     if protocol.name == "min_of_n" and total >= LEAST_TO_CALIBRATE:
         inside = _inside(_about_root(protocol, predicted), _about_root(protocol, target))
     return Scores(rows, inside)
+
+
+def rows_of(
+    each: Errors,  # metric -> (B, N), every hypothesis
+    count: int,  # of the hypotheses, the first ones
+    mean_of: Callable[[int], Errors],  # count -> metric -> (B,), of the mean mesh
+    choose: Choose = nobody,
+    higher: Collection[str] = (),  # metrics of which more is better
+) -> dict[str, Errors]:  # kind -> metric -> (B,)
+    """first, mean, oracle (the best by each metric on its own) and, where one is chosen without the truth, selected."""
+    rows = {"first": {metric: errors[:, 0] for metric, errors in each.items()}, "mean": mean_of(count)}
+    rows["oracle"] = {
+        metric: errors[:, :count].amax(1) if metric in higher else errors[:, :count].amin(1)
+        for metric, errors in each.items()
+    }
+    chosen = choose(count)
+    if chosen is not None:
+        rows["selected"] = {
+            metric: errors.gather(1, chosen.to(errors.device)[:, None])[:, 0] for metric, errors in each.items()
+        }
+    return rows
 
 
 def _about_root(protocol: Protocol, bodies: Bodies) -> Tensor:  # (..., J, 3)

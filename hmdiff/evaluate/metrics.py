@@ -104,35 +104,6 @@ def mesh_errors(
     }
 
 
-def hypothesis_errors(
-    vertices: Tensor,  # (B, N, V, 3) metres
-    joints: Tensor,  # (B, N, J, 3)
-    target_vertices: Tensor,  # (B, V, 3)
-    target_joints: Tensor,  # (B, J, 3)
-    names: Sequence[str],  # J joint names
-    root: str | Sequence[str] = "pelvis",
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # each: (B, N) mm, of the mean mesh: (B,) mm
-    """The errors of every hypothesis, and those of their mean, every hypothesis taken relative to its root first."""
-    each = mesh_errors(vertices, joints, target_vertices[:, None], target_joints[:, None], names, root)
-    origin = root_of(joints, names, root)
-    mean_vertices, mean_joints = (vertices - origin).mean(1), (joints - origin).mean(1)
-    return each, mesh_errors(mean_vertices, mean_joints, target_vertices, target_joints, names, root)
-
-
-def multi_hypothesis(
-    each: dict[str, Tensor],  # (B, N) mm, as from `hypothesis_errors`
-    mean: dict[str, Tensor],  # (B,) mm, of the mean mesh
-    selected: Tensor | None = None,  # (B,) index of the hypothesis that was chosen without the ground truth
-) -> dict[str, dict[str, Tensor]]:  # by metric: "first", "mean", "oracle" and perhaps "selected", (B,) mm
-    """What is reported of N hypotheses. The oracle is the minimum by each metric on its own."""
-    result = {}
-    for metric, errors in each.items():
-        result[metric] = {"first": errors[:, 0], "mean": mean[metric], "oracle": errors.amin(1)}
-        if selected is not None:
-            result[metric]["selected"] = errors.gather(1, selected[:, None])[:, 0]
-    return result
-
-
 def oracle_curve(
     errors: Tensor,  # (B, N) mm
     counts: Sequence[int] = (1, 5, 10, 25, 100),

@@ -19,6 +19,7 @@ from torch import Tensor
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.diffusion.confidence import KINDS, LEVELS, RADII, Confidence
 from hmdiff.diffusion.hypotheses import spread
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.temperature import Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import measure, split_batches
@@ -88,10 +89,8 @@ def observe(
 ) -> Observed:
     """Draw a split's people, as `hmdiff.evaluate.evaluation` numbers them."""
     watch = SpreadWatch()
-    measure(
-        pipeline, split_batches(data, split, people), (num_hypotheses,), num_inference_steps, seed, scheduler, None,
-        guidance, progress, observe=watch,
-    )  # fmt: skip
+    asked = SamplingConfig(num_hypotheses, num_inference_steps, seed, scheduler, None, guidance)
+    measure(pipeline, split_batches(data, split, people), asked, progress=progress, observe=watch)
     return watch.observed()
 
 

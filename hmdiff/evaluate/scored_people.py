@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +17,14 @@ from torch import Tensor
 from hmdiff.data.record import Record
 from hmdiff.data.sample import PeopleSource
 from hmdiff.data.shards import RecordStore
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import MESHES_AT_ONCE, SELECTED, as_heatmaps, ask
+from hmdiff.evaluate.evaluation import MESHES_AT_ONCE, answers
 from hmdiff.evaluate.ground_truth import GroundTruth
 from hmdiff.evaluate.hypothesis_rows import Choose, nobody
 from hmdiff.evaluate.predictions import PredictionFiles
 from hmdiff.evaluate.protocol_errors import Bodies
 from hmdiff.pipeline import HMDiffPipeline
-
-if TYPE_CHECKING:
-    from hmdiff.diffusion.guidance import Guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,40 +119,24 @@ class PipelinePeople:
         split: str,
         truths: Truths,
         people: int,
-        num_hypotheses: int = 25,
-        num_inference_steps: int | None = None,
-        seed: int = 0,
-        scheduler: str | None = None,
+        sampling: SamplingConfig,
         placement: Tensor | None = None,  # (3,) added to every mesh, see `ground_truth.raw_placement`
-        guidance: Guidance | None = None,
     ) -> None:
         self.pipeline, self.data, self.split, self.truths, self.people = pipeline, data, split, truths, people
-        self.num_hypotheses, self.block_size = num_hypotheses, data.block_size
-        self.asked: tuple[Any, ...] = (num_inference_steps, seed, scheduler, None, guidance)
-        self.placement = placement
+        self.sampling, self.placement, self.block_size = sampling, placement, data.block_size
 
     def parts(self, number: int) -> Iterator[Part]:
         first_of_block = number * self.block_size
         count = min(self.block_size, self.people - first_of_block)
         block = self.data.block(self.split, number).map(lambda tensor: tensor[:count])
-        size = max(1, MESHES_AT_ONCE // self.num_hypotheses)
-        for first in range(0, count, size):
-            sample = block.map(lambda tensor, first=first: tensor[first : first + size])  # type: ignore[misc]
-            positions = list(range(first_of_block + first, first_of_block + first + len(sample)))
-            heatmaps = as_heatmaps(sample)
-            output = ask(self.pipeline, sample, heatmaps, self.num_hypotheses, *self.asked)
-            vertices = output.vertices
+        done = first_of_block
+        for answer in answers(self.pipeline, [block], self.sampling):
+            positions = list(range(done, done + len(answer.sample)))
+            done += len(positions)
+            vertices = answer.output.vertices
             predicted = Bodies(vertices if self.placement is None else vertices + self.placement.to(vertices))
             target = self.truths.take(positions).map(lambda tensor: tensor.to(vertices.device))  # noqa: B023
-
-            def choose(count: int, output: Any = output, sample: Any = sample, maps: Any = heatmaps) -> Tensor | None:
-                chosen: Tensor | None = getattr(output, SELECTED, None)
-                if chosen is None or count == self.num_hypotheses:
-                    return chosen
-                # Which of the first few is selected may depend on which there are: they are asked for by themselves.
-                return getattr(ask(self.pipeline, sample, maps, count, *self.asked), SELECTED)
-
-            yield Part(torch.tensor(positions), predicted, target, choose)
+            yield Part(torch.tensor(positions), predicted, target, answer.select)
 
 
 def _choice(chosen: Tensor | None, total: int) -> Choose:

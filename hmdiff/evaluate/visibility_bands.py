@@ -21,6 +21,7 @@ from torch import Tensor
 from hmdiff.data.sample import Sample
 from hmdiff.errors import UserError
 from hmdiff.evaluate.measured import Measured, interval
+from hmdiff.evaluate.table import interval_text
 from hmdiff.output import MeshOutput
 from hmdiff.viz.renderer import rasterize, screen_points, visible_vertices
 
@@ -227,24 +228,19 @@ def band_rows(report: Sequence[dict[str, Any]]) -> list[list[str]]:
             rows.append([name, people, *["-"] * (len(COLUMNS) - 2)])
             continue
         gain, groups = entry["oracle_gain"], entry.get("spread_of", {})
-        spread = {"first": _cell(entry["spread"]), "mean": "", "oracle": f"oracle gains {100 * gain['value']:.0f} %"}
+        gained = f"oracle gains {100 * gain['value']:.0f} %"
+        spread = {"first": interval_text(entry["spread"], 0), "mean": "", "oracle": gained}
         of, ratio, wrong = (dict.fromkeys(KINDS, "") for _ in range(3))
         for kind, group in zip(KINDS, GROUPS, strict=True):
             if groups.get(group, {}).get("people"):
-                of[kind] = f"{group} {_cell(groups[group])}"
+                of[kind] = f"{group} {interval_text(groups[group], 0)}"
         for kind, key, word in (("first", "hidden_over_visible", "theirs"),
                                 ("mean", "hidden_over_same_vertices_visible", "the same")):  # fmt: skip
             for cells, prefix in ((ratio, ""), (wrong, "error_")):
                 if prefix + key in entry:
-                    cells[kind] = f"{word} {_cell(entry[prefix + key], 2)}"
+                    cells[kind] = f"{word} {interval_text(entry[prefix + key], 2)}"
         for kind in KINDS:
             start = [name, people] if kind == "first" else ["", ""]
-            errors = [_cell(entry["errors"][metric].get(kind)) for metric in METRICS]
+            errors = [interval_text(entry["errors"][metric].get(kind), 0) for metric in METRICS]
             rows.append([*start, kind, *errors, spread[kind], of[kind], ratio[kind], wrong[kind]])
     return rows
-
-
-def _cell(value: dict[str, float] | None, digits: int = 0) -> str:
-    if value is None:
-        return "-"
-    return f"{value['value']:.{digits}f} ({value['low']:.{digits}f}-{value['high']:.{digits}f})"

@@ -9,10 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
-__all__ = ["ConfigMixin", "DDIMScheduler", "DDIMSchedulerOutput", "ModelMixin", "SchedulerMixin", "randn_tensor",
-           "register_to_config"]  # fmt: skip
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ConfigMixin",
+    "DDIMScheduler",
+    "DDIMSchedulerOutput",
+    "ModelMixin",
+    "Scheduler",
+    "randn_tensor",
+    "register_to_config",
+]
 
 
 @contextlib.contextmanager
@@ -33,5 +44,22 @@ with hidden("torch._dynamo"):
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from diffusers.utils.torch_utils import randn_tensor
+
+
+class Scheduler(Protocol):
+    """What the reverse process needs of diffusers' schedulers, whose common base declares nothing of it."""
+
+    config: Any  # num_train_timesteps, prediction_type, trained_betas
+    alphas_cumprod: Tensor  # (K,) abar; Euler's and Heun's have it too
+    timesteps: Tensor  # (n,) of the reverse process, descending
+    init_noise_sigma: Any
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None: ...
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor: ...
+
+    @property
+    def step(self) -> Callable[..., Any]: ...  # (prediction, timestep, x_k, ...) -> .prev_sample
+
+    def save_pretrained(self, save_directory: Any) -> None: ...

@@ -11,8 +11,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import COUNTS
+from hmdiff.evaluate.hypothesis_rows import COUNTS
+from hmdiff.evaluate.table import difference_text, interval_text
 from hmdiff.lab.comparison import UNGUIDED, difference, table_row
 from hmdiff.lab.sweep import Setting
 from hmdiff.names import METRICS
@@ -51,7 +53,7 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class Comparison:
     title: str
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
@@ -63,8 +65,8 @@ _CALIBRATION = (Column("ECE", "ece", digits=2), Column("cover .9", "coverage", d
 _TIME = Column("ms/image", "milliseconds")
 _DAT_STEPS = (5, 10, 20, 40)
 
-TABLES: dict[str, Table] = {
-    "diffusion": Table(
+TABLES: dict[str, Comparison] = {
+    "diffusion": Comparison(
         "diffusion against the same network without it",
         (
             Row("A: one step", role="direct"),
@@ -77,7 +79,7 @@ TABLES: dict[str, Table] = {
         (*_ERRORS, Column("PVE - A's", "pve", paired=True), _TIME),
         "oracle: the best of the hypotheses, which needs the ground truth; compare the mean, or the selected one",
     ),
-    "dat": Table(
+    "dat": Comparison(
         "no guidance, disrupted, DAT",
         tuple(
             Row(
@@ -94,7 +96,7 @@ TABLES: dict[str, Table] = {
         ),
         "rows: mode, steps; on: share of the steps with guidance on; back: share of the hypotheses that fell back",
     ),
-    "hypotheses": Table(
+    "hypotheses": Comparison(
         "how many hypotheses",
         tuple(Row(f"N = {count}", num_hypotheses=count) for count in COUNTS),
         (
@@ -107,14 +109,14 @@ TABLES: dict[str, Table] = {
 }  # fmt: skip
 
 
-def find_table(name: str) -> Table:
+def find_table(name: str) -> Comparison:
     if name not in TABLES:
         raise UserError(f"table {name!r} is not known; choose one of {', '.join(TABLES)}")
     return TABLES[name]
 
 
 def rows_of(
-    table: Table,
+    table: Comparison,
     roles: Mapping[str, str],  # role -> label of the model; a row whose role is not there is left out
 ) -> list[Row]:
     return [row for row in table.rows if row.role in roles]
@@ -124,23 +126,24 @@ def settings_of(
     rows: Sequence[Row],
     roles: Mapping[str, str],
     guide: Guide,
-    num_hypotheses: int = 25,
-    steps: int | None = None,  # None: the model's own
+    sampling: SamplingConfig,  # where the rows do not say
 ) -> list[Setting]:
     """A cell for each row; `guide` gives the guidance of a row's mode."""
     return [
         Setting(
             roles[row.role],
-            row.num_hypotheses or num_hypotheses,
-            row.steps or steps,
-            guidance=None if row.mode == UNGUIDED else guide(row.mode),
+            sampling.but(
+                num_hypotheses=row.num_hypotheses or sampling.num_hypotheses,
+                num_inference_steps=row.steps or sampling.num_inference_steps,
+                guidance=None if row.mode == UNGUIDED else guide(row.mode),
+            ),
         )
         for row in rows
     ]
 
 
 def texts(
-    table: Table,
+    table: Comparison,
     rows: Sequence[Row],
     results: Sequence[dict[str, Any]],  # one a row
 ) -> list[list[str]]:
@@ -203,11 +206,5 @@ def _text(column: Column, row: Row, result: dict[str, Any], found: Found | None)
         value = result.get("guidance", {}).get(column.value)
         if value is not None:
             value = {"value": value["value"]}
-    if value is None:
-        return "-"
-    sign = "+" if column.paired else ""
-    shown = {name: f"{number * column.scale:{sign}.{column.digits}f}" for name, number in value.items()}
-    if "low" not in shown:
-        return shown["value"]
-    between = " to " if column.paired else "-"
-    return f"{shown['value']} ({shown['low']}{between}{shown['high']})"
+    write = difference_text if column.paired else interval_text
+    return write(value, column.digits, column.scale)

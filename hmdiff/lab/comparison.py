@@ -6,17 +6,14 @@ difference is taken person by person: its interval tells what two overlapping in
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hmdiff.errors import UserError
 from hmdiff.evaluate.metrics import bootstrap_interval
-from hmdiff.files.storage import atomic_file
 
 UNGUIDED = "none"  # the guidance of a cell without any
 
@@ -79,12 +76,3 @@ def table_row(result: dict[str, Any], reference: dict[str, Any] | None = None) -
     times = result["time"]
     put("milliseconds", {"value": times["milliseconds_per_image"], "low": times["low"], "high": times["high"]})
     return row | {"batch": times["batch"], "device": times["device"], "threads": times["threads"]}
-
-
-def save_csv(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """One line a row, a column for every name in any of them; written whole."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, names, restval="")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

@@ -23,9 +23,9 @@ from hmdiff.config import Config
 from hmdiff.data.sample import Sample
 from hmdiff.geometry import crop_rotation
 from hmdiff.models.recovery import MeshRecoveryModel
-from hmdiff.train.loop import TrainingStream
 from hmdiff.train.optimizer import build_optimizer
 from hmdiff.train.step import keypoint_map, training_losses
+from hmdiff.train.stream import TrainingStream
 
 SPLITS = ("val", "test_ood")
 PEOPLE = 192

@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import MESHES_AT_ONCE, ROOT
 from hmdiff.evaluate.metrics import MILLIMETRES, root_of, vertex_error
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
 from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
-
-if TYPE_CHECKING:
-    from hmdiff.diffusion.guidance import Guidance
 
 GREY = 0.5
 _FAINT = 1e-6  # somebody of whom nothing is left is still a person: one faint pixel says no more
@@ -125,35 +122,22 @@ class Subject:
     keypoints: Tensor | None = None  # (1, J, 3)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How hypotheses are drawn: as in a call of the pipeline."""
-
-    num_hypotheses: int = 10
-    num_inference_steps: int | None = None
-    seed: int = 0
-    scheduler: str | None = None
-    eta: float | None = None
-    guidance: Guidance | None = None
-    surface: str = "body"
-
-
 def stress(
     pipeline: HMDiffPipeline,
     subject: Subject,
     centres: Tensor,  # (M, 2) crop coordinates
     half: float,
-    settings: Settings,
+    sampling: SamplingConfig,
     progress: Callable[[int], None] | None = None,  # told how many places are done
     at_once: int | None = None,  # places in one call; None: what memory allows. Changes no result
 ) -> Stress:
     """Recover the person without a patch, then with one at every place."""
-    clear = recover(pipeline, subject, settings)
+    clear = recover(pipeline, subject, sampling)
     reference = clear.mean_vertices
-    at_once = at_once or max(1, MESHES_AT_ONCE // settings.num_hypotheses)
+    at_once = at_once or max(1, MESHES_AT_ONCE // sampling.num_hypotheses)
     moved, spread, errors, hidden = [], [], [], []
     for part in centres.split(at_once):
-        output, taken = recover_covered(pipeline, subject, part, half, settings)
+        output, taken = recover_covered(pipeline, subject, part, half, sampling)
         moved.append((output.mean_vertices - reference).norm(dim=-1).mean(-1).cpu() * MILLIMETRES)
         spread.append(output.spread.mean(-1).cpu())
         hidden.append(taken.cpu())
@@ -172,7 +156,7 @@ def recover_covered(
     subject: Subject,
     centres: Tensor,  # (M, 2) crop coordinates
     half: float,
-    settings: Settings,
+    sampling: SamplingConfig,
 ) -> tuple[MeshOutput, Tensor]:  # of M people, (M, J) bool: which joints the patch took
     """The same person under the patch at each place, with the same noise everywhere."""
     count = len(centres)
@@ -186,21 +170,24 @@ def recover_covered(
         photo_size=None if subject.photo_size is None else subject.photo_size.expand(count, -1),
         focal=None if subject.focal is None else subject.focal.expand(count),
     )  # fmt: skip
-    return recover(pipeline, covered, settings, count), taken
+    return recover(pipeline, covered, sampling, count), taken
 
 
-def recover(pipeline: HMDiffPipeline, subject: Subject, settings: Settings, count: int = 1) -> MeshOutput:
+def recover(pipeline: HMDiffPipeline, subject: Subject, sampling: SamplingConfig, count: int = 1) -> MeshOutput:
     """One call of the pipeline; all `count` rows of the subject are the same person, so they share the noise."""
     reads = pipeline.model.config.inputs
     depth = None
     if pipeline.model.config.depth_map:
         depth = torch.full((count, 2, 2), torch.nan) if subject.depth is None else subject.depth
     output: MeshOutput = pipeline(
-        None if reads == "heatmaps" else subject.image, subject.heatmaps, settings.num_hypotheses,
-        settings.num_inference_steps, settings.seed, settings.scheduler, settings.eta,
-        photo_sizes=subject.photo_size, focal=subject.focal, people=[subject.number] * count,
-        guidance=settings.guidance, depth=depth, surface=settings.surface,
-    )  # fmt: skip
+        None if reads == "heatmaps" else subject.image,
+        subject.heatmaps,
+        sampling,
+        photo_sizes=subject.photo_size,
+        focal=subject.focal,
+        people=[subject.number] * count,
+        depth=depth,
+    )
     return output
 
 

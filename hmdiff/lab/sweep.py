@@ -15,13 +15,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hmdiff.data.sample import PeopleSource, Sample
-from hmdiff.diffusion.schedule import change_scheduler, sampler_name
+from hmdiff.diffusion.sampling_config import SamplingConfig
+from hmdiff.diffusion.schedule import change_scheduler
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import (
     MESHES_AT_ONCE,
@@ -36,9 +37,6 @@ from hmdiff.evaluate.store import digest, save_report, stored
 from hmdiff.lab.comparison import UNGUIDED
 from hmdiff.pipeline import HMDiffPipeline
 
-if TYPE_CHECKING:
-    from hmdiff.diffusion.guidance import Guidance
-
 FORMAT = 1
 NO_SAMPLER = "none"  # of a model without diffusion
 REPEATS = 5  # timed calls a cell, at least
@@ -49,18 +47,14 @@ _MESH_COST = 2.0  # unguided steps that upsampling and scoring a hypothesis are 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is asked of a pipeline. None is the pipeline's own, which `resolved` fills in."""
+    """What is asked of a pipeline."""
 
     model: str  # its label
-    num_hypotheses: int = 25
-    steps: int | None = None
-    sampler: str | None = None
-    eta: float | None = None
-    guidance: Guidance | None = None  # None, or one that does nothing: no guidance
+    sampling: SamplingConfig
 
     @property
     def mode(self) -> str:
-        return UNGUIDED if self.guidance is None else self.guidance.mode
+        return UNGUIDED if self.sampling.guidance is None else self.sampling.guidance.mode
 
 
 def resolved(setting: Setting, pipeline: HMDiffPipeline) -> Setting:
@@ -69,23 +63,19 @@ def resolved(setting: Setting, pipeline: HMDiffPipeline) -> Setting:
     Raises:
         UserError: an unknown sampler, or a number of steps that the model does not have.
     """
+    asked = setting.sampling
     if pipeline.model.config.mode == "direct":  # one step, without noise: its hypotheses are all the same
-        return Setting(setting.model, 1, 1, NO_SAMPLER, 0.0)
-    steps = pipeline.num_inference_steps if setting.steps is None else setting.steps
-    total = pipeline.scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
-    if not 1 <= steps <= total:
+        return Setting(setting.model, SamplingConfig(1, 1, asked.seed, NO_SAMPLER, 0.0))
+    total = pipeline.scheduler.config.num_train_timesteps
+    if asked.num_inference_steps is not None and not 1 <= asked.num_inference_steps <= total:
+        steps = asked.num_inference_steps
         raise UserError(f"steps {steps}: {setting.model} was trained with {total} steps; give 1 to {total}")
-    if setting.num_hypotheses < 1:
-        raise UserError(f"number of hypotheses {setting.num_hypotheses}: at least 1 is needed")
-    sampler = sampler_name(pipeline.scheduler) if setting.sampler is None else setting.sampler
-    change_scheduler(pipeline.scheduler, sampler)
-    return dataclasses.replace(
-        setting,
-        steps=steps,
-        sampler=sampler,
-        eta=(pipeline.eta if setting.eta is None else setting.eta) if sampler == "ddim" else 0.0,
-        guidance=setting.guidance if setting.guidance is not None and setting.guidance.active else None,
-    )
+    if asked.num_hypotheses < 1:
+        raise UserError(f"number of hypotheses {asked.num_hypotheses}: at least 1 is needed")
+    found = pipeline.resolved(asked)
+    assert found.scheduler is not None
+    change_scheduler(pipeline.scheduler, found.scheduler)
+    return Setting(setting.model, found if found.scheduler == "ddim" else found.but(eta=0.0))
 
 
 @dataclasses.dataclass
@@ -98,7 +88,6 @@ class Study:
     folder: Path
     split: str = "val"
     people: int = 500
-    seed: int = 0
     batch: int = 8  # people a call: changes the times alone
     estimate: Callable[[Tensor], Tensor] | None = None  # a pose estimator in place of the split's own heatmaps
     heatmaps: str = "synthetic"  # the name of that estimator, with its hash
@@ -123,12 +112,22 @@ class Study:
 
     def settings(self, setting: Setting) -> dict[str, Any]:
         """All that a cell's result depends on, as JSON; `setting` is resolved."""
+        asked = setting.sampling
         values = {
-            "format": FORMAT, "model": setting.model, "model_hash": self.hashes[setting.model], "split": self.split,
-            "people": self.people, "seed": self.seed, "batch": self.batch, "heatmaps": self.heatmaps,
-            "num_hypotheses": setting.num_hypotheses, "steps": setting.steps, "sampler": setting.sampler,
-            "eta": setting.eta, "guidance": None if setting.guidance is None else dataclasses.asdict(setting.guidance),
-        }  # fmt: skip
+            "format": FORMAT,
+            "model": setting.model,
+            "model_hash": self.hashes[setting.model],
+            "split": self.split,
+            "people": self.people,
+            "seed": asked.seed,
+            "batch": self.batch,
+            "heatmaps": self.heatmaps,
+            "num_hypotheses": asked.num_hypotheses,
+            "steps": asked.num_inference_steps,
+            "sampler": asked.scheduler,
+            "eta": asked.eta,
+            "guidance": None if asked.guidance is None else dataclasses.asdict(asked.guidance),
+        }
         result: dict[str, Any] = json.loads(json.dumps(values, default=lambda tensor: tensor.tolist()))
         return result
 
@@ -177,15 +176,15 @@ def run_cells(
             warm.add(largest.model)
         bar = None if people_done is None else people_done(largest)
         started = clock()
+        counts = [setting.sampling.num_hypotheses for setting in run]
         measured = measure(
-            pipeline, study.samples(pipeline), [setting.num_hypotheses for setting in run], largest.steps, study.seed,
-            _sampler(largest), largest.eta, largest.guidance, bar, clock, study.batch,
-        )  # fmt: skip
+            pipeline, study.samples(pipeline), _call(largest), counts, bar, clock=clock, batch=study.batch
+        )
         seconds = clock() - started
         rates.add(largest, study.people, seconds)
         left = rates.seconds([other[-1] for other in runs[number + 1 :]], study.people)
         for setting in run:
-            found = cell(study, setting, measured[setting.num_hypotheses], clock)
+            found = cell(study, setting, measured[setting.sampling.num_hypotheses], clock)
             # A smaller one of a shared run counts what it would have cost by itself.
             found["seconds"] = seconds * work(setting) / work(largest)
             save_report(found, study.path(setting))
@@ -199,8 +198,9 @@ def _runs(settings: Sequence[Setting]) -> list[list[Setting]]:
     """Settings that differ in their number of hypotheses alone: one run of the pipeline each, the largest last."""
     runs: dict[Setting, list[Setting]] = {}
     for setting in settings:
-        runs.setdefault(dataclasses.replace(setting, num_hypotheses=1), []).append(setting)
-    return [sorted(run, key=lambda setting: setting.num_hypotheses) for run in runs.values()]
+        alike = dataclasses.replace(setting, sampling=setting.sampling.but(num_hypotheses=1))
+        runs.setdefault(alike, []).append(setting)
+    return [sorted(run, key=lambda setting: setting.sampling.num_hypotheses) for run in runs.values()]
 
 
 def cell(
@@ -261,21 +261,20 @@ def timed_calls(
     """Further calls on the first people of the split."""
     pipeline = study.pipelines[setting.model]
     sample = next(study.samples(pipeline))
-    size = min(len(sample), study.batch, max(1, MESHES_AT_ONCE // setting.num_hypotheses))
+    size = min(len(sample), study.batch, max(1, MESHES_AT_ONCE // setting.sampling.num_hypotheses))
     sample = sample.map(lambda tensor: tensor[:size])
     heatmaps, calls = as_heatmaps(sample), []
     for _ in range(repeats + warm):
         started = clock()
-        ask(
-            pipeline, sample, heatmaps, setting.num_hypotheses, setting.steps, study.seed,
-            _sampler(setting), setting.eta, setting.guidance,
-        )  # fmt: skip
+        ask(pipeline, sample, heatmaps, _call(setting))
         calls.append((size, clock() - started))
     return calls[warm:]
 
 
-def _sampler(setting: Setting) -> str | None:
-    return None if setting.sampler == NO_SAMPLER else setting.sampler
+def _call(setting: Setting) -> SamplingConfig:
+    """What the pipeline is called with."""
+    none = setting.sampling.scheduler == NO_SAMPLER
+    return setting.sampling.but(scheduler=None) if none else setting.sampling
 
 
 def _rounded(values: Tensor, digits: int = 4) -> list[float]:
@@ -284,8 +283,9 @@ def _rounded(values: Tensor, digits: int = 4) -> list[float]:
 
 def work(setting: Setting) -> float:
     """What a person costs, in unguided denoising steps of one hypothesis."""
-    steps = (setting.steps or 1) * (2 if setting.sampler == "heun" else 1)
-    return setting.num_hypotheses * (steps * _STEP_COST.get(setting.mode, 1.0) + _MESH_COST)
+    asked = setting.sampling
+    steps = (asked.num_inference_steps or 1) * (2 if asked.scheduler == "heun" else 1)
+    return asked.num_hypotheses * (steps * _STEP_COST.get(setting.mode, 1.0) + _MESH_COST)
 
 
 class Rates:

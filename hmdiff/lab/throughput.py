@@ -13,8 +13,8 @@ import torch
 from hmdiff.body.body import load_body
 from hmdiff.build import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.config import Config
-from hmdiff.train.loop import TrainingStream
 from hmdiff.train.step import keypoint_map, training_losses
+from hmdiff.train.stream import TrainingStream
 
 
 def measure_throughput(

@@ -21,6 +21,7 @@ from hmdiff.build import build_mesh, build_source
 from hmdiff.config import Config, load_config
 from hmdiff.data.motion_blur import Blurred
 from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.evaluate.evaluation import measure, split_batches
 from hmdiff.evaluate.measured import Measured
 from hmdiff.evaluate.store import digest, save_report
@@ -81,10 +82,9 @@ def compute_cell(
     """Measure, and write the cell. Raises `UserError` for a split that is not known."""
     watch = _Watch()
     count = settings["num_hypotheses"]
-    measured = measure(
-        pipeline, split_batches(data, settings["split"], settings["people"]), (count,), settings["steps"],
-        settings["seed"], progress=progress, observe=watch,
-    )[count]  # fmt: skip
+    sampling = SamplingConfig(count, settings["steps"], settings["seed"])
+    people = split_batches(data, settings["split"], settings["people"])
+    measured = measure(pipeline, people, sampling, progress=progress, observe=watch)[count]
     values: dict[str, Any] = {
         metric: {kind: _rounded(errors) for kind, errors in kinds.items()} for metric, kinds in measured.errors.items()
     }

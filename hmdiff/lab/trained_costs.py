@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from hmdiff.config import Config, load_config, save_config
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.evaluate.evaluation import as_heatmaps, ask
 from hmdiff.train.loop import Trainer
 
@@ -74,7 +75,7 @@ class _Timed:
         count = num_hypotheses if self.mode == "diffusion" else 1
         heatmaps = as_heatmaps(self.sample)
         started = clock()
-        ask(self.trainer.pipeline, self.sample, heatmaps, count, steps, 0, None)
+        ask(self.trainer.pipeline, self.sample, heatmaps, SamplingConfig(count, steps))
         self._wait()
         if counts:
             self.image_times.append((clock() - started) / len(self.sample))

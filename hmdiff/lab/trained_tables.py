@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 from hmdiff.evaluate.measured import interval
+from hmdiff.evaluate.table import difference_text, interval_text
 from hmdiff.evaluate.visibility_bands import BANDS, band_of, ratio_interval
 from hmdiff.lab.trained_ablations import TrainedColumn, TrainedRow, TrainedTable
 from hmdiff.names import METRICS
@@ -146,13 +147,13 @@ def _text(column: TrainedColumn, cells: RowCells, rows: Mapping[str, RowCells]) 
         value = cells.cost[column.value]
         return f"{value:,.0f}" if column.value == "parameters" else f"{value:.{column.digits}f}"
     if column.against is None:
-        return _number(mean_of(cells, column.value, column.kind), column.digits)
+        return interval_text(mean_of(cells, column.value, column.kind), column.digits)
     apart = difference_of(cells, _other(cells.row, rows, column.against), column.value, column.kind)
     if apart is None:
         return "-"
     if column.by_seed:
         return " ".join(f"{100 * value:+.{column.digits}f}" for value in apart.by_seed.values())
-    return _percent(apart.relative, column.digits)
+    return difference_text(apart.relative, column.digits, 100)
 
 
 def _other(row: TrainedRow, rows: Mapping[str, RowCells], against: str) -> RowCells | None:
@@ -185,9 +186,9 @@ def band_texts(
             mask = cells.mask(number, band)
             if relative:
                 apart = difference_of(cells, _other(cells.row, by_label, "reference"), metric, kind, mask)
-                line.append("-" if apart is None else _percent(apart.relative))
+                line.append(difference_text(None if apart is None else apart.relative, scale=100))
             else:
-                line.append(_number(mean_of(cells, metric, kind, mask)))
+                line.append(interval_text(mean_of(cells, metric, kind, mask)))
         lines.append(line)
     return ["visible", *(f"{name} ({count})" for name, count in zip(bands, counts, strict=True))], lines
 
@@ -239,14 +240,3 @@ def csv_rows(
 def _put(line: dict[str, Any], name: str, found: Number | None) -> None:
     if found is not None:
         line |= {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
-
-
-def _number(found: Number | None, digits: int = 1) -> str:
-    if found is None:
-        return "-"
-    return f"{found['value']:.{digits}f} ({found['low']:.{digits}f}-{found['high']:.{digits}f})"
-
-
-def _percent(found: Number, digits: int = 1) -> str:
-    value, low, high = (f"{100 * found[name]:+.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"

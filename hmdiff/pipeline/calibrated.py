@@ -6,59 +6,45 @@ import dataclasses
 
 from torch import Tensor
 
-from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.hypotheses import Reprojection, keypoint_nearness
 from hmdiff.diffusion.image_evidence import image_evidence
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.schedule import sampler_name
 from hmdiff.diffusion.temperature import Sampling, Temperature
-from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.files.diffusers_parts import Scheduler
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
 from hmdiff.output import MeshOutput, keypoint_distance, projected_keypoints
 
 
 class Calibrated:
-    """What `HMDiffPipeline` knows of its spread. The arguments are those of a call; None is what was saved."""
+    """What `HMDiffPipeline` knows of its spread."""
 
-    scheduler: SchedulerMixin
+    scheduler: Scheduler
     num_inference_steps: int
     eta: float
     temperatures: dict[Sampling, Temperature]
 
-    def sampling(
-        self,
-        num_inference_steps: int | None = None,
-        scheduler: str | None = None,
-        eta: float | None = None,
-        guidance: Guidance | None = None,
-    ) -> Sampling:
-        """The way of sampling that these arguments of a call mean."""
-        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
-        name = sampler_name(self.scheduler) if scheduler is None else scheduler
-        return Sampling.of(steps, name, self.eta if eta is None else eta, guidance)
+    def resolved(self, sampling: SamplingConfig) -> SamplingConfig:
+        """The settings with what was saved with the pipeline in place of None; guidance that does nothing as None."""
+        steps, name, eta = sampling.num_inference_steps, sampling.scheduler, sampling.eta
+        return sampling.but(
+            num_inference_steps=self.num_inference_steps if steps is None else steps,
+            scheduler=sampler_name(self.scheduler) if name is None else name,
+            eta=self.eta if eta is None else eta,
+            guidance=sampling.steered,
+        )
 
-    def temperature(
-        self,
-        num_inference_steps: int | None = None,
-        scheduler: str | None = None,
-        eta: float | None = None,
-        guidance: Guidance | None = None,
-    ) -> float:
-        """By what the spread of these hypotheses is multiplied to be calibrated; 1 where nothing was fitted.
+    def calibration(self, sampling: SamplingConfig) -> Temperature | None:
+        """What was fitted for this way of sampling: temperature, factor of the evidence, confidence. None: nothing."""
+        return self.temperatures.get(Sampling.of(self.resolved(sampling)))
+
+    def temperature(self, sampling: SamplingConfig) -> float:
+        """The factor that calibrates the spread of these hypotheses; 1 where none was fitted.
 
         Of a person like most that it was fitted on: `MeshOutput.temperature` has everybody's own.
         """
-        fitted = self.calibration(num_inference_steps, scheduler, eta, guidance)
+        fitted = self.calibration(sampling)
         return 1.0 if fitted is None else fitted.temperature
-
-    def calibration(
-        self,
-        num_inference_steps: int | None = None,
-        scheduler: str | None = None,
-        eta: float | None = None,
-        guidance: Guidance | None = None,
-    ) -> Temperature | None:
-        """What was fitted for this way of sampling: temperature, factor of the evidence, confidence. None: nothing."""
-        return self.temperatures.get(self.sampling(num_inference_steps, scheduler, eta, guidance))
 
     def set_temperature(self, fitted: Temperature) -> None:
         """Use it from now on, and save it with the pipeline; it replaces an older one of the same way of sampling."""

@@ -18,12 +18,13 @@ from hmdiff.body.lbs_basis import lbs_basis
 from hmdiff.diffusion.dat import GuidanceReport
 from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.sampling import Callback
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.schedule import change_scheduler
 from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
 from hmdiff.estimators.people import Photo, PhotoPeople, people_in
 from hmdiff.estimators.source import PoseSource
-from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.files.diffusers_parts import Scheduler
 from hmdiff.heatmaps import Crop, Heatmaps, heatmap_peaks
 from hmdiff.heatmaps.upright import turned_upright
 from hmdiff.losses.rle import joint_confidence, rle_log_likelihood
@@ -52,7 +53,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
     def __init__(
         self,
         model: MeshRecoveryModel,
-        scheduler: SchedulerMixin,  # of diffusers, by `make_scheduler`
+        scheduler: Scheduler,  # of diffusers, by `make_scheduler`
         body: Body,
         num_inference_steps: int = 10,
         eta: float = 0.0,
@@ -105,22 +106,16 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         self,
         images: Photos | Tensor | None = None,  # photos, as `read`; or crops (B, 3, S, S) RGB 0..1
         heatmaps: Heatmaps | None = None,
-        num_hypotheses: int = 25,
-        num_inference_steps: int | None = None,  # None: the number saved with the pipeline
-        seed: int = 0,
-        scheduler: str | None = None,  # another sampler, such as "ddpm" or "dpm++"
-        eta: float | None = None,  # DDIM's share of fresh noise
+        sampling: SamplingConfig | None = None,  # None: the defaults
+        *,
         photo_sizes: Tensor | None = None,  # (B, 2) width, height in pixels; None: the size that the crop carries
         focal: Tensor | None = None,  # (B,) pixels; None: the focal length that the crop carries
         fit_camera: bool = True,  # place every hypothesis where the heatmaps' peaks see it; False: the head's camera
         people: Sequence[int] | None = None,  # number of every person among all asked for; None: 0, 1, ...
         callback: Callback | None = None,
         progress: Callable[[int], None] | None = None,  # told how many hypotheses are done
-        guidance: Guidance | None = None,  # DAT towards `heatmaps`, which an image model may be given for this alone;
-        # of photos DAT is the default, as on the command line: Guidance(mode="none") is none
         depth: Tensor | None = None,  # (B, S, S) of the crops, larger = farther, any scale and shift, NaN = not known
-        surface: str = "body",  # of every hypothesis: the nearest body's, or the predicted "vertices" as they are
-        upright: bool = True,  # heatmaps alone: turn the crops of people who lie or are upside down
+        **settings: Any,  # of `SamplingConfig`, over `sampling`: num_hypotheses=5, seed=1, guidance=Guidance(), ...
     ) -> MeshOutput:
         """Recover the people. The same seed gives the same result whatever the batch or the device's number of rows.
 
@@ -130,18 +125,20 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         Raises:
             UserError: an input that the model needs is missing, or a number is out of its range.
         """
-        check_call(num_hypotheses, seed, eta, people)
+        sampling = (sampling or SamplingConfig()).but(**settings)
+        check_call(sampling.num_hypotheses, sampling.seed, sampling.eta, people)
         check_weights(next(self.model.parameters()).dtype)
-        if surface not in SURFACES:
-            raise UserError(f"surface {surface!r} is not known; choose one of {', '.join(SURFACES)}")
+        if sampling.surface not in SURFACES:
+            raise UserError(f"surface {sampling.surface!r} is not known; choose one of {', '.join(SURFACES)}")
         photos: tuple[tuple[PhotoPeople, int], ...] = ()
         if images is not None and not isinstance(images, Tensor):
             found = self.read(images)
             photos = tuple((photo, number) for photo in found for number in range(len(photo.heatmaps)))
             images, heatmaps = photo_inputs(self.model, found)
             people = [number for _, number in photos] if people is None else people
-            guidance = self.default_guidance() if guidance is None else guidance
-        if upright and heatmaps is not None and self.model.config.inputs == "heatmaps" and depth is None:
+            if sampling.guidance is None:
+                sampling = sampling.but(guidance=self.default_guidance())
+        if sampling.upright and heatmaps is not None and self.model.config.inputs == "heatmaps" and depth is None:
             heatmaps = turned_upright(heatmaps)
         images, values, valid = model_inputs(self.model, self.device, images, heatmaps)
         given = len(values) if values is not None else len(images)  # type: ignore[arg-type]
@@ -162,23 +159,20 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
             crop = Crop.of(side[:, None].expand(-1, 2) / 2, side)
         frames = CropCamera.of(crop.with_camera(photo_sizes, focal), self.model.config.frame == "crop")
 
-        plan = guidance_plan(self.model, self.body, guidance, heatmaps, camera, frames)
+        plan = guidance_plan(self.model, self.body, sampling.steered, heatmaps, camera, frames)
         with self._autocast():
-            points, report = self.denoised(
-                conditioning, people, num_hypotheses, num_inference_steps, seed, scheduler, eta, callback, progress,
-                plan,
-            )  # fmt: skip
+            points, report = self.denoised(conditioning, people, sampling, callback, progress, plan)
         points = points.float()
         confidence, joint_scale, regressed = self._certainty(conditioning, points) or (None, None, None)
         one = None
         if self.aggregator is not None:
             together = frames.to_camera(self.aggregator(points)[:, None])
-            one = self._surface(self._at_peaks(together, plan, values, camera, frames), surface)[0]
+            one = self._surface(self._at_peaks(together, plan, values, camera, frames), sampling.surface)[0]
         placed = self._at_peaks(frames.to_camera(points), plan, values, camera, frames)
-        vertices, joints, fitted = self._surface(placed, surface)
+        vertices, joints, fitted = self._surface(placed, sampling.surface)
         keypoints = self.body.keypoints(vertices) if self.body.keypoint_regressor is not None else None
 
-        translation = frames.translation(camera, num_hypotheses)
+        translation = frames.translation(camera, sampling.num_hypotheses)
         if fit_camera and values is not None and keypoints is not None:
             translation = frames.fitted_translation(keypoints, values, translation)
         check_result((vertices, translation))
@@ -197,8 +191,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
             likelihood, confidence=confidence, joint_scale=joint_scale, rle_log_likelihood=regressed, fitted=fitted,
             body=self.body, photos=photos, aggregated_vertices=None if one is None else one[:, 0],
         )  # fmt: skip
-        fitted_for = self.calibration(num_inference_steps, scheduler, eta, guidance)
-        return calibrated(output, heatmaps, frames.crop.side, fitted_for)
+        return calibrated(output, heatmaps, frames.crop.side, self.calibration(sampling))
 
     def _at_peaks(
         self,
@@ -240,24 +233,16 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         self,
         conditioning: Conditioning,  # of B people
         people: Sequence[int],
-        num_hypotheses: int,
-        num_inference_steps: int | None = None,
-        seed: int = 0,
-        scheduler: str | None = None,
-        eta: float | None = None,
+        sampling: SamplingConfig,
         callback: Callback | None = None,
         progress: Callable[[int], None] | None = None,
         plan: GuidancePlan | None = None,
     ) -> tuple[Tensor, GuidanceReport | None]:  # (B, N, P, 3) points of the diffusion
         """Run the reverse process for all hypotheses, in chunks of bounded size. The direct baseline gives N copies."""
-        sampler = self.scheduler
-        if scheduler is not None and self.model.config.mode != "direct":
-            sampler = change_scheduler(sampler, scheduler)
-        return draw_hypotheses(
-            self.model, sampler, conditioning, people, num_hypotheses,
-            self.num_inference_steps if num_inference_steps is None else num_inference_steps, seed,
-            self.eta if eta is None else eta, callback, progress, plan,
-        )  # fmt: skip
+        found, sampler = self.resolved(sampling), self.scheduler
+        if sampling.scheduler is not None and self.model.config.mode != "direct":
+            sampler = change_scheduler(sampler, sampling.scheduler)
+        return draw_hypotheses(self.model, sampler, conditioning, people, found, callback, progress, plan)
 
     def _certainty(
         self,

@@ -15,8 +15,9 @@ from hmdiff.diffusion.gap import make_target
 from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.files.diffusers_parts import Scheduler
 from hmdiff.heatmaps import Heatmaps
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
@@ -41,13 +42,13 @@ class GuidancePlan:
 def guidance_plan(
     model: MeshRecoveryModel,
     body: Body,
-    guidance: Guidance | None,
+    guidance: Guidance | None,  # None: nothing steers
     heatmaps: Heatmaps | None,
     camera: Tensor,  # (B, 3)
     frames: CropCamera,
 ) -> GuidancePlan | None:
     """None where nothing is guided. Raises `UserError` where there is nothing to guide by."""
-    if guidance is None or not guidance.active or model.config.mode == "direct":
+    if guidance is None or model.config.mode == "direct":
         return None
     if heatmaps is None:
         raise UserError("guidance needs heatmaps to steer by: give heatmaps=Heatmaps beside the images")
@@ -66,13 +67,10 @@ def guidance_plan(
 
 def draw_hypotheses(
     model: MeshRecoveryModel,
-    sampler: SchedulerMixin,
+    sampler: Scheduler,
     conditioning: Conditioning,  # of B people
     people: Sequence[int],
-    num_hypotheses: int,
-    steps: int,
-    seed: int,
-    eta: float,
+    sampling: SamplingConfig,  # resolved
     callback: Callback | None = None,
     progress: Callable[[int], None] | None = None,
     plan: GuidancePlan | None = None,
@@ -82,10 +80,12 @@ def draw_hypotheses(
     Raises:
         UserError: more steps than the model was trained with.
     """
-    count, device = len(conditioning.tokens), conditioning.tokens.device
+    count, device, num_hypotheses = len(conditioning.tokens), conditioning.tokens.device, sampling.num_hypotheses
     if model.config.mode == "direct":
         return model.regress(conditioning).expand(-1, num_hypotheses, -1, -1), None
-    total = sampler.config.num_train_timesteps  # type: ignore[attr-defined]
+    steps, eta, seed = sampling.num_inference_steps, sampling.eta, sampling.seed
+    assert steps is not None and eta is not None
+    total = sampler.config.num_train_timesteps
     if not 1 <= steps <= total:
         raise UserError(f"num_inference_steps {steps}: the model was trained with {total} steps; choose 1 to that")
 

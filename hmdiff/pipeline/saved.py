@@ -17,7 +17,7 @@ from hmdiff.diffusion.schedule import load_scheduler, sampler_name
 from hmdiff.diffusion.temperature import Temperature
 from hmdiff.errors import UserError
 from hmdiff.files.checksums import folder_checksums, verify_checksums
-from hmdiff.files.diffusers_parts import SchedulerMixin
+from hmdiff.files.diffusers_parts import Scheduler
 from hmdiff.files.hub import download, is_repository_id, upload
 from hmdiff.files.reading import read_json
 from hmdiff.files.resources import asset_path
@@ -38,7 +38,7 @@ class SavedPipeline:
     """Saving and loading of `HMDiffPipeline`."""
 
     model: MeshRecoveryModel
-    scheduler: SchedulerMixin
+    scheduler: Scheduler
     num_inference_steps: int
     eta: float
     temperatures: dict[Any, Temperature]
@@ -53,7 +53,7 @@ class SavedPipeline:
             self.model.save_pretrained(temporary / "model", safe_serialization=True)
             if half:
                 _halve(temporary / "model" / WEIGHTS)
-            self.scheduler.save_pretrained(temporary / "scheduler")  # type: ignore[attr-defined]
+            self.scheduler.save_pretrained(temporary / "scheduler")
             if self.aggregator is not None:
                 save_aggregator(self.aggregator, temporary / AGGREGATOR)
             about = {**self._about(), "checksums": folder_checksums(temporary)}

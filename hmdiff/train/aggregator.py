@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hmdiff.body.lbs_basis import lbs_basis
 from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.geometry import crop_rotation
 from hmdiff.models.aggregation import AggregatorSizes, HypothesisAggregator
@@ -52,9 +53,8 @@ def draw_hypotheses(
         depth = sample.depth_input if model.config.depth_map else None
         conditioning, _ = model.encode(sample.image, sample.heatmaps, sample.heatmap_valid, depth, sample.peaks)
         first = number * data.block_size
-        found, _ = pipeline.denoised(
-            conditioning, range(first, first + len(sample)), num_hypotheses, num_inference_steps, seed
-        )
+        asked = SamplingConfig(num_hypotheses, num_inference_steps, seed)
+        found, _ = pipeline.denoised(conditioning, range(first, first + len(sample)), asked)
         points.append(found.half().cpu())
         truths.append(true_points(pipeline, sample).cpu())
         if progress is not None:

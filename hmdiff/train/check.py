@@ -12,31 +12,36 @@ import copy
 import dataclasses
 import functools
 import itertools
-import os
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hmdiff.body.body import load_body
-from hmdiff.build import build_mesh, build_source
+from hmdiff.build import build_mesh
 from hmdiff.config import Config
-from hmdiff.data.mixture import PERIOD, Mixture, WithSplits
-from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import evaluate
+from hmdiff.evaluate.table import Table, duration_text
+from hmdiff.train.check_data import CAREFUL, describe_mixture, describe_source, describe_splits
+from hmdiff.train.check_machine import (
+    describe_balance,
+    describe_gradients,
+    describe_memory,
+    disk_room,
+    writable,
+)
 from hmdiff.train.checkpoint import checkpoints_in
 from hmdiff.train.loop import Trainer
-from hmdiff.train.memory import parameters, peak_gigabytes
+from hmdiff.train.memory import parameters
 
-FINE, CAREFUL, WRONG, SKIPPED = "ok", "care", "wrong", "-"
+FINE, WRONG, SKIPPED = "ok", "wrong", "-"  # and CAREFUL
 _TIMED_STEPS, _TIMED_SECONDS = 3, 10.0  # steps after the first: at most so many, none begun after so long
 _EVALUATED = 2  # people of the validation split on whom one evaluation is tried
-_NEARLY_FULL = 0.9  # share of a GPU's memory above which an unlucky batch may not fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +126,10 @@ class _Checks:
     def sources(self) -> None:
         """Each by itself, so that each fault has its line."""
         data, ready = self.config.data, self.mesh is not None
-        if data.kind == "synthetic":
-            self.sources_fine = self._check("data", lambda: self._source(self.config, "synthetic people"), ready)
-            return
-        if not data.sources:  # what is wrong with that, the assembly says
-            self.sources_fine = self._check("data", lambda: self._source(self.config, ""), ready)
+        if data.kind == "synthetic" or not data.sources:  # what is wrong with none, the assembly says
+            name = "synthetic people" if data.kind == "synthetic" else ""
+            look = functools.partial(describe_source, self.config, self.body, self.mesh, name)
+            self.sources_fine = self._check("data", look, ready)
             return
         fine: list[bool] = []
         records: list[int] = []
@@ -133,62 +137,20 @@ class _Checks:
             alone = copy.deepcopy(self.config)
             alone.data.sources, alone.data.splits, alone.data.label_noise = [copy.deepcopy(entry)], {}, 0.0
             where = str(entry.get("path", "synthetic")) if isinstance(entry, dict) else str(entry)
-            look = functools.partial(self._source, alone, where, records)
+            look = functools.partial(describe_source, alone, self.body, self.mesh, where, records)
             fine.append(self._check(f"data {number + 1}", look, ready))
         self.sources_fine = all(fine)
         if self.sources_fine and len(data.sources) > 1:  # what only shows in the mixture: weights, sizes
-            self.sources_fine = self._check("mixture", self._mixture)
+            self.sources_fine = self._check("mixture", lambda: describe_mixture(self.config, self.body, self.mesh))
         self.result.numbers["records"] = float(sum(records))
 
-    def _source(self, config: Config, name: str, records: list[int] | None = None) -> str | tuple[str, str]:
-        source = build_source(config, self.body, self.mesh)
-        held = _held(source)
-        sample = source.block("train", 0)
-        text = name
-        if held is not None:
-            text += f": {held:,} records"
-            if records is not None:
-                records.append(held)
-            far = held // (2 * source.block_size)
-            if far:
-                source.block("train", far)
-        labels = _labels(sample)
-        text += f"; of {len(sample)} people read: {labels or 'no label'}"
-        if source.image_size is not None:
-            text += f"; pictures of {source.image_size} px"
-        if not labels:
-            return CAREFUL, f"{text}: nobody of them teaches anything"
-        return text
-
-    def _mixture(self) -> str:
-        source = build_source(self.config, self.body, self.mesh)
-        while not isinstance(source, Mixture):
-            source = source.train if isinstance(source, WithSplits) else source.source  # type: ignore[attr-defined]
-        turns = [source.turn(number)[0] for number in range(PERIOD)]
-        shares = [turns.count(number) / PERIOD for number in range(len(source.sources))]
-        return "shares of the blocks: " + ", ".join(f"{share:.1%}" for share in shares)
-
     def splits(self) -> None:
-        def read() -> str:
-            source = build_source(self.config, self.body, self.mesh, full_mesh=True)
-            words = []
-            values = self.config.evaluation
-            for name, people in (("val", values.people), ("test", values.test_people)):
-                if not people:
-                    words.append(f"{name}: none")
-                    continue
-                sample = source.block(name, 0)
-                split = source.splits[name] if isinstance(source, WithSplits) else source
-                held = _held(split)
-                of = "synthetic people" if held is None else f"{held:,} records"
-                words.append(f"{name}: {people} of {of}" if held is not None else f"{name}: {people} {of}")
-                assert sample.vertices is not None
-            return "; ".join(words)
-
-        self.splits_fine = self._check("splits", read, self.sources_fine)
+        self.splits_fine = self._check(
+            "splits", lambda: describe_splits(self.config, self.body, self.mesh), self.sources_fine
+        )
 
     def output(self) -> None:
-        self._check("output", lambda: f"would write to {_writable(Path(self.config.output))}/")
+        self._check("output", lambda: f"would write to {writable(Path(self.config.output))}/")
 
     # -- what is built -----------------------------------------------------------------------------------------------
 
@@ -250,17 +212,7 @@ class _Checks:
     def disk(self) -> None:
         def room() -> str:
             assert self.trainer is not None
-            model = self.trainer.plain
-            weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-            checkpoint = weights + 4 * (parameters(model, False) + 2 * parameters(model))  # EMA, AdamW's two moments
-            kept = self.config.training.keep_checkpoints
-            needed = (kept + 1) * checkpoint + 2 * weights  # the new one beside the old ones; the pipeline likewise
-            place = _existing(Path(self.config.output))
-            free = shutil.disk_usage(place).free
-            self.result.numbers["disk_bytes"] = needed
-            text = f"{needed / 1e9:.2f} GB for {kept} + 1 checkpoints and the pipeline, {free / 1e9:.1f} GB free"
-            if free < needed:
-                raise UserError(f"{self.config.output}: {text}; free some, or lower training.keep_checkpoints")
+            text, self.result.numbers["disk_bytes"] = disk_room(self.config, self.trainer.plain)
             return text
 
         self._check("disk", room, self.trainer is not None)
@@ -290,9 +242,14 @@ class _Checks:
     def step(self) -> None:
         fine = self._check("step", self._steps, bool(self.batches))
         if fine:
-            self._check("gradients", self._gradients)
-            self._check("memory", self._memory)
-            self._check("balance", self._balance)
+            assert self.trainer is not None
+            trainer, numbers = self.trainer, self.result.numbers
+            names = [name for name, _ in _trained(trainer)]
+            numbers["without_gradient"] = len(self.unmoved)
+            self._check("gradients", lambda: describe_gradients(names, self.unmoved, 1 + _TIMED_STEPS))
+            self._check("memory", lambda: describe_memory(trainer.accelerator.device, numbers))
+            processes = trainer.accelerator.num_processes
+            self._check("balance", lambda: describe_balance(self.config, numbers, processes))
 
     def _steps(self) -> str:
         trainer, values = self.trainer, self.config.training
@@ -336,68 +293,6 @@ class _Checks:
 
         return look
 
-    def _gradients(self) -> str | tuple[str, str]:
-        """Does every parameter of every part that is on learn from this data? Those that do not, by part."""
-        assert self.trainer is not None
-        names = [name for name, _ in _trained(self.trainer)]
-        self.result.numbers["without_gradient"] = len(self.unmoved)
-        if not self.unmoved:
-            return f"all {len(names)} parameters get one"
-        parts: dict[str, list[str]] = {}
-        for name in names:
-            parts.setdefault(name.split(".")[0], []).append(name)
-        words = []
-        for part, own in parts.items():
-            still = [name for name in own if name in self.unmoved]
-            if still:
-                some = "" if len(still) == len(own) else f" ({still[0]}{', ...' if len(still) > 1 else ''})"
-                words.append(f"{part}: {len(still)} of {len(own)}{some}")
-        return CAREFUL, (
-            f"{len(self.unmoved)} of {len(names)} parameters get none from this data in {1 + _TIMED_STEPS} steps: "
-            + "; ".join(words)
-        )
-
-    def _memory(self) -> str | tuple[str, str]:
-        assert self.trainer is not None
-        device = self.trainer.accelerator.device
-        if device.type != "cuda":
-            peak = peak_gigabytes()
-            if peak is None:
-                return CAREFUL, "this system does not tell"
-            self.result.numbers["peak_bytes"] = peak * 1e9
-            return f"{peak:.2f} GB at the peak of the process, its data and checks included"
-        peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
-        self.result.numbers["peak_bytes"] = peak
-        used = torch.cuda.max_memory_allocated(device)
-        text = f"{used / 1e9:.2f} GB used, {peak / 1e9:.2f} GB reserved of the GPU's {total / 1e9:.1f} GB"
-        return (CAREFUL, f"{text}: nearly full") if peak > _NEARLY_FULL * total else text
-
-    def _balance(self) -> str | tuple[str, str]:
-        """Does the loading keep up? Of one process, which has workers of its own."""
-        numbers, values, workers = self.result.numbers, self.config.training, self.config.data.workers
-        assert self.trainer is not None
-        micro = values.batch_size * values.gradient_accumulation
-        rate = micro / numbers["step_seconds"]
-        loading = micro / numbers["loaded_a_second"]  # seconds of one worker
-        needed = int(-(-loading // numbers["step_seconds"]))
-        numbers["workers_needed"] = needed
-        numbers["seconds_a_step"] = (
-            max(numbers["step_seconds"], loading / workers) if workers else numbers["step_seconds"] + loading
-        )
-        text = f"the step takes {rate:.0f} people/s"
-        cores = (os.cpu_count() or 1) // max(1, self.trainer.accelerator.num_processes)
-        if not workers:
-            share = loading / (loading + numbers["step_seconds"])
-            text += f", and loading in the same process {share:.0%} of the time"
-            return (CAREFUL, f"{text}: data.workers={needed}") if share > 0.1 else text
-        text += f", {workers} workers load about {workers * numbers['loaded_a_second']:.0f}"
-        if needed > workers:
-            text += f": loading starves the step; data.workers={needed}"
-            return CAREFUL, text + (f", and there are {cores} cores for it" if needed > cores else "")
-        if workers > cores:
-            return CAREFUL, f"{text}, on {cores} cores: data.workers={max(1, cores)} is as many as they run at once"
-        return text
-
     def evaluation(self) -> None:
         def look() -> str:
             trainer, values = self.trainer, self.config.evaluation
@@ -406,7 +301,7 @@ class _Checks:
             trainer.plain.eval()
             started = time.perf_counter()
             try:
-                evaluate(trainer.pipeline, trainer.validation, "val", people, values.num_hypotheses, 1)
+                evaluate(trainer.pipeline, trainer.validation, "val", people, SamplingConfig(values.num_hypotheses, 1))
             finally:
                 trainer.plain.train()
             seconds = time.perf_counter() - started
@@ -414,7 +309,7 @@ class _Checks:
             self.result.numbers["evaluation_seconds"] = at_most
             return (
                 f"{people} people in {seconds:.1f} s at one denoising step; {values.people} at "
-                f"{values.num_inference_steps} in at most {_duration(at_most)}"
+                f"{values.num_inference_steps} in at most {duration_text(at_most)}"
             )
 
         ready = "step_seconds" in self.result.numbers
@@ -430,7 +325,8 @@ class _Checks:
             training = left * numbers["seconds_a_step"]
             looks = left // values.evaluate_every * numbers.get("evaluation_seconds", 0.0)
             numbers["whole_seconds"] = training + looks
-            text = f"{left:,} steps in about {_duration(training)}, and evaluations of at most {_duration(looks)}"
+            text = f"{left:,} steps in about {duration_text(training)}"
+            text += f", and evaluations of at most {duration_text(looks)}"
             records = numbers.get("records")
             if records:
                 text += f"; {left * numbers['people_a_step'] / records:.1f} times as many people as there are records"
@@ -443,71 +339,11 @@ def _trained(trainer: Trainer) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, value) for name, value in trainer.plain.named_parameters() if value.requires_grad]
 
 
-def _held(source: PeopleSource) -> int | None:
-    """How many people a source holds; None where they are drawn without end."""
-    while isinstance(source, WithSplits | Mixture):
-        source = source.train if isinstance(source, WithSplits) else source.sources[0]
-    return len(source) if isinstance(source, Sized) else None
-
-
-def _labels(sample: Sample) -> str:
-    """How many of the people have which label."""
-    counted = {
-        "mesh": _count(sample.coarse_vertices, sample.has_vertices),
-        "3D joints": _count(sample.joints_3d, sample.has_joints_3d),
-        "2D keypoints": _count(sample.joints_2d, sample.joints_2d_confidence),
-        "camera": _count(sample.pelvis, sample.has_perspective),
-    }
-    return ", ".join(f"{name} {count}" for name, count in counted.items() if count)
-
-
-def _count(value: torch.Tensor | None, mask: torch.Tensor | None) -> int:
-    if value is None:
-        return 0
-    return len(value) if mask is None else int((mask > 0).reshape(len(mask), -1).any(-1).sum())
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
-    for place in (path.absolute(), *path.absolute().parents):
-        if place.exists():
-            return place
-    return Path("/")
-
-
-def _writable(path: Path) -> Path:
-    place = _existing(path)
-    if not place.is_dir():
-        raise UserError(f"{place}: a file of that name is in the way of a folder; move it or give another output")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{place}: may not be written; choose another output folder")
-    return path
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def print_dry_run(result: DryRun) -> None:
     """The table, and what is wrong in full. Raises `UserError` with the first failure."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     if result.main_process:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=140)
-        table = Table(title="dry run", title_justify="left")
-        for name in ("check", "", "found"):
-            table.add_column(name, overflow="fold", no_wrap=name != "found")
-        colours = {FINE: "green", CAREFUL: "yellow", WRONG: "red", SKIPPED: "dim"}
-        for check in result.checks:
-            table.add_row(check.name, Text(check.state, colours[check.state]), Text(check.found))
-        console.print(table)
+        rows = [(check.name, check.state, check.found) for check in result.checks]
+        Table("dry run", ("check", "", "found"), rows, names=3).print()
         print("nothing was written")
     failures = result.failures
     if failures:

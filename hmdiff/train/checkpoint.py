@@ -16,11 +16,12 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hmdiff.errors import UserError
@@ -140,3 +141,29 @@ def check_like(place: Path, mine: list[Tensor], stored: dict[str, Tensor]) -> No
         if stored[name].shape != tensor.shape or not stored[name].is_floating_point():
             found, wanted = tuple(stored[name].shape), tuple(tensor.shape)
             raise UserError(f"{place / EMA}: {name} is {stored[name].dtype} {found}, floats {wanted} expected; {MEND}")
+
+
+def write_average(folder: Path, averaged: list[Tensor]) -> None:
+    """The EMA weights, numbered in their order."""
+    save_file({f"{number:04d}": tensor.contiguous() for number, tensor in enumerate(averaged)}, folder / EMA)
+
+
+def read_average(place: Path, mine: list[Tensor]) -> list[Tensor]:
+    """The EMA weights of `write_average`. Raises `UserError` where they are not this model's."""
+    stored = load_file(place / EMA)
+    check_like(place, mine, stored)
+    return [stored[name] for name in sorted(stored)]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested dictionaries and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+def not_written(place: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:160]
+    return UserError(f"{place}: could not be written ({reason}); earlier checkpoints stand")

@@ -1,8 +1,7 @@
 """The training loop, on Accelerate: EMA, a learning rate by name, checkpoints, resume.
 
-Nothing random has a state: the data, the noise and the learning rate of step s are functions of (seed, s) alone. So a
-run that was killed and started again by the same command goes on from its last checkpoint to the same result, and a
-block of people gets the same noise on whichever process it lands.
+All randomness is derived from (seed, step), see `train.stream`: a run that was killed and started again by the same
+command goes on from its last checkpoint to the same result.
 
     runs/NAME/config.yaml            what was resolved
     runs/NAME/checkpoints/step_N/    everything needed to go on
@@ -24,79 +23,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hmdiff.body.body import load_body
 from hmdiff.build import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.config import Config, load_config, save_config
-from hmdiff.data.sample import PeopleSource, Sample, concatenate
-from hmdiff.data.synthetic.people import block_generator
-from hmdiff.diffusion.noising import WEIGHTINGS, draw_steps
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import evaluate, mean_mesh_error, mean_mesh_errors
 from hmdiff.evaluate.store import save_report
 from hmdiff.files.locks import claim
 from hmdiff.files.storage import make_folder
-from hmdiff.losses.mesh import POINT_LOSSES
-from hmdiff.losses.rle import RLE_VARIANTS
-from hmdiff.models.masking import draw_hidden
-from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train import checkpoint
 from hmdiff.train.logger import run_log, tracker_options
 from hmdiff.train.maps import check_maps
-from hmdiff.train.optimizer import OPTIMIZERS, SCHEDULES, build_optimizer, rate_share
+from hmdiff.train.optimizer import build_optimizer, rate_share
 from hmdiff.train.sharding import fill, shared_out, whole
-from hmdiff.train.step import Draws, TrainingStep, keypoint_map, used_by_no_loss
-
-_AT_LEAST_ONE = (
-    "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every", "checkpoint_every",
-    "keep_checkpoints",
-)  # fmt: skip
-
-
-class TrainingStream(Dataset):
-    """Micro-batches of one process: item i holds the people, and all that is random: functions of (seed, i) alone."""
-
-    def __init__(
-        self, data: PeopleSource, config: Config, rank: int, processes: int, model: MeshRecoveryModel
-    ) -> None:
-        training, loss = config.training, config.loss
-        self.data, self.seed = data, config.seed
-        self.points, self.tokens, self.masked = model.num_points, model.num_tokens, model.config.masked
-        self.levels = loss.noise_levels
-        self.blocks = training.batch_size // data.block_size
-        if self.blocks * data.block_size != training.batch_size:
-            raise UserError(
-                f"training.batch_size {training.batch_size} is not a multiple of data.block_size {data.block_size}"
-            )
-        self.rank, self.processes = rank, processes
-        self.length = training.steps * training.gradient_accumulation
-        self.total, self.terminal = config.diffusion.num_train_timesteps, loss.terminal_share
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple[Sample, Draws]:
-        first = (index * self.processes + self.rank) * self.blocks
-        people, steps, noise, hidden = [], [], [], []
-        for number in range(first, first + self.blocks):
-            people.append(self.data.block("train", number))
-            generator = block_generator(self.seed, "noise", number)
-            shape = (self.data.block_size, self.levels)
-            steps.append(draw_steps(shape, self.total, self.terminal, generator))
-            noise.append(torch.randn(*shape, self.points, 3, generator=generator))
-            if self.masked:
-                hidden.append(draw_hidden((*shape, self.tokens), self.masked, generator))
-        draws = Draws(torch.cat(steps), torch.cat(noise), torch.cat(hidden) if hidden else None, self._seed(index))
-        return concatenate(people), draws
-
-    def _seed(self, index: int) -> int:
-        """Of what all processes draw alike."""
-        return int(block_generator(self.seed, "contrast", index).initial_seed())
+from hmdiff.train.start import check_values, take_weights
+from hmdiff.train.step import TrainingStep, keypoint_map, used_by_no_loss
+from hmdiff.train.stream import TrainingStream
 
 
 class Trainer:
@@ -105,7 +53,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         values = config.training
-        _check_values(config)
+        check_values(config)
         if values.threads:
             torch.set_num_threads(values.threads)
         # Its find_unused_parameters is set once the model is known, and read when the model is wrapped.
@@ -121,7 +69,7 @@ class Trainer:
         mesh = build_mesh(config, body)
         self.plain = build_model(config, body, mesh)
         if values.start_from:
-            _take_weights(self.plain, values.start_from)
+            take_weights(self.plain, values.start_from)
         # Fitted in closed form already, and the training people have no full mesh to refine it on.
         if self.plain.upsample_weight is not None:
             self.plain.upsample_weight.requires_grad_(False)
@@ -159,7 +107,7 @@ class Trainer:
             self.plain.parameters(), decay=values.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
         )
         self.ema.to(device)
-        # Whoever evaluates alone needs whole weights: its own, where those that are trained live in parts (FSDP).
+        # Evaluation needs unsharded weights (FSDP): a model of its own.
         self.shown = self.plain
         if shared_out(self.plain.parameters()):
             self.shown = self.pipeline.model = build_model(config, body, mesh).to(device).eval()
@@ -323,23 +271,21 @@ class Trainer:
             checkpoint.begin(place)
         self.accelerator.wait_for_everyone()
         averaged = whole(self.ema.shadow_params)
+        progress = checkpoint.Progress(self.step, self.ema.optimization_step, self._sums, self._counted)
         try:
             self.accelerator.save_state(str(part), safe_serialization=True)
             if self.accelerator.is_main_process:
-                save_file(_numbered(averaged), part / checkpoint.EMA)
-                progress = checkpoint.Progress(self.step, self.ema.optimization_step, self._sums, self._counted)
+                checkpoint.write_average(part, averaged)
                 checkpoint.write_progress(part, progress)
         except Exception as error:  # of a full disk the file system, torch and safetensors each tell in their own way
             shutil.rmtree(part, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:160]
-            raise UserError(f"{place}: could not be written ({reason}); earlier checkpoints stand") from error
+            raise checkpoint.not_written(place, error) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             try:
                 checkpoint.finish(part, place, self.config.training.keep_checkpoints)
             except OSError as error:
-                reason = error.strerror or str(error)
-                raise UserError(f"{place}: could not be written ({reason}); earlier checkpoints stand") from error
+                raise checkpoint.not_written(place, error) from error
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
@@ -354,18 +300,17 @@ class Trainer:
             )
         try:
             self.accelerator.load_state(str(place))
-            stored = load_file(place / checkpoint.EMA)
-            checkpoint.check_like(place, self.ema.shadow_params, stored)
-            for mine, name in zip(self.ema.shadow_params, sorted(stored), strict=True):
-                fill(mine, stored[name])
+            stored = checkpoint.read_average(place, self.ema.shadow_params)
+            for mine, value in zip(self.ema.shadow_params, stored, strict=True):
+                fill(mine, value)
         except UserError:
             raise
         except Exception as error:  # torch, safetensors and accelerate each raise their own
             reason = str(error).split("\n")[0][:160]
             raise UserError(f"{place}: damaged checkpoint ({reason}); {checkpoint.MEND}") from None
         for what, tensors in (
-            ("weights", list(self.plain.parameters())), ("averaged weights", list(stored.values())),
-            ("moments of the optimiser", list(_tensors(self.optimizer.state_dict()))),
+            ("weights", list(self.plain.parameters())), ("averaged weights", stored),
+            ("moments of the optimiser", list(checkpoint.tensors_in(self.optimizer.state_dict()))),
         ):  # fmt: skip
             checkpoint.check_finite(place, whole(tensors), what)
         self.step, self.ema.optimization_step = progress.step, progress.ema_steps
@@ -381,9 +326,8 @@ class Trainer:
             return {}
         values = self.config.evaluation
         with self._showing(averaged):
-            report = evaluate(
-                self.pipeline, self.validation, "val", values.people, values.num_hypotheses, values.num_inference_steps
-            )
+            asked = SamplingConfig(values.num_hypotheses, values.num_inference_steps)
+            report = evaluate(self.pipeline, self.validation, "val", values.people, asked)
             self.pipeline.save_pretrained(self.folder / "pipeline")
             if not self.config.training.picture_every or self.step % self.config.training.picture_every == 0:
                 self._picture()
@@ -422,9 +366,8 @@ class Trainer:
         """The finished pipeline on the test split, beside what the mean mesh gives; written to test.json."""
         values = self.config.evaluation
         pipeline = HMDiffPipeline.from_pretrained(self.folder / "pipeline", self.accelerator.device)
-        report = evaluate(
-            pipeline, self.validation, "test", values.test_people, values.num_hypotheses, values.num_inference_steps
-        )
+        asked = SamplingConfig(values.num_hypotheses, values.num_inference_steps)
+        report = evaluate(pipeline, self.validation, "test", values.test_people, asked)
         report["mean_mesh"] = mean_mesh_errors(self.validation, "test", values.test_people)
         save_report(report, self.folder / "test.json")
         found, baseline = report["errors"]["pve"]["mean"]["value"], report["mean_mesh"]["pve"]["value"]
@@ -439,74 +382,3 @@ class Trainer:
         from hmdiff.train.gallery import validation_picture
 
         validation_picture(self.pipeline, self.validation, self.folder / "pictures" / f"step_{self.step:08d}.png")
-
-
-def _check_values(config: Config) -> None:
-    """What would otherwise fail deep in the loop, or after the first step."""
-    if config.seed < 0:
-        raise UserError(f"seed {config.seed}: a whole number from 0 on is needed")
-    choices = (
-        ("loss.points", config.loss.points, POINT_LOSSES),
-        ("loss.weighting", config.loss.weighting, WEIGHTINGS),
-        ("model.rle_variant", config.model.get("rle_variant", "exact"), RLE_VARIANTS),
-        ("training.optimizer", config.training.optimizer, OPTIMIZERS),
-        ("training.schedule", config.training.schedule, SCHEDULES),
-        ("training.mixed_precision", config.training.mixed_precision, ("no", "bf16", "fp16")),
-    )
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise UserError(f"{name} {value!r} is not known; choose one of {', '.join(allowed)}")
-    numbers = {
-        "loss.noise_levels": config.loss.noise_levels,
-        **{f"training.{name}": getattr(config.training, name) for name in _AT_LEAST_ONE},
-    }
-    for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f"{name} {number}: at least 1 is needed")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested dictionaries and lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
-    return {f"{number:04d}": tensor.contiguous() for number, tensor in enumerate(tensors)}
-
-
-# Entries of the optional paths: a path that the saved pipeline has not starts as it is built.
-_PATHS = (
-    "depth_map", "depth_layers", "depth_size", "rle", "rle_variant", "silhouette", "masked", "lifting", "volume_width",
-    "volume_size", "volume_exponent", "coarse_to_fine", "hybrid_position",
-)  # fmt: skip
-
-
-def _take_weights(model: MeshRecoveryModel, name: str) -> None:
-    """Start from a saved pipeline's weights. What a path adds to it starts as it is built.
-
-    Raises:
-        UserError: the two models differ in more than an added path.
-    """
-    stored = HMDiffPipeline.from_pretrained(name).model
-    for key, value in model.config.items():
-        other = stored.config.get(key)
-        if not key.startswith("_") and key not in ("mode", "pretrained", "frame", *_PATHS) and other != value:
-            raise UserError(f"training.start_from {name}: its model has {key} {other!r}, this one {value!r}")
-    mine, theirs = model.state_dict(), stored.state_dict()
-    for key, value in theirs.items():
-        if key not in mine or mine[key].shape != value.shape:
-            path = next((path for path in _PATHS if stored.config.get(path) != model.config.get(path)), key)
-            raise UserError(
-                f"training.start_from {name}: its model has {path} {stored.config.get(path)!r}, this one "
-                f"{model.config.get(path)!r}: a path can be added, not taken away or changed in size"
-            )
-    model.load_state_dict(theirs, strict=False)
-
-
-def train(config: Config) -> dict[str, Any]:
-    """Train a config. Raises `UserError` for whatever the user can mend."""
-    return Trainer(config).run()

@@ -175,7 +175,7 @@ def _chunk(
         maps = concatenate_heatmaps([heatmaps for _, _, heatmaps, _, _ in batch])
         images = torch.cat([crop for *_, crop in batch if crop is not None]) if reads_pictures else None
         numbers = [number if share_noise else 1000 * frame.number + number for frame, number, *_ in batch]
-        output = pipe(images, maps, num_hypotheses, seed=seed, people=numbers, **sampling)
+        output = pipe(images, maps, num_hypotheses=num_hypotheses, seed=seed, people=numbers, **sampling)
         rows.append(_rows(output, maps, batch))
     about = {"frame_times": np.array([frame.time for frame in frames]),
              "lost": np.repeat([frame.number for frame in frames], [frame.lost for frame in frames])}  # fmt: skip

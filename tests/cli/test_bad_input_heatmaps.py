@@ -18,6 +18,7 @@ from small import small_pipeline
 
 from hmdiff.body.skeletons import COCO17, HALPE26
 from hmdiff.cli.main import main
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.estimators.people import read_people
 from hmdiff.heatmaps import Crop, Heatmaps, gaussian_heatmaps
 from hmdiff.pipeline import HMDiffPipeline, reverse
@@ -150,14 +151,14 @@ def test_ten_thousand_hypotheses(pipe: HMDiffPipeline, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(pipe.model, "denoise", counted)
     with torch.no_grad():
-        many, _ = pipe.denoised(conditioning, [0], 10_000, 1)
+        many, _ = pipe.denoised(conditioning, [0], SamplingConfig(10_000, 1))
         assert many.shape[:2] == (1, 10_000) and many.isfinite().all()
         limit = reverse.ROWS_AT_ONCE
         assert max(rows) <= limit and sum(rows) == 10_000
-        few, _ = pipe.denoised(conditioning, [0], 5, 1)
+        few, _ = pipe.denoised(conditioning, [0], SamplingConfig(5, 1))
         torch.testing.assert_close(many[:, :5], few, rtol=0, atol=1e-4)
         monkeypatch.setattr(reverse, "ROWS_AT_ONCE", 37)
         rows.clear()
-        some, _ = pipe.denoised(conditioning, [0], 300, 1)
+        some, _ = pipe.denoised(conditioning, [0], SamplingConfig(300, 1))
     assert max(rows) == 37
     torch.testing.assert_close(some, many[:, :300], rtol=0, atol=1e-5)

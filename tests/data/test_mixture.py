@@ -29,8 +29,9 @@ from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import _mean_person
 from hmdiff.geometry import axis_angle_to_matrix, perspective_projection, weak_perspective_projection
 from hmdiff.losses.objective import objective
-from hmdiff.train.loop import Trainer, TrainingStream
+from hmdiff.train.loop import Trainer
 from hmdiff.train.step import Draws, training_losses
+from hmdiff.train.stream import TrainingStream
 
 PLAIN = AugmentOptions(flip=0, noise=0, rotation=0, scale=0)
 WILD = AugmentOptions(flip=0.5, noise=0, upright=0, scale=0.25)

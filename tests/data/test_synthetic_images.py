@@ -18,7 +18,7 @@ from hmdiff.data.synthetic.rendering import OccluderBoxes, Photographer
 from hmdiff.errors import UserError
 from hmdiff.lab.throughput import measure_throughput
 from hmdiff.train.gallery import synthetic_picture
-from hmdiff.train.loop import TrainingStream
+from hmdiff.train.stream import TrainingStream
 from hmdiff.viz.canvas import read_picture
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))

@@ -11,20 +11,25 @@ import pytest
 import torch
 from small import free_body, people, people_block, small_pipeline
 
-from hmdiff.cli.evaluate import calibration_line
 from hmdiff.cli.main import main
 from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.hypotheses import apply_temperature, heatmap_log_likelihood, select
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluate.calibration import calibrate, draw, store_temperature
 from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
 from hmdiff.evaluate.measured import Measured, summary
 from hmdiff.evaluate.metrics import expected_calibration_error
+from hmdiff.evaluate.split_tables import calibration_line
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Heatmaps
 from hmdiff.output import log_likelihood
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
+
+
+def in_steps(number: int, **changes: Any) -> SamplingConfig:
+    return SamplingConfig(num_inference_steps=number, **changes)
 
 
 @pytest.fixture
@@ -103,29 +108,29 @@ def test_a_temperature_changes_what_is_said_of_the_spread_and_no_mesh(pipe: HMDi
         assert run(**options).temperature.tolist() == [2.5] * 3  # type: ignore[arg-type]
     pipe.set_temperature(fitted(1.5, sampler="ddpm"))
     assert run(scheduler="ddpm", eta=0.7).temperature[0] == 1.5  # eta is ddim's alone
-    guided = Temperature(pipe.sampling(2, guidance=Guidance(strength=0.5)), 3.0)
+    guided = Temperature(Sampling.of(pipe.resolved(in_steps(2, guidance=Guidance(strength=0.5)))), 3.0)
     pipe.set_temperature(guided)
-    assert pipe.temperature(2, guidance=Guidance(strength=0.5)) == 3.0
-    assert pipe.temperature(2, guidance=Guidance(strength=0.6)) == 1.0
+    assert pipe.temperature(in_steps(2, guidance=Guidance(strength=0.5))) == 3.0
+    assert pipe.temperature(in_steps(2, guidance=Guidance(strength=0.6))) == 1.0
 
 
 def test_temperatures_are_saved_with_the_pipeline(pipe: HMDiffPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "older")
     assert "temperatures" not in json.loads((tmp_path / "older" / "hmdiff.json").read_text())
     assert HMDiffPipeline.from_pretrained(tmp_path / "older").temperatures == {}  # as all were before
-    guided = Temperature(pipe.sampling(5, guidance=Guidance(joint_weights=(1.0, 0.5))), 3.0)
+    guided = Temperature(Sampling.of(pipe.resolved(in_steps(5, guidance=Guidance(joint_weights=(1.0, 0.5))))), 3.0)
     for each in (fitted(2.5), fitted(1.25, 7, "ddim", 0.5), guided):
         pipe.set_temperature(each)
     pipe.save_pretrained(tmp_path / "saved", half=True)
     again = HMDiffPipeline.from_pretrained(tmp_path / "saved")
     assert again.temperatures == pipe.temperatures
-    assert again.temperature(5, guidance=Guidance(joint_weights=(1.0, 0.5))) == 3.0
+    assert again.temperature(in_steps(5, guidance=Guidance(joint_weights=(1.0, 0.5)))) == 3.0
 
     store_temperature(tmp_path / "saved", fitted(4.0))  # in place of the first
     stored = HMDiffPipeline.from_pretrained(tmp_path / "saved")
     assert [each.temperature for each in stored.temperatures.values()] == [1.25, 3.0, 4.0]
     store_temperature(tmp_path / "older", fitted(4.0))
-    assert HMDiffPipeline.from_pretrained(tmp_path / "older").temperature(2) == 4.0
+    assert HMDiffPipeline.from_pretrained(tmp_path / "older").temperature(in_steps(2)) == 4.0
 
 
 def test_bad_temperatures_are_named(pipe: HMDiffPipeline, tmp_path: Path) -> None:
@@ -157,7 +162,7 @@ def test_bad_temperatures_are_named(pipe: HMDiffPipeline, tmp_path: Path) -> Non
 def test_calibration_sets_the_temperature_and_lowers_the_error(pipe: HMDiffPipeline) -> None:
     done: list[int] = []
     found = calibrate(pipe, people(True), "val", 8, 6, 2, progress=done.append)
-    assert sum(done) == 8 and pipe.temperature(2) == found.temperature != 1.0
+    assert sum(done) == 8 and pipe.temperature(in_steps(2)) == found.temperature != 1.0
     about = found.fitted_on
     assert about["expected_calibration_error_after"] < about["expected_calibration_error_before"]
     assert (about["split"], about["people"], about["num_hypotheses"]) == ("val", 8, 6)
@@ -179,11 +184,11 @@ def test_the_command_writes_it_into_the_pipeline(
     assert "ddim, 2 steps" in told and "calibration error" in told and str(tmp_path / "run" / "pipeline") in told
     after = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert {(each.num_inference_steps, each.sampler) for each in after.temperatures} == {(1, "ddim"), (2, "ddim")}
-    assert after.temperature(2) != 1.0 and before.temperature(2) == 1.0
+    assert after.temperature(in_steps(2)) != 1.0 and before.temperature(in_steps(2)) == 1.0
     assert main(["prepare", "temperature", str(tmp_path / "run"), *words]) == 0
     guided = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
-    assert guided.temperature(2) == after.temperature(2)  # both are kept
-    assert guided.temperature(2, guidance=Guidance()) != 1.0
+    assert guided.temperature(in_steps(2)) == after.temperature(in_steps(2))  # both are kept
+    assert guided.temperature(in_steps(2, guidance=Guidance())) != 1.0
     assert main(["prepare", "temperature", str(tmp_path / "run"), "--guidance", "none", "--strength", "1"]) == 2
     assert "--strength is of a guidance" in capsys.readouterr().err
     assert main(["prepare", "temperature", str(tmp_path / "run"), "--guidance", "none", "--last", "0.5"]) == 2

@@ -12,6 +12,7 @@ from small import people, small_pipeline
 
 from hmdiff.cli.main import main
 from hmdiff.diffusion.confidence import Confidence, fit_confidence
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.calibration import calibrate
 from hmdiff.evaluate.reliability import Observed, observe, reliability, reliability_picture, reliability_rows
@@ -90,7 +91,7 @@ def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) 
     block = data.block("val", 0)
     from hmdiff.evaluate.evaluation import as_heatmaps, ask
 
-    output = ask(pipe, block, as_heatmaps(block), 4, 2, 0, None)
+    output = ask(pipe, block, as_heatmaps(block), SamplingConfig(4, 2))
     own = output.temperature[:, None]
     assert own.unique().numel() > 1 and own.min() < temperature < own.max()
     torch.testing.assert_close(output.joint_spread, before.joint_spread * own, rtol=1e-3, atol=1e-2)
@@ -102,8 +103,9 @@ def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) 
     torch.testing.assert_close(found["confidence"], within.person[3])
     pipe.save_pretrained(tmp_path / "saved")
     again = HMDiffPipeline.from_pretrained(tmp_path / "saved")
-    assert again.calibration(2) == pipe.calibration(2) is not None
-    other = ask(again, block, as_heatmaps(block), 4, 3, 0, None)  # three steps: nothing was fitted
+    mine, saved = (each.calibration(SamplingConfig(num_inference_steps=2)) for each in (pipe, again))
+    assert mine is not None and saved is not None and saved.confidence == mine.confidence is not None
+    other = ask(again, block, as_heatmaps(block), SamplingConfig(4, 3))  # three steps: nothing was fitted
     assert other.within(50) is None and other.confidences(0) == {}
 
 

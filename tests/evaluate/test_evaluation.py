@@ -15,7 +15,9 @@ from torch import Tensor
 from hmdiff.body.skeletons import HALPE26, J14, LSP14, joint_indices
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
+from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.hypotheses import select
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate import evaluation
 from hmdiff.evaluate.evaluation import (
@@ -29,7 +31,7 @@ from hmdiff.evaluate.evaluation import (
     with_estimate,
 )
 from hmdiff.evaluate.measured import calibration_interval
-from hmdiff.evaluate.metrics import coverage, expected_calibration_error, hypothesis_errors
+from hmdiff.evaluate.metrics import coverage, expected_calibration_error, mesh_errors
 from hmdiff.evaluate.store import save_report
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
@@ -40,13 +42,13 @@ def pipe() -> HMDiffPipeline:
 
 
 def test_oracle_and_first(pipe: HMDiffPipeline) -> None:
-    report = evaluate(pipe, people(True), "val", 5, num_hypotheses=5, num_inference_steps=2)
+    report = evaluate(pipe, people(True), "val", 5, SamplingConfig(5, 2))
     for kinds in report["errors"].values():
         assert kinds["oracle"]["value"] <= kinds["first"]["value"]
         for value in kinds.values():
             assert value["low"] <= value["value"] <= value["high"]
     assert report["people"] == 5 and report["num_inference_steps"] == 2 and "expected_calibration_error" in report
-    single = evaluate(pipe, people(True), "val", 5, num_hypotheses=1, num_inference_steps=2)
+    single = evaluate(pipe, people(True), "val", 5, SamplingConfig(1, 2))
     for metric, kinds in single["errors"].items():
         values = [kinds[kind]["value"] for kind in ("first", "mean", "oracle")]
         assert values == pytest.approx([values[0]] * 3, rel=1e-4)
@@ -56,7 +58,7 @@ def test_oracle_and_first(pipe: HMDiffPipeline) -> None:
 
 def test_the_report_does_not_depend_on_the_blocks(pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"num_hypotheses": 2, "num_inference_steps": 2, "seed": 4}
-    whole = evaluate(pipe, people(True), "test", 7, **options)
+    whole = evaluate(pipe, people(True), "test", 7, SamplingConfig(**options))
 
     def in_threes(data: SyntheticHumans, split: str, count: int):  # type: ignore[no-untyped-def]
         sample = data.block(split, 0)
@@ -64,11 +66,11 @@ def test_the_report_does_not_depend_on_the_blocks(pipe: HMDiffPipeline, monkeypa
             yield sample.map(lambda tensor, first=first: tensor[first : min(first + 3, count)])
 
     monkeypatch.setattr(evaluation, "split_batches", in_threes)
-    parts = evaluate(pipe, people(True), "test", 7, **options)
+    parts = evaluate(pipe, people(True), "test", 7, SamplingConfig(**options))
     for metric, kinds in whole["errors"].items():
         for kind, value in kinds.items():
             assert parts["errors"][metric][kind]["value"] == pytest.approx(value["value"], rel=1e-3)
-    other = evaluate(pipe, people(True), "test", 7, **{**options, "seed": 5})
+    other = evaluate(pipe, people(True), "test", 7, SamplingConfig(**{**options, "seed": 5}))
     assert other["errors"]["pve"]["first"]["value"] != pytest.approx(whole["errors"]["pve"]["first"]["value"], rel=1e-6)
 
 
@@ -81,11 +83,11 @@ class Perfect:
         self.num_inference_steps, self.body = 1, free_body()[0]
 
     def __call__(
-        self, images: object, heatmaps: object, hypotheses: int, *_: object, people: list[int], **__: object
+        self, images: object, heatmaps: object, sampling: SamplingConfig, people: list[int], **_: object
     ) -> MeshOutput:
         body, _mesh = free_body()
         assert self.sample.vertices is not None
-        vertices = self.sample.vertices[people][:, None].repeat(1, hypotheses, 1, 1)
+        vertices = self.sample.vertices[people][:, None].repeat(1, sampling.num_hypotheses, 1, 1)
         far = torch.ones(vertices.shape[-2])
         far[body.keypoint_support()] = 0  # the keypoints stay right, so that the root does
         vertices = vertices + far[:, None] * self.offsets[:, None]
@@ -98,7 +100,7 @@ class Perfect:
 def test_errors_of_a_known_displacement() -> None:
     sample = people_block("test")
     offsets = torch.tensor([[0.03, 0.0, 0.0], [-0.01, 0.0, 0.0]])
-    report = evaluate(Perfect(sample, offsets), people(True), "test", 8, num_hypotheses=2)  # type: ignore[arg-type]
+    report = evaluate(Perfect(sample, offsets), people(True), "test", 8, SamplingConfig(2))  # type: ignore[arg-type]
     body, _ = free_body()
     share = 1 - len(body.keypoint_support()) / body.num_vertices
     pve = report["errors"]["pve"]
@@ -162,9 +164,9 @@ def test_people_of_whom_nothing_was_seen_are_still_evaluated(pipe: HMDiffPipelin
 
 def test_bad_calls_and_saved_reports(pipe: HMDiffPipeline, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="full_mesh=True"):
-        evaluate(pipe, people(False), "val", 2)
+        evaluate(pipe, people(False), "val", 2, SamplingConfig())
     with pytest.raises(UserError, match="split 'vall'"):
-        evaluate(pipe, people(True), "vall", 2)
+        evaluate(pipe, people(True), "vall", 2, SamplingConfig())
     save_report({"errors": {"pve": 1.5}}, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == {"errors": {"pve": 1.5}}
 
@@ -176,9 +178,10 @@ class Chatty:
         self.pipe, self.asked = pipe, []
         self.model, self.num_inference_steps, self.body = pipe.model, pipe.num_inference_steps, pipe.body
 
-    def __call__(self, *words: object, guidance: object = None, **options: object) -> object:
-        self.asked.append({**options, "people": len(options["people"]), "guidance": guidance})  # type: ignore[arg-type]
-        output = self.pipe(*words, **options)  # type: ignore[arg-type]
+    def __call__(self, images: object, heatmaps: object, sampling: SamplingConfig, **options: object) -> object:
+        guidance = sampling.guidance
+        self.asked.append({"sampling": sampling, "people": len(options["people"])})  # type: ignore[arg-type]
+        output = self.pipe(images, heatmaps, sampling.but(guidance=None), **options)  # type: ignore[arg-type]
         count, hypotheses = output.vertices.shape[:2]
         fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
         told = types.SimpleNamespace(
@@ -192,10 +195,10 @@ class Chatty:
 
 def test_one_run_serves_several_counts(pipe: HMDiffPipeline) -> None:
     samples = list(split_batches(people(True), "val", 5))
-    found = measure(pipe, samples, (6, 1, 2), 2, seed=3)
+    found = measure(pipe, samples, SamplingConfig(6, 2, 3), (6, 1, 2))
     assert list(found) == [1, 2, 6]
     for count, measured in found.items():
-        alone = measure(pipe, samples, (count,), 2, seed=3)[count]
+        alone = measure(pipe, samples, SamplingConfig(count, 2, 3))[count]
         assert measured.joints.shape == (5, count, 14, 3)
         torch.testing.assert_close(measured.joints, alone.joints, rtol=1e-4, atol=1e-5)
         for metric, kinds in alone.errors.items():
@@ -212,21 +215,26 @@ def test_meshes_at_once_bound_the_calls_and_nothing_else(
     pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chatty = Chatty(pipe)
-    whole = evaluate(chatty, people(True), "val", 7, 4, 2)  # type: ignore[arg-type]
+    whole = evaluate(chatty, people(True), "val", 7, SamplingConfig(4, 2))  # type: ignore[arg-type]
     assert [asked["people"] for asked in chatty.asked] == [7]
     monkeypatch.setattr(evaluation, "MESHES_AT_ONCE", 13)
-    parts = evaluate(chatty, people(True), "val", 7, 4, 2)  # type: ignore[arg-type]
+    parts = evaluate(chatty, people(True), "val", 7, SamplingConfig(4, 2))  # type: ignore[arg-type]
     assert [asked["people"] for asked in chatty.asked[1:]] == [3, 3, 1]
     for kind, value in whole["errors"]["pve"].items():
         assert parts["errors"]["pve"][kind]["value"] == pytest.approx(value["value"], rel=1e-3)
 
 
-def test_eta_and_guidance_reach_the_pipeline_only_when_asked_for(pipe: HMDiffPipeline) -> None:
+def test_all_settings_reach_the_pipeline(pipe: HMDiffPipeline) -> None:
     chatty = Chatty(pipe)
-    report = evaluate(chatty, people(True), "val", 3, 2, 2)  # type: ignore[arg-type]
-    assert "eta" not in chatty.asked[0] and chatty.asked[0]["guidance"] is None and "guidance" not in report
-    report = evaluate(chatty, people(True), "val", 3, 2, 2, eta=0.5, guidance="some")  # type: ignore[arg-type]
-    assert chatty.asked[1]["eta"] == 0.5 and chatty.asked[1]["guidance"] == "some"
+    plain = SamplingConfig(2, 2)
+    report = evaluate(chatty, people(True), "val", 3, plain)  # type: ignore[arg-type]
+    assert chatty.asked[0]["sampling"] == plain and "guidance" not in report
+    other = SamplingConfig(2, 3, 4, "ddpm", 0.5, Guidance(), "vertices", False)
+    report = evaluate(chatty, people(True), "val", 3, other)  # type: ignore[arg-type]
+    assert chatty.asked[1]["sampling"] == other
+    assert {name: report[name] for name in ("num_inference_steps", "seed", "sampler", "surface", "upright")} == {
+        "num_inference_steps": 3, "seed": 4, "sampler": "ddpm", "surface": "vertices", "upright": False,
+    }  # fmt: skip
     means = {name: found["value"] for name, found in report["guidance"].items()}
     assert means == {"gap_before": 4.0, "gap_after": 3.0, "active": 0.5, "fell_back": 0.0}
 
@@ -234,7 +242,7 @@ def test_eta_and_guidance_reach_the_pipeline_only_when_asked_for(pipe: HMDiffPip
 def test_the_selected_hypothesis_is_reported(pipe: HMDiffPipeline) -> None:
     samples = list(split_batches(people(True), "val", 4))
     chatty = Chatty(pipe)
-    found = measure(chatty, samples, (5, 1, 2), 2)  # type: ignore[arg-type]
+    found = measure(chatty, samples, SamplingConfig(5, 2), (5, 1, 2))  # type: ignore[arg-type]
     assert [asked["people"] for asked in chatty.asked] == [4]  # one run serves them all
     assert torch.equal(found[1].errors["pve"]["selected"], found[1].errors["pve"]["first"])
     maps = as_heatmaps(samples[0])
@@ -242,21 +250,21 @@ def test_the_selected_hypothesis_is_reported(pipe: HMDiffPipeline) -> None:
         alone = pipe(heatmaps=maps, num_hypotheses=count, num_inference_steps=2, **photo_of(samples[0]))
         likely = torch.arange(float(count)).expand(4, -1) * 1000
         chosen = select(alone.vertices, alone.joints[:, :, 0], likely, seen=alone.reprojection)
-        each, _ = hypothesis_errors(
-            alone.vertices, alone.keypoints[:, :, evaluation._J14], samples[0].vertices,  # type: ignore[index,arg-type]
-            samples[0].keypoints_3d[:, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]
+        each = mesh_errors(
+            alone.vertices, alone.keypoints[:, :, evaluation._J14], samples[0].vertices[:, None],  # type: ignore[index]
+            samples[0].keypoints_3d[:, None, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]
         )  # fmt: skip
         expected = each["pve"].gather(1, chosen[:, None])[:, 0]
         torch.testing.assert_close(found[count].errors["pve"]["selected"], expected, rtol=1e-3, atol=1e-2)
         assert not torch.equal(chosen, torch.zeros_like(chosen))
-    report = evaluate(pipe, people(True), "val", 4, 5, 2)
+    report = evaluate(pipe, people(True), "val", 4, SamplingConfig(5, 2))
     kinds = report["errors"]["pve"]
     assert kinds["oracle"]["value"] <= kinds["selected"]["value"]
 
 
 def test_calibration_in_a_report(pipe: HMDiffPipeline) -> None:
-    report = evaluate(pipe, people(True), "val", 8, num_hypotheses=5, num_inference_steps=2)
-    measured = measure(pipe, split_batches(people(True), "val", 8), (5,), 2)[5]
+    report = evaluate(pipe, people(True), "val", 8, SamplingConfig(5, 2))
+    measured = measure(pipe, split_batches(people(True), "val", 8), SamplingConfig(5, 2))[5]
     expected = expected_calibration_error(measured.joints, measured.true_joints)
     assert report["expected_calibration_error"] == pytest.approx(expected)
     assert report["coverage"]["level"] == 0.9
@@ -290,7 +298,7 @@ def test_an_estimator_takes_the_place_of_the_heatmaps(pipe: HMDiffPipeline) -> N
     assert found.heatmap_valid is not None and found.heatmap_valid.all() and found.heatmap_valid.shape == (2, 26)
     assert found.vertices is pictured.vertices
     with pytest.raises(UserError, match="reads pictures"):
-        evaluate(pipe, people(True), "val", 2, 2, 2, estimate=lambda images: maps)
+        evaluate(pipe, people(True), "val", 2, SamplingConfig(2, 2), estimate=lambda images: maps)
 
 
 def test_the_regressions_likelihood_counts_in_the_selected_one(
@@ -306,10 +314,10 @@ def test_the_regressions_likelihood_counts_in_the_selected_one(
     )
     assert not torch.equal(output.selected, dataclasses.replace(output, rle_log_likelihood=None).selected)
     monkeypatch.setattr(evaluation, "ask", lambda *_: output)
-    found = measure(pipe, [sample], (5,), 2)[5].errors["pve"]
-    each, _ = hypothesis_errors(
-        output.vertices, output.keypoints[:, :, evaluation._J14], sample.vertices,  # type: ignore[index,arg-type]
-        sample.keypoints_3d[:, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]
+    found = measure(pipe, [sample], SamplingConfig(5, 2))[5].errors["pve"]
+    each = mesh_errors(
+        output.vertices, output.keypoints[:, :, evaluation._J14], sample.vertices[:, None],  # type: ignore[index]
+        sample.keypoints_3d[:, None, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]
     )  # fmt: skip
     expected = each["pve"].gather(1, output.selected[:, None])[:, 0]
     torch.testing.assert_close(found["selected"], expected, rtol=1e-3, atol=1e-2)

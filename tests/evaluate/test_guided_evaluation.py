@@ -16,6 +16,7 @@ import hmdiff.evaluate.evaluation as evaluation
 from hmdiff.cli import evaluate as command
 from hmdiff.cli.main import main
 from hmdiff.diffusion.guidance import Guidance
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.schedule import SCHEDULER_NAMES
 from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
 from hmdiff.pipeline import HMDiffPipeline
@@ -53,7 +54,7 @@ def test_guided_numbers(
     assert run() == 0 and run("--guidance", "dat", "--strength", "0.5") == 0
     assert "small with dat" in capsys.readouterr().out
     plain, guided = (json.loads((tmp_path / name).read_text()) for name in ("small_test.json", "small_test_dat.json"))
-    expected = evaluation.evaluate(pipe, people(True), "test", 3, 2, 2, guidance=Guidance(strength=0.5))
+    expected = evaluation.evaluate(pipe, people(True), "test", 3, SamplingConfig(2, 2, guidance=Guidance(strength=0.5)))
     assert guided["errors"] == json.loads(json.dumps(expected["errors"]))
     assert guided["errors"] != plain["errors"] and "guidance" not in plain
     assert guided["guided_by"]["strength"] == 0.5 and plain["guided_by"] is None
@@ -64,7 +65,7 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     calls = []
     real = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **b: calls.append(b["guidance"].strength) or real(*a, **b))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **b: calls.append(a[4].guidance.strength) or real(*a, **b))
     for strength in ("0.5", "0.5", "1"):
         assert run("--guidance", "dat", "--strength", strength) == 0
     assert calls == [0.5, 1.0]
@@ -120,7 +121,7 @@ def test_bad_words(
 def test_every_sampler_can_be_guided(pipe: HMDiffPipeline, name: str) -> None:
     """None has to be refused: each tells the denoiser's step as a share of the process, which is all that DAT asks."""
     sample = people(True).block("val", 0).map(lambda tensor: tensor[:2])
-    output = pipe(None, as_heatmaps(sample), 2, 3, 0, name, guidance=Guidance(), **photo_of(sample))
+    output = pipe(None, as_heatmaps(sample), SamplingConfig(2, 3, 0, name, guidance=Guidance()), **photo_of(sample))
     assert output.guidance is not None and output.vertices.isfinite().all()
     assert output.guidance.gap_after.isfinite().all()
     assert output.guidance.active.max() > 0 and not torch.equal(output.vertices[0], output.vertices[1])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17, SMPL24
 from hmdiff.evaluate import metrics as m
+from hmdiff.evaluate.hypothesis_rows import rows_of
 from hmdiff.geometry import axis_angle_to_matrix
 
 
@@ -84,38 +85,36 @@ def bodies(batch: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def test_hypotheses_equal_singles() -> None:
     vertices, joints, target_vertices, target_joints = bodies(3, 4)
-    each, mean = m.hypothesis_errors(vertices, joints, target_vertices, target_joints, SMPL24)
-    assert set(each) == set(mean) == {"pve", "mpjpe", "pa_mpjpe", "pa_pve"}
+    each = m.mesh_errors(vertices, joints, target_vertices[:, None], target_joints[:, None], SMPL24)
+    assert set(each) == {"pve", "mpjpe", "pa_mpjpe", "pa_pve"}
     for b in range(3):
         for n in range(4):
             single = m.mesh_errors(vertices[b, n], joints[b, n], target_vertices[b], target_joints[b], SMPL24)
             for name, value in single.items():
                 torch.testing.assert_close(each[name][b, n], value, rtol=1e-4, atol=1e-3)
-    # Where a hypothesis stands does not matter, to itself or to the mean.
+    # Where a hypothesis stands does not matter.
     shift = torch.randn(3, 4, 1, 3)
-    shifted, shifted_mean = m.hypothesis_errors(
-        vertices + shift, joints + shift, target_vertices, target_joints, SMPL24
+    shifted = m.mesh_errors(
+        vertices + shift, joints + shift, target_vertices[:, None], target_joints[:, None], SMPL24
     )
     for name in each:
         torch.testing.assert_close(shifted[name], each[name], rtol=1e-3, atol=1e-2)
-        torch.testing.assert_close(shifted_mean[name], mean[name], rtol=1e-3, atol=1e-2)
-    one, one_mean = m.hypothesis_errors(vertices[:, :1], joints[:, :1], target_vertices, target_joints, SMPL24)
-    for name in one:
-        torch.testing.assert_close(one[name][:, 0], one_mean[name], rtol=1e-4, atol=1e-3)
 
 
 def test_first_mean_oracle_selected() -> None:
     each = {"pve": torch.tensor([[3.0, 1, 2], [5, 6, 4]]), "mpjpe": torch.tensor([[1.0, 2, 3], [9, 8, 9]])}
     mean = {"pve": torch.tensor([2.5, 3.5]), "mpjpe": torch.tensor([0.5, 7.0])}
-    result = m.multi_hypothesis(each, mean, selected=torch.tensor([2, 0]))
-    assert {name: value.tolist() for name, value in result["pve"].items()} == {
+    result = rows_of(each, 3, lambda count: mean, lambda count: torch.tensor([2, 0]))
+    assert {name: values["pve"].tolist() for name, values in result.items()} == {
         "first": [3, 5], "mean": [2.5, 3.5], "oracle": [1, 4], "selected": [2, 5],
     }  # fmt: skip
-    assert result["mpjpe"]["oracle"].tolist() == [1, 8]
-    assert "selected" not in m.multi_hypothesis(each, mean)["pve"]
+    assert result["oracle"]["mpjpe"].tolist() == [1, 8]
+    assert rows_of(each, 2, lambda count: mean, higher={"mpjpe"})["oracle"]["mpjpe"].tolist() == [2, 9]
+    assert "selected" not in rows_of(each, 2, lambda count: mean)
     curve = m.oracle_curve(each["pve"], (1, 2, 3, 100))
     assert {count: value.tolist() for count, value in curve.items()} == {1: [3, 5], 2: [1, 5], 3: [1, 4]}
-    real, _ = m.hypothesis_errors(*bodies(3, 8), names=SMPL24)
+    vertices, joints, target_vertices, target_joints = bodies(3, 8)
+    real = m.mesh_errors(vertices, joints, target_vertices[:, None], target_joints[:, None], SMPL24)
     oracle = torch.stack(list(m.oracle_curve(real["pve"], (1, 2, 4, 8)).values()))
     assert (oracle.diff(dim=0) <= 0).all() and torch.equal(oracle[-1], real["pve"].amin(1))
 

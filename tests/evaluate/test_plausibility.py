@@ -6,6 +6,7 @@ import pytest
 import torch
 from small import people_block, small_pipeline
 
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.evaluate.evaluation import as_heatmaps, ask
 from hmdiff.evaluate.plausibility import BodyWatch, mesh_edges, torn_edges
 
@@ -30,7 +31,7 @@ def test_the_body_surface_is_a_body_and_the_vertices_of_an_untrained_model_are_n
     reports = {}
     for surface in ("body", "vertices"):
         watch = BodyWatch(pipeline.body)
-        output = ask(pipeline, sample, as_heatmaps(sample), 3, 2, 0, None, surface=surface)
+        output = ask(pipeline, sample, as_heatmaps(sample), SamplingConfig(3, 2, surface=surface))
         watch(sample, output)
         reports[surface] = watch.report()
     body, vertices = reports["body"], reports["vertices"]
@@ -45,7 +46,7 @@ def test_the_body_surface_is_the_skin_of_its_parameters() -> None:
 
     pipeline = small_pipeline()
     sample = people_block("val").map(lambda tensor: tensor[:2])
-    output = ask(pipeline, sample, as_heatmaps(sample), 3, 2, 0, None)
+    output = ask(pipeline, sample, as_heatmaps(sample), SamplingConfig(3, 2))
     assert output.fitted is not None and output.fitted.pose.shape == (2, 3, 24, 3)
     skin = pipeline.body(output.fitted.betas, axis_angle_to_matrix(output.fitted.pose), output.fitted.translation)
     torch.testing.assert_close(skin.vertices, output.vertices, atol=1e-5, rtol=1e-4)

@@ -25,6 +25,7 @@ from hmdiff.data.readers import open_reader
 from hmdiff.data.record import Record
 from hmdiff.data.recorded import RecordedPeople
 from hmdiff.data.shards import PreparedShards, RecordFiles
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate import report as scoring
 from hmdiff.evaluate.evaluation import as_heatmaps, evaluate
@@ -400,9 +401,9 @@ def test_a_pipeline_is_scored_as_evaluate_does(tmp_path: Path) -> None:
     protocol, (body, _) = PROTOCOLS["synthetic"], free_body()
     truths = SampleTruths(data, "val", count)
     regressors = protocol_regressors(protocol, body)
-    scored = PipelinePeople(pipe, data, "val", truths, count, 3, 2, 4)
+    scored = PipelinePeople(pipe, data, "val", truths, count, SamplingConfig(3, 2, 4))
     scores = score_people(protocol, scored, regressors, tmp_path / "parts", {})
-    expected = evaluate(pipe, data, "val", count, 3, 2, 4)["errors"]
+    expected = evaluate(pipe, data, "val", count, SamplingConfig(3, 2, 4))["errors"]
     for metric in protocol.metrics:
         for row, kind in (("first", "first"), ("mean of 3", "mean"), ("oracle of 3", "oracle")):
             assert scores.rows[row][metric].mean().item() == pytest.approx(expected[metric][kind]["value"], rel=1e-4)

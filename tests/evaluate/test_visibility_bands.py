@@ -11,14 +11,15 @@ import torch
 from small import free_body, people, small_config, small_pipeline
 
 from hmdiff.build import build_data
-from hmdiff.cli.evaluate import print_bands
 from hmdiff.cli.main import main
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.rendering import OccluderBoxes
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, ask, evaluate
 from hmdiff.evaluate.measured import Measured
+from hmdiff.evaluate.split_tables import band_tables
 from hmdiff.evaluate.visibility_bands import (
     BANDS,
     COLUMNS,
@@ -106,7 +107,9 @@ def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
                        "theirs 3.00 (3.00-3.00)", "theirs 0.33 (0.33-0.33)"]  # fmt: skip
     assert rows[1][7:] == ["the same 2.50 (2.50-2.50)", "the same 0.83 (0.83-0.83)"]
     assert rows[2][5:7] == ["oracle gains 33 %", "hidden 30 (30-30)"] and rows[3][1:4] == ["0", "-", "-"]
-    print_bands([{"checkpoint": "a", "split": "test", "bands": by_hand()}, {"checkpoint": "b", "split": "test"}])
+    reports = [{"checkpoint": "a", "split": "test", "bands": by_hand()}, {"checkpoint": "b", "split": "test"}]
+    for table in band_tables(reports):
+        table.print()
     text = capsys.readouterr().out
     assert "a, test, by visible fraction" in text and "15 (10-20)" in text and "b, test" not in text
 
@@ -165,8 +168,8 @@ def test_the_maps_occlusion_is_that_of_the_keypoints(mapped: SyntheticHumans) ->
 def test_evaluate_reports_bands_and_changes_nothing_else(mapped: SyntheticHumans) -> None:
     pipe = small_pipeline()
     options = {"num_hypotheses": 3, "num_inference_steps": 2}
-    report = evaluate(pipe, mapped, "test_occluded", 7, bands=True, **options)
-    plain = evaluate(pipe, mapped, "test_occluded", 7, **options)
+    report = evaluate(pipe, mapped, "test_occluded", 7, SamplingConfig(**options), bands=True)
+    plain = evaluate(pipe, mapped, "test_occluded", 7, SamplingConfig(**options))
     bands = report.pop("bands")
     assert report == plain
     assert sum(entry["people"] for entry in bands[:-1]) == bands[-1]["people"] == 7
@@ -176,12 +179,12 @@ def test_evaluate_reports_bands_and_changes_nothing_else(mapped: SyntheticHumans
     assert bands[-1]["spread"]["value"] > 0 and set(bands[-1]["spread_of"]) == set(GROUPS)
     assert set(bands[-1]["error_of"]) == set(GROUPS)
     with pytest.raises(UserError, match=r"do not carry one; give them pictures \(data.pictures\) or maps"):
-        evaluate(pipe, people(True), "test", 2, bands=True, **options)
+        evaluate(pipe, people(True), "test", 2, SamplingConfig(**options), bands=True)
 
 
 def test_errors_of_hidden_and_visible_vertices_are_told_apart(mapped: SyntheticHumans) -> None:
     sample = mapped.block("test_occluded", 0)
-    output = ask(small_pipeline(), sample, as_heatmaps(sample), 2, 1, 0, None)
+    output = ask(small_pipeline(), sample, as_heatmaps(sample), SamplingConfig(2, 1))
     groups = vertex_groups(sample, output.faces)
     # A mesh that is the truth but for 30 mm at hidden vertices and 10 mm at the others, from hypotheses on both sides.
     off = torch.where(groups == GROUPS.index("hidden"), 0.03, 0.01)[:, None, :, None] * torch.tensor([0.0, 0.6, 0.8])

@@ -15,11 +15,11 @@ from small import free_body, people, small_pipeline
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.cli.main import main
 from hmdiff.cli.stress import crop_camera
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, evaluate, photo_of
 from hmdiff.heatmaps import Crop, Heatmaps, gaussian_heatmaps
 from hmdiff.lab.stress import (
-    Settings,
     Subject,
     cover_depth,
     cover_heatmaps,
@@ -34,7 +34,7 @@ from hmdiff.viz.stress import cut_out, draw_patch, hidden_sheet, map_over, stres
 
 # The meshes as predicted: what an untrained model predicts is no body, and which one is nearest to it is a matter of
 # rounding. The commands below fit bodies.
-QUICK = Settings(num_hypotheses=3, num_inference_steps=2, seed=1, surface="vertices")
+QUICK = SamplingConfig(num_hypotheses=3, num_inference_steps=2, seed=1, surface="vertices")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_maps_do_not_depend_on_the_chunks_and_are_those_of_single_calls(pipe: HM
 def test_the_error_is_that_of_the_evaluation(pipe: HMDiffPipeline) -> None:
     sample = people(True).block("test", 0).map(lambda tensor: tensor[:2])
     alone = [stress(pipe, subject_of(row), patch_grid(1, 0.1), 0.1, QUICK).clear_error for row in range(2)]
-    report = evaluate(pipe, people(True), "test", 2, 3, 2, seed=1, surface="vertices")
+    report = evaluate(pipe, people(True), "test", 2, QUICK)
     assert len(sample) == 2
     assert np.mean(alone) == pytest.approx(report["errors"]["pve"]["mean"]["value"], rel=1e-3)
 

@@ -20,16 +20,18 @@ from small import people, small_pipeline
 from torch import Tensor
 
 from hmdiff.cli.main import main
-from hmdiff.cli.show import duration
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.diffusion.guidance import CHOICES, MODES, Guidance
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import COUNTS, evaluate
+from hmdiff.evaluate.evaluation import evaluate
+from hmdiff.evaluate.hypothesis_rows import COUNTS
+from hmdiff.evaluate.table import duration_text, save_csv
 from hmdiff.lab import sweep as experiments
 from hmdiff.lab import sweep_plots as plots
 from hmdiff.lab.ablations import ROLES, TABLES, Row, csv_rows, find_table, rows_of, settings_of, texts
-from hmdiff.lab.comparison import difference, pareto_front, save_csv, table_row
+from hmdiff.lab.comparison import difference, pareto_front, table_row
 from hmdiff.lab.sweep import Progress, Rates, Setting, Study, resolved, run_cells, work
 from hmdiff.names import METRICS
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
@@ -69,33 +71,33 @@ def calls(of: Study, model: str = "a") -> int:
 
 def test_settings_that_ask_for_the_same_are_equal() -> None:
     pipe = pipeline()
-    plain = resolved(Setting("a"), pipe)
-    assert plain == resolved(Setting("a", 25, 5, "ddim", 0.0, Guidance("none")), pipe)
-    assert plain == resolved(Setting("a", guidance=Guidance("dat", strength=0)), pipe)
-    assert plain != resolved(Setting("a", guidance=Guidance("dat")), pipe)
+    plain = resolved(Setting("a", SamplingConfig()), pipe)
+    assert plain == resolved(Setting("a", SamplingConfig(25, 5, 0, "ddim", 0.0, Guidance("none"))), pipe)
+    assert plain == resolved(Setting("a", SamplingConfig(guidance=Guidance("dat", strength=0))), pipe)
+    assert plain != resolved(Setting("a", SamplingConfig(guidance=Guidance("dat"))), pipe)
     # Only DDIM has an eta; a model without diffusion has neither steps nor hypotheses.
-    assert resolved(Setting("a", sampler="unipc", eta=0.7), pipe).eta == 0.0
-    assert resolved(Setting("a", eta=0.7), pipe).eta == 0.7
-    direct = resolved(Setting("d", 25, 40, guidance=Guidance("dat")), pipeline("model.mode=direct"))
-    assert direct == Setting("d", 1, 1, "none", 0.0)
+    assert resolved(Setting("a", SamplingConfig(scheduler="unipc", eta=0.7)), pipe).sampling.eta == 0.0
+    assert resolved(Setting("a", SamplingConfig(eta=0.7)), pipe).sampling.eta == 0.7
+    direct = resolved(Setting("d", SamplingConfig(25, 40, guidance=Guidance("dat"))), pipeline("model.mode=direct"))
+    assert direct == Setting("d", SamplingConfig(1, 1, 0, "none", 0.0))
     with pytest.raises(UserError, match="steps 201: a was trained with 200 steps; give 1 to 200"):
-        resolved(Setting("a", steps=201), pipe)
+        resolved(Setting("a", SamplingConfig(num_inference_steps=201)), pipe)
     with pytest.raises(UserError, match="number of hypotheses 0: at least 1"):
-        resolved(Setting("a", 0), pipe)
+        resolved(Setting("a", SamplingConfig(0)), pipe)
     with pytest.raises(UserError, match="scheduler 'ddmi' is not known; choose one of ddim"):
-        resolved(Setting("a", sampler="ddmi"), pipe)
+        resolved(Setting("a", SamplingConfig(scheduler="ddmi")), pipe)
 
 
 def test_cells_are_what_evaluation_gives(tmp_path: Path) -> None:
     here = study(tmp_path)
-    settings = [Setting("a", count, 2) for count in (1, 3)]
-    settings += [Setting("a", 3, 2, guidance=Guidance("dat")), Setting("d")]
+    settings = [Setting("a", SamplingConfig(count, 2)) for count in (1, 3)]
+    settings += [Setting("a", SamplingConfig(3, 2, guidance=Guidance("dat"))), Setting("d", SamplingConfig())]
     found = run_cells(here, settings)
     for setting, result in zip(settings, found, strict=True):
-        guidance = setting.guidance
+        guidance = setting.sampling.guidance
         direct = evaluate(
-            here.pipelines[setting.model], people(True), "val", 4, result["settings"]["num_hypotheses"], 2,
-            guidance=guidance,
+            here.pipelines[setting.model], people(True), "val", 4,
+            SamplingConfig(result["settings"]["num_hypotheses"], 2, guidance=guidance),
         )  # fmt: skip
         for metric in METRICS:
             for kind, value in direct["errors"][metric].items():
@@ -112,12 +114,12 @@ def test_cells_are_what_evaluation_gives(tmp_path: Path) -> None:
 @pytest.mark.parametrize("guidance", [None, Guidance("disrupted", 0.5)])
 def test_numbers_of_hypotheses_share_a_run(tmp_path: Path, guidance: Guidance | None) -> None:
     here = study(tmp_path / "together")
-    together = run_cells(here, [Setting("a", count, 2, guidance=guidance) for count in (3, 1)])
+    together = run_cells(here, [Setting("a", SamplingConfig(count, 2, guidance=guidance)) for count in (3, 1)])
     # Two calls of two people, what is missing of five timings for each, and one call before anything is timed.
     assert calls(here) == 2 + 3 + (5 + 1) + 1
     apart = study(tmp_path / "apart")
     for count, result in zip((3, 1), together, strict=True):
-        (alone,) = run_cells(apart, [Setting("a", count, 2, guidance=guidance)])
+        (alone,) = run_cells(apart, [Setting("a", SamplingConfig(count, 2, guidance=guidance))])
         assert result["settings"] == alone["settings"]
         for metric in METRICS:
             for kind, values in alone["values"][metric].items():
@@ -125,15 +127,15 @@ def test_numbers_of_hypotheses_share_a_run(tmp_path: Path, guidance: Guidance | 
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
-    settings = [Setting("a", 2, steps) for steps in (1, 2)]
+    settings = [Setting("a", SamplingConfig(2, steps)) for steps in (1, 2)]
     first = run_cells(study(tmp_path), settings)
     again = study(tmp_path)
     assert run_cells(again, settings) == first and calls(again) == 0
     assert len(list(tmp_path.iterdir())) == 2
     # A grid that grows computes its new cell alone.
-    more = run_cells(again, [*settings, Setting("a", 2, 3)])
+    more = run_cells(again, [*settings, Setting("a", SamplingConfig(2, 3))])
     assert more[:2] == first and len(list(tmp_path.iterdir())) == 3
-    for changes in ({"seed": 1}, {"people": 3}, {"split": "test"}, {"batch": 4}, {"heatmaps": "net 12"}):
+    for changes in ({"people": 3}, {"split": "test"}, {"batch": 4}, {"heatmaps": "net 12"}):
         other = study(tmp_path, **changes)
         assert other.stored(resolved(settings[0], pipeline())) is None
     other = study(tmp_path)
@@ -150,7 +152,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_a_killed_grid_goes_on(tmp_path: Path) -> None:
-    settings = [Setting("a", 2, steps) for steps in (3, 1, 2)]
+    settings = [Setting("a", SamplingConfig(2, steps)) for steps in (3, 1, 2)]
     whole = run_cells(study(tmp_path / "whole"), settings)
     killed = study(tmp_path / "killed")
     counted: Any = killed.pipelines["a"]
@@ -180,14 +182,14 @@ def test_times_and_what_is_told(tmp_path: Path) -> None:
     told: list[Progress] = []
     here = study(tmp_path, people=5)
     bars: list[int] = []
-    settings = [Setting("a", 2, steps) for steps in (4, 1, 1, 2)]
+    settings = [Setting("a", SamplingConfig(2, steps)) for steps in (4, 1, 1, 2)]
     found = run_cells(here, settings, told.append, lambda setting: bars.append, ticking(0.5))
     assert found[1] == found[2] and len(found) == 4
     for result in found:
         # Half a second a call of two people; the last person alone is a call that does not count.
         assert result["time"]["milliseconds_per_image"] == result["time"]["low"] == result["time"]["high"] == 250
         assert result["time"]["calls"] == 5 and result["time"]["batch"] == 2 and result["time"]["device"] == "cpu"
-    assert [(progress.done, progress.total, progress.setting.steps) for progress in told] == [
+    assert [(progress.done, progress.total, progress.setting.sampling.num_inference_steps) for progress in told] == [
         (1, 3, 1), (2, 3, 2), (3, 3, 4)
     ]  # fmt: skip
     assert bars == [2, 2, 1] * 3
@@ -200,17 +202,17 @@ def test_times_and_what_is_told(tmp_path: Path) -> None:
 
 def test_rates() -> None:
     rates = Rates()
-    plain, more = Setting("a", 10, 5, "ddim", 0.0), Setting("a", 10, 20, "ddim", 0.0)
+    plain, more = (Setting("a", SamplingConfig(10, steps, 0, "ddim", 0.0)) for steps in (5, 20))
     assert rates.seconds([plain], 10) is None
     rates.add(plain, 100, 50.0)
     assert rates.seconds([plain], 100) == pytest.approx(50)
     assert rates.seconds([plain, more], 200) == pytest.approx(100 * (1 + work(more) / work(plain)))
-    dat = dataclasses.replace(plain, guidance=Guidance("dat"))
+    dat = Setting("a", plain.sampling.but(guidance=Guidance("dat")))
     guess = rates.seconds([dat], 100)
     assert guess is not None and guess > 100  # a gradient through the denoiser
     rates.add(dat, 100, 400.0)
     assert rates.seconds([dat, plain], 100) == pytest.approx(450)
-    assert work(dataclasses.replace(plain, sampler="heun")) > 1.5 * work(plain)
+    assert work(Setting("a", plain.sampling.but(scheduler="heun"))) > 1.5 * work(plain)
 
 
 def cell(errors: list[float], milliseconds: float = 10.0, **settings: Any) -> dict[str, Any]:
@@ -365,16 +367,15 @@ def test_rows_without_a_model_are_left_out() -> None:
     table = TABLES["diffusion"]
     assert [row.role for row in rows_of(table, {"checkpoint": "x"})] == ["checkpoint"] * 4
     rows = rows_of(table, {"checkpoint": "x", "direct": "y"})
-    settings = settings_of(rows, {"checkpoint": "x", "direct": "y"}, Guidance, 7, 3)
-    assert [(setting.model, setting.num_hypotheses, setting.steps) for setting in settings] == [
-        ("y", 7, 3), *[("x", 7, 3)] * 4
-    ]  # fmt: skip
+    settings = settings_of(rows, {"checkpoint": "x", "direct": "y"}, Guidance, SamplingConfig(7, 3))
+    assert [setting.model for setting in settings] == ["y", *["x"] * 4]
+    assert all(setting.sampling == SamplingConfig(7, 3) for setting in settings)
     rows = rows_of(TABLES["dat"], {"checkpoint": "x"})
-    settings = settings_of(rows, {"checkpoint": "x"}, lambda mode: Guidance(mode, 0.3), 7, 3)
-    assert {(setting.mode, setting.steps) for setting in settings} == {
+    settings = settings_of(rows, {"checkpoint": "x"}, lambda mode: Guidance(mode, 0.3), SamplingConfig(7, 3))
+    assert {(setting.mode, setting.sampling.num_inference_steps) for setting in settings} == {
         (mode, steps) for mode in MODES for steps in (5, 10, 20, 40)
     }  # fmt: skip
-    assert all(setting.guidance is None or setting.guidance.strength == 0.3 for setting in settings)
+    assert all(setting.sampling.guidance is None or setting.sampling.guidance.strength == 0.3 for setting in settings)
 
 
 def test_a_printed_table() -> None:
@@ -422,14 +423,17 @@ def test_an_estimator_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return maps
 
     here = study(tmp_path, estimate=estimate, heatmaps="net 1234")
-    settings = [Setting("a", 2, steps) for steps in (1, 2)]
+    settings = [Setting("a", SamplingConfig(2, steps)) for steps in (1, 2)]
     found = run_cells(here, settings)
     assert asked == [4]
     assert found[0]["settings"]["heatmaps"] == "net 1234"
     synthetic = run_cells(study(tmp_path), settings)
     assert found[0]["values"]["pve"]["mean"] != synthetic[0]["values"]["pve"]["mean"]
     with pytest.raises(UserError, match="experiments need the full mesh"):
-        run_cells(dataclasses.replace(here, people_of=lambda pipe: people(False), seed=8), settings)
+        run_cells(
+            dataclasses.replace(here, people_of=lambda pipe: people(False)),
+            [Setting("a", SamplingConfig(2, 1, seed=8))],
+        )
 
 
 def test_the_first_choice_of_guidance_is_the_default() -> None:
@@ -439,7 +443,7 @@ def test_the_first_choice_of_guidance_is_the_default() -> None:
 
 def test_durations() -> None:
     words = {0.2: "1 s", 89: "89 s", 100: "2 min", 5300: "88 min", 5400: "1.5 h", None: "an unknown time"}
-    assert {seconds: duration(seconds) for seconds in words} == words
+    assert {seconds: duration_text(seconds) for seconds in words} == words
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from hmdiff.cli.main import main
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.data.label_noise import NoisyLabels
 from hmdiff.data.motion_blur import Blurred, line_kernels, smear
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import evaluate
 from hmdiff.evaluate.store import stored
@@ -360,7 +361,7 @@ def test_a_cell_is_what_evaluation_gives(tmp_path: Path) -> None:
     done: list[int] = []
     cell = compute_cell(tmp_path, settings, pipeline, people(True), done.append)
     assert sum(done) == 5 and stored_cell(tmp_path, settings) == json.loads(json.dumps(cell))
-    direct = evaluate(pipeline, people(True), "val", 5, 3, 2, 7)
+    direct = evaluate(pipeline, people(True), "val", 5, SamplingConfig(3, 2, 7))
     for metric, kinds in direct["errors"].items():
         for kind, value in kinds.items():
             assert sum(cell["values"][metric][kind]) / 5 == pytest.approx(value["value"], rel=1e-5)

@@ -14,9 +14,10 @@ from small import awaken, free_body, people, people_block, small_pipeline
 from torch import Tensor
 
 from hmdiff.body.lbs_basis import lbs_basis
-from hmdiff.cli.evaluate import rows
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, evaluate
+from hmdiff.evaluate.split_tables import split_tables
 from hmdiff.models.aggregation import AggregatorSizes, HypothesisAggregator
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train.aggregator import Drawn, draw_hypotheses, train_aggregator
@@ -102,7 +103,7 @@ def test_hypotheses_to_learn_from_are_the_pipelines(pipe: HMDiffPipeline) -> Non
     assert sample.coarse_vertices is not None
     torch.testing.assert_close(pipe.model.to_coarse(drawn.truth[:8]), sample.coarse_vertices)
     conditioning, _ = pipe.model.encode(None, sample.heatmaps, sample.heatmap_valid, None, sample.peaks)
-    expected, _ = pipe.denoised(conditioning, range(8), 2, 1, 0)
+    expected, _ = pipe.denoised(conditioning, range(8), SamplingConfig(2, 1))
     torch.testing.assert_close(drawn.points[:8].float(), expected, atol=2e-3, rtol=2e-3)
 
 
@@ -132,22 +133,22 @@ def test_a_pipeline_gives_the_mesh_beside_the_hypotheses_and_saves_the_head(tmp_
 
 def test_evaluate_reports_it_as_a_row(pipe: HMDiffPipeline) -> None:
     options: dict[str, Any] = {"num_hypotheses": 3, "num_inference_steps": 1, "surface": "vertices", "upright": False}
-    plain = evaluate(pipe, people(True), "test", 4, **options)
+    plain = evaluate(pipe, people(True), "test", 4, SamplingConfig(**options))
     assert "aggregated" not in plain["errors"]["pve"]
     pipe.aggregator = head(pipe, awake=False)
     try:
-        report = evaluate(pipe, people(True), "test", 4, **options)
+        report = evaluate(pipe, people(True), "test", 4, SamplingConfig(**options))
         for metric, kinds in report["errors"].items():
             assert kinds["aggregated"]["value"] == pytest.approx(kinds["mean"]["value"], rel=1e-4), metric
         awaken(pipe.aggregator, 3)
-        report = evaluate(pipe, people(True), "test", 4, **options)
+        report = evaluate(pipe, people(True), "test", 4, SamplingConfig(**options))
         value = report["errors"]["pve"]["aggregated"]["value"]
         assert abs(value - report["errors"]["pve"]["mean"]["value"]) > 1
     finally:
         pipe.aggregator = None
-    names = [name for _, name, _ in rows([{**report, "checkpoint": "a", "split": "test"}], "test")]
+    names = [row[1] for table, _ in split_tables([{**report, "checkpoint": "a"}]) for row in table.rows]
     assert names == ["first", "mean of 3", "oracle of 3", "weighted of 3", "aggregated of 3"]
-    assert len(list(rows([{**plain, "checkpoint": "a", "split": "test"}], "test"))) == 4
+    assert len(next(split_tables([{**plain, "checkpoint": "a"}]))[0].rows) == 4
 
 
 def spoil(folder: Path, change: Any) -> None:

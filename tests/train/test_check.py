@@ -16,12 +16,13 @@ from records import ListReader, make_records
 from small import SMALL, small_config, small_pipeline
 
 import hmdiff.train.check as module
+import hmdiff.train.check_machine as machine
 from hmdiff.cli.main import main
 from hmdiff.config import save_config
 from hmdiff.data.prepare import prepare_dataset
 from hmdiff.errors import UserError
 from hmdiff.train.check import CAREFUL, FINE, SKIPPED, WRONG, Check, DryRun, dry_run, print_dry_run
-from hmdiff.train.loop import Trainer, train
+from hmdiff.train.loop import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +109,13 @@ def test_the_step_is_the_trainings_own(tmp_path: Path) -> None:
         patch.setattr(Trainer, "_one_step", watched)
         dry_run(config)
         dry, losses = losses, []
-        train(config)
+        Trainer(config).run()
     assert dry[0] == losses[0] and len(dry) > 1
 
 
 def test_what_would_be_resumed(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", "training.steps=2", "training.checkpoint_every=1")
-    train(config)
+    Trainer(config).run()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert "all 2 steps are done, nothing would be trained" in found(dry_run(config))["resume"].found
     config.training.steps = 5
@@ -227,13 +228,13 @@ def test_splits(shards: Path, tmp_path: Path, words: list[str], message: str) ->
 def test_the_output_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     faulty(dry_run(small_config(tmp_path / "file" / "run")), "output", "a file of that name is in the way")
-    monkeypatch.setattr(module.os, "access", lambda place, mode: False)
+    monkeypatch.setattr(machine.os, "access", lambda place, mode: False)
     faulty(dry_run(small_config(tmp_path / "run")), "output", f"{tmp_path}: may not be written")
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(tmp_path / "run", "training.keep_checkpoints=3")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
     result = dry_run(config)
     faulty(result, "disk", "0.0 GB free; free some, or lower training.keep_checkpoints")
     assert found(result)["step"].state == FINE  # told beside the others
@@ -244,7 +245,7 @@ def test_what_a_checkpoint_takes(tmp_path: Path) -> None:
     words = ("training.steps=2", "training.checkpoint_every=1", "training.keep_checkpoints=2")
     config = small_config(tmp_path / "run", *words)
     needed = dry_run(config).numbers["disk_bytes"]
-    train(config)
+    Trainer(config).run()
     folder = tmp_path / "run"
     written = sum(path.stat().st_size for part in ("checkpoints", "pipeline") for path in (folder / part).rglob("*"))
     assert written < needed < 2.5 * written
@@ -293,11 +294,11 @@ def test_weights_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.M
 
 def balance(workers: int, step: float, rate: float, cores: int, monkeypatch: pytest.MonkeyPatch) -> Check:
     """The line for a step of so many seconds and a worker of so many people a second."""
-    run = module._Checks(small_config("unused", f"data.workers={workers}"), lambda name: None)
-    run.trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))  # type: ignore[assignment]
-    run.result.numbers = {"step_seconds": step, "loaded_a_second": rate, "people_a_step": 4}
-    monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
-    run._check("balance", run._balance)
+    config = small_config("unused", f"data.workers={workers}")
+    run = module._Checks(config, lambda name: None)
+    numbers = {"step_seconds": step, "loaded_a_second": rate, "people_a_step": 4.0}
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: cores)
+    run._check("balance", lambda: machine.describe_balance(config, numbers, 1))
     return found(run.result)["balance"]
 
 
@@ -339,12 +340,6 @@ def test_only_the_main_process_prints(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(UserError, match="no body"):
         print_dry_run(result)
     assert not capsys.readouterr().out
-
-
-def test_durations() -> None:
-    assert [module._duration(seconds) for seconds in (3, 119, 240, 7200, 200_000)] == [
-        "3 s", "119 s", "4.0 min", "2.0 h", "2.3 days"
-    ]  # fmt: skip
 
 
 def test_the_given_config_is_left_as_it_was(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hmdiff.build import build_model, build_pipeline, build_scheduler
 from hmdiff.data.sample import Sample
+from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, depth_of, evaluate
 from hmdiff.models.recovery import MeshRecoveryModel
@@ -277,7 +278,7 @@ def test_a_split_is_evaluated_with_every_path() -> None:
 
     body, mesh = free_body()
     data = build_data(small_config("unused", *EVERYTHING), body, mesh, full_mesh=True)
-    report = evaluate(pipeline, data, "val", 4, 2, 2)
+    report = evaluate(pipeline, data, "val", 4, SamplingConfig(2, 2))
     assert report["errors"]["pve"]["mean"]["value"] > 0
 
 

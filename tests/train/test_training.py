@@ -35,9 +35,11 @@ from hmdiff.errors import UserError
 from hmdiff.files.locks import claim
 from hmdiff.models.prediction import Prediction
 from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.train import checkpoint as checkpoints
 from hmdiff.train import loop as training
-from hmdiff.train.loop import Trainer, TrainingStream
+from hmdiff.train.loop import Trainer
 from hmdiff.train.step import Draws, training_losses
+from hmdiff.train.stream import TrainingStream
 
 State = dict[str, Tensor]
 
@@ -56,6 +58,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the parts of an evaluation that have tests of their own."""
     monkeypatch.setattr(Trainer, "_picture", lambda trainer: None)
     monkeypatch.setattr(training, "mean_mesh_error", lambda *_: 300.0)
+
+
+def train(values: Config) -> dict[str, Any]:
+    return Trainer(values).run()
 
 
 def config(folder: Path, steps: int, *overrides: str) -> Config:
@@ -110,7 +116,7 @@ def in_a_process(work: Callable[[], None], **environment: str) -> multiprocessin
 @pytest.mark.slow
 def test_a_training_learns_and_leaves_a_pipeline(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 60, "training.batch_size=8", "data.block_size=8", "training.log_every=10")
-    report = training.train(values)
+    report = train(values)
     rows = [row for row in log_rows(tmp_path) if row["loss"]]
     assert [int(row["step"]) for row in rows] == list(range(10, 61, 10))
     losses = [float(row["loss"]) for row in rows]
@@ -195,11 +201,11 @@ def test_losses_say_what_the_noise_level_was_told() -> None:
 
 
 def test_bf16_trains(tmp_path: Path, quick: None) -> None:
-    training.train(config(tmp_path, 3, "training.mixed_precision=bf16"))
+    train(config(tmp_path, 3, "training.mixed_precision=bf16"))
     assert all(value.dtype == torch.float32 for name, value in checkpoint(tmp_path, 3).items() if "ema" in name)
     losses = [float(row["loss"]) for row in log_rows(tmp_path) if row["loss"]]
     AcceleratorState._reset_state(reset_partial_state=True)
-    training.train(config(tmp_path / "exact", 3))
+    train(config(tmp_path / "exact", 3))
     exact = [float(row["loss"]) for row in log_rows(tmp_path / "exact") if row["loss"]]
     assert losses == pytest.approx(exact, rel=0.05) and losses != exact
 
@@ -251,8 +257,8 @@ def test_a_stream_is_shared_without_overlap(tmp_path: Path) -> None:
 
 
 def test_accumulation_equals_a_bigger_batch(tmp_path: Path, quick: None) -> None:
-    training.train(config(tmp_path / "whole", 3, "training.batch_size=8", "training.log_every=1"))
-    training.train(config(tmp_path / "parts", 3, "training.gradient_accumulation=2", "training.log_every=1"))
+    train(config(tmp_path / "whole", 3, "training.batch_size=8", "training.log_every=1"))
+    train(config(tmp_path / "parts", 3, "training.gradient_accumulation=2", "training.log_every=1"))
     compare_runs(tmp_path / "whole", tmp_path / "parts", 3)
 
 
@@ -281,11 +287,11 @@ def free_port() -> int:
 @pytest.mark.parametrize("camera", ["0.1", "0.0"])  # without a camera loss some parameters have no gradient
 def test_two_processes_equal_twice_the_batch(tmp_path: Path, quick: None, camera: str) -> None:
     shared = ("training.log_every=1", f"loss.camera={camera}")
-    training.train(config(tmp_path / "one", 3, "training.batch_size=8", *shared))
+    train(config(tmp_path / "one", 3, "training.batch_size=8", *shared))
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
         in_a_process(
-            lambda: training.train(config(tmp_path / "two", 3, *shared)) and None,
+            lambda: train(config(tmp_path / "two", 3, *shared)) and None,
             RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", **environment,
         )
         for rank in range(2)
@@ -336,7 +342,7 @@ def test_weights_that_are_shared_out_train_and_resume_the_same(tmp_path: Path, q
     both()
     averaged = load_file(tmp_path / "parts" / "checkpoints" / "step_00000003" / "ema.safetensors")
     saved = load_file(tmp_path / "parts" / "pipeline" / "model" / "diffusion_pytorch_model.safetensors")
-    training.train(config(tmp_path / "whole", 3, "training.batch_size=8", *every))
+    train(config(tmp_path / "whole", 3, "training.batch_size=8", *every))
     expected = load_file(tmp_path / "whole" / "pipeline" / "model" / "diffusion_pytorch_model.safetensors")
     assert saved.keys() == expected.keys()
     for name, value in saved.items():
@@ -364,7 +370,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(Trainer, "_picture", lambda trainer: None)
         patch.setattr(training, "mean_mesh_error", lambda *_: 300.0)
         torch.set_num_threads(1)
-        training.train(config(folder, STEPS, *STEADY))
+        train(config(folder, STEPS, *STEADY))
     return folder
 
 
@@ -395,7 +401,7 @@ def test_stopped_and_started_again(tmp_path: Path, quick: None, uninterrupted: P
     before = signal.getsignal(signal.SIGTERM)
     trainer.run()
     assert trainer.step == stop_at and signal.getsignal(signal.SIGTERM) is before
-    report = training.train(values)
+    report = train(values)
     assert report["errors"]["pve"]["first"]["value"] > 0
     assert_same(checkpoint(tmp_path, STEPS), checkpoint(uninterrupted, STEPS))
     losses = [row for row in log_rows(tmp_path) if row["loss"]]
@@ -410,7 +416,7 @@ def test_stopped_and_started_again(tmp_path: Path, quick: None, uninterrupted: P
 def test_minutes_end_a_call_and_not_the_run(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 3, "training.minutes=1e-6")
     for step in (1, 2, 3):  # a call each
-        training.train(values)
+        train(values)
         assert max(int(row["step"]) for row in log_rows(tmp_path)) == step
         assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "progress.json").is_file()
 
@@ -420,7 +426,7 @@ def test_killed_at_any_moment(tmp_path: Path, quick: None, uninterrupted: Path, 
     """SIGKILL after the first checkpoint, at a random moment; the same command again gives the same weights."""
     values = config(tmp_path, STEPS, *STEADY)
     moment = random.Random(time.time_ns()).uniform(0, 1.5)
-    process = in_a_process(lambda: training.train(values) and None)
+    process = in_a_process(lambda: train(values) and None)
     deadline = time.monotonic() + 60
     while not (tmp_path / "checkpoints" / "step_00000003").exists() and process.is_alive():
         assert time.monotonic() < deadline
@@ -431,7 +437,7 @@ def test_killed_at_any_moment(tmp_path: Path, quick: None, uninterrupted: Path, 
         os.kill(process.pid, signal.SIGKILL)
     process.join(30)
     assert process.exitcode in (-signal.SIGKILL, 0)
-    training.train(values)
+    train(values)
     assert_same_run(tmp_path, uninterrupted)
 
 
@@ -471,14 +477,14 @@ def test_killed_at_the_worst_moments(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(Trainer, "_picture", lambda trainer: None)
     monkeypatch.setattr(training, "mean_mesh_error", lambda *_: 300.0)
-    assert training.train(values)["errors"]["pve"]["first"]["value"] > 0
+    assert train(values)["errors"]["pve"]["first"]["value"] > 0
     assert_same_run(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
 def test_looking_changes_nothing(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
     """An evaluation puts the EMA into the model, and must take it out again."""
-    training.train(config(tmp_path, STEPS, *STEADY, "training.evaluate_every=100"))
+    train(config(tmp_path, STEPS, *STEADY, "training.evaluate_every=100"))
     assert_same(checkpoint(tmp_path, STEPS), checkpoint(uninterrupted, STEPS))
 
 
@@ -492,7 +498,7 @@ def test_another_experiment_in_the_same_folder_is_refused(tmp_path: Path, quick:
 
 def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     values = config(tmp_path, 4, "training.checkpoint_every=2", "training.evaluate_every=4")
-    real = training.save_file
+    real = checkpoints.save_file
     failures = OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container] write failed")
     for error in failures:
 
@@ -502,29 +508,29 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, quick: None, monkeypat
                 raise error
             real(tensors, path)
 
-        monkeypatch.setattr(training, "save_file", full)
+        monkeypatch.setattr(checkpoints, "save_file", full)
         with pytest.raises(UserError, match=r"00004: could not be written .*; earlier checkpoints stand") as caught:
-            training.train(values)
+            train(values)
         assert "\n" not in str(caught.value)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
-    monkeypatch.setattr(training, "save_file", real)
-    training.train(values)
+    monkeypatch.setattr(checkpoints, "save_file", real)
+    train(values)
     assert (tmp_path / "checkpoints" / "step_00000004" / "progress.json").is_file()
 
 
 def test_old_checkpoints_go_and_damaged_ones_are_named(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 4, "training.checkpoint_every=1", "training.keep_checkpoints=2")
-    training.train(values)
+    train(values)
     places = sorted((tmp_path / "checkpoints").iterdir())
     assert [place.name for place in places] == ["step_00000003", "step_00000004"]
     (places[-1] / "model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match=r"model.safetensors: not what was written, .*; remove it to go on"):
-        training.train(values)
+        train(values)
     (places[-1] / "checksums.json").unlink()  # as one of before there were checksums
     with pytest.raises(UserError, match=r"step_00000004: damaged checkpoint .*; remove it to go on"):
-        training.train(values)
+        train(values)
     (places[-1] / "progress.json").unlink()  # not whole: as if it were not there
-    training.train(values)
+    train(values)
     assert json.loads((places[-1] / "progress.json").read_text())["step"] == 4
 
 
@@ -544,10 +550,10 @@ def test_a_second_training_in_the_folder_is_refused(tmp_path: Path, quick: None)
     with claim(first.folder, "wait"):
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(UserError, match=rf"another process \(number {os.getpid()}\) works in it; wait for it"):
-            training.train(values)
+            train(values)
     # One that began and ended in between: what is in the folder is looked at again.
     AcceleratorState._reset_state(reset_partial_state=True)
-    training.train(config(tmp_path, 2, "seed=5"))
+    train(config(tmp_path, 2, "seed=5"))
     with pytest.raises(UserError, match="holds a run with another 'seed' section"):
         first.run()
 
@@ -555,19 +561,19 @@ def test_a_second_training_in_the_folder_is_refused(tmp_path: Path, quick: None)
 def test_the_log_goes_on_within_a_row(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of log.csv is the mean over its steps, whether or not the training was resumed among them."""
     every = ("training.log_every=3", "training.checkpoint_every=2")
-    training.train(config(tmp_path / "whole", 3, *every))
+    train(config(tmp_path / "whole", 3, *every))
     trainer = Trainer(config(tmp_path / "parts", 3, *every))
     save = trainer._save
     monkeypatch.setattr(trainer, "_save", lambda: (save(), setattr(trainer, "stopping", True)))
     trainer.run()
-    training.train(config(tmp_path / "parts", 3, *every))
+    train(config(tmp_path / "parts", 3, *every))
     rows = [[row for row in log_rows(tmp_path / name) if row.get("loss")] for name in ("whole", "parts")]
     assert rows[0] and [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
 def test_nothing_is_unpickled(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 2)
-    training.train(values)
+    train(values)
     place = tmp_path / "checkpoints" / "step_00000002"
     (place / "checksums.json").unlink()  # they would refuse the file before it is opened
     whole = {path.name: path.read_bytes() for path in place.iterdir()}
@@ -580,7 +586,7 @@ def test_nothing_is_unpickled(tmp_path: Path, quick: None) -> None:
                 (place / file).write_bytes(content)
             save(Evil(trap), place / name)
             with contextlib.suppress(UserError):  # random states that cannot be read are left alone by accelerate
-                training.train(values)
+                train(values)
             assert not trap.exists(), name
 
 

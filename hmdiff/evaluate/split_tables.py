@@ -1,0 +1,75 @@
+"""The reports of `hmdiff evaluate` over the synthetic splits as tables, with a line on calibration and bodies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hmdiff.evaluate.evaluation import AGGREGATED, KINDS, WEIGHTED
+from hmdiff.evaluate.table import Table, interval_text
+from hmdiff.evaluate.visibility_bands import COLUMNS, band_rows
+from hmdiff.names import METRICS
+
+
+def split_tables(reports: Sequence[dict[str, Any]]) -> Iterator[tuple[Table, list[str]]]:
+    """A table for each split, and lines about each of its checkpoints."""
+    for split in dict.fromkeys(report["split"] for report in reports):
+        mine = [report for report in reports if report["split"] == split]
+        lines = [line for report in mine for line in _rows(report)]
+        notes = []
+        for report in mine:
+            notes += [calibration_line(report)] if "coverage" in report else []
+            notes += [bodies_line(report)] if "bodies" in report else []
+        title = f"{split}: {mine[0]['people']} people, mm (95 % interval)"
+        yield Table(title, ["checkpoint", "hypothesis", *METRICS.values()], lines, ruled=True, names=2), notes
+
+
+def _rows(report: dict[str, Any]) -> Iterator[list[str]]:
+    """A row for each way to make one mesh of the hypotheses."""
+    errors = report["errors"]
+    # The mean mesh, and a baseline without diffusion, whose hypotheses are all the same: one row holds all there is.
+    alone = all(len({json.dumps(value) for value in kinds.values()}) == 1 for kinds in errors.values())
+    several = [*KINDS, *(kind for kind in (WEIGHTED, AGGREGATED) if kind in errors["pve"])]
+    for number, kind in enumerate([next(iter(errors["pve"]))] if alone else several):
+        name = "-" if alone else kind if kind == "first" else f"{kind} of {report['num_hypotheses']}"
+        yield [
+            "" if number else report["checkpoint"], name, *(interval_text(errors[metric][kind]) for metric in METRICS)
+        ]  # fmt: skip
+
+
+def calibration_line(report: dict[str, Any]) -> str:
+    """How well the spread is calibrated, and with the temperature that was fitted for this way of sampling."""
+    level = report["coverage"]["level"]
+
+    def calibration(found: dict[str, Any]) -> str:
+        error = {"value": found["expected_calibration_error"], **found["expected_calibration_error_interval"]}
+        covered = f"{found['coverage']['value']:.0%} of the joints within {level:.0%} of the hypotheses"
+        return f"{interval_text(error, 3)}, {covered}"
+
+    line = f"{report['checkpoint']}: expected calibration error {calibration(report)}"
+    if "tempered" in report:
+        line += f"; with a temperature of {report['tempered']['temperature']:.2f} (median): "
+        line += calibration(report["tempered"])
+    return line
+
+
+def bodies_line(report: dict[str, Any]) -> str:
+    """Whether the hypotheses are bodies: torn edges, bent joints, and how far skin and predicted vertices are apart."""
+    found = report["bodies"]
+    line = f"{report['checkpoint']}: {found['torn_edges']['value']:.2%} of the edges off by more than a factor of 2"
+    if "torn_edges_of_true_bodies" in found:
+        line += f" (true bodies {found['torn_edges_of_true_bodies']['value']:.2%})"
+    if "surface_distance_mm" in found:
+        line += f"; skin and predicted vertices {found['surface_distance_mm']['value']:.1f} mm apart"
+    if "beyond_limits_degrees" in found:
+        line += f"; joints at most {found['beyond_limits_degrees']['largest']:.1f} degrees beyond their limits"
+    return line
+
+
+def band_tables(reports: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """Errors and spread by how much of a person is visible, for each report that has them."""
+    for report in reports:
+        if "bands" in report:
+            title = f"{report['checkpoint']}, {report['split']}, by visible fraction: mm (95 % interval)"
+            yield Table(title, COLUMNS, band_rows(report["bands"]), ruled=True, width=172)

@@ -1,0 +1,83 @@
+"""Tables of results: numbers with their intervals as text, on a terminal or in a file, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hmdiff.files.storage import atomic_file
+
+WIDTH = 140  # where the output is no terminal
+NOTHING = "-"  # what a row does not have
+Number = Mapping[str, float]  # value, and perhaps low and high
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A row without a first cell goes on with the row above; a line parts the others where `ruled`."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    ruled: bool = False
+    names: int = 1  # columns of text; the others are numbers, to the right
+    width: int = WIDTH
+
+    def print(self) -> None:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=self.width, file=sys.stdout)
+        table = RichTable(title=escape(self.title), title_justify="left", caption=self.note or None)
+        table.caption_justify = "left"
+        for number, name in enumerate(self.columns):
+            table.add_column(escape(name), justify="right" if number >= self.names else "left", overflow="fold")
+        for number, row in enumerate(self.rows):
+            if self.ruled and number and row[0]:
+                table.add_section()
+            table.add_row(*map(escape, row))
+        console.print(table)
+
+
+def interval_text(found: Number | None, digits: int = 1, scale: float = 1.0) -> str:
+    """`12.3 (11.0-13.6)`, or the value alone where there is no interval."""
+    if found is None:
+        return NOTHING
+    shown = {name: f"{found[name] * scale:.{digits}f}" for name in ("value", "low", "high") if name in found}
+    return f"{shown['value']} ({shown['low']}-{shown['high']})" if "low" in shown else shown["value"]
+
+
+def difference_text(found: Number | None, digits: int = 1, scale: float = 1.0) -> str:
+    """`-1.2 (-2.0 to +0.4)`, or the value alone where there is no interval."""
+    if found is None:
+        return NOTHING
+    shown = {name: f"{found[name] * scale:+.{digits}f}" for name in ("value", "low", "high") if name in found}
+    return f"{shown['value']} ({shown['low']} to {shown['high']})" if "low" in shown else shown["value"]
+
+
+def duration_text(seconds: float | None) -> str:
+    """In the unit that suits it: 35 s, 12 min, 1.5 h, 2.3 days."""
+    if seconds is None:
+        return "an unknown time"
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"
+
+
+def save_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """One line a row, a column for every name in any of them; written whole."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, names, restval="")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

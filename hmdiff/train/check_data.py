@@ -1,0 +1,94 @@
+"""What a dry run finds of the training data: how many people, with which labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+
+import torch
+
+from hmdiff.body.body import Body
+from hmdiff.body.mesh import MeshSampler
+from hmdiff.build import build_source
+from hmdiff.config import Config
+from hmdiff.data.mixture import PERIOD, Mixture, WithSplits
+from hmdiff.data.sample import PeopleSource, Sample
+
+CAREFUL = "care"
+Found = str | tuple[str, str]  # what was found, after a state where that is not fine
+
+
+def describe_source(
+    config: Config,
+    body: Body,
+    mesh: MeshSampler,
+    name: str,
+    records: list[int] | None = None,  # gets how many there are
+) -> Found:
+    """A source by itself: it is read at its start and in its middle."""
+    source = build_source(config, body, mesh)
+    held = held_by(source)
+    sample = source.block("train", 0)
+    text = name
+    if held is not None:
+        text += f": {held:,} records"
+        if records is not None:
+            records.append(held)
+        far = held // (2 * source.block_size)
+        if far:
+            source.block("train", far)
+    labels = _labels(sample)
+    text += f"; of {len(sample)} people read: {labels or 'no label'}"
+    if source.image_size is not None:
+        text += f"; pictures of {source.image_size} px"
+    if not labels:
+        return CAREFUL, f"{text}: nobody of them teaches anything"
+    return text
+
+
+def describe_mixture(config: Config, body: Body, mesh: MeshSampler) -> str:
+    """The shares of a mixture's sources, of the blocks of a period."""
+    source = build_source(config, body, mesh)
+    while not isinstance(source, Mixture):
+        source = source.train if isinstance(source, WithSplits) else source.source  # type: ignore[attr-defined]
+    turns = [source.turn(number)[0] for number in range(PERIOD)]
+    shares = [turns.count(number) / PERIOD for number in range(len(source.sources))]
+    return "shares of the blocks: " + ", ".join(f"{share:.1%}" for share in shares)
+
+
+def describe_splits(config: Config, body: Body, mesh: MeshSampler) -> str:
+    """The people of the evaluations, read with the full mesh."""
+    source = build_source(config, body, mesh, full_mesh=True)
+    words = []
+    for name, people in (("val", config.evaluation.people), ("test", config.evaluation.test_people)):
+        if not people:
+            words.append(f"{name}: none")
+            continue
+        sample = source.block(name, 0)
+        held = held_by(source.splits[name] if isinstance(source, WithSplits) else source)
+        words.append(f"{name}: {people} synthetic people" if held is None else f"{name}: {people} of {held:,} records")
+        assert sample.vertices is not None
+    return "; ".join(words)
+
+
+def held_by(source: PeopleSource) -> int | None:
+    """How many people a source holds; None where they are drawn without end."""
+    while isinstance(source, WithSplits | Mixture):
+        source = source.train if isinstance(source, WithSplits) else source.sources[0]
+    return len(source) if isinstance(source, Sized) else None
+
+
+def _labels(sample: Sample) -> str:
+    """How many of the people have which label."""
+    counted = {
+        "mesh": _count(sample.coarse_vertices, sample.has_vertices),
+        "3D joints": _count(sample.joints_3d, sample.has_joints_3d),
+        "2D keypoints": _count(sample.joints_2d, sample.joints_2d_confidence),
+        "camera": _count(sample.pelvis, sample.has_perspective),
+    }
+    return ", ".join(f"{name} {count}" for name, count in counted.items() if count)
+
+
+def _count(value: torch.Tensor | None, mask: torch.Tensor | None) -> int:
+    if value is None:
+        return 0
+    return len(value) if mask is None else int((mask > 0).reshape(len(mask), -1).any(-1).sum())

@@ -1,0 +1,70 @@
+"""What a training starts from: values that are in range, and the weights of a saved pipeline."""
+
+from __future__ import annotations
+
+from hmdiff.config import Config
+from hmdiff.diffusion.noising import WEIGHTINGS
+from hmdiff.errors import UserError
+from hmdiff.losses.mesh import POINT_LOSSES
+from hmdiff.losses.rle import RLE_VARIANTS
+from hmdiff.models.recovery import MeshRecoveryModel
+from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.train.optimizer import OPTIMIZERS, SCHEDULES
+
+_AT_LEAST_ONE = (
+    "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every", "checkpoint_every",
+    "keep_checkpoints",
+)  # fmt: skip
+
+
+def check_values(config: Config) -> None:
+    """What would otherwise fail deep in the loop, or after the first step."""
+    if config.seed < 0:
+        raise UserError(f"seed {config.seed}: a whole number from 0 on is needed")
+    choices = (
+        ("loss.points", config.loss.points, POINT_LOSSES),
+        ("loss.weighting", config.loss.weighting, WEIGHTINGS),
+        ("model.rle_variant", config.model.get("rle_variant", "exact"), RLE_VARIANTS),
+        ("training.optimizer", config.training.optimizer, OPTIMIZERS),
+        ("training.schedule", config.training.schedule, SCHEDULES),
+        ("training.mixed_precision", config.training.mixed_precision, ("no", "bf16", "fp16")),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise UserError(f"{name} {value!r} is not known; choose one of {', '.join(allowed)}")
+    numbers = {
+        "loss.noise_levels": config.loss.noise_levels,
+        **{f"training.{name}": getattr(config.training, name) for name in _AT_LEAST_ONE},
+    }
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{name} {number}: at least 1 is needed")
+
+
+# Entries of the optional paths: a path that the saved pipeline has not starts as it is built.
+_PATHS = (
+    "depth_map", "depth_layers", "depth_size", "rle", "rle_variant", "silhouette", "masked", "lifting", "volume_width",
+    "volume_size", "volume_exponent", "coarse_to_fine", "hybrid_position",
+)  # fmt: skip
+
+
+def take_weights(model: MeshRecoveryModel, name: str) -> None:
+    """Start from a saved pipeline's weights. What a path adds to it starts as it is built.
+
+    Raises:
+        UserError: the two models differ in more than an added path.
+    """
+    stored = HMDiffPipeline.from_pretrained(name).model
+    for key, value in model.config.items():
+        other = stored.config.get(key)
+        if not key.startswith("_") and key not in ("mode", "pretrained", "frame", *_PATHS) and other != value:
+            raise UserError(f"training.start_from {name}: its model has {key} {other!r}, this one {value!r}")
+    mine, theirs = model.state_dict(), stored.state_dict()
+    for key, value in theirs.items():
+        if key not in mine or mine[key].shape != value.shape:
+            path = next((path for path in _PATHS if stored.config.get(path) != model.config.get(path)), key)
+            raise UserError(
+                f"training.start_from {name}: its model has {path} {stored.config.get(path)!r}, this one "
+                f"{model.config.get(path)!r}: a path can be added, not taken away or changed in size"
+            )
+    model.load_state_dict(theirs, strict=False)
