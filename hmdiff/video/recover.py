@@ -29,7 +29,7 @@ from hmdiff.video.smoothing import SIGMA
 from hmdiff.video.tracking import Tracker, same_person
 from hmdiff.video.tracks import VideoTrack, assemble
 
-FRAMES_AT_ONCE = 32  # of a chunk: what a kill loses at most
+FRAMES_AT_ONCE = 16  # of a chunk: what a kill loses at most
 PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; changes no result
 _FAINT = 0.1  # confidence of a keypoint that a box is drawn about
 FLICKER = 3  # sightings; a track of fewer is left out, where the video is longer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 from PIL import Image
 
 from hmdiff.cli.photo_list import Results, photos_of
+from hmdiff.cli.sample import Run, one_photo_s
 from hmdiff.errors import UserError
 from hmdiff.files.outputs import output_names, photo_names, protect_inputs
+from hmdiff.heatmaps.cameras import PhotoCamera
 
 
 def pictures(folder: Path, *names: str) -> list[Path]:
@@ -71,6 +75,31 @@ def test_files_of_others_are_not_replaced_and_ours_are(tmp_path: Path) -> None:
     (tmp_path / "photo.obj").write_bytes(b"ours")
     (tmp_path / "photo_scene.glb").write_bytes(b"ours")
     protect_inputs(tmp_path, [photo], [photo])
+
+
+def test_a_scene_is_ours_where_its_first_person_could_not_be_written(tmp_path: Path) -> None:
+    (photo,) = pictures(tmp_path, "photo[1].jpg")
+    (tmp_path / "photo[1]_scene.glb").write_bytes(b"ours")
+    with pytest.raises(UserError, match="was not written by hmdiff"):
+        protect_inputs(tmp_path, [photo], [photo])
+    np.savez(tmp_path / "photo[1]_1.npz", spread_mm=np.zeros(2))
+    protect_inputs(tmp_path, [photo], [photo])
+
+
+def test_an_error_of_the_system_is_one_photo_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is everybody's; a photo that may not be read is its own."""
+
+    def read(photo: Path, *rest: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(photo))
+
+    monkeypatch.setattr("hmdiff.cli.sample._read", read)
+    options = Namespace(photos=[Path("a.jpg"), Path("b.jpg")], box=None)
+    run = Run(options, None, lambda photo: PhotoCamera(), Results.open(tmp_path, {}))
+    run.photos([(photo, None, None, photo.stem) for photo in options.photos])
+    assert [line.split(":")[0] for line in run.failures] == ["a.jpg", "b.jpg"]
+    assert "may not be read" in run.failures[0]
+    with pytest.raises(OSError, match="No space"):
+        one_photo_s(OSError(errno.ENOSPC, "No space left on device", "out/a.npz"))
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def row(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recordings", type=Path, help="folder or archive of ASF and AMC files")
     parser.add_argument("--recording", default="02_01", help="name (default: %(default)s, walking)")
     parser.add_argument("--first", type=int, default=0, help="frame of the recording, 120 a second")
