@@ -189,6 +189,12 @@ class Body(nn.Module):
             raise UserError(f"body {self.name!r} has no keypoint regressor; use the free body, or its joints")
         return self._support
 
+    @property
+    def support_weights(self) -> Tensor:  # (K, S)
+        """The keypoint regressor of those vertices alone."""
+        self.keypoint_support()
+        return self._support_weights
+
     def select(
         self,
         vertex_ids: Sequence[int] | Tensor,  # (M,)

@@ -144,15 +144,17 @@ def _fitter(
     return _Fitter(body, None if ids is None else torch.tensor(ids, device=device), noise)
 
 
-class _State(NamedTuple):
-    """Parameters of N bodies, and the least-squares problem linearised there."""
+class _Placed(NamedTuple):
+    """N bodies at their parameters, and how far they are from the target."""
 
     rotations: Tensor  # (N, J, 3, 3) relative to the parent
     betas: Tensor  # (N, B)
     translation: Tensor  # (N, 3)
+    world: Tensor  # (N, J, 3, 3) rotations in the world
+    joints: Tensor  # (N, J, 3, 1 + B): joints are linear in the betas
+    moved: Tensor  # (N, P, 3, J) every vertex as every bone places it, by its weight
+    residual: Tensor  # (N, P, 3)
     cost: Tensor  # (N,)
-    normal: Tensor  # (N, U, U) J^T J; U = 3 J turns (x of all joints first) + B + 3
-    slope: Tensor  # (N, U) J^T r
 
 
 class _Fitter:
@@ -186,23 +188,24 @@ class _Fitter:
         target = target - centre[:, None]
         rotations = self._bone_rotations(target)
         betas = target.new_zeros(len(target), self.shapedirs.shape[-1])
-        best = self._linearise(rotations, betas, torch.zeros_like(centre), target)
+        best = self._place(rotations, betas, torch.zeros_like(centre), target)
         damping = torch.full_like(best.cost, 1e-4)
         joints = len(self.parents)
         for _ in range(rounds):
-            diagonal = best.normal.diagonal(dim1=-2, dim2=-1)
-            damped = best.normal + torch.diag_embed(damping[:, None] * diagonal + 1e-7)
-            step = torch.linalg.solve_ex(damped.double(), best.slope.double())[0].to(target)
+            normal, slope = self._normal_equations(best)
+            diagonal = normal.diagonal(dim1=-2, dim2=-1)
+            damped = normal + torch.diag_embed(damping[:, None] * diagonal + 1e-7)
+            step = torch.linalg.solve_ex(damped.double(), slope.double())[0].to(target)
             turn, growth, shift = step.split([3 * joints, betas.shape[1], 3], -1)
-            parents = self._chain(best.rotations)[:, self.above].clone()
+            parents = best.world[:, self.above].clone()
             parents[:, 0] = torch.eye(3).to(parents)
             local = (parents.mT @ turn.unflatten(-1, (3, -1)).mT[..., None])[..., 0]
-            proposed = self._linearise(
+            proposed = self._place(
                 axis_angle_to_matrix(local) @ best.rotations, best.betas + growth, best.translation + shift, target
             )
             better = proposed.cost < best.cost
             damping = torch.where(better, damping / 10, damping * 10).clamp(1e-8, 1e4)
-            best = _State(*(
+            best = proposed if better.all() else _Placed(*(
                 torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
                 for new, old in zip(proposed, best, strict=True)
             ))  # fmt: skip
@@ -240,22 +243,16 @@ class _Fitter:
             turned.append(rotations[:, joint] if joint == 0 else turned[parent] @ rotations[:, joint])
         return torch.stack(turned, 1)
 
-    def _linearise(
+    def _place(
         self,
         rotations: Tensor,  # (N, J, 3, 3)
         betas: Tensor,  # (N, B)
         translation: Tensor,  # (N, 3)
         target: Tensor,  # (N, P, 3)
-    ) -> _State:
-        """Residuals, and the normal equations from one Gram matrix.
-
-        A turn w of joint j, in the world, moves a vertex by w x d_vj, with d_vj = sum_{k at or below j} W_vk (G_k v -
-        p_j). So every block of J^T J is a sum of products of d, of the posed shape directions and of the residual. The
-        pose blend shapes' own dependence on the pose is small, and left out of J alone.
-        """
-        count, points, num_betas = len(target), len(self.template), betas.shape[1]
+    ) -> _Placed:
+        count = len(target)
         world = self._chain(rotations)
-        placed = [self.joint_basis[:1].expand(count, -1, -1, -1)[:, 0]]  # (N, 3, 1 + B): joints are linear in betas
+        placed = [self.joint_basis[:1].expand(count, -1, -1, -1)[:, 0]]  # (N, 3, 1 + B)
         for joint, parent in enumerate(self.parents[1:], 1):
             bone = self.joint_basis[joint] - self.joint_basis[parent]
             placed.append(placed[parent] + world[:, parent] @ bone)
@@ -267,17 +264,32 @@ class _Fitter:
         if self.posedirs is not None:
             feature = (rotations[:, 1:] - torch.eye(3).to(rotations)).flatten(1)
             rest = rest + (feature @ self.posedirs.flatten(0, 1).T).unflatten(-1, (-1, 3))
-        # (N, P, 3, J): every vertex as every bone places it, by its weight
         placed_by = (rest @ world.permute(0, 3, 2, 1).flatten(2)).unflatten(-1, (3, -1))
         moved = (placed_by + (shift @ betas_one[:, None, :, None])[..., 0].mT[:, None]) * self.weights[:, None]
         residual = target - moved.sum(-1) - translation[:, None]
+        cost = residual.square().sum((1, 2)) + self.noise**2 * betas.square().sum(-1)
+        return _Placed(rotations, betas, translation, world, joints, moved, residual, cost)
+
+    def _normal_equations(
+        self, at: _Placed
+    ) -> tuple[Tensor, Tensor]:  # J^T J (N, U, U), J^T r (N, U); U = 3 J turns (x of all joints first) + B + 3
+        """From one Gram matrix.
+
+        A turn w of joint j, in the world, moves a vertex by w x d_vj, with d_vj = sum_{k at or below j} W_vk (G_k v -
+        p_j). So every block of J^T J is a sum of products of d, of the posed shape directions and of the residual. The
+        pose blend shapes' own dependence on the pose is small, and left out of J alone.
+        """
+        world, joints, betas, moved, residual = at.world, at.joints, at.betas, at.moved, at.residual
+        count, points, num_betas = len(moved), len(self.template), betas.shape[1]
+        shift = joints - world @ self.joint_basis
+        betas_one = torch.cat([betas.new_ones(count, 1), betas], 1)
         pivot = (joints @ betas_one[:, None, :, None])[..., 0].mT  # (N, 3, J)
         arm = moved @ self.below.T - self.moved[:, None] * pivot[:, None]
 
         blended = (self.weights @ world.flatten(2)).unflatten(-1, (3, 3)).transpose(0, 1).flatten(1, 2)  # (P, N * 3, 3)
         grown = (blended @ self.shapedirs).unflatten(1, (count, 3)).transpose(0, 1)  # (N, P, 3, B)
         grown = grown + (self.weights @ shift[..., 1:].flatten(2)).unflatten(-1, (3, num_betas))
-        identity = torch.eye(3).to(target)
+        identity = torch.eye(3).to(moved)
         linear = torch.cat([grown, identity.expand(count, points, 3, 3), residual[..., None]], -1)  # (N, P, 3, L)
         everything = torch.cat([arm.flatten(2), linear.flatten(2)], -1)
         gram = everything.mT @ everything
@@ -301,12 +313,10 @@ class _Fitter:
             torch.cat([turn_linear[..., :-1].mT, linear_linear[:, :-1, :-1]], -1),
         ], 1)  # fmt: skip
         slope = torch.cat([turn_linear[..., -1], linear_linear[:, :-1, -1]], -1)
-        prior = self.noise**2
-        at = slice(turns, turns + num_betas)
-        normal.diagonal(dim1=-2, dim2=-1)[:, at] += prior
-        slope[:, at] -= prior * betas
-        cost = residual.square().sum((1, 2)) + prior * betas.square().sum(-1)
-        return _State(rotations, betas, translation, cost, normal, slope)
+        prior, shapes = self.noise**2, slice(turns, turns + num_betas)
+        normal.diagonal(dim1=-2, dim2=-1)[:, shapes] += prior
+        slope[:, shapes] -= prior * betas
+        return normal, slope
 
 
 def _spread_vertices(body: Body) -> Tensor:  # (P,) ascending

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.flow import scale_of
 from hmdiff.models.fusion import JointFusion
-from hmdiff.models.layers import Attention, FeedForward, KeysValues, StepModulation
+from hmdiff.models.layers import Attention, FeedForward, KeysValues, StepModulation, modulated
 from hmdiff.models.prediction import Denoised
 
 SCALED = ("joints", "vertices", "joints_2d")  # what RLE's σ̂ can be of
@@ -42,22 +42,23 @@ class DenoiserBlock(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # (B*N, T, C)
-        step: Tensor,  # (B*N, C)
+        step: Tensor,  # (B*N, C), or (1, C) for all alike
         keys_values: KeysValues,  # of the image, (B, H, L, C/H)
         context_mask: Tensor,  # (B, 1, 1, L) bool
         neighbours: Tensor | None,  # (T, T) bool or None for all
         hidden: Tensor | None = None,  # (B*N, T) bool: tokens that may not read the image
     ) -> Tensor:
-        (scale_1, shift_1, gate_1), (scale_2, shift_2, gate_2), (scale_3, shift_3, gate_3) = self.modulation(step)
-        tokens = tokens + gate_1 * self.self_attention(self.norm(tokens) * scale_1 + shift_1, mask=neighbours)
+        first, second, third = self.modulation(step)
+        changed = self.self_attention(modulated(self.norm, tokens, first), mask=neighbours)
+        tokens = tokens + first.gate * changed
         # The hypotheses of an image are more queries to the same keys, so that these are neither copied nor recomputed.
         images = len(keys_values[0])
-        queries = (self.norm(tokens) * scale_2 + shift_2).reshape(images, -1, tokens.shape[-1])
+        queries = modulated(self.norm, tokens, second).reshape(images, -1, tokens.shape[-1])
         attended = self.cross_attention(queries, keys_values, context_mask).reshape(tokens.shape)
         if hidden is not None:
             attended = attended.masked_fill(hidden[..., None], 0.0)
-        tokens = tokens + gate_2 * attended
-        return tokens + gate_3 * self.feed_forward(self.norm(tokens) * scale_3 + shift_3)
+        tokens = tokens + second.gate * attended
+        return tokens + third.gate * self.feed_forward(modulated(self.norm, tokens, third))
 
 
 class MeshDenoiser(nn.Module):
@@ -139,7 +140,7 @@ class MeshDenoiser(nn.Module):
     def forward(
         self,
         points: Tensor,  # (B, N, P, 3) x_k, about unit variance
-        step: Tensor,  # (B, N) the step as a fraction of K, 0..1
+        step: Tensor,  # (B, N) the step as a fraction of K, 0..1; or (1, 1): all at the same, which is embedded once
         conditioning: Conditioning,  # of the B images, with keys and values
         keys_values: tuple[KeysValues, ...],
         hidden: Tensor | None = None,  # (B, N, T) bool: tokens replaced by the mask token, that may not read the image

@@ -6,6 +6,8 @@ pre-norm blocks with adaptive norms (adaLN-Zero, Peebles and Xie, arXiv 2212.097
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,6 +85,26 @@ class FeedForward(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
 
 
+class Modulation(NamedTuple):
+    """What the step does to one sub-layer."""
+
+    scale: Tensor  # (B, 1, C) or (1, 1, C), as the two others
+    shift: Tensor
+    gate: Tensor
+
+
+def modulated(
+    norm: nn.LayerNorm,  # without weights of its own
+    tokens: Tensor,  # (B, T, C)
+    by: Modulation,
+) -> Tensor:  # (B, T, C)
+    """norm(tokens) * scale + shift; in one pass where all tokens have the same scale and shift."""
+    if len(by.scale) == 1:
+        scale, shift = by.scale.flatten().to(tokens.dtype), by.shift.flatten().to(tokens.dtype)
+        return F.layer_norm(tokens, norm.normalized_shape, scale, shift, norm.eps)
+    return norm(tokens) * by.scale + by.shift
+
+
 class StepModulation(nn.Module):
     """Scale, shift and gate of `branches` sub-layers from the embedded diffusion step; all zero at the start."""
 
@@ -96,9 +118,9 @@ class StepModulation(nn.Module):
     def forward(
         self,
         step: Tensor,  # (B, C)
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:  # per branch: scale, shift, gate, each (B, 1, C)
+    ) -> list[Modulation]:  # one a branch
         parts = self.project(F.silu(step)).unsqueeze(-2).chunk(3 * self.branches, dim=-1)
-        return [(1 + parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.branches)]
+        return [Modulation(1 + parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.branches)]
 
 
 class EncoderBlock(nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmdiff.models.denoiser import MeshDenoiser
@@ -89,7 +90,7 @@ class PartDenoiser(MeshDenoiser):
         points: Tensor,  # (M, P, 3)
     ) -> Tensor:  # (M, J, width)
         with torch.autocast(points.device.type, enabled=False):  # bfloat16 would round x_k by millimetres
-            coordinates = self.basis.mT @ points.float()
+            coordinates = F.linear(points.float().mT, self.basis.mT).mT  # one product for all M meshes
         return self.read(coordinates.unflatten(1, (-1, 4)).flatten(2))
 
     def decode(
@@ -101,7 +102,7 @@ class PartDenoiser(MeshDenoiser):
         """Tokens to points of the basis; nothing is added to them."""
         with torch.autocast(tokens.device.type, enabled=False):
             coordinates = self.write(tokens.float()).unflatten(2, (4, 3)).flatten(1, 2)
-            return self.basis @ coordinates
+            return F.linear(coordinates.mT, self.basis).mT
 
     def with_context(
         self,

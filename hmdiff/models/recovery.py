@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmdiff.body.body import Body
@@ -307,7 +308,7 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
     def denoise(
         self,
         points: Tensor,  # (B, N, P, 3)
-        step: Tensor,  # (B, N) fraction of the process, 1 = pure noise
+        step: Tensor,  # (B, N) fraction of the process, 1 = pure noise; or (1, 1), the same for all
         conditioning: Conditioning,
     ) -> Tensor:  # (B, N, P, 3)
         """One evaluation of the denoiser(s): what a sampler calls."""
@@ -366,7 +367,9 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         The weights are normalised to sum to 1, so that a translated coarse mesh gives the translated full mesh.
         """
         if self.config.tokens == "parts":
-            return self.basis_full @ (self.basis_from_coarse @ coarse.to(self.basis_full.dtype))
+            # Coordinates as rows: one matrix product for all meshes, in place of one of three columns for each.
+            coordinates = coarse.to(self.basis_full.dtype).mT @ self.basis_from_coarse.mT
+            return F.linear(coordinates, self.basis_full).mT
         assert self.upsample_weight is not None
         weight = self.upsample_weight / self.upsample_weight.sum(-1, keepdim=True)
         coarse = coarse.to(weight.dtype)
@@ -377,12 +380,22 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         self,
         body: Body,  # with keypoints
     ) -> Tensor:  # (J, C)
-        """Upsampling and the body's keypoint regressor as one matrix: both are linear in the coarse mesh."""
-        size = self.config.num_coarse
-        padded = -(-size // 3) * 3
-        unit = torch.eye(size, padded, device=self.coarse_ids.device).unflatten(1, (-1, 3)).transpose(0, 1)
-        full = self.upsample(unit).to(body.v_template.device)
-        return body.keypoints(full).transpose(0, 1).flatten(1)[:, :size].to(unit.device)
+        """Upsampling and the body's keypoint regressor as one matrix: both are linear in the coarse mesh.
+
+        Only the vertices that the regressor reads are upsampled.
+        """
+        support, device = body.keypoint_support().to(self.coarse_ids.device), self.coarse_ids.device
+        if self.config.tokens == "parts":
+            rows = self.basis_full[support] @ self.basis_from_coarse  # (S, C)
+        else:
+            assert self.upsample_weight is not None
+            weight = self.upsample_weight[support]
+            weight = weight / weight.sum(-1, keepdim=True)
+            rows = weight.new_zeros(len(support), self.config.num_coarse)
+            rows.scatter_add_(1, self.upsample_index[support], weight)
+            kept = support[:, None] == self.coarse_ids  # a kept vertex stays where it is
+            rows = torch.where(kept.any(1, keepdim=True), kept.to(rows), rows)
+        return body.support_weights.to(device, rows.dtype) @ rows
 
     def forward(
         self,

@@ -103,13 +103,13 @@ def draw_hypotheses(
 
         def denoise(points: Tensor, step: Tensor, width: int = width) -> Tensor:
             grouped = points.unflatten(0, (count, width))
-            return model.denoise(grouped, step.reshape(count, width), conditioning).flatten(0, 1)
+            return model.denoise(grouped, step[:1, None], conditioning).flatten(0, 1)
 
         def unguided(rows: Tensor, width: int = width, start: Any = start) -> Tensor:
             noise, generators = start()
             some = conditioning.rows(rows // width)
             return reverse_diffusion(
-                lambda points, step: model.denoise(points[:, None], step[:, None], some)[:, 0],
+                lambda points, step: model.denoise(points[:, None], step[:1, None], some)[:, 0],
                 sampler, noise[rows], steps, [generators[row] for row in rows.tolist()], eta,
             )  # fmt: skip
 
