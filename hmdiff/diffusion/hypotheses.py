@@ -10,7 +10,6 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from hmdiff.errors import UserError
@@ -179,6 +178,8 @@ def _person_modes(points: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]: 
     if len(points) == 1:
         groups = torch.ones(1, dtype=torch.long)
     else:
+        from scipy.cluster.hierarchy import fcluster, linkage  # slow to import, and modes are asked for late if at all
+
         tree = linkage(points.numpy(), "ward")
         groups = torch.from_numpy(fcluster(tree, count, "maxclust")).long()
     distance = (points[:, None] - points[None]).norm(dim=-1)

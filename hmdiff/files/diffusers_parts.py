@@ -1,8 +1,8 @@
 """The parts of diffusers that the core stands on, imported without torch's compiler.
 
 diffusers' utilities import torch._dynamo for one decorator that none of our models uses, which costs more than torch
-itself; they go on without it where it cannot be imported. So it is hidden while they are imported for the first time,
-and torch.compile finds it afterwards as ever.
+itself, and all of transformers, where it is installed, for the type of one argument; they go on without where these
+cannot be imported. So both are hidden while diffusers is imported for the first time, and found afterwards as ever.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def hidden(name: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-with hidden("torch._dynamo"):
+with hidden("torch._dynamo"), hidden("transformers.utils.quantization_config"):
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput

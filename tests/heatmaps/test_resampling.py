@@ -102,3 +102,12 @@ def test_arrays_on_disk(tmp_path: Path) -> None:
     loaded = load_heatmaps(tmp_path / "h.npz")
     found = soft_argmax(loaded.values)[:, [HALPE26.index(name) for name in COCO17]]
     assert (found - points).abs().max() * PIXELS < 0.05
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64])
+def test_the_spline_is_scipys(size: int) -> None:
+    from scipy.interpolate import make_interp_spline
+
+    places = torch.linspace(0, size - 1, 41, dtype=torch.float64)
+    theirs = make_interp_spline(np.arange(size), np.eye(size), k=min(3, size - 1))(places.numpy())
+    np.testing.assert_allclose(spline_weights(size, places), theirs, atol=1e-6)
