@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     print(f"loading {options.checkpoint}", flush=True)
     from hmdiff.cli.main import report
-    from hmdiff.cli.sample import sample_people
+    from hmdiff.cli.sample_people import sample_people
     from hmdiff.estimators.choose import load_source
     from hmdiff.estimators.people import read_people
     from hmdiff.files.storage import make_folder

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
+from hmdiff.cli.sample_people import about, one_photo_s, sample_people
 from hmdiff.errors import UserError
+from hmdiff.names import SAVED
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from hmdiff.cli.estimation import Estimation
     from hmdiff.cli.photo_list import Results
     from hmdiff.estimators.people import Box, PhotoPeople
     from hmdiff.heatmaps.cameras import PhotoCamera
-    from hmdiff.pipeline import HMDiffPipeline, MeshOutput
+    from hmdiff.pipeline import HMDiffPipeline
 
 PHOTOS_AT_ONCE = 32  # read before they are sampled
-PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; changes no result
 
 
 def add_parser(subparsers: Any) -> None:
@@ -73,7 +71,21 @@ def add_parser(subparsers: Any) -> None:
     add_smoothing(parser)
     arguments.add_device(parser)
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument(
+        "--save", type=kinds_of_files, default=SAVED, metavar="KINDS",
+        help=f"what to write of each person in a photo, of {','.join(SAVED)}; the npz is always written, and with it "
+        "alone a folder of photos is done soonest (default: all)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
+
+
+def kinds_of_files(text: str) -> tuple[str, ...]:
+    """`glb,png` as a choice of `SAVED`, in its order."""
+    asked = {part.strip() for part in text.split(",") if part.strip()}
+    unknown = sorted(asked - set(SAVED))
+    if unknown or not asked:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: choose of {','.join(SAVED)}")
+    return tuple(kind for kind in SAVED if kind in asked or kind == "npz")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -149,7 +161,9 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What a result depends on beside the photo, as results.jsonl keeps it."""
     names = ("checkpoint", "num_hypotheses", "steps", "sampler", "eta", "seed", "guidance", "strength", "last",
              "focal", "principal_point")  # fmt: skip
-    return {name: getattr(options, name, None) for name in names}
+    settings = {name: getattr(options, name, None) for name in names}
+    kinds = getattr(options, "save", SAVED)
+    return settings if set(kinds) == set(SAVED) else settings | {"save": ",".join(kinds)}
 
 
 class Run:
@@ -194,7 +208,7 @@ class Run:
             self.failures += sample_people(self._pipeline, people, options, self.results, names)
 
     def _failed(self, photo: Path, error: UserError) -> None:
-        text = _about(photo, error)
+        text = about(photo, error)
         self.failures.append(text)
         if len(self.options.photos) > 1:  # one bad photo alone writes nothing
             self.results.add(photo, error=text)
@@ -225,117 +239,3 @@ def inputs_of(
     beside = [each for photo in options.photos for each in (keypoints_beside(photo), heatmaps_beside(photo))]
     depth = [Path(name) for name in options.depth]
     return [*options.photos, *keypoints, *heatmaps, *beside, *depth, options.intrinsics]
-
-
-def one_photo_s(error: UserError | OSError) -> UserError:
-    """An error that is about one photo, the others going on; a full disk is about all of them."""
-    from hmdiff.files.reading import read_failure
-
-    if isinstance(error, UserError):
-        return error
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise error
-    return read_failure(str(error.filename or "a file"), error)
-
-
-def _about(photo: Path, error: UserError) -> str:
-    return str(error) if str(photo) in str(error) else f"{photo}: {error}"
-
-
-def sample_people(
-    pipeline: HMDiffPipeline,
-    people: Sequence[PhotoPeople],
-    options: argparse.Namespace,
-    results: Results | None = None,
-    bases: Mapping[Path, str] | None = None,  # the photos' names among all photos of the run
-) -> list[str]:
-    """Sample everyone in batches, write each as soon as their batch is done; returns what could not be written."""
-    from tqdm import tqdm
-
-    from hmdiff.cli.main import warn
-    from hmdiff.files.outputs import output_names
-    from hmdiff.viz.person_files import Scene, write_person
-
-    everyone = [(number, person) for number, photo in enumerate(people) for person in range(len(photo.heatmaps))]
-    names = output_names(
-        [photo.photo for photo in people], [len(photo.heatmaps) for photo in people],
-        None if bases is None else [bases[photo.photo] for photo in people], () if results is None else results.names,
-    )  # fmt: skip
-    scenes = [Scene() for _ in people]
-    failures: dict[Path, str] = {}
-    settings = {"seed": options.seed, "checkpoint": options.checkpoint, "guidance_mode": options.guidance,
-                "steps": options.steps or pipeline.num_inference_steps}  # fmt: skip
-    started = time.perf_counter()
-    total = len(everyone) * options.num_hypotheses
-    bar = tqdm(total=total, unit="body", desc="sampling", disable=None, leave=False)
-    written = 0
-    for first in range(0, len(everyone), PEOPLE_AT_ONCE):
-        batch = everyone[first : first + PEOPLE_AT_ONCE]
-        output = sample_batch(pipeline, people, batch, options, bar.update)
-        distance = _distance(output, people, batch)
-        for row, (number, person) in enumerate(batch):
-            photo, name = people[number], names[number, person]
-            bar.set_description(f"writing {name}")
-            try:
-                stem = Path(options.output) / name
-                said = write_person(output, row, photo, person, stem, pipeline.body, distance, settings)
-                scenes[number].add(output, row, person)
-                if person == len(photo.heatmaps) - 1:
-                    base = photo.photo.stem if bases is None else bases[photo.photo]
-                    scenes[number].save(Path(options.output) / f"{base}_scene.glb")
-            except (UserError, OSError) as error:
-                failures[photo.photo] = _about(photo.photo, one_photo_s(error))
-                continue
-            written += 1
-            if results is not None:
-                results.add(photo.photo, person=person, people=len(photo.heatmaps), npz=f"{name}.npz", **said.values)
-            tqdm.write(said.line)
-            if said.warning:
-                bar.clear()
-                warn(f"{photo.photo}: the result does not fit its evidence: {said.warning}")
-        bar.set_description("sampling")
-    bar.close()
-    seconds = time.perf_counter() - started
-    what = f"{written} of {len(everyone)} people, {options.num_hypotheses} hypotheses each"
-    print(f"{what}, written to {options.output}/ in {seconds:.1f} s")
-    return list(failures.values())
-
-
-def sample_batch(
-    pipeline: HMDiffPipeline,
-    people: Sequence[PhotoPeople],
-    batch: Sequence[tuple[int, int]],  # number of the photo, of the person in it
-    options: argparse.Namespace,
-    progress: Any = None,
-) -> MeshOutput:
-    """One call of the pipeline. A person's number in their photo seeds them, whoever else is in the batch."""
-    import torch
-
-    from hmdiff.cli.depth_maps import depth_crops
-    from hmdiff.estimators.people import crops
-    from hmdiff.heatmaps import concatenate_heatmaps
-
-    images = None
-    if pipeline.model.config.inputs != "heatmaps":
-        pictures = {number: people[number].pixels() for number in {number for number, _ in batch}}
-        size = pipeline.model.config.image_size
-        images = torch.cat([crops(pictures[n], people[n].heatmaps[person], size) for n, person in batch])
-    output: MeshOutput = pipeline(
-        images,
-        concatenate_heatmaps([people[number].heatmaps[person] for number, person in batch]),
-        arguments.sampling_of(options, pipeline),
-        people=[person for _, person in batch],
-        progress=progress,
-        depth=depth_crops(people, batch) if pipeline.model.config.depth_map else None,
-    )
-    return output
-
-
-def _distance(output: MeshOutput, people: Sequence[PhotoPeople], batch: Sequence[tuple[int, int]]) -> Tensor | None:
-    """From the hypotheses' keypoints to the heatmaps' peaks, (B, N) pixels; None for a body without keypoints."""
-    from hmdiff.heatmaps import concatenate_heatmaps
-    from hmdiff.pipeline import keypoint_distance
-
-    if output.keypoints is None:
-        return None
-    return keypoint_distance(output, concatenate_heatmaps([people[n].heatmaps[person] for n, person in batch]))

@@ -7,6 +7,7 @@ NAME_keypoints.json, NAME.jpg.json, and NAME_heatmaps.npz (our choice of names).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,12 +43,22 @@ class PhotoPeople:
     picture: np.ndarray | None = None  # (H, W, 3) uint8 RGB, of a photo that is no file
 
     def pixels(self) -> np.ndarray:  # (H, W, 3) uint8 RGB
-        from hmdiff.viz.canvas import read_picture
-
-        return read_picture(self.photo) if self.picture is None else self.picture
+        """Of the last photo it is kept: the files of everybody in it need it one after another."""
+        if self.picture is not None:
+            return self.picture
+        return _pixels(self.photo, self.photo.stat().st_mtime_ns if self.photo.exists() else 0)
 
     def identity(self, person: int) -> dict[str, str]:
         return self.identities[person] if person < len(self.identities) else {}
+
+
+@functools.lru_cache(maxsize=1)
+def _pixels(photo: Path, changed: int) -> np.ndarray:
+    from hmdiff.viz import canvas
+
+    picture = canvas.read_picture(photo)
+    picture.flags.writeable = False
+    return picture
 
 
 def people_in(photo: Photo, source: PoseSource) -> PhotoPeople:

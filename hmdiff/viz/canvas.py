@@ -88,7 +88,7 @@ def save_picture(
     """
     path = Path(path)
     formats: dict[str, dict[str, Any]] = {
-        ".png": {"format": "PNG"},
+        ".png": {"format": "PNG", "compress_level": 3},
         ".jpg": {"format": "JPEG", "quality": 92},
         ".jpeg": {"format": "JPEG", "quality": 92},
     }

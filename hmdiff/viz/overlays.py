@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from hmdiff.viz.canvas import (
     save_picture,
     to_bytes,
 )
-from hmdiff.viz.renderer import Lights, normals, rasterize, shade, silhouette
+from hmdiff.viz.mesh_layer import Colour, mesh_layer, shadow
 
 __all__ = [
     "PALETTE",
@@ -44,51 +43,11 @@ __all__ = [
     "view_all",
 ]
 
-Colour = tuple[float, float, float]
-FAR = 1e4  # metres: the depth of nothing, for depth differences
-
 # One a hypothesis, in this order; far apart in hue, near in lightness.
 PALETTE: tuple[Colour, ...] = (
     (0.53, 0.66, 0.96), (0.98, 0.60, 0.49), (0.47, 0.82, 0.68), (0.98, 0.78, 0.40),
     (0.77, 0.61, 0.93), (0.44, 0.79, 0.92), (0.96, 0.58, 0.74), (0.72, 0.82, 0.44),
 )  # fmt: skip
-
-
-def _mesh_layer(
-    vertices: Tensor,  # (V, 3) metres, absolute
-    faces: Tensor,  # (F, 3)
-    focal: tuple[float, float],  # crop half-sides
-    principal_point: tuple[float, float],  # crop coordinates
-    size: tuple[int, int],
-    colours: Colour | Tensor,  # one, or (V, 3)
-    finer: int,  # samples a pixel's side
-) -> tuple[np.ndarray, np.ndarray]:  # colour times alpha (H, W, 3), alpha (H, W), both 0..1
-    """One softly lit mesh on nothing. Where a limb passes before another part, a thin shade keeps them apart."""
-    height, width = size[0] * finer, size[1] * finer
-    focal_, point = torch.tensor([focal]), torch.tensor([principal_point])
-    vertices = vertices.float()[None]
-    albedo = torch.as_tensor(colours, dtype=torch.float32).expand(1, vertices.shape[1], 3)
-    lights = Lights(
-        torch.tensor([[0.46, 0.47, 0.50]]),
-        torch.tensor([[[-0.5, -0.8, -0.8], [0.9, -0.1, -0.5], [0.0, 0.9, -0.3]]]),
-        torch.tensor([[[0.54, 0.53, 0.50], [0.15, 0.16, 0.19], [0.10, 0.09, 0.09]]]),
-    )
-    fragments = rasterize(vertices, faces, focal_, point, (height, width))
-    alpha = silhouette(fragments)
-    picture = shade(
-        fragments, vertices, faces, focal_, point, albedo, lights, torch.zeros(1, 3, height, width), specular=0.10
-    )
-    # Darker where the surface turns away, as under a large soft light.
-    facing = -normals(fragments, vertices, faces)[..., 2]
-    picture = picture * (1 - 0.38 * (1 - facing.clamp(0, 1)).pow(3))[:, None]
-    front = torch.where(alpha > 0, fragments.depth, FAR)[0].numpy()
-    reach = 2 * finer + 1
-    # OpenCV's windows are several times faster than torch's here.
-    nearest = cv2.erode(front, np.ones((reach, reach), np.uint8))
-    jump = cv2.blur(((front - nearest - 0.04) / 0.08).clip(0, 1), (reach, reach))
-    picture = picture * (1 - 0.30 * torch.from_numpy(jump)) * alpha[:, None]
-    picture, alpha = F.avg_pool2d(picture, finer), F.avg_pool2d(alpha[:, None], finer)
-    return picture[0].permute(1, 2, 0).numpy(), alpha[0, 0].numpy()
 
 
 def overlay(
@@ -113,7 +72,7 @@ def overlay(
         return photo.copy()
     size = (bottom - top, right - left)
     centre = as_tensor(principal_point).tolist()
-    layer, alpha = _mesh_layer(
+    layer, alpha = mesh_layer(
         points, as_tensor(faces).long(), (2 * focal / size[1], 2 * focal / size[0]),
         (2 * (centre[0] - left) / size[1] - 1, 2 * (centre[1] - top) / size[0] - 1), size,
         colour if isinstance(colour, tuple) else as_tensor(colour).float(), _finer(size),
@@ -145,7 +104,7 @@ def overlay_all(
     layers = []
     for body, shift, colour in zip(as_tensor(bodies).float(), as_tensor(translations).float(), colours, strict=True):
         tint = colour if isinstance(colour, tuple) else as_tensor(colour).float()
-        layers.append(_mesh_layer(body + shift, faces, *lens, (height, width), tint, 2))
+        layers.append(mesh_layer(body + shift, faces, *lens, (height, width), tint, 2))
     return to_bytes(_blended(photo / 255.0, layers, opacity))
 
 
@@ -165,7 +124,7 @@ def _blended(
 
 
 def _finer(size: tuple[int, int]) -> int:
-    return 3 if max(size) <= 500 else 2 if max(size) <= 1400 else 1
+    return 2 if max(size) <= 1400 else 1
 
 
 def _box(
@@ -242,14 +201,13 @@ def _studio(
     for body in bodies:
         flat = body.float().clone()
         flat[:, 1] = middle[1] + ground
-        drawn = rasterize(placed(flat)[None], faces, torch.tensor([focal]), torch.zeros(1, 2), (height, width))
-        shadows = np.maximum(shadows, silhouette(drawn)[0].numpy())
+        shadows = np.maximum(shadows, shadow(placed(flat), focal, (height, width)))
     near, wide = (cv2.GaussianBlur(shadows, (0, 0), shorter / softness) for softness in (60, 22))
     picture = picture * (1 - 0.34 * (0.6 * near + 0.4 * wide)[..., None])
     layers = []
     for body, colour in zip(bodies, colours, strict=True):
         tint = colour if isinstance(colour, tuple) else as_tensor(colour).float()
-        layers.append(_mesh_layer(placed(body.float()), faces, focal, (0.0, 0.0), (height, width), tint, finer))
+        layers.append(mesh_layer(placed(body.float()), faces, focal, (0.0, 0.0), (height, width), tint, finer))
     return to_bytes(_blended(picture, layers, opacity))
 
 

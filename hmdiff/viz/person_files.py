@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hmdiff.names import SAVED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,17 +128,13 @@ def write_person(
     body: Body,
     distance: Tensor | None = None,  # (B, N) pixels
     more: dict[str, Any] | None = None,  # for the npz: seed, settings
+    kinds: Collection[str] = SAVED,  # which files; the npz is always written
 ) -> Report:
     """npz, html, obj, glb and png of one person."""
     import numpy as np
 
     from hmdiff.evidence import doubts, torn_share
-    from hmdiff.viz.canvas import save_picture
-    from hmdiff.viz.export import save_glb, save_npz, save_obj
-    from hmdiff.viz.overlays import PALETTE
-    from hmdiff.viz.sheets import MEAN_COLOUR, hypotheses_sheet
-    from hmdiff.viz.spread import spread_sheet
-    from hmdiff.viz.viewer import save_viewer
+    from hmdiff.viz.export import save_npz
 
     def path(suffix: str) -> Path:
         return stem.with_name(stem.name + suffix)  # with_suffix would cut a name like "2024.01"
@@ -151,27 +151,19 @@ def write_person(
     arrays = person_arrays(output, row, photo, person)
     arrays |= {"joint_names": np.array(body.joint_names), "joint_parents": np.array(body.parents)}
     save_npz(path(".npz"), **arrays, **fitted, **said, **(more or {}))
-    picture = photo.pixels()
-    save_viewer(path(".html"), arrays | said, picture)
-    save_obj(path(".obj"), mean, faces)
-    meshes: dict[str, tuple[Any, Any]] = {"mean": (mean, faces)}
-    colours: list[Any] = [MEAN_COLOUR]
-    for number, hypothesis in enumerate(vertices):
-        meshes[f"hypothesis_{number:02d}"] = (hypothesis, faces)
-        colours.append(PALETTE[number % len(PALETTE)])
-    save_glb(path(".glb"), meshes, colours, origin="the pelvis at the origin")
-    points, names = photo.points[person]
-    sheet = hypotheses_sheet(
-        picture, vertices, faces, output.translation[row].cpu(), float(output.focal[row]),
-        output.principal_point[row].cpu(), SHOWN, points, names, selected,
-    )  # fmt: skip
-    save_picture(path(".png"), sheet)
-    heat = spread_sheet(
-        picture, vertices[selected], output.spread[row].cpu(), faces,
-        output.translation[row, selected].cpu(), float(output.focal[row]), output.principal_point[row].cpu(),
-        float(arrays["confidence"]) if "confidence" in arrays else None,
-    )  # fmt: skip
-    save_picture(path("_spread.png"), heat)
+    picture = photo.pixels() if {"html", "png"} & set(kinds) else None
+    if picture is not None and "html" in kinds:
+        from hmdiff.viz.viewer import save_viewer
+
+        save_viewer(path(".html"), arrays | said, picture)
+    if "obj" in kinds:
+        from hmdiff.viz.export import save_obj
+
+        save_obj(path(".obj"), mean, faces)
+    if "glb" in kinds:
+        _save_glb(path(".glb"), mean, vertices, faces)
+    if picture is not None and "png" in kinds:
+        _save_pictures(path, output, row, photo, person, picture, float(arrays.get("confidence", math.nan)))
     values = {
         "selected": selected, "spread_mm": round(float(output.spread[row].mean()), 1),
         "spread_calibrated": output.calibrated_spread, "keypoint_distance_px": None if away is None else round(away, 2),
@@ -180,6 +172,44 @@ def write_person(
         "focal": round(float(output.focal[row]), 2), **photo.identity(person),
     }  # fmt: skip
     return Report(_line(output, row, photo, person, stem, away, side), warning, values)
+
+
+def _save_glb(path: Path, mean: Tensor, vertices: Tensor, faces: Tensor) -> None:
+    from hmdiff.viz.export import save_glb
+    from hmdiff.viz.overlays import PALETTE
+    from hmdiff.viz.sheets import MEAN_COLOUR
+
+    meshes: dict[str, tuple[Any, Any]] = {"mean": (mean, faces)}
+    colours: list[Any] = [MEAN_COLOUR]
+    for number, hypothesis in enumerate(vertices):
+        meshes[f"hypothesis_{number:02d}"] = (hypothesis, faces)
+        colours.append(PALETTE[number % len(PALETTE)])
+    save_glb(path, meshes, colours, origin="the pelvis at the origin")
+
+
+def _save_pictures(
+    path: Callable[[str], Path],
+    output: MeshOutput,
+    row: int,
+    photo: PhotoPeople,
+    person: int,
+    picture: Any,
+    confidence: float,  # NaN: not known
+) -> None:
+    from hmdiff.viz.canvas import save_picture
+    from hmdiff.viz.sheets import hypotheses_sheet
+    from hmdiff.viz.spread import spread_sheet
+
+    vertices, faces, selected = output.vertices[row].cpu(), output.faces.cpu(), int(output.selected[row])
+    place, focal, centre = output.translation[row].cpu(), float(output.focal[row]), output.principal_point[row].cpu()
+    points, names = photo.points[person]
+    sheet = hypotheses_sheet(picture, vertices, faces, place, focal, centre, SHOWN, points, names, selected)
+    save_picture(path(".png"), sheet)
+    heat = spread_sheet(
+        picture, vertices[selected], output.spread[row].cpu(), faces, place[selected], focal, centre,
+        None if math.isnan(confidence) else confidence,
+    )  # fmt: skip
+    save_picture(path("_spread.png"), heat)
 
 
 def _line(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import io
 import json
 import math
@@ -16,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -152,16 +154,16 @@ def three_js() -> str:
     Raises:
         UserError: this trimesh ships no viewer, or another one.
     """
-    import trimesh
-
+    place = importlib.util.find_spec("trimesh")  # trimesh itself is not needed, and slow to import
     end = "THREE.TrackballControls=TrackballControls;})();"
     try:
-        with (files(trimesh) / "resources" / "templates" / "viewer.zip").open("rb") as handle:
-            template = zipfile.ZipFile(handle).read("viewer.html.template").decode()
+        assert place is not None and place.origin is not None
+        with zipfile.ZipFile(Path(place.origin).parent / "resources" / "templates" / "viewer.zip") as archive:
+            template = archive.read("viewer.html.template").decode()
         first, last = template.index("<script>") + len("<script>"), template.index(end) + len(end)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         raise UserError(
-            f"trimesh {trimesh.__version__} ships no viewer with three.js as 4.4 to 5.2 do; install trimesh==5.2.0"
+            f"trimesh {version('trimesh')} ships no viewer with three.js as 4.4 to 5.2 do; install trimesh==5.2.0"
         ) from None
     return template[first:last]
 
@@ -173,7 +175,7 @@ def _resource(name: str) -> str:
 def _packed(values: np.ndarray) -> str:
     """Deflated by bytes of equal weight, all low ones first: the high ones of small differences hardly vary."""
     planes = np.ascontiguousarray(values).view(np.uint8).reshape(-1, values.itemsize).T
-    return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
+    return base64.b64encode(zlib.compress(planes.tobytes(), 6)).decode()
 
 
 def _jpeg(picture: np.ndarray) -> str:
