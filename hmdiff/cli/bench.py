@@ -1,15 +1,18 @@
-"""`hmdiff bench`: parameters, memory and time of a configuration: one training step, and sampling."""
+"""`hmdiff bench`: where the time of a result goes; or parameters, memory and time of a configuration, and more."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
-from hmdiff.names import SAMPLERS
+from hmdiff.errors import UserError
+from hmdiff.names import SAMPLERS, SAVED
 
 if TYPE_CHECKING:
     from hmdiff.config import Config
@@ -19,12 +22,15 @@ def add_parser(subparsers: Any) -> None:
     parser = arguments.new_parser(
         subparsers,
         "bench",
-        "parameters, peak memory and time of a config: a training step, and sampling",
-        "hmdiff bench --config hmdiff_small --batch-size 8 --num-hypotheses 25 --steps 10",
-        "Times are medians; the weights are random, which changes no time.",
+        "where the time of a result goes, stage by stage, beside a direct regressor; or what a config costs",
+        "hmdiff bench --checkpoint hmdiff_small --output bench.json",
+        "Each stage has its median, spread, FLOPs, the share of a matrix product's rate, and the share of one pass of "
+        "a paper-size direct regressor (HRNet-W64 and two transformers, random weights), which is timed in the same "
+        "run. With --config instead: parameters, memory and time of a training step and of sampling, random weights.",
     )
+    arguments.add_checkpoint(parser)
     parser.add_argument(
-        "--config", default="hmdiff_small", metavar="FILE", help="a YAML file or a shipped name (default: %(default)s)"
+        "--config", metavar="FILE", help="instead: time a config, a YAML file or a shipped name (default: none)"
     )
     parser.add_argument(
         "--batch-size", type=arguments.whole(1), metavar="B", help="people (default: 1; of --fit, 64 meshes)"
@@ -32,14 +38,30 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--num-hypotheses", type=arguments.whole(1), default=25, metavar="N", help="bodies each (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: the config's)")
     parser.add_argument(
-        "--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: the config's)"
+        "--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: the checkpoint's or config's)"
     )
-    parser.add_argument("--repeats", type=arguments.whole(1), default=5, help="of each timing (default: %(default)s)")
-    parser.add_argument("--no-sampling", action="store_true", help="the training step alone")
     parser.add_argument(
-        "--data", action="store_true", help="instead: does the data keep up with the training, at the config's batch"
+        "--sampler", metavar="NAME", help=f"of --config: one of {', '.join(SAMPLERS)} (default: the config's)"
+    )
+    parser.add_argument("--repeats", type=arguments.whole(1), help="of each timing (default: 3; of --config, 5)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks (default: %(default)s)"
+    )
+    parser.add_argument("--compile", action="store_true", help="encode and denoise by torch.compile: minutes at first")
+    parser.add_argument(
+        "--counts", type=_numbers, default=(1, 5, 25), metavar="N,N", help="curve over hypotheses (default: 1,5,25)"
+    )
+    parser.add_argument(
+        "--lengths", type=_numbers, default=(1, 3, 10), metavar="K,K", help="curve over steps (default: 1,3,10)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="without the imports, the direct regressor and the files"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the same as JSON (default: none)")
+    parser.add_argument("--no-sampling", action="store_true", help="of --config: the training step alone")
+    parser.add_argument(
+        "--data", action="store_true", help="of --config: does the data keep up with the training, at its batch"
     )
     parser.add_argument(
         "--shards", metavar="FOLDER",
@@ -69,7 +91,11 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.train.memory import memory_text, parameters, peak_gigabytes
     from hmdiff.train.step import Draws, keypoint_map, training_losses
 
-    config = arguments.read_config(options.config, options.overrides)
+    alone = options.config is None and not (options.data or options.shards or options.fit or options.learning)
+    if alone and not options.overrides and not options.no_sampling:
+        return _stages(options)
+    config = arguments.read_config(options.config or "hmdiff_small", options.overrides)
+    options.repeats = options.repeats or 5
     if options.shards is not None:
         return _loading(options, config.data.image_size)
     device = arguments.resolve_device(options.device)
@@ -138,8 +164,58 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _stages(options: argparse.Namespace) -> int:
+    import torch
+
+    from hmdiff.files.storage import atomic_file
+    from hmdiff.lab.stages import REGRESSOR, Options, Row, stage_rows, start_rows, summary
+
+    asked = Options(
+        options.batch_size or 1, options.num_hypotheses, options.steps, options.repeats or 3,
+        getattr(torch, options.dtype), options.compile, not options.quick, not options.quick,
+        () if options.quick else SAVED, options.counts, options.lengths,
+    )  # fmt: skip
+    device = arguments.resolve_device(options.device)
+    bench, found = stage_rows(arguments.checkpoint_folder(options.checkpoint), device, asked)
+    print(
+        f"{options.checkpoint}: {asked.people} people x {asked.hypotheses} hypotheses, {options.dtype}, on {device}, "
+        f"{torch.get_num_threads()} threads; {bench.clock_name}, median of {asked.repeats} after a first call; "
+        f"a matrix product reaches {bench.peak / 1e9:.0f} GFLOP/s"
+    )
+    print(f"{'stage':44}{'ms':>9}{'+-':>8}{'first':>9}{'MFLOP':>9}{'of peak':>9}", flush=True)
+    rows: list[Row] = []
+    for row in (each for part in (start_rows(asked.repeats) if asked.start else (), found) for each in part):
+        rows.append(row)
+        flops = "" if row.flops is None else f"{row.flops / 1e6:.1f}"
+        share = "" if row.of_peak is None else f"{row.of_peak:.0%}"
+        times = "".join(f"{1000 * seconds:{width}.1f}" for seconds, width in
+                        ((row.seconds, 9), (row.spread, 8), (row.first, 9)))  # fmt: skip
+        print(f"{row.stage:44}{times}{flops:>9}{share:>9}", flush=True)
+    peer = next((row.seconds for row in rows if row.stage == REGRESSOR), None)
+    if peer is not None:
+        for row in rows:
+            if row.stage.startswith(("all of it", "estimator")):
+                print(f"{row.stage}: {row.seconds / peer:.2f} of one pass of the direct regressor")
+    held = next((row.peak_gigabytes for row in reversed(rows) if row.stage.startswith("all of it")), None)
+    if held is not None:
+        print(f"memory of the process until all of it was done: {held:.2f} GB")
+    if options.output is not None:
+        with atomic_file(options.output) as temporary:
+            temporary.write_text(json.dumps(summary(bench, rows, asked), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers above 0 are expected, such as 1,5,25")
+    return found
+
+
 def _learning(minutes: float, config: Config) -> int:
-    from hmdiff.errors import UserError
     from hmdiff.lab.learning import learning_curve
 
     if not 0 < minutes < 1e6:

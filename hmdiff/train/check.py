@@ -280,7 +280,9 @@ class _Checks:
         seconds = min(times[1:] or times)
         people = values.batch_size * values.gradient_accumulation * trainer.accelerator.num_processes
         self.result.numbers |= {"step_seconds": seconds, "people_a_step": people, "loss": loss}
-        compiled = " without compiling" if values.compile else ""
+        compiled = ""
+        if values.compile:
+            compiled = " without torch.compile, by which the training's first steps take minutes and print nothing"
         return (
             f"{people} people x {self.config.loss.noise_levels} noise levels: {seconds:.2f} s (the first "
             f"{times[0]:.2f} s){compiled}; loss {loss:.4f}"

@@ -1,0 +1,236 @@
+"""Where the time of a result goes, stage by stage, beside one pass of a paper-size direct regressor.
+
+Every stage is run on its own, on the body, checkpoint and photo that `hmdiff sample` would use. FLOPs are counted by
+torch (`torch.utils.flop_counter`: matrix products and convolutions), and the share of the peak is theirs over what a
+square matrix product reaches here. On one thread of a processor the clock is the process's own, so that other programs
+do not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.diffusion.guidance import Guidance
+from hmdiff.errors import UserError
+from hmdiff.estimators.people import PhotoPeople, read_people
+from hmdiff.files.resources import asset_path
+from hmdiff.geometry import crop_rotation
+from hmdiff.lab.direct_regressor import IMAGE_SIZE, direct_regressor
+from hmdiff.names import SAVED
+from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.pipeline.surface import nearest_bodies
+from hmdiff.train.memory import peak_gigabytes
+from hmdiff.viz.person_files import write_person
+
+REGRESSOR = "direct regressor, one pass"
+_MATRIX = 768  # side of the product that the peak is measured by
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    people: int = 1  # B
+    hypotheses: int = 25  # N
+    steps: int | None = None  # K; None: the checkpoint's own
+    repeats: int = 3
+    dtype: torch.dtype = torch.float32
+    compile: bool = False  # encode and denoise
+    start: bool = True  # the imports, in processes of their own
+    regressor: bool = True
+    files: tuple[str, ...] = SAVED
+    counts: tuple[int, ...] = (1, 5, 25)  # N of the curves
+    lengths: tuple[int, ...] = (1, 3, 10)  # K of the curves
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One stage. Seconds are medians; the spread is half of the largest minus the least."""
+
+    stage: str
+    seconds: float
+    spread: float
+    first: float  # of the first call, which finds nothing compiled or cached
+    flops: int | None = None
+    of_peak: float | None = None  # share of the matrix product's rate
+    peak_gigabytes: float | None = None  # the most that the process has held until then
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Bench:
+    """Rows as they are measured; `peak` is the rate of a matrix product in FLOP/s."""
+
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.options, self.device = options, device
+        alone = device.type == "cpu" and torch.get_num_threads() == 1
+        self.clock = time.process_time if alone else time.perf_counter
+        self.clock_name = "processor time" if alone else "wall time"
+        side = torch.randn(_MATRIX, _MATRIX, device=device).to(options.dtype)
+        best = min(self._times(lambda: side @ side, 5)[1:])
+        self.peak = 2 * _MATRIX**3 / best
+
+    def row(self, stage: str, action: Callable[[], Any], count: bool = False) -> Row:
+        """Time an action; with `count` its FLOPs too."""
+        first, *times = self._times(action, 1 + self.options.repeats)
+        flops = counted_flops(action) if count else None
+        seconds = statistics.median(times)
+        share = None if not flops else flops / seconds / self.peak
+        return Row(stage, seconds, (max(times) - min(times)) / 2, first, flops, share, peak_gigabytes())
+
+    def _times(self, action: Callable[[], Any], repeats: int) -> list[float]:
+        times = []
+        for _ in range(repeats):
+            started = self.clock()
+            action()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(self.clock() - started)
+        return times
+
+
+def counted_flops(action: Callable[[], Any]) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
+
+
+def start_rows(repeats: int) -> Iterator[Row]:
+    """Imports, each in a process of its own, by the wall: `import torch` is what nothing here can be quicker than."""
+    for stage, code in (("import torch", "import torch"), ("import the pipeline", "import hmdiff.pipeline"),
+                        ("hmdiff --help", "import hmdiff.cli.main as m; m.build_parser().format_help()")):  # fmt: skip
+        times = []
+        for _ in range(1 + repeats):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True)
+            times.append(time.perf_counter() - started)
+        yield Row(stage, statistics.median(times[1:]), (max(times[1:]) - min(times[1:])) / 2, times[0])
+
+
+def stage_rows(
+    checkpoint: str | Path,
+    device: torch.device,
+    options: Options,
+) -> tuple[Bench, Iterator[Row]]:
+    """The bench, and its rows one by one, each as soon as it is measured.
+
+    Raises:
+        UserError: more steps than the checkpoint was trained with, or a checkpoint that reads pictures.
+    """
+    bench = Bench(options, device)
+    return bench, _rows(bench, checkpoint, device, options)
+
+
+@torch.no_grad()
+def _rows(bench: Bench, checkpoint: str | Path, device: torch.device, options: Options) -> Iterator[Row]:
+    loaded: list[HMDiffPipeline] = []
+    yield bench.row("load the checkpoint", lambda: loaded.append(HMDiffPipeline.from_pretrained(checkpoint, device)))
+    pipe = loaded[-1].to(dtype=options.dtype)
+    if pipe.model.config.inputs != "heatmaps":
+        raise UserError(f"{checkpoint}: reads pictures; the stages are measured on checkpoints that read heatmaps")
+    photo = asset_path("sample.jpg")
+    with contextlib.suppress(UserError):  # not installed
+        source = pipe.source
+        pixels = read_people(photo).pixels()
+        yield bench.row("estimator, a photo", lambda: source.see(pixels))
+    found = read_people(photo)
+    yield from _network_rows(bench, pipe, found, options)
+
+    def run(count: int, steps: int | None, mode: str = "dat") -> Any:
+        heatmaps = found.heatmaps[[0] * options.people]
+        guidance = Guidance(mode=mode)
+        return pipe(heatmaps=heatmaps, num_hypotheses=count, num_inference_steps=steps, guidance=guidance)
+
+    asked = options.hypotheses
+    yield bench.row(f"all of it, N = {asked}, without DAT", lambda: run(asked, options.steps, "none"))
+    yield bench.row(f"all of it, N = {asked}, with DAT", lambda: run(asked, options.steps))
+    for count in options.counts:
+        yield bench.row(f"curve: N = {count}, with DAT", functools.partial(run, count, options.steps))
+    for length in options.lengths:
+        yield bench.row(f"curve: K = {length}, with DAT", functools.partial(run, asked, length))
+    yield from _file_rows(bench, pipe, photo, run(asked, options.steps), options)
+    if options.regressor:
+        model = direct_regressor(device, options.dtype)
+        picture = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device).to(options.dtype)
+        yield bench.row(REGRESSOR, lambda: model(picture), count=True)
+
+
+def _network_rows(bench: Bench, pipe: HMDiffPipeline, found: PhotoPeople, options: Options) -> Iterator[Row]:
+    model, device = pipe.model, pipe.device
+    heatmaps = found.heatmaps[[0] * options.people]
+    values, valid = heatmaps.values.to(device), heatmaps.valid.to(device)
+    encode, denoise = model.encode, model.denoise
+    if options.compile:
+        encode, denoise = torch.compile(encode), torch.compile(denoise)
+    narrow = options.dtype != torch.float32
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, options.dtype, enabled=narrow)
+
+    def encoded() -> Any:
+        with autocast():
+            return encode(None, values, valid)[0]
+
+    conditioning = encoded()
+    points = torch.randn(options.people, options.hypotheses, model.num_points, 3, device=device)
+    step = torch.full((1, 1), 0.5, device=device)
+
+    def denoised(noisy: Tensor) -> Tensor:
+        with autocast():
+            return denoise(noisy, step, conditioning)
+
+    yield bench.row("encode", encoded, count=True)
+    one = f"of {options.people} x {options.hypotheses}"
+    yield bench.row(f"one denoising step {one}", lambda: denoised(points), count=True)
+    yield bench.row("keypoint regressor", lambda: model.keypoint_regressor(pipe.body))
+    matrix = model.keypoint_regressor(pipe.body)
+    turn = crop_rotation(torch.zeros(options.people, 2, device=device), torch.ones(options.people, device=device))
+
+    def guided() -> None:
+        with torch.enable_grad():
+            noisy = points.clone().requires_grad_()
+            keypoints = (matrix @ model.to_coarse(denoised(noisy))) @ turn[:, None].mT
+            torch.autograd.grad(keypoints.square().sum(), noisy)
+
+    yield bench.row(f"the same with DAT's gradient {one}", guided, count=True)
+    coarse = model.to_coarse(denoised(points).float())
+    yield bench.row(f"upsampling {one}", lambda: model.upsample(coarse), count=True)
+    yield bench.row(f"bodies and parameters {one}", lambda: nearest_bodies(pipe.body, model, coarse), count=True)
+
+
+def _file_rows(bench: Bench, pipe: HMDiffPipeline, photo: Path, output: Any, options: Options) -> Iterator[Row]:
+    seen = read_people(photo)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in options.files:
+            def write(kind: str = kind) -> None:
+                write_person(output, 0, seen, 0, Path(folder) / "person", pipe.body, kinds=(kind,))
+
+            yield bench.row("write npz, with its report" if kind == "npz" else f"write npz and {kind}", write)
+
+
+def summary(bench: Bench, rows: list[Row], options: Options) -> dict[str, Any]:
+    """Everything, for a JSON file."""
+    return {
+        "machine": {"device": str(bench.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+                    "numpy": np.__version__},
+        "clock": bench.clock_name, "peak_flops_per_second": bench.peak,
+        "options": {**dataclasses.asdict(options), "dtype": str(options.dtype)},
+        "rows": [row.as_json() for row in rows],
+    }  # fmt: skip
