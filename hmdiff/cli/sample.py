@@ -13,7 +13,6 @@ from hmdiff.errors import UserError
 from hmdiff.names import SAVED
 
 if TYPE_CHECKING:
-
     from hmdiff.cli.estimation import Estimation
     from hmdiff.cli.photo_list import Results
     from hmdiff.estimators.people import Box, PhotoPeople

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import torch
 from torch import Tensor
 
+from hmdiff.body.body import Body
 from hmdiff.diffusion.hypotheses import Reprojection, keypoint_nearness
 from hmdiff.diffusion.image_evidence import image_evidence
 from hmdiff.diffusion.sampling_config import SamplingConfig
@@ -65,9 +68,7 @@ def calibrated(
         distance = keypoint_distance(output, heatmaps).mean(1) / side
         pixels = projected_keypoints(output.keypoints, output.translation, output.focal, output.principal_point)
         error = (pixels - heatmaps.crop.to_photo(peaks)[:, None]).norm(dim=-1) / side[:, None, None]
-        rest = output.body.v_template
-        nearness = keypoint_nearness(rest, output.body.keypoints(rest[None])[0])
-        seen = Reprojection(error, confidence.clamp(max=1), nearness)
+        seen = Reprojection(error, confidence.clamp(max=1), _surface_nearness(output.body, output.joints.device))
     evidence = image_evidence(output.joints, confidence, distance)
     return dataclasses.replace(
         output,
@@ -77,3 +78,9 @@ def calibrated(
         calibration=None if fitted is None else fitted.confidence,
         calibrated_spread=fitted is not None,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _surface_nearness(body: Body, device: torch.device) -> Tensor:  # (V, J)
+    rest = body.v_template.to(device)
+    return keypoint_nearness(rest, body.keypoints(rest[None])[0])
