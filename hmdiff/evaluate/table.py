@@ -36,15 +36,38 @@ class Table:
         console = Console()
         if not console.is_terminal:
             console = Console(width=self.width, file=sys.stdout)
-        table = RichTable(title=escape(self.title), title_justify="left", caption=self.note or None)
-        table.caption_justify = "left"
-        for number, name in enumerate(self.columns):
-            table.add_column(escape(name), justify="right" if number >= self.names else "left", overflow="fold")
-        for number, row in enumerate(self.rows):
-            if self.ruled and number and row[0]:
-                table.add_section()
-            table.add_row(*map(escape, row))
-        console.print(table)
+        parts = self._parts(console.width)
+        for part in parts:
+            first, last = part is parts[0], part is parts[-1]
+            table = RichTable(title=escape(self.title) if first else None, title_justify="left")
+            table.caption, table.caption_justify = (self.note or None) if last else None, "left"
+            for number in part:
+                justify: Any = "right" if number >= self.names else "left"
+                table.add_column(escape(self.columns[number]), justify=justify, overflow="fold")
+            for index, row in enumerate(self.rows):
+                if self.ruled and index and row[0]:
+                    table.add_section()
+                table.add_row(*(escape(row[number]) for number in part))
+            console.print(table)
+
+    def _parts(self, width: int) -> list[list[int]]:
+        """Columns side by side, as many as fit without breaking a number; the rest below, with the names again."""
+
+        def needed(number: int) -> int:
+            words = max(map(len, self.columns[number].split()), default=0)  # a header may be broken between words
+            cells = max((len(row[number]) for row in self.rows), default=0)
+            return 3 + max(words, min(cells, width // 3) if number < self.names else cells)
+
+        names = list(range(self.names))
+        parts, used = [list(names)], 1 + sum(map(needed, names))
+        room = width - used
+        for number in range(self.names, len(self.columns)):
+            if needed(number) > room and len(parts[-1]) > len(names):
+                parts.append(list(names))
+                room = width - used
+            parts[-1].append(number)
+            room -= needed(number)
+        return parts
 
 
 def interval_text(found: Number | None, digits: int = 1, scale: float = 1.0) -> str:

@@ -79,7 +79,7 @@ def of_photo(
     apart = 1000 * float((joints[0] - joints[1]).norm(dim=-1).mean())
     spread = [1000 * float((o.joints - o.joints.mean(1, keepdim=True)).norm(dim=-1).mean()) for o in outputs]
     pixels, share = rows["pixels"], 50 * rows["half_sides"]
-    text = [photo.stem, f"{len(pixels)}", f"{float(pixels.median()):.1f}", f"{float(share.median()):.1f}",
+    text = [photo.stem, f"{len(pixels)}", f"{float(pixels.quantile(0.5)):.1f}", f"{float(share.quantile(0.5)):.1f}",
             f"{float(pixels.max()):.0f} ({HALPE26[int(rows['joint'][pixels.argmax()])]})", f"{apart:.0f}",
             f"{spread[0]:.0f}", f"{spread[1]:.0f}"]  # fmt: skip
     return text, rows
@@ -119,9 +119,9 @@ def by_kind(rows: Sequence[dict[str, Tensor]]) -> list[list[str]]:
         if not mine.any():
             continue
         off, sure, wide = (every[name][mine] for name in ("half_sides", "confidence", "width"))
-        table.append([kind, f"{int(mine.sum())}", f"{float(off.median()):.3f}", f"{float(off.quantile(0.9)):.3f}",
-                      f"{float((off > _FAR).float().mean()):.2f}", f"{float(sure.median()):.2f}",
-                      f"{float(sure.quantile(0.1)):.2f}", f"{float(wide.median()):.2f}"])  # fmt: skip
+        table.append([kind, f"{int(mine.sum())}", f"{float(off.quantile(0.5)):.3f}", f"{float(off.quantile(0.9)):.3f}",
+                      f"{float((off > _FAR).float().mean()):.2f}", f"{float(sure.quantile(0.5)):.2f}",
+                      f"{float(sure.quantile(0.1)):.2f}", f"{float(wide.quantile(0.5)):.2f}"])  # fmt: skip
     return table
 
 
