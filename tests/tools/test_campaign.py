@@ -142,14 +142,17 @@ def test_a_moment_that_differs_in_one_bit_is_seen(tmp_path: Path) -> None:
     assert found[0]["moments"] != found[1]["moments"] and found[0]["losses"] == ["0.5"]
 
 
-def test_arrays_of_results_are_compared_by_their_bits(tmp_path: Path) -> None:
-    def left(value: float, lines: str) -> dict[str, object]:
-        np.savez(tmp_path / "a.npz", vertices=np.array([value]))
-        (tmp_path / "results.jsonl").write_text(lines)
+def test_results_of_photos_are_compared_by_their_arrays(tmp_path: Path) -> None:
+    def left(value: float, *names: str) -> dict[str, object]:
+        np.savez(tmp_path / "a.npz", vertices=np.array([value]), selected=np.array(3))
+        (tmp_path / "results.jsonl").write_text("".join(json.dumps({"npz": name}) + "\n" for name in names))
         return sampled(tmp_path)
 
-    first = left(1.0, "a\nb\n")
-    assert left(1.0, "b\na\n") == first and left(1.0 + 2**-52, "a\nb\n") != first
+    first = left(1.0, "a", "b")
+    assert kills.same(first, left(1.0 + 1e-6, "b", "a"))
+    assert not kills.same(first, left(1.01, "a", "b")) and not kills.same(first, left(1.0, "a"))
+    (tmp_path / ".a.npz.part").touch()  # what a kill left behind
+    assert not kills.same(first, left(1.0, "a", "b"))
 
 
 def test_a_loss_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

