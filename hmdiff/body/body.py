@@ -51,6 +51,8 @@ class Body(nn.Module):
     mean_pose: Tensor | None
     joint_template: Tensor
     joint_shapedirs: Tensor
+    expression_dirs: Tensor | None
+    joint_expression_dirs: Tensor | None
     _support: Tensor
     _support_weights: Tensor
 
@@ -70,6 +72,8 @@ class Body(nn.Module):
         keypoint_names: Sequence[str] | None = None,  # K
         keypoint_regressor: Array | None = None,  # (K, V) rows sum to 1
         mean_pose: Array | None = None,  # (J, 3) axis-angles to add to a published label's (MANO's and SMPL-X's hands)
+        expression_dirs: Array | None = None,  # (V, 3, E) metres per unit, SMPL-X's face
+        joint_expression_dirs: Array | None = None,  # (J, 3, E); None: by J_regressor
     ) -> None:
         super().__init__()
         self.name = name
@@ -79,7 +83,7 @@ class Body(nn.Module):
         for key, value in (
             ("v_template", v_template), ("shapedirs", shapedirs), ("lbs_weights", lbs_weights),
             ("J_regressor", J_regressor), ("posedirs", posedirs), ("keypoint_regressor", keypoint_regressor),
-            ("mean_pose", mean_pose),
+            ("mean_pose", mean_pose), ("expression_dirs", expression_dirs),
         ):  # fmt: skip
             self.register_buffer(key, None if value is None else _floating(value), persistent=False)
         self.register_buffer("faces", None if faces is None else torch.as_tensor(faces).long(), persistent=False)
@@ -89,6 +93,10 @@ class Body(nn.Module):
                 raise UserError(f"body {name!r}: give J_regressor, or joint_template and joint_shapedirs")
             joint_template = self.J_regressor @ self.v_template
             joint_shapedirs = torch.einsum("jv,vcb->jcb", self.J_regressor, self.shapedirs)
+        if self.expression_dirs is not None and joint_expression_dirs is None:
+            joint_expression_dirs = torch.einsum("jv,vce->jce", self.J_regressor, self.expression_dirs)
+        found = None if joint_expression_dirs is None else _floating(joint_expression_dirs)
+        self.register_buffer("joint_expression_dirs", found, persistent=False)
         self.register_buffer("joint_template", _floating(joint_template), persistent=False)
         self.register_buffer("joint_shapedirs", _floating(joint_shapedirs), persistent=False)
         # Joints of equal depth are moved together: the chain costs its depth, not its length.
@@ -104,6 +112,7 @@ class Body(nn.Module):
             "v_template": (vertices, 3), "shapedirs": (vertices, 3, betas), "lbs_weights": (vertices, joints),
             "J_regressor": (joints, vertices), "posedirs": (vertices, 3, 9 * (joints - 1)),
             "keypoint_regressor": (len(self.keypoint_names or ()), vertices), "mean_pose": (joints, 3),
+            "expression_dirs": (vertices, 3, self.num_expressions),
         }  # fmt: skip
         for key, shape in expected.items():
             value = getattr(self, key)
@@ -119,6 +128,11 @@ class Body(nn.Module):
         return self.shapedirs.shape[-1]
 
     @property
+    def num_expressions(self) -> int:
+        """E, of SMPL-X; 0 for other bodies."""
+        return 0 if self.expression_dirs is None else self.expression_dirs.shape[-1]
+
+    @property
     def num_joints(self) -> int:
         return len(self.parents)
 
@@ -131,6 +145,7 @@ class Body(nn.Module):
         betas: Tensor,  # (..., B) in standard deviations
         rotations: Tensor,  # (..., J, 3, 3) relative to the parent; the first is the root's
         translation: Tensor | None = None,  # (..., 3) metres
+        expression: Tensor | None = None,  # (..., E) of SMPL-X's face; None: 0
     ) -> BodyOutput:
         """Vertices and joints of the posed body; leading dimensions broadcast. The root turns about its own joint."""
         if betas.shape[-1] != self.num_betas or rotations.shape[-3:] != (self.num_joints, 3, 3):
@@ -138,11 +153,23 @@ class Body(nn.Module):
                 f"body {self.name!r}: betas {tuple(betas.shape)} and rotations {tuple(rotations.shape)}, expected "
                 f"(..., {self.num_betas}) and (..., {self.num_joints}, 3, 3)"
             )
-        batch = np.broadcast_shapes(betas.shape[:-1], rotations.shape[:-3])
+        batch = np.broadcast_shapes(
+            betas.shape[:-1], rotations.shape[:-3], () if expression is None else expression.shape[:-1]
+        )
         betas = betas.expand(*batch, -1).reshape(-1, self.num_betas)
         rotations = rotations.expand(*batch, -1, -1, -1).reshape(-1, self.num_joints, 3, 3)
         shaped = torch.addmm(self.v_template.flatten(), betas, self.shapedirs.flatten(0, 1).mT)
         joints = torch.addmm(self.joint_template.flatten(), betas, self.joint_shapedirs.flatten(0, 1).mT)
+        if expression is not None:
+            if expression.shape[-1] != self.num_expressions or self.expression_dirs is None:
+                raise UserError(
+                    f"body {self.name!r}: expression {tuple(expression.shape)}, expected (..., {self.num_expressions})"
+                    + ("" if self.num_expressions else ": only SMPL-X has expressions")
+                )
+            assert self.joint_expression_dirs is not None
+            expression = expression.expand(*batch, -1).reshape(-1, self.num_expressions)
+            shaped = torch.addmm(shaped, expression, self.expression_dirs.flatten(0, 1).mT)
+            joints = torch.addmm(joints, expression, self.joint_expression_dirs.flatten(0, 1).mT)
         if self.posedirs is not None:
             identity = torch.eye(3, dtype=rotations.dtype, device=rotations.device)
             feature = (rotations[:, 1:] - identity).flatten(1)
@@ -223,6 +250,8 @@ class Body(nn.Module):
             keypoint_names=None if regressor is None else self.keypoint_names,
             keypoint_regressor=regressor,
             mean_pose=self.mean_pose,
+            expression_dirs=None if self.expression_dirs is None else self.expression_dirs[ids],
+            joint_expression_dirs=self.joint_expression_dirs,
         )
 
     def from_smpl(

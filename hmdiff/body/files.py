@@ -22,6 +22,7 @@ from hmdiff.files.unpickling import load_pickle
 
 FOLDER_VARIABLE = "HMDIFF_BODY_DIR"
 NUM_BETAS = 10
+NUM_EXPRESSIONS = 10
 _GENDERS = {"neutral": "neutral", "female": "f", "male": "m"}  # and how SMPL's published files name them
 _SIDES = {"right": "RIGHT", "neutral": "RIGHT", "left": "LEFT"}
 _SITES = {
@@ -205,6 +206,7 @@ def _smpl_arrays(data: dict[str, Any]) -> dict[str, Any]:
         "joint_names": _joint_names(parents),
         "faces": np.asarray(data["f"]).astype(np.int64),
         "mean_pose": _mean_pose(data, len(parents)),
+        "expression_dirs": expression_components(data, len(parents)),
     }
     used = ("v_template", "shapedirs", "lbs_weights", "J_regressor", "parents", "joint_names")
     keypoints = licensed_keypoints(*(arrays[name] for name in used))
@@ -223,6 +225,22 @@ def shape_components(
     """
     eleven = joints == 55 and (shapedirs.shape[2] >= 300 or shapedirs.shape[2] == NUM_BETAS + 1)
     return shapedirs[:, :, : NUM_BETAS + eleven]
+
+
+def expression_components(data: dict[str, Any], joints: int) -> np.ndarray | None:  # (V, 3, 10)
+    """SMPL-X's first ten expressions, which follow 300 shapes in v1.1 and ten in v1.0 (as smplx reads them).
+
+    `hmdiff prepare licensed` keeps them as expressiondirs. None for other bodies, and for files without any.
+    """
+    if joints != 55:
+        return None
+    if "expressiondirs" in data:
+        return np.asarray(data["expressiondirs"], np.float32)
+    count = np.shape(data["shapedirs"])[2]
+    first = 300 if count >= 300 else NUM_BETAS
+    if count < first + NUM_EXPRESSIONS:
+        return None
+    return np.asarray(data["shapedirs"], np.float32)[:, :, first : first + NUM_EXPRESSIONS]
 
 
 def _mean_pose(data: dict[str, Any], joints: int) -> np.ndarray | None:  # (J, 3)

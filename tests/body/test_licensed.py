@@ -22,7 +22,7 @@ from hmdiff.body import mesh_cache
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.files import find_body_file, licensed_kind, own_name, read_body_file
 from hmdiff.body.keypoints import LANDMARKS
-from hmdiff.body.licensed import prepare_licensed
+from hmdiff.body.licensed import convert_body, prepare_licensed
 from hmdiff.body.mesh_cache import load_mesh
 from hmdiff.body.skeletons import HALPE26, HAND21, SMPL24
 from hmdiff.cli.main import main
@@ -195,6 +195,42 @@ def test_smplx_keeps_the_eleven_shapes_of_bedlam(shapes: int, kept: int, tmp_pat
     np.testing.assert_array_equal(found, arrays["shapedirs"][:, :, :kept].astype(np.float32))
     np.savez(tmp_path / "SMPL_NEUTRAL.npz", **tree(24, shapes=300))
     assert read_body_file(tmp_path / "SMPL_NEUTRAL.npz")["shapedirs"].shape[2] == 10
+
+
+@pytest.mark.parametrize(("shapes", "first"), [(20, 10), (400, 300), (10, None), (11, None)])
+def test_smplx_keeps_ten_expressions(shapes: int, first: int | None, tmp_path: Path) -> None:
+    """After ten shapes in v1.0, after three hundred in v1.1; converted, the file gives the same body."""
+    lbs = pytest.importorskip("smplx.lbs")
+    arrays = tree(55, shapes=shapes)
+    path = tmp_path / "SMPLX_NEUTRAL.npz"
+    np.savez(path, **arrays)
+    body, converted = load_body(path), convert_body(path, tmp_path / "SMPLX_MALE.npz")
+    generator = torch.Generator().manual_seed(0)
+    betas = torch.randn(2, body.num_betas, generator=generator)
+    rotations = axis_angle_to_matrix(torch.randn(2, 55, 3, generator=generator))
+    face = torch.randn(2, 10, generator=generator)
+    if first is None:
+        assert body.num_expressions == converted.num_expressions == 0
+        with pytest.raises(UserError, match=r"expression \(2, 10\), expected \(..., 0\): only SMPL-X has"):
+            body(betas, rotations, expression=face)
+        return
+    shapedirs = torch.from_numpy(arrays["shapedirs"]).float()
+    assert body.posedirs is not None and body.J_regressor is not None
+    vertices, joints = lbs.lbs(
+        torch.cat([betas, face], -1), rotations, body.v_template,
+        torch.cat([shapedirs[:, :, : body.num_betas], shapedirs[:, :, first : first + 10]], -1),
+        body.posedirs.flatten(0, 1).mT, body.J_regressor, torch.tensor(body.parents), body.lbs_weights, pose2rot=False,
+    )  # fmt: skip
+    for each in (body, converted):
+        found = each(betas, rotations, expression=face)
+        torch.testing.assert_close(found.vertices, vertices, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.joints, joints, rtol=1e-4, atol=1e-4)
+        plain = each(betas, rotations)
+        assert (plain.vertices - found.vertices).abs().max() > 0.1  # or nothing was tried
+        assert torch.equal(each(betas, rotations, expression=torch.zeros(10)).vertices, plain.vertices)
+    some = body.select([3, 1])(betas, rotations, expression=face)
+    torch.testing.assert_close(some.vertices, vertices[:, [3, 1]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(some.joints, joints, rtol=1e-4, atol=1e-4)
 
 
 class _Malicious:
