@@ -95,13 +95,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        default=DEFAULT_CHECKPOINT,
-        metavar="NAME",
-        help="a shipped checkpoint, or the folder of a training or of save_pretrained (default: %(default)s)",
-    )
+def add_checkpoint(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    if several:
+        text = f"shipped checkpoints, or folders of trainings or of save_pretrained (default: {DEFAULT_CHECKPOINT})"
+        parser.add_argument("--checkpoint", nargs="+", default=[DEFAULT_CHECKPOINT], metavar="NAME", help=text)
+        return
+    text = "a shipped checkpoint, or the folder of a training or of save_pretrained (default: %(default)s)"
+    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="NAME", help=text)
 
 
 def add_sampling(parser: argparse.ArgumentParser, eta: bool = True) -> None:

@@ -40,10 +40,7 @@ def add_parser(subparsers: Any) -> None:
         "are those of the protocol, which is printed with them, and what papers published by it stands beside; several "
         "processes (torchrun --nproc_per_node 2 tools/evaluate.py ...) share the people, and a stopped run goes on.",
     )
-    parser.add_argument(
-        "--checkpoint", nargs="+", default=[arguments.DEFAULT_CHECKPOINT], metavar="NAME",
-        help="shipped checkpoints, or folders of trainings or of save_pretrained (default: hmdiff_small)",
-    )  # fmt: skip
+    arguments.add_checkpoint(parser, several=True)
     parser.add_argument(
         "--split", nargs="+", default=["test"], choices=SPLITS, metavar="SPLIT",
         help=f"of {', '.join(SPLITS)} (default: test)",
@@ -195,7 +192,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    from hmdiff.evaluate.evaluation import mean_mesh_errors
+    from hmdiff.evaluate.mean_mesh import mean_mesh_errors
     from hmdiff.evaluate.store import save_report
 
     with progress(f"{MEAN_MESH} {settings['split']}", 0):

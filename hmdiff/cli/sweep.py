@@ -28,10 +28,7 @@ def add_parser(subparsers: Any) -> None:
         "may grow; a killed sweep goes on by the same command. Strength, threshold and steps are to be chosen on val: "
         "report the test splits with what val chose.",
     )
-    parser.add_argument(
-        "--checkpoint", nargs="+", default=[arguments.DEFAULT_CHECKPOINT], metavar="NAME",
-        help="shipped checkpoints, or folders of trainings or of save_pretrained (default: hmdiff_small)",
-    )  # fmt: skip
+    arguments.add_checkpoint(parser, several=True)
     parser.add_argument(
         "--steps", nargs="+", type=arguments.whole(1), default=[1, 2, 3, 5, 10, 20, 40], metavar="K",
         help="denoising steps (default: 1 2 3 5 10 20 40)",

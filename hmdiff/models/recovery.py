@@ -22,39 +22,30 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hmdiff.body.body import Body
-from hmdiff.body.lbs_basis import LBSBasis
-from hmdiff.body.mesh import blend
 from hmdiff.files.diffusers_parts import ConfigMixin, ModelMixin, register_to_config
 from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
+from hmdiff.models.choices import check_choices
 from hmdiff.models.conditioning import Conditioning, LiftedVolume
-from hmdiff.models.denoiser import SCALED, MeshDenoiser
+from hmdiff.models.denoiser import MeshDenoiser
 from hmdiff.models.depth import DepthAtTokens, DepthFusion
-from hmdiff.models.encoder import ENCODERS, MLPEncoder
+from hmdiff.models.encoder import MLPEncoder
 from hmdiff.models.flow import RealNVP
 from hmdiff.models.layers import EncoderBlock
 from hmdiff.models.lifting import Lifting
+from hmdiff.models.mesh_points import MeshPoints
 from hmdiff.models.part_denoiser import PartDenoiser
 from hmdiff.models.prediction import Denoised, Prediction
 from hmdiff.models.silhouette import SilhouetteDecoder
 
-INPUTS = ("heatmaps", "image", "both")
-MODES = ("diffusion", "direct")
-FRAMES = ("camera", "crop")
-TOKENS = ("patches", "parts")
 
-
-class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own bases disagree
+class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own bases disagree
     """Encode once, denoise many times."""
 
     _supports_gradient_checkpointing = True
     _gradient_checkpointing_func: Any
     config: Any  # the constructor's arguments as attributes; diffusers calls it a dict
-    coarse_ids: Tensor
-    upsample_index: Tensor
 
     if TYPE_CHECKING:  # the decorator that diffusers puts on it loses its signature
 
@@ -107,37 +98,24 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         qk_norm: bool = False,  # normalised queries and keys in every attention
     ) -> None:
         super().__init__()
-        if mode not in MODES or inputs not in INPUTS:
-            raise ValueError(f"mode {mode!r} must be one of {MODES}, inputs {inputs!r} one of {INPUTS}")
-        if frame not in FRAMES:
-            raise ValueError(f"frame {frame!r} must be one of {FRAMES}")
-        if isinstance(rle, str) or not set(rle) <= set(SCALED):
-            raise ValueError(f"rle {rle!r} must be a list of some of {', '.join(SCALED)}")
-        self.register_to_config(rle=list(rle), pretrained=False)  # a list, as JSON gives it back; what starts is past
-        if coarse_to_fine and not lifting:
-            raise ValueError("coarse_to_fine refines between the looks into a volume: it needs lifting")
-        if not 0 <= masked < 1:
-            raise ValueError(f"masked {masked} is the largest share of hidden tokens: 0 to below 1")
+        check_choices(self.config)
+        self.register_to_config(rle=list(rle), pretrained=False)  # a list, as JSON gives it back
         self.feature_backbone: nn.Module  # not "backbone": ModelMixin would answer with the config entry
         if inputs == "heatmaps":
-            kind = {"joints": JointHeatmapBackbone, "conv": ConvHeatmapBackbone}.get(backbone)
-            if kind is None:
-                raise ValueError(f"backbone {backbone!r} reads images; with heatmaps alone it is 'joints' or 'conv'")
+            kind = {"joints": JointHeatmapBackbone, "conv": ConvHeatmapBackbone}[backbone]
             self.feature_backbone = kind(num_keypoints, heatmap_size, encoder_width)
         else:
             channels = num_keypoints if inputs == "both" else 0
             self.feature_backbone = ImageBackbone(backbone, image_size, encoder_width, channels, pretrained)
-        if tokens not in TOKENS or encoder_type not in ENCODERS:
-            raise ValueError(f"tokens {tokens!r}: one of {TOKENS}; encoder_type {encoder_type!r}: one of {ENCODERS}")
-        if encoder_type == "mlp" and (backbone != "joints" or tokens != "parts" or depth_map):
-            raise ValueError("encoder_type 'mlp' needs backbone 'joints' and tokens 'parts', and takes no depth map")
-        if tokens == "parts" and coarse_to_fine:
-            raise ValueError("coarse_to_fine refines patches: it needs tokens 'patches'")
         self.camera_token: Tensor | None = None
         if encoder_type == "mlp":
             self.encoder: nn.Module = MLPEncoder(
-                num_keypoints, encoder_width, num_joints, encoder_hidden, encoder_depth
-            )  # fmt: skip
+                num_tokens=num_keypoints,
+                width=encoder_width,
+                num_parts=num_joints,
+                hidden=encoder_hidden,
+                depth=encoder_depth,
+            )
         else:
             self.camera_token = nn.Parameter(torch.randn(encoder_width) * 0.5)
             self.encoder = nn.ModuleList(
@@ -151,18 +129,41 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
             volume = volume_width if lifting else 0
             if tokens == "parts":
                 return PartDenoiser(
-                    num_coarse, num_joints, width, depth, heads, encoder_width, feed_forward_ratio, scaled, masked > 0,
-                    volume, mesh_scale, qk_norm, aligned_context=encoder_type == "mlp",
-                )  # fmt: skip
+                    num_coarse=num_coarse,
+                    num_parts=num_joints,
+                    width=width,
+                    depth=depth,
+                    heads=heads,
+                    context_width=encoder_width,
+                    ratio=feed_forward_ratio,
+                    scaled=scaled,
+                    maskable=masked > 0,
+                    volume_width=volume,
+                    mesh_scale=mesh_scale,
+                    qk_norm=qk_norm,
+                    aligned_context=encoder_type == "mlp",
+                )
             num_patches = num_coarse // patch_size
             patches = torch.arange(num_patches * patch_size).reshape(num_patches, patch_size)
             if patches.numel() != num_coarse:
                 raise ValueError(f"{num_coarse} coarse vertices do not fall into patches of {patch_size}")
             neighbours = torch.ones(num_patches, num_patches, dtype=torch.bool) if neighbour_mask else None
             return MeshDenoiser(
-                patches, num_joints, width, depth, heads, encoder_width, feed_forward_ratio, neighbours, scaled,
-                masked > 0, volume, mesh_scale, coarse_to_fine, qk_norm,
-            )  # fmt: skip
+                patches=patches,
+                num_joints=num_joints,
+                width=width,
+                depth=depth,
+                heads=heads,
+                context_width=encoder_width,
+                ratio=feed_forward_ratio,
+                neighbours=neighbours,
+                scaled=scaled,
+                maskable=masked > 0,
+                volume_width=volume,
+                mesh_scale=mesh_scale,
+                coarse_to_fine=coarse_to_fine,
+                qk_norm=qk_norm,
+            )
 
         self.denoisers = nn.ModuleList(denoiser(last=number == stack - 1) for number in range(stack))
         if tokens == "parts":  # the full mesh comes from the basis
@@ -176,8 +177,13 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
 
         self.gradient_checkpointing = False
         # The optional paths come last: without them the first weights are those of a model that knows nothing of them.
-        self.depth_fusion = DepthFusion(encoder_width, encoder_heads, depth_layers, depth_size) if depth_map else None
-        self.depth_at_tokens = DepthAtTokens(encoder_width, depth_size) if depth_map else None
+        self.depth_fusion: DepthFusion | None = None
+        self.depth_at_tokens: DepthAtTokens | None = None
+        if depth_map:
+            self.depth_fusion = DepthFusion(
+                width=encoder_width, heads=encoder_heads, layers=depth_layers, map_size=depth_size
+            )
+            self.depth_at_tokens = DepthAtTokens(width=encoder_width, map_size=depth_size)
         self.flows = nn.ModuleDict({name: RealNVP(2 if name == "joints_2d" else 3) for name in rle})
         self.silhouette_decoder = SilhouetteDecoder(encoder_width, encoder_heads) if silhouette else None
         self.volume_lifting: Lifting | None = None  # not "lifting": ModelMixin would answer with the config entry
@@ -186,48 +192,15 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
                 raise ValueError(
                     f"lifting needs a feature map, which backbone {backbone!r} has not; take 'conv' or images"
                 )
-            self.volume_lifting = Lifting(encoder_width, volume_width, volume_size, exponent=volume_exponent)
+            self.volume_lifting = Lifting(
+                feature_width=encoder_width, volume_width=volume_width, size=volume_size, exponent=volume_exponent
+            )
         self.image_place: nn.Parameter | None = None  # zero at the start, so that it can join a trained model
         if hybrid_position:
             if not hasattr(self.feature_backbone, "grid"):
                 raise ValueError(f"hybrid_position is of a grid of image tokens, which backbone {backbone!r} has not")
             backbone_tokens: Any = self.feature_backbone.num_tokens
             self.image_place = nn.Parameter(torch.zeros(backbone_tokens, encoder_width))
-
-    def set_topology(
-        self,
-        coarse_ids: Tensor,  # (C,) full vertices that are kept in the coarse mesh
-        patches: Tensor,  # (T_v, p) partition of the coarse vertices
-        adjacency: Tensor,  # (C, C) bool
-        upsample_index: Tensor,  # (V, k) coarse vertices
-        upsample_weight: Tensor,  # (V, k) rows sum to 1: where learning starts from
-    ) -> None:
-        """Take over a body's mesh. A loaded checkpoint has it already."""
-        self.coarse_ids.copy_(coarse_ids)
-        assert self.upsample_weight is not None
-        self.upsample_index.copy_(upsample_index)
-        with torch.no_grad():
-            self.upsample_weight.copy_(upsample_weight)
-        for denoiser in self.denoisers:
-            assert isinstance(denoiser, MeshDenoiser)
-            denoiser.patches.copy_(patches)
-            denoiser.place.copy_(patches.flatten().argsort())
-            if denoiser.neighbours is not None:
-                between = adjacency[patches.flatten()][:, patches.flatten()]
-                between = between.reshape(len(patches), patches.shape[1], len(patches), patches.shape[1]).any(3).any(1)
-                denoiser.neighbours[: len(patches), : len(patches)] = between
-
-    def set_basis(self, basis: LBSBasis) -> None:
-        """Take over a body's LBS basis, where tokens are parts. It is never saved: the body determines it."""
-        for denoiser in self.denoisers:
-            assert isinstance(denoiser, PartDenoiser)
-            denoiser.set_basis(basis.points)
-        device = self.coarse_ids.device
-        self.basis_full, self.basis_from_coarse = basis.full.to(device), basis.from_coarse.to(device)
-
-    @property
-    def num_points(self) -> int:
-        return self.config.num_coarse + self.config.num_joints
 
     def encode(
         self,
@@ -343,60 +316,6 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
         constant = conditioning.tokens.new_zeros((len(conditioning.tokens), 1, self.num_points, 3), dtype=torch.float32)
         return self.predict(constant, constant.new_ones(len(constant), 1), conditioning)
 
-    def to_coarse(self, points: Tensor) -> Tensor:
-        """Points (..., P, 3) of the diffusion -> coarse vertices (..., C, 3) in metres."""
-        return points[..., : self.config.num_coarse, :] * self.config.mesh_scale
-
-    def to_joints(self, points: Tensor) -> Tensor:
-        """Points (..., P, 3) of the diffusion -> body joints (..., K, 3) in metres."""
-        return points[..., self.config.num_coarse :, :] * self.config.mesh_scale
-
-    def to_points(
-        self,
-        coarse: Tensor,  # (..., C, 3) metres
-        joints: Tensor,  # (..., K, 3) metres
-    ) -> Tensor:  # (..., P, 3)
-        return torch.cat([coarse, joints], -2) / self.config.mesh_scale
-
-    def upsample(
-        self,
-        coarse: Tensor,  # (..., C, 3)
-    ) -> Tensor:  # (..., V, 3)
-        """Every full vertex is a learned blend of near coarse ones; kept vertices stay where they are.
-
-        The weights are normalised to sum to 1, so that a translated coarse mesh gives the translated full mesh.
-        """
-        if self.config.tokens == "parts":
-            # Coordinates as rows: one matrix product for all meshes, in place of one of three columns for each.
-            coordinates = coarse.to(self.basis_full.dtype).mT @ self.basis_from_coarse.mT
-            return F.linear(coordinates, self.basis_full).mT
-        assert self.upsample_weight is not None
-        weight = self.upsample_weight / self.upsample_weight.sum(-1, keepdim=True)
-        coarse = coarse.to(weight.dtype)
-        return blend(coarse, self.upsample_index, weight).index_copy(-2, self.coarse_ids, coarse)
-
-    @torch.no_grad()
-    def keypoint_regressor(
-        self,
-        body: Body,  # with keypoints
-    ) -> Tensor:  # (J, C)
-        """Upsampling and the body's keypoint regressor as one matrix: both are linear in the coarse mesh.
-
-        Only the vertices that the regressor reads are upsampled.
-        """
-        support, device = body.keypoint_support().to(self.coarse_ids.device), self.coarse_ids.device
-        if self.config.tokens == "parts":
-            rows = self.basis_full[support] @ self.basis_from_coarse  # (S, C)
-        else:
-            assert self.upsample_weight is not None
-            weight = self.upsample_weight[support]
-            weight = weight / weight.sum(-1, keepdim=True)
-            rows = weight.new_zeros(len(support), self.config.num_coarse)
-            rows.scatter_add_(1, self.upsample_index[support], weight)
-            kept = support[:, None] == self.coarse_ids  # a kept vertex stays where it is
-            rows = torch.where(kept.any(1, keepdim=True), kept.to(rows), rows)
-        return body.support_weights.to(device, rows.dtype) @ rows
-
     def forward(
         self,
         points: Tensor,  # (B, N, P, 3)
@@ -416,6 +335,12 @@ class MeshRecoveryModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
             silhouette = self.silhouette_decoder(conditioning.tokens, conditioning.mask)
         volume = conditioning.volume
         return Prediction(
-            found.points, camera, found.scale, silhouette, found.estimates,
-            None if volume is None else volume.features, None if volume is None else volume.exponent, found.meshes,
-        )  # fmt: skip
+            points=found.points,
+            camera=camera,
+            scale=found.scale,
+            silhouette=silhouette,
+            estimates=found.estimates,
+            volume=None if volume is None else volume.features,
+            exponent=None if volume is None else volume.exponent,
+            meshes=found.meshes,
+        )

@@ -315,9 +315,8 @@ class _Checks:
             )
 
         ready = "step_seconds" in self.result.numbers
-        if ready and not self.config.evaluation.people:
-            return
-        self._check("evaluation", look, ready)
+        if self.config.evaluation.people or not ready:
+            self._check("evaluation", look, ready)
 
     def length(self) -> None:
         def add() -> str:

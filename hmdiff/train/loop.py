@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -30,10 +29,8 @@ from tqdm import tqdm
 from hmdiff.body.body import load_body
 from hmdiff.build import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.config import Config, load_config, save_config
-from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import evaluate, mean_mesh_error, mean_mesh_errors
-from hmdiff.evaluate.store import save_report
+from hmdiff.evaluate.mean_mesh import mean_mesh_error
 from hmdiff.files.locks import claim
 from hmdiff.files.storage import make_folder
 from hmdiff.pipeline import HMDiffPipeline
@@ -44,7 +41,9 @@ from hmdiff.train.optimizer import build_optimizer, rate_share
 from hmdiff.train.sharding import fill, shared_out, whole
 from hmdiff.train.start import check_values, take_weights
 from hmdiff.train.step import TrainingStep, keypoint_map, used_by_no_loss
+from hmdiff.train.stopping import stop_signals
 from hmdiff.train.stream import TrainingStream
+from hmdiff.train.validation import score_test_split, validate, validation_line, validation_row
 
 
 class Trainer:
@@ -140,7 +139,7 @@ class Trainer:
             prefetch_factor=4 if self.config.data.workers else None,
         )
         bar = tqdm(total=values.steps, initial=self.step, disable=not main, desc=self.config.name, unit="step")
-        with self._stop_signals(), run_log(
+        with stop_signals(self._stop), run_log(
             self.accelerator, self.folder, self.config, self.step, again=self._evaluation_due()
         ) as log:
             # In here, so that Ctrl-C finds our handler in the data workers too, and not the one that ends them.
@@ -170,7 +169,7 @@ class Trainer:
                     result = self._evaluate(log)
         bar.close()
         if self.step == values.steps and main and self.config.evaluation.test_people:
-            self._test()
+            score_test_split(self.folder, self.validation, self.config.evaluation, self.accelerator.device)
         return result
 
     def _one_step(self, batches: Iterator) -> dict[str, Tensor]:
@@ -224,29 +223,15 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         return self.step == self.config.training.steps or self.step % self.config.training.evaluate_every == 0
 
+    def _stop(self) -> None:
+        self.stopping = True
+
     def _agreed(self, stop: bool) -> bool:
         """Whether any process wants to stop: all must, or the others would wait for its gradients for ever."""
         if self.accelerator.num_processes == 1:
             return stop
         flag = torch.tensor(float(stop), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-    @contextlib.contextmanager
-    def _stop_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint."""
-
-        def stop(number: int, frame: object) -> None:
-            self.stopping = True
-
-        try:
-            previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
-            previous = {}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     # -- what is written ---------------------------------------------------------------------------------------------
 
@@ -324,21 +309,15 @@ class Trainer:
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return {}
-        values = self.config.evaluation
         with self._showing(averaged):
-            asked = SamplingConfig(values.num_hypotheses, values.num_inference_steps)
-            report = evaluate(self.pipeline, self.validation, "val", values.people, asked)
+            report = validate(self.pipeline, self.validation, self.config.evaluation)
             self.pipeline.save_pretrained(self.folder / "pipeline")
             if not self.config.training.picture_every or self.step % self.config.training.picture_every == 0:
                 self._picture()
-        row = {f"val_{metric}_{kind}": value["value"] for metric, kinds in report["errors"].items()
-               for kind, value in kinds.items()}  # fmt: skip
-        log({"step": self.step, **row, "val_pve_of_mean_mesh": mean_mesh_error(self.validation, "val", values.people)})
-        tqdm.write(
-            f"step {self.step}: validation PVE first {row['val_pve_first']:.1f}, mean {row['val_pve_mean']:.1f}, "
-            f"oracle of {values.num_hypotheses} {row['val_pve_oracle']:.1f} mm; PA-MPJPE of the mean "
-            f"{row['val_pa_mpjpe_mean']:.1f} mm"
-        )
+        row = validation_row(report)
+        people = self.config.evaluation.people
+        log({"step": self.step, **row, "val_pve_of_mean_mesh": mean_mesh_error(self.validation, "val", people)})
+        tqdm.write(f"step {self.step}: {validation_line(report, row)}")
         self.accelerator.wait_for_everyone()
         return report
 
@@ -361,21 +340,6 @@ class Trainer:
         finally:
             self.ema.restore(self.plain.parameters())
             self.plain.train()
-
-    def _test(self) -> None:
-        """The finished pipeline on the test split, beside what the mean mesh gives; written to test.json."""
-        values = self.config.evaluation
-        pipeline = HMDiffPipeline.from_pretrained(self.folder / "pipeline", self.accelerator.device)
-        asked = SamplingConfig(values.num_hypotheses, values.num_inference_steps)
-        report = evaluate(pipeline, self.validation, "test", values.test_people, asked)
-        report["mean_mesh"] = mean_mesh_errors(self.validation, "test", values.test_people)
-        save_report(report, self.folder / "test.json")
-        found, baseline = report["errors"]["pve"]["mean"]["value"], report["mean_mesh"]["pve"]["value"]
-        tqdm.write(
-            f"test: PVE of the mean of {values.num_hypotheses} {found:.1f} mm, {found / baseline:.2f} of the mean "
-            f"mesh's {baseline:.1f} mm; PA-MPJPE {report['errors']['pa_mpjpe']['mean']['value']:.1f} mm "
-            f"({self.folder}/test.json)"
-        )
 
     def _picture(self) -> None:
         """A few validation people with their hypotheses, as a picture."""

@@ -10,7 +10,7 @@ from hmdiff.build import build_source
 from hmdiff.data.kept_labels import KeptLabels
 from hmdiff.data.sample import Sample
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import mean_mesh_errors
+from hmdiff.evaluate.mean_mesh import mean_mesh_errors
 
 
 def first(labels: str, **more: object) -> Sample:

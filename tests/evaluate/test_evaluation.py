@@ -23,13 +23,12 @@ from hmdiff.evaluate import evaluation
 from hmdiff.evaluate.evaluation import (
     as_heatmaps,
     evaluate,
-    mean_mesh_error,
-    mean_mesh_errors,
     measure,
     photo_of,
     split_batches,
     with_estimate,
 )
+from hmdiff.evaluate.mean_mesh import mean_mesh_error, mean_mesh_errors
 from hmdiff.evaluate.measured import calibration_interval
 from hmdiff.evaluate.metrics import coverage, expected_calibration_error, mesh_errors
 from hmdiff.evaluate.store import save_report
@@ -130,7 +129,7 @@ def test_mean_mesh_error_by_hand() -> None:
 
 
 def test_mean_mesh_error_is_its_pve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation.mean_mesh_errors, "__defaults__", (16,))
+    monkeypatch.setattr(mean_mesh_errors, "__defaults__", (16,))
     data = people(True)
     assert mean_mesh_error(data, "val", 4) == mean_mesh_errors(data, "val", 4)["pve"]["value"] > 50
 
