@@ -18,7 +18,7 @@ Number = Mapping[str, float]  # value, and perhaps low and high
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A row without a first cell goes on with the row above; a line parts the others where `ruled`."""
+    """A row without a first cell goes on with the row above; where `ruled`, lines part such groups."""
 
     title: str
     columns: Sequence[str]
@@ -45,10 +45,16 @@ class Table:
                 justify: Any = "right" if number >= self.names else "left"
                 table.add_column(escape(self.columns[number]), justify=justify, overflow="fold")
             for index, row in enumerate(self.rows):
-                if self.ruled and index and row[0]:
+                if index and self._parted(index):
                     table.add_section()
                 table.add_row(*(escape(row[number]) for number in part))
             console.print(table)
+
+    def _parted(self, index: int) -> bool:
+        """Whether a line stands before this row: where a group of several rows begins or has ended."""
+        rows = self.rows
+        several = not rows[index - 1][0] or (index + 1 < len(rows) and not rows[index + 1][0])
+        return self.ruled and bool(rows[index][0]) and several
 
     def _parts(self, width: int) -> list[list[int]]:
         """Columns side by side, as many as fit without breaking a number; the rest below, with the names again."""
