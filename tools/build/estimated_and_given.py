@@ -30,6 +30,7 @@ from hmdiff.viz.canvas import read_picture
 KINDS = ("nose", "eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle", "heel", "toe")
 _SURE = 0.1  # confidence of a keypoint that counts as given
 _FAR = 0.15  # crop half-sides: a joint that is not where it should be, not one that is a little off
+_CUT = 0.777  # the standard deviation that is measured of a Gaussian of 1, when what is under a tenth is cut off
 _WINDOW = 6  # heatmap pixels about a peak in which its width is measured
 
 
@@ -43,7 +44,7 @@ def widths(heatmaps: Heatmaps) -> Tensor:  # (P, J) heatmap pixels: standard dev
     far = torch.stack([x, y], -1) - at[:, :, None, None]  # (P, J, S, S, 2)
     weight = (values - 0.1 * height[..., None, None]).clamp_min(0) * (far.abs().amax(-1) <= _WINDOW)
     square = (weight[..., None] * far.square()).sum((2, 3)) / weight.sum((2, 3)).clamp_min(1e-9)[..., None]
-    return square.mean(-1).sqrt()
+    return square.mean(-1).sqrt() / _CUT
 
 
 def compared(

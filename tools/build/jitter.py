@@ -1,6 +1,7 @@
 """Jitter and error over a rendered clip of known motion, with and without what makes hypotheses agree over time.
 
-`python -m tools.build.jitter ../shared/data/mocap/cmu_asfamc_subjects_01-03.tar.xz`
+`python -m tools.build.jitter ../shared/data/mocap/cmu_asfamc_subjects_01-03.tar.xz`, or `... --photo FILE` for a camera
+that pans over a real photo, in which nobody moves.
 
 The clip goes the whole way: frames of a video, embedded pose estimator, tracker, pipeline. Three rows: other noise in
 every frame; noise shared along the track; shared noise and smoothing. Acceleration is that of the joints relative to
@@ -24,7 +25,8 @@ from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.video.recover import recover_video
 from hmdiff.video.smoothing import SIGMA
 from hmdiff.video.tracks import VideoTrack
-from tools.build.known_clip import recorded_motion, render_clip
+from hmdiff.viz.canvas import read_picture
+from tools.build.known_clip import pan_clip, recorded_motion, render_clip
 
 COLUMNS = ("mean: Accel", "accel error", "error mm", "one hypothesis: Accel", "error mm")
 
@@ -46,7 +48,7 @@ def posed_joints(body: Body, track: VideoTrack) -> Tensor:  # (N, F, K, 3) metre
 
 def row(
     estimated: Tensor,  # (N, F, K, 3) metres
-    truth: Tensor,  # (F, K, 3)
+    truth: Tensor,  # (F, K, 3); NaN: only known not to move
     frame_rate: float,
 ) -> list[float]:  # in the order of COLUMNS
     mean, known = acceleration(estimated.mean(0), frame_rate), acceleration(truth, frame_rate)
@@ -60,7 +62,8 @@ def row(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("recordings", type=Path, help="folder or archive of ASF and AMC files")
+    parser.add_argument("recordings", nargs="?", type=Path, help="folder or archive of ASF and AMC files")
+    parser.add_argument("--photo", type=Path, help="in place of a recording")
     parser.add_argument("--recording", default="02_01", help="name (default: %(default)s, walking)")
     parser.add_argument("--first", type=int, default=0, help="frame of the recording, 120 a second")
     parser.add_argument("--frames", type=int, default=30, help="at 30 a second (default: %(default)s)")
@@ -75,19 +78,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     pipe = HMDiffPipeline.from_pretrained(options.checkpoint)
     body = pipe.body
-    motion = recorded_motion(options.recordings, options.recording, body, options.frames, first=options.first,
-                             seed=options.seed)  # fmt: skip
+    if (options.photo is None) == (options.recordings is None):
+        parser.error("give recordings, or --photo")
     with tempfile.TemporaryDirectory() as temporary:
         clip = Path(temporary) / "clip.mp4" if options.keep is None else options.keep
-        if not clip.exists():
-            render_clip(clip, motion, body, seed=options.seed)
-        truth = motion.joints(body)
-        known = float(acceleration(truth, motion.frame_rate).norm(dim=-1).mean())
+        if options.photo is not None:
+            truth, rate, name = torch.full((options.frames, 24, 3), torch.nan), 30.0, options.photo.stem
+            if not clip.exists():
+                pan_clip(clip, read_picture(options.photo), options.frames, rate)
+        else:
+            motion = recorded_motion(options.recordings, options.recording, body, options.frames, first=options.first,
+                                     seed=options.seed)  # fmt: skip
+            truth, rate, name = motion.joints(body), motion.frame_rate, options.recording
+            if not clip.exists():
+                render_clip(clip, motion, body, seed=options.seed)
+        known = 0.0 if options.photo is not None else float(acceleration(truth, rate).norm(dim=-1).mean())
         runs = [("other noise in every frame", False, [0.0]), ("shared noise", True, [0.0, *options.smoothing])]
-        print(f"{options.recording}, {options.frames} frames at {motion.frame_rate:g}/s, {options.num_hypotheses} "
-              f"hypotheses; the truth's Accel {known:.0f} mm/s^2")  # fmt: skip
+        print(f"{name}, {options.frames} frames at {rate:g}/s, {options.num_hypotheses} hypotheses; the truth's Accel "
+              f"{known:.0f} mm/s^2")  # fmt: skip
         print(" | ".join(("", *COLUMNS)))
-        for name, shared, smoothings in runs:
+        for kind, shared, smoothings in runs:
             for smoothing in smoothings:
                 rows, seen = [], []
                 for seed in options.noise_seeds:
@@ -96,9 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                                           share_noise=shared)  # fmt: skip
                     track = max(found.tracks, key=lambda each: int(each.seen.sum()))
                     part = slice(int(track.frames[0]), int(track.frames[-1]) + 1)
-                    rows.append(row(posed_joints(body, track), truth[part], motion.frame_rate))
+                    rows.append(row(posed_joints(body, track), truth[part], rate))
                     seen.append(int(track.seen.sum()))
-                label = name if smoothing == 0 else f"{name}, smoothed {smoothing:g} s"
+                label = kind if smoothing == 0 else f"{kind}, smoothed {smoothing:g} s"
                 values = torch.tensor(rows).mean(0).tolist()
                 print(" | ".join((label, *(f"{value:.0f}" for value in values))),
                       f"  (seen in {min(seen)} frames or more)", flush=True)  # fmt: skip

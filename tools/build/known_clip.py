@@ -101,3 +101,28 @@ def render_clip(
             picture = overlay(behind, vertices, mesh.coarse_faces, motion.place, *lens, colours, 1.0)
             writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         writer.release()
+
+
+def pan_clip(
+    path: str | Path,  # .mp4
+    photo: np.ndarray,  # (H, W, 3) uint8 RGB
+    frames: int,
+    frame_rate: float = 30.0,
+    height: int = 480,  # pixels of the clip; its width has the photo's proportions
+) -> None:
+    """A camera that pans and zooms over a real photo: whoever is in it holds still, so what moves fast is jitter."""
+    scale = height / photo.shape[0]
+    size = (2 * round(photo.shape[1] * scale / 2), height)
+    base = cv2.GaussianBlur(photo, (0, 0), 0.4 / scale) if scale < 0.7 else photo
+    middle = np.array([photo.shape[1], photo.shape[0]]) / 2
+    with atomic_file(path) as temporary:
+        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), frame_rate, size)
+        for frame in range(frames):
+            phase = 2 * math.pi * frame / (2 * frame_rate)  # once to and fro in two seconds
+            zoom = scale * (1.0 - 0.04 * math.cos(phase))
+            at = middle * [1 + 0.06 * math.sin(phase), 1 + 0.03 * math.sin(phase)]
+            affine = np.array([[zoom, 0, size[0] / 2 - zoom * at[0]], [0, zoom, size[1] / 2 - zoom * at[1]]])
+            affine[:, 2] += 0.5 * zoom - 0.5  # OpenCV counts from the centre of the first pixel, we from its corner
+            picture = cv2.warpAffine(base, affine, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        writer.release()
