@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,9 +84,9 @@ def sample(
     return points
 
 
-def _step_options(scheduler: Scheduler, generators: Sequence[torch.Generator] | None, eta: float) -> dict:
+def _step_options(scheduler: Scheduler, generators: Sequence[torch.Generator] | None, eta: float) -> dict[str, Any]:
     accepted = inspect.signature(scheduler.step).parameters
-    options: dict = {}
+    options: dict[str, Any] = {}
     if "generator" in accepted and generators is not None:
         options["generator"] = list(generators)
     if "eta" in accepted:

@@ -33,7 +33,7 @@ EPSILON_TERMINAL = 1e-4
 _MOST_STEPS = 100_000  # of a saved schedule
 
 # By the name of the class: diffusers imports each from a file of its own, and some of these take scipy.stats along.
-_SCHEDULERS: dict[str, tuple[str, dict]] = {
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("ListedDDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
     "dpm++": (
@@ -51,7 +51,7 @@ _SCHEDULERS: dict[str, tuple[str, dict]] = {
 SCHEDULER_NAMES = tuple(_SCHEDULERS)
 
 
-def _scheduler(name: str) -> tuple[Any, dict]:
+def _scheduler(name: str) -> tuple[Any, dict[str, Any]]:
     kind, options = _SCHEDULERS[name]
     return ListedDDIMScheduler if name == "ddim" else getattr(import_module("diffusers"), kind), options
 
