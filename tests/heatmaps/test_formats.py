@@ -385,3 +385,12 @@ def test_who_bends_or_sits_is_upright() -> None:
     above = [HALPE26.index(name) for name in ("left_shoulder", "right_shoulder", "neck", "nose")]
     bent[above, 1] = 320 - bent[above, 1]  # the torso hangs, the legs stand
     assert body_turn(bent[:, :2], bent[:, 2]) == 0
+
+
+@pytest.mark.parametrize(
+    "data", [{"instance_info": [3.5]}, {"predictions": [[7, INSTANCE]]}, {"instance_info": [{"instances": [None]}]}]
+)
+def test_instances_of_mmpose_that_are_none(tmp_path: Path, data: Any) -> None:
+    """Found by `python -m tools.campaign.mutants --seed 20`: numbers in place of instances were tracebacks."""
+    with pytest.raises(UserError, match=r"instance 0 is (3\.5|7|None), a mapping with 'keypoints' is expected"):
+        read_keypoints(write(tmp_path, data), "photo.jpg", (WIDTH, HEIGHT))

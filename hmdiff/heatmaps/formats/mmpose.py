@@ -46,15 +46,24 @@ def entries(path: Path, data: Any, notes: list[str]) -> list[Entry]:
 def _instances(path: Path, data: list[Any]) -> list[dict[str, Any]]:
     while len(data) == 1 and isinstance(data[0], list):
         data = data[0]
-    if any(isinstance(each, list) for each in data) or len([e for e in data if "instances" in e]) > 1:
+    pictures = [each for each in data if isinstance(each, list) or (isinstance(each, dict) and "instances" in each)]
+    if len(pictures) > 1 or any(isinstance(each, list) for each in data):
         raise UserError(f"{path}: predictions of {len(data)} pictures; give the file of this photo alone")
-    found = []
+    _check(path, data)
+    found: list[dict[str, Any]] = []
     for each in data:
         if "instances" in each:
             found += as_list(path, each["instances"], "'instances'")
         else:
             found.append(each)
+    _check(path, found)
     missing = next((index for index, each in enumerate(found) if "keypoints" not in each), None)
     if missing is not None:
         raise UserError(f"{path}: instance {missing} without 'keypoints'; predictions of mmpose are expected")
     return found
+
+
+def _check(path: Path, instances: list[Any]) -> None:
+    for index, each in enumerate(instances):
+        if not isinstance(each, dict):
+            raise UserError(f"{path}: instance {index} is {each!r:.60}, a mapping with 'keypoints' is expected")
