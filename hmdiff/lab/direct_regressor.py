@@ -80,7 +80,7 @@ def direct_regressor(device: torch.device | str = "cpu", dtype: torch.dtype = to
     """With small weights from one block of noise: to draw 150 million numbers would take longer than to time them."""
     with torch.device("meta"):
         model = DirectRegressor()
-    model = model.to_empty(device=device).to(dtype).eval()
+    model = model.to_empty(device=device).to(dtype).eval().requires_grad_(False)
     noise = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     for parameter in model.parameters():
         count = parameter.numel()

@@ -9,21 +9,23 @@ import pytest
 import torch
 
 from hmdiff.cli.main import main
-from hmdiff.lab.direct_regressor import DirectRegressor
-from hmdiff.lab.stages import Bench, Options
+from hmdiff.lab.direct_regressor import direct_regressor
+from hmdiff.lab.stages import Bench, Options, counted_flops
 
 
 def test_the_peer_has_the_size_of_its_paper() -> None:
     """FastMETRO-L: 24.9 million parameters beside the backbone, HRNet-W64 128."""
-    with torch.device("meta"):
-        model = DirectRegressor()
+    model = direct_regressor("meta")
+    with torch.device("meta"), torch.no_grad():
         vertices, camera = model(torch.zeros(2, 3, 224, 224))
+        flops = counted_flops(lambda: model(torch.zeros(1, 3, 224, 224)))
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     fixed = model.upsampling[1].weight.numel()
     transformers = sum(sizes.values()) - sizes["backbone"] - fixed
     assert transformers == pytest.approx(24.9e6, rel=0.03)
     assert sizes["backbone"] == pytest.approx(128e6, rel=0.03)
     assert vertices.shape == (2, 6890, 3) and camera.shape == (2, 3)
+    assert 58e9 < flops < 90e9  # HRNet-W64's 29 billion products, counted as two each, and the transformers
 
 
 def test_flops_and_the_share_of_the_peak() -> None:
