@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clips import Walkers, write_clip
 from PIL import Image
 from pose_sources import Source
 from small import small_pipeline
@@ -32,7 +33,7 @@ def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"photo.py", "camera.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"photo.py", "camera.py", "video.py"}
 
 
 def test_photo(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,3 +46,16 @@ def test_camera(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "camera.py"))["main"](str(photo))
     text = capsys.readouterr().out
     assert "m away, from pixel" in text and "betas (5, " in text
+
+
+def test_video(photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def small(name: str) -> HMDiffPipeline:
+        pipe = small_pipeline()
+        pipe.source = Walkers()
+        return pipe
+
+    monkeypatch.setattr(HMDiffPipeline, "from_pretrained", small)
+    clip, out = write_clip(photo.parent / "clip.mp4", 3), photo.parent / "out"
+    runpy.run_path(str(EXAMPLES / "video.py"))["main"](str(clip), str(out))
+    assert "track 1: 3 frames" in capsys.readouterr().out
+    assert (out / "clip_track_1_animated.glb").is_file() and (out / "clip_overlay.mp4").is_file()
