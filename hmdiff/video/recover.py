@@ -88,7 +88,7 @@ def recover_video(
     for chunk in chunks:  # the tracker goes through what is done once more
         for frame in np.unique(chunk.get("frame", np.zeros(0))):
             here = chunk["frame"] == frame
-            tracker.update(float(chunk["time"][here][0]), chunk["points"][here])
+            tracker.replay(float(chunk["time"][here][0]), chunk["points"][here], chunk["track"][here].tolist())
     done = sum(len(chunk["frame_times"]) for chunk in chunks)
     if progress is not None and done:
         progress(done, info.frames)

@@ -10,6 +10,7 @@ detections, for which ByteTrack (arXiv 2110.06864) was made. P people, T tracks,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -62,6 +63,22 @@ class Tracker:
                 numbers[person] = self._next
                 self._next += 1
         return numbers
+
+    def replay(
+        self,
+        time: float,
+        people: np.ndarray,  # (P, J, 3)
+        numbers: Sequence[int],  # P, as `update` gave them
+    ) -> None:
+        """Take a frame as it was decided before, to go on behind it."""
+        self._tracks = [each for each in self._tracks if time - each.time <= _AWAY]
+        known = {each.number: each for each in self._tracks}
+        for points, number in zip(people, numbers, strict=True):
+            if number in known:
+                self._seen(known[number], time, points)
+            else:
+                self._tracks.append(_Track(number, time, points, np.zeros(2)))
+                self._next = max(self._next, number + 1)
 
     def missed(
         self,

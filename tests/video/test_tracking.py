@@ -68,3 +68,14 @@ def test_sightings_without_a_common_joint_are_of_two() -> None:
     upper[3:, 2] = lower[:3, 2] = 0
     assert not same_person(upper, lower)
     assert same_person(person(0.0), person(3.0))
+
+
+def test_a_replayed_tracker_goes_on_as_the_one_before() -> None:
+    """Also where somebody was found in a second look, after the others of their frame."""
+    first, second = Tracker(), Tracker()
+    for frame in range(12):
+        people = np.stack([person(100 + 8 * frame), person(300 - 6 * frame, 60.0)])
+        numbers = first.update(frame / 25, people[:1]) + first.update(frame / 25, people[1:])
+        second.replay(frame / 25, people, numbers)
+    people = np.stack([person(300 - 6 * 12, 60.0), person(100 + 8 * 12), person(600.0)])
+    assert first.update(12 / 25, people) == second.update(12 / 25, people) == [1, 0, 2]
