@@ -155,7 +155,10 @@ def run(options: argparse.Namespace) -> int:
     heatmaps = None if model.config.inputs == "image" else as_heatmaps(sample)
 
     def sampling() -> None:
-        pipeline(sample.image, heatmaps, arguments.sampling_of(options, pipeline))
+        pipeline(
+            sample.image, heatmaps, num_hypotheses=options.num_hypotheses, num_inference_steps=options.steps,
+            scheduler=options.sampler,
+        )  # fmt: skip
 
     _timed(sampling, device, 1)
     seconds = _timed(sampling, device, options.repeats) / people
