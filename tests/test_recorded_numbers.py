@@ -83,6 +83,7 @@ def people() -> Sample:
     joints_2d = 0.8 * keypoints[..., :2] + 0.05 * normal(len(HALPE26), 2)
     there = torch.tensor([True, True, False])
     side = torch.linspace(-1, 1, 64)
+    oval = (side[:, None] - 0.1) ** 2 + ((side[None] - 0.2) / 0.4) ** 2 < 0.6  # its mirror image is another
     return Sample(
         heatmaps=gaussians(joints_2d) * (0.5 + 0.1 * normal(len(HALPE26), 1, 1).abs()),
         heatmap_valid=torch.rand(PEOPLE, len(HALPE26), generator=generator) < 0.9,
@@ -94,7 +95,7 @@ def people() -> Sample:
         has_keypoints_3d=torch.rand(PEOPLE, len(HALPE26), generator=generator) < 0.8,
         joints_2d=joints_2d,
         joints_2d_confidence=torch.rand(PEOPLE, len(HALPE26), generator=generator),
-        silhouette=((side[:, None] ** 2 + (side[None] / 0.4) ** 2) < 0.8).float().expand(PEOPLE, -1, -1),
+        silhouette=oval.float().expand(PEOPLE, -1, -1),
         has_silhouette=there,
         depth_input=3 + side[:, None] * side[None] + 0.1 * normal(64, 64),
         camera=torch.tensor([0.9, 0.1, -0.1]).expand(PEOPLE, -1),
@@ -119,7 +120,7 @@ def training_numbers(overrides: tuple[str, ...]) -> dict[str, float]:
     generator = torch.Generator().manual_seed(3)
     hidden = torch.rand(PEOPLE, 2, model.num_tokens, generator=generator) < 0.3 if model.config.masked else None
     noise = torch.randn(PEOPLE, 2, model.num_points, 3, generator=generator)
-    draws = Draws(torch.tensor([[20, 199], [90, 150], [60, 5]]), noise, hidden, 7)
+    draws = Draws(torch.tensor([[20, 199], [5, 60], [60, 5]]), noise, hidden, 7)
     faces = mesh.coarse_faces
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.unique(dim=0)
     terms = training_losses(

@@ -38,7 +38,7 @@ def uncertainty_correlations(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, tuple[float, float, float]]:  # value, low, high
-    """"pooled" over all joints of all people; "within_joint", the mean over joints of the correlation among people;
+    """By name: "pooled" over all joints of all people; "within_joint", the mean over joints of that among people;
     "by_person", of each person's mean uncertainty and mean error. Percentile bootstraps, people drawn with replacement,
     since the joints of one person are not independent.
     """

@@ -110,8 +110,6 @@ class _Checks:
         self.result.checks.append(Check(name, state, found))
         return state in (FINE, CAREFUL)
 
-    # -- what is there -----------------------------------------------------------------------------------------------
-
     def body_and_mesh(self) -> None:
         def read() -> str:
             self.body = load_body(self.config.body)
@@ -151,8 +149,6 @@ class _Checks:
 
     def output(self) -> None:
         self._check("output", lambda: f"would write to {writable(Path(self.config.output))}/")
-
-    # -- what is built -----------------------------------------------------------------------------------------------
 
     def model(self, folder: Path) -> None:
         def build() -> str:
@@ -216,8 +212,6 @@ class _Checks:
             return text
 
         self._check("disk", room, self.trainer is not None)
-
-    # -- what is timed -----------------------------------------------------------------------------------------------
 
     def loading(self) -> None:
         def draw() -> str:

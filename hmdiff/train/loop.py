@@ -186,7 +186,7 @@ class Trainer:
             with quiet, self.accelerator.autocast():
                 terms = self.model(people, draws)
                 # DeepSpeed divides by itself.
-                share = 1 if self._deepspeed is not None else values.gradient_accumulation
+                share = 1 if self.accelerator.state.deepspeed_plugin is not None else values.gradient_accumulation
                 self.accelerator.backward(terms["loss"] / share)
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / values.gradient_accumulation
@@ -203,14 +203,11 @@ class Trainer:
             totals = {name: self.accelerator.reduce(value, "mean") for name, value in totals.items()}
         return totals
 
-    @property
-    def _deepspeed(self) -> Any:
-        return self.accelerator.state.deepspeed_plugin
-
     def _tell_deepspeed(self) -> None:
         """DeepSpeed accumulates and clips by itself, by the launcher's file: the config's values go over that."""
-        if self._deepspeed is not None:
-            self._deepspeed.deepspeed_config |= {
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        if plugin is not None:
+            plugin.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": self.config.training.batch_size,
                 "gradient_accumulation_steps": self.config.training.gradient_accumulation,
                 "gradient_clipping": self.config.training.gradient_clip,
@@ -232,8 +229,6 @@ class Trainer:
             return stop
         flag = torch.tensor(float(stop), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-    # -- what is written ---------------------------------------------------------------------------------------------
 
     def _check_same_run(self) -> None:
         """Refuse to mix two experiments in one folder."""

@@ -263,8 +263,7 @@ def trained(variant: str, dim: int, noise: Callable[[tuple[int, ...]], Tensor]) 
 def test_a_regression_learns_its_scale_and_a_better_density_than_laplace(
     dim: int, noise: Callable[[tuple[int, ...]], Tensor]
 ) -> None:
-    """`exact` has the order of the scales right, and nothing holds their size: it is in the flow. `composite` holds it.
-    """
+    """`exact` orders the scales rightly and nothing holds their size, which is in the flow; `composite` holds it."""
     absolute = noise((20000, dim)).abs().mean().item()
     plain = trained("laplace", dim, noise)
     exact, composite = trained("exact", dim, noise), trained("composite", dim, noise)
