@@ -1,6 +1,6 @@
 """Where a photo shows a body: the camera's matrix, the vertices before the camera, and SMPL's parameters.
 
-    python examples/camera.py photo.jpg
+python examples/camera.py photo.jpg
 """
 
 from __future__ import annotations

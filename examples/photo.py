@@ -1,6 +1,6 @@
 """Recover everybody in a photo and write what `hmdiff sample` writes.
 
-    python examples/photo.py photo.jpg outputs
+python examples/photo.py photo.jpg outputs
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Track everybody in a video and write what `hmdiff sample clip.mp4` writes.
 
-    python examples/video.py clip.mp4 outputs
+python examples/video.py clip.mp4 outputs
 """
 
 from __future__ import annotations

@@ -98,11 +98,21 @@ def build_data(
     )
     training_poses = PoseMixture(prior=PosePrior.load(asset_path("pose_prior_train.npz")))
     return SyntheticHumans(
-        body, PoseMixture(), mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, _faults(config), device,
-        _picture_size(config), _map_size(config), DepthFaults(**config.data.depth_faults),
-        FrontDrawer(_augment(config)), training_poses,
+        body,
+        PoseMixture(),
+        mesh.coarse_ids,
+        config.data.block_size,
+        config.seed,
+        full_mesh,
+        _faults(config),
+        device,
+        _picture_size(config),
+        _map_size(config),
+        DepthFaults(**config.data.depth_faults),
+        FrontDrawer(_augment(config)),
+        training_poses,
         peaks=_reads_peaks(config) and not full_mesh,
-    )  # fmt: skip
+    )
 
 
 def _reads_peaks(config: Config) -> bool:
@@ -140,9 +150,7 @@ def build_source(
     sources = [_recorded(config, body, mesh, full_mesh, entry, "faults") for entry in entries]
     splits = {}
     for name, entry in data.splits.items() if full_mesh else ():
-        splits[name] = _recorded(
-            config, body, mesh, True, _source_entry(entry, f"data.splits.{name}"), "labels"
-        )
+        splits[name] = _recorded(config, body, mesh, True, _source_entry(entry, f"data.splits.{name}"), "labels")
     if full_mesh:
         _check_splits(config, splits)
     return _labelled(config, body, mesh, WithSplits(Mixture(sources, weights), splits))
@@ -193,10 +201,20 @@ def _recorded(
     if "groups" in entry:
         numbers = store.numbers_of(entry["groups"])
     return RecordedPeople(
-        store, body, mesh.coarse_ids, config.data.block_size, config.seed, full_mesh, _picture_size(config),
-        _augment(config), _faults(config), entry.get("heatmaps", heatmaps),
-        bool(entry.get("same_body", False)), numbers, _map_size(config),
-    )  # fmt: skip
+        store,
+        body,
+        mesh.coarse_ids,
+        config.data.block_size,
+        config.seed,
+        full_mesh,
+        _picture_size(config),
+        _augment(config),
+        _faults(config),
+        entry.get("heatmaps", heatmaps),
+        bool(entry.get("same_body", False)),
+        numbers,
+        _map_size(config),
+    )
 
 
 def _check_splits(config: Config, splits: dict[str, PeopleSource]) -> None:

@@ -173,14 +173,27 @@ def load_config(
 
 # The smallest and the largest value of a number: beyond it is a slip of the pen, or what would hang or overflow.
 _RANGES: dict[str, tuple[float, float]] = {
-    "seed": (-math.inf, 2**63 - 1), "diffusion.num_train_timesteps": (2, 100_000), "diffusion.noise_shift": (1e-3, 1e3),
-    "diffusion.num_inference_steps": (1, 100_000), "diffusion.eta": (0, 100), "data.block_size": (1, 100_000),
-    "data.image_size": (8, 4096), "data.map_size": (0, 4096), "data.label_noise": (0, 0.5), "data.workers": (0, 1024),
-    "loss.noise_levels": (-math.inf, 1000), "loss.terminal_share": (0, 1), "training.batch_size": (-math.inf, 10**6),
-    "training.steps": (-math.inf, 10**10), "training.ema_decay": (0, 1), "training.threads": (0, 1024),
-    "training.gradient_clip": (1e-12, 1e12), "evaluation.num_hypotheses": (1, 10_000),
-    "evaluation.num_inference_steps": (1, 100_000), "evaluation.people": (0, 10**7),
-}  # fmt: skip
+    "seed": (-math.inf, 2**63 - 1),
+    "diffusion.num_train_timesteps": (2, 100_000),
+    "diffusion.noise_shift": (1e-3, 1e3),
+    "diffusion.num_inference_steps": (1, 100_000),
+    "diffusion.eta": (0, 100),
+    "data.block_size": (1, 100_000),
+    "data.image_size": (8, 4096),
+    "data.map_size": (0, 4096),
+    "data.label_noise": (0, 0.5),
+    "data.workers": (0, 1024),
+    "loss.noise_levels": (-math.inf, 1000),
+    "loss.terminal_share": (0, 1),
+    "training.batch_size": (-math.inf, 10**6),
+    "training.steps": (-math.inf, 10**10),
+    "training.ema_decay": (0, 1),
+    "training.threads": (0, 1024),
+    "training.gradient_clip": (1e-12, 1e12),
+    "evaluation.num_hypotheses": (1, 10_000),
+    "evaluation.num_inference_steps": (1, 100_000),
+    "evaluation.people": (0, 10**7),
+}
 
 
 def _check_ranges(section: Any, prefix: str) -> None:

@@ -116,14 +116,20 @@ def test_fields_have_plain_types() -> None:
         ("training.ema_decay=2", r"training.ema_decay 2.0: 0 to 1 is possible"),
         ("loss.terminal_share=-1", r"loss.terminal_share -1.0: 0 to 1"),
         ("diffusion.noise_shift=-1", "noise_shift -1.0"),
-        ("seed=18446744073709551616", "seed"), ("diffusion.eta=nan", "diffusion.eta nan"),
-        ("training.learning_rate=-1", "learning_rate -1.0"), ("training.learning_rate=inf", "learning_rate inf"),
-        ("diffusion.num_train_timesteps=0", "num_train_timesteps 0"), ("data.image_size=0", "image_size 0"),
-        ("data.block_size=0", "block_size 0"), ("evaluation.num_hypotheses=0", "num_hypotheses 0"),
-        ("training=[1,2]", "training"), ("data.sources={a: 1}", "sources"), ("seed=${oc.env:NOT_SET_ANYWHERE}", "seed"),
+        ("seed=18446744073709551616", "seed"),
+        ("diffusion.eta=nan", "diffusion.eta nan"),
+        ("training.learning_rate=-1", "learning_rate -1.0"),
+        ("training.learning_rate=inf", "learning_rate inf"),
+        ("diffusion.num_train_timesteps=0", "num_train_timesteps 0"),
+        ("data.image_size=0", "image_size 0"),
+        ("data.block_size=0", "block_size 0"),
+        ("evaluation.num_hypotheses=0", "num_hypotheses 0"),
+        ("training=[1,2]", "training"),
+        ("data.sources={a: 1}", "sources"),
+        ("seed=${oc.env:NOT_SET_ANYWHERE}", "seed"),
         ("loss.gamma=1e400", "gamma inf"),
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range_are_named(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         load_config(None, [override])

@@ -72,8 +72,12 @@ def test_the_image_is_encoded_once_and_its_keys_and_values_are_too(
 
 def test_all_hypotheses_share_one_embedding_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    hook = pipe().model.denoisers[0].embed_step.register_forward_hook(  # type: ignore[union-attr,operator]
-        lambda module, inputs, output: rows.append(len(output))
+    hook = (
+        pipe()
+        .model.denoisers[0]
+        .embed_step.register_forward_hook(  # type: ignore[union-attr,operator]
+            lambda module, inputs, output: rows.append(len(output))
+        )
     )
     pipe()(heatmaps=heatmaps(2), num_hypotheses=4, num_inference_steps=STEPS, guidance=Guidance())
     hook.remove()
@@ -113,9 +117,7 @@ def test_a_body_is_fitted_by_one_linearisation_a_round(monkeypatch: pytest.Monke
     assert len(solved) == 2 < ROUNDS
 
 
-def test_a_photo_is_read_once_for_the_files_of_everybody_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_photo_is_read_once_for_the_files_of_everybody_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hmdiff.viz import canvas
 
     Image.fromarray(np.zeros((100, 100, 3), np.uint8)).save(tmp_path / "photo.png")

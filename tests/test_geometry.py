@@ -54,13 +54,18 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[int], tuple[Tensor, ...]
     "crop_rotation": (g.crop_rotation, lambda b: (randn(b, 2), randn(b).abs() + 2)),
     "weak_to_full_camera": (
         g.weak_to_full_camera,
-        lambda b: (randn(b, 3).abs() + 0.5, randn(b, 2) * 100, randn(b).abs() * 100 + 50, randn(b).abs() + 900,
-                   randn(b, 2) * 100),
+        lambda b: (
+            randn(b, 3).abs() + 0.5,
+            randn(b, 2) * 100,
+            randn(b).abs() * 100 + 50,
+            randn(b).abs() + 900,
+            randn(b, 2) * 100,
+        ),
     ),
     "photo_to_crop": (g.photo_to_crop, lambda b: (randn(b, 5, 2), randn(b, 2), randn(b).abs() + 1)),
     "crop_to_photo": (g.crop_to_photo, lambda b: (randn(b, 5, 2), randn(b, 2), randn(b).abs() + 1)),
     "similarity_align": (g.similarity_align, lambda b: (randn(b, 5, 3), randn(b, 5, 3))),
-}  # fmt: skip
+}
 
 
 def test_every_public_function_is_covered() -> None:

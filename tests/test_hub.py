@@ -77,10 +77,19 @@ def test_what_the_hub_has_not_is_one_line(hub: Path, tmp_path: Path, monkeypatch
 
 
 def figures(pipe_hash: str) -> dict[str, Any]:
-    kinds = {kind: {"value": value, "low": value - 5, "high": value + 5} for kind, value in
-             (("first", 140.25), ("mean", 120.5), ("oracle", 96.125))}  # fmt: skip
-    report = {"model": pipe_hash, "split": "test", "people": 200, "num_hypotheses": 25, "num_inference_steps": 3,
-              "guided_by": None, "errors": {"pve": kinds, "mpjpe": kinds, "pa_mpjpe": kinds}}  # fmt: skip
+    kinds = {
+        kind: {"value": value, "low": value - 5, "high": value + 5}
+        for kind, value in (("first", 140.25), ("mean", 120.5), ("oracle", 96.125))
+    }
+    report = {
+        "model": pipe_hash,
+        "split": "test",
+        "people": 200,
+        "num_hypotheses": 25,
+        "num_inference_steps": 3,
+        "guided_by": None,
+        "errors": {"pve": kinds, "mpjpe": kinds, "pa_mpjpe": kinds},
+    }
     return {"reports": [report, {**report, "model": "other", "split": "test_ood"}, {"checkpoint": "mean mesh"}]}
 
 

@@ -21,24 +21,44 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "names"}),
     frozenset({"body.skeletons", "config", "files", "geometry"}),
     frozenset({"body", "data.sample", "heatmaps", "viz.canvas", "viz.renderer", "viz.renderer_numba"}),
-    frozenset({
-        "data", "diffusion", "estimators", "evaluate.hand_metrics", "evaluate.metrics",
-        "evaluate.uncertainty_metrics", "losses", "models",
-    }),
+    frozenset(
+        {
+            "data",
+            "diffusion",
+            "estimators",
+            "evaluate.hand_metrics",
+            "evaluate.metrics",
+            "evaluate.uncertainty_metrics",
+            "losses",
+            "models",
+        }
+    ),
     frozenset({"build", "evidence", "output", "recovered", "pipeline", "video", "viz"}),
     frozenset({"evaluate"}),
     frozenset({"train"}),
     frozenset({"lab"}),
     frozenset({"__main__", "cli"}),
-)  # fmt: skip
+)
 ROOMS = 3
 # Beyond the layers: what these import of ours, at most.
 AT_MOST = {"geometry": frozenset[str](), "body.skeletons": frozenset[str]()}
 NEVER = {"models": frozenset({"data.sample"})}  # models never see a data set, not even its type
 
 # Not installed by default, or slow to load: only inside functions, but for the modules that exist for them.
-OPTIONAL = {"smplx", "numba", "mmpose", "mmdet", "mmcv", "mmengine", "anny", "robust_laplacian", "transformers",
-            "ai_edge_litert", "mediapipe", "av"}  # fmt: skip
+OPTIONAL = {
+    "smplx",
+    "numba",
+    "mmpose",
+    "mmdet",
+    "mmcv",
+    "mmengine",
+    "anny",
+    "robust_laplacian",
+    "transformers",
+    "ai_edge_litert",
+    "mediapipe",
+    "av",
+}
 MADE_FOR_THEM = {"numba": {"viz.renderer_numba"}}
 
 

@@ -46,9 +46,13 @@ def same(first: MeshOutput, second: MeshOutput) -> bool:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("model.mode=direct",), ("diffusion.sampler=sde-dpm++", "diffusion.eta=0.5"),
-     ("diffusion.prediction_type=v_prediction", "model.stack=2", "model.neighbour_mask=true")],
-)  # fmt: skip
+    [
+        (),
+        ("model.mode=direct",),
+        ("diffusion.sampler=sde-dpm++", "diffusion.eta=0.5"),
+        ("diffusion.prediction_type=v_prediction", "model.stack=2", "model.neighbour_mask=true"),
+    ],
+)
 def test_saved_and_loaded_is_bit_equal(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     first = small_pipeline(*overrides)
     first.save_pretrained(tmp_path / "saved")
@@ -60,8 +64,10 @@ def test_saved_and_loaded_is_bit_equal(tmp_path: Path, overrides: tuple[str, ...
     assert configs[0] == configs[1]
     assert not any(path.suffix in (".pkl", ".pt", ".bin", ".npz") for path in (tmp_path / "saved").rglob("*"))
     second.save_pretrained(tmp_path / "saved")  # over the older one
-    assert same(HMDiffPipeline.from_pretrained(tmp_path / "saved")(heatmaps=heatmaps(1), num_hypotheses=1),
-                first(heatmaps=heatmaps(1), num_hypotheses=1))  # fmt: skip
+    assert same(
+        HMDiffPipeline.from_pretrained(tmp_path / "saved")(heatmaps=heatmaps(1), num_hypotheses=1),
+        first(heatmaps=heatmaps(1), num_hypotheses=1),
+    )
 
 
 def test_shapes_and_means(pipe: HMDiffPipeline) -> None:
@@ -87,9 +93,14 @@ def test_results_do_not_depend_on_the_batch(
 ) -> None:
     def run(given: Heatmaps, hypotheses: int, people: list[int]) -> Tensor:
         return pipe(
-            heatmaps=given, num_hypotheses=hypotheses, num_inference_steps=4, seed=9, scheduler=scheduler, eta=eta,
+            heatmaps=given,
+            num_hypotheses=hypotheses,
+            num_inference_steps=4,
+            seed=9,
+            scheduler=scheduler,
+            eta=eta,
             people=people,
-        ).joints  # fmt: skip
+        ).joints
 
     close = {"rtol": 1e-4, "atol": 1e-5}
     everyone = heatmaps()

@@ -28,9 +28,15 @@ from hmdiff.train.step import Draws, keypoint_map, training_losses
 RECORDED = Path(__file__).with_suffix(".json")
 PEOPLE = 3
 LIFTED = (
-    "model.backbone=conv", "model.lifting=true", "model.volume_width=16", "model.volume_size=4", "model.depth=2",
-    "loss.estimates=0.5", "loss.joint_contrast=0.1", "loss.non_joint_contrast=0.1",
-)  # fmt: skip
+    "model.backbone=conv",
+    "model.lifting=true",
+    "model.volume_width=16",
+    "model.volume_size=4",
+    "model.depth=2",
+    "loss.estimates=0.5",
+    "loss.joint_contrast=0.1",
+    "loss.non_joint_contrast=0.1",
+)
 TRAININGS: dict[str, tuple[str, ...]] = {
     "sample": (),
     "epsilon": ("diffusion.prediction_type=epsilon", "loss.weighting=min_snr"),
@@ -46,7 +52,7 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "lifting": LIFTED,
     "coarse to fine": (*LIFTED, "model.coarse_to_fine=true", "model.hybrid_position=true"),
     "parts": ("model.tokens=parts", "model.encoder_type=mlp", "model.encoder_hidden=64", "model.qk_norm=true"),
-}  # fmt: skip
+}
 SAMPLINGS: dict[str, SamplingConfig] = {
     "ddim": SamplingConfig(3, 4),
     "ddim, eta 1": SamplingConfig(3, 4, 1, eta=1.0),
@@ -124,9 +130,14 @@ def training_numbers(overrides: tuple[str, ...]) -> dict[str, float]:
     faces = mesh.coarse_faces
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.unique(dim=0)
     terms = training_losses(
-        model, build_scheduler(config), config.loss, people(), draws, edges if config.loss.edges else None,
+        model,
+        build_scheduler(config),
+        config.loss,
+        people(),
+        draws,
+        edges if config.loss.edges else None,
         keypoint_map(config.loss, model, body),
-    )  # fmt: skip
+    )
     terms["loss"].backward()
     squares: dict[str, float] = {}
     for name, parameter in model.named_parameters():

@@ -74,12 +74,18 @@ def angles_to_rotations(
     cb_cc, sb_cc, cb_sc, sb_sc = cb * cc, sb * cc, cb * sc, sb * sc
     turned = torch.stack(
         [
-            cb_cc, -sb, cb_sc,
-            ca * sb_cc + sa * sc, ca * cb, ca * sb_sc - sa * cc,
-            sa * sb_cc - ca * sc, sa * cb, sa * sb_sc + ca * cc,
+            cb_cc,
+            -sb,
+            cb_sc,
+            ca * sb_cc + sa * sc,
+            ca * cb,
+            ca * sb_sc - sa * cc,
+            sa * sb_cc - ca * sc,
+            sa * cb,
+            sa * sb_sc + ca * cc,
         ],
         -1,
-    ).unflatten(-1, (3, 3))  # fmt: skip
+    ).unflatten(-1, (3, 3))
     basis = _BASIS.to(angles)
     rotations = basis.mT @ turned @ basis
     # Shoulders: swing to the direction by the shortest way, after a turn about the bone; then into the collar's frame.

@@ -81,10 +81,15 @@ class Body(nn.Module):
         self.joint_names = tuple(joint_names)
         self.keypoint_names = None if keypoint_names is None else tuple(keypoint_names)
         for key, value in (
-            ("v_template", v_template), ("shapedirs", shapedirs), ("lbs_weights", lbs_weights),
-            ("J_regressor", J_regressor), ("posedirs", posedirs), ("keypoint_regressor", keypoint_regressor),
-            ("mean_pose", mean_pose), ("expression_dirs", expression_dirs),
-        ):  # fmt: skip
+            ("v_template", v_template),
+            ("shapedirs", shapedirs),
+            ("lbs_weights", lbs_weights),
+            ("J_regressor", J_regressor),
+            ("posedirs", posedirs),
+            ("keypoint_regressor", keypoint_regressor),
+            ("mean_pose", mean_pose),
+            ("expression_dirs", expression_dirs),
+        ):
             self.register_buffer(key, None if value is None else _floating(value), persistent=False)
         self.register_buffer("faces", None if faces is None else torch.as_tensor(faces).long(), persistent=False)
         self._check_shapes()
@@ -109,11 +114,15 @@ class Body(nn.Module):
     def _check_shapes(self) -> None:
         vertices, joints, betas = len(self.v_template), len(self.parents), self.shapedirs.shape[-1]
         expected: dict[str, tuple[int, ...]] = {
-            "v_template": (vertices, 3), "shapedirs": (vertices, 3, betas), "lbs_weights": (vertices, joints),
-            "J_regressor": (joints, vertices), "posedirs": (vertices, 3, 9 * (joints - 1)),
-            "keypoint_regressor": (len(self.keypoint_names or ()), vertices), "mean_pose": (joints, 3),
+            "v_template": (vertices, 3),
+            "shapedirs": (vertices, 3, betas),
+            "lbs_weights": (vertices, joints),
+            "J_regressor": (joints, vertices),
+            "posedirs": (vertices, 3, 9 * (joints - 1)),
+            "keypoint_regressor": (len(self.keypoint_names or ()), vertices),
+            "mean_pose": (joints, 3),
             "expression_dirs": (vertices, 3, self.num_expressions),
-        }  # fmt: skip
+        }
         for key, shape in expected.items():
             value = getattr(self, key)
             if value is not None and tuple(value.shape) != shape:

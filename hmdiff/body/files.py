@@ -110,10 +110,14 @@ def _published_names(kind: str, gender: str) -> list[str]:
     if kind == "smplx":
         return [f"SMPLX_{upper}.npz", f"SMPLX_{upper}.pkl", f"SMPLX_{upper}_2020.npz"]
     return [
-        f"SMPL_{upper}.pkl", f"SMPL_{upper}.npz",
-        *(f"basicModel_{_GENDERS[gender]}_lbs_10_207_0_v{version}.{suffix}" for suffix in ("pkl", "npz")
-          for version in ("1.1.0", "1.0.0")),
-    ]  # fmt: skip
+        f"SMPL_{upper}.pkl",
+        f"SMPL_{upper}.npz",
+        *(
+            f"basicModel_{_GENDERS[gender]}_lbs_10_207_0_v{version}.{suffix}"
+            for suffix in ("pkl", "npz")
+            for version in ("1.1.0", "1.0.0")
+        ),
+    ]
 
 
 def licensed_kind(

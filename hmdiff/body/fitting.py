@@ -205,10 +205,16 @@ class _Fitter:
             )
             better = proposed.cost < best.cost
             damping = torch.where(better, damping / 10, damping * 10).clamp(1e-8, 1e4)
-            best = proposed if better.all() else _Placed(*(
-                torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
-                for new, old in zip(proposed, best, strict=True)
-            ))  # fmt: skip
+            best = (
+                proposed
+                if better.all()
+                else _Placed(
+                    *(
+                        torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
+                        for new, old in zip(proposed, best, strict=True)
+                    )
+                )
+            )
         return best.rotations, best.betas, best.translation + centre
 
     def _bone_rotations(
@@ -302,16 +308,23 @@ class _Fitter:
         cross = gram[:, :turns, turns:].unflatten(1, (3, num_joints)).unflatten(3, (3, columns))  # c j d l
         # (arm x column)_a = arm_b column_c - arm_c column_b for a, b, c in turn
         turn_linear = torch.cat(
-            [cross[:, 1, :, 2] - cross[:, 2, :, 1], cross[:, 2, :, 0] - cross[:, 0, :, 2],
-             cross[:, 0, :, 1] - cross[:, 1, :, 0]], 1,
-        )  # fmt: skip
+            [
+                cross[:, 1, :, 2] - cross[:, 2, :, 1],
+                cross[:, 2, :, 0] - cross[:, 0, :, 2],
+                cross[:, 0, :, 1] - cross[:, 1, :, 0],
+            ],
+            1,
+        )
         inner = gram[:, turns:, turns:].unflatten(1, (3, columns)).unflatten(3, (3, columns))
         linear_linear = inner.diagonal(dim1=1, dim2=3).sum(-1)  # (N, L, L)
 
-        normal = torch.cat([
-            torch.cat([turn_turn.flatten(3, 4).flatten(1, 2), turn_linear[..., :-1]], -1),
-            torch.cat([turn_linear[..., :-1].mT, linear_linear[:, :-1, :-1]], -1),
-        ], 1)  # fmt: skip
+        normal = torch.cat(
+            [
+                torch.cat([turn_turn.flatten(3, 4).flatten(1, 2), turn_linear[..., :-1]], -1),
+                torch.cat([turn_linear[..., :-1].mT, linear_linear[:, :-1, :-1]], -1),
+            ],
+            1,
+        )
         slope = torch.cat([turn_linear[..., -1], linear_linear[:, :-1, -1]], -1)
         prior, shapes = self.noise**2, slice(turns, turns + num_betas)
         normal.diagonal(dim1=-2, dim2=-1)[:, shapes] += prior

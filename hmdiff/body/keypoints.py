@@ -16,8 +16,19 @@ import numpy as np
 
 from hmdiff.body.skeletons import HALPE26, HAND21
 
-_NAMES = ("nose", "right_eye", "left_eye", "right_ear", "left_ear", "left_big_toe", "left_small_toe", "left_heel",
-          "right_big_toe", "right_small_toe", "right_heel")  # fmt: skip
+_NAMES = (
+    "nose",
+    "right_eye",
+    "left_eye",
+    "right_ear",
+    "left_ear",
+    "left_big_toe",
+    "left_small_toe",
+    "left_heel",
+    "right_big_toe",
+    "right_small_toe",
+    "right_heel",
+)
 # By the number of vertices, which tells the topology.
 LANDMARKS: dict[int, dict[str, int]] = {
     6890: dict(zip(_NAMES, (332, 6260, 2800, 4071, 583, 3216, 3226, 3387, 6617, 6624, 6787), strict=True)),

@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 
-
 class TemplateMesh(Protocol):
     """What is needed of a body model: its mesh at rest."""
 
@@ -94,9 +93,13 @@ class MeshSampler(nn.Module):
         super().__init__()
         fitted_index, fitted_weight = (up_index, up_weight) if fitted is None else fitted
         for name, value in (
-            ("coarse_ids", coarse_ids), ("coarse_faces", coarse_faces), ("up_index", up_index),
-            ("up_weight", up_weight), ("fitted_index", fitted_index), ("fitted_weight", fitted_weight),
-        ):  # fmt: skip
+            ("coarse_ids", coarse_ids),
+            ("coarse_faces", coarse_faces),
+            ("up_index", up_index),
+            ("up_weight", up_weight),
+            ("fitted_index", fitted_index),
+            ("fitted_weight", fitted_weight),
+        ):
             self.register_buffer(name, value, persistent=False)
 
     @property

@@ -31,11 +31,12 @@ class Regressor(NamedTuple):
 REGRESSORS = {
     "h36m": Regressor("J_regressor_h36m.npy", 17, "the data of SPIN (github.com/nkolot/SPIN, fetch_data.sh)"),
     "h36m_correct": Regressor(
-        "J_regressor_h36m_correct.npy", 17,
+        "J_regressor_h36m_correct.npy",
+        17,
         "METRO or Mesh Graphormer (github.com/microsoft/MeshTransformer, metro/modeling/data)",
     ),
     "extra": Regressor("J_regressor_extra.npy", 9, "the data of SPIN (github.com/nkolot/SPIN, fetch_data.sh)"),
-}  # fmt: skip
+}
 
 
 def find_regressor_file(

@@ -28,40 +28,52 @@ def add_parser(subparsers: Any) -> None:
         "other tables train a model for each row and seed, all with one budget: see below.",
     )
     parser.add_argument(
-        "tables", nargs="*", metavar="TABLE",
-        help="of diffusion, dat, hypotheses, all of them if none is named; or of those that are "
-        "trained, below",
-    )  # fmt: skip
+        "tables",
+        nargs="*",
+        metavar="TABLE",
+        help="of diffusion, dat, hypotheses, all of them if none is named; or of those that are trained, below",
+    )
     parser.add_argument(
-        "--checkpoint", default=arguments.DEFAULT_CHECKPOINT, metavar="NAME",
+        "--checkpoint",
+        default=arguments.DEFAULT_CHECKPOINT,
+        metavar="NAME",
         help="the diffusion model: a shipped checkpoint, or the folder of a training or of save_pretrained "
         "(default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--direct", metavar="NAME", help="baseline A, in one step (default: none, its row is left out)")
     parser.add_argument("--stacked", metavar="NAME", help="baseline B, stacked (default: none, its row is left out)")
     parser.add_argument(
-        "--num-hypotheses", type=arguments.whole(1), default=25, metavar="N", help="bodies a person, where the table "
-        "does not say (default: %(default)s)",
-    )  # fmt: skip
+        "--num-hypotheses",
+        type=arguments.whole(1),
+        default=25,
+        metavar="N",
+        help="bodies a person, where the table does not say (default: %(default)s)",
+    )
     parser.add_argument(
-        "--steps", type=arguments.whole(1), metavar="K",
+        "--steps",
+        type=arguments.whole(1),
+        metavar="K",
         help="denoising steps, where the table does not say (default: the checkpoint's own); training steps of a table "
         "that is trained (default: the base config's)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--strength", type=arguments.number(0), metavar="S", help="of DAT and disrupted (default: DAT's own)"
     )
     parser.add_argument(
-        "--threshold", type=arguments.number(0), metavar="R",
+        "--threshold",
+        type=arguments.number(0),
+        metavar="R",
         help="relative gap under which the guidance is off (default: DAT's own)",
-    )  # fmt: skip
+    )
     parser.add_argument("--last", type=arguments.number(0), metavar="Q", help=arguments.LAST)
     studies.add_guidance(parser)
     studies.add_people(parser, "test", 500)
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
         help=f"(default: {OUTPUT}, of a table that is trained {ablate_trained.OUTPUT})",
-    )  # fmt: skip
+    )
     ablate_trained.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -95,9 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
     sampling = SamplingConfig(options.num_hypotheses, options.steps, options.seed)
     rows = {name: rows_of(table, roles) for name, table in tables.items()}
-    settings = {
-        name: settings_of(rows[name], roles, guide, sampling) for name in tables
-    }
+    settings = {name: settings_of(rows[name], roles, guide, sampling) for name in tables}
     # All tables at once: cells that several of them need are computed once, and the time that is left is of all.
     results = studies.compute(study, [setting for each in settings.values() for setting in each])
     for name, table in tables.items():

@@ -25,12 +25,15 @@ OPTIONS = ("train", "list", "dry_run", "mode", "seeds", "base", "set", "splits",
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("tables that are trained: depth_rle, silhouette_masked, out_of_distribution, "
-                                      "rendered_depth, occlusion")  # fmt: skip
+    group = parser.add_argument_group(
+        "tables that are trained: depth_rle, silhouette_masked, out_of_distribution, rendered_depth, occlusion"
+    )
     group.add_argument(
-        "--train", action="store_true", default=None,
+        "--train",
+        action="store_true",
+        default=None,
         help="train what is not trained yet (default: only make the tables of what is)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--list", action="store_true", default=None, help="print what would be trained and what is, and stop"
     )
@@ -38,24 +41,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", default=None, help="as --list, and time some steps of every row"
     )
     group.add_argument("--mode", choices=("direct", "diffusion"), help="of every row's model (default: direct)")
-    group.add_argument(
-        "--seeds", type=arguments.whole(1), metavar="N", help=f"trainings a row (default: {SEEDS})"
-    )
+    group.add_argument("--seeds", type=arguments.whole(1), metavar="N", help=f"trainings a row (default: {SEEDS})")
     group.add_argument("--base", metavar="FILE", help="another base config (default: the table's own)")
     group.add_argument(
         "--set", nargs="+", metavar="key=value", help="values over the base config, of every row (default: none)"
     )
     group.add_argument(
-        "--splits", nargs="+", metavar="SPLIT",
+        "--splits",
+        nargs="+",
+        metavar="SPLIT",
         help="to evaluate on; SPLIT_blur: with motion blur (default: the table's own)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--denoising-steps", type=arguments.whole(1), metavar="K", help="of a diffusion row (default: the base's)"
     )
     group.add_argument(
-        "--costs", action="store_true", default=None,
+        "--costs",
+        action="store_true",
+        default=None,
         help="measure parameters, ms an image and ms a training step of every row (default: those measured before)",
-    )  # fmt: skip
+    )
 
 
 def check_absent(options: argparse.Namespace) -> None:
@@ -87,8 +92,10 @@ def run_trained(options: argparse.Namespace, names: list[str]) -> int:
     if options.train:
         left = _train(plan)
         if left:
-            print(f"{len(left)} of {len(plan.runs)} trainings are not finished (stopped, or another process is at "
-                  "them): the same command goes on")  # fmt: skip
+            print(
+                f"{len(left)} of {len(plan.runs)} trainings are not finished (stopped, or another process is at "
+                "them): the same command goes on"
+            )
             return 0
     return _tables(options, plan, tables, mode)
 
@@ -143,8 +150,10 @@ def _timed_step(plan: Plan) -> float:
 
     rows = _one_each(plan)
     costs = measure_costs([run.config for run in rows], repeats=2, images=False)
-    lines = [[run.label, f"{cost['parameters']:,}", f"{cost['step_milliseconds']:.0f}"]
-             for run, cost in zip(rows, costs, strict=True)]  # fmt: skip
+    lines = [
+        [run.label, f"{cost['parameters']:,}", f"{cost['step_milliseconds']:.0f}"]
+        for run, cost in zip(rows, costs, strict=True)
+    ]
     Table("without drawing the people", ["row", "parameters", "ms/training step"], lines).print()
     return sum(cost["step_milliseconds"] for cost in costs) / len(costs) / 1000
 

@@ -18,25 +18,31 @@ DATA_KEYS = ("inputs", "backbone", "image_size", "num_coarse", "depth_map", "dep
 
 def add_parser(parts: Any, run: Run) -> None:
     parser = arguments.new_parser(
-        parts, "aggregator", "train the MLP from N hypotheses to one mesh, as HMDiff ends, into a pipeline",
+        parts,
+        "aggregator",
+        "train the MLP from N hypotheses to one mesh, as HMDiff ends, into a pipeline",
         "hmdiff prepare aggregator hmdiff_small --people 4096 --output runs/with_mlp",
         "Synthetic people of the training's kind, val to choose the epoch. hmdiff evaluate then has a row more.",
-    )  # fmt: skip
+    )
     parser.add_argument("source", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
     parser.add_argument("--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: as saved)")
     for option, least, default, words in (
-        ("--people", 8, 4096, "to train on"), ("--val-people", 8, 256, "of val, to choose the epoch by"),
-        ("--num-hypotheses", 2, 25, "of each"), ("--epochs", 1, 30, "of the MLP"),
+        ("--people", 8, 4096, "to train on"),
+        ("--val-people", 8, 256, "of val, to choose the epoch by"),
+        ("--num-hypotheses", 2, 25, "of each"),
+        ("--epochs", 1, 30, "of the MLP"),
         ("--hidden", 8, 256, "width of the MLP"),
-    ):  # fmt: skip
+    ):
         parser.add_argument(
             option, type=arguments.whole(least), default=default, metavar="N", help=f"{words} (default: %(default)s)"
         )
     parser.add_argument("--seed", type=arguments.whole(0), default=0, help="other people (default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
         help="a copy of the pipeline that gets the MLP, needed for an installed one (default: PIPELINE)",
-    )  # fmt: skip
+    )
     arguments.add_device(parser)
     parser.set_defaults(run=run(_aggregator))
 
@@ -68,9 +74,7 @@ def _aggregator(options: argparse.Namespace) -> Mapping[str, Any]:
                 draw_hypotheses(pipeline, data, stream, people, options.num_hypotheses, steps, options.seed, update)
             )
     with progress("MLP", options.epochs) as update:
-        found = train_aggregator(
-            pipeline, drawn[0], drawn[1], options.epochs, options.hidden, options.seed, update
-        )
+        found = train_aggregator(pipeline, drawn[0], drawn[1], options.epochs, options.hidden, options.seed, update)
     assert pipeline.aggregator is not None
     pipeline.aggregator.fitted_on["num_inference_steps"] = steps
     pipeline.save_pretrained(options.output)

@@ -126,10 +126,12 @@ LAST = "guide in the last share of the steps alone: 0.34 keeps most of the gain 
 def add_guidance(parser: argparse.ArgumentParser, default: str = "dat") -> None:
     """How the heatmaps steer the sampling."""
     parser.add_argument(
-        "--guidance", choices=("dat", "disrupted", "none"), default=default,
+        "--guidance",
+        choices=("dat", "disrupted", "none"),
+        default=default,
         help="steer the sampling by the heatmaps: the paper's DAT, its disrupted comparison, or none "
         "(default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--strength", type=number(0), metavar="S", help="of the guidance, 0 is none (default: DAT's own)"
     )
@@ -139,10 +141,12 @@ def add_guidance(parser: argparse.ArgumentParser, default: str = "dat") -> None:
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--preset", choices=("ours", "paper"), default="ours",
+        "--preset",
+        choices=("ours", "paper"),
+        default="ours",
         help="what else DAT is: ours, which measures best, or as HMDiff's paper has it; its sampling is --steps 40 "
         "--num-hypotheses 25 (default: %(default)s)",
-    )  # fmt: skip
+    )
 
 
 def check_guidance(options: argparse.Namespace) -> None:

@@ -55,27 +55,32 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--lengths", type=_numbers, default=(1, 3, 10), metavar="K,K", help="curve over steps (default: 1,3,10)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="without the imports, the direct regressor and the files"
-    )
+    parser.add_argument("--quick", action="store_true", help="without the imports, the direct regressor and the files")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the same as JSON (default: none)")
     parser.add_argument("--no-sampling", action="store_true", help="of --config: the training step alone")
     parser.add_argument(
         "--data", action="store_true", help="of --config: does the data keep up with the training, at its batch"
     )
     parser.add_argument(
-        "--shards", metavar="FOLDER",
+        "--shards",
+        metavar="FOLDER",
         help="instead: images a second from a prepared data set, with 0, 1 and 2 workers (default: none)",
-    )  # fmt: skip
+    )
     parser.add_argument("--raw", metavar="FOLDER", help="beside --shards: its own files (default: where it came from)")
     parser.add_argument(
-        "--fit", type=arguments.whole(1), nargs="?", const=500, metavar="BODIES",
+        "--fit",
+        type=arguments.whole(1),
+        nargs="?",
+        const=500,
+        metavar="BODIES",
         help="instead: error and time of fitting pose and shape to random bodies (default: none; alone: 500)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--learning", type=float, metavar="MINUTES",
+        "--learning",
+        type=float,
+        metavar="MINUTES",
         help="instead: train from nothing for so many minutes of one core, and print error against time (default: no)",
-    )  # fmt: skip
+    )
     arguments.add_device(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the config's")
     parser.set_defaults(run=run)
@@ -156,9 +161,12 @@ def run(options: argparse.Namespace) -> int:
 
     def sampling() -> None:
         pipeline(
-            sample.image, heatmaps, num_hypotheses=options.num_hypotheses, num_inference_steps=options.steps,
+            sample.image,
+            heatmaps,
+            num_hypotheses=options.num_hypotheses,
+            num_inference_steps=options.steps,
             scheduler=options.sampler,
-        )  # fmt: skip
+        )
 
     _timed(sampling, device, 1)
     seconds = _timed(sampling, device, options.repeats) / people
@@ -174,10 +182,18 @@ def _stages(options: argparse.Namespace) -> int:
     from hmdiff.lab.stages import REGRESSOR, Options, Row, stage_rows, start_rows, summary
 
     asked = Options(
-        options.batch_size or 1, options.num_hypotheses, options.steps, options.repeats or 3,
-        getattr(torch, options.dtype), options.compile, not options.quick, not options.quick,
-        () if options.quick else SAVED, options.counts, options.lengths,
-    )  # fmt: skip
+        options.batch_size or 1,
+        options.num_hypotheses,
+        options.steps,
+        options.repeats or 3,
+        getattr(torch, options.dtype),
+        options.compile,
+        not options.quick,
+        not options.quick,
+        () if options.quick else SAVED,
+        options.counts,
+        options.lengths,
+    )
     device = arguments.resolve_device(options.device)
     bench, found = stage_rows(arguments.checkpoint_folder(options.checkpoint), device, asked)
     print(
@@ -191,8 +207,9 @@ def _stages(options: argparse.Namespace) -> int:
         rows.append(row)
         flops = "" if row.flops is None else f"{row.flops / 1e6:.1f}"
         share = "" if row.of_peak is None else f"{row.of_peak:.0%}"
-        times = "".join(f"{1000 * seconds:{width}.1f}" for seconds, width in
-                        ((row.seconds, 9), (row.spread, 8), (row.first, 9)))  # fmt: skip
+        times = "".join(
+            f"{1000 * seconds:{width}.1f}" for seconds, width in ((row.seconds, 9), (row.spread, 8), (row.first, 9))
+        )
         print(f"{row.stage:44}{times}{flops:>9}{share:>9}", flush=True)
     peer = next((row.seconds for row in rows if row.stage == REGRESSOR), None)
     if peer is not None:

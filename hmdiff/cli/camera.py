@@ -15,16 +15,22 @@ if TYPE_CHECKING:
 
 def add_camera(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--focal", type=arguments.number(0, above=True), metavar="PX",
+        "--focal",
+        type=arguments.number(0, above=True),
+        metavar="PX",
         help="focal length in pixels of the photo (default: EXIF's where there is one, else the photo's diagonal)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--principal-point", type=arguments.pair, metavar="CX,CY",
+        "--principal-point",
+        type=arguments.pair,
+        metavar="CX,CY",
         help="where the optical axis meets the photo, in pixels: needed for a photo that was cropped (default: the "
         "photo's centre)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--intrinsics", type=Path, metavar="FILE",
+        "--intrinsics",
+        type=Path,
+        metavar="FILE",
         help="JSON or npz with K, or fx, fy, cx, cy; of all photos, or of each by its name (default: none)",
     )
 

@@ -14,18 +14,25 @@ def add_parser(subparsers: Any) -> None:
         subparsers,
         "card",
         "the model card of a checkpoint with its measured figures; --push puts both on the Hugging Face Hub",
-        "hmdiff card runs/mine\n"
-        "  hmdiff card runs/mine --push somebody/mine",
+        "hmdiff card runs/mine\n  hmdiff card runs/mine --push somebody/mine",
         "Figures come from the files that hmdiff evaluate --checkpoint CHECKPOINT wrote; only those of these very "
         "weights are taken.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a shipped checkpoint, a run or a saved pipeline")
     parser.add_argument(
-        "--evaluation", type=Path, default=Path("outputs/evaluation"), metavar="FOLDER",
+        "--evaluation",
+        type=Path,
+        default=Path("outputs/evaluation"),
+        metavar="FOLDER",
         help="where hmdiff evaluate wrote all.json, and reliability_NAME.json if there is one (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("outputs/card"), metavar="FOLDER",
-                        help="of README.md (default: %(default)s)")  # fmt: skip
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs/card"),
+        metavar="FOLDER",
+        help="of README.md (default: %(default)s)",
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="put card and checkpoint there (default: nowhere)")
     parser.add_argument("--private", action="store_true", help="a new repository is private (default: public)")
     parser.set_defaults(run=run)

@@ -23,10 +23,13 @@ SIZE = 64  # pixels a side of a person's map; a model resizes it to its own
 
 def add_depth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--depth", nargs="+", default=[], metavar="FILE",
+        "--depth",
+        nargs="+",
+        default=[],
+        metavar="FILE",
         help="of a model that reads depth: npy, npz or 16-bit png, one a photo, in any unit; or estimator:MODEL, a "
         "network of transformers by name or folder (default: NAME_depth.npz, .npy or .png beside the photo, else none)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--disparity", action="store_true", help="the maps of --depth are larger where it is nearer (default: farther)"
     )

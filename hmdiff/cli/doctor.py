@@ -13,8 +13,24 @@ from typing import Any, NamedTuple
 
 from hmdiff.cli import arguments
 
-NEEDED = ("torch", "accelerate", "diffusers", "timm", "numpy", "scipy", "cv2", "PIL", "safetensors", "omegaconf",
-          "trimesh", "matplotlib", "rich", "tqdm", "tensorboard", "pyarrow")  # fmt: skip
+NEEDED = (
+    "torch",
+    "accelerate",
+    "diffusers",
+    "timm",
+    "numpy",
+    "scipy",
+    "cv2",
+    "PIL",
+    "safetensors",
+    "omegaconf",
+    "trimesh",
+    "matplotlib",
+    "rich",
+    "tqdm",
+    "tensorboard",
+    "pyarrow",
+)
 OPTIONAL = {
     "numba": ("draws training people faster on a CPU", "pip install 'hmdiff[fast]'"),
     "mmpose": ("heatmaps from photos alone, without keypoints", "uv sync --extra mmpose"),

@@ -21,26 +21,34 @@ MOST_PEOPLE = 10
 
 def add_estimation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--pose", metavar="MODEL", default=EMBEDDED,
+        "--pose",
+        metavar="MODEL",
+        default=EMBEDDED,
         help="what sees the joints where nothing is given or found beside the photo: embedded (MediaPipe's networks, "
         "nothing to download), vitpose:MODEL of transformers, a config file or alias of mmpose such as human or "
         "rtmpose-l, or none (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--pose-checkpoint", metavar="FILE",
+        "--pose-checkpoint",
+        metavar="FILE",
         help="mmpose's weights, .pth or .safetensors (default: downloaded, where mmpose lists them)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--detector", metavar="MODEL", default="human",
+        "--detector",
+        metavar="MODEL",
+        default="human",
         help="mmdet's model that finds the people for mmpose where no box is given (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--detector-checkpoint", metavar="FILE", help="its weights (default: downloaded, where they are listed)"
     )
     parser.add_argument(
-        "--max-people", type=arguments.whole(1), default=MOST_PEOPLE, metavar="N",
+        "--max-people",
+        type=arguments.whole(1),
+        default=MOST_PEOPLE,
+        metavar="N",
         help="of those found in a photo, the surest (default: %(default)s)",
-    )  # fmt: skip
+    )
 
 
 class Estimation:
@@ -61,9 +69,13 @@ class Estimation:
         if self._source is None:
             options = self.options
             self._source = load_source(
-                options.pose, options.pose_checkpoint, options.detector, options.detector_checkpoint,
-                arguments.resolve_device(options.device), options.max_people,
-            )  # fmt: skip
+                options.pose,
+                options.pose_checkpoint,
+                options.detector,
+                options.detector_checkpoint,
+                arguments.resolve_device(options.device),
+                options.max_people,
+            )
         return self._source
 
     def see(

@@ -42,30 +42,39 @@ def add_parser(subparsers: Any) -> None:
     )
     arguments.add_checkpoint(parser, several=True)
     parser.add_argument(
-        "--split", nargs="+", default=["test"], choices=SPLITS, metavar="SPLIT",
+        "--split",
+        nargs="+",
+        default=["test"],
+        choices=SPLITS,
+        metavar="SPLIT",
         help=f"of {', '.join(SPLITS)} (default: test)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--people", type=arguments.whole(2),
+        "--people",
+        type=arguments.whole(2),
         help=f"first people of the split (default: {PEOPLE}; of a data set all)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--bands", action="store_true",
+        "--bands",
+        action="store_true",
         help="also errors and spread by how much of a person is visible (over 80, 60-80, 40-60, under 40 %%), and the "
         "spread and error of hidden against visible vertices (default: no)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--surface", choices=("body", "vertices"), default="body",
+        "--surface",
+        choices=("body", "vertices"),
+        default="body",
         help="of every hypothesis: the nearest body's skin, or the predicted vertices (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--as-is", action="store_true", help="keep the crops of people who lie or are upside down (default: turn them)"
     )
     parser.add_argument(
-        "--reliability", action="store_true",
+        "--reliability",
+        action="store_true",
         help="instead: how often the confidence is right, the conformal intervals' coverage, and their diagram; best "
         "with --split test test_occluded test_guessed test_ood (default: no)",
-    )  # fmt: skip
+    )
     add_protocol(parser)
     arguments.add_sampling(parser, eta=False)
     arguments.add_guidance(parser, "none")
@@ -79,40 +88,50 @@ def add_parser(subparsers: Any) -> None:
 def add_protocol(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("by a protocol")
     group.add_argument(
-        "--protocol", nargs="+", metavar="NAME",
+        "--protocol",
+        nargs="+",
+        metavar="NAME",
         help="spin, metro, jotr, humaniflow, emdb, freihand, synthetic, min_of_n or biggs (default: none)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--data", metavar="NAME",
+        "--data",
+        metavar="NAME",
         help="a folder that hmdiff prepare wrote, its name in the folder HMDIFF_DATA_DIR, or a synthetic split "
         "(default: none; --protocol needs it)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--predictions", type=Path, metavar="FOLDER",
+        "--predictions",
+        type=Path,
+        metavar="FOLDER",
         help="npz files of names, vertices or joints, in place of a checkpoint; the layout is in "
         "hmdiff/evaluate/predictions.py (default: none)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--base", metavar="NAME",
+        "--base",
+        metavar="NAME",
         help="the protocol of one hypothesis in min_of_n and biggs (default: spin on SMPL, freihand on MANO, else "
         "synthetic)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--body", metavar="NAME",
+        "--body",
+        metavar="NAME",
         help="of --predictions (default: what the protocol is about; free for a synthetic split)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--group", nargs="+", metavar="NAME", help="only these sequences of the data set, * for anything (default: all)"
     )
     group.add_argument(
-        "--heatmaps", default="labels", metavar="WHAT",
+        "--heatmaps",
+        default="labels",
+        metavar="WHAT",
         help="what the model sees of a data set: labels (its 2D keypoints), none, or a folder of NAME.npz "
         "(default: %(default)s)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--same-body", action="store_true",
+        "--same-body",
+        action="store_true",
         help="the data set's labels are about the model's own body, whatever they say (default: they are not)",
-    )  # fmt: skip
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -160,9 +179,13 @@ def run(options: argparse.Namespace) -> int:
             guided = guided_by(sampling.guidance)
             settings = {
                 "checkpoint": label if guided is None else f"{label} with {options.guidance}",
-                "model": hashes[label], "split": split, "people": options.people, **asked(pipeline, sampling),
-                "guided_by": guided, "temperature": _calibration_key(pipeline.calibration(sampling)),
-            }  # fmt: skip
+                "model": hashes[label],
+                "split": split,
+                "people": options.people,
+                **asked(pipeline, sampling),
+                "guided_by": guided,
+                "temperature": _calibration_key(pipeline.calibration(sampling)),
+            }
             raw = ("" if options.surface == "body" else "_vertices") + ("_as_is" if options.as_is else "")
             path = folder / f"{label}_{split}{suffix(guided)}{raw}.json"
             found = stored(path, settings)

@@ -36,7 +36,8 @@ def add_parser(subparsers: Any) -> None:
         "--fps", type=arguments.number(0, above=True), default=30.0, metavar="N", help="of a motion (default: 30)"
     )
     parser.add_argument(
-        "--body", metavar="FILE",
+        "--body",
+        metavar="FILE",
         help="fit another body's parameters, such as your SMPL_NEUTRAL.npz's (default: the result's body)",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: beside the first result)")
@@ -102,13 +103,18 @@ def clips_of(
     if len(results) > 1:
         return {"motion": clip}, shape, away
     mean = [clip.pose[:1], clip.translation[:1]]
-    return {
-        f"hypothesis_{number:02d}": Clip(
-            torch.cat([mean[0], clip.pose[number + 1 : number + 2]]),
-            torch.cat([mean[1], clip.translation[number + 1 : number + 2]]), 1 / SECONDS,
-        )
-        for number in range(len(clip.pose) - 1)
-    }, shape, away  # fmt: skip
+    return (
+        {
+            f"hypothesis_{number:02d}": Clip(
+                torch.cat([mean[0], clip.pose[number + 1 : number + 2]]),
+                torch.cat([mean[1], clip.translation[number + 1 : number + 2]]),
+                1 / SECONDS,
+            )
+            for number in range(len(clip.pose) - 1)
+        },
+        shape,
+        away,
+    )
 
 
 def _parameters(body: Body, result: Mapping[str, Any], hypotheses: bool) -> tuple[Any, Any, Any, Any]:
@@ -136,8 +142,9 @@ def _poses(clips: Mapping[str, Clip]) -> Clip:
     ends = [(clip.pose[-1:], clip.translation[-1:]) for clip in clips.values()]
     return Clip(
         torch.cat([first.pose[:1], *(pose for pose, _ in ends)]),
-        torch.cat([first.translation[:1], *(place for _, place in ends)]), 1 / SECONDS,
-    )  # fmt: skip
+        torch.cat([first.translation[:1], *(place for _, place in ends)]),
+        1 / SECONDS,
+    )
 
 
 def _body_of(results: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> str:

@@ -31,9 +31,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="jpg, png, webp, ...")
     add_estimation(parser)
     parser.add_argument(
-        "--box", type=arguments.box, action="append", metavar="X1,Y1,X2,Y2",
+        "--box",
+        type=arguments.box,
+        action="append",
+        metavar="X1,Y1,X2,Y2",
         help="a person's box in photo pixels, once for each person of one photo (default: the detector's)",
-    )  # fmt: skip
+    )
     arguments.add_device(parser)
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="(default: %(default)s)")
     parser.set_defaults(run=run)

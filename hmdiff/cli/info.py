@@ -13,9 +13,12 @@ def add_parser(subparsers: Any) -> None:
         subparsers, "info", "what a checkpoint is: sizes, parameters, configuration", "hmdiff info hmdiff_small"
     )
     parser.add_argument(
-        "checkpoint", nargs="?", default=arguments.DEFAULT_CHECKPOINT, metavar="CHECKPOINT",
+        "checkpoint",
+        nargs="?",
+        default=arguments.DEFAULT_CHECKPOINT,
+        metavar="CHECKPOINT",
         help="a shipped checkpoint, or the folder of a training or of save_pretrained (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
 
 

@@ -20,9 +20,22 @@ from hmdiff import __version__
 from hmdiff.errors import UserError
 
 COMMANDS = (
-    "demo", "sample", "view", "export", "heatmaps", "stress", "train", "evaluate", "sweep", "ablate", "bench", "info",
-    "card", "prepare", "doctor",
-)  # fmt: skip
+    "demo",
+    "sample",
+    "view",
+    "export",
+    "heatmaps",
+    "stress",
+    "train",
+    "evaluate",
+    "sweep",
+    "ablate",
+    "bench",
+    "info",
+    "card",
+    "prepare",
+    "doctor",
+)
 TRACEBACK_VARIABLE = "HMDIFF_TRACEBACK"  # any value: show where an error came from
 
 

@@ -24,19 +24,23 @@ def add_parser(subparsers: Any) -> None:
     parts = parser.add_subparsers(metavar="WHAT", dest="what", required=True)
 
     checkpoint = arguments.new_parser(
-        parts, "checkpoint", "a trained pipeline in half precision, to ship",
+        parts,
+        "checkpoint",
+        "a trained pipeline in half precision, to ship",
         "hmdiff prepare checkpoint runs/hmdiff_small --output assets/hmdiff_small",
-    )  # fmt: skip
+    )
     checkpoint.add_argument("source", help="a run, or a folder that save_pretrained wrote")
     checkpoint.add_argument("--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: as saved)")
     _output(checkpoint, "assets/hmdiff_small", "FOLDER")
     checkpoint.set_defaults(run=_run(_checkpoint))
 
     checksums = arguments.new_parser(
-        parts, "checksums", "SHA-256 sums into a pipeline that was saved before there were any",
+        parts,
+        "checksums",
+        "SHA-256 sums into a pipeline that was saved before there were any",
         "hmdiff prepare checksums runs/older/pipeline",
         "One flipped bit of its files is then noticed when it is loaded.",
-    )  # fmt: skip
+    )
     checksums.add_argument("output", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
     checksums.set_defaults(run=_run(_checksums))
 
@@ -45,16 +49,20 @@ def add_parser(subparsers: Any) -> None:
     aggregator_fit.add_parser(parts, _run)
 
     estimator = arguments.new_parser(
-        parts, "estimator", "a small mmpose pose estimator, trained on synthetic people",
+        parts,
+        "estimator",
+        "a small mmpose pose estimator, trained on synthetic people",
         "hmdiff prepare estimator --output runs/pose_small",
         "Needs the extra mmpose. Killed at any moment, the same command goes on.",
-    )  # fmt: skip
+    )
     _output(estimator, "runs/pose_small", "FOLDER")
     estimator.add_argument(
-        "--network", choices=("hrnet", "resnet18"), default="hrnet",
+        "--network",
+        choices=("hrnet", "resnet18"),
+        default="hrnet",
         help="resnet18: its weights also start a mesh model's backbone, model.pretrained=FOLDER/model.safetensors "
         "(default: %(default)s)",
-    )  # fmt: skip
+    )
     for option, default, words in (
         ("--steps", 2000, "of 16 people in 2 crops each"),
         ("--image-size", 96, "pixels a side that the network reads, a multiple of 32"),
@@ -72,10 +80,12 @@ def add_parser(subparsers: Any) -> None:
 
 def _add_licensed(parts: Any) -> None:
     licensed = arguments.new_parser(
-        parts, "licensed", "your own SMPL, SMPL-X and MANO files and their regressors, to npz, once",
+        parts,
+        "licensed",
+        "your own SMPL, SMPL-X and MANO files and their regressors, to npz, once",
         "hmdiff prepare licensed SMPL_python_v.1.1.0.zip --output /data/bodies",
         "Reads chumpy pickles without chumpy. Then: HMDIFF_BODY_DIR=/data/bodies, and hmdiff train body=smpl.",
-    )  # fmt: skip
+    )
     licensed.add_argument("source", type=Path, help="a body file, a folder of them, or a zip archive as published")
     licensed.add_argument("--output", type=Path, metavar="FOLDER", help="(default: the folder HMDIFF_BODY_DIR)")
     licensed.set_defaults(run=_run(_licensed))
@@ -83,11 +93,13 @@ def _add_licensed(parts: Any) -> None:
 
 def _add_temperature(parts: Any) -> None:
     temperature = arguments.new_parser(
-        parts, "temperature", "by what a pipeline's spread is multiplied to be calibrated, fitted on people",
+        parts,
+        "temperature",
+        "by what a pipeline's spread is multiplied to be calibrated, fitted on people",
         "hmdiff prepare temperature runs/hmdiff_small --steps 3 10 --guidance dat",
         "It is written into the pipeline's hmdiff.json, one for each number of steps and each guidance; meshes are not "
         "changed by it.",
-    )  # fmt: skip
+    )
     temperature.add_argument("source", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
     temperature.add_argument(
         "--steps", type=arguments.whole(1), nargs="+", metavar="K", help="denoising steps (default: the pipeline's own)"
@@ -96,40 +108,51 @@ def _add_temperature(parts: Any) -> None:
     temperature.add_argument("--eta", type=arguments.number(0), help="ddim's fresh noise (default: the pipeline's own)")
     arguments.add_guidance(temperature)
     temperature.add_argument(
-        "--split", default="calibration", choices=SPLITS, metavar="SPLIT",
+        "--split",
+        default="calibration",
+        choices=SPLITS,
+        metavar="SPLIT",
         help="synthetic people to fit it on (default: %(default)s, of every kind in turn)",
-    )  # fmt: skip
+    )
     for option, least, default, words in (("--people", 8, 320, "of the split"), ("--num-hypotheses", 5, 25, "of each")):
         temperature.add_argument(
             option, type=arguments.whole(least), default=default, metavar="N", help=f"{words} (default: %(default)s)"
         )
     temperature.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
     temperature.add_argument(
-        "--output", type=Path, metavar="FOLDER",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
         help="a copy of the pipeline that gets the temperatures, needed for an installed one (default: PIPELINE)",
-    )  # fmt: skip
+    )
     arguments.add_device(temperature)
     temperature.set_defaults(run=_run(_temperature))
 
 
 def _add_dataset(parts: Any, name: str) -> None:
     dataset = arguments.new_parser(
-        parts, name, f"the data set {name}, from its own files to shards",
+        parts,
+        name,
+        f"the data set {name}, from its own files to shards",
         f"hmdiff prepare {name} /data/{name} prepared/{name}",
-        "Stopped at any moment, the same command goes on. Then: data.kind=recorded "
-        f"data.sources=[prepared/{name}].",
-    )  # fmt: skip
+        f"Stopped at any moment, the same command goes on. Then: data.kind=recorded data.sources=[prepared/{name}].",
+    )
     dataset.add_argument("source", type=Path, help="the folder of the data set, as its authors hand it out")
     dataset.add_argument("output", type=Path, metavar="OUT", help="the folder to write")
     dataset.add_argument("--split", help="which part of it (default: the reader's first; a wrong one lists them)")
     dataset.add_argument(
-        "--resolution", type=arguments.whole(32), default=384, metavar="PIXELS",
+        "--resolution",
+        type=arguments.whole(32),
+        default=384,
+        metavar="PIXELS",
         help="of the stored pictures, a person's crop at most so many a side (default: %(default)s)",
-    )  # fmt: skip
+    )
     dataset.add_argument(
-        "--margin", type=arguments.number(1), default=1.8,
+        "--margin",
+        type=arguments.number(1),
+        default=1.8,
         help="stored around the crop for augmentation, times its side (default: %(default)s)",
-    )  # fmt: skip
+    )
     dataset.add_argument("--quality", type=arguments.whole(1), default=92, help="of the jpgs (default: %(default)s)")
     dataset.add_argument(
         "--shard-records", type=arguments.whole(1), default=1000, help="people a file (default: %(default)s)"
@@ -138,17 +161,20 @@ def _add_dataset(parts: Any, name: str) -> None:
         "--workers", type=arguments.whole(1), default=2, help="threads that read photos (default: %(default)s)"
     )
     dataset.add_argument(
-        "--depth", metavar="SOURCE",
+        "--depth",
+        metavar="SOURCE",
         help="keep depth maps for D2A-HMR: 'files' beside the photos (NAME_depth.npz, .npy or .png), a folder of "
         "STEM.npz, .npy or .png, or estimator:MODEL, a network of transformers by name or folder (default: none)",
-    )  # fmt: skip
+    )
     dataset.add_argument(
         "--disparity", action="store_true", help="the files of --depth are larger where it is nearer (default: farther)"
     )
     dataset.add_argument(
-        "--no-masks", dest="masks", action="store_false",
+        "--no-masks",
+        dest="masks",
+        action="store_false",
         help="leave out the data set's own masks, which are D2A-HMR's silhouettes (default: kept where there are some)",
-    )  # fmt: skip
+    )
     dataset.set_defaults(run=_run(_dataset))
 
 
@@ -230,9 +256,18 @@ def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
     for steps in chosen:
         with progress(f"{options.split}, {steps} steps", options.people) as update:
             fitted = calibrate(
-                pipeline, data, options.split, options.people, options.num_hypotheses, steps, options.sampler,
-                options.eta, options.seed, guidance, progress=update,
-            )  # fmt: skip
+                pipeline,
+                data,
+                options.split,
+                options.people,
+                options.num_hypotheses,
+                steps,
+                options.sampler,
+                options.eta,
+                options.seed,
+                guidance,
+                progress=update,
+            )
         store_temperature(options.output, fitted)
         error = [fitted.fitted_on[f"expected_calibration_error_{when}"] for when in ("before", "after")]
         found[str(fitted.sampling)] = f"{fitted.temperature:.3g}, calibration error {error[0]:.3f} -> {error[1]:.3f}"
@@ -251,17 +286,30 @@ def _dataset(options: argparse.Namespace) -> Mapping[str, Any]:
     for line in reader.summary:
         print(f"  {line}", flush=True)
     return prepare_dataset(
-        reader, options.output, options.margin, options.resolution, options.quality, options.shard_records,
-        options.workers, options.what, options.source, options.split or "", photo_depth(options.depth, gives),
-        "" if options.depth is None else f"{options.depth} ({gives})", options.masks,
-    )  # fmt: skip
+        reader,
+        options.output,
+        options.margin,
+        options.resolution,
+        options.quality,
+        options.shard_records,
+        options.workers,
+        options.what,
+        options.source,
+        options.split or "",
+        photo_depth(options.depth, gives),
+        "" if options.depth is None else f"{options.depth} ({gives})",
+        options.masks,
+    )
 
 
 def _estimator(options: argparse.Namespace) -> Mapping[str, Any]:
     from hmdiff.train.estimator import EstimatorTraining, prepare_estimator
 
     values = EstimatorTraining(
-        steps=options.steps, network=options.network, image_size=options.image_size, width=options.width,
+        steps=options.steps,
+        network=options.network,
+        image_size=options.image_size,
+        width=options.width,
         seed=options.seed,
-    )  # fmt: skip
+    )
     return prepare_estimator(options.output, values, arguments.resolve_device(options.device), options.people)

@@ -99,8 +99,10 @@ def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
                 Scored(label, pipeline.body, {"model": model_hash(arguments.checkpoint_folder(name))}, pipeline)
             )
         return found
-    kinds = {get_protocol(name, options.base if name in ("min_of_n", "biggs") else None, "smpl").kind
-             for name in options.protocol}  # fmt: skip
+    kinds = {
+        get_protocol(name, options.base if name in ("min_of_n", "biggs") else None, "smpl").kind
+        for name in options.protocol
+    }
     name = options.body or ("free" if options.data in SPLITS else "mano_right" if kinds == {"mano"} else "smpl")
     return [Scored(options.predictions.resolve().name, load_body(name), {"body": name}, None)]
 
@@ -177,10 +179,14 @@ class Data:
         if count > total:
             raise UserError(f"--people {count}: {self.words} has {total}; give fewer, or leave it out for all")
         settings = {
-            "data": self.label, "people": count, "of": total, "groups": options.group or "all",
-            "heatmaps": "none" if options.predictions else options.heatmaps, "same_body": options.same_body,
+            "data": self.label,
+            "people": count,
+            "of": total,
+            "groups": options.group or "all",
+            "heatmaps": "none" if options.predictions else options.heatmaps,
+            "same_body": options.same_body,
             "checksums": [shard["sha256"][:16] for shard in self.store.index["shards"]],
-        }  # fmt: skip
+        }
         return recorded, count, settings
 
     def _source(self, options: argparse.Namespace, pipeline: HMDiffPipeline) -> Any:
@@ -194,9 +200,14 @@ class Data:
             return test_people(pipeline.body, size)
         assert self.store is not None
         return RecordedPeople(
-            self.store, pipeline.body, torch.zeros(1, dtype=torch.long), image_size=size, heatmaps=options.heatmaps,
-            same_body=options.same_body, numbers=self.numbers,
-        )  # fmt: skip
+            self.store,
+            pipeline.body,
+            torch.zeros(1, dtype=torch.long),
+            image_size=size,
+            heatmaps=options.heatmaps,
+            same_body=options.same_body,
+            numbers=self.numbers,
+        )
 
 
 def data_folder(name: str) -> Path:

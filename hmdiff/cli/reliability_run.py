@@ -30,15 +30,24 @@ def run_reliability(options: argparse.Namespace) -> int:
             raise UserError(
                 f"{label}: no confidence was fitted for {way}; run hmdiff prepare temperature with these settings"
             )
-        data = test_people(pipeline.body, None if model.inputs == "heatmaps" else model.image_size,
-                           MAP_SIZE if model.depth_map else 0)  # fmt: skip
+        data = test_people(
+            pipeline.body, None if model.inputs == "heatmaps" else model.image_size, MAP_SIZE if model.depth_map else 0
+        )
         reports: dict[str, Any] = {}
         for split in dict.fromkeys(options.split):
             with progress(f"{label} {split}", options.people) as update:
                 observed = observe(
-                    pipeline, data, split, options.people, options.num_hypotheses, options.steps, options.sampler,
-                    options.seed, sampling.guidance, update,
-                )  # fmt: skip
+                    pipeline,
+                    data,
+                    split,
+                    options.people,
+                    options.num_hypotheses,
+                    options.steps,
+                    options.sampler,
+                    options.seed,
+                    sampling.guidance,
+                    update,
+                )
             reports[split] = reliability(observed.tempered(fitted), fitted.confidence)
         rows = [row for split, report in reports.items() for row in reliability_rows(split, report)]
         Table(f"{label}: {options.people} people of each split", COLUMNS, rows).print()

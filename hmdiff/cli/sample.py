@@ -43,24 +43,38 @@ def add_parser(subparsers: Any) -> None:
         "Hypotheses are numbered from 0 everywhere.",
     )
     parser.add_argument(
-        "photos", nargs="+", type=Path, metavar="PHOTO",
+        "photos",
+        nargs="+",
+        type=Path,
+        metavar="PHOTO",
         help="jpg, png, webp, ...; a folder of them; a pattern in quotes, such as 'clips/*/*.jpg'; or a video (mp4, "
         "mov, ...), whose people are tracked",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--keypoints", nargs="+", type=Path, default=[], metavar="FILE",
+        "--keypoints",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
         help="keypoints of any of the formats in docs/keypoints.md, one file a photo, or one about all (default: "
         "NAME.json or NAME_keypoints.json beside the photo)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--heatmaps", nargs="+", type=Path, default=[], metavar="FILE",
+        "--heatmaps",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
         help="npz with heatmaps, center, side; they win over keypoints (default: NAME_heatmaps.npz beside the photo)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--box", type=arguments.box, action="append", metavar="X1,Y1,X2,Y2",
+        "--box",
+        type=arguments.box,
+        action="append",
+        metavar="X1,Y1,X2,Y2",
         help="the person's box in photo pixels; with --pose once for each person (default: the JSON's, or about the "
         "keypoints; with --pose the detector's)",
-    )  # fmt: skip
+    )
     add_estimation(parser)
     add_depth(parser)
     arguments.add_checkpoint(parser)
@@ -71,10 +85,13 @@ def add_parser(subparsers: Any) -> None:
     arguments.add_device(parser)
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="(default: %(default)s)")
     parser.add_argument(
-        "--save", type=kinds_of_files, default=SAVED, metavar="KINDS",
+        "--save",
+        type=kinds_of_files,
+        default=SAVED,
+        metavar="KINDS",
         help=f"what to write of each person in a photo, of {','.join(SAVED)}; the npz is always written, and with it "
         "alone a folder of photos is done soonest (default: all)",
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
 
 
@@ -158,8 +175,19 @@ def _sampled(
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What a result depends on beside the photo, as results.jsonl keeps it."""
-    names = ("checkpoint", "num_hypotheses", "steps", "sampler", "eta", "seed", "guidance", "strength", "last",
-             "focal", "principal_point")  # fmt: skip
+    names = (
+        "checkpoint",
+        "num_hypotheses",
+        "steps",
+        "sampler",
+        "eta",
+        "seed",
+        "guidance",
+        "strength",
+        "last",
+        "focal",
+        "principal_point",
+    )
     settings = {name: getattr(options, name, None) for name in names}
     kinds = getattr(options, "save", SAVED)
     return settings if set(kinds) == set(SAVED) else settings | {"save": ",".join(kinds)}

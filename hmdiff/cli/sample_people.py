@@ -59,13 +59,19 @@ def sample_people(
 
     everyone = [(number, person) for number, photo in enumerate(people) for person in range(len(photo.heatmaps))]
     names = output_names(
-        [photo.photo for photo in people], [len(photo.heatmaps) for photo in people],
-        None if bases is None else [bases[photo.photo] for photo in people], () if results is None else results.names,
-    )  # fmt: skip
+        [photo.photo for photo in people],
+        [len(photo.heatmaps) for photo in people],
+        None if bases is None else [bases[photo.photo] for photo in people],
+        () if results is None else results.names,
+    )
     scenes = [Scene() for _ in people]
     failures: dict[Path, str] = {}
-    settings = {"seed": options.seed, "checkpoint": options.checkpoint, "guidance_mode": options.guidance,
-                "steps": options.steps or pipeline.num_inference_steps}  # fmt: skip
+    settings = {
+        "seed": options.seed,
+        "checkpoint": options.checkpoint,
+        "guidance_mode": options.guidance,
+        "steps": options.steps or pipeline.num_inference_steps,
+    }
     kinds = getattr(options, "save", SAVED)
     started = time.perf_counter()
     total = len(everyone) * options.num_hypotheses

@@ -22,9 +22,12 @@ SMOOTHING = 0.06  # seconds; equal to `hmdiff.video.smoothing.SIGMA`, which --he
 
 def add_smoothing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--smoothing", type=arguments.number(0), default=SMOOTHING, metavar="S",
+        "--smoothing",
+        type=arguments.number(0),
+        default=SMOOTHING,
+        metavar="S",
         help="of a video: standard deviation in seconds of the kernel over time, 0 is none (default: %(default)s)",
-    )  # fmt: skip
+    )
 
 
 def check_clips(options: argparse.Namespace, clips: Sequence[Path]) -> None:
@@ -63,9 +66,14 @@ def sample_clips(
 
 
 def _sample(
-    options: argparse.Namespace, pipeline: HMDiffPipeline, clip: Path, name: str, source: Estimation,
-    camera: PhotoCamera, results: Any,
-) -> None:  # fmt: skip
+    options: argparse.Namespace,
+    pipeline: HMDiffPipeline,
+    clip: Path,
+    name: str,
+    source: Estimation,
+    camera: PhotoCamera,
+    results: Any,
+) -> None:
     from tqdm import tqdm
 
     from hmdiff.cli.main import warn
@@ -78,24 +86,46 @@ def _sample(
     total = clip_info(clip).frames or None
     with tqdm(total=total, unit="frame", desc=f"sampling {clip.name}", disable=None, leave=False) as bar:
         video = recover_video(
-            pipeline, clip, options.num_hypotheses, options.seed, options.smoothing, camera, source, folder,
-            lambda done, _: bar.update(done), num_inference_steps=options.steps, scheduler=options.sampler,
-            eta=options.eta, guidance=arguments.guidance_of(options, pipeline),
-        )  # fmt: skip
+            pipeline,
+            clip,
+            options.num_hypotheses,
+            options.seed,
+            options.smoothing,
+            camera,
+            source,
+            folder,
+            lambda done, _: bar.update(done),
+            num_inference_steps=options.steps,
+            scheduler=options.sampler,
+            eta=options.eta,
+            guidance=arguments.guidance_of(options, pipeline),
+        )
     for note in video.notes:
         warn(note)
     results.restart([clip])
-    more = {"clip": str(clip), "seed": options.seed, "checkpoint": options.checkpoint, "source": video.source,
-            "smoothing_s": options.smoothing}  # fmt: skip
+    more = {
+        "clip": str(clip),
+        "seed": options.seed,
+        "checkpoint": options.checkpoint,
+        "source": video.source,
+        "smoothing_s": options.smoothing,
+    }
     for track in video.tracks:
         stem = options.output / f"{name}_track_{track.number}"
         away, spread = _figures(track)
         track.save(stem, {**more, "keypoint_distance_px": away})
         results.add(
-            clip, person=track.number, people=len(video.tracks), npz=f"{stem.name}.npz", frames=len(track.frames),
-            seen=int(track.seen.sum()), first_frame=int(track.frames[0]), selected=track.selected,
-            keypoint_distance_px=None if away != away else round(away, 2), spread_mm=round(spread, 1),
-        )  # fmt: skip
+            clip,
+            person=track.number,
+            people=len(video.tracks),
+            npz=f"{stem.name}.npz",
+            frames=len(track.frames),
+            seen=int(track.seen.sum()),
+            first_frame=int(track.frames[0]),
+            selected=track.selected,
+            keypoint_distance_px=None if away != away else round(away, 2),
+            spread_mm=round(spread, 1),
+        )
         print(_line(video, track, stem, away, spread))
     with tqdm(total=total, unit="frame", desc=f"drawing {name}_overlay.mp4", disable=None, leave=False) as bar:
         draw_video(options.output / f"{name}_overlay.mp4", video.info, video.tracks, bar.update)

@@ -54,9 +54,11 @@ def add_parser(subparsers: Any) -> None:
         "--keypoints", type=Path, metavar="FILE", help="COCO or OpenPose JSON (default: NAME.json beside the photo)"
     )
     parser.add_argument(
-        "--heatmaps", type=Path, metavar="FILE",
+        "--heatmaps",
+        type=Path,
+        metavar="FILE",
         help="npz with heatmaps, center, side; they win over keypoints (default: NAME_heatmaps.npz beside the photo)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--box", type=arguments.box, metavar="X1,Y1,X2,Y2", help="the person's box (default: about the keypoints)"
     )
@@ -68,17 +70,22 @@ def add_parser(subparsers: Any) -> None:
         "--first", type=arguments.whole(0), default=0, metavar="I", help="number of the first (default: %(default)s)"
     )
     parser.add_argument(
-        "--patch", type=arguments.number(0, above=True), default=0.25, metavar="SHARE",
+        "--patch",
+        type=arguments.number(0, above=True),
+        default=0.25,
+        metavar="SHARE",
         help="the patch's side, of the crop's (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--places", type=arguments.whole(2), default=9, metavar="G", help="of the patch, a side (default: %(default)s)"
     )
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE",
+        "--picture",
+        type=Path,
+        metavar="FILE",
         help="also draw the first person's hypotheses without a patch, and with it where they spread most "
         "(default: no picture)",
-    )  # fmt: skip
+    )
     arguments.add_checkpoint(parser)
     arguments.add_sampling(parser)
     arguments.add_guidance(parser)
@@ -167,9 +174,10 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
 
     config = pipeline.model.config
     data = test_people(
-        pipeline.body, SHOWN if config.inputs == "heatmaps" else config.image_size,
+        pipeline.body,
+        SHOWN if config.inputs == "heatmaps" else config.image_size,
         MAP_SIZE if config.depth_map else 0,
-    )  # fmt: skip
+    )
     people = []
     for place in range(options.first, options.first + options.synthetic):
         block, row = divmod(place, data.block_size)
@@ -180,9 +188,15 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
         heatmaps, photo = as_heatmaps(sample), photo_of(sample)
         assert heatmaps is not None
         subject = Subject(
-            heatmaps, sample.image, sample.depth_input, place, photo["photo_sizes"], photo["focal"], sample.vertices,
+            heatmaps,
+            sample.image,
+            sample.depth_input,
+            place,
+            photo["photo_sizes"],
+            photo["focal"],
+            sample.vertices,
             sample.keypoints_3d,
-        )  # fmt: skip
+        )
         picture = to_bytes(sample.image[0].permute(1, 2, 0).numpy())
         whole_picture = Crop.of(torch.full((1, 2), len(picture) / 2), torch.tensor([float(len(picture))]))
         shown = cut_out(picture, whole_picture, SHOWN)
@@ -199,10 +213,15 @@ def write(found: Stress, person: Shown, stem: Path) -> str:
     from hmdiff.viz.stress import stress_sheet
 
     arrays: dict[str, Any] = {
-        "centres": found.centres, "patch": found.half, "moved_mm": found.map(found.moved),
-        "spread_mm": found.map(found.spread), "hidden": found.hidden, "joints": list(HALPE26),
-        "clear_spread_mm": found.clear_spread, "clear_vertices": found.clear.vertices[0],
-    }  # fmt: skip
+        "centres": found.centres,
+        "patch": found.half,
+        "moved_mm": found.map(found.moved),
+        "spread_mm": found.map(found.spread),
+        "hidden": found.hidden,
+        "joints": list(HALPE26),
+        "clear_spread_mm": found.clear_spread,
+        "clear_vertices": found.clear.vertices[0],
+    }
     maps = [("the mesh moves", arrays["moved_mm"]), ("the hypotheses spread", arrays["spread_mm"])]
     worst = int(found.moved.argmax())
     told = f"moved {float(found.moved.mean()):.0f} mm, most {float(found.moved[worst]):.0f} mm"
@@ -229,9 +248,7 @@ def _joints(found: Stress, place: int) -> str:
     return f" without {', '.join(names[:3])}{rest}"
 
 
-def write_picture(
-    pipeline: HMDiffPipeline, found: Stress, person: Shown, sampling: SamplingConfig, path: Path
-) -> str:
+def write_picture(pipeline: HMDiffPipeline, found: Stress, person: Shown, sampling: SamplingConfig, path: Path) -> str:
     """The hypotheses without the patch, and with it at the place where they spread most."""
     from hmdiff.lab.stress import recover_covered
     from hmdiff.viz.canvas import save_picture

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from hmdiff.pipeline import HMDiffPipeline
 
 
-
 def add_people(parser: argparse.ArgumentParser, split: str, people: int) -> None:
     parser.add_argument(
         "--split", default=split, choices=SPLITS, metavar="SPLIT", help=f"of {', '.join(SPLITS)} (default: %(default)s)"
@@ -32,13 +31,17 @@ def add_people(parser: argparse.ArgumentParser, split: str, people: int) -> None
     )
     parser.add_argument("--seed", type=arguments.whole(0), default=0, help="of the noise (default: %(default)s)")
     parser.add_argument(
-        "--batch-size", type=arguments.whole(1), default=8, metavar="B",
+        "--batch-size",
+        type=arguments.whole(1),
+        default=8,
+        metavar="B",
         help="people at once: changes the times alone (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--estimator", metavar="FOLDER",
+        "--estimator",
+        metavar="FOLDER",
         help="a heatmap network of hmdiff prepare estimator, in place of the split's heatmaps (default: those)",
-    )  # fmt: skip
+    )
     arguments.add_device(parser)
 
 
@@ -46,19 +49,27 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     arguments.add_preset(parser)
     for name, choices in CHOICES.items():
         parser.add_argument(
-            "--step-length" if name == "step" else f"--{name}", dest=name, choices=choices, metavar="NAME",
+            "--step-length" if name == "step" else f"--{name}",
+            dest=name,
+            choices=choices,
+            metavar="NAME",
             help=f"DAT's: {' or '.join(choices)} (default: {choices[0]}, or the preset's)",
-        )  # fmt: skip
+        )
     parser.add_argument(
-        "--sharpness", type=arguments.number(0), metavar="P",
+        "--sharpness",
+        type=arguments.number(0),
+        metavar="P",
         help="power to which DAT raises the heatmaps (default: DAT's own)",
-    )  # fmt: skip
+    )
 
 
 def make_guidance(
-    options: argparse.Namespace, mode: str, strength: float | None = None, threshold: float | None = None,
+    options: argparse.Namespace,
+    mode: str,
+    strength: float | None = None,
+    threshold: float | None = None,
     last: float | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """A `Guidance` of the mode; what is not asked for is as in the preset."""
     from hmdiff.diffusion.guidance import PRESETS
 
@@ -99,7 +110,7 @@ def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) 
 
     return Study(
         pipelines, hashes, people_of, folder, options.split, options.people, options.batch_size, estimate, heatmaps
-    )  # fmt: skip
+    )
 
 
 def load_estimator(
@@ -133,8 +144,9 @@ class Teller:
         left = "" if progress.done == progress.total else f"; about {duration_text(progress.seconds_left)} left"
         print(
             f"[{progress.done}/{progress.total}] {name_of(progress.setting)}: PVE {found} mm, "
-            f"{milliseconds:.0f} ms an image{left}", flush=True,
-        )  # fmt: skip
+            f"{milliseconds:.0f} ms an image{left}",
+            flush=True,
+        )
 
     def close(self) -> None:
         if self.bar is not None:

@@ -30,35 +30,59 @@ def add_parser(subparsers: Any) -> None:
     )
     arguments.add_checkpoint(parser, several=True)
     parser.add_argument(
-        "--steps", nargs="+", type=arguments.whole(1), default=[1, 2, 3, 5, 10, 20, 40], metavar="K",
+        "--steps",
+        nargs="+",
+        type=arguments.whole(1),
+        default=[1, 2, 3, 5, 10, 20, 40],
+        metavar="K",
         help="denoising steps (default: 1 2 3 5 10 20 40)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--sampler", nargs="+", metavar="NAME",
+        "--sampler",
+        nargs="+",
+        metavar="NAME",
         help=f"of {', '.join(SAMPLERS)} (default: the checkpoint's own)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--num-hypotheses", nargs="+", type=arguments.whole(1), default=[25], metavar="N",
+        "--num-hypotheses",
+        nargs="+",
+        type=arguments.whole(1),
+        default=[25],
+        metavar="N",
         help="bodies a person (default: 25)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--eta", nargs="+", type=arguments.number(0), metavar="ETA",
+        "--eta",
+        nargs="+",
+        type=arguments.number(0),
+        metavar="ETA",
         help="ddim's share of fresh noise (default: the checkpoint's own)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--guidance", nargs="+", choices=MODES, default=["none"], metavar="MODE",
+        "--guidance",
+        nargs="+",
+        choices=MODES,
+        default=["none"],
+        metavar="MODE",
         help=f"of {', '.join(MODES)} (default: none)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--strength", nargs="+", type=arguments.number(0), metavar="S", help="of the guidance (default: DAT's own)"
     )
     parser.add_argument(
-        "--threshold", nargs="+", type=arguments.number(0), metavar="R",
+        "--threshold",
+        nargs="+",
+        type=arguments.number(0),
+        metavar="R",
         help="relative gap under which the guidance is off (default: DAT's own)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--last", nargs="+", type=arguments.number(0), metavar="Q", help=arguments.LAST,
-    )  # fmt: skip
+        "--last",
+        nargs="+",
+        type=arguments.number(0),
+        metavar="Q",
+        help=arguments.LAST,
+    )
     studies.add_guidance(parser)
     studies.add_people(parser, "val", 128)
     parser.add_argument(
@@ -136,19 +160,37 @@ def print_cells(cells: Sequence[dict[str, Any]], reference: dict[str, Any], metr
         guidance = settings["guidance"]
         mean, apart = errors["mean"], difference(cell, reference, metric)
         ece = cell.get("expected_calibration_error")
-        rows.append([
-            settings["model"], settings["sampler"] + (f" eta {settings['eta']:g}" if settings["eta"] else ""),
-            str(settings["steps"]), str(settings["num_hypotheses"]),
-            "-" if guidance is None else studies.guided_as(guidance),
-            interval_text(mean), "reference" if cell is reference else difference_text(apart),
-            f"{errors['oracle']['value']:.1f}", f"{errors['selected']['value']:.1f}" if "selected" in errors else "-",
-            "-" if ece is None else f"{ece:.2f}", f"{points[number][0]:.0f}", "*" if number in front else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                settings["model"],
+                settings["sampler"] + (f" eta {settings['eta']:g}" if settings["eta"] else ""),
+                str(settings["steps"]),
+                str(settings["num_hypotheses"]),
+                "-" if guidance is None else studies.guided_as(guidance),
+                interval_text(mean),
+                "reference" if cell is reference else difference_text(apart),
+                f"{errors['oracle']['value']:.1f}",
+                f"{errors['selected']['value']:.1f}" if "selected" in errors else "-",
+                "-" if ece is None else f"{ece:.2f}",
+                f"{points[number][0]:.0f}",
+                "*" if number in front else "",
+            ]
+        )
     first, name = cells[0]["settings"], METRICS[metric]
     columns = (
-        "checkpoint", "sampler", "steps", "N", "guidance", f"{name} mean", "paired difference", "oracle", "selected",
-        "ECE", "ms/image", "front",
-    )  # fmt: skip
+        "checkpoint",
+        "sampler",
+        "steps",
+        "N",
+        "guidance",
+        f"{name} mean",
+        "paired difference",
+        "oracle",
+        "selected",
+        "ECE",
+        "ms/image",
+        "front",
+    )
     kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
     Table(
         f"{first['split']}: {first['people']} people, mm (95 % interval)",

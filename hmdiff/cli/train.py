@@ -19,13 +19,16 @@ def add_parser(subparsers: Any) -> None:
         "Ctrl-C stops after the current step, with a checkpoint.",
     )
     parser.add_argument(
-        "--config", default="quickstart", metavar="FILE",
+        "--config",
+        default="quickstart",
+        metavar="FILE",
         help="a YAML file, or the name of a shipped one such as hmdiff_small (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--dry-run", action="store_true",
+        "--dry-run",
+        action="store_true",
         help="check config, body, data, disk, memory and speed by a few real steps, and write nothing (default: no)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="values over the config's, such as training.batch_size=32"
     )

@@ -72,9 +72,13 @@ def prepare_dataset(
     """
     started = time.perf_counter()
     settings = {
-        "reader": name or reader.name, "source": str(Path(source).absolute()) if source else "", "split": split,
-        "margin": margin, "resolution": resolution, "quality": quality,
-    }  # fmt: skip
+        "reader": name or reader.name,
+        "source": str(Path(source).absolute()) if source else "",
+        "split": split,
+        "margin": margin,
+        "resolution": resolution,
+        "quality": quality,
+    }
     if depth_name or not masks:  # folders begun before there were maps go on
         settings |= {"depth": depth_name, "masks": masks}
     writer = ShardWriter(folder, settings, shard_records)
@@ -96,10 +100,15 @@ def prepare_dataset(
     size = sum(shard["bytes"] for shard in prepared.index["shards"])
     seconds = time.perf_counter() - started
     return {
-        "records": promised, "of them there already": resumed, "groups": len(prepared.index["groups"]),
-        "shards": len(prepared.index["shards"]), "megabytes": size / 1e6, "kilobytes a record": size / 1e3 / promised,
-        "records a second": (promised - resumed) / seconds, **maps,
-    }  # fmt: skip
+        "records": promised,
+        "of them there already": resumed,
+        "groups": len(prepared.index["groups"]),
+        "shards": len(prepared.index["shards"]),
+        "megabytes": size / 1e6,
+        "kilobytes a record": size / 1e3 / promised,
+        "records a second": (promised - resumed) / seconds,
+        **maps,
+    }
 
 
 def _write(reader: Reader, writer: ShardWriter, promised: int, cutter: _Cutter, workers: int) -> dict[str, int]:

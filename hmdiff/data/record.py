@@ -23,10 +23,17 @@ LARGEST = 1e6  # of any number in a record: metres and pixels beyond it overflow
 
 # Every array of a record with its shape; a letter is a length that must agree where it occurs again.
 SHAPES: dict[str, tuple[int | str, ...]] = {
-    "center": (2,), "pose": ("J", 3), "betas": ("B",), "translation": (3,), "vertices": ("V", 3),
-    "joints_3d": ("K", 3), "joints_3d_valid": ("K",), "keypoints_2d": ("P", 2), "keypoints_2d_confidence": ("P",),
+    "center": (2,),
+    "pose": ("J", 3),
+    "betas": ("B",),
+    "translation": (3,),
+    "vertices": ("V", 3),
+    "joints_3d": ("K", 3),
+    "joints_3d_valid": ("K",),
+    "keypoints_2d": ("P", 2),
+    "keypoints_2d_confidence": ("P",),
     "intrinsics": (3, 3),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +88,10 @@ class Record:
 
     def _check_words(self) -> None:
         for field, value, known in (
-            ("body", self.body, BODIES), ("gender", self.gender, GENDERS), ("hand", self.hand, (None, *HANDS)),
-        ):  # fmt: skip
+            ("body", self.body, BODIES),
+            ("gender", self.gender, GENDERS),
+            ("hand", self.hand, (None, *HANDS)),
+        ):
             if value not in known:
                 raise self.error(f"{field} is {value!r}, expected one of {', '.join(str(word) for word in known)}")
         if not self.name:

@@ -186,10 +186,12 @@ class RecordedPeople:
             "keypoints_3d": torch.zeros(n, joints, 3),
             "has_keypoints_3d": torch.zeros(n, joints, dtype=torch.bool),
             **{name: torch.zeros(n, dtype=torch.bool) for name in ("has_vertices", "has_perspective", "has_camera")},
-            "pelvis": torch.zeros(n, 3), "focal": torch.zeros(n), "principal_point": torch.zeros(n, 2),
+            "pelvis": torch.zeros(n, 3),
+            "focal": torch.zeros(n),
+            "principal_point": torch.zeros(n, 2),
             "joints_2d": torch.from_numpy(np.stack([person.points for person in people])).float(),
             "joints_2d_confidence": torch.from_numpy(np.stack([person.confidence for person in people])).float(),
-        }  # fmt: skip
+        }
         if self.full_mesh:
             fields["vertices"] = torch.zeros(n, self.body.num_vertices, 3)
         for rows, posed in self._posed(people):
@@ -317,9 +319,7 @@ class RecordedPeople:
         known = fields["has_perspective"]
         z = torch.where(known, fields["pelvis"][:, 2], 1.0)
         scale = fields["focal"] / z
-        exact = torch.cat(
-            [scale[:, None], fields["pelvis"][:, :2] * scale[:, None] + fields["principal_point"]], -1
-        )
+        exact = torch.cat([scale[:, None], fields["pelvis"][:, :2] * scale[:, None] + fields["principal_point"]], -1)
         weight = fields["joints_2d_confidence"] * fields["has_keypoints_3d"]
         fitted = weak_perspective_fit(fields["keypoints_3d"], fields["joints_2d"], weight)
         fits = ~known & ((weight > 0).sum(-1) >= _LEAST_TO_FIT)

@@ -79,14 +79,23 @@ class Sample:
 
 # What says that a field is there. None as a mask means that all of them are.
 MASKS = {
-    "heatmaps": "heatmap_valid", "peaks": "heatmap_valid",
-    "vertices": "has_vertices", "coarse_vertices": "has_vertices",
-    "joints_3d": "has_joints_3d", "keypoints_3d": "has_keypoints_3d", "joints_2d": "joints_2d_confidence",
-    "visible": "joints_2d_confidence", "silhouette": "has_silhouette", "visible_fraction": "has_silhouette",
+    "heatmaps": "heatmap_valid",
+    "peaks": "heatmap_valid",
+    "vertices": "has_vertices",
+    "coarse_vertices": "has_vertices",
+    "joints_3d": "has_joints_3d",
+    "keypoints_3d": "has_keypoints_3d",
+    "joints_2d": "joints_2d_confidence",
+    "visible": "joints_2d_confidence",
+    "silhouette": "has_silhouette",
+    "visible_fraction": "has_silhouette",
     "occlusion": "has_silhouette",
-    "depth": "has_depth", "camera": "has_camera", "pelvis": "has_perspective", "focal": "has_perspective",
+    "depth": "has_depth",
+    "camera": "has_camera",
+    "pelvis": "has_perspective",
+    "focal": "has_perspective",
     "principal_point": "has_perspective",
-}  # fmt: skip
+}
 _PER_KEYPOINT = {"heatmaps", "peaks", "keypoints_3d", "joints_2d", "visible"}  # masks of (B, J), not (B,)
 
 

@@ -1,8 +1,8 @@
 """The index of a prepared folder, read with nothing in it trusted; sizes and checksums of its shards.
 
-    {"version": 1, "complete": true, "records": 6, "groups": {"sequence": 6}, "settings": {...}, "shards": [
-      {"file": "shard_00000.arrow", "records": 6, "bytes": 9000, "sha256": "...", "first": NAME, "last": NAME,
-       "crc32": [a checksum for each record]}]}
+{"version": 1, "complete": true, "records": 6, "groups": {"sequence": 6}, "settings": {...}, "shards": [
+  {"file": "shard_00000.arrow", "records": 6, "bytes": 9000, "sha256": "...", "first": NAME, "last": NAME,
+   "crc32": [a checksum for each record]}]}
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ VERSION = 1
 MAX_INDEX = 1 << 30  # bytes
 # Fields of the index and of a shard in it; numbers are from 0 on.
 _FIELDS: dict[str, type] = {
-    "version": int, "complete": bool, "records": int, "settings": dict, "shards": list, "groups": dict,
-}  # fmt: skip
+    "version": int,
+    "complete": bool,
+    "records": int,
+    "settings": dict,
+    "shards": list,
+    "groups": dict,
+}
 _SHARD_FIELDS: dict[str, type] = {"file": str, "records": int, "bytes": int, "sha256": str, "first": str, "last": str}
 _SHARD_FILE = re.compile(r"shard_\d{5,9}\.arrow")
 

@@ -32,16 +32,18 @@ from hmdiff.files.storage import atomic_file, make_folder
 
 _WORDS = ("name", "group", "body", "gender", "hand", "source")
 _NAMES = ("joint_names", "keypoint_names")
-_SCHEMA = pa.schema([
-    *((word, pa.string()) for word in _WORDS),
-    *((names, pa.list_(pa.string())) for names in _NAMES),
-    ("side", pa.float64()),
-    *((field, pa.list_(pa.float64() if field == "center" else pa.float32())) for field in SHAPES),
-    ("picture", pa.large_binary()),
-    ("region", pa.list_(pa.float64())),
-    ("depth", pa.large_binary()),
-    ("mask", pa.large_binary()),
-])  # fmt: skip
+_SCHEMA = pa.schema(
+    [
+        *((word, pa.string()) for word in _WORDS),
+        *((names, pa.list_(pa.string())) for names in _NAMES),
+        ("side", pa.float64()),
+        *((field, pa.list_(pa.float64() if field == "center" else pa.float32())) for field in SHAPES),
+        ("picture", pa.large_binary()),
+        ("region", pa.list_(pa.float64())),
+        ("depth", pa.large_binary()),
+        ("mask", pa.large_binary()),
+    ]
+)
 _BEFORE_MAPS = pa.schema(list(_SCHEMA)[:-2])  # of folders prepared before depth and masks were kept
 
 
@@ -95,9 +97,13 @@ class ShardWriter:
         self.folder = make_folder(folder)
         self.shard_records = shard_records
         self.index: dict[str, Any] = {
-            "version": VERSION, "complete": False, "records": 0, "groups": {}, "shards": [],
+            "version": VERSION,
+            "complete": False,
+            "records": 0,
+            "groups": {},
+            "shards": [],
             "settings": {**settings, "shard_records": shard_records},
-        }  # fmt: skip
+        }
         self._rows: list[dict[str, Any]] = []
         found = read_index(self.folder) if (self.folder / INDEX).exists() else None
         if found is not None and found["records"]:
@@ -173,10 +179,17 @@ class ShardWriter:
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
                 writer.write_batch(batch)
             size, digest = temporary.stat().st_size, checksum(temporary)
-        self.index["shards"].append({
-            "file": name, "records": len(rows), "bytes": size, "sha256": digest, "first": rows[0]["name"],
-            "last": rows[-1]["name"], "crc32": [_row_checksum(batch, row) for row in range(len(rows))],
-        })  # fmt: skip
+        self.index["shards"].append(
+            {
+                "file": name,
+                "records": len(rows),
+                "bytes": size,
+                "sha256": digest,
+                "first": rows[0]["name"],
+                "last": rows[-1]["name"],
+                "crc32": [_row_checksum(batch, row) for row in range(len(rows))],
+            }
+        )
         for row in rows:
             self.index["groups"][row["group"]] = self.index["groups"].get(row["group"], 0) + 1
         self.index["records"] += len(rows)

@@ -39,9 +39,15 @@ class AugmentOptions:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("flip", 0, 1), ("upright", 0, 1), ("noise", 0, 1), ("rotation", 0, 90), ("scale", 0, 0.9),
-            ("objects", 0, 1), ("people", 0, 1), ("pasted", 0, 1),
-        ):  # fmt: skip
+            ("flip", 0, 1),
+            ("upright", 0, 1),
+            ("noise", 0, 1),
+            ("rotation", 0, 90),
+            ("scale", 0, 0.9),
+            ("objects", 0, 1),
+            ("people", 0, 1),
+            ("pasted", 0, 1),
+        ):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and low <= value <= high):
                 raise UserError(f"data.augment: {name} {value!r}: a number from {low} to {high} is expected")

@@ -81,11 +81,15 @@ class Confidence:
     def from_json(cls, found: dict[str, Any]) -> Confidence:
         """Raises `KeyError`, `TypeError`, `ValueError`, `AttributeError` or `UserError` for anything else."""
         return cls(
-            {kind: {int(r): (float(a), float(b), float(c)) for r, (a, b, c) in radii.items()}
-             for kind, radii in found["coefficients"].items()},
-            {kind: {float(level): float(q) for level, q in levels.items()}
-             for kind, levels in found["quantiles"].items()},
-        )  # fmt: skip
+            {
+                kind: {int(r): (float(a), float(b), float(c)) for r, (a, b, c) in radii.items()}
+                for kind, radii in found["coefficients"].items()
+            },
+            {
+                kind: {float(level): float(q) for level, q in levels.items()}
+                for kind, levels in found["quantiles"].items()
+            },
+        )
 
 
 def fit_confidence(
@@ -105,8 +109,9 @@ def fit_confidence(
         features = _features(spread, person)[known].double()
         coefficients[kind] = {r: _logistic_fit(features, (error[known] < r).double()) for r in RADII}
         ratio = (error / spread.clamp_min(LEAST))[known].double().sort().values
-        quantiles[kind] = {level: ratio[min(len(ratio) - 1, math.ceil(level * (len(ratio) + 1)) - 1)].item()
-                           for level in LEVELS}  # fmt: skip
+        quantiles[kind] = {
+            level: ratio[min(len(ratio) - 1, math.ceil(level * (len(ratio) + 1)) - 1)].item() for level in LEVELS
+        }
     return Confidence(coefficients, quantiles)
 
 

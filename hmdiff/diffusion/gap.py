@@ -66,18 +66,23 @@ def make_target(
     variance = (weight * _variance(distribution, mean)).sum(-1).repeat_interleave(count, 0)
     weight, means = weight.repeat_interleave(count, 0), mean.repeat_interleave(count, 0)
     if guidance.pairing == "paired":
-        points = torch.cat([
-            draw_samples(distribution[row // count], 1, generator) for row, generator in enumerate(generators)
-        ])  # fmt: skip
+        points = torch.cat(
+            [draw_samples(distribution[row // count], 1, generator) for row, generator in enumerate(generators)]
+        )
         # Of these draws, not the expected one: a single draw is off by as much as there is to be seen.
         floor = (weight * (points - means).square().sum(-1)).sum(-1)
     else:
         points, floor, variance = means, torch.zeros_like(variance), torch.zeros_like(variance)
     centre = torch.zeros_like(mean[:, 0]) if principal_point is None else principal_point
     return Target(
-        points, weight, floor, variance, distribution, camera.repeat_interleave(count, 0),
+        points,
+        weight,
+        floor,
+        variance,
+        distribution,
+        camera.repeat_interleave(count, 0),
         centre.repeat_interleave(count, 0),
-    )  # fmt: skip
+    )
 
 
 def _variance(distribution: Tensor, mean: Tensor) -> Tensor:  # (B, J)

@@ -59,7 +59,14 @@ class Guidance:
 # HMDiff's DAT as its paper describes it, beside our default. Strength and threshold are not published: those at which
 # its claims show on the shipped checkpoint, as far as they do (LOG.md). Its sampling: N = 25, 40 DDIM steps of K = 200.
 PAPER = Guidance(
-    pairing="paired", step="gradient", decision="image", first=True, fall_back=False, sharpness=1.0,
-    strength=3000.0, threshold=0.3, peaks=0.0,
-)  # fmt: skip
+    pairing="paired",
+    step="gradient",
+    decision="image",
+    first=True,
+    fall_back=False,
+    sharpness=1.0,
+    strength=3000.0,
+    threshold=0.3,
+    peaks=0.0,
+)
 PRESETS = {"ours": Guidance(), "paper": PAPER}

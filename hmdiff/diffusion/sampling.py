@@ -94,9 +94,7 @@ def _step_options(scheduler: Scheduler, generators: Sequence[torch.Generator] | 
     return options
 
 
-def _bounded_noise(
-    prediction: Tensor, points: Tensor, timestep: Tensor, scheduler: Scheduler, clip: float
-) -> Tensor:
+def _bounded_noise(prediction: Tensor, points: Tensor, timestep: Tensor, scheduler: Scheduler, clip: float) -> Tensor:
     """The noise whose clean estimate lies within the bound: at a small abar a small error in eps is a huge mesh."""
     share = scheduler.alphas_cumprod.to(points.device)[timestep.long()]
     clean = (points - (1 - share).sqrt() * prediction) / share.sqrt()

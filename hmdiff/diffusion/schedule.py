@@ -131,9 +131,12 @@ def load_scheduler(
         raise UserError(f"{path}: {found}; one of {', '.join(SCHEDULER_NAMES)} and of {', '.join(PREDICTION_TYPES)}")
     kind, options = _scheduler(name)
     scheduler: Scheduler = kind(
-        num_train_timesteps=len(betas or ()), trained_betas=betas, prediction_type=config["prediction_type"],
-        timestep_spacing="trailing", **options,
-    )  # fmt: skip
+        num_train_timesteps=len(betas or ()),
+        trained_betas=betas,
+        prediction_type=config["prediction_type"],
+        timestep_spacing="trailing",
+        **options,
+    )
     return scheduler
 
 

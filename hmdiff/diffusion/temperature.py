@@ -84,13 +84,17 @@ class Temperature:
 
         guidance = found.get("guidance")
         sampling = Sampling(
-            int(found["num_inference_steps"]), str(found["sampler"]), float(found.get("eta", 0.0)),
+            int(found["num_inference_steps"]),
+            str(found["sampler"]),
+            float(found.get("eta", 0.0)),
             # With the defaults of options that are younger than the file.
             json.dumps({**dataclasses.asdict(Guidance()), **guidance}, sort_keys=True) if guidance else "",
-        )  # fmt: skip
+        )
         confidence, evidence = found.get("confidence"), found.get("evidence")
         return cls(
-            sampling, float(found["temperature"]), dict(found.get("fitted_on", {})),
+            sampling,
+            float(found["temperature"]),
+            dict(found.get("fitted_on", {})),
             None if confidence is None else Confidence.from_json(confidence),
             None if evidence is None else EvidenceFactor.from_json(evidence),
-        )  # fmt: skip
+        )

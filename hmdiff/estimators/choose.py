@@ -41,9 +41,14 @@ class MMPoseSource:
     """A top-down model of mmpose behind mmdet's detector. The detector is built at the first photo without boxes."""
 
     def __init__(
-        self, model: str, checkpoint: str | None, detector: str, detector_checkpoint: str | None,
-        device: torch.device | str, most_people: int,
-    ) -> None:  # fmt: skip
+        self,
+        model: str,
+        checkpoint: str | None,
+        detector: str,
+        detector_checkpoint: str | None,
+        device: torch.device | str,
+        most_people: int,
+    ) -> None:
         from hmdiff.estimators.mmpose_source import MMPoseEstimator
 
         self.name = f"mmpose {model}"

@@ -35,10 +35,14 @@ def heatmaps_from_codec(
     size = torch.tensor([values.shape[-1], values.shape[-2]])
     first, step = _grid(codec, center, scale, use_udp, size)
     across, down = (
-        torch.stack([spline_weights(int(size[axis]), places) for places in
-                     (_targets(to_center, to_side, axis) - first[:, axis, None]) / step[:, axis, None]])
+        torch.stack(
+            [
+                spline_weights(int(size[axis]), places)
+                for places in (_targets(to_center, to_side, axis) - first[:, axis, None]) / step[:, axis, None]
+            ]
+        )
         for axis in (0, 1)
-    )  # fmt: skip
+    )
     moved = torch.einsum("pik,pjkl,pml->pjim", down, values, across)
     return heatmaps_from_values(moved, names, to_center, to_side)
 

@@ -117,8 +117,10 @@ class MMPoseEstimator:
         head, bins = self.model.head, _Bins(self.model.head)
         with quiet(), bins if self._simcc else contextlib.nullcontext():
             found = inference_topdown(self.model, np.ascontiguousarray(photo[..., ::-1]), boxes.numpy())
-        center, scale = (torch.from_numpy(np.stack([one.metainfo[key] for one in found])).double()
-                         for key in ("input_center", "input_scale"))  # fmt: skip
+        center, scale = (
+            torch.from_numpy(np.stack([one.metainfo[key] for one in found])).double()
+            for key in ("input_center", "input_scale")
+        )
         crop = (self.names, head.decoder, center, scale, self.use_udp, *crop_from_box(boxes))
         if self._simcc:
             x, y, scores = (part[:, self._chosen] for part in bins.distributions())
@@ -156,8 +158,9 @@ class _Bins:
             return x, y, torch.minimum(x.amax(-1), y.amax(-1))
         x, y = ((part * getattr(loss, "beta", 1.0)).softmax(-1) for part in raw)
         # 1 where the distribution is as narrow as its label.
-        peaks = [1 / (sigma * math.sqrt(2 * math.pi)) if codec.smoothing_type == "gaussian" else 1.0
-                 for sigma in codec.sigma]  # fmt: skip
+        peaks = [
+            1 / (sigma * math.sqrt(2 * math.pi)) if codec.smoothing_type == "gaussian" else 1.0 for sigma in codec.sigma
+        ]
         return x, y, torch.minimum(x.amax(-1) / peaks[0], y.amax(-1) / peaks[1])
 
 

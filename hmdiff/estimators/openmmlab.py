@@ -204,9 +204,10 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:  # the c
     try:
         with quiet():
             missing = [
-                name for name in model.load_state_dict(stored, strict=False).missing_keys
+                name
+                for name in model.load_state_dict(stored, strict=False).missing_keys
                 if not name.endswith("num_batches_tracked")
-            ]  # fmt: skip
+            ]
     except RuntimeError:  # sizes differ
         wrong = [name for name, value in stored.items() if name in wanted and wanted[name] != value.shape]
         missing = wrong or list(wanted)

@@ -160,9 +160,7 @@ def read_people(
     faint = float(maps.values.amax())
     if faint < FAINT:
         notes.append(f"all confidences are below {FAINT:g} (at most {faint:.2g}): hardly anything is known of the pose")
-    return dataclasses.replace(
-        found, heatmaps=maps, notes=(*found.notes, *notes), focal_from=camera.described(info)
-    )
+    return dataclasses.replace(found, heatmaps=maps, notes=(*found.notes, *notes), focal_from=camera.described(info))
 
 
 def _from_heatmaps(

@@ -140,9 +140,19 @@ def calibrate(
         raise UserError(f"temperature: body {pipeline.body.name!r} has no keypoints to calibrate by")
     watch = SpreadWatch()
     samples, target = draw(
-        pipeline, data, split, people, num_hypotheses, num_inference_steps, scheduler, eta, seed, guidance, progress,
+        pipeline,
+        data,
+        split,
+        people,
+        num_hypotheses,
+        num_inference_steps,
+        scheduler,
+        eta,
+        seed,
+        guidance,
+        progress,
         watch,
-    )  # fmt: skip
+    )
     observed = watch.observed()
     factor = fit_evidence_factor(samples, target, observed.evidence) if people >= LEAST_PEOPLE else None
     scales = torch.ones(len(samples)) if factor is None else factor(observed.evidence)

@@ -82,32 +82,38 @@ def measure(
         each = mesh_errors(output.vertices, predicted, vertices[:, None], target[:, None], J14, ROOT)
         origin = root_of(predicted, J14, ROOT)
 
-        def mean_of(count: int, meshes: Tensor = output.vertices - origin, joints: Tensor = predicted - origin,
-                    truth: tuple[Tensor, Tensor] = (vertices, target)) -> dict[str, Tensor]:  # fmt: skip
+        def mean_of(
+            count: int,
+            meshes: Tensor = output.vertices - origin,
+            joints: Tensor = predicted - origin,
+            truth: tuple[Tensor, Tensor] = (vertices, target),
+        ) -> dict[str, Tensor]:
             return mesh_errors(meshes[:, :count].mean(1), joints[:, :count].mean(1), *truth, J14, ROOT)
 
         for count in counts:
             errors = rows_of(each, count, mean_of, answer.select)
             seen = answer.seen(count)
             whole = {
-                WEIGHTED: None if direct or count == 1 or seen is None else weighted_mean(
-                    output.vertices[:, :count], seen
-                ),
+                WEIGHTED: None
+                if direct or count == 1 or seen is None
+                else weighted_mean(output.vertices[:, :count], seen),
                 AGGREGATED: output.aggregated_vertices if count == counts[-1] else None,
-            }  # fmt: skip
+            }
             for kind, one in whole.items():
                 if one is not None:
                     keypoints = pipeline.body.keypoints(one)[:, _J14]
                     errors[kind] = mesh_errors(one, keypoints, vertices, target, J14, ROOT)
-            found[count].append({
-                "errors": {metric: {kind: values[metric] for kind, values in errors.items()} for metric in each},
-                "best_of": {
-                    metric: oracle_curve(errors[:, :count], (*COUNTS, count)) for metric, errors in each.items()
-                },
-                "joints": (predicted - origin)[:, :count],
-                "guidance": _guidance_report(output, count),
-                **({"temperatures": output.temperature} if output.calibrated_spread else {}),
-            })
+            found[count].append(
+                {
+                    "errors": {metric: {kind: values[metric] for kind, values in errors.items()} for metric in each},
+                    "best_of": {
+                        metric: oracle_curve(errors[:, :count], (*COUNTS, count)) for metric, errors in each.items()
+                    },
+                    "joints": (predicted - origin)[:, :count],
+                    "guidance": _guidance_report(output, count),
+                    **({"temperatures": output.temperature} if output.calibrated_spread else {}),
+                }
+            )
         true.append((target - root_of(target, J14, ROOT)).cpu())
         if observe is not None:
             observe(sample, output)

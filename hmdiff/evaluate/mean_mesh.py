@@ -42,9 +42,13 @@ def mean_mesh_errors(
     for sample in split_batches(data, split, people):
         assert sample.vertices is not None and sample.keypoints_3d is not None
         errors = mesh_errors(
-            vertices.expand_as(sample.vertices), keypoints[_J14].expand(len(sample.vertices), -1, -1), sample.vertices,
-            sample.keypoints_3d[:, _J14], J14, ROOT,
-        )  # fmt: skip
+            vertices.expand_as(sample.vertices),
+            keypoints[_J14].expand(len(sample.vertices), -1, -1),
+            sample.vertices,
+            sample.keypoints_3d[:, _J14],
+            J14,
+            ROOT,
+        )
         for metric, values in errors.items():
             collected[metric].append(values)
     return {metric: interval(torch.cat(parts)) for metric, parts in collected.items()}

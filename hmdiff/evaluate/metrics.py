@@ -124,10 +124,12 @@ def bootstrap_interval(
     if not len(values):
         return float("nan"), float("nan"), float("nan")
     generator = torch.Generator().manual_seed(seed)
-    means = torch.cat([
-        values[torch.randint(len(values), (min(100, samples - start), len(values)), generator=generator)].mean(1)
-        for start in range(0, samples, 100)
-    ])
+    means = torch.cat(
+        [
+            values[torch.randint(len(values), (min(100, samples - start), len(values)), generator=generator)].mean(1)
+            for start in range(0, samples, 100)
+        ]
+    )
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)).tolist()
     return values.mean().item(), low, high
 

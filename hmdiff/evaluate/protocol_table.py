@@ -24,9 +24,14 @@ def print_protocol(protocol: Protocol, data: str, synthetic: bool, reports: list
     width = shutil.get_terminal_size((WIDTH, 40)).columns if sys.stdout.isatty() else WIDTH
     print(f"\nprotocol {protocol.title}: {protocol.citation}")
     for word in ("ground_truth", "joints", "root", "alignment"):
-        print(textwrap.fill(
-            f"{word.replace('_', ' ')}: {getattr(protocol, word)}", width, initial_indent="  ", subsequent_indent="    "
-        ))  # fmt: skip
+        print(
+            textwrap.fill(
+                f"{word.replace('_', ' ')}: {getattr(protocol, word)}",
+                width,
+                initial_indent="  ",
+                subsequent_indent="    ",
+            )
+        )
     if synthetic:
         print("  here the ground truth is the synthetic people's own mesh, on the model's body")
     elif reports[0].get("heatmaps", "none") != "none":
@@ -54,8 +59,10 @@ def print_protocol(protocol: Protocol, data: str, synthetic: bool, reports: list
     Table(
         f"{protocol.title} on {data}, {counted}, mm (95 % interval)",
         ["scored", "hypothesis,\nor data", *(f"{protocol.name}\n{header}" for header in headers)],
-        lines, ruled=True, names=2,
-    ).print()  # fmt: skip
+        lines,
+        ruled=True,
+        names=2,
+    ).print()
     if not rows:
         print(f"no published row is kept for {protocol.name}")
     elif synthetic:

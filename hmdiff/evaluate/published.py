@@ -26,9 +26,15 @@ _LINEAGE = "in one table with METRO's lineage; the paper does not say which prot
 
 
 def _row(
-    protocol: str, method: str, data: str, source: str, pve: float | None, mpjpe: float | None, pa: float | None,
+    protocol: str,
+    method: str,
+    data: str,
+    source: str,
+    pve: float | None,
+    mpjpe: float | None,
+    pa: float | None,
     note: str = "",
-) -> Published:  # fmt: skip
+) -> Published:
     values = {"pve": pve, "mpjpe": mpjpe, "pa_mpjpe": pa}
     return Published(
         protocol, method, data, {name: value for name, value in values.items() if value is not None}, source, note
@@ -44,10 +50,26 @@ PUBLISHED: tuple[Published, ...] = (
     _row("metro", "Mesh Graphormer", "Human3.6M P2", "Lin et al., ICCV 2021, arXiv 2104.00272", None, 51.2, 34.5),
     _row("metro", "D2A-HMR", "3DPW", _D2A, None, 80.5, 48.4, _UNSAID),
     _row("metro", "D2A-HMR", "Human3.6M P2", _D2A, None, 53.8, 36.2, _UNSAID),
-    _row("metro", "D2A-HMR without depth or without distribution (a)", "3DPW", _D2A, None, 92.7, 61.8,
-         f"{_UNSAID}; which of the two is left out is not legible"),
-    _row("metro", "D2A-HMR without depth or without distribution (b)", "3DPW", _D2A, None, 90.0, 56.9,
-         f"{_UNSAID}; which of the two is left out is not legible"),
+    _row(
+        "metro",
+        "D2A-HMR without depth or without distribution (a)",
+        "3DPW",
+        _D2A,
+        None,
+        92.7,
+        61.8,
+        f"{_UNSAID}; which of the two is left out is not legible",
+    ),
+    _row(
+        "metro",
+        "D2A-HMR without depth or without distribution (b)",
+        "3DPW",
+        _D2A,
+        None,
+        90.0,
+        56.9,
+        f"{_UNSAID}; which of the two is left out is not legible",
+    ),
     _row("metro", "D2A-HMR without silhouette", "3DPW", _D2A, None, 89.5, 62.2, _UNSAID),
     _row("metro", "D2A-HMR without masked modelling", "3DPW", _D2A, None, 84.7, 51.4, _UNSAID),
     _row("jotr", "JOTR", "3DPW-OC", _JOTR, 92.6, 75.7, 52.2),
@@ -63,11 +85,22 @@ PUBLISHED: tuple[Published, ...] = (
     _row("min_of_n", "ScoreHypo, oracle of 100", "3DPW", "ScoreHypo, as its paper reports", 73.4, 63.0, 37.6),
     _row("min_of_n", "MEGA, oracle of 25", "3DPW", "MEGA, as its paper reports", 75.1, 63.6, 40.4),
     _row("min_of_n", "ProHMR, oracle of 25", "3DPW", "Kolotouros et al., arXiv 2108.11944", None, 84.0, 52.4),
-    Published("min_of_n", "conditional flow, better calibrated", "not said here", {"mpjpe": 53.0, "ece": 0.08},
-              "Pierzchlewicz et al., arXiv 2210.11179", "the oracle rewards miscalibration: see the next row"),
-    Published("min_of_n", "conditional flow, worse calibrated", "not said here", {"mpjpe": 48.5, "ece": 0.23},
-              "Pierzchlewicz et al., arXiv 2210.11179"),
-)  # fmt: skip
+    Published(
+        "min_of_n",
+        "conditional flow, better calibrated",
+        "not said here",
+        {"mpjpe": 53.0, "ece": 0.08},
+        "Pierzchlewicz et al., arXiv 2210.11179",
+        "the oracle rewards miscalibration: see the next row",
+    ),
+    Published(
+        "min_of_n",
+        "conditional flow, worse calibrated",
+        "not said here",
+        {"mpjpe": 48.5, "ece": 0.23},
+        "Pierzchlewicz et al., arXiv 2210.11179",
+    ),
+)
 
 
 def published_rows(protocol: str) -> list[Published]:

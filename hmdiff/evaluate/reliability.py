@@ -32,8 +32,16 @@ if TYPE_CHECKING:
 
 BINS = 10
 COLUMNS = (
-    "split", "of", "within", "it is", "said", "ECE", "skill", *(f"{level:.0%} interval" for level in LEVELS), "rank",
-)  # fmt: skip
+    "split",
+    "of",
+    "within",
+    "it is",
+    "said",
+    "ECE",
+    "skill",
+    *(f"{level:.0%} interval" for level in LEVELS),
+    "rank",
+)
 
 
 class Observed(NamedTuple):
@@ -104,17 +112,22 @@ def reliability(
     person: dict[int, float] = {}
     for radius in RADII:
         found = confidence.within(radius, observed.joint_spread, observed.vertex_spread)
-        for kind, said, error in (("joints", found.joints[:, 1:], observed.joint_error[:, 1:]),
-                                  ("vertices", found.vertices, observed.vertex_error)):  # fmt: skip
+        for kind, said, error in (
+            ("joints", found.joints[:, 1:], observed.joint_error[:, 1:]),
+            ("vertices", found.vertices, observed.vertex_error),
+        ):
             report[kind][radius] = _frequencies(said.flatten().double(), (error < radius).flatten().double())
         person[radius] = rank_correlation(-found.person, observed.vertex_error.mean(1))
-    for kind, drawn, error in (("joints", observed.joint_spread[:, 1:], observed.joint_error[:, 1:]),
-                               ("vertices", observed.vertex_spread, observed.vertex_error)):  # fmt: skip
+    for kind, drawn, error in (
+        ("joints", observed.joint_spread[:, 1:], observed.joint_error[:, 1:]),
+        ("vertices", observed.vertex_spread, observed.vertex_error),
+    ):
         for level in LEVELS:
             reach = confidence.interval(level, drawn, kind)
             report["intervals"][kind][level] = {
-                "coverage": (error <= reach).double().mean().item(), "radius_mm": reach.mean().item()
-            }  # fmt: skip
+                "coverage": (error <= reach).double().mean().item(),
+                "radius_mm": reach.mean().item(),
+            }
     report["person"] = {"rank_correlation": person}
     return report
 
@@ -149,12 +162,22 @@ def reliability_rows(split: str, report: Mapping[str, Any]) -> list[list[str]]:
         for number, radius in enumerate(RADII):
             found = report[kind][radius]
             intervals = [report["intervals"][kind][level] for level in LEVELS]
-            rows.append([
-                split if not rows else "", kind if number == 0 else "", f"{radius} mm", f"{found['counted']:.0%}",
-                f"{found['said']:.0%}", f"{found['ece']:.3f}", f"{found['skill']:.2f}",
-                *(f"{each['coverage']:.0%} in {each['radius_mm']:.0f} mm" if number == 0 else "" for each in intervals),
-                f"{report['person']['rank_correlation'][radius]:.2f}" if kind == "vertices" else "",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    split if not rows else "",
+                    kind if number == 0 else "",
+                    f"{radius} mm",
+                    f"{found['counted']:.0%}",
+                    f"{found['said']:.0%}",
+                    f"{found['ece']:.3f}",
+                    f"{found['skill']:.2f}",
+                    *(
+                        f"{each['coverage']:.0%} in {each['radius_mm']:.0f} mm" if number == 0 else ""
+                        for each in intervals
+                    ),
+                    f"{report['person']['rank_correlation'][radius]:.2f}" if kind == "vertices" else "",
+                ]
+            )
     return rows
 
 

@@ -104,9 +104,11 @@ class PredictedPeople:
             chosen = list(range(first, min(first + size, positions.stop)))
             found = self.files.take([self.names[position] for position in chosen])
             yield Part(
-                torch.tensor(chosen), found.bodies, self.truths.take(chosen),
+                torch.tensor(chosen),
+                found.bodies,
+                self.truths.take(chosen),
                 _choice(found.selected, self.files.num_hypotheses),
-            )  # fmt: skip
+            )
 
 
 class PipelinePeople:

@@ -34,8 +34,10 @@ def _rows(report: dict[str, Any]) -> Iterator[list[str]]:
     for number, kind in enumerate([next(iter(errors["pve"]))] if alone else several):
         name = "-" if alone else kind if kind == "first" else f"{kind} of {report['num_hypotheses']}"
         yield [
-            "" if number else report["checkpoint"], name, *(interval_text(errors[metric][kind]) for metric in METRICS)
-        ]  # fmt: skip
+            "" if number else report["checkpoint"],
+            name,
+            *(interval_text(errors[metric][kind]) for metric in METRICS),
+        ]
 
 
 def calibration_line(report: dict[str, Any]) -> str:

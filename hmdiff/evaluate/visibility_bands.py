@@ -215,8 +215,16 @@ def ratio_interval(
 
 
 COLUMNS = (
-    "visible", "people", "hypothesis", "PVE", "PA-MPJPE", "spread", "of vertices", "hidden over visible", "in error",
-)  # fmt: skip
+    "visible",
+    "people",
+    "hypothesis",
+    "PVE",
+    "PA-MPJPE",
+    "spread",
+    "of vertices",
+    "hidden over visible",
+    "in error",
+)
 
 
 def band_rows(report: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -234,8 +242,10 @@ def band_rows(report: Sequence[dict[str, Any]]) -> list[list[str]]:
         for kind, group in zip(KINDS, GROUPS, strict=True):
             if groups.get(group, {}).get("people"):
                 of[kind] = f"{group} {interval_text(groups[group], 0)}"
-        for kind, key, word in (("first", "hidden_over_visible", "theirs"),
-                                ("mean", "hidden_over_same_vertices_visible", "the same")):  # fmt: skip
+        for kind, key, word in (
+            ("first", "hidden_over_visible", "theirs"),
+            ("mean", "hidden_over_same_vertices_visible", "the same"),
+        ):
             for cells, prefix in ((ratio, ""), (wrong, "error_")):
                 if prefix + key in entry:
                     cells[kind] = f"{word} {interval_text(entry[prefix + key], 2)}"

@@ -26,9 +26,7 @@ def folder_checksums(
     without: Sequence[str] = (),  # names of files, relative to the folder
 ) -> dict[str, str]:  # by the file's name relative to the folder, with forward slashes
     """Of every file below the folder, in order of name."""
-    names = [
-        Path(place, name).relative_to(folder).as_posix() for place, _, files in os.walk(folder) for name in files
-    ]
+    names = [Path(place, name).relative_to(folder).as_posix() for place, _, files in os.walk(folder) for name in files]
     return {name: file_checksum(folder / name) for name in sorted(names) if name not in without}
 
 

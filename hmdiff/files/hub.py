@@ -44,9 +44,7 @@ def upload(folder: Path, repository: str, private: bool = False, message: str = 
     hub = HfApi()
     try:
         address = str(hub.create_repo(repository, private=private, exist_ok=True))
-        hub.upload_folder(
-            folder_path=folder, repo_id=repository, allow_patterns=list(FILES), commit_message=message
-        )
+        hub.upload_folder(folder_path=folder, repo_id=repository, allow_patterns=list(FILES), commit_message=message)
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:160]
         raise UserError(

@@ -30,12 +30,15 @@ _BUILTINS = ("__builtin__", "builtins")
 _COPYREG = ("copy_reg", "copyreg")
 _SPARSE = ("csc_matrix", "csr_matrix", "coo_matrix", "csc_array", "csr_array", "coo_array")
 _ALLOWED = {
-    ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
     *((module, name) for module in _MULTIARRAY for name in ("_reconstruct", "scalar")),
     *((module, "_frombuffer") for module in _NUMERIC),
     *((module, name) for module in _BUILTINS for name in ("object", "bytes")),
     *((module, "_reconstructor") for module in _COPYREG),
-}  # fmt: skip
+}
 _KINDS = re.compile(r"[<>=|]?([biufSUO?])(\d{0,6})")  # of the dtypes that an array may have
 
 

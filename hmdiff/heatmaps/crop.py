@@ -53,10 +53,15 @@ class Crop:
         # (A photo of size 0 and its focal length 0 stand for 'not known', in data sets without a camera.)
         if (self.focal < 0).any() or (self.photo_size < 0).any():
             raise UserError("crop: `focal` and `photo_size` must be above 0 pixels")
-        if any((value.abs() > most).any() for value, most in (
-            (self.rotation, LARGEST), (self.photo_size, 10 * LARGEST), (self.focal, 100 * LARGEST),
-            (self.principal_point, 10 * LARGEST),
-        )):  # fmt: skip
+        if any(
+            (value.abs() > most).any()
+            for value, most in (
+                (self.rotation, LARGEST),
+                (self.photo_size, 10 * LARGEST),
+                (self.focal, 100 * LARGEST),
+                (self.principal_point, 10 * LARGEST),
+            )
+        ):
             raise UserError("crop: a photo, a principal point or a rotation beyond what is possible; give pixels")
 
     @classmethod

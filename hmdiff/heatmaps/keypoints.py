@@ -129,9 +129,12 @@ def heatmaps_from_keypoints(
         found = [_crop(person, joints, turn) for person, joints, turn in zip(persons, points, turns, strict=True)]
         center, side = torch.stack([each[0] for each in found]), torch.stack([each[1] for each in found])
     crop = Crop.of(
-        center, side, torch.tensor(turns, dtype=side.dtype), None if photo is None else photo.size,
+        center,
+        side,
+        torch.tensor(turns, dtype=side.dtype),
+        None if photo is None else photo.size,
         None if photo is None else photo.focal,
-    )  # fmt: skip
+    )
     values = gaussian_heatmaps(crop.from_photo(points[..., :2]), points[..., 2], sigma, HEATMAP_SIZE)
     return Heatmaps(values, valid, crop)
 

@@ -83,16 +83,25 @@ TABLES: dict[str, Comparison] = {
         "no guidance, disrupted, DAT",
         tuple(
             Row(
-                f"{mode}, {steps}", steps=steps, mode=mode,
+                f"{mode}, {steps}",
+                steps=steps,
+                mode=mode,
                 reference=None if mode == UNGUIDED else f"{UNGUIDED}, {steps}",
             )
-            for steps in _DAT_STEPS for mode in (UNGUIDED, "disrupted", "dat")
+            for steps in _DAT_STEPS
+            for mode in (UNGUIDED, "disrupted", "dat")
         ),
         (
-            Column("PVE mean", "pve"), Column("- none's", "pve", paired=True), Column("PA-MPJPE mean", "pa_mpjpe"),
-            Column("PVE oracle", "pve", "oracle"), Column("ECE", "ece", digits=2),
-            Column("gap before", "gap_before", digits=3), Column("after", "gap_after", digits=3),
-            Column("on %", "active", scale=100, digits=0), Column("back %", "fell_back", scale=100, digits=0), _TIME,
+            Column("PVE mean", "pve"),
+            Column("- none's", "pve", paired=True),
+            Column("PA-MPJPE mean", "pa_mpjpe"),
+            Column("PVE oracle", "pve", "oracle"),
+            Column("ECE", "ece", digits=2),
+            Column("gap before", "gap_before", digits=3),
+            Column("after", "gap_after", digits=3),
+            Column("on %", "active", scale=100, digits=0),
+            Column("back %", "fell_back", scale=100, digits=0),
+            _TIME,
         ),
         "rows: mode, steps; on: share of the steps with guidance on; back: share of the hypotheses that fell back",
     ),
@@ -106,7 +115,7 @@ TABLES: dict[str, Comparison] = {
         ),
         "the first N of the same hypotheses; few hypotheses bias the ECE upwards",
     ),
-}  # fmt: skip
+}
 
 
 def find_table(name: str) -> Comparison:

@@ -45,7 +45,10 @@ def fit_figures(
             errors.append((fitted - truth.to(device)).norm(dim=-1).mean(-1).cpu())
         error = 1000 * torch.cat(errors)
         yield {
-            "noise_mm": 1000 * noise, "mean_mm": float(error.mean()), "p95_mm": float(error.quantile(0.95)),
-            "worst_mm": float(error.max()), "wall_ms": 1000 * statistics.median(wall),
+            "noise_mm": 1000 * noise,
+            "mean_mm": float(error.mean()),
+            "p95_mm": float(error.quantile(0.95)),
+            "worst_mm": float(error.max()),
+            "wall_ms": 1000 * statistics.median(wall),
             "process_ms": 1000 * statistics.median(process),
-        }  # fmt: skip
+        }

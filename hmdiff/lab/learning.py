@@ -58,8 +58,12 @@ def learning_curve(
     stream = TrainingStream(build_data(config, body, mesh), config, 0, 1, model)
     optimizer = build_optimizer(model, values)
     rates = [group["lr"] for group in optimizer.param_groups]
-    data = build_data(dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=PEOPLE)), body, mesh,
-                      full_mesh=True)  # fmt: skip
+    data = build_data(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=PEOPLE)),
+        body,
+        mesh,
+        full_mesh=True,
+    )
     held_out = {split: data.block(split, 0) for split in SPLITS}
     parameters = [p for p in model.parameters() if p.requires_grad]
     used, budget, due = 0.0, 60 * core_minutes, list(points)

@@ -115,8 +115,11 @@ def counted_flops(action: Callable[[], Any]) -> int:
 
 def start_rows(repeats: int) -> Iterator[Row]:
     """Imports, each in a process of its own, by its processor time: nothing here can be quicker than `import torch`."""
-    for stage, code in (("import torch", "import torch"), ("import the pipeline", "import hmdiff.pipeline"),
-                        ("hmdiff --help", "import hmdiff.cli.main as m; m.build_parser().format_help()")):  # fmt: skip
+    for stage, code in (
+        ("import torch", "import torch"),
+        ("import the pipeline", "import hmdiff.pipeline"),
+        ("hmdiff --help", "import hmdiff.cli.main as m; m.build_parser().format_help()"),
+    ):
         times = []
         for _ in range(1 + repeats):
             started = sum(os.times()[2:4])
@@ -220,6 +223,7 @@ def _file_rows(bench: Bench, pipe: HMDiffPipeline, photo: Path, output: Any, opt
     seen = read_people(photo)
     with tempfile.TemporaryDirectory() as folder:
         for kind in options.files:
+
             def write(kind: str = kind) -> None:
                 write_person(output, 0, seen, 0, Path(folder) / "person", pipe.body, kinds=(kind,))
 
@@ -229,9 +233,14 @@ def _file_rows(bench: Bench, pipe: HMDiffPipeline, photo: Path, output: Any, opt
 def summary(bench: Bench, rows: list[Row], options: Options) -> dict[str, Any]:
     """Everything, for a JSON file."""
     return {
-        "machine": {"device": str(bench.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                    "numpy": np.__version__},
-        "clock": bench.clock_name, "peak_flops_per_second": bench.peak,
+        "machine": {
+            "device": str(bench.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "clock": bench.clock_name,
+        "peak_flops_per_second": bench.peak,
         "options": {**dataclasses.asdict(options), "dtype": str(options.dtype)},
         "rows": [row.as_json() for row in rows],
-    }  # fmt: skip
+    }

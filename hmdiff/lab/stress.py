@@ -146,9 +146,16 @@ def stress(
         if progress is not None:
             progress(len(part))
     return Stress(
-        centres, half, torch.cat(moved), torch.cat(spread), torch.cat(hidden), clear, float(clear.spread.mean()),
-        torch.cat(errors) if errors else None, float(_error(clear, subject)) if errors else None,
-    )  # fmt: skip
+        centres,
+        half,
+        torch.cat(moved),
+        torch.cat(spread),
+        torch.cat(hidden),
+        clear,
+        float(clear.spread.mean()),
+        torch.cat(errors) if errors else None,
+        float(_error(clear, subject)) if errors else None,
+    )
 
 
 def recover_covered(
@@ -165,11 +172,13 @@ def recover_covered(
         heatmaps, taken = cover_heatmaps(subject.heatmaps, centres, half)
     image = None if subject.image is None else cover_image(subject.image, centres, half)
     covered = dataclasses.replace(
-        subject, heatmaps=heatmaps, image=image,
+        subject,
+        heatmaps=heatmaps,
+        image=image,
         depth=None if subject.depth is None else cover_depth(subject.depth, centres, half),
         photo_size=None if subject.photo_size is None else subject.photo_size.expand(count, -1),
         focal=None if subject.focal is None else subject.focal.expand(count),
-    )  # fmt: skip
+    )
     return recover(pipeline, covered, sampling, count), taken
 
 

@@ -47,9 +47,13 @@ def plot_sweep(
         for number, (name, cells) in enumerate(series.items()):
             shown = [result for result in cells if error_of(result, metric, kind) is not None]
             style: dict[str, Any] = {
-                "color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5,
-                "linewidth": 1.2, "capsize": 2, "elinewidth": 0.8,
-            }  # fmt: skip
+                "color": f"C{number % 10}",
+                "marker": _MARKERS[number % len(_MARKERS)],
+                "markersize": 5,
+                "linewidth": 1.2,
+                "capsize": 2,
+                "elinewidth": 0.8,
+            }
             errors = [error_of(result, metric, kind) for result in shown]
             bars = _bars(shown, reference, metric, kind)
             steps = [result["settings"]["steps"] for result in shown]
@@ -147,9 +151,14 @@ def _draw_front(axis: Any, results: Sequence[dict[str, Any]], metric: str, kind:
     for place, i in enumerate(front):  # neighbours may be close: every other label stands above its point
         steps = shown[i]["settings"]["steps"]
         axis.annotate(
-            f"{steps} step{'' if steps == 1 else 's'}", points[i], xytext=(0, 9 if place % 2 else -16), ha="center",
-            textcoords="offset points", fontsize=8, color=f"C{names[id(shown[i])] % 10}",
-        )  # fmt: skip
+            f"{steps} step{'' if steps == 1 else 's'}",
+            points[i],
+            xytext=(0, 9 if place % 2 else -16),
+            ha="center",
+            textcoords="offset points",
+            fontsize=8,
+            color=f"C{names[id(shown[i])] % 10}",
+        )
 
 
 def _ring(row: Any, reference: dict[str, Any] | None, metric: str, kind: str) -> None:

@@ -25,9 +25,17 @@ _MAY_DIFFER = ("model.", "loss.", "data.")  # what a row may change: neither its
 _WHAT = ("body", "model", "diffusion", "data", "loss")
 _SAME_DATA = ("workers",)
 BUDGET = (
-    "steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_steps", "weight_decay", "gradient_clip",
-    "ema_decay", "mixed_precision", "start_from",
-)  # fmt: skip
+    "steps",
+    "batch_size",
+    "gradient_accumulation",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "gradient_clip",
+    "ema_decay",
+    "mixed_precision",
+    "start_from",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,10 +216,15 @@ def row_config(
     if steps is not None and not any(text.startswith("training.warmup_steps=") for text in changes):
         warmup = round(plain.training.warmup_steps * total / plain.training.steps)
     fixed = [
-        f"model.mode={mode}", f"seed={seed}", f"training.steps={total}", f"training.warmup_steps={warmup}",
+        f"model.mode={mode}",
+        f"seed={seed}",
+        f"training.steps={total}",
+        f"training.warmup_steps={warmup}",
         # Everything that is looked at is looked at when all are trained.
-        f"training.evaluate_every={total}", f"training.picture_every={total + 1}", "evaluation.test_people=0",
-    ]  # fmt: skip
+        f"training.evaluate_every={total}",
+        f"training.picture_every={total + 1}",
+        "evaluation.test_people=0",
+    ]
     return load_config(path, [*changes, *fixed, *row.overrides])
 
 

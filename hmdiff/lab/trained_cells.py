@@ -49,11 +49,17 @@ class Asked:
         """All that a cell depends on."""
         diffusion = run.config.model["mode"] == "diffusion"
         return {
-            "format": FORMAT, "run": digest(essence(run.config)), "trained_seed": run.seed, "weights": weights,
-            "tested": list(row.tested), "split": split, "people": self.people, "seed": self.seed,
+            "format": FORMAT,
+            "run": digest(essence(run.config)),
+            "trained_seed": run.seed,
+            "weights": weights,
+            "tested": list(row.tested),
+            "split": split,
+            "people": self.people,
+            "seed": self.seed,
             "num_hypotheses": self.num_hypotheses if diffusion else 1,
             "steps": (self.steps or run.config.diffusion.num_inference_steps) if diffusion else 1,
-        }  # fmt: skip
+        }
 
 
 def cell_path(folder: Path, settings: dict[str, Any]) -> Path:

@@ -80,14 +80,25 @@ def plot_bands(
                 # Beside each other, or the intervals hide one another.
                 places = [n + 0.07 * (number - (len(rows) - 1) / 2) for n, _ in there]
                 values = [each["value"] for _, each in there]
-                bars = [[each["value"] - each["low"] for _, each in there], [
-                    each["high"] - each["value"] for _, each in there
-                ]]  # fmt: skip
-                axis.errorbar(places, values, bars, label=cells.row.label, color=f"C{number % 10}", marker="o",
-                              markersize=4, capsize=2, linewidth=1.2)  # fmt: skip
+                bars = [
+                    [each["value"] - each["low"] for _, each in there],
+                    [each["high"] - each["value"] for _, each in there],
+                ]
+                axis.errorbar(
+                    places,
+                    values,
+                    bars,
+                    label=cells.row.label,
+                    color=f"C{number % 10}",
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    linewidth=1.2,
+                )
             counts = [int(rows[0].mask(n, band).sum()) for n in range(len(bands))]
-            axis.set_xticks(range(len(bands)), [f"{name}\n{count}" for name, count in zip(bands, counts, strict=True)],
-                            fontsize=8)  # fmt: skip
+            axis.set_xticks(
+                range(len(bands)), [f"{name}\n{count}" for name, count in zip(bands, counts, strict=True)], fontsize=8
+            )
             axis.grid(alpha=0.25)
             axis.set_title(split, fontsize=10)
         line[0].set_ylabel("spread, mm" if what == SPREAD else f"{what.upper().replace('_', '-')} of the mean, mm")

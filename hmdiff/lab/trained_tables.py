@@ -209,10 +209,15 @@ def csv_rows(
                 continue
             mask = None if number is None else cells.mask(number, band)
             line: dict[str, Any] = {
-                "table": name, "split": split, "band": label, "row": cells.row.label, "mode": mode,
-                "reference": cells.row.reference or "", "builds_on": cells.row.builds_on or "",
+                "table": name,
+                "split": split,
+                "band": label,
+                "row": cells.row.label,
+                "mode": mode,
+                "reference": cells.row.reference or "",
+                "builds_on": cells.row.builds_on or "",
                 "seeds": " ".join(map(str, sorted(cells.cells))),
-            }  # fmt: skip
+            }
             first = next(iter(cells.cells.values()))["settings"]
             line["people"] = first["people"] if mask is None else int(mask.sum())
             line |= {key: first[key] for key in ("num_hypotheses", "steps")}

@@ -45,9 +45,7 @@ class HypothesisAggregator(nn.Module):
         self.fitted_on: dict[str, Any] = {}  # how it was trained, and what it gave on val
         coordinates, hidden = 12 * sizes.num_joints, sizes.hidden
         self.register_buffer("basis", torch.zeros(sizes.num_points, 4 * sizes.num_joints), persistent=False)
-        self.each = nn.Sequential(
-            nn.Linear(2 * coordinates, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU()
-        )
+        self.each = nn.Sequential(nn.Linear(2 * coordinates, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
         self.together = nn.Sequential(
             nn.Linear(hidden + coordinates, hidden), nn.GELU(), nn.Linear(hidden, coordinates)
         )

@@ -61,7 +61,7 @@ class ImageBackbone(GridBackbone):
         def build(channels: int, download: bool) -> Any:
             return timm.create_model(
                 name, pretrained=download, features_only=True, in_chans=channels, out_indices=(-1,)
-            )  # fmt: skip
+            )
 
         network = build(3 + heatmap_channels, False)
         if pretrained is True:

@@ -29,9 +29,7 @@ SCALED = ("joints", "vertices", "joints_2d")  # what RLE's σ̂ can be of
 class DenoiserBlock(nn.Module):
     """Vertex self-attention -> vertex-image cross-attention -> linear (the paper's order), modulated by the step."""
 
-    def __init__(
-        self, width: int, heads: int, context_width: int, ratio: float = 4.0, qk_norm: bool = False
-    ) -> None:
+    def __init__(self, width: int, heads: int, context_width: int, ratio: float = 4.0, qk_norm: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.self_attention = Attention(width, heads, qk_norm=qk_norm)

@@ -30,9 +30,10 @@ def check_call(
 ) -> None:
     """The plain numbers of a call. Raises `UserError` naming the first that is of another type or out of range."""
     for name, value, least, most in (
-        ("num_hypotheses", num_hypotheses, 1, MAX_HYPOTHESES), ("seed", seed, 0, _LARGEST_SEED),
+        ("num_hypotheses", num_hypotheses, 1, MAX_HYPOTHESES),
+        ("seed", seed, 0, _LARGEST_SEED),
         *(("people", number, 0, _LARGEST_SEED) for number in people or ()),
-    ):  # fmt: skip
+    ):
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole and not (hasattr(value, "__index__") and not isinstance(value, bool)):
             raise UserError(f"{name} {value!r:.60}: a whole number is needed")
@@ -66,8 +67,9 @@ def check_camera(
 ) -> None:
     """Raises `UserError` for a photo of size 0, a focal length of 0 or NaN, or another number of people."""
     for name, values, shape, (least, most) in (
-        ("photo_sizes", photo_sizes, (count, 2), _PIXELS), ("focal", focal, (count,), _FOCAL),
-    ):  # fmt: skip
+        ("photo_sizes", photo_sizes, (count, 2), _PIXELS),
+        ("focal", focal, (count,), _FOCAL),
+    ):
         if values is None:
             continue
         if tuple(values.shape) != shape:

@@ -37,9 +37,7 @@ def attend(
 class Attention(nn.Module):
     """Multi-head attention whose keys and values can be computed ahead and shared by many queries."""
 
-    def __init__(
-        self, width: int, heads: int, context_width: int | None = None, qk_norm: bool = False
-    ) -> None:
+    def __init__(self, width: int, heads: int, context_width: int | None = None, qk_norm: bool = False) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads")

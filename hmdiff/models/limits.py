@@ -13,11 +13,26 @@ from hmdiff.errors import UserError
 
 # The largest that is built, by the last part of the name.
 _LARGEST = {
-    "stack": 16, "depth": 64, "encoder_depth": 64, "depth_layers": 64, "heads": 64, "encoder_heads": 64, "width": 4096,
-    "encoder_width": 4096, "image_size": 2048, "heatmap_size": 512, "depth_size": 1024, "num_keypoints": 1024,
-    "num_vertices": 200_000, "num_coarse": 8192, "num_joints": 512, "patch_size": 8192, "upsample_neighbours": 256,
-    "volume_width": 1024, "volume_size": 64,
-}  # fmt: skip
+    "stack": 16,
+    "depth": 64,
+    "encoder_depth": 64,
+    "depth_layers": 64,
+    "heads": 64,
+    "encoder_heads": 64,
+    "width": 4096,
+    "encoder_width": 4096,
+    "image_size": 2048,
+    "heatmap_size": 512,
+    "depth_size": 1024,
+    "num_keypoints": 1024,
+    "num_vertices": 200_000,
+    "num_coarse": 8192,
+    "num_joints": 512,
+    "patch_size": 8192,
+    "upsample_neighbours": 256,
+    "volume_width": 1024,
+    "volume_size": 64,
+}
 _MAY_BE_ZERO = {"depth", "encoder_depth", "depth_layers"}
 _ABSURD = 1e6  # of any other number
 _NESTED = 8

@@ -60,9 +60,20 @@ class PartDenoiser(MeshDenoiser):
         aligned_context: bool = False,  # context tokens 1 to J are of the parts: each is added to its part's token
     ) -> None:
         super().__init__(
-            torch.zeros(0, 1, dtype=torch.long), num_parts, width, depth, heads, context_width, ratio, None, (),
-            maskable, volume_width, mesh_scale, qk_norm=qk_norm,
-        )  # fmt: skip
+            torch.zeros(0, 1, dtype=torch.long),
+            num_parts,
+            width,
+            depth,
+            heads,
+            context_width,
+            ratio,
+            None,
+            (),
+            maskable,
+            volume_width,
+            mesh_scale,
+            qk_norm=qk_norm,
+        )
         self.num_vertices = num_coarse
         for name in ("embed_patch", "embed_joint", "to_patch", "to_joint", "patch_bias", "joint_bias"):
             delattr(self, name)

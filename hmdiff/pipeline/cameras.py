@@ -63,9 +63,13 @@ class CropCamera:
         """Where the heatmaps' peaks see every hypothesis."""
         peaks, height = heatmap_peaks(heatmaps)
         return perspective_translation_fit(
-            keypoints, self.turned.to_photo(peaks)[:, None], height[:, None], self.turned.focal[:, None],
-            self.turned.principal_point[:, None], prior=prior,
-        )  # fmt: skip
+            keypoints,
+            self.turned.to_photo(peaks)[:, None],
+            height[:, None],
+            self.turned.focal[:, None],
+            self.turned.principal_point[:, None],
+            prior=prior,
+        )
 
     @property
     def is_turned(self) -> bool:

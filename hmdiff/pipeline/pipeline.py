@@ -187,10 +187,24 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
             one = None if one is None else frames.back(one)
             fitted = None if fitted is None else frames.back_fitted(fitted)
         output = MeshOutput(
-            vertices, joints, keypoints, camera, translation, turned.focal, turned.principal_point, self.faces, report,
-            likelihood, confidence=confidence, joint_scale=joint_scale, rle_log_likelihood=regressed, fitted=fitted,
-            body=self.body, photos=photos, aggregated_vertices=None if one is None else one[:, 0],
-        )  # fmt: skip
+            vertices,
+            joints,
+            keypoints,
+            camera,
+            translation,
+            turned.focal,
+            turned.principal_point,
+            self.faces,
+            report,
+            likelihood,
+            confidence=confidence,
+            joint_scale=joint_scale,
+            rle_log_likelihood=regressed,
+            fitted=fitted,
+            body=self.body,
+            photos=photos,
+            aggregated_vertices=None if one is None else one[:, 0],
+        )
         return calibrated(output, heatmaps, frames.crop.side, self.calibration(sampling))
 
     def _at_peaks(

@@ -110,8 +110,12 @@ def draw_hypotheses(
             some = conditioning.rows(rows // width)
             return reverse_diffusion(
                 lambda points, step: model.denoise(points[:, None], step[:1, None], some)[:, 0],
-                sampler, noise[rows], steps, [generators[row] for row in rows.tolist()], eta,
-            )  # fmt: skip
+                sampler,
+                noise[rows],
+                steps,
+                [generators[row] for row in rows.tolist()],
+                eta,
+            )
 
         noise, generators = start()
         if plan is None:
@@ -121,9 +125,18 @@ def draw_hypotheses(
             draws = hypothesis_generators(seed + GUIDANCE_STREAM, people, width, first)
             target = make_target(plan.guidance, plan.heatmaps, plan.camera, draws, plan.principal_point)
             result, report = aligned_sample(
-                denoise, sampler, (noise, generators), steps, eta, plan.keypoints, target, plan.guidance, count,
-                unguided, callback,
-            )  # fmt: skip
+                denoise,
+                sampler,
+                (noise, generators),
+                steps,
+                eta,
+                plan.keypoints,
+                target,
+                plan.guidance,
+                count,
+                unguided,
+                callback,
+            )
             reports.append(report)
         parts.append(result.unflatten(0, (count, width)))
         if progress is not None:

@@ -122,9 +122,15 @@ def train_aggregator(
             progress(1)
     head.load_state_dict(kept)
     found = {
-        "people": len(truth), "num_hypotheses": hypotheses, "epochs": epochs, "best_epoch": chosen, "seed": seed,
-        "val_people": len(held_out.truth), "val_mean_mm": before, "val_aggregated_mm": best,
-    }  # fmt: skip
+        "people": len(truth),
+        "num_hypotheses": hypotheses,
+        "epochs": epochs,
+        "best_epoch": chosen,
+        "seed": seed,
+        "val_people": len(held_out.truth),
+        "val_mean_mm": before,
+        "val_aggregated_mm": best,
+    }
     head.fitted_on = found
     pipeline.aggregator = head.to(pipeline.device).eval()
     return found

@@ -35,8 +35,7 @@ def describe_gradients(
             some = "" if len(still) == len(own) else f" ({still[0]}{', ...' if len(still) > 1 else ''})"
             words.append(f"{part}: {len(still)} of {len(own)}{some}")
     return CAREFUL, (
-        f"{len(unmoved)} of {len(names)} parameters get none from this data in {steps} steps: "
-        + "; ".join(words)
+        f"{len(unmoved)} of {len(names)} parameters get none from this data in {steps} steps: " + "; ".join(words)
     )
 
 

@@ -23,8 +23,34 @@ SIGMA = 2.0  # heatmap pixels, at 64 a side
 _MEAN, _STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 _LOSS_WEIGHT = 1000.0  # a mean over nearly empty heatmaps is tiny
 # Of OKS, as mmpose's own halpe26 has them; no figure here uses them, but its metainfo wants some.
-_SIGMAS = [0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087,
-           0.089, 0.089, 0.026, 0.026, 0.066, 0.079, 0.079, 0.079, 0.079, 0.079, 0.079]  # fmt: skip
+_SIGMAS = [
+    0.026,
+    0.025,
+    0.025,
+    0.035,
+    0.035,
+    0.079,
+    0.079,
+    0.072,
+    0.072,
+    0.062,
+    0.062,
+    0.107,
+    0.107,
+    0.087,
+    0.087,
+    0.089,
+    0.089,
+    0.026,
+    0.026,
+    0.066,
+    0.079,
+    0.079,
+    0.079,
+    0.079,
+    0.079,
+    0.079,
+]
 
 
 def estimator_config(
@@ -85,16 +111,26 @@ def _hrnet(width: int) -> dict[str, Any]:
 
     def stage(branches: int) -> dict[str, Any]:
         return {
-            "num_modules": 1, "num_branches": branches, "block": "BASIC", "num_blocks": (2,) * branches,
+            "num_modules": 1,
+            "num_branches": branches,
+            "block": "BASIC",
+            "num_blocks": (2,) * branches,
             "num_channels": tuple(channels[:branches]),
-        }  # fmt: skip
+        }
 
     first = {
-        "num_modules": 1, "num_branches": 1, "block": "BOTTLENECK", "num_blocks": (1,), "num_channels": (2 * width,),
-    }  # fmt: skip
+        "num_modules": 1,
+        "num_branches": 1,
+        "block": "BOTTLENECK",
+        "num_blocks": (1,),
+        "num_channels": (2 * width,),
+    }
     stages = {
-        "stage1": first, "stage2": stage(2), "stage3": stage(3), "stage4": {**stage(4), "multiscale_output": False},
-    }  # fmt: skip
+        "stage1": first,
+        "stage2": stage(2),
+        "stage3": stage(3),
+        "stage4": {**stage(4), "multiscale_output": False},
+    }
     return {"type": "HRNet", "in_channels": 3, "extra": stages}
 
 

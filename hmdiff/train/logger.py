@@ -79,11 +79,19 @@ def run_log(
         rows = [row for row in rows if int(row["step"]) < step or "val_pve_mean" not in row]
     # One W&B run for one folder, also after a resume.
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    accelerator.init_trackers(PROJECT, init_kwargs={
-        "tensorboard": {"purge_step": step + 1},
-        "wandb": {"name": config.name, "id": identity, "resume": "allow", "dir": str(folder),
-                  "config": dataclasses.asdict(config)},
-    })  # fmt: skip
+    accelerator.init_trackers(
+        PROJECT,
+        init_kwargs={
+            "tensorboard": {"purge_step": step + 1},
+            "wandb": {
+                "name": config.name,
+                "id": identity,
+                "resume": "allow",
+                "dir": str(folder),
+                "config": dataclasses.asdict(config),
+            },
+        },
+    )
 
     def log(row: dict[str, float]) -> None:
         rows.append({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})

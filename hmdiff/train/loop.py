@@ -59,9 +59,10 @@ class Trainer:
         self._wrapping = DistributedDataParallelKwargs()
         self.folder = make_folder(config.output)
         self.accelerator = Accelerator(
-            mixed_precision=values.mixed_precision, kwargs_handlers=[self._wrapping],
+            mixed_precision=values.mixed_precision,
+            kwargs_handlers=[self._wrapping],
             **tracker_options(values.trackers, self.folder),
-        )  # fmt: skip
+        )
         self._check_same_run()
         device = self.accelerator.device
         body = load_body(config.body)
@@ -95,9 +96,12 @@ class Trainer:
         if values.compile:
             self.plain.forward = torch.compile(self.plain.forward)  # type: ignore[method-assign]
         step = TrainingStep(
-            self.plain, self.scheduler, config.loss, edges.to(device) if config.loss.edges else None,
+            self.plain,
+            self.scheduler,
+            config.loss,
+            edges.to(device) if config.loss.edges else None,
             keypoint_map(config.loss, self.plain, body, device),
-        )  # fmt: skip
+        )
         self._wrapping.find_unused_parameters = used_by_no_loss(self.plain, config.loss)
         self._tell_deepspeed()
         self.model, self.optimizer = self.accelerator.prepare(step, optimizer)
@@ -139,9 +143,10 @@ class Trainer:
             prefetch_factor=4 if self.config.data.workers else None,
         )
         bar = tqdm(total=values.steps, initial=self.step, disable=not main, desc=self.config.name, unit="step")
-        with stop_signals(self._stop), run_log(
-            self.accelerator, self.folder, self.config, self.step, again=self._evaluation_due()
-        ) as log:
+        with (
+            stop_signals(self._stop),
+            run_log(self.accelerator, self.folder, self.config, self.step, again=self._evaluation_due()) as log,
+        ):
             # In here, so that Ctrl-C finds our handler in the data workers too, and not the one that ends them.
             batches = iter(loader)
             if self.step and self._evaluation_due():
@@ -289,9 +294,10 @@ class Trainer:
             reason = str(error).split("\n")[0][:160]
             raise UserError(f"{place}: damaged checkpoint ({reason}); {checkpoint.MEND}") from None
         for what, tensors in (
-            ("weights", list(self.plain.parameters())), ("averaged weights", stored),
+            ("weights", list(self.plain.parameters())),
+            ("averaged weights", stored),
             ("moments of the optimiser", list(checkpoint.tensors_in(self.optimizer.state_dict()))),
-        ):  # fmt: skip
+        ):
             checkpoint.check_finite(place, whole(tensors), what)
         self.step, self.ema.optimization_step = progress.step, progress.ema_steps
         self._sums, self._counted = dict(progress.sums), progress.counted

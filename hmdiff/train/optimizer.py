@@ -52,9 +52,7 @@ def build_optimizer(model: nn.Module, values: TrainingConfig) -> torch.optim.Opt
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = []
     if values.optimizer == "muon":
-        hidden = [
-            p for name, p in named if p.dim() == 2 and min(p.shape) >= HIDDEN and not name.endswith(_TABLES)
-        ]  # fmt: skip
+        hidden = [p for name, p in named if p.dim() == 2 and min(p.shape) >= HIDDEN and not name.endswith(_TABLES)]
     taken = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in taken]
     groups: list[dict[str, Any]] = [

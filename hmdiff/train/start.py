@@ -12,9 +12,14 @@ from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train.optimizer import OPTIMIZERS, SCHEDULES
 
 _AT_LEAST_ONE = (
-    "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every", "checkpoint_every",
+    "steps",
+    "batch_size",
+    "gradient_accumulation",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
     "keep_checkpoints",
-)  # fmt: skip
+)
 
 
 def check_values(config: Config) -> None:
@@ -43,9 +48,20 @@ def check_values(config: Config) -> None:
 
 # Entries of the optional paths: a path that the saved pipeline has not starts as it is built.
 _PATHS = (
-    "depth_map", "depth_layers", "depth_size", "rle", "rle_variant", "silhouette", "masked", "lifting", "volume_width",
-    "volume_size", "volume_exponent", "coarse_to_fine", "hybrid_position",
-)  # fmt: skip
+    "depth_map",
+    "depth_layers",
+    "depth_size",
+    "rle",
+    "rle_variant",
+    "silhouette",
+    "masked",
+    "lifting",
+    "volume_width",
+    "volume_size",
+    "volume_exponent",
+    "coarse_to_fine",
+    "hybrid_position",
+)
 
 
 def take_weights(model: MeshRecoveryModel, name: str) -> None:

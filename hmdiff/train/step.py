@@ -89,22 +89,46 @@ def training_losses(
             clean_weight = clean_weight * (share / (1 - share).clamp_min(1e-8)).clamp(max=1.0)
     contrast = _contrast(model, config, sample, found, truth, clean, share, draws.shared_seed)
     paths = PathOutputs(
-        model.config.mesh_scale, found.scale, model.flow_log_probs(),
-        model.config.rle_variant, found.silhouette, found.estimates, found.meshes, contrast,
+        model.config.mesh_scale,
+        found.scale,
+        model.flow_log_probs(),
+        model.config.rle_variant,
+        found.silhouette,
+        found.estimates,
+        found.meshes,
+        contrast,
         vertices=_some_vertices(model, draws).to(truth.device),
         regressed=None if model.config.mode == "direct" else share < 1e-6,
-    )  # fmt: skip
+    )
     more = {}
     if keypoints is not None:
         with torch.autocast(truth.device.type, enabled=False):
             more = keypoint_terms(
-                config, sample, keypoints, model.to_coarse(clean).float(), model.to_joints(clean).float(),
-                found.camera, clean_weight, model.config.frame, model.config.mesh_scale,
-            )  # fmt: skip
+                config,
+                sample,
+                keypoints,
+                model.to_coarse(clean).float(),
+                model.to_joints(clean).float(),
+                found.camera,
+                clean_weight,
+                model.config.frame,
+                model.config.mesh_scale,
+            )
     return objective(
-        config, sample, found.points, target, weight, clean, truth, share, found.camera, model.config.num_coarse, edges,
-        paths, more,
-    )  # fmt: skip
+        config,
+        sample,
+        found.points,
+        target,
+        weight,
+        clean,
+        truth,
+        share,
+        found.camera,
+        model.config.num_coarse,
+        edges,
+        paths,
+        more,
+    )
 
 
 def _some_vertices(model: MeshRecoveryModel, draws: Draws) -> Tensor:  # (v,) long
@@ -149,9 +173,7 @@ def _contrast(
         size = found.volume.shape[2:]
         away = voxels_away_from(places, (size[0], size[1], size[2]))
         voxels = found.volume.flatten(2).mT
-        terms["non_joint_contrast"] = joint_to_non_joint(
-            predicted, voxels, away, labelled, generator, valid=inside
-        )
+        terms["non_joint_contrast"] = joint_to_non_joint(predicted, voxels, away, labelled, generator, valid=inside)
     return terms
 
 

@@ -21,9 +21,7 @@ from hmdiff.train.step import Draws
 class TrainingStream(Dataset):
     """Micro-batches of one process: item i holds the people, and all that is random: functions of (seed, i) alone."""
 
-    def __init__(
-        self, data: PeopleSource, config: Config, rank: int, processes: int, model: MeshRecoveryModel
-    ) -> None:
+    def __init__(self, data: PeopleSource, config: Config, rank: int, processes: int, model: MeshRecoveryModel) -> None:
         training, loss = config.training, config.loss
         self.data, self.seed = data, config.seed
         self.points, self.tokens, self.masked = model.num_points, model.num_tokens, model.config.masked

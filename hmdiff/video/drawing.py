@@ -44,16 +44,19 @@ def draw_video(
             for frame in read_frames(info):
                 assert frame.picture is not None
                 picture = frame.picture
-                here = [(track, vertices, faces, frame.number - int(track.frames[0]))
-                        for track, vertices, faces in drawn
-                        if track.frames[0] <= frame.number <= track.frames[-1]]  # fmt: skip
+                here = [
+                    (track, vertices, faces, frame.number - int(track.frames[0]))
+                    for track, vertices, faces in drawn
+                    if track.frames[0] <= frame.number <= track.frames[-1]
+                ]
                 # The farthest first, so that who is in front covers who is behind.
                 for track, vertices, faces, row in sorted(here, key=lambda each: -float(each[1][each[3]][:, 2].mean())):
                     body = vertices[row]
                     colour = PALETTE[track.number % len(PALETTE)]
                     opacity = 0.85 if track.seen[row] else 0.4
-                    picture = overlay(picture, body, faces, body.new_zeros(3), track.focal, track.principal_point,
-                                      colour, opacity)  # fmt: skip
+                    picture = overlay(
+                        picture, body, faces, body.new_zeros(3), track.focal, track.principal_point, colour, opacity
+                    )
                 writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
                 if progress is not None:
                     progress(1)

@@ -81,8 +81,16 @@ def recover_video(
     source = pipe.source if source is None else source
     sampling = {"guidance": pipe.default_guidance(), **sampling}
     stat = info.path.stat()
-    settings = {"clip": str(info.path), "bytes": stat.st_size, "changed": stat.st_mtime, "seed": seed,
-                "num_hypotheses": num_hypotheses, "source": source.name, "camera": camera, **sampling}  # fmt: skip
+    settings = {
+        "clip": str(info.path),
+        "bytes": stat.st_size,
+        "changed": stat.st_mtime,
+        "seed": seed,
+        "num_hypotheses": num_hypotheses,
+        "source": source.name,
+        "camera": camera,
+        **sampling,
+    }
     kept, tracker = Kept(folder, settings), Tracker()
     chunks = kept.read()
     for chunk in chunks:  # the tracker goes through what is done once more
@@ -139,9 +147,12 @@ class _Look:
         for predicted in tracker.missed(frame.time):
             sure = predicted[predicted[:, 2] > _FAINT]
             box = (*sure[:, :2].min(0), *sure[:, :2].max(0)) if len(sure) else (0.0, 0.0, 0.0, 0.0)
-            again = [(maps, points) for maps, points in self._people(frame.picture, box)
-                     if points[:, 2].mean() > 0.5 * predicted[:, 2].mean()
-                     and not any(same_person(points, other) for _, other in found)]  # fmt: skip
+            again = [
+                (maps, points)
+                for maps, points in self._people(frame.picture, box)
+                if points[:, 2].mean() > 0.5 * predicted[:, 2].mean()
+                and not any(same_person(points, other) for _, other in found)
+            ]
             numbers += tracker.update(frame.time, np.array([points for _, points in again]))
             found += again
         return [(number, *each) for number, each in zip(numbers, found, strict=True)]
@@ -158,9 +169,15 @@ class _Look:
 
 
 def _chunk(
-    pipe: Any, frames: Sequence[Frame], look: _Look, tracker: Tracker, num_hypotheses: int, seed: int,
-    share_noise: bool, sampling: dict[str, Any],
-) -> Rows:  # fmt: skip
+    pipe: Any,
+    frames: Sequence[Frame],
+    look: _Look,
+    tracker: Tracker,
+    num_hypotheses: int,
+    seed: int,
+    share_noise: bool,
+    sampling: dict[str, Any],
+) -> Rows:
     """Everybody in some frames, recovered in batches."""
     people: list[tuple[Frame, int, Heatmaps, np.ndarray, Tensor | None]] = []
     reads_pictures = pipe.model.config.inputs != "heatmaps"
@@ -177,8 +194,10 @@ def _chunk(
         numbers = [number if share_noise else 1000 * frame.number + number for frame, number, *_ in batch]
         output = pipe(images, maps, num_hypotheses=num_hypotheses, seed=seed, people=numbers, **sampling)
         rows.append(_rows(output, maps, batch))
-    about = {"frame_times": np.array([frame.time for frame in frames]),
-             "lost": np.repeat([frame.number for frame in frames], [frame.lost for frame in frames])}  # fmt: skip
+    about = {
+        "frame_times": np.array([frame.time for frame in frames]),
+        "lost": np.repeat([frame.number for frame in frames], [frame.lost for frame in frames]),
+    }
     return {**joined(rows), **about} if rows else about
 
 
@@ -186,11 +205,17 @@ def _rows(output: Any, maps: Heatmaps, batch: Sequence[tuple[Frame, int, Heatmap
     distance = output.translation[..., 0] * 0 if output.keypoints is None else keypoint_distance(output, maps)
     likelihood = torch.zeros_like(distance) if output.log_likelihood is None else output.log_likelihood
     columns = {
-        "pose": output.fitted.pose, "betas": output.fitted.betas, "root": output.translation,
-        "joints": output.joints - output.joints[:, :, :1], "log_likelihood": likelihood, "distance": distance.mean(1),
-        "side": maps.side, "spread_mm": output.spread.mean(-1), "focal": output.focal,
+        "pose": output.fitted.pose,
+        "betas": output.fitted.betas,
+        "root": output.translation,
+        "joints": output.joints - output.joints[:, :, :1],
+        "log_likelihood": likelihood,
+        "distance": distance.mean(1),
+        "side": maps.side,
+        "spread_mm": output.spread.mean(-1),
+        "focal": output.focal,
         "principal_point": output.principal_point,
-    }  # fmt: skip
+    }
     found = {name: values.detach().cpu().float().numpy() for name, values in columns.items()}
     return found | {
         "frame": np.array([frame.number for frame, *_ in batch]),

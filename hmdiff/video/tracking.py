@@ -50,8 +50,9 @@ class Tracker:
         self._tracks = [each for each in self._tracks if time - each.time <= _AWAY]
         numbers = [-1] * len(people)
         if self._tracks and len(people):
-            cost = np.array([[_distance(each.predicted(time), each.points, seen) for seen in people]
-                             for each in self._tracks])  # fmt: skip
+            cost = np.array(
+                [[_distance(each.predicted(time), each.points, seen) for seen in people] for each in self._tracks]
+            )
             # What is too far costs more than all that is near: the assignment then leaves it to the end.
             for track, person in zip(*linear_sum_assignment(np.minimum(cost, 10 * _FAR)), strict=True):
                 if cost[track, person] <= _FAR:

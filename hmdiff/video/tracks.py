@@ -92,13 +92,25 @@ class VideoTrack:
         """The npz of `hmdiff sample clip.mp4`."""
         pose, betas, translation = self.mean
         return {
-            "frames": self.frames, "times": self.times, "seen": self.seen, "pose": self.pose, "betas": self.betas,
-            "translation": self.translation, "mean_pose": pose, "mean_betas": betas, "mean_translation": translation,
-            "selected": self.selected, "keypoints_seen": self.points, "spread_mm": self.spread_mm,
-            "focal": self.focal, "principal_point": self.principal_point, "track": self.number,
-            "body": self.body.name, "joint_names": np.array(self.body.joint_names),
+            "frames": self.frames,
+            "times": self.times,
+            "seen": self.seen,
+            "pose": self.pose,
+            "betas": self.betas,
+            "translation": self.translation,
+            "mean_pose": pose,
+            "mean_betas": betas,
+            "mean_translation": translation,
+            "selected": self.selected,
+            "keypoints_seen": self.points,
+            "spread_mm": self.spread_mm,
+            "focal": self.focal,
+            "principal_point": self.principal_point,
+            "track": self.number,
+            "body": self.body.name,
+            "joint_names": np.array(self.body.joint_names),
             "frame": "x right, y down, z forward; metres; the camera at 0",
-        }  # fmt: skip
+        }
 
     def save(self, stem: str | Path, more: dict[str, Any] | None = None) -> None:
         """STEM.npz (parameters), STEM_animated.glb (the mean and every hypothesis as clips), STEM.bvh (the mean)."""
@@ -154,10 +166,21 @@ def assemble(
     points = np.zeros((len(frames), *rows["points"].shape[1:]), np.float32)
     points[seen] = rows["points"]
     return VideoTrack(
-        number, frames, times, seen, pose.to(body.v_template), betas.to(body.v_template),
-        translation.to(body.v_template), int(chosen[0]), points, _where(seen, rows["spread_mm"]),
-        _where(seen, rows["side"]), float(rows["focal"][0]), rows["principal_point"][0].astype(np.float32), body,
-    )  # fmt: skip
+        number,
+        frames,
+        times,
+        seen,
+        pose.to(body.v_template),
+        betas.to(body.v_template),
+        translation.to(body.v_template),
+        int(chosen[0]),
+        points,
+        _where(seen, rows["spread_mm"]),
+        _where(seen, rows["side"]),
+        float(rows["focal"][0]),
+        rows["principal_point"][0].astype(np.float32),
+        body,
+    )
 
 
 def _where(seen: np.ndarray, values: np.ndarray) -> np.ndarray:

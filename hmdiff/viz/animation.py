@@ -86,11 +86,14 @@ def save_animated_glb(
     turns, places = _nodes_of(next(iter(clips.values())), joints[0])
     offsets = joints - joints[[max(parent, 0) for parent in body.parents]]
     nodes: list[dict[str, Any]] = [
-        {"name": name, "translation": (places[0] if joint == 0 else offsets[joint]).tolist(),
-         "rotation": turns[0, joint].tolist(),
-         **({"children": below} if (below := [j for j, p in enumerate(body.parents) if p == joint]) else {})}
+        {
+            "name": name,
+            "translation": (places[0] if joint == 0 else offsets[joint]).tolist(),
+            "rotation": turns[0, joint].tolist(),
+            **({"children": below} if (below := [j for j, p in enumerate(body.parents) if p == joint]) else {}),
+        }
         for joint, name in enumerate(body.joint_names)
-    ]  # fmt: skip
+    ]
     nodes.append({"name": "body", "mesh": 0, "skin": 0})
     material = {"baseColorFactor": [0.75, 0.75, 0.78, 1.0], "metallicFactor": 0.0, "roughnessFactor": 0.75}
     document = {
@@ -177,11 +180,19 @@ def save_smpl_npz(
     place = (_places(clip, root) - root).astype(np.float32)
     shape = betas.detach().cpu().numpy().astype(np.float32)
     save_npz(
-        path, poses=whole, trans=place, betas=shape, gender=np.array(gender),
-        mocap_frame_rate=np.array(clip.frame_rate), mocap_time_length=np.array(len(poses) / clip.frame_rate),
-        surface_model_type=np.array("smplx"), global_orient=whole[:, :3],
-        body_pose=whole[:, 3 : 3 * _BODY_JOINTS], transl=place, body=np.array(body.name),
-    )  # fmt: skip
+        path,
+        poses=whole,
+        trans=place,
+        betas=shape,
+        gender=np.array(gender),
+        mocap_frame_rate=np.array(clip.frame_rate),
+        mocap_time_length=np.array(len(poses) / clip.frame_rate),
+        surface_model_type=np.array("smplx"),
+        global_orient=whole[:, :3],
+        body_pose=whole[:, 3 : 3 * _BODY_JOINTS],
+        transl=place,
+        body=np.array(body.name),
+    )
 
 
 def rest_pose(body: Body, betas: Tensor) -> tuple[np.ndarray, np.ndarray]:  # (V, 3), (J, 3) metres, y up

@@ -27,13 +27,24 @@ _WARM, _COOL, _MIDLINE, _DARK = (255, 140, 66), (66, 156, 255), (250, 250, 250),
 HEAT = np.array([[0.80, 0.84, 0.92], [0.99, 0.90, 0.55], [0.98, 0.62, 0.30], [0.85, 0.22, 0.27], [0.42, 0.05, 0.25]])
 _INK = (60, 64, 72)
 _LIMBS = (
-    ("ankle", "knee"), ("knee", "hip"), ("wrist", "elbow"), ("elbow", "shoulder"), ("hip", "shoulder"), ("eye", "ear"),
-    ("ankle", "big_toe"), ("ankle", "heel"), ("big_toe", "small_toe"),
-)  # fmt: skip
+    ("ankle", "knee"),
+    ("knee", "hip"),
+    ("wrist", "elbow"),
+    ("elbow", "shoulder"),
+    ("hip", "shoulder"),
+    ("eye", "ear"),
+    ("ankle", "big_toe"),
+    ("ankle", "heel"),
+    ("big_toe", "small_toe"),
+)
 _CROSS_LIMBS = (
-    ("left_shoulder", "right_shoulder"), ("left_hip", "right_hip"), ("nose", "left_eye"), ("nose", "right_eye"),
-    ("nose", "neck"), ("neck", "top_head"),
-)  # fmt: skip
+    ("left_shoulder", "right_shoulder"),
+    ("left_hip", "right_hip"),
+    ("nose", "left_eye"),
+    ("nose", "right_eye"),
+    ("nose", "neck"),
+    ("neck", "top_head"),
+)
 
 
 def read_picture(

@@ -34,8 +34,12 @@ class Glb:
             "asset": {"version": "2.0", "generator": "hmdiff"},
             "scene": 0,
             "scenes": [{"nodes": [], "extras": {"frame": frame}}],
-            "nodes": [], "meshes": [], "materials": [], "accessors": [], "bufferViews": [],
-        }  # fmt: skip
+            "nodes": [],
+            "meshes": [],
+            "materials": [],
+            "accessors": [],
+            "bufferViews": [],
+        }
 
     def add(
         self,
@@ -48,8 +52,10 @@ class Glb:
         corners = torch.as_tensor(faces).long().cpu()
         normals = vertex_normals(torch.from_numpy(vertices)[None], corners)[0].numpy()
         limits = {"min": vertices.min(0).tolist(), "max": vertices.max(0).tolist()} if len(vertices) else {}
-        attributes = {"POSITION": self._accessor(vertices, "VEC3", _VERTICES, **limits),
-                      "NORMAL": self._accessor(normals, "VEC3", _VERTICES)}  # fmt: skip
+        attributes = {
+            "POSITION": self._accessor(vertices, "VEC3", _VERTICES, **limits),
+            "NORMAL": self._accessor(normals, "VEC3", _VERTICES),
+        }
         primitive: dict[str, Any] = {"attributes": attributes, "indices": self._faces(faces, corners, len(vertices))}
         if colour is not None and colour.ndim == 1:
             rgba = [*map(float, colour.clip(0, 1)), 1.0]
@@ -86,8 +92,13 @@ class Glb:
         view = {"buffer": 0, "byteOffset": len(self._buffer), "byteLength": len(data), "target": target}
         self._buffer += data + b"\0" * (-len(data) % 4)
         self._tree["bufferViews"].append(view)
-        self._tree["accessors"].append({
-            "bufferView": len(self._tree["bufferViews"]) - 1, "componentType": _COMPONENTS[values.dtype.name],
-            "count": len(values), "type": kind, **more,
-        })  # fmt: skip
+        self._tree["accessors"].append(
+            {
+                "bufferView": len(self._tree["bufferViews"]) - 1,
+                "componentType": _COMPONENTS[values.dtype.name],
+                "count": len(values),
+                "type": kind,
+                **more,
+            }
+        )
         return len(self._tree["accessors"]) - 1

@@ -18,9 +18,10 @@ Colour = tuple[float, float, float]
 FAR = 1e4  # metres: the depth of nothing, for depth differences
 _AMBIENT = (0.46, 0.47, 0.50)
 _LIGHTS = (  # towards the light in the camera's frame, and its colour
-    ((-0.5, -0.8, -0.8), (0.54, 0.53, 0.50)), ((0.9, -0.1, -0.5), (0.15, 0.16, 0.19)),
+    ((-0.5, -0.8, -0.8), (0.54, 0.53, 0.50)),
+    ((0.9, -0.1, -0.5), (0.15, 0.16, 0.19)),
     ((0.0, 0.9, -0.3), (0.10, 0.09, 0.09)),
-)  # fmt: skip
+)
 _GLOSS, _SHININESS = 0.10, 24.0
 
 

@@ -45,9 +45,15 @@ __all__ = [
 
 # One a hypothesis, in this order; far apart in hue, near in lightness.
 PALETTE: tuple[Colour, ...] = (
-    (0.53, 0.66, 0.96), (0.98, 0.60, 0.49), (0.47, 0.82, 0.68), (0.98, 0.78, 0.40),
-    (0.77, 0.61, 0.93), (0.44, 0.79, 0.92), (0.96, 0.58, 0.74), (0.72, 0.82, 0.44),
-)  # fmt: skip
+    (0.53, 0.66, 0.96),
+    (0.98, 0.60, 0.49),
+    (0.47, 0.82, 0.68),
+    (0.98, 0.78, 0.40),
+    (0.77, 0.61, 0.93),
+    (0.44, 0.79, 0.92),
+    (0.96, 0.58, 0.74),
+    (0.72, 0.82, 0.44),
+)
 
 
 def overlay(
@@ -73,10 +79,14 @@ def overlay(
     size = (bottom - top, right - left)
     centre = as_tensor(principal_point).tolist()
     layer, alpha = mesh_layer(
-        points, as_tensor(faces).long(), (2 * focal / size[1], 2 * focal / size[0]),
-        (2 * (centre[0] - left) / size[1] - 1, 2 * (centre[1] - top) / size[0] - 1), size,
-        colour if isinstance(colour, tuple) else as_tensor(colour).float(), _finer(size),
-    )  # fmt: skip
+        points,
+        as_tensor(faces).long(),
+        (2 * focal / size[1], 2 * focal / size[0]),
+        (2 * (centre[0] - left) / size[1] - 1, 2 * (centre[1] - top) / size[0] - 1),
+        size,
+        colour if isinstance(colour, tuple) else as_tensor(colour).float(),
+        _finer(size),
+    )
     result = photo.copy()
     region = result[top:bottom, left:right]
     # A soft dark halo outside the outline lifts the mesh off a busy photo.

@@ -106,8 +106,12 @@ def person_arrays(
     arrays |= {f"id_{kind}": value for kind, value in photo.identity(person).items()}
     if output.guidance is not None:
         report = output.guidance
-        arrays |= {"gap_before": report.gap_before[row], "gap_after": report.gap_after[row],
-                   "guided": report.active[:, row], "fell_back": report.fell_back[row]}  # fmt: skip
+        arrays |= {
+            "gap_before": report.gap_before[row],
+            "gap_after": report.gap_after[row],
+            "guided": report.active[:, row],
+            "fell_back": report.fell_back[row],
+        }
     if output.keypoints is not None:
         arrays |= {"keypoints": output.keypoints[row], "keypoint_names": list(HALPE26)}
         seen = output.people[row]
@@ -165,12 +169,17 @@ def write_person(
     if picture is not None and "png" in kinds:
         _save_pictures(path, output, row, photo, person, picture, float(arrays.get("confidence", math.nan)))
     values = {
-        "selected": selected, "spread_mm": round(float(output.spread[row].mean()), 1),
-        "spread_calibrated": output.calibrated_spread, "keypoint_distance_px": None if away is None else round(away, 2),
-        "fit_mm": round(float(fitted["fit_error_mm"].mean()), 1), "warning": warning, "source": photo.source,
+        "selected": selected,
+        "spread_mm": round(float(output.spread[row].mean()), 1),
+        "spread_calibrated": output.calibrated_spread,
+        "keypoint_distance_px": None if away is None else round(away, 2),
+        "fit_mm": round(float(fitted["fit_error_mm"].mean()), 1),
+        "warning": warning,
+        "source": photo.source,
         "translation": [round(float(value), 4) for value in output.translation[row, selected]],
-        "focal": round(float(output.focal[row]), 2), **photo.identity(person),
-    }  # fmt: skip
+        "focal": round(float(output.focal[row]), 2),
+        **photo.identity(person),
+    }
     return Report(_line(output, row, photo, person, stem, away, side), warning, values)
 
 
@@ -206,9 +215,15 @@ def _save_pictures(
     sheet = hypotheses_sheet(picture, vertices, faces, place, focal, centre, SHOWN, points, names, selected)
     save_picture(path(".png"), sheet)
     heat = spread_sheet(
-        picture, vertices[selected], output.spread[row].cpu(), faces, place[selected], focal, centre,
+        picture,
+        vertices[selected],
+        output.spread[row].cpu(),
+        faces,
+        place[selected],
+        focal,
+        centre,
         None if math.isnan(confidence) else confidence,
-    )  # fmt: skip
+    )
     save_picture(path("_spread.png"), heat)
 
 

@@ -38,9 +38,17 @@ from hmdiff.viz.spread import SCALE
 UNIT = 1e-4  # metres; larger only for bodies that reach beyond 3.2 m
 PHOTO_HEIGHT = 720  # pixels of the photo's crop, at most
 NEEDED = (
-    "vertices", "joints", "faces", "translation", "focal", "principal_point", "spread_mm", "selected", "modes",
+    "vertices",
+    "joints",
+    "faces",
+    "translation",
+    "focal",
+    "principal_point",
+    "spread_mm",
+    "selected",
+    "modes",
     "mode_weights",
-)  # fmt: skip
+)
 
 
 def read_result(path: str | Path) -> dict[str, np.ndarray]:
@@ -79,15 +87,19 @@ def viewer_page(
         **extra,
     }
     crop, centre, scale, _ = person_crop(
-        photo, as_tensor(vertices + shifts[:, None]).float(), float(arrays["focal"]), arrays["principal_point"],
+        photo,
+        as_tensor(vertices + shifts[:, None]).float(),
+        float(arrays["focal"]),
+        arrays["principal_point"],
         min(PHOTO_HEIGHT, len(photo)),
-    )  # fmt: skip
+    )
     person = {
         "arrays": {name: {"dtype": values.dtype.name, "data": _packed(values)} for name, values in data.items()},
         "unit": unit,
         "translation": np.concatenate([shift[None], shifts]).tolist(),
         "crop": {
-            "size": [crop.shape[1], crop.shape[0]], "principal_point": list(map(float, centre)),
+            "size": [crop.shape[1], crop.shape[0]],
+            "principal_point": list(map(float, centre)),
             "focal": float(arrays["focal"]) * scale,
         },
         "photo": "data:image/jpeg;base64," + _jpeg(crop),
@@ -103,7 +115,7 @@ def viewer_page(
         "heat": HEAT.tolist(),
         "palette": PALETTE,
         "about": _about(arrays),
-    }  # fmt: skip
+    }
     page = Template(_resource("viewer.html"))
     # "</" could end the script that holds the JSON.
     text = json.dumps(person, separators=(",", ":")).replace("</", "<\\/")
@@ -123,18 +135,28 @@ def _maps(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, Any]], 
     spread = arrays["spread_mm"]
     maps = {
         "spread": {
-            "label": "spread of the hypotheses", "unit": "mm", "array": "spread", "scale": 0.1, "digits": 0,
-            "lowest": 0, "highest": SCALE,
+            "label": "spread of the hypotheses",
+            "unit": "mm",
+            "array": "spread",
+            "scale": 0.1,
+            "digits": 0,
+            "lowest": 0,
+            "highest": SCALE,
         }
-    }  # fmt: skip
+    }
     values = {"spread": np.round(spread * 10).clip(0, 65535).astype("<u2")}
     for radius in RADII:
         if (name := f"confidence_{radius}mm") in arrays:
             values[name] = np.round(arrays[name] * 200).astype(np.uint8)
             maps[name] = {
-                "label": f"confidence within {radius} mm", "unit": "%", "array": name, "scale": 0.5, "digits": 0,
-                "lowest": 100, "highest": 0,  # dark is unsure, as wide is
-            }  # fmt: skip
+                "label": f"confidence within {radius} mm",
+                "unit": "%",
+                "array": name,
+                "scale": 0.5,
+                "digits": 0,
+                "lowest": 100,
+                "highest": 0,  # dark is unsure, as wide is
+            }
     return maps, values
 
 
@@ -142,7 +164,7 @@ def _about(arrays: Mapping[str, np.ndarray]) -> str:
     about = f"{len(arrays['vertices'])} hypotheses, mean spread {arrays['spread_mm'].mean():.0f} mm"
     if "confidence" in arrays:
         about += f"; {float(arrays['confidence']):.0%} of the surface expected within 100 mm of the truth"
-    if (warning := str(arrays.get("warning", ""))):
+    if warning := str(arrays.get("warning", "")):
         about += f". Doubtful: {warning}"
     return about
 

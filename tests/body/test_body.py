@@ -49,9 +49,15 @@ def _arrays(vertices: int, parents: tuple[int, ...], seed: int = 0) -> dict[str,
 def _random_body(vertices: int = 40, parents: tuple[int, ...] = SMPL24_PARENTS, seed: int = 0) -> Body:
     data = _arrays(vertices, parents, seed)
     return Body(
-        "random", data["v_template"], data["shapedirs"], data["weights"], parents,
-        [f"joint{index}" for index in range(len(parents))], data["J_regressor"], posedirs=data["posedirs"],
-    )  # fmt: skip
+        "random",
+        data["v_template"],
+        data["shapedirs"],
+        data["weights"],
+        parents,
+        [f"joint{index}" for index in range(len(parents))],
+        data["J_regressor"],
+        posedirs=data["posedirs"],
+    )
 
 
 def _inputs(body: Body, batch: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,9 +102,16 @@ def test_free_body_equals_smplx(free: Body) -> None:
     lbs = pytest.importorskip("smplx.lbs")
     betas, rotations, _ = _inputs(free, (2,))
     vertices, joints = lbs.lbs(
-        betas, rotations, free.v_template, free.shapedirs, torch.zeros(207, 3 * free.num_vertices), free.J_regressor,
-        torch.tensor(free.parents), free.lbs_weights, pose2rot=False,
-    )  # fmt: skip
+        betas,
+        rotations,
+        free.v_template,
+        free.shapedirs,
+        torch.zeros(207, 3 * free.num_vertices),
+        free.J_regressor,
+        torch.tensor(free.parents),
+        free.lbs_weights,
+        pose2rot=False,
+    )
     output = free(betas, rotations)
     torch.testing.assert_close(output.vertices, vertices, rtol=0, atol=1e-5)
     torch.testing.assert_close(output.joints, joints, rtol=0, atol=1e-5)

@@ -32,16 +32,23 @@ from hmdiff.pipeline import HMDiffPipeline
 
 BUFFERS = ("v_template", "shapedirs", "posedirs", "lbs_weights", "J_regressor", "faces", "keypoint_regressor")
 PUBLISHED = {
-    ("smpl", "neutral"): ("SMPL_NEUTRAL.pkl", "SMPL_NEUTRAL.npz", "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl",
-                          "basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl"),
-    ("smpl", "female"): ("SMPL_FEMALE.pkl", "basicModel_f_lbs_10_207_0_v1.0.0.pkl",
-                         "basicmodel_f_lbs_10_207_0_v1.1.0.pkl"),
+    ("smpl", "neutral"): (
+        "SMPL_NEUTRAL.pkl",
+        "SMPL_NEUTRAL.npz",
+        "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl",
+        "basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl",
+    ),
+    ("smpl", "female"): (
+        "SMPL_FEMALE.pkl",
+        "basicModel_f_lbs_10_207_0_v1.0.0.pkl",
+        "basicmodel_f_lbs_10_207_0_v1.1.0.pkl",
+    ),
     ("smpl", "male"): ("SMPL_MALE.pkl", "basicmodel_m_lbs_10_207_0_v1.0.0.pkl", "basicmodel_m_lbs_10_207_0_v1.1.0.pkl"),
     ("smplx", "neutral"): ("SMPLX_NEUTRAL.npz", "SMPLX_NEUTRAL.pkl", "SMPLX_NEUTRAL_2020.npz"),
     ("smplx", "male"): ("SMPLX_MALE.npz", "SMPLX_MALE.pkl"),
     ("mano", "right"): ("MANO_RIGHT.pkl",),
     ("mano", "left"): ("MANO_LEFT.pkl",),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +87,14 @@ def equal(first: Body, second: Body) -> None:
 def tree(joints: int, vertices: int = 12, shapes: int = 10) -> dict[str, Any]:
     random = np.random.default_rng(joints)
     return {
-        "v_template": random.normal(size=(vertices, 3)), "shapedirs": random.normal(size=(vertices, 3, shapes)),
+        "v_template": random.normal(size=(vertices, 3)),
+        "shapedirs": random.normal(size=(vertices, 3, shapes)),
         "posedirs": random.normal(size=(vertices, 3, 9 * (joints - 1))),
-        "weights": np.full((vertices, joints), 1 / joints), "J_regressor": np.full((joints, vertices), 1 / vertices),
+        "weights": np.full((vertices, joints), 1 / joints),
+        "J_regressor": np.full((joints, vertices), 1 / vertices),
         "kintree_table": np.stack([np.maximum(np.arange(joints) - 1, 0), np.arange(joints)]),
         "f": random.integers(0, vertices, (5, 3)),
-    }  # fmt: skip
+    }
 
 
 # Names.
@@ -217,10 +226,16 @@ def test_smplx_keeps_ten_expressions(shapes: int, first: int | None, tmp_path: P
     shapedirs = torch.from_numpy(arrays["shapedirs"]).float()
     assert body.posedirs is not None and body.J_regressor is not None
     vertices, joints = lbs.lbs(
-        torch.cat([betas, face], -1), rotations, body.v_template,
+        torch.cat([betas, face], -1),
+        rotations,
+        body.v_template,
         torch.cat([shapedirs[:, :, : body.num_betas], shapedirs[:, :, first : first + 10]], -1),
-        body.posedirs.flatten(0, 1).mT, body.J_regressor, torch.tensor(body.parents), body.lbs_weights, pose2rot=False,
-    )  # fmt: skip
+        body.posedirs.flatten(0, 1).mT,
+        body.J_regressor,
+        torch.tensor(body.parents),
+        body.lbs_weights,
+        pose2rot=False,
+    )
     for each in (body, converted):
         found = each(betas, rotations, expression=face)
         torch.testing.assert_close(found.vertices, vertices, rtol=1e-4, atol=1e-4)
@@ -256,11 +271,14 @@ def _bad(name: str) -> bytes:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("truncated", "not a pickle of plain arrays"), ("shape", "lbs_weights is (12, 7), expected (12, 24)"),
-        ("malicious", "is not allowed"), ("without", "it has no shapedirs"), ("list", "a list where a dictionary"),
+        ("truncated", "not a pickle of plain arrays"),
+        ("shape", "lbs_weights is (12, 7), expected (12, 24)"),
+        ("malicious", "is not allowed"),
+        ("without", "it has no shapedirs"),
+        ("list", "a list where a dictionary"),
         ("faces", "not laid out as a body file"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_file_ends_in_one_line(name: str, words: str, fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = fresh / "SMPL_NEUTRAL.pkl"
     path.write_bytes(_bad(name))

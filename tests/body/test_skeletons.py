@@ -75,8 +75,11 @@ def test_fourteen_joints_are_found_by_name_in_both_orders_of_human36m() -> None:
 
 def test_smplx_and_mano_joints_are_smplx_s_own() -> None:
     names = pytest.importorskip("smplx.joint_names").JOINT_NAMES
-    tips = {f"{side}_{finger}": f"{side}_{finger}4" for side in ("left", "right")
-            for finger in ("thumb", "index", "middle", "ring", "pinky")}  # fmt: skip
+    tips = {
+        f"{side}_{finger}": f"{side}_{finger}4"
+        for side in ("left", "right")
+        for finger in ("thumb", "index", "middle", "ring", "pinky")
+    }
     assert s.SMPLX76 == tuple(tips.get(name, name) for name in names[:76])
     assert s.SMPLX76[:55] == s.SMPLX55
     assert tuple(f"right_{name}" for name in s.MANO16[1:]) == s.SMPLX55[40:]

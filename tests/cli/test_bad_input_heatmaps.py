@@ -49,10 +49,17 @@ def sample(checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.Capture
     """Runs `hmdiff sample` on the photo, which must fail, and write nothing; returns its one line."""
 
     def run(*words: Any) -> str:
-        code = main([
-            "sample", str(photo), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"),
-            *map(str, words),
-        ])  # fmt: skip
+        code = main(
+            [
+                "sample",
+                str(photo),
+                "--checkpoint",
+                str(checkpoint),
+                "--output",
+                str(tmp_path / "out"),
+                *map(str, words),
+            ]
+        )
         error = capsys.readouterr().err
         assert code == 2 and error.startswith("hmdiff: error: ") and error.count("\n") == 1, error
         assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
@@ -65,9 +72,11 @@ def arrays(**changes: Any) -> dict[str, Any]:
     points = torch.linspace(-0.5, 0.5, 2 * len(COCO17)).reshape(1, -1, 2)
     values = gaussian_heatmaps(points, torch.ones(1, len(COCO17)), 2.0)
     good = {
-        "heatmaps": values.numpy(), "joints": np.array(COCO17), "center": np.array([[80.0, 100.0]]),
+        "heatmaps": values.numpy(),
+        "joints": np.array(COCO17),
+        "center": np.array([[80.0, 100.0]]),
         "side": np.array([150.0]),
-    }  # fmt: skip
+    }
     return {key: value for key, value in {**good, **changes}.items() if value is not None}
 
 
@@ -88,12 +97,15 @@ def spoilt(value: float) -> np.ndarray:
         ({"joints": np.array([*COCO17[:16], "tail"])}, "joint 'tail' is unknown; the nearest known name is"),
         ({"joints": None, "heatmaps": np.ones((19, 64, 64))}, "19 heatmaps without names"),
         ({"heatmaps": np.ones((3, 64, 64)), "joints": np.array(["jaw", "spine1", "spine2"])}, "none of the joints jaw"),
-        ({"center": np.array([[900.0, 100.0]])}, "the crop of person 0, 150 pixels about (900, 100), lies outside the "
-         "160 x 200 photo; give the heatmaps that were made of this photo at this size"),
+        (
+            {"center": np.array([[900.0, 100.0]])},
+            "the crop of person 0, 150 pixels about (900, 100), lies outside the "
+            "160 x 200 photo; give the heatmaps that were made of this photo at this size",
+        ),
         ({"center": np.array([[80.0, float("nan")]])}, "`center` and `side` of the crop must be finite"),
         ({"side": np.array([0.0])}, "the side above 0 pixels"),
     ],
-)  # fmt: skip
+)
 def test_heatmaps(sample: Callable[..., str], tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     np.savez(tmp_path / "h.npz", **arrays(**changes))
     line = sample("--heatmaps", tmp_path / "h.npz")

@@ -27,10 +27,27 @@ from hmdiff.files.outputs import output_names
 from hmdiff.heatmaps import Crop, Heatmaps, crop_from_box, heatmaps_from_keypoints, read_keypoints, save_heatmaps
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-POSE = np.array([  # COCO-17, x and y in pixels of a photo of 120 x 200
-    [60, 30], [64, 26], [56, 26], [69, 29], [51, 29], [80, 55], [40, 55], [90, 85], [30, 85], [92, 112], [28, 112],
-    [72, 110], [48, 110], [74, 145], [46, 145], [76, 180], [44, 180],
-])  # fmt: skip
+POSE = np.array(
+    [  # COCO-17, x and y in pixels of a photo of 120 x 200
+        [60, 30],
+        [64, 26],
+        [56, 26],
+        [69, 29],
+        [51, 29],
+        [80, 55],
+        [40, 55],
+        [90, 85],
+        [30, 85],
+        [92, 112],
+        [28, 112],
+        [72, 110],
+        [48, 110],
+        [74, 145],
+        [46, 145],
+        [76, 180],
+        [44, 180],
+    ]
+)
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,10 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_where_nothing_is_set_it_says_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
     found = lines()
     for what, words in (
-        ("licensed bodies", "HMDIFF_BODY_DIR is not set"), ("regressors", "J_regressor_h36m_correct.npy"),
+        ("licensed bodies", "HMDIFF_BODY_DIR is not set"),
+        ("regressors", "J_regressor_h36m_correct.npy"),
         ("data sets", "HMDIFF_DATA_DIR is not set; hmdiff prepare NAME SOURCE FOLDER"),
-    ):  # fmt: skip
+    ):
         assert found[what][0] == "-" and words in found[what][1]
     assert found["torch"][0] == "ok" and found["torch"][1].startswith(torch.__version__.split("+")[0])
     assert main(["doctor"]) == 0  # what is optional is not missing
@@ -85,8 +86,11 @@ def test_bodies_and_regressors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     state, remark = found["body smpl female"]
     assert state == "ok" and remark.endswith(f"; hmdiff prepare licensed {tmp_path} makes it an npz")
     assert found["body mano left"] == ("ok", str(tmp_path / "MANO_LEFT.npz"))
-    for what, file in (("smpl neutral, male", "SMPL_NEUTRAL.pkl"), ("mano right", "MANO_RIGHT.pkl"),
-                       ("smplx neutral, female, male", "SMPLX_NEUTRAL.npz")):  # fmt: skip
+    for what, file in (
+        ("smpl neutral, male", "SMPL_NEUTRAL.pkl"),
+        ("mano right", "MANO_RIGHT.pkl"),
+        ("smplx neutral, female, male", "SMPLX_NEUTRAL.npz"),
+    ):
         state, remark = found[f"body {what}"]
         assert state == "-" and remark.startswith(f"{file} not found") and "register at https://" in remark
     assert found["joints h36m"] == ("ok", "J_regressor_h36m.npy, 17 joints of 6890 vertices")

@@ -34,11 +34,16 @@ def ends_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (errno.EACCES, "may not be read"), (errno.ENAMETOOLONG, "too long"), (errno.ENOENT, "no such file"),
-        (errno.ENOTDIR, "a file stands where"), (errno.ELOOP, "symbolic link"), (errno.ENOSPC, "no space left"),
-        (errno.EIO, "cannot be read"), (errno.EROFS, "cannot be read"),
+        (errno.EACCES, "may not be read"),
+        (errno.ENAMETOOLONG, "too long"),
+        (errno.ENOENT, "no such file"),
+        (errno.ENOTDIR, "a file stands where"),
+        (errno.ELOOP, "symbolic link"),
+        (errno.ENOSPC, "no space left"),
+        (errno.EIO, "cannot be read"),
+        (errno.EROFS, "cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_what_the_system_refuses_is_one_line(
     number: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,7 +69,11 @@ def test_an_empty_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_box_may_start_left_of_the_photo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli._joined(["a", "--box", "-3,1,5,9", "--seed", "-1", "x=-3,4"]) == [
-        "a", "--box=-3,1,5,9", "--seed", "-1", "x=-3,4"
-    ]  # fmt: skip
+        "a",
+        "--box=-3,1,5,9",
+        "--seed",
+        "-1",
+        "x=-3,4",
+    ]
     assert main(["sample", str(tmp_path / "none.jpg"), "--box", "-3,1,5,9", "--output", str(tmp_path / "out")]) == 2
     assert "none.jpg: no such picture" in capsys.readouterr().err

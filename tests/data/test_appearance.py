@@ -37,9 +37,16 @@ def picture(figure, generators, fraction=None):
     wardrobe, points, faces = figure
     count = len(generators)
     return compose_rgb(
-        generators, wardrobe, points.expand(count, -1, -1), faces, torch.full((count,), 3.5), torch.zeros(count, 2), 48,
-        fraction, cull=False,
-    )  # fmt: skip
+        generators,
+        wardrobe,
+        points.expand(count, -1, -1),
+        faces,
+        torch.full((count,), 3.5),
+        torch.zeros(count, 2),
+        48,
+        fraction,
+        cull=False,
+    )
 
 
 @pytest.mark.slow

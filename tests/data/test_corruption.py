@@ -106,9 +106,7 @@ def test_guesses_of_hidden_joints_are_off_and_half_of_them_as_wide_as_they_are_o
 def test_joint_sets() -> None:
     heatmaps, valid = run(dataclasses.replace(NONE, all_joints=False), 300)
     assert (heatmaps.amax((-1, -2)) > 0).eq(valid).all()  # without faults: exactly the joints of the set
-    sets = {
-        names: torch.tensor([name in names for name in HALPE26]) for names in (COCO17, OPENPOSE25, LSP14, HALPE26)
-    }
+    sets = {names: torch.tensor([name in names for name in HALPE26]) for names in (COCO17, OPENPOSE25, LSP14, HALPE26)}
     rates = [valid.eq(row).all(-1).float().mean().item() for row in sets.values()]
     assert sum(rates) == pytest.approx(1) and rates == pytest.approx([0.5, 0.2, 0.15, 0.15], abs=0.08)
     # A joint can be in the set and not be found: valid, and empty.

@@ -118,9 +118,10 @@ def test_shares_are_kept_and_seeds_repeat(folder: Path) -> None:
 @pytest.mark.parametrize("kind", [OBJECTS, PERSON, CUTOUT])
 def test_points_mask_and_picture_agree(kind: int, folder: Path) -> None:
     options = {
-        OBJECTS: AugmentOptions(objects=1), PERSON: AugmentOptions(people=1),
+        OBJECTS: AugmentOptions(objects=1),
+        PERSON: AugmentOptions(people=1),
         CUTOUT: AugmentOptions(cutouts=str(folder), pasted=1),
-    }[kind]  # fmt: skip
+    }[kind]
     front, points = drawn(options, 16)
     assert (front.kind == kind).all()
     size = 32
@@ -140,9 +141,9 @@ def test_points_mask_and_picture_agree(kind: int, folder: Path) -> None:
     if kind == CUTOUT:
         assert painted[:, 0][mask].mean() > 0.9 and painted[:, 1][mask].mean() < 0.1
     # Nobody's thing depends on the others: the same rows alone.
-    alone = dataclasses.replace(front, **{
-        name: getattr(front, name)[3:5] for name in ("kind", "shapes", "limbs", "cutout", "pose")
-    })  # fmt: skip
+    alone = dataclasses.replace(
+        front, **{name: getattr(front, name)[3:5] for name in ("kind", "shapes", "limbs", "cutout", "pose")}
+    )
     assert torch.equal(alone.mask(size), front.mask(size)[3:5])
 
 
@@ -185,9 +186,15 @@ def recorded(folder: Path, heatmaps: str = "faults", **options: object) -> Recor
     body, mesh = free_body()
     augment = dataclasses.replace(STILL, **options)  # type: ignore[arg-type]
     return RecordedPeople(
-        RecordFiles(records), body, mesh.coarse_ids, 6, image_size=32, augment=augment, heatmaps=heatmaps,
+        RecordFiles(records),
+        body,
+        mesh.coarse_ids,
+        6,
+        image_size=32,
+        augment=augment,
+        heatmaps=heatmaps,
         same_body=True,
-    )  # fmt: skip
+    )
 
 
 def same(first: Sample, second: Sample) -> bool:

@@ -16,8 +16,16 @@ from hmdiff.errors import UserError
 from hmdiff.models.depth import normalise_depth
 
 SIZE = 48
-NO_FAULTS = {"disparity": 0.0, "bend": 0.0, "edges": 0.0, "blur": 0.0, "grain": 0.0, "missing": 0.0, "missing_map": 0.0,
-             "affine": False}  # fmt: skip
+NO_FAULTS = {
+    "disparity": 0.0,
+    "bend": 0.0,
+    "edges": 0.0,
+    "blur": 0.0,
+    "grain": 0.0,
+    "missing": 0.0,
+    "missing_map": 0.0,
+    "affine": False,
+}
 MAPS = ("silhouette", "depth", "visible_fraction", "occlusion", "depth_input")
 
 

@@ -66,13 +66,12 @@ def test_a_split_is_the_labels_themselves(tmp_path: Path) -> None:
         root = output.joints[0]
         torch.testing.assert_close(sample.vertices[row], output.vertices - root, rtol=0, atol=2e-6)
         torch.testing.assert_close(sample.joints_3d[row], output.joints - root, rtol=0, atol=2e-6)
-        torch.testing.assert_close(sample.pelvis[row].numpy(), (root.numpy() + record.translation), rtol=0, atol=1e-5,
-                                   check_dtype=False)  # fmt: skip
+        torch.testing.assert_close(
+            sample.pelvis[row].numpy(), (root.numpy() + record.translation), rtol=0, atol=1e-5, check_dtype=False
+        )
         seen = (record.keypoints_2d - record.center) * 2 / record.side
         np.testing.assert_allclose(sample.joints_2d[row].numpy(), seen, atol=1e-6)
-        np.testing.assert_allclose(
-            red_place(sample.image[row].permute(1, 2, 0).numpy()), seen[MARKED], atol=0.03
-        )
+        np.testing.assert_allclose(red_place(sample.image[row].permute(1, 2, 0).numpy()), seen[MARKED], atol=0.03)
         peak = sample.heatmaps[row, MARKED].flatten().argmax().item()
         place = (np.array([peak % 64, peak // 64]) + 0.5) / 32 - 1
         np.testing.assert_allclose(place, seen[MARKED], atol=1 / 64 + 1e-6)
@@ -298,13 +297,21 @@ def test_mixtures_that_cannot_be() -> None:
 
 def test_missing_labels_are_marked() -> None:
     one = Sample(
-        heatmaps=torch.rand(2, 26, 4, 4), heatmap_valid=torch.ones(2, 26).bool(), coarse_vertices=torch.rand(2, 5, 3),
-        camera=torch.rand(2, 3), silhouette=torch.rand(2, 8, 8), index=torch.arange(2),
-    )  # fmt: skip
+        heatmaps=torch.rand(2, 26, 4, 4),
+        heatmap_valid=torch.ones(2, 26).bool(),
+        coarse_vertices=torch.rand(2, 5, 3),
+        camera=torch.rand(2, 3),
+        silhouette=torch.rand(2, 8, 8),
+        index=torch.arange(2),
+    )
     other = Sample(
-        heatmaps=torch.rand(1, 26, 4, 4), heatmap_valid=torch.zeros(1, 26).bool(), joints_2d=torch.rand(1, 26, 2),
-        joints_2d_confidence=torch.rand(1, 26), keypoints_3d=torch.rand(1, 26, 3), index=torch.arange(1),
-    )  # fmt: skip
+        heatmaps=torch.rand(1, 26, 4, 4),
+        heatmap_valid=torch.zeros(1, 26).bool(),
+        joints_2d=torch.rand(1, 26, 2),
+        joints_2d_confidence=torch.rand(1, 26),
+        keypoints_3d=torch.rand(1, 26, 3),
+        index=torch.arange(1),
+    )
     both = concatenate([one, other])
     assert both.has_vertices.tolist() == both.has_camera.tolist() == both.has_silhouette.tolist() == [True, True, False]
     assert both.has_keypoints_3d.tolist() == [[False] * 26] * 2 + [[True] * 26]
@@ -376,11 +383,17 @@ def test_garbage_in_a_masked_label_changes_nothing(mode: str, kind: str) -> None
         pytest.skip("the direct baseline predicts no noise")
     config = small_config("unused", f"model.mode={mode}", f"diffusion.prediction_type={kind}")
     model, scheduler, _ = small_parts(config)
-    sample = marked(people(False, 4).block("train", 0), {
-        "has_vertices": [True, False, True, False], "has_joints_3d": [True, True, False, False],
-        "has_camera": [True, False, False, True], "has_keypoints_3d": [True, True, False, True],
-        "joints_2d_confidence": [True, False, True, True], "has_perspective": [False, True, True, True],
-    })  # fmt: skip
+    sample = marked(
+        people(False, 4).block("train", 0),
+        {
+            "has_vertices": [True, False, True, False],
+            "has_joints_3d": [True, True, False, False],
+            "has_camera": [True, False, False, True],
+            "has_keypoints_3d": [True, True, False, True],
+            "joints_2d_confidence": [True, False, True, True],
+            "has_perspective": [False, True, True, True],
+        },
+    )
     generator = torch.Generator().manual_seed(0)
     steps = torch.randint(200, (4, 2), generator=generator)
     noise = torch.randn(4, 2, model.num_points, 3, generator=generator)
@@ -452,10 +465,15 @@ def test_objective_takes_masks_of_one_kind_alone() -> None:
     generator = torch.Generator().manual_seed(2)
     prediction = torch.randn(2, 1, 5, 3, generator=generator, requires_grad=True)
     given: dict[str, Any] = {
-        "prediction": prediction, "target": torch.randn(2, 1, 5, 3, generator=generator), "clean": prediction,
-        "truth": torch.zeros(2, 1, 5, 3), "level_weight": torch.ones(2, 1), "share": torch.ones(2, 1),
-        "camera": torch.ones(2, 3), "num_coarse": 3,
-    }  # fmt: skip
+        "prediction": prediction,
+        "target": torch.randn(2, 1, 5, 3, generator=generator),
+        "clean": prediction,
+        "truth": torch.zeros(2, 1, 5, 3),
+        "level_weight": torch.ones(2, 1),
+        "share": torch.ones(2, 1),
+        "camera": torch.ones(2, 3),
+        "num_coarse": 3,
+    }
     sample = Sample(has_joints_3d=torch.tensor([True, False]))
     objective(LossConfig(camera=0), sample, **given)["loss"].backward()
     assert (prediction.grad[1, :, 3:] == 0).all() and (prediction.grad[1, :, :3] != 0).all()
@@ -479,11 +497,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def mixed(folders: tuple[str, str], output: Path, *overrides: str) -> Config:
     whole, flat = folders
     config = small_config(
-        output, "data.kind=mixture", "training.steps=3", "training.evaluate_every=3", "training.checkpoint_every=3",
-        "training.warmup_steps=1", "training.picture_every=9", *overrides,
-    )  # fmt: skip
+        output,
+        "data.kind=mixture",
+        "training.steps=3",
+        "training.evaluate_every=3",
+        "training.checkpoint_every=3",
+        "training.warmup_steps=1",
+        "training.picture_every=9",
+        *overrides,
+    )
     config.data.sources = [
-        "synthetic", {"path": whole, "weight": 2, "same_body": True}, {"path": flat, "weight": 1, "same_body": True},
+        "synthetic",
+        {"path": whole, "weight": 2, "same_body": True},
+        {"path": flat, "weight": 1, "same_body": True},
     ]
     config.data.splits = {"val": {"path": whole, "same_body": True, "groups": ["sequence_1", "sequence_2"]}}
     return config
@@ -491,8 +517,14 @@ def mixed(folders: tuple[str, str], output: Path, *overrides: str) -> Config:
 
 def test_a_mixture_trains_together(tmp_path: Path, folders: tuple[str, str]) -> None:
     """Synthetic people, recorded bodies and 2D keypoints in one run, with two blocks a batch."""
-    options = ("training.batch_size=8", "model.inputs=both", "model.image_size=32", "model.backbone=resnet18",
-               "model.pretrained=false", "training.threads=1")  # fmt: skip
+    options = (
+        "training.batch_size=8",
+        "model.inputs=both",
+        "model.image_size=32",
+        "model.backbone=resnet18",
+        "model.pretrained=false",
+        "training.threads=1",
+    )
     body, mesh = free_body()
     config = mixed(folders, tmp_path / "run", *options)
     stream = TrainingStream(build_source(config, body, mesh), config, 0, 1, build_model(config, body, mesh))
@@ -539,9 +571,11 @@ def test_sources_that_cannot_be_are_named(tmp_path: Path, folders: tuple[str, st
     fails("data.augment: flip 2: a number from 0 to 1", augment={"flip": 2})
     fails("data.splits.val is missing: give a folder", True, splits={})
     fails(
-        "data.splits.test is missing: .* or evaluation.test_people=0", True, "evaluation.test_people=3",
+        "data.splits.test is missing: .* or evaluation.test_people=0",
+        True,
+        "evaluation.test_people=3",
         splits={"val": "synthetic"},
-    )  # fmt: skip
+    )
     fails("data.splits.val has 4 people, and evaluation.people is 5; give fewer", True, "evaluation.people=5")
 
 

@@ -177,13 +177,17 @@ def test_nothing_is_called_d2a_without_its_labels(bare: Path, tmp_path: Path, op
         Trainer(small_config(tmp_path / "run", *words, "evaluation.people=0"))
 
 
-def test_the_dry_run_names_what_learns_nothing(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_dry_run_names_what_learns_nothing(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a model on people with all labels; without the silhouette's loss its decoder, by name."""
     monkeypatch.setattr("hmdiff.train.check._TIMED_STEPS", 3)
-    words = ("data.kind=recorded", f"data.sources=[{{path: {prepared}, same_body: true}}]", "model.silhouette=true",
-             "model.depth_map=true", "model.depth=2", "evaluation.people=0")  # fmt: skip
+    words = (
+        "data.kind=recorded",
+        f"data.sources=[{{path: {prepared}, same_body: true}}]",
+        "model.silhouette=true",
+        "model.depth_map=true",
+        "model.depth=2",
+        "evaluation.people=0",
+    )
     for weight, state in ((0.1, "ok"), (0.0, CAREFUL)):
         result = dry_run(small_config(tmp_path / "run", *words, f"loss.silhouette={weight}"))
         line = next(check for check in result.checks if check.name == "gradients")

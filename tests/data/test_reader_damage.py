@@ -60,24 +60,30 @@ Damage = Callable[[Path, random.Random], None]
 FILES: dict[str, tuple[str, Callable[[Path], Any], str, Damage]] = {
     "3dpw": ("3dpw", s.make_3dpw, "sequenceFiles/test/downtown_bus_00.pkl", of_pickle),
     "cameras": ("human36m", lambda f: tables.make_human36m(f, "mmpose"), "annotation_body3d/cameras.pkl", of_pickle),
-    "mmpose": ("human36m", lambda f: tables.make_human36m(f, "mmpose"), "annotation_body3d/fps10/h36m_test.npz",
-               of_npz),
+    "mmpose": (
+        "human36m",
+        lambda f: tables.make_human36m(f, "mmpose"),
+        "annotation_body3d/fps10/h36m_test.npz",
+        of_npz,
+    ),
     **{
-        f"h36m {name}": ("human36m", lambda f: tables.make_human36m(f, "json"),
-                         f"annotations/Human36M_subject9_{name}.json", of_json)
+        f"h36m {name}": (
+            "human36m",
+            lambda f: tables.make_human36m(f, "json"),
+            f"annotations/Human36M_subject9_{name}.json",
+            of_json,
+        )
         for name in ("data", "camera", "joint_3d", "smpl_param")
     },
     "spin": ("spin", tables.make_spin, "coco_2014_train.npz", of_npz),
     "hmr2": ("hmr2", tables.make_hmr2, "3dpw_test.npz", of_npz),
     "coco": ("coco", tables.make_coco, "annotations/person_keypoints_val2017.json", of_json),
     "3doh": ("3doh", tables.make_3doh, "testset/annots.json", of_json),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_any_damage_is_one_line_that_names_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_any_damage_is_one_line_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.delenv("HMDIFF_BODY_DIR", raising=False)
     name, make, file, damage = FILES[kind]
     make(tmp_path)

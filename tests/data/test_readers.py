@@ -161,9 +161,11 @@ def test_named_parts_of_3dpw_take_their_sequences_and_frames() -> None:
 
 def test_named_parts_of_3dpw_are_read_from_all_their_splits(tmp_path: Path) -> None:
     sequences = (
-        ("train", "courtyard_golf_00"), ("test", "downtown_stairs_00"), ("validation", "courtyard_dancing_00"),
+        ("train", "courtyard_golf_00"),
+        ("test", "downtown_stairs_00"),
+        ("validation", "courtyard_dancing_00"),
         ("test", "downtown_cafe_00"),
-    )  # fmt: skip
+    )
     s.make_3dpw(tmp_path, sequences, frames=1)
     assert {r.group for r in _records("3dpw_oc", tmp_path).values()} == {"courtyard_golf_00", "downtown_stairs_00"}
     assert {r.group for r in _records("3dpw_crowd", tmp_path).values()} == {"courtyard_dancing_00"}
@@ -301,7 +303,7 @@ def test_freihand_says_which_versions_are_there(tmp_path: Path, licensed: Path) 
         ("evaluation_verts.json", lambda text: json.dumps([[[1, 2, 3]]]), r"verts\.json, row 0: .*expected \(778, 3\)"),
         ("evaluation_xyz.json", lambda text: text.replace(text[3:9], "NaN, ", 1), "row 0: joints_3d has NaN"),
     ],
-)  # fmt: skip
+)
 def test_freihand_faults_are_named(
     tmp_path: Path, licensed: Path, file: str, change: Callable[[str], str] | None, message: str
 ) -> None:

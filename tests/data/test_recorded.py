@@ -133,14 +133,16 @@ def test_joints_without_a_body_are_placed_before_their_camera(tmp_path: Path, st
     names = (*HALPE26, "pelvis")
     bare = []
     for number, record in enumerate(records):
-        whole = RecordedPeople(
-            RecordFiles([record]), body, mesh.coarse_ids, 1, heatmaps="none", same_body=True
-        ).block("val", 0)
+        whole = RecordedPeople(RecordFiles([record]), body, mesh.coarse_ids, 1, heatmaps="none", same_body=True).block(
+            "val", 0
+        )
         joints = torch.cat([whole.keypoints_3d[0] + whole.pelvis[0], whole.pelvis]).double().numpy()
         unseen = {"keypoints_2d": None, "keypoints_2d_confidence": None, "keypoint_names": ()} if number == 3 else {}
-        bare.append(dataclasses.replace(
-            record, pose=None, betas=None, translation=None, joints_3d=joints, joint_names=names, **unseen
-        ))  # fmt: skip
+        bare.append(
+            dataclasses.replace(
+                record, pose=None, betas=None, translation=None, joints_3d=joints, joint_names=names, **unseen
+            )
+        )
     people = RecordedPeople(RecordFiles(bare), body, mesh.coarse_ids, 4, augment=TURNED, heatmaps="none")
     sample = people.block(stream, 0)
     assert sample.has_perspective.all() and sample.has_camera.all() and not sample.has_vertices.any()

@@ -46,15 +46,29 @@ def same(stored: Record, given: Record) -> None:
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     records = make_records(tmp_path, 6)
     bare = dataclasses.replace(
-        records[1], pose=None, betas=None, translation=None, intrinsics=None, keypoints_2d=None,
-        keypoints_2d_confidence=None, keypoint_names=(), image=None, gender="female",
-    )  # fmt: skip
+        records[1],
+        pose=None,
+        betas=None,
+        translation=None,
+        intrinsics=None,
+        keypoints_2d=None,
+        keypoints_2d_confidence=None,
+        keypoint_names=(),
+        image=None,
+        gender="female",
+    )
     joints = np.array([[0.0, 0, 3], [np.nan, 0, 0], [1, 2, 3]])
     hand = dataclasses.replace(
-        bare, name="hand", group="sequence_2", body="mano", hand="left", joints_3d=joints,
-        vertices=np.random.default_rng(0).normal(size=(778, 3)), joint_names=("wrist", "b", "c"),
+        bare,
+        name="hand",
+        group="sequence_2",
+        body="mano",
+        hand="left",
+        joints_3d=joints,
+        vertices=np.random.default_rng(0).normal(size=(778, 3)),
+        joint_names=("wrist", "b", "c"),
         joints_3d_valid=np.array([True, False, True]),
-    )  # fmt: skip
+    )
     records[1], records[4] = bare, hand
     shards = prepared(tmp_path / "out", records)
     assert len(shards) == 6 and [shard["records"] for shard in shards.index["shards"]] == [4, 2]
@@ -230,7 +244,7 @@ BAD_RECORDS = [
     ({"gender": "m"}, "gender is 'm', expected one of neutral, male, female"),
     ({"body": "mano"}, "a MANO pose that does not say which hand"),
     ({"name": ""}, "a record without a name"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changed", "message"), BAD_RECORDS)

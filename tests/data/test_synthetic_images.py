@@ -237,10 +237,19 @@ def test_shipped_configs_load_and_build(path, body):
 
 
 def test_throughput_is_measured():
-    config = load_config(overrides=[
-        "model.width=24", "model.depth=1", "model.heads=2", "model.encoder_width=24", "model.encoder_depth=1",
-        "model.encoder_heads=2", "data.block_size=4", "training.batch_size=4", "training.threads=1",
-    ])  # fmt: skip
+    config = load_config(
+        overrides=[
+            "model.width=24",
+            "model.depth=1",
+            "model.heads=2",
+            "model.encoder_width=24",
+            "model.encoder_depth=1",
+            "model.encoder_heads=2",
+            "data.block_size=4",
+            "training.batch_size=4",
+            "training.threads=1",
+        ]
+    )
     found = measure_throughput(config, "cpu", repeats=1)
     rates = found["data_people_per_second"], found["step_people_per_second"]
     assert min(rates) > 0 and found["image_size"] is None and found["workers_needed"] >= 1

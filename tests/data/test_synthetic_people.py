@@ -63,8 +63,10 @@ def test_splits_differ_and_do_not_know_the_training_seed() -> None:
 def test_generators_of_blocks() -> None:
     draws = {
         torch.rand(1, generator=block_generator(seed, stream, number)).item()
-        for seed in (0, 1, 2**32 - 1, 2**32, 2**40) for stream in ("train", "noise") for number in range(20)
-    }  # fmt: skip
+        for seed in (0, 1, 2**32 - 1, 2**32, 2**40)
+        for stream in ("train", "noise")
+        for number in range(20)
+    }
     assert len(draws) == 200
     with pytest.raises(UserError, match="seed -3"):
         block_generator(-3, "train", 0)

@@ -44,9 +44,12 @@ def test_without_change_it_is_the_upright_crop() -> None:
 def test_known_places() -> None:
     right = CENTER + np.array([SIDE / 2, 0])  # the middle of the crop's right edge
     for change, expected in (
-        (Change(), [1, 0]), (Change(flip=True), [-1, 0]), (Change(angle=math.pi / 2), [0, 1]),
-        (Change(flip=True, angle=math.pi / 2), [0, 1]), (Change(scale=2), [0.5, 0]),
-    ):  # fmt: skip
+        (Change(), [1, 0]),
+        (Change(flip=True), [-1, 0]),
+        (Change(angle=math.pi / 2), [0, 1]),
+        (Change(flip=True, angle=math.pi / 2), [0, 1]),
+        (Change(scale=2), [0.5, 0]),
+    ):
         np.testing.assert_allclose(map_points(right, crop_map(CENTER, SIDE, change)), expected, atol=1e-12)
 
 

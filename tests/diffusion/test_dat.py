@@ -369,9 +369,10 @@ def people(count: int = 2) -> Heatmaps:
     points = 0.6 * torch.randn(count, 26, 2, generator=generator).clamp(-1, 1)
     values = gaussian_heatmaps(points, torch.ones(count, 26), 2.0)
     return Heatmaps(
-        values, torch.ones(count, 26, dtype=torch.bool),
+        values,
+        torch.ones(count, 26, dtype=torch.bool),
         Crop.of(torch.tensor([[200.0, 150.0]]).expand(count, -1).clone(), torch.full((count,), 180.0)),
-    )  # fmt: skip
+    )
 
 
 def test_strength_zero_and_mode_none_are_bit_identical_to_no_guidance(pipe):

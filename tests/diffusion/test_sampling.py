@@ -59,9 +59,17 @@ def test_the_perfect_denoiser_through_noisy_ddim(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "eta", "steps"),
-    [("ddpm", 0.0, 200), ("ddim", 1.0, 200), ("ddim", 0.0, 100), ("dpm++", 0.0, 40), ("unipc", 0.0, 40),
-     ("euler", 0.0, 100), ("heun", 0.0, 40), ("sde-dpm++", 0.0, 100)],
-)  # fmt: skip
+    [
+        ("ddpm", 0.0, 200),
+        ("ddim", 1.0, 200),
+        ("ddim", 0.0, 100),
+        ("dpm++", 0.0, 40),
+        ("unipc", 0.0, 40),
+        ("euler", 0.0, 100),
+        ("heun", 0.0, 40),
+        ("sde-dpm++", 0.0, 100),
+    ],
+)
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
 def test_the_exact_denoiser_of_a_gaussian_gives_that_gaussian(name: str, eta: float, steps: int, kind: str) -> None:
     mean, spread = 0.7, 0.4
@@ -166,9 +174,12 @@ def test_steps_and_callback() -> None:
         return torch.full_like(points, 0.25)
 
     sample(
-        denoise, scheduler, torch.randn(2, 3, 3), 4,
+        denoise,
+        scheduler,
+        torch.randn(2, 3, 3),
+        4,
         callback=lambda number, points, prediction: seen.append((number, prediction.mean().item())),
-    )  # fmt: skip
+    )
     assert fractions == pytest.approx([1.0, 0.75, 0.5, 0.25])
     assert [number for number, _ in seen] == [0, 1, 2, 3] and all(mean == 0.25 for _, mean in seen)
 

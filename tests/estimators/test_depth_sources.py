@@ -179,7 +179,7 @@ def test_what_is_infinite_is_not_known(tmp_path):
         ("a.png", lambda path: path.write_bytes(b"nothing"), "not a picture"),
         ("a.png", lambda path: cv2.imwrite(str(path), np.zeros((4, 4), np.uint16)), "no pixel of it is known"),
     ],
-)  # fmt: skip
+)
 def test_bad_files_are_refused_by_name(tmp_path, name, make, message):
     make(tmp_path / name)
     with pytest.raises(UserError, match=message) as caught:
@@ -206,9 +206,11 @@ def test_any_callable_is_a_source():
     assert torch.equal(CallableDepth(lambda pictures: pictures.mean(1))(images), images.mean(1))
     turned = CallableDepth(lambda pictures: pictures[:, :1].numpy(), gives="disparity")
     assert torch.equal(turned(images), -images[:, 0])
-    for wrong, message in ((lambda p: p, r"gave shape \(2, 3, 60, 80\); \(2, h, w\) is expected"),
-                           (lambda p: p[:1, 0], r"gave shape \(1, 60, 80\)"),
-                           (lambda p: p[:, 0].mT, "60 x 80 pixels, and the photo has 80 x 60")):  # fmt: skip
+    for wrong, message in (
+        (lambda p: p, r"gave shape \(2, 3, 60, 80\); \(2, h, w\) is expected"),
+        (lambda p: p[:1, 0], r"gave shape \(1, 60, 80\)"),
+        (lambda p: p[:, 0].mT, "60 x 80 pixels, and the photo has 80 x 60"),
+    ):
         with pytest.raises(UserError, match=message):
             CallableDepth(wrong)(images)
 
@@ -227,21 +229,36 @@ def network(tmp_path_factory):
 
     torch.manual_seed(0)
     backbone = {
-        "model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28,
-        "patch_size": 14, "out_indices": [1, 2, 3, 4], "reshape_hidden_states": False, "apply_layernorm": True,
-    }  # fmt: skip
+        "model_type": "dinov2",
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "out_indices": [1, 2, 3, 4],
+        "reshape_hidden_states": False,
+        "apply_layernorm": True,
+    }
     config = DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=16, neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
-        head_hidden_size=8, patch_size=14,
-    )  # fmt: skip
+        backbone_config=backbone,
+        reassemble_hidden_size=16,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+        patch_size=14,
+    )
     model = DepthAnythingForDepthEstimation(config)
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter.mul_(2).add_(0.05)  # past the head's ReLU
     processor = DPTImageProcessor(
-        size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14, do_normalize=True,
-        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
-    )  # fmt: skip
+        size={"height": 56, "width": 56},
+        keep_aspect_ratio=True,
+        ensure_multiple_of=14,
+        do_normalize=True,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
     folder = tmp_path_factory.mktemp("depth_anything")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

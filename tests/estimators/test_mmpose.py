@@ -35,9 +35,12 @@ from hmdiff.files.foreign_weights import read_checkpoint
 from hmdiff.geometry import crop_to_photo
 from hmdiff.heatmaps import Crop, Heatmaps, crop_from_box, heatmap_peaks, load_heatmaps
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    importlib.util.find_spec("mmpose") is None, reason="mmpose is not installed: uv sync --extra mmpose"
-)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("mmpose") is None, reason="mmpose is not installed: uv sync --extra mmpose"
+    ),
+]
 
 MSRA = "topdown_heatmap/coco/td-hm_mobilenetv2_8xb64-210e_coco-256x192.py"
 UDP = "topdown_heatmap/coco/cspnext-tiny_udp_8xb256-210e_coco-256x192.py"
@@ -93,8 +96,12 @@ def places(maps: Heatmaps) -> Tensor:  # (P, 26, 2) photo pixels
 # ---- places ----
 
 SIZES = [((192, 256), (48, 64)), ((288, 384), (72, 96)), ((128, 128), (64, 64)), ((192, 192), (48, 48))]
-PHOTO_BOXES = {"tall": (300, 100, 520, 700), "wide": (100, 300, 640, 560), "small": (10, 20, 45, 90),
-               "large": (-100, 0, 700, 2000)}  # fmt: skip
+PHOTO_BOXES = {
+    "tall": (300, 100, 520, 700),
+    "wide": (100, 300, 640, 560),
+    "small": (10, 20, 45, 90),
+    "large": (-100, 0, 700, 2000),
+}
 
 
 def warp(box: Any, entry: tuple[int, int], udp: bool, keypoints: np.ndarray | None = None) -> dict[str, Any]:
@@ -171,8 +178,14 @@ def test_what_lies_outside_the_model_s_input_is_zero_and_a_mode_stays_a_mode() -
     from mmpose.codecs import MSRAHeatmap, SimCCLabel
 
     center, scale = torch.tensor([[100.0, 100.0]]).double(), torch.tensor([[150.0, 200.0]]).double()
-    crop = (["nose"], MSRAHeatmap((192, 256), (48, 64), sigma=2), center, scale, False, *crop_from_box(
-        torch.tensor([[60.0, 20, 140, 180]])))  # fmt: skip
+    crop = (
+        ["nose"],
+        MSRAHeatmap((192, 256), (48, 64), sigma=2),
+        center,
+        scale,
+        False,
+        *crop_from_box(torch.tensor([[60.0, 20, 140, 180]])),
+    )
     maps = heatmaps_from_codec(torch.ones(1, 1, 64, 48), *crop)
     # The first of 48 pixels has its centre on the input's left edge, half a pixel before the centre of our 8th, and
     # what lies half a pixel or more beyond the outer centres is outside.
@@ -443,8 +456,14 @@ def test_weights_of_both_kinds_are_the_model_s(
     meta = {**msra.model.dataset_meta, "dataset_name": "of the checkpoint"}
     # As mmengine saves it: the history of the training holds classes and a call of getattr.
     history = {"loss": HistoryBuffer([1.0, 2.0], [1, 1])}
-    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "meta": {"dataset_meta": meta},
-                "message_hub": history}, tmp_path / "pose.pth")  # fmt: skip
+    torch.save(
+        {
+            "state_dict": {f"module.{k}": v for k, v in state.items()},
+            "meta": {"dataset_meta": meta},
+            "message_hub": history,
+        },
+        tmp_path / "pose.pth",
+    )
     torch.save(dict(state), tmp_path / "bare.pth")
     expected = msra.heatmaps(photo, BOXES[:1]).values
     for path in (weights, tmp_path / "pose.pth", tmp_path / "bare.pth"):
@@ -587,9 +606,14 @@ def box_words() -> list[str]:
 
 @pytest.mark.slow
 def test_heatmaps_are_saved_and_sampled_as_if_estimated(
-    picture: Path, photo: np.ndarray, weights: Path, msra: MMPoseEstimator, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    picture: Path,
+    photo: np.ndarray,
+    weights: Path,
+    msra: MMPoseEstimator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     model = ["--pose", str(shipped(MSRA)), "--pose-checkpoint", str(weights), *box_words(), "--device", "cpu"]
     saved = tmp_path / "maps"
     assert main(["heatmaps", str(picture), *model, "--output", str(saved)]) == 0
@@ -680,8 +704,9 @@ def test_one_bad_photo_does_not_keep_the_others(
     captured = capsys.readouterr()
     assert "bad.png: not a picture" in captured.err and "2 people in 2 of 3 photos" in captured.out
     assert {path.name for path in (tmp_path / "out").glob("*.npz")} == {
-        f"{tmp_path.name}_photo_heatmaps.npz", "other_photo_heatmaps.npz",
-    }  # fmt: skip
+        f"{tmp_path.name}_photo_heatmaps.npz",
+        "other_photo_heatmaps.npz",
+    }
 
 
 def test_what_is_found_beside_a_photo_wins_over_the_estimator(picture: Path, photo: np.ndarray) -> None:

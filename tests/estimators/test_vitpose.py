@@ -24,9 +24,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("vitpose") / "tiny"
     backbone = transformers.VitPoseBackboneConfig(
-        image_size=[64, 48], patch_size=[16, 16], hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=[64, 48],
+        patch_size=[16, 16],
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         mlp_ratio=1,
-    )  # fmt: skip
+    )
     config = transformers.VitPoseConfig(backbone_config=backbone, num_labels=17, use_simple_decoder=True)
     transformers.VitPoseForPoseEstimation(config).save_pretrained(place)
     transformers.VitPoseImageProcessor(size={"height": 64, "width": 48}).save_pretrained(place)

@@ -100,9 +100,15 @@ def test_a_temperature_changes_what_is_said_of_the_spread_and_no_mesh(pipe: HMDi
     torch.testing.assert_close(tempered.mean(1), plain.mean_joints, rtol=0, atol=1e-6)
     torch.testing.assert_close(tempered - tempered.mean(1, True), 2.5 * (hot.joints - hot.joints.mean(1, True)))
     # Another way of sampling was not fitted.
-    first = {str(options): run(**options).temperature.tolist() for options in (  # type: ignore[arg-type]
-        {"steps": 3}, {"eta": 1.0}, {"scheduler": "ddpm"}, {"guidance": Guidance()},
-    )}  # fmt: skip
+    first = {
+        str(options): run(**options).temperature.tolist()
+        for options in (  # type: ignore[arg-type]
+            {"steps": 3},
+            {"eta": 1.0},
+            {"scheduler": "ddpm"},
+            {"guidance": Guidance()},
+        )
+    }
     assert all(temperatures == [1.0] * 3 for temperatures in first.values()), first
     for options in ({"scheduler": "ddim"}, {"guidance": Guidance("none")}):
         assert run(**options).temperature.tolist() == [2.5] * 3  # type: ignore[arg-type]

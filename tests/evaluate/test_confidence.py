@@ -67,8 +67,13 @@ def test_new_people_are_within_as_often_as_it_says_and_misleading_spread_shows(f
 
 
 def test_what_always_is_within_keeps_finite_numbers() -> None:
-    certain = Observed(torch.full((20, 24), 5.0), torch.full((20, 24), 2.0), torch.full((20, 50), 5.0),
-                       torch.full((20, 50), 2.0), torch.zeros(20, 3))  # fmt: skip
+    certain = Observed(
+        torch.full((20, 24), 5.0),
+        torch.full((20, 24), 2.0),
+        torch.full((20, 50), 5.0),
+        torch.full((20, 50), 2.0),
+        torch.zeros(20, 3),
+    )
     found = fit_confidence(*certain[:4]).within(50, certain.joint_spread, certain.vertex_spread)
     assert found.joints.min() > 0.9 and found.joints.isfinite().all()
     with pytest.raises(UserError, match="3 people; give at least 10"):
@@ -98,8 +103,13 @@ def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) 
     within = output.within(100)
     assert within is not None and within.vertices.shape == output.spread.shape and within.joints.shape == (8, 24)
     found = output.confidences(3)
-    assert set(found) == {"confidence", "confidence_50mm", "confidence_100mm", "joint_confidence_50mm",
-                          "joint_confidence_100mm"}  # fmt: skip
+    assert set(found) == {
+        "confidence",
+        "confidence_50mm",
+        "confidence_100mm",
+        "joint_confidence_50mm",
+        "joint_confidence_100mm",
+    }
     torch.testing.assert_close(found["confidence"], within.person[3])
     pipe.save_pretrained(tmp_path / "saved")
     again = HMDiffPipeline.from_pretrained(tmp_path / "saved")
@@ -115,8 +125,23 @@ def test_the_command_prints_and_draws_it(
     monkeypatch.setattr("hmdiff.cli.reliability_run.test_people", lambda body, image_size, map_size: people(True))
     pipe = small_pipeline()
     pipe.save_pretrained(tmp_path / "pipe")
-    command = ["evaluate", "--reliability", "--checkpoint", str(tmp_path / "pipe"), "--people", "8", "--steps", "2",
-               "--num-hypotheses", "3", "--split", "val", "test", "--output", str(tmp_path / "out")]  # fmt: skip
+    command = [
+        "evaluate",
+        "--reliability",
+        "--checkpoint",
+        str(tmp_path / "pipe"),
+        "--people",
+        "8",
+        "--steps",
+        "2",
+        "--num-hypotheses",
+        "3",
+        "--split",
+        "val",
+        "test",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(command) == 2
     assert "no confidence was fitted" in capsys.readouterr().err
     calibrate(pipe, people(True), "val", 16, 3, 2)

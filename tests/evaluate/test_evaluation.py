@@ -184,9 +184,11 @@ class Chatty:
         count, hypotheses = output.vertices.shape[:2]
         fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
         told = types.SimpleNamespace(
-            gap_before=torch.full((count, hypotheses), 4.0), gap_after=torch.full((count, hypotheses), 3.0),
-            active=torch.tensor([[True], [False]]).expand(2, count), fell_back=torch.zeros(count, hypotheses).bool(),
-        )  # fmt: skip
+            gap_before=torch.full((count, hypotheses), 4.0),
+            gap_after=torch.full((count, hypotheses), 3.0),
+            active=torch.tensor([[True], [False]]).expand(2, count),
+            fell_back=torch.zeros(count, hypotheses).bool(),
+        )
         likely = torch.arange(float(hypotheses)).expand(count, -1) * 1000  # the last is the most likely one
         fields |= {"log_likelihood": likely, "guidance": told if guidance else None}
         return types.SimpleNamespace(**fields)
@@ -210,9 +212,7 @@ def test_one_run_serves_several_counts(pipe: HMDiffPipeline) -> None:
     assert set(found[6].best_of["pve"]) == {1, 5, 6}
 
 
-def test_meshes_at_once_bound_the_calls_and_nothing_else(
-    pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_meshes_at_once_bound_the_calls_and_nothing_else(pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     chatty = Chatty(pipe)
     whole = evaluate(chatty, people(True), "val", 7, SamplingConfig(4, 2))  # type: ignore[arg-type]
     assert [asked["people"] for asked in chatty.asked] == [7]
@@ -232,8 +232,12 @@ def test_all_settings_reach_the_pipeline(pipe: HMDiffPipeline) -> None:
     report = evaluate(chatty, people(True), "val", 3, other)  # type: ignore[arg-type]
     assert chatty.asked[1]["sampling"] == other
     assert {name: report[name] for name in ("num_inference_steps", "seed", "sampler", "surface", "upright")} == {
-        "num_inference_steps": 3, "seed": 4, "sampler": "ddpm", "surface": "vertices", "upright": False,
-    }  # fmt: skip
+        "num_inference_steps": 3,
+        "seed": 4,
+        "sampler": "ddpm",
+        "surface": "vertices",
+        "upright": False,
+    }
     means = {name: found["value"] for name, found in report["guidance"].items()}
     assert means == {"gap_before": 4.0, "gap_after": 3.0, "active": 0.5, "fell_back": 0.0}
 
@@ -250,9 +254,13 @@ def test_the_selected_hypothesis_is_reported(pipe: HMDiffPipeline) -> None:
         likely = torch.arange(float(count)).expand(4, -1) * 1000
         chosen = select(alone.vertices, alone.joints[:, :, 0], likely, seen=alone.reprojection)
         each = mesh_errors(
-            alone.vertices, alone.keypoints[:, :, evaluation._J14], samples[0].vertices[:, None],  # type: ignore[index]
-            samples[0].keypoints_3d[:, None, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]
-        )  # fmt: skip
+            alone.vertices,
+            alone.keypoints[:, :, evaluation._J14],
+            samples[0].vertices[:, None],  # type: ignore[index]
+            samples[0].keypoints_3d[:, None, evaluation._J14],
+            J14,
+            evaluation.ROOT,  # type: ignore[index]
+        )
         expected = each["pve"].gather(1, chosen[:, None])[:, 0]
         torch.testing.assert_close(found[count].errors["pve"]["selected"], expected, rtol=1e-3, atol=1e-2)
         assert not torch.equal(chosen, torch.zeros_like(chosen))
@@ -308,15 +316,17 @@ def test_the_regressions_likelihood_counts_in_the_selected_one(
     options = {"num_hypotheses": 5, "num_inference_steps": 2, "surface": "vertices"}
     plain = pipe(heatmaps=as_heatmaps(sample), **options, **photo_of(sample))
     far = (plain.vertices - plain.mean_vertices[:, None]).norm(dim=-1).mean(-1)
-    output = dataclasses.replace(
-        plain, log_likelihood=None, rle_log_likelihood=100 * far**2, reprojection=None
-    )
+    output = dataclasses.replace(plain, log_likelihood=None, rle_log_likelihood=100 * far**2, reprojection=None)
     assert not torch.equal(output.selected, dataclasses.replace(output, rle_log_likelihood=None).selected)
     monkeypatch.setattr(evaluation, "ask", lambda *_: output)
     found = measure(pipe, [sample], SamplingConfig(5, 2))[5].errors["pve"]
     each = mesh_errors(
-        output.vertices, output.keypoints[:, :, evaluation._J14], sample.vertices[:, None],  # type: ignore[index]
-        sample.keypoints_3d[:, None, evaluation._J14], J14, evaluation.ROOT,  # type: ignore[index]
-    )  # fmt: skip
+        output.vertices,
+        output.keypoints[:, :, evaluation._J14],
+        sample.vertices[:, None],  # type: ignore[index]
+        sample.keypoints_3d[:, None, evaluation._J14],
+        J14,
+        evaluation.ROOT,  # type: ignore[index]
+    )
     expected = each["pve"].gather(1, output.selected[:, None])[:, 0]
     torch.testing.assert_close(found["selected"], expected, rtol=1e-3, atol=1e-2)

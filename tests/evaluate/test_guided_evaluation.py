@@ -107,9 +107,7 @@ def test_by_a_protocol(
         ),
     ],
 )
-def test_bad_words(
-    run: Callable[..., int], words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_words(run: Callable[..., int], words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code: Any = run(*words)
     except SystemExit as stop:  # of argparse

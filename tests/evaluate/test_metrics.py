@@ -94,9 +94,7 @@ def test_hypotheses_equal_singles() -> None:
                 torch.testing.assert_close(each[name][b, n], value, rtol=1e-4, atol=1e-3)
     # Where a hypothesis stands does not matter.
     shift = torch.randn(3, 4, 1, 3)
-    shifted = m.mesh_errors(
-        vertices + shift, joints + shift, target_vertices[:, None], target_joints[:, None], SMPL24
-    )
+    shifted = m.mesh_errors(vertices + shift, joints + shift, target_vertices[:, None], target_joints[:, None], SMPL24)
     for name in each:
         torch.testing.assert_close(shifted[name], each[name], rtol=1e-3, atol=1e-2)
 
@@ -106,8 +104,11 @@ def test_first_mean_oracle_selected() -> None:
     mean = {"pve": torch.tensor([2.5, 3.5]), "mpjpe": torch.tensor([0.5, 7.0])}
     result = rows_of(each, 3, lambda count: mean, lambda count: torch.tensor([2, 0]))
     assert {name: values["pve"].tolist() for name, values in result.items()} == {
-        "first": [3, 5], "mean": [2.5, 3.5], "oracle": [1, 4], "selected": [2, 5],
-    }  # fmt: skip
+        "first": [3, 5],
+        "mean": [2.5, 3.5],
+        "oracle": [1, 4],
+        "selected": [2, 5],
+    }
     assert result["oracle"]["mpjpe"].tolist() == [1, 8]
     assert rows_of(each, 2, lambda count: mean, higher={"mpjpe"})["oracle"]["mpjpe"].tolist() == [2, 9]
     assert "selected" not in rows_of(each, 2, lambda count: mean)

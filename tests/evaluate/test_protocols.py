@@ -29,8 +29,10 @@ def toy(protocol: Protocol, seed: int = 0, people: tuple[int, ...] = (3,)) -> tu
     """Random meshes whose first vertices are the protocol's joints."""
     generator = torch.Generator().manual_seed(seed)
     vertices = torch.randn(*people, WIDE, 3, generator=generator, dtype=torch.float64)
-    regressors = {name: torch.eye(24 if name == "body" else len(protocol.skeleton), WIDE, dtype=torch.float64)
-                  for name in protocol.needs_regressors()}  # fmt: skip
+    regressors = {
+        name: torch.eye(24 if name == "body" else len(protocol.skeleton), WIDE, dtype=torch.float64)
+        for name in protocol.needs_regressors()
+    }
     return Bodies(vertices), regressors
 
 
@@ -57,8 +59,16 @@ def score(protocol: Protocol, predicted: Bodies, target: Bodies, regressors: dic
 
 def test_every_protocol_says_what_it_is() -> None:
     assert {*PROTOCOLS, *MANY} == {
-        "spin", "metro", "jotr", "humaniflow", "emdb", "freihand", "synthetic", "min_of_n", "biggs"
-    }  # fmt: skip
+        "spin",
+        "metro",
+        "jotr",
+        "humaniflow",
+        "emdb",
+        "freihand",
+        "synthetic",
+        "min_of_n",
+        "biggs",
+    }
     for name in (*PROTOCOLS, *MANY):
         protocol = get_protocol(name)
         for word in ("citation", "ground_truth", "joints", "root", "alignment"):
@@ -308,10 +318,14 @@ def test_freihand_is_what_the_data_set_s_own_evaluation_computes() -> None:
 # -- invariances -----------------------------------------------------------------------------------------------------
 
 ALIGNED = {
-    "spin": ["pa_mpjpe"], "metro": ["pa_mpjpe"], "jotr": ["pa_mpjpe"], "humaniflow": ["pve_pa", "mpjpe_pa"],
-    "emdb": ["pa_pve", "pa_mpjpe"], "synthetic": ["pa_mpjpe", "pa_pve"],
+    "spin": ["pa_mpjpe"],
+    "metro": ["pa_mpjpe"],
+    "jotr": ["pa_mpjpe"],
+    "humaniflow": ["pve_pa", "mpjpe_pa"],
+    "emdb": ["pa_pve", "pa_mpjpe"],
+    "synthetic": ["pa_mpjpe", "pa_pve"],
     "freihand": ["pa_mpjpe", "pa_pve", "auc_joints", "auc_vertices", "f_5", "f_15"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -399,8 +413,10 @@ def test_hypotheses_in_other_places_have_the_mean_of_their_shapes() -> None:
     for name in ("spin", "humaniflow"):
         predicted, target, regressors = several(PROTOCOLS[name], 4)
         far = Bodies(predicted.vertices + torch.randn(3, 4, 1, 3))  # type: ignore[operator]
-        here, there = (PROTOCOLS[name].score(PROTOCOLS[name].mean(x, regressors), target, regressors)["mpjpe"]
-                       for x in (predicted, far))  # fmt: skip
+        here, there = (
+            PROTOCOLS[name].score(PROTOCOLS[name].mean(x, regressors), target, regressors)["mpjpe"]
+            for x in (predicted, far)
+        )
         assert torch.allclose(here, there) == (name == "spin")
 
 

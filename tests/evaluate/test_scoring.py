@@ -69,11 +69,16 @@ def make_people(count: int = PEOPLE, **changed: Any) -> list[Record]:
     for row in range(count):
         random = np.random.default_rng(row)
         values: dict[str, Any] = {
-            "name": f"toy/{row:03d}", "group": f"sequence_{row // 2}", "source": f"toy.npz, row {row}",
-            "center": np.array([50.0, 50.0]), "side": 80.0, "gender": "male" if row % 2 else "female",
-            "pose": 0.4 * random.normal(size=(24, 3)), "betas": random.normal(size=10),
+            "name": f"toy/{row:03d}",
+            "group": f"sequence_{row // 2}",
+            "source": f"toy.npz, row {row}",
+            "center": np.array([50.0, 50.0]),
+            "side": 80.0,
+            "gender": "male" if row % 2 else "female",
+            "pose": 0.4 * random.normal(size=(24, 3)),
+            "betas": random.normal(size=10),
             "translation": random.normal(size=3),
-        }  # fmt: skip
+        }
         found.append(Record(**{**values, **changed}))
     return found
 
@@ -104,8 +109,12 @@ def names_of(records: list[Record]) -> list[str]:
 
 def test_gendered_and_neutral_meshes() -> None:
     records, body = make_people(), load_body("smpl")
-    root = torch.stack([body.joint_template[0] + body.joint_shapedirs[0] @ torch.from_numpy(r.betas).float()  # type: ignore
-                        for r in records])  # fmt: skip
+    root = torch.stack(
+        [
+            body.joint_template[0] + body.joint_shapedirs[0] @ torch.from_numpy(r.betas).float()  # type: ignore
+            for r in records
+        ]
+    )
     for name, gender in (("spin", None), ("metro", "neutral")):
         found = GroundTruth(PROTOCOLS[name], body)(records)
         expected = meshes(records, gender)
@@ -139,15 +148,23 @@ def test_motion_capture_and_hands() -> None:
         truth = GroundTruth(PROTOCOLS["spin"], body)
         truth(captured)
         truth(make_people(1))
-    hidden = make_people(1, pose=None, betas=None, joints_3d=joints, joint_names=H36M17,
-                         joints_3d_valid=np.arange(17) != 16)  # fmt: skip
+    hidden = make_people(
+        1, pose=None, betas=None, joints_3d=joints, joint_names=H36M17, joints_3d_valid=np.arange(17) != 16
+    )
     with pytest.raises(UserError, match="row 0: its 3D joint 'right_wrist' is not labelled"):
         GroundTruth(PROTOCOLS["spin"], body)(hidden)
 
     hand = load_body("mano", "right")
-    fields = {"pose": None, "betas": None, "translation": None, "body": "mano", "hand": "right",
-              "vertices": random.normal(size=(778, 3)), "joints_3d": random.normal(size=(21, 3)),
-              "joint_names": HAND21}  # fmt: skip
+    fields = {
+        "pose": None,
+        "betas": None,
+        "translation": None,
+        "body": "mano",
+        "hand": "right",
+        "vertices": random.normal(size=(778, 3)),
+        "joints_3d": random.normal(size=(21, 3)),
+        "joint_names": HAND21,
+    }
     found = GroundTruth(PROTOCOLS["freihand"], hand)(make_people(2, **fields))
     assert found.joints is not None and found.vertices is not None
     np.testing.assert_allclose(found.joints[1], fields["joints_3d"], rtol=1e-6)
@@ -170,8 +187,9 @@ def test_protocols_refuse_another_body() -> None:
         protocol_regressors(PROTOCOLS["synthetic"], load_body("smpl"))
     found = protocol_regressors(PROTOCOLS["jotr"], load_body("smpl"))
     assert {name: tuple(matrix.shape) for name, matrix in found.items()} == {
-        "h36m_correct": (17, VERTICES), "body": (24, VERTICES)
-    }  # fmt: skip
+        "h36m_correct": (17, VERTICES),
+        "body": (24, VERTICES),
+    }
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -220,7 +238,7 @@ GOOD = {"names": ["a", "b"], "vertices": np.zeros((2, VERTICES, 3))}
         ({**GOOD, "selected": [0, 1]}, r"selected: whole numbers \(M,\) from 0 to 0 are expected"),
         ({**GOOD, "names": np.array(["a", None], object)}, r"all\.npz: array 'names' holds pickled"),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     write(tmp_path, **arrays)
     with pytest.raises(UserError, match=message):
@@ -492,8 +510,20 @@ def test_a_checkpoint_over_a_prepared_data_set(tmp_path: Path, capsys: pytest.Ca
     records = make_records(tmp_path, 5, photos=False)
     prepare_dataset(ListReader(records), tmp_path / "standin", shard_records=4)  # type: ignore[arg-type]
     small_pipeline().save_pretrained(tmp_path / "small")
-    words = ["--checkpoint", tmp_path / "small", "--data", tmp_path / "standin", "--num-hypotheses", 3, "--steps", 2,
-             "--device", "cpu", "--output", tmp_path / "out"]  # fmt: skip
+    words = [
+        "--checkpoint",
+        tmp_path / "small",
+        "--data",
+        tmp_path / "standin",
+        "--num-hypotheses",
+        3,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "out",
+    ]
     assert command("--protocol", "emdb", *words) == 2
     assert "its labels are of the body 'smpl', and the model's is 'free'" in capsys.readouterr().err
     assert command("--protocol", "emdb", "synthetic", *words, "--same-body") == 0
@@ -506,8 +536,9 @@ def test_a_checkpoint_over_a_prepared_data_set(tmp_path: Path, capsys: pytest.Ca
     assert records[0].pose is not None and records[0].betas is not None
     turns = axis_angle_to_matrix(torch.from_numpy(records[0].pose).float())
     truth = body(torch.from_numpy(records[0].betas).float(), turns).vertices
-    data = RecordedPeople(PreparedShards(tmp_path / "standin"), body, torch.zeros(1).long(), heatmaps="labels",
-                          same_body=True)  # fmt: skip
+    data = RecordedPeople(
+        PreparedShards(tmp_path / "standin"), body, torch.zeros(1).long(), heatmaps="labels", same_body=True
+    )
     sample = data.block("standin", 0)
     pipe = HMDiffPipeline.from_pretrained(tmp_path / "small")
     output = pipe(heatmaps=as_heatmaps(sample), num_hypotheses=3, num_inference_steps=2, people=range(5))
@@ -564,16 +595,38 @@ def test_two_processes_by_torchrun(tmp_path: Path, prepared: Path) -> None:
     noise = torch.randn(PEOPLE, 5, VERTICES, 3)
     write(tmp_path / "theirs", names=names_of(records), vertices=meshes(records)[:, None] + 0.03 * noise)
     words = [
-        "--protocol", "min_of_n", "--data", str(prepared), "--predictions", str(tmp_path / "theirs"), "--device", "cpu",
-    ]  # fmt: skip
+        "--protocol",
+        "min_of_n",
+        "--data",
+        str(prepared),
+        "--predictions",
+        str(tmp_path / "theirs"),
+        "--device",
+        "cpu",
+    ]
     assert command(*words, "--output", tmp_path / "one") == 0
     tool = str(REPOSITORY / "tools" / "evaluate.py")
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone",
-         tool, *words, "--output", str(tmp_path / "two")],
-        capture_output=True, text=True, cwd=REPOSITORY, timeout=300,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            "0",
+            "--standalone",
+            tool,
+            *words,
+            "--output",
+            str(tmp_path / "two"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=300,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("protocol min_of_n/spin:") == 1  # only the first process speaks
     name = "theirs_min_of_n-spin_toys"

@@ -38,8 +38,15 @@ from hmdiff.geometry import perspective_projection
 def test_edges_belong_to_the_band_below() -> None:
     fractions = torch.tensor([1.0, 0.81, 0.8, 0.61, 0.6, 0.41, 0.4, 0.0])
     assert [BANDS[number] for number in band_of(fractions)] == [
-        "over 80 %", "over 80 %", "60-80 %", "60-80 %", "40-60 %", "40-60 %", "under 40 %", "under 40 %",
-    ]  # fmt: skip
+        "over 80 %",
+        "over 80 %",
+        "60-80 %",
+        "60-80 %",
+        "40-60 %",
+        "40-60 %",
+        "under 40 %",
+        "under 40 %",
+    ]
 
 
 @pytest.mark.parametrize("value", [1.2, -0.1, float("nan")])
@@ -52,9 +59,9 @@ def by_hand() -> list[dict]:
     fraction = torch.tensor([0.9, 0.95, 0.5, 0.1])
     first, mean, oracle = (torch.tensor([10.0, 20.0, 30.0, 40.0]) * scale for scale in (1.0, 0.9, 0.6))
     errors = {name: {"first": first, "mean": mean, "oracle": oracle} for name in ("pve", "pa_mpjpe")}
-    grouped = torch.tensor([
-        [10.0, 11.0, 30.0, 12.0], [10.0, 9.0, torch.nan, torch.nan], [20.0, 5.0, 30.0, 10.0], [30.0, 5.0, 90.0, 45.0]
-    ])  # fmt: skip
+    grouped = torch.tensor(
+        [[10.0, 11.0, 30.0, 12.0], [10.0, 9.0, torch.nan, torch.nan], [20.0, 5.0, 30.0, 10.0], [30.0, 5.0, 90.0, 45.0]]
+    )
     return band_report(errors, fraction, torch.tensor([10.0, 12.0, 20.0, 50.0]), grouped, 2 * grouped[:, [2, 1, 0, 3]])
 
 
@@ -103,8 +110,17 @@ def test_a_ratio_of_proportional_numbers_is_sure() -> None:
 def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     rows = band_rows(by_hand())
     assert all(len(row) == len(COLUMNS) for row in rows) and len(rows) == 3 * 4 + 1
-    assert rows[0] == ["over 80 %", "2", "first", "15 (10-20)", "15 (10-20)", "11 (10-12)", "visible 10 (10-10)",
-                       "theirs 3.00 (3.00-3.00)", "theirs 0.33 (0.33-0.33)"]  # fmt: skip
+    assert rows[0] == [
+        "over 80 %",
+        "2",
+        "first",
+        "15 (10-20)",
+        "15 (10-20)",
+        "11 (10-12)",
+        "visible 10 (10-10)",
+        "theirs 3.00 (3.00-3.00)",
+        "theirs 0.33 (0.33-0.33)",
+    ]
     assert rows[1][7:] == ["the same 2.50 (2.50-2.50)", "the same 0.83 (0.83-0.83)"]
     assert rows[2][5:7] == ["oracle gains 33 %", "hidden 30 (30-30)"] and rows[3][1:4] == ["0", "-", "-"]
     reports = [{"checkpoint": "a", "split": "test", "bands": by_hand()}, {"checkpoint": "b", "split": "test"}]
@@ -195,8 +211,10 @@ def test_errors_of_hidden_and_visible_vertices_are_told_apart(mapped: SyntheticH
     errors = {name: {"first": same, "mean": same, "oracle": same} for name in ("pve", "pa_mpjpe")}
     entry = watch.report(Measured(errors, {}, torch.empty(0), torch.empty(0), {}, ()))[-1]
     assert {group: round(entry["error_of"][group]["value"], 2) for group in GROUPS} == {
-        "visible": 10.0, "turned away": 10.0, "hidden": 30.0,
-    }  # fmt: skip
+        "visible": 10.0,
+        "turned away": 10.0,
+        "hidden": 30.0,
+    }
     assert entry["error_hidden_over_same_vertices_visible"]["value"] == pytest.approx(3, rel=1e-4)
     assert entry["hidden_over_same_vertices_visible"]["value"] == pytest.approx(1, rel=1e-4)
 
@@ -210,8 +228,21 @@ def test_samples_keep_their_occlusion_map(mapped: SyntheticHumans) -> None:
 
 def test_the_command_prints_and_keeps_the_bands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_pipeline().save_pretrained(tmp_path / "tiny")
-    arguments = ["evaluate", "--checkpoint", str(tmp_path / "tiny"), "--split", "test_occluded", "--people", "3",
-                 "--num-hypotheses", "2", "--steps", "1", "--output", str(tmp_path / "out")]  # fmt: skip
+    arguments = [
+        "evaluate",
+        "--checkpoint",
+        str(tmp_path / "tiny"),
+        "--split",
+        "test_occluded",
+        "--people",
+        "3",
+        "--num-hypotheses",
+        "2",
+        "--steps",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(arguments) == 0
     path = tmp_path / "out" / "tiny_test_occluded.json"
     plain = json.loads(path.read_text())

@@ -8,9 +8,20 @@ import sys
 import pytest
 
 SLOW = (
-    "torch._dynamo", "torch._inductor", "sympy", "scipy.stats", "scipy.optimize", "matplotlib", "timm", "trimesh",
-    "mmpose", "mmengine", "smplx", "pandas", "cv2",
-)  # fmt: skip
+    "torch._dynamo",
+    "torch._inductor",
+    "sympy",
+    "scipy.stats",
+    "scipy.optimize",
+    "matplotlib",
+    "timm",
+    "trimesh",
+    "mmpose",
+    "mmengine",
+    "smplx",
+    "pandas",
+    "cv2",
+)
 
 
 def loaded(code: str) -> set[str]:

@@ -40,9 +40,12 @@ def test_what_the_system_refuses_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     os.mkfifo(tmp_path / "pipe")
     for path, message in (
-        (tmp_path / "absent", "no such file"), (tmp_path, "is a folder"), (tmp_path / "pipe", "a device"),
-        (loop, "symbolic link"), (tmp_path / "file" / "below", "a file stands where a folder"),
-    ):  # fmt: skip
+        (tmp_path / "absent", "no such file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "pipe", "a device"),
+        (loop, "symbolic link"),
+        (tmp_path / "file" / "below", "a file stands where a folder"),
+    ):
         with pytest.raises(UserError, match=message) as error:
             read_bytes(path)
         one_line(path, error)
@@ -54,8 +57,9 @@ def test_what_the_system_refuses_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[" * 10**6, b"\xff\xfe", b'{"a": 1}x', b"nul", b"1" * 10**5 + b"x", b'"\\ud800'],
-)  # fmt: skip
+    "content",
+    [b"", b"{", b"[" * 10**6, b"\xff\xfe", b'{"a": 1}x', b"nul", b"1" * 10**5 + b"x", b'"\\ud800'],
+)
 def test_what_is_not_json_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
@@ -214,8 +218,11 @@ def test_pictures_are_opened_in_one_place() -> None:
                     found.append(str(path.relative_to(PACKAGE)))
     # The asset that is shipped, and files that we wrote a moment ago; weights with weights_only.
     assert sorted(set(found)) == [
-        "body/licensed.py", "body/mesh_cache.py", "files/foreign_weights.py", "files/images.py",
-    ]  # fmt: skip
+        "body/licensed.py",
+        "body/mesh_cache.py",
+        "files/foreign_weights.py",
+        "files/images.py",
+    ]
 
 
 def test_json_stays_json(tmp_path: Path) -> None:

@@ -152,8 +152,10 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         pytest.skip("no right to mount a small disk here; the simulated full disk above covers the logic")
     result = subprocess.run(
         [*mount, f'{prepare} && exec "{sys.executable}" -c "$0" "{tmp_path}"', FULL_DISK],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert result.stdout.strip() == "intact", result.stderr
 
 

@@ -86,10 +86,16 @@ def array_pickle(shape: str, dtype: str, data: bytes, state: str = "(I3\nS'<'\nN
 
 def bomb(levels: int) -> bytes:
     """A list of two references to a list of two references ...: 2^levels lists for whoever walks them."""
-    return b"(lp0\n." if levels == 0 else b"]q\x00" + b"".join(
-        b"]q" + bytes([level]) + b"(h" + bytes([level - 1]) + b"h" + bytes([level - 1]) + b"e"
-        for level in range(1, levels + 1)
-    ) + b"."  # fmt: skip
+    return (
+        b"(lp0\n."
+        if levels == 0
+        else b"]q\x00"
+        + b"".join(
+            b"]q" + bytes([level]) + b"(h" + bytes([level - 1]) + b"h" + bytes([level - 1]) + b"e"
+            for level in range(1, levels + 1)
+        )
+        + b"."
+    )
 
 
 def sparse_pickle(indices: Any, starts: Any, shape: tuple[int, int]) -> bytes:
@@ -138,7 +144,7 @@ HOSTILE = {
     "empty": (b"", "cut short"),
     "no stack": (b"tR.", "no mark"),
     "system": (b"cos\nsystem\n(S'true'\ntR.", "os.system is not allowed"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -185,8 +191,10 @@ def test_a_file_beyond_the_bound_is_not_read(tmp_path: Path) -> None:
 
 def test_mutants_of_a_body_are_read_or_refused() -> None:
     """Bytes flipped, cut out, doubled and put at the wrong place: a value or one line, never anything else."""
-    originals = [pickle.dumps({"weights": np.eye(4), "J": scipy.sparse.csc_matrix(np.eye(4)), "kin": [[1, 2], "a"]}, p)
-                 for p in (0, 2, 4)]  # fmt: skip
+    originals = [
+        pickle.dumps({"weights": np.eye(4), "J": scipy.sparse.csc_matrix(np.eye(4)), "kin": [[1, 2], "a"]}, p)
+        for p in (0, 2, 4)
+    ]
     random_state = random.Random(0)
     refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3000):

@@ -17,10 +17,17 @@ from hmdiff.heatmaps.cameras import PhotoCamera, read_intrinsics
 K = [[900.0, 0.0, 70.0], [0.0, 900.0, 212.5], [0.0, 0.0, 1.0]]
 
 
-@pytest.mark.parametrize("data", [
-    K, {"K": K}, {"camera_matrix": K}, {"fx": 900, "fy": 900, "cx": 70, "cy": 212.5},
-    {"focal": 900, "principal_point": [70, 212.5]}, {"a.jpg": {"K": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "photo": K},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        K,
+        {"K": K},
+        {"camera_matrix": K},
+        {"fx": 900, "fy": 900, "cx": 70, "cy": 212.5},
+        {"focal": 900, "principal_point": [70, 212.5]},
+        {"a.jpg": {"K": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "photo": K},
+    ],
+)
 def test_every_form_gives_the_same_camera(tmp_path: Path, data: Any) -> None:
     (tmp_path / "k.json").write_text(json.dumps(data))
     camera = read_intrinsics(tmp_path / "k.json", "photo.jpg")
@@ -32,13 +39,16 @@ def test_npz(tmp_path: Path) -> None:
     assert read_intrinsics(tmp_path / "k.npz", "photo.jpg").principal_point == (70, 212.5)
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ({"other.jpg": K}, r"nor one of photo\.jpg"),
-    ([[1, 2], [3, 4]], "a 3 x 3 matrix K"),
-    ({"fx": 900, "fy": 1200}, "not square"),
-    ({"fx": -1}, "above 0"),
-    ({"K": [["a"]]}, "no camera"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"other.jpg": K}, r"nor one of photo\.jpg"),
+        ([[1, 2], [3, 4]], "a 3 x 3 matrix K"),
+        ({"fx": 900, "fy": 1200}, "not square"),
+        ({"fx": -1}, "above 0"),
+        ({"K": [["a"]]}, "no camera"),
+    ],
+)
 def test_what_is_no_camera_is_said(tmp_path: Path, data: Any, message: str) -> None:
     (tmp_path / "k.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=message) as caught:

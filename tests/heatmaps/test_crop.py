@@ -85,9 +85,10 @@ def test_a_crop_turned_with_the_photo_turns_the_body() -> None:
     torch.testing.assert_close(after.log_likelihood, before.log_likelihood, rtol=1e-3, atol=1e-3)
     assert before.keypoints is not None and after.keypoints is not None
     seen = [
-        perspective_projection(each.keypoints + each.translation[:, :, None], each.focal[:, None],
-                               each.principal_point[:, None])
+        perspective_projection(
+            each.keypoints + each.translation[:, :, None], each.focal[:, None], each.principal_point[:, None]
+        )
         for each in (before, after)
-    ]  # fmt: skip
+    ]
     in_crop = [crop.from_photo(pixels) for crop, pixels in zip((upright, spun), seen, strict=True)]
     torch.testing.assert_close(in_crop[0], in_crop[1], rtol=0, atol=1e-3)

@@ -12,8 +12,15 @@ from hmdiff.lab.learning import learning_curve
 
 
 def test_a_curve_has_its_points_and_falls() -> None:
-    config = small_config("unused", "model.tokens=parts", "model.mode=direct", "training.optimizer=muon",
-                          "training.learning_rate=0.005", "data.block_size=16", "training.batch_size=16")  # fmt: skip
+    config = small_config(
+        "unused",
+        "model.tokens=parts",
+        "model.mode=direct",
+        "training.optimizer=muon",
+        "training.learning_rate=0.005",
+        "data.block_size=16",
+        "training.batch_size=16",
+    )
     ticks = itertools.count()
     # A clock that ticks a second a call: a budget in steps, whatever the machine.
     found = list(learning_curve(config, 1.0, (0.1, 1.0), clock=lambda: float(next(ticks))))

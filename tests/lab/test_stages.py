@@ -42,8 +42,15 @@ def test_bench_prints_every_stage_and_saves_them(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     saved = json.loads((tmp_path / "bench.json").read_text())
     stages = [row["stage"] for row in saved["rows"]]
-    for stage in ("load the checkpoint", "encode", "one denoising step of 1 x 2", "upsampling of 1 x 2",
-                  "all of it, N = 2, with DAT", "curve: N = 1, with DAT", "curve: K = 1, with DAT"):  # fmt: skip
+    for stage in (
+        "load the checkpoint",
+        "encode",
+        "one denoising step of 1 x 2",
+        "upsampling of 1 x 2",
+        "all of it, N = 2, with DAT",
+        "curve: N = 1, with DAT",
+        "curve: K = 1, with DAT",
+    ):
         assert stage in stages and stage in out
     assert all(row["seconds"] > 0 for row in saved["rows"]) and saved["peak_flops_per_second"] > 0
     assert "of peak" in out and "memory" in out

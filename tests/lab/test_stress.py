@@ -240,8 +240,12 @@ def test_the_command_on_a_photo_of_two(checkpoint: str, photo: Path, capsys: pyt
     picture = out / "p.jpg"
     assert main(["stress", str(photo), "--output", str(out), "--picture", str(picture), *options]) == 0
     assert {path.name for path in out.iterdir()} == {
-        "two_0_stress.npz", "two_0_stress.png", "two_1_stress.npz", "two_1_stress.png", "p.jpg",
-    }  # fmt: skip
+        "two_0_stress.npz",
+        "two_0_stress.png",
+        "two_1_stress.npz",
+        "two_1_stress.png",
+        "p.jpg",
+    }
     arrays = dict(np.load(out / "two_1_stress.npz"))
     assert arrays["moved_mm"].shape == arrays["spread_mm"].shape == (2, 2) and arrays["hidden"].shape == (4, 26)
     assert arrays["joints"].tolist() == list(HALPE26) and "error_mm" not in arrays

@@ -96,9 +96,12 @@ def test_cells_are_what_evaluation_gives(tmp_path: Path) -> None:
     for setting, result in zip(settings, found, strict=True):
         guidance = setting.sampling.guidance
         direct = evaluate(
-            here.pipelines[setting.model], people(True), "val", 4,
+            here.pipelines[setting.model],
+            people(True),
+            "val",
+            4,
             SamplingConfig(result["settings"]["num_hypotheses"], 2, guidance=guidance),
-        )  # fmt: skip
+        )
         for metric in METRICS:
             for kind, value in direct["errors"][metric].items():
                 assert result["errors"][metric][kind]["value"] == pytest.approx(value["value"], rel=1e-3)
@@ -190,13 +193,16 @@ def test_times_and_what_is_told(tmp_path: Path) -> None:
         assert result["time"]["milliseconds_per_image"] == result["time"]["low"] == result["time"]["high"] == 250
         assert result["time"]["calls"] == 5 and result["time"]["batch"] == 2 and result["time"]["device"] == "cpu"
     assert [(progress.done, progress.total, progress.setting.sampling.num_inference_steps) for progress in told] == [
-        (1, 3, 1), (2, 3, 2), (3, 3, 4)
-    ]  # fmt: skip
+        (1, 3, 1),
+        (2, 3, 2),
+        (3, 3, 4),
+    ]
     assert bars == [2, 2, 1] * 3
     # Each run looked at the clock alike, so that the cost of a unit of work is known of the last one.
     seconds = told[0].result["seconds"]
-    assert told[0].seconds_left == pytest.approx(seconds * (work(told[1].setting) + work(told[2].setting))
-                                                 / work(told[0].setting))  # fmt: skip
+    assert told[0].seconds_left == pytest.approx(
+        seconds * (work(told[1].setting) + work(told[2].setting)) / work(told[0].setting)
+    )
     assert told[2].seconds_left == 0
 
 
@@ -226,19 +232,34 @@ def cell(errors: list[float], milliseconds: float = 10.0, **settings: Any) -> di
         for kind, lower in (("first", 0), ("mean", 0), ("oracle", 10))
     }
     known = {
-        "model": "a", "split": "val", "people": len(errors), "seed": 0, "heatmaps": "synthetic", "sampler": "ddim",
-        "steps": 10, "num_hypotheses": 25, "eta": 0.0, "guidance": None,
-    }  # fmt: skip
+        "model": "a",
+        "split": "val",
+        "people": len(errors),
+        "seed": 0,
+        "heatmaps": "synthetic",
+        "sampler": "ddim",
+        "steps": 10,
+        "num_hypotheses": 25,
+        "eta": 0.0,
+        "guidance": None,
+    }
     time = {
-        "milliseconds_per_image": milliseconds, "low": milliseconds, "high": milliseconds, "batch": 8, "device": "cpu",
+        "milliseconds_per_image": milliseconds,
+        "low": milliseconds,
+        "high": milliseconds,
+        "batch": 8,
+        "device": "cpu",
         "threads": 1,
-    }  # fmt: skip
+    }
     return {
-        "settings": known | settings, "errors": {metric: interval for metric in METRICS}, "values": values,
-        "time": time, "expected_calibration_error": 0.2,
+        "settings": known | settings,
+        "errors": {metric: interval for metric in METRICS},
+        "values": values,
+        "time": time,
+        "expected_calibration_error": 0.2,
         "expected_calibration_error_interval": {"low": 0.1, "high": 0.3},
         "coverage": {"level": 0.9, "value": 0.7, "low": 0.6, "high": 0.8},
-    }  # fmt: skip
+    }
 
 
 def test_differences_are_paired() -> None:
@@ -265,9 +286,10 @@ def test_pareto_front_against_the_definition() -> None:
         points = [(float(draw.randint(1, 8)), float(draw.randint(1, 8))) for _ in range(draw.randint(1, 12))]
         front = pareto_front(points)
         beaten = {
-            i for i, (cost, error) in enumerate(points)
+            i
+            for i, (cost, error) in enumerate(points)
             if any(c <= cost and e <= error and (c, e) != (cost, error) for c, e in points)
-        }  # fmt: skip
+        }
         # Of equal points one is enough.
         assert {points[i] for i in front} == {points[i] for i in range(len(points)) if i not in beaten}
         assert not beaten & set(front) and len({points[i] for i in front}) == len(front)
@@ -344,8 +366,11 @@ def test_series_are_named_by_what_tells_them_apart() -> None:
     dat = {"mode": "dat", "strength": 1.0, "threshold": 0.05, "joint_weights": None}
     several = [*cells, cell([1.0, 2.0], guidance=dat), cell([1.0, 2.0], guidance=dat | {"joint_weights": [1.0, 2.0]})]
     assert list(plots.in_series(several)) == [
-        "unguided", "dat, strength 0.5", "dat, strength 1", "dat, strength 1, joint_weights [1.0, 2.0]"
-    ]  # fmt: skip
+        "unguided",
+        "dat, strength 0.5",
+        "dat, strength 1",
+        "dat, strength 1, joint_weights [1.0, 2.0]",
+    ]
 
 
 def test_the_tables_are_sound() -> None:
@@ -374,7 +399,7 @@ def test_rows_without_a_model_are_left_out() -> None:
     settings = settings_of(rows, {"checkpoint": "x"}, lambda mode: Guidance(mode, 0.3), SamplingConfig(7, 3))
     assert {(setting.mode, setting.sampling.num_inference_steps) for setting in settings} == {
         (mode, steps) for mode in MODES for steps in (5, 10, 20, 40)
-    }  # fmt: skip
+    }
     assert all(setting.sampling.guidance is None or setting.sampling.guidance.strength == 0.3 for setting in settings)
 
 
@@ -394,16 +419,26 @@ def test_a_printed_table() -> None:
     found = csv_rows("diffusion", [rows[0], oracle], [base, ours])
     assert "pve_difference" not in found[0]
     assert found[1]["pve_difference"] == pytest.approx(-15) and found[1]["row"] == "diffusion, oracle"
-    guided = cell([95.0, 135.0]) | {"guidance": {
-        name: {"value": value, "low": 0.0, "high": 1.0}
-        for name, value in {"gap_before": 0.5, "gap_after": 0.25, "active": 0.6, "fell_back": 0.05}.items()
-    }}  # fmt: skip
+    guided = cell([95.0, 135.0]) | {
+        "guidance": {
+            name: {"value": value, "low": 0.0, "high": 1.0}
+            for name, value in {"gap_before": 0.5, "gap_after": 0.25, "active": 0.6, "fell_back": 0.05}.items()
+        }
+    }
     pair = [Row("none, 5", steps=5), Row("dat, 5", steps=5, mode="dat", reference="none, 5")]
     unguided, line = texts(TABLES["dat"], pair, [base, guided])
     assert line[1:] == [
-        "115.0 (114.0-116.0)", "-5.0 (-5.0 to -5.0)", "115.0 (114.0-116.0)", "105.0 (104.0-106.0)", "0.20 (0.10-0.30)",
-        "0.500", "0.250", "60", "5", "10.0",
-    ]  # fmt: skip
+        "115.0 (114.0-116.0)",
+        "-5.0 (-5.0 to -5.0)",
+        "115.0 (114.0-116.0)",
+        "105.0 (104.0-106.0)",
+        "0.20 (0.10-0.30)",
+        "0.500",
+        "0.250",
+        "60",
+        "5",
+        "10.0",
+    ]
     assert unguided[6:10] == ["-"] * 4
 
 
@@ -472,16 +507,36 @@ def few_people(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_people")
 def test_sweep_command(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
-        "sweep", "--checkpoint", str(checkpoints / "small"), "--steps", "1", "2", "--num-hypotheses", "2", "5",
-        "--guidance", "none", "dat", "--strength", "0", "1", "--people", "3", "--output", str(tmp_path),
-    ]  # fmt: skip
+        "sweep",
+        "--checkpoint",
+        str(checkpoints / "small"),
+        "--steps",
+        "1",
+        "2",
+        "--num-hypotheses",
+        "2",
+        "5",
+        "--guidance",
+        "none",
+        "dat",
+        "--strength",
+        "0",
+        "1",
+        "--people",
+        "3",
+        "--output",
+        str(tmp_path),
+    ]
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "another version" not in text and "not comparable" not in text
     # Strength 0 is no guidance: 2 numbers of steps, 2 of hypotheses, with and without guidance.
     assert "8 cells of 3 people of val\n" in text and "[8/8]" in text and "[9/" not in text
-    assert re.search(r"\[1/8\] small, ddim, 1 step, N 2: PVE mean [\d.]+, oracle [\d.]+ mm, \d+ ms an image; "
-                     r"about (\d+ s|\d+ min) left", text)  # fmt: skip
+    assert re.search(
+        r"\[1/8\] small, ddim, 1 step, N 2: PVE mean [\d.]+, oracle [\d.]+ mm, \d+ ms an image; "
+        r"about (\d+ s|\d+ min) left",
+        text,
+    )
     assert "dat s 1, R 0.05" in text and "reference" in text
     with open(tmp_path / "sweep.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
@@ -505,9 +560,21 @@ def test_sweep_command(checkpoints: Path, tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.usefixtures("few_people")
 def test_ablate_command(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
-        "ablate", "diffusion", "--checkpoint", str(checkpoints / "small"), "--direct", str(checkpoints / "direct"),
-        "--num-hypotheses", "2", "--steps", "1", "--people", "3", "--output", str(tmp_path),
-    ]  # fmt: skip
+        "ablate",
+        "diffusion",
+        "--checkpoint",
+        str(checkpoints / "small"),
+        "--direct",
+        str(checkpoints / "direct"),
+        "--num-hypotheses",
+        "2",
+        "--steps",
+        "1",
+        "--people",
+        "3",
+        "--output",
+        str(tmp_path),
+    ]
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "2 cells of 3 people of test" in text and "the rows of --stacked" in text and "N = 2" in text

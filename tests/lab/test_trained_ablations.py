@@ -139,9 +139,12 @@ def test_tables_that_cannot_mean_what_they_say(rows: tuple[TrainedRow, ...], mes
 # -- the runs ----------------------------------------------------------------------------------------------------------
 
 TINY = TrainedTable(
-    "two depths", "base.yaml", (TrainedRow("one"), TrainedRow("two", ("model.depth=2",), "one")),
-    ("val",), TRAINED["depth_rle"].columns,
-)  # fmt: skip
+    "two depths",
+    "base.yaml",
+    (TrainedRow("one"), TrainedRow("two", ("model.depth=2",), "one")),
+    ("val",),
+    TRAINED["depth_rle"].columns,
+)
 
 
 def tiny_plan(folder: Path, seeds: int = 2, steps: int = 4, **options: Any) -> Plan:
@@ -179,8 +182,11 @@ def test_what_is_trained_is_not_trained_again(tmp_path: Path) -> None:
     assert train_runs(plan.runs, first, told.append, lambda: float(next(now))) == []
     assert first.seen == ["one, seed 0", "two, seed 0", "one, seed 1", "two, seed 1"]
     assert [(each.done, each.total, each.seconds, each.seconds_left) for each in told] == [
-        (1, 4, 10, 30), (2, 4, 10, 20), (3, 4, 10, 10), (4, 4, 10, 0)
-    ]  # fmt: skip
+        (1, 4, 10, 30),
+        (2, 4, 10, 20),
+        (3, 4, 10, 10),
+        (4, 4, 10, 0),
+    ]
     assert all(is_done(run) and load_config(run.folder / "config.yaml") == run.config for run in plan.runs)
     again = Stub()
     assert train_runs(tiny_plan(tmp_path).runs, again) == [] and again.seen == []
@@ -211,8 +217,9 @@ def test_order_changes_nothing(tmp_path: Path) -> None:
         runs = tiny_plan(tmp_path / str(number)).runs
         random.shuffle(runs)
         train_runs(runs, Stub())
-        found.append({run.folder.relative_to(tmp_path / str(number)): (run.pipeline / "hmdiff.json").read_text()
-                      for run in runs})  # fmt: skip
+        found.append(
+            {run.folder.relative_to(tmp_path / str(number)): (run.pipeline / "hmdiff.json").read_text() for run in runs}
+        )
     assert found[0] == found[1] and len(set(found[0].values())) == 4
 
 
@@ -369,8 +376,11 @@ def test_a_cell_is_what_evaluation_gives(tmp_path: Path) -> None:
     assert "correlation" not in cell and "visible_fraction" not in cell
     for other in (Asked(4, 3, 2, 7), Asked(5, 2, 2, 7), Asked(5, 3, 1, 7), Asked(5, 3, 2, 8)):
         assert stored_cell(tmp_path, other.settings(run, TrainedRow("a"), "val", "weights")) is None
-    for row, split, weights in ((TrainedRow("a", tested=("data.workers=1",)), "val", "weights"),
-                                (TrainedRow("a"), "test", "weights"), (TrainedRow("a"), "val", "others")):  # fmt: skip
+    for row, split, weights in (
+        (TrainedRow("a", tested=("data.workers=1",)), "val", "weights"),
+        (TrainedRow("a"), "test", "weights"),
+        (TrainedRow("a"), "val", "others"),
+    ):
         assert stored_cell(tmp_path, Asked(5, 3, 2, 7).settings(run, row, split, weights)) is None
     cell_path(tmp_path, settings).write_text("{")
     assert stored_cell(tmp_path, settings) is None
@@ -438,8 +448,10 @@ def test_bands_are_of_people() -> None:
     rows = rows_of([0.9, 0.5])
     titles, lines = band_texts(rows, "pve")
     assert titles == ["visible", "over 80 % (1)", "60-80 % (0)", "40-60 % (1)", "under 40 % (0)"]
-    assert lines == [["plain", "110.0 (110.0-110.0)", "-", "190.0 (190.0-190.0)", "-"],
-                     ["new", "105.0 (105.0-105.0)", "-", "165.0 (165.0-165.0)", "-"]]  # fmt: skip
+    assert lines == [
+        ["plain", "110.0 (110.0-110.0)", "-", "190.0 (190.0-190.0)", "-"],
+        ["new", "105.0 (105.0-105.0)", "-", "165.0 (165.0-165.0)", "-"],
+    ]
     shares = band_texts(rows, "pve", relative=True)[1][1]
     assert shares[1:] == ["-4.5 (-4.5 to -4.5)", "-", "-13.2 (-13.2 to -13.2)", "-"]
     # Any other function of the visible fraction will do.
@@ -510,8 +522,24 @@ def test_costs_are_medians_of_rows_in_turn() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     save_config(small_config("unused", *SMALL), tmp_path / "base.yaml")
     monkeypatch.setitem(TRAINED, "tiny", dataclasses.replace(TINY, splits=("val", "val_blur")))
-    words = ["ablate", "tiny", "--base", str(tmp_path / "base.yaml"), "--steps", "2", "--seeds", "1", "--people", "4",
-             "--set", "data.label_noise=0.02", "--output", str(tmp_path / "out"), "--device", "cpu"]  # fmt: skip
+    words = [
+        "ablate",
+        "tiny",
+        "--base",
+        str(tmp_path / "base.yaml"),
+        "--steps",
+        "2",
+        "--seeds",
+        "1",
+        "--people",
+        "4",
+        "--set",
+        "data.label_noise=0.02",
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     assert main([*words, "--list"]) == 0
     text = capsys.readouterr().out
     assert "2 trainings for 2 rows and seeds of the tables, 2 of them still to do; about an unknown time" in text
@@ -557,9 +585,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ("depth_rle --mode drect", "invalid choice: 'drect'"),
     ],
 )
-def test_bad_words_are_one_line(
-    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_words_are_one_line(words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = main(["ablate", *words.split(), "--output", str(tmp_path / "out")])
     except SystemExit as error:

@@ -73,9 +73,11 @@ def voxel_triples(
     for person in people:
         for joint in range(JOINTS):
             others = [
-                predicted[i, j] for i in people for j in range(JOINTS)
+                predicted[i, j]
+                for i in people
+                for j in range(JOINTS)
                 if (i, j) != (person, joint) and (valid is None or valid[i, j])
-            ]  # fmt: skip
+            ]
             yield predicted[person, joint], others, empty
 
 
@@ -211,8 +213,9 @@ def test_people_without_labels_are_left_out() -> None:
     torch.stack(changed).sum().backward()
     for leaf in leaves:
         assert leaf.grad is not None and (leaf.grad[1] == 0).all() and (leaf.grad[has] != 0).any(-1).any(-1).all()
-    kept = joint_to_joint(predicted[has], truth[has], None, drawn()), joint_to_non_joint(
-        predicted[has], voxels[has], away[has], None, drawn()
+    kept = (
+        joint_to_joint(predicted[has], truth[has], None, drawn()),
+        joint_to_non_joint(predicted[has], voxels[has], away[has], None, drawn()),
     )
     torch.testing.assert_close(torch.stack(kept), torch.stack(values))
 
@@ -240,8 +243,9 @@ def test_half_precision_does_not_blur_the_cosines() -> None:
     predicted, truth, voxels, away = features(kind=torch.float32)
     exact = joint_to_joint(predicted, truth, None, drawn()), joint_to_non_joint(predicted, voxels, away, None, drawn())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = joint_to_joint(predicted, truth, None, drawn()), joint_to_non_joint(
-            predicted, voxels, away, None, drawn()
+        value = (
+            joint_to_joint(predicted, truth, None, drawn()),
+            joint_to_non_joint(predicted, voxels, away, None, drawn()),
         )
     assert value == exact
     rounded = joint_to_joint(predicted.bfloat16(), truth.bfloat16(), None, drawn())

@@ -66,11 +66,15 @@ def photo(frame: str) -> tuple[Sample, Tensor, Tensor, Tensor]:
         scale = focal[person] / pelvis[person, 2]
         cameras[person] = scale, *(pelvis[person, :2] * scale + principal[person])
     sample = Sample(
-        joints_2d=torch.from_numpy(seen).float(), joints_2d_confidence=torch.ones(PEOPLE, 26),
-        keypoints_3d=found, has_keypoints_3d=torch.ones(PEOPLE, 26, dtype=torch.bool),
-        focal=torch.from_numpy(focal).float(), principal_point=torch.from_numpy(principal).float(),
-        pelvis=torch.from_numpy(pelvis).float(), has_perspective=torch.ones(PEOPLE, dtype=torch.bool),
-    )  # fmt: skip
+        joints_2d=torch.from_numpy(seen).float(),
+        joints_2d_confidence=torch.ones(PEOPLE, 26),
+        keypoints_3d=found,
+        has_keypoints_3d=torch.ones(PEOPLE, 26, dtype=torch.bool),
+        focal=torch.from_numpy(focal).float(),
+        principal_point=torch.from_numpy(principal).float(),
+        pelvis=torch.from_numpy(pelvis).float(),
+        has_perspective=torch.ones(PEOPLE, dtype=torch.bool),
+    )
     mesh = people_block().coarse_vertices
     assert mesh is not None and sample.principal_point is not None and sample.focal is not None
     mesh = mesh[:PEOPLE]
@@ -156,9 +160,18 @@ def flat(sample: Sample, three: bool = False, nothing: bool = False) -> Sample:
     elif not nothing:
         confidence[:, 5:17] = 0.7
     return dataclasses.replace(
-        sample, has_vertices=no, has_joints_3d=no, has_camera=no, has_perspective=no, joints_2d_confidence=confidence,
-        has_keypoints_3d=has_3d, visible_fraction=None, occlusion=None, silhouette=None, depth=None,
-    )  # fmt: skip
+        sample,
+        has_vertices=no,
+        has_joints_3d=no,
+        has_camera=no,
+        has_perspective=no,
+        joints_2d_confidence=confidence,
+        has_keypoints_3d=has_3d,
+        visible_fraction=None,
+        occlusion=None,
+        silhouette=None,
+        depth=None,
+    )
 
 
 def gradient_of_the_mesh(
@@ -168,8 +181,10 @@ def gradient_of_the_mesh(
     model = make_model(*overrides)
     scheduler = build_scheduler(small_config("unused", *overrides))
     generator = torch.Generator().manual_seed(2)
-    steps, noise = torch.full((len(sample), 2), step), torch.randn(len(sample), 2, model.num_points, 3,
-                                                                   generator=generator)  # fmt: skip
+    steps, noise = (
+        torch.full((len(sample), 2), step),
+        torch.randn(len(sample), 2, model.num_points, 3, generator=generator),
+    )
     terms = training_losses(
         model, scheduler, config, sample, Draws(steps, noise), None, keypoint_map(config, model, free_body()[0])
     )
@@ -195,7 +210,8 @@ def test_people_without_labels_change_neither_term() -> None:
     labelled, unlabelled = flat(people_block()), flat(people_block(), nothing=True)
     some = labelled.map(lambda tensor: tensor[:3])
     half = dataclasses.replace(
-        unlabelled, joints_2d_confidence=torch.cat([some.joints_2d_confidence, unlabelled.joints_2d_confidence[3:]])  # type: ignore
+        unlabelled,
+        joints_2d_confidence=torch.cat([some.joints_2d_confidence, unlabelled.joints_2d_confidence[3:]]),  # type: ignore
     )
     model = make_model("model.mode=direct")
     scheduler, keypoints = build_scheduler(small_config()), the_map(model)

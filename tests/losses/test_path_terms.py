@@ -90,7 +90,15 @@ def test_the_objective_weighs_the_noise_levels() -> None:
     for weight, expected in (([1.0, 1.0], 0.5), ([4.0, 1.0], 2.0), ([0.0, 9.0], 0.0)):
         level = torch.tensor([weight]).expand(3, 2)
         found = objective(
-            config, Sample(), prediction, truth.expand(-1, 2, -1, -1), level, prediction, truth, torch.ones(3, 2),
-            torch.ones(3, 3), COARSE,
-        )  # fmt: skip
+            config,
+            Sample(),
+            prediction,
+            truth.expand(-1, 2, -1, -1),
+            level,
+            prediction,
+            truth,
+            torch.ones(3, 2),
+            torch.ones(3, 3),
+            COARSE,
+        )
         assert found["points"].item() == pytest.approx(expected, abs=1e-6)

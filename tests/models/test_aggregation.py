@@ -201,10 +201,26 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     pipe = small_pipeline()
     pipe.save_pretrained(tmp_path / "a")
-    words = ["prepare", "aggregator", str(tmp_path / "a"), "--steps", "1", "--people", "32", "--val-people", "8",
-             "--num-hypotheses", "2", "--epochs", "1", "--hidden", "8", "--device", "cpu"]  # fmt: skip
+    words = [
+        "prepare",
+        "aggregator",
+        str(tmp_path / "a"),
+        "--steps",
+        "1",
+        "--people",
+        "32",
+        "--val-people",
+        "8",
+        "--num-hypotheses",
+        "2",
+        "--epochs",
+        "1",
+        "--hidden",
+        "8",
+        "--device",
+        "cpu",
+    ]
     assert main([*words, "--output", str(tmp_path / "b")]) == 0
     assert "val, by the MLP, mm" in capsys.readouterr().out
     found = HMDiffPipeline.from_pretrained(tmp_path / "b").aggregator
     assert found is not None and found.fitted_on["num_inference_steps"] == 1
-

@@ -173,7 +173,6 @@ def test_image_backbone_starts_from_a_file(start: str, tmp_path: Path) -> None:
         ImageBackbone("resnet18", 64, 32, pretrained=str(tmp_path / "nowhere.pth"))
 
 
-
 @pytest.mark.parametrize("kind", ["one peak", "two peaks", "wide", "at the border"])
 def test_peaks_read_as_the_heatmaps_they_draw(kind: str) -> None:
     """The closed form is held to the drawn heatmaps: the features within 0.02, the mass within a few percent."""

@@ -164,8 +164,16 @@ def test_maps_of_another_size(fusion, tokens, depth):
 
 
 def test_resizing_averages_what_is_known():
-    maps = torch.tensor([[[1.0, 3.0, torch.nan, torch.nan], [5.0, 7.0, torch.nan, 2.0],
-                          [1.0, torch.nan, 4.0, 4.0], [3.0, torch.nan, 4.0, torch.inf]]])  # fmt: skip
+    maps = torch.tensor(
+        [
+            [
+                [1.0, 3.0, torch.nan, torch.nan],
+                [5.0, 7.0, torch.nan, 2.0],
+                [1.0, torch.nan, 4.0, 4.0],
+                [3.0, torch.nan, 4.0, torch.inf],
+            ]
+        ]
+    )
     values, known = resize_depth(maps, 2)
     assert known.tolist() == [[[True, False], [True, True]]]  # under half of a pixel known: not known
     torch.testing.assert_close(values, torch.tensor([[[4.0, 0.0], [2.0, 4.0]]]))

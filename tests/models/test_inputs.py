@@ -34,20 +34,31 @@ def heatmaps(count: int = 1) -> Heatmaps:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_hypotheses": 0}, "num_hypotheses 0: at least 1"), ({"num_hypotheses": 2**31}, "at most 10,000"),
-        ({"num_hypotheses": 2.5}, "num_hypotheses 2.5: a whole number"), ({"num_hypotheses": True}, "a whole number"),
-        ({"seed": -1}, "seed -1: a whole number from 0 on"), ({"seed": 2**64}, "seed 18446744073709551616: at most"),
-        ({"seed": 1.0}, "seed 1.0: a whole number"), ({"seed": None}, "seed None: a whole number"),
-        ({"eta": NAN}, "eta nan"), ({"eta": -0.1}, "eta -0.1"), ({"eta": INF}, "eta inf"), ({"eta": "1"}, "eta '1'"),
-        ({"focal": torch.tensor([0.0])}, "focal: 0 found"), ({"focal": torch.tensor([NAN])}, "focal: nan found"),
-        ({"focal": torch.tensor([-5.0])}, "focal: -5"), ({"focal": torch.tensor([1e30])}, "focal: 1e"),
+        ({"num_hypotheses": 0}, "num_hypotheses 0: at least 1"),
+        ({"num_hypotheses": 2**31}, "at most 10,000"),
+        ({"num_hypotheses": 2.5}, "num_hypotheses 2.5: a whole number"),
+        ({"num_hypotheses": True}, "a whole number"),
+        ({"seed": -1}, "seed -1: a whole number from 0 on"),
+        ({"seed": 2**64}, "seed 18446744073709551616: at most"),
+        ({"seed": 1.0}, "seed 1.0: a whole number"),
+        ({"seed": None}, "seed None: a whole number"),
+        ({"eta": NAN}, "eta nan"),
+        ({"eta": -0.1}, "eta -0.1"),
+        ({"eta": INF}, "eta inf"),
+        ({"eta": "1"}, "eta '1'"),
+        ({"focal": torch.tensor([0.0])}, "focal: 0 found"),
+        ({"focal": torch.tensor([NAN])}, "focal: nan found"),
+        ({"focal": torch.tensor([-5.0])}, "focal: -5"),
+        ({"focal": torch.tensor([1e30])}, "focal: 1e"),
         ({"focal": torch.ones(2)}, r"focal: shape \(2,\) found, \(1,\)"),
         ({"photo_sizes": torch.zeros(1, 2)}, "photo_sizes: 0 found"),
         ({"photo_sizes": torch.tensor([[640, NAN]])}, "photo_sizes: nan found"),
         ({"photo_sizes": torch.tensor([640.0, 480])}, r"photo_sizes: shape \(2,\) found, \(1, 2\)"),
-        ({"people": [-3]}, "people -3"), ({"people": ["a"]}, "people 'a'"), ({"people": [0.5]}, "people 0.5"),
+        ({"people": [-3]}, "people -3"),
+        ({"people": ["a"]}, "people 'a'"),
+        ({"people": [0.5]}, "people 0.5"),
     ],
-)  # fmt: skip
+)
 def test_calls_that_cannot_be_meant(pipe: HMDiffPipeline, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipe(heatmaps=heatmaps(), **{"num_hypotheses": 1, "num_inference_steps": 1, **arguments})
@@ -55,9 +66,21 @@ def test_calls_that_cannot_be_meant(pipe: HMDiffPipeline, arguments: dict[str, A
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("values", 1e30), ("values", NAN), ("center", 1e30), ("center", NAN), ("side", 1e30), ("side", 1e-30),
-     ("side", 0.0), ("side", INF), ("focal", 1e30), ("focal", NAN), ("photo_size", 1e30), ("rotation", INF)],
-)  # fmt: skip
+    [
+        ("values", 1e30),
+        ("values", NAN),
+        ("center", 1e30),
+        ("center", NAN),
+        ("side", 1e30),
+        ("side", 1e-30),
+        ("side", 0.0),
+        ("side", INF),
+        ("focal", 1e30),
+        ("focal", NAN),
+        ("photo_size", 1e30),
+        ("rotation", INF),
+    ],
+)
 def test_heatmaps_that_overflow(field: str, value: float) -> None:
     maps = heatmaps()
     whole = maps if field == "values" else maps.crop
@@ -77,8 +100,13 @@ def test_the_largest_numbers_that_are_taken_give_a_finite_body(pipe: HMDiffPipel
         crop = dataclasses.replace(maps, crop=Crop.of(torch.full((1, 2), center), torch.tensor([side])))
         for size in (1.0, 1e6):
             try:
-                output = pipe(heatmaps=crop, num_hypotheses=1, num_inference_steps=1, focal=torch.tensor([focal]),
-                              photo_sizes=torch.full((1, 2), size))  # fmt: skip
+                output = pipe(
+                    heatmaps=crop,
+                    num_hypotheses=1,
+                    num_inference_steps=1,
+                    focal=torch.tensor([focal]),
+                    photo_sizes=torch.full((1, 2), size),
+                )
             except UserError as error:
                 assert "the result is not finite" in str(error)
             else:

@@ -86,9 +86,17 @@ def test_peaks_teach_what_heatmaps_teach() -> None:
 
 def test_every_optional_path_has_a_gradient_on_parts() -> None:
     config = small_config(
-        "unused", PARTS, "model.backbone=conv", "model.rle=[joints,vertices,joints_2d]", "model.masked=0.3",
-        "model.lifting=true", "model.volume_width=16", "model.depth=2", "loss.rle=0.1", "loss.estimates=0.1",
-    )  # fmt: skip
+        "unused",
+        PARTS,
+        "model.backbone=conv",
+        "model.rle=[joints,vertices,joints_2d]",
+        "model.masked=0.3",
+        "model.lifting=true",
+        "model.volume_width=16",
+        "model.depth=2",
+        "loss.rle=0.1",
+        "loss.estimates=0.1",
+    )
     model = build_model(config, *free_body())
     awaken(model)
     sample = dataclasses.replace(people_block("train").map(lambda tensor: tensor[:4]), vertices=None)
@@ -115,7 +123,11 @@ def test_a_saved_pipeline_of_parts_comes_back_without_the_body(tmp_path) -> None
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    for wrong in (("model.encoder_type=mlp",), (PARTS, "model.encoder_type=mlp", "model.backbone=conv"),
-                  ("model.tokens=limbs",), ("model.encoder_type=lstm",)):  # fmt: skip
+    for wrong in (
+        ("model.encoder_type=mlp",),
+        (PARTS, "model.encoder_type=mlp", "model.backbone=conv"),
+        ("model.tokens=limbs",),
+        ("model.encoder_type=lstm",),
+    ):
         with pytest.raises(Exception, match="section 'model'"):
             build_model(small_config("unused", *wrong), *free_body())

@@ -195,9 +195,20 @@ def test_conditioning_rows_pick_images() -> None:
 @torch.no_grad()
 def test_both_inputs_reach_the_network() -> None:
     model = MeshRecoveryModel(
-        inputs="both", backbone="resnet18", image_size=64, num_keypoints=26, encoder_width=32, encoder_depth=1,
-        encoder_heads=2, width=32, heads=2, depth=1, num_coarse=16, patch_size=4, num_vertices=20,
-    ).eval()  # fmt: skip
+        inputs="both",
+        backbone="resnet18",
+        image_size=64,
+        num_keypoints=26,
+        encoder_width=32,
+        encoder_depth=1,
+        encoder_heads=2,
+        width=32,
+        heads=2,
+        depth=1,
+        num_coarse=16,
+        patch_size=4,
+        num_vertices=20,
+    ).eval()
     awaken(model)
     heatmaps, valid = inputs(2)
     image = torch.rand(2, 3, 64, 64)

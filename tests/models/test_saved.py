@@ -217,14 +217,21 @@ def test_weights_are_held_against_the_model(
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("num_inference_steps", "10", "num_inference_steps is '10'"), ("num_inference_steps", 0, "is 0"),
-        ("eta", float("nan"), "eta is nan"), ("eta", -1, "eta is -1"), ("eta", None, "eta is None"),
-        ("body", 5, "body is 5"), ("temperatures", {}, r"temperatures is \{\}"), ("temperatures", [3], "damaged"),
+        ("num_inference_steps", "10", "num_inference_steps is '10'"),
+        ("num_inference_steps", 0, "is 0"),
+        ("eta", float("nan"), "eta is nan"),
+        ("eta", -1, "eta is -1"),
+        ("eta", None, "eta is None"),
+        ("body", 5, "body is 5"),
+        ("temperatures", {}, r"temperatures is \{\}"),
+        ("temperatures", [3], "damaged"),
         ("temperatures", [{"num_inference_steps": 1e999, "sampler": "ddim", "temperature": 1}], "damaged"),
-        ("format", "1", "format '1'"), ("sampler", "magic", "sampler 'magic'"), ("checksums", [], "its checksums"),
+        ("format", "1", "format '1'"),
+        ("sampler", "magic", "sampler 'magic'"),
+        ("checksums", [], "its checksums"),
         ("checksums", {"../../x": "0"}, "which is not a file in it"),
     ],
-)  # fmt: skip
+)
 def test_the_pipelines_own_values_are_checked(
     saved: Path, tmp_path: Path, name: str, value: object, message: str
 ) -> None:
@@ -236,10 +243,14 @@ def test_the_pipelines_own_values_are_checked(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("trained_betas", None), ("trained_betas", [float("nan")] * 200), ("trained_betas", [0.5]),
-        ("trained_betas", [2.0] * 200), ("num_train_timesteps", 10**12), ("prediction_type", "magic"),
+        ("trained_betas", None),
+        ("trained_betas", [float("nan")] * 200),
+        ("trained_betas", [0.5]),
+        ("trained_betas", [2.0] * 200),
+        ("num_train_timesteps", 10**12),
+        ("prediction_type", "magic"),
     ],
-)  # fmt: skip
+)
 def test_schedules_are_checked(saved: Path, tmp_path: Path, name: str, value: object) -> None:
     folder = spoiled(saved, tmp_path)
     edit(folder / "scheduler" / "scheduler_config.json", lambda config: config.update({name: value}))
@@ -259,9 +270,13 @@ def test_a_checkpoint_names_its_body_and_no_file(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HMDIFF_BODY_DIR", raising=False)
     for name, message in (
-        (str(tmp_path / "evil.pkl"), "is not a name"), ("./evil.pkl", "is not a name"), ("", "is not a name"),
-        ("evil.pkl", "'evil.pkl' is not here"), ("a\0b", "is not a name"), ("..\\evil.pkl", "is not a name"),
-    ):  # fmt: skip
+        (str(tmp_path / "evil.pkl"), "is not a name"),
+        ("./evil.pkl", "is not a name"),
+        ("", "is not a name"),
+        ("evil.pkl", "'evil.pkl' is not here"),
+        ("a\0b", "is not a name"),
+        ("..\\evil.pkl", "is not a name"),
+    ):
         edit(folder / "hmdiff.json", lambda about, name=name: about.update(body=name))
         refused(folder, message)
     assert "run" not in capsys.readouterr().out

@@ -77,8 +77,9 @@ def test_the_pipeline_does_it_after_dat_alone() -> None:
 
     assert distance(Guidance()) < 0.8 * distance(Guidance(peaks=0.0))
     for mode in ("none", "disrupted"):
-        without, with_it = (pipe(heatmaps=maps, guidance=Guidance(mode=mode, peaks=peaks), **options).vertices
-                            for peaks in (0.0, 1.0))  # fmt: skip
+        without, with_it = (
+            pipe(heatmaps=maps, guidance=Guidance(mode=mode, peaks=peaks), **options).vertices for peaks in (0.0, 1.0)
+        )
         assert torch.equal(without, with_it)
     assert PAPER.peaks == 0
     with pytest.raises(UserError, match=r"guidance peaks -1\.0: a number from 0 on"):

@@ -60,12 +60,21 @@ def make_records(folder: Path, count: int = 6, photos: bool = True, **changed: A
             image = folder / f"image_{row:03d}.jpg"
             draw_photo(image, points[MARKED])
         values: dict[str, Any] = {
-            "name": f"standin/{row // 2}/{row:03d}", "group": f"sequence_{row // 2}", "source": f"labels.npz row {row}",
-            "image": image, "center": (low + high) / 2, "side": float(1.2 * (high - low).max()), "body": "smpl",
-            "pose": matrix_to_axis_angle(rotations[row]).double().numpy(), "betas": betas[row].double().numpy(),
-            "translation": (place[row] - root[row]).double().numpy(), "keypoints_2d": points,
-            "keypoints_2d_confidence": np.ones(len(points)), "keypoint_names": HALPE26, "intrinsics": INTRINSICS,
-        }  # fmt: skip
+            "name": f"standin/{row // 2}/{row:03d}",
+            "group": f"sequence_{row // 2}",
+            "source": f"labels.npz row {row}",
+            "image": image,
+            "center": (low + high) / 2,
+            "side": float(1.2 * (high - low).max()),
+            "body": "smpl",
+            "pose": matrix_to_axis_angle(rotations[row]).double().numpy(),
+            "betas": betas[row].double().numpy(),
+            "translation": (place[row] - root[row]).double().numpy(),
+            "keypoints_2d": points,
+            "keypoints_2d_confidence": np.ones(len(points)),
+            "keypoint_names": HALPE26,
+            "intrinsics": INTRINSICS,
+        }
         records.append(Record(**{**values, **changed}))
     return records
 

@@ -17,12 +17,25 @@ from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.pipeline import HMDiffPipeline
 
 SMALL = (
-    "model.width=32", "model.heads=2", "model.depth=1", "model.feed_forward_ratio=2", "model.encoder_width=32",
-    "model.encoder_depth=1", "model.encoder_heads=2", "model.patch_size=16", "data.block_size=4",
-    "training.batch_size=4", "training.warmup_steps=2", "training.learning_rate=0.003", "training.log_every=2",
-    "loss.noise_levels=2", "evaluation.people=2", "evaluation.num_hypotheses=2", "evaluation.num_inference_steps=2",
+    "model.width=32",
+    "model.heads=2",
+    "model.depth=1",
+    "model.feed_forward_ratio=2",
+    "model.encoder_width=32",
+    "model.encoder_depth=1",
+    "model.encoder_heads=2",
+    "model.patch_size=16",
+    "data.block_size=4",
+    "training.batch_size=4",
+    "training.warmup_steps=2",
+    "training.learning_rate=0.003",
+    "training.log_every=2",
+    "loss.noise_levels=2",
+    "evaluation.people=2",
+    "evaluation.num_hypotheses=2",
+    "evaluation.num_inference_steps=2",
     "evaluation.test_people=0",
-)  # fmt: skip
+)
 
 
 def small_config(output: str | Path = "unused", *overrides: str) -> Config:

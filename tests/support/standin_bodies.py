@@ -23,10 +23,12 @@ from hmdiff.body.skeletons import MANO16, SMPL24
 SMPL, MANO = 6890, 778
 # The free body's joints that play MANO's; what is not named here is the wrist.
 _LIMBS = {
-    "index": ("left_hip", "left_knee", "left_ankle left_foot"), "pinky": ("left_shoulder", "left_elbow", "left_wrist "
-    "left_hand"), "middle": ("right_hip", "right_knee", "right_ankle right_foot"),
-    "ring": ("right_shoulder", "right_elbow", "right_wrist right_hand"), "thumb": ("spine3", "neck", "head"),
-}  # fmt: skip
+    "index": ("left_hip", "left_knee", "left_ankle left_foot"),
+    "pinky": ("left_shoulder", "left_elbow", "left_wrist left_hand"),
+    "middle": ("right_hip", "right_knee", "right_ankle right_foot"),
+    "ring": ("right_shoulder", "right_elbow", "right_wrist right_hand"),
+    "thumb": ("spine3", "neck", "head"),
+}
 _ENDS = {"index4": "left_big_toe", "middle4": "right_big_toe", "thumb4": "top_head"}
 MANO_PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14)
 
@@ -81,7 +83,7 @@ def mano_arrays() -> dict[str, Any]:
         "kintree_table": np.stack([[2**32 - 1, *MANO_PARENTS[1:]], np.arange(16)]).astype(np.uint32),
         "f": faces.astype(np.uint32),
         "hands_mean": 0.1 * random.normal(size=45),
-    }  # fmt: skip
+    }
 
 
 def write_pickle(path: Path, arrays: dict[str, Any]) -> Path:

@@ -54,10 +54,17 @@ def make_spin(folder: Path, rows: int = 3) -> dict[str, s.Truth]:
         joints = np.zeros((24, 4))
         joints[SPIN_TO_H36M] = with_confidence(s.h36m_joints(person)[0] - person.joints[0])
         values = {
-            "imgname": image, "center": center, "scale": side / 200, "part": in_spin24(person),
-            "openpose": in_openpose(person), "S": joints, "pose": person.pose.ravel(), "shape": person.betas,
-            "has_smpl": row + 1 < rows, "gender": "mf"[row % 2],
-        }  # fmt: skip
+            "imgname": image,
+            "center": center,
+            "scale": side / 200,
+            "part": in_spin24(person),
+            "openpose": in_openpose(person),
+            "S": joints,
+            "pose": person.pose.ravel(),
+            "shape": person.betas,
+            "has_smpl": row + 1 < rows,
+            "gender": "mf"[row % 2],
+        }
         for key, value in values.items():
             columns.setdefault(key, []).append(value)
         truths[f"coco_2014_train/train2014/COCO_train2014_{row:012d}/{row}"] = person.truth
@@ -77,11 +84,19 @@ def make_hmr2(folder: Path, rows: int = 3, objects: bool = False, tall: bool = F
         joints = np.zeros((19, 4))
         joints[SPIN_TO_H36M] = with_confidence(s.h36m_joints(person)[0] - person.joints[0])
         values = {
-            "imgname": image.encode(), "center": center, "scale": [side / 2, side] if tall else side,
-            "body_pose": person.pose.ravel(), "has_body_pose": 1.0, "betas": person.betas, "has_betas": float(row > 0),
-            "body_keypoints_2d": in_openpose(person), "extra_keypoints_2d": in_spin24(person)[:19],
-            "body_keypoints_3d": np.full((25, 4), 9.0), "extra_keypoints_3d": joints, "gender": "f",
-        }  # fmt: skip
+            "imgname": image.encode(),
+            "center": center,
+            "scale": [side / 2, side] if tall else side,
+            "body_pose": person.pose.ravel(),
+            "has_body_pose": 1.0,
+            "betas": person.betas,
+            "has_betas": float(row > 0),
+            "body_keypoints_2d": in_openpose(person),
+            "extra_keypoints_2d": in_spin24(person)[:19],
+            "body_keypoints_3d": np.full((25, 4), 9.0),
+            "extra_keypoints_3d": joints,
+            "gender": "f",
+        }
         for key, value in values.items():
             columns.setdefault(key, []).append(value)
         truths[f"3dpw_test/imageFiles/downtown_bus_00/image_{row:05d}/{row}"] = person.truth
@@ -114,8 +129,10 @@ def make_human36m(folder: Path, layout: str, t_is_place: bool = False, world: bo
 
 def _spin_h36m(folder: Path, rows: list[Any], _: Any, truths: dict[str, s.Truth], __: bool) -> None:
     for stem, subjects, wanted in (
-        ("h36m_valid_protocol1", (9, 11), None), ("h36m_valid_protocol2", (9, 11), 4), ("h36m_train", (1,), None)
-    ):  # fmt: skip
+        ("h36m_valid_protocol1", (9, 11), None),
+        ("h36m_valid_protocol2", (9, 11), 4),
+        ("h36m_train", (1,), None),
+    ):
         columns: dict[str, list[Any]] = {key: [] for key in ("imgname", "center", "scale", "S")}
         for subject, number, camera, frame, person in rows:
             if subject not in subjects or wanted not in (None, number):
@@ -139,10 +156,16 @@ def _mmpose_h36m(
     for key, extrinsics in cameras.items():
         rotation = extrinsics[:3, :3]
         written[key] = {
-            "R": rotation.T, "T": -rotation.T @ extrinsics[:3, 3:], "c": s.INTRINSICS[:2, 2:],
-            "f": s.INTRINSICS[[0, 1], [0, 1], None], **DISTORTION, "w": s.WIDTH, "h": s.HEIGHT, "name": "camera1",
+            "R": rotation.T,
+            "T": -rotation.T @ extrinsics[:3, 3:],
+            "c": s.INTRINSICS[:2, 2:],
+            "f": s.INTRINSICS[[0, 1], [0, 1], None],
+            **DISTORTION,
+            "w": s.WIDTH,
+            "h": s.HEIGHT,
+            "name": "camera1",
             "id": key[1],
-        }  # fmt: skip
+        }
     annotations = folder / "annotation_body3d"
     s.write_python2_pickle(annotations / "cameras.pkl", written)
     (annotations / "fps10").mkdir()
@@ -176,10 +199,20 @@ def _json_h36m(folder: Path, rows: list[Any], cameras: dict[Any, Any], truths: d
             s.write_image(folder / "images" / image)
             seen, world = s.h36m_joints(person)
             (x, y), side = box(s.project(seen))
-            images.append({
-                "id": row, "file_name": image, "width": s.WIDTH, "height": s.HEIGHT, "subject": subject,
-                "action_name": "Directions", "action_idx": 2, "subaction_idx": 1, "cam_idx": number, "frame_idx": frame,
-            })  # fmt: skip
+            images.append(
+                {
+                    "id": row,
+                    "file_name": image,
+                    "width": s.WIDTH,
+                    "height": s.HEIGHT,
+                    "subject": subject,
+                    "action_name": "Directions",
+                    "action_idx": 2,
+                    "subaction_idx": 1,
+                    "cam_idx": number,
+                    "frame_idx": frame,
+                }
+            )
             annotations.append({"id": row, "image_id": row, "bbox": [x - side / 2, y - side / 2, side, side]})
             # One recording of a subject is seen by all its cameras: here each camera has an action of its own instead.
             images[-1]["subaction_idx"] = number
@@ -188,9 +221,11 @@ def _json_h36m(folder: Path, rows: list[Any], cameras: dict[Any, Any], truths: d
             fits.setdefault("2", {}).setdefault(str(number), {})[str(frame)] = fit
             rotation, t = cameras[f"S{subject}", camera][:3, :3], cameras[f"S{subject}", camera][:3, 3]
             lenses[str(number)] = {
-                "R": rotation, "t": 1000 * (-rotation.T @ t if place else t),
-                "f": s.INTRINSICS[[0, 1], [0, 1]], "c": s.INTRINSICS[:2, 2],
-            }  # fmt: skip
+                "R": rotation,
+                "t": 1000 * (-rotation.T @ t if place else t),
+                "f": s.INTRINSICS[[0, 1], [0, 1]],
+                "c": s.INTRINSICS[:2, 2],
+            }
             truths[f"human36m/{name}_{frame + 1:06d}"] = s.Truth(person.vertices, seen)
         start = str(folder / "annotations" / f"Human36M_subject{subject}")
         s.write_json(Path(f"{start}_data.json"), {"images": images, "annotations": annotations})
@@ -214,12 +249,22 @@ def make_bedlam(folder: Path, body: Body, lying: bool = False, rows: int = 2) ->
         path = folder / "training_images" / scene / "png" / image
         s.write_image(path, s.HEIGHT, s.WIDTH) if lying else s.write_image(path)
         values = {
-            "imgname": image, "center": center, "scale": side / 200, "pose_cam": person.pose.ravel(),
-            "pose_world": person.pose.ravel(), "shape": [*person.betas, 0.0],
-            "trans_cam": person.translation - camera[:3, 3], "trans_world": np.zeros(3), "gtkps": points,
-            "cam_int": s.INTRINSICS, "cam_ext": camera, "gender": "female",
-            "proj_verts": np.zeros((437, 3)), "motion_info": "walk", "sub": "rp_emma",
-        }  # fmt: skip
+            "imgname": image,
+            "center": center,
+            "scale": side / 200,
+            "pose_cam": person.pose.ravel(),
+            "pose_world": person.pose.ravel(),
+            "shape": [*person.betas, 0.0],
+            "trans_cam": person.translation - camera[:3, 3],
+            "trans_world": np.zeros(3),
+            "gtkps": points,
+            "cam_int": s.INTRINSICS,
+            "cam_ext": camera,
+            "gender": "female",
+            "proj_verts": np.zeros((437, 3)),
+            "motion_info": "walk",
+            "sub": "rp_emma",
+        }
         for key, value in values.items():
             columns.setdefault(key, []).append(value)
         truths[f"bedlam/{scene}/seq_000000/seq_000000_{5 * row:04d}/{row}"] = person.truth
@@ -238,11 +283,19 @@ def make_coco(folder: Path, split: str = "val2017", name: str = "coco") -> dict[
         points = person.points[joint_indices(COCO17, HALPE26)].round(2)
         flags = np.array([2, 1, *[2] * 14, 0])
         low, size = points.min(0), np.ptp(points, 0)
-        annotations.append({
-            "id": 500 + row, "image_id": 139, "category_id": 1, "iscrowd": 0, "area": float(size.prod()),
-            "bbox": [*low, *size], "num_keypoints": 16, "segmentation": [],
-            "keypoints": np.concatenate([points, flags[:, None]], 1).ravel(),
-        })  # fmt: skip
+        annotations.append(
+            {
+                "id": 500 + row,
+                "image_id": 139,
+                "category_id": 1,
+                "iscrowd": 0,
+                "area": float(size.prod()),
+                "bbox": [*low, *size],
+                "num_keypoints": 16,
+                "segmentation": [],
+                "keypoints": np.concatenate([points, flags[:, None]], 1).ravel(),
+            }
+        )
         truths[f"{name}/000000000139/{500 + row}"] = s.Truth(extra={"points": points, "box": (low, size)})
     annotations.append({**annotations[0], "id": 502, "num_keypoints": 0, "keypoints": [0] * 51})
     annotations.append({**annotations[0], "id": 503, "iscrowd": 1})
@@ -262,12 +315,20 @@ def make_3doh(folder: Path, world: bool = False, inner: bool = False, rows: int 
         extrinsics[:3, 3] *= scale
         low, high = points.min(0), points.max(0)
         entries[f"{row:05d}"] = {
-            "img_path": f"images\\{row:05d}.jpg", "mask_path": f"masks\\{row:05d}.png", "bbox": [low, high],
-            "pose": [person.pose.ravel()], "betas": [person.betas], "scale": [scale],
-            "trans": [person.translation * (1 if inner else scale)], "extri": extrinsics, "intri": s.INTRINSICS,
-            "smpl_joints_2d": points, "smpl_joints_3d": scale * (person.world_joints if world else person.joints),
-            "lsp_joints_2d": np.zeros((14, 2)), "lsp_joints_3d": np.zeros((14, 3)),
-        }  # fmt: skip
+            "img_path": f"images\\{row:05d}.jpg",
+            "mask_path": f"masks\\{row:05d}.png",
+            "bbox": [low, high],
+            "pose": [person.pose.ravel()],
+            "betas": [person.betas],
+            "scale": [scale],
+            "trans": [person.translation * (1 if inner else scale)],
+            "extri": extrinsics,
+            "intri": s.INTRINSICS,
+            "smpl_joints_2d": points,
+            "smpl_joints_3d": scale * (person.world_joints if world else person.joints),
+            "lsp_joints_2d": np.zeros((14, 2)),
+            "lsp_joints_3d": np.zeros((14, 3)),
+        }
         s.write_image(folder / "testset" / "images" / f"{row:05d}.jpg")
         truths[f"3doh/images/{row:05d}/{row:05d}"] = person.truth
     s.write_json(folder / "testset" / "annots.json", entries)
@@ -283,9 +344,16 @@ def make_sports(folder: Path, rows: int = 3) -> dict[str, s.Truth]:
         s.write_image(folder / "images" / image)
         low, high = person.points.min(0), person.points.max(0)
         line: dict[str, Any] = {
-            "image": image, "split": "train" if row == 0 else "test", "group": "game1", "frame": row, "person": 0,
-            "fx": 240.0, "fy": 242.0, "cx": 48.0, "cy": 80.0,
-        }  # fmt: skip
+            "image": image,
+            "split": "train" if row == 0 else "test",
+            "group": "game1",
+            "frame": row,
+            "person": 0,
+            "fx": 240.0,
+            "fy": 242.0,
+            "cx": 48.0,
+            "cy": 80.0,
+        }
         corners = (*low, *high) if row + 1 < rows else ("", "", "", "")
         line.update(zip(("x0", "y0", "x1", "y1"), corners, strict=True))
         for name, (x, y) in zip(HALPE26, person.points, strict=True):

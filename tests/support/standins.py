@@ -27,10 +27,17 @@ INTRINSICS = np.array([[240.0, 0, 48], [0, 242.0, 80], [0, 0, 1]])
 MANO_PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14)
 _SMPLX_BODY = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19)
 SMPLX_PARENTS = (
-    *_SMPLX_BODY, 15, 15, 15,
-    *(parent for wrist, first in ((20, 25), (21, 40)) for f in range(5)
-      for parent in (wrist, first + 3 * f, first + 3 * f + 1)),
-)  # fmt: skip
+    *_SMPLX_BODY,
+    15,
+    15,
+    15,
+    *(
+        parent
+        for wrist, first in ((20, 25), (21, 40))
+        for f in range(5)
+        for parent in (wrist, first + 3 * f, first + 3 * f + 1)
+    ),
+)
 # FreiHAND's own: MANO's sixteen joints and five vertices.
 FREIHAND_TIPS = {"thumb4": 744, "index4": 320, "middle4": 443, "ring4": 555, "pinky4": 672}
 
@@ -74,9 +81,10 @@ def small_free_body() -> Body:
 def posed(body: Body, pose: np.ndarray, betas: np.ndarray, translation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Vertices and joints by the body itself, in float64."""
     output = body.double()(
-        torch.from_numpy(np.asarray(betas, np.float64)), axis_angle_to_matrix(torch.from_numpy(pose)),
+        torch.from_numpy(np.asarray(betas, np.float64)),
+        axis_angle_to_matrix(torch.from_numpy(pose)),
         torch.from_numpy(np.asarray(translation, np.float64)),
-    )  # fmt: skip
+    )
     return output.vertices.numpy(), output.joints.numpy()
 
 
@@ -179,10 +187,14 @@ def make_3dpw(
     for number, (split, name) in enumerate(sequences):
         cameras = np.stack([make_person(body, 100 * number + f).extrinsics for f in range(frames)])
         data: dict[str, Any] = {
-            "sequence": name, "cam_intrinsics": INTRINSICS, "cam_poses": cameras, "genders": ["m", "f"],
-            "img_frame_ids": 2 * np.arange(frames, dtype=np.uint16), "texture_maps": [],
+            "sequence": name,
+            "cam_intrinsics": INTRINSICS,
+            "cam_poses": cameras,
+            "genders": ["m", "f"],
+            "img_frame_ids": 2 * np.arange(frames, dtype=np.uint16),
+            "texture_maps": [],
             **{key: [] for key in ("poses", "betas", "trans", "poses2d", "jointPositions", "campose_valid")},
-        }  # fmt: skip
+        }
         for p in (0, 1):
             betas = np.random.default_rng(p).normal(size=10)
             people = [
@@ -228,9 +240,12 @@ def make_freihand(
             xyz = np.stack([named[name] for name in HAND21])
             uv, scale = project(xyz, intrinsics)[9], intrinsics[0, 0] / xyz[9, 2]
             for key, value in (
-                ("K", intrinsics), ("xyz", xyz), ("verts", mesh), ("scale", 0.03),
+                ("K", intrinsics),
+                ("xyz", xyz),
+                ("verts", mesh),
+                ("scale", 0.03),
                 ("mano", [[*pose.ravel(), *betas, *uv, scale]]),
-            ):  # fmt: skip
+            ):
                 columns[key].append(value)
             for version in range(4 if split == "training" else 1):
                 number = row + version * rows

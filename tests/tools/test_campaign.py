@@ -64,11 +64,18 @@ def write_outside() -> None:
 @pytest.mark.parametrize(
     ("work", "outcome"),
     [
-        (lambda: None, "right"), (refuse, "refused"), (two_lines, "traceback"), (trace, "traceback"),
-        (crash, "crashed"), (hang, "hung"), (eat, "memory"), (wrong, "wrong"), (execute, "executed"),
+        (lambda: None, "right"),
+        (refuse, "refused"),
+        (two_lines, "traceback"),
+        (trace, "traceback"),
+        (crash, "crashed"),
+        (hang, "hung"),
+        (eat, "memory"),
+        (wrong, "wrong"),
+        (execute, "executed"),
         (write_outside, "outside"),
     ],
-)  # fmt: skip
+)
 def test_every_outcome_is_seen(tmp_path: Path, work: Callable[[], None], outcome: str) -> None:
     found, about = attempt(work, tmp_path, seconds=1)
     assert found == outcome, about

@@ -133,7 +133,7 @@ def test_sources_without_recordings_are_refused(tmp_path):
 def test_a_folder_is_read(tmp_path):
     (tmp_path / "07.asf").write_text(TINY_ASF)
     (tmp_path / "07_01.amc").write_text(TINY_AMC)
-    (name, skeleton, angles), = acclaim.read_recordings(tmp_path)  # fmt: skip
+    ((name, skeleton, angles),) = acclaim.read_recordings(tmp_path)
     assert name == "07_01" and set(skeleton.bones) == {"root", "thigh", "shank"}
     assert angles["shank"].shape == (2, 3)
 
@@ -142,15 +142,23 @@ def cmu_like_skeleton() -> acclaim.AcclaimSkeleton:
     """The bones, rest directions and axes of CMU's skeletons, lengths of our own."""
     leg, arm = (0.342, -0.94, 0.0), (1.0, 0.0, 0.0)
     bones = {
-        "lhipjoint": ("root", (0.66, -0.71, 0.25), (0, 0, 0)), "lfemur": ("lhipjoint", leg, (0, 0, 20)),
-        "ltibia": ("lfemur", leg, (0, 0, 20)), "lfoot": ("ltibia", (0.09, -0.24, 0.97), (-90, 0, 20)),
-        "ltoes": ("lfoot", (0, 0, 1), (-90, 0, 20)), "lowerback": ("root", (0, 1, 0), (0, 0, 0)),
-        "upperback": ("lowerback", (0, 1, 0), (0, 0, 0)), "thorax": ("upperback", (0, 1, 0), (0, 0, 0)),
-        "lowerneck": ("thorax", (0, 1, 0.1), (0, 0, 0)), "upperneck": ("lowerneck", (0, 1, 0), (0, 0, 0)),
-        "head": ("upperneck", (0, 1, 0), (0, 0, 0)), "lclavicle": ("thorax", (0.97, 0.25, 0), (0, 0, 0)),
-        "lhumerus": ("lclavicle", arm, (180, -30, -90)), "lradius": ("lhumerus", arm, (180, -30, -90)),
-        "lwrist": ("lradius", arm, (0, 90, 90)), "lhand": ("lwrist", arm, (0, 90, 90)),
-    }  # fmt: skip
+        "lhipjoint": ("root", (0.66, -0.71, 0.25), (0, 0, 0)),
+        "lfemur": ("lhipjoint", leg, (0, 0, 20)),
+        "ltibia": ("lfemur", leg, (0, 0, 20)),
+        "lfoot": ("ltibia", (0.09, -0.24, 0.97), (-90, 0, 20)),
+        "ltoes": ("lfoot", (0, 0, 1), (-90, 0, 20)),
+        "lowerback": ("root", (0, 1, 0), (0, 0, 0)),
+        "upperback": ("lowerback", (0, 1, 0), (0, 0, 0)),
+        "thorax": ("upperback", (0, 1, 0), (0, 0, 0)),
+        "lowerneck": ("thorax", (0, 1, 0.1), (0, 0, 0)),
+        "upperneck": ("lowerneck", (0, 1, 0), (0, 0, 0)),
+        "head": ("upperneck", (0, 1, 0), (0, 0, 0)),
+        "lclavicle": ("thorax", (0.97, 0.25, 0), (0, 0, 0)),
+        "lhumerus": ("lclavicle", arm, (180, -30, -90)),
+        "lradius": ("lhumerus", arm, (180, -30, -90)),
+        "lwrist": ("lradius", arm, (0, 90, 90)),
+        "lhand": ("lwrist", arm, (0, 90, 90)),
+    }
     for name, (parent, direction, axis) in list(bones.items()):
         if name[0] == "l" and not name.startswith("lower"):
             above = parent if parent in ("root", "thorax") else "r" + parent[1:]

@@ -17,9 +17,15 @@ def test_recorded_stand_ins_are_the_people_that_were_drawn(tmp_path: Path) -> No
     write_recorded(tmp_path / "a", 3, "val", 0, 32)
     body, mesh = free_body()
     read = RecordedPeople(
-        PreparedShards(tmp_path / "a"), body, mesh.coarse_ids, 3, full_mesh=True, heatmaps="labels", same_body=True,
+        PreparedShards(tmp_path / "a"),
+        body,
+        mesh.coarse_ids,
+        3,
+        full_mesh=True,
+        heatmaps="labels",
+        same_body=True,
         map_size=32,
-    ).block("val", 0)  # fmt: skip
+    ).block("val", 0)
     drawn = build_data(small_config("unused", "data.map_size=32", "data.block_size=16"), body, mesh, True)
     people = drawn.block("val", 0).map(lambda tensor: tensor[:3])
     for name in ("vertices", "coarse_vertices"):

@@ -61,8 +61,22 @@ def test_synthetic_people(tmp_path: Path) -> None:
     result = dry_run(small_config(tmp_path / "run"), told.append)
     assert not result.failures and told == [check.name for check in result.checks]
     lines = found(result)
-    for name in ("body", "data", "splits", "output", "model", "device", "resume", "disk", "loading", "step", "memory",
-                 "balance", "evaluation", "whole run"):  # fmt: skip
+    for name in (
+        "body",
+        "data",
+        "splits",
+        "output",
+        "model",
+        "device",
+        "resume",
+        "disk",
+        "loading",
+        "step",
+        "memory",
+        "balance",
+        "evaluation",
+        "whole run",
+    ):
         assert lines[name].state in (FINE, CAREFUL), name
     assert "12,410 vertices" in lines["body"].found and "mesh 4, 3D joints 4" in lines["data"].found
     assert lines["resume"].found == "a new run: no checkpoint is there"
@@ -179,8 +193,13 @@ def spoilt(shards: Path, folder: Path, spoil: Callable[[Path], object]) -> Path:
 def test_sources_have_their_own_lines(shards: Path, tmp_path: Path) -> None:
     """Three sources, each wrong in its own way, and a fourth that is fine: all are told in one go."""
     cut = spoilt(shards, tmp_path / "cut", lambda f: (f / "shard_00000.arrow").write_bytes(b"short"))
-    unfinished = spoilt(shards, tmp_path / "half", lambda f: (f / "index.json").write_text(
-        json.dumps(json.loads((f / "index.json").read_text()) | {"complete": False})))  # fmt: skip
+    unfinished = spoilt(
+        shards,
+        tmp_path / "half",
+        lambda f: (f / "index.json").write_text(
+            json.dumps(json.loads((f / "index.json").read_text()) | {"complete": False})
+        ),
+    )
     sources = ", ".join(f"{{path: {place}, same_body: true}}" for place in (cut, unfinished, tmp_path / "gone", shards))
     words = recorded(shards, "data.kind=mixture", f"data.sources=[{sources}]")
     result = dry_run(small_config(tmp_path / "run", *words))

@@ -52,12 +52,19 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"step": 2.7}, "step is 2.7, a whole number"), ({"step": "5"}, "step is '5'"), ({"step": True}, "is True"),
-        ({"step": 6}, "is of step 6"), ({"step": None}, "step is None"), ({"step": -5}, "step is -5"),
-        ({"ema_steps": 10**400}, "ema_steps is inf"), ({"ema_steps": 1.0}, "ema_steps is 1.0"),
-        ({"sums": {"loss": "x"}}, "sums"), ({"sums": {"loss": float("nan")}}, "sums"), ({"sums": 3}, "sums"),
+        ({"step": 2.7}, "step is 2.7, a whole number"),
+        ({"step": "5"}, "step is '5'"),
+        ({"step": True}, "is True"),
+        ({"step": 6}, "is of step 6"),
+        ({"step": None}, "step is None"),
+        ({"step": -5}, "step is -5"),
+        ({"ema_steps": 10**400}, "ema_steps is inf"),
+        ({"ema_steps": 1.0}, "ema_steps is 1.0"),
+        ({"sums": {"loss": "x"}}, "sums"),
+        ({"sums": {"loss": float("nan")}}, "sums"),
+        ({"sums": 3}, "sums"),
     ],
-)  # fmt: skip
+)
 def test_progress_of_other_types_is_refused(tmp_path: Path, changed: dict, message: str) -> None:
     """Of a checkpoint without checksums, as older ones are."""
     place = tmp_path / "step_00000005"

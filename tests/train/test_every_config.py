@@ -20,13 +20,33 @@ pytestmark = pytest.mark.slow  # networks of their real size
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 # Two people; no weights of others; float32, in which a loss can be compared.
-FEW = ("training.batch_size=2", "data.block_size=2", "data.workers=0", "loss.noise_levels=1", "model.pretrained=false",
-       "training.start_from=''", "training.mixed_precision=no", "training.compile=false", "model.masked=0")  # fmt: skip
+FEW = (
+    "training.batch_size=2",
+    "data.block_size=2",
+    "data.workers=0",
+    "loss.noise_levels=1",
+    "model.pretrained=false",
+    "training.start_from=''",
+    "training.mixed_precision=no",
+    "training.compile=false",
+    "model.masked=0",
+)
 # Recipes of licensed bodies and recorded people, on the free body and synthetic ones: `test_recipes` has their data.
 FREE = ("body=free", "data.kind=synthetic", "data.sources=[]", "data.splits={}", "model.num_coarse=432")
 # Weights of terms, by the term's name where it is another: of several, such as RLE's, one stands for all.
-TERMS = ("vertices", "joints_3d", "keypoints_2d", "keypoints_3d", "camera", "edges", "projection", "silhouette",
-         "estimates", "joint_contrast", "non_joint_contrast")  # fmt: skip
+TERMS = (
+    "vertices",
+    "joints_3d",
+    "keypoints_2d",
+    "keypoints_3d",
+    "camera",
+    "edges",
+    "projection",
+    "silhouette",
+    "estimates",
+    "joint_contrast",
+    "non_joint_contrast",
+)
 
 
 def few(name: str) -> Config:
@@ -49,9 +69,7 @@ def test_one_step(name: str) -> None:
     model.train()
     faces = mesh.coarse_faces
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]) if config.loss.edges else None
-    step = TrainingStep(
-        model, build_scheduler(config), config.loss, edges, keypoint_map(config.loss, model, body)
-    )
+    step = TrainingStep(model, build_scheduler(config), config.loss, edges, keypoint_map(config.loss, model, body))
     people, draws = TrainingStream(build_source(config, body, mesh), config, 0, 1, model)[0]
     first = step(people, draws)
     assert all(bool(torch.isfinite(value)) for value in first.values()), first

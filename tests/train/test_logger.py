@@ -34,8 +34,12 @@ def test_a_resumed_run_leaves_one_value_a_step(tmp_path: Path) -> None:
         log({"step": 6, "loss": 0.9})
     with open(tmp_path / "log.csv", newline="") as handle:
         rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(handle)]
-    assert rows == [{"step": "2", "loss": "0.2"}, {"step": "4", "loss": "0.4"}, {"step": "4", "val_pve_mean": "8"},
-                    {"step": "6", "loss": "0.9"}]  # fmt: skip
+    assert rows == [
+        {"step": "2", "loss": "0.2"},
+        {"step": "4", "loss": "0.4"},
+        {"step": "4", "val_pve_mean": "8"},
+        {"step": "6", "loss": "0.9"},
+    ]
     assert logged(tmp_path, "loss") == pytest.approx({2: 0.2, 4: 0.4, 6: 0.9})
 
 

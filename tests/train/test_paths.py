@@ -28,9 +28,17 @@ PATHS = {
     "silhouette": ("model.silhouette=true", "loss.silhouette=0.1"),
     "masked": ("model.masked=0.5",),
     "projection": ("loss.projection=0.1",),
-    "lifting": ("model.backbone=conv", "model.lifting=true", "model.volume_width=16", "model.volume_size=4",
-                "model.depth=2", "loss.estimates=0.5", "loss.joint_contrast=0.1", "loss.non_joint_contrast=0.1"),
-}  # fmt: skip
+    "lifting": (
+        "model.backbone=conv",
+        "model.lifting=true",
+        "model.volume_width=16",
+        "model.volume_size=4",
+        "model.depth=2",
+        "loss.estimates=0.5",
+        "loss.joint_contrast=0.1",
+        "loss.non_joint_contrast=0.1",
+    ),
+}
 PATHS["hybrid position"] = ("model.backbone=conv", "model.hybrid_position=true")
 PATHS["coarse to fine"] = (*PATHS["lifting"], "model.coarse_to_fine=true")
 EVERYTHING = tuple(value for name, path in PATHS.items() for value in path if name != "rle composite")
@@ -70,12 +78,16 @@ def test_every_path_learns_with_and_without_diffusion(name: str, mode: str) -> N
     assert losses[-1] < losses[0]
     names = set(terms) - {"loss", "points", "camera"}
     wanted = {
-        "depth": set(), "rle": {"rle_joints", "rle_vertices", "rle_joints_2d"}, "rle composite": {"rle_joints"},
-        "silhouette": {"silhouette"}, "masked": set(), "projection": {"projection"},
+        "depth": set(),
+        "rle": {"rle_joints", "rle_vertices", "rle_joints_2d"},
+        "rle composite": {"rle_joints"},
+        "silhouette": {"silhouette"},
+        "masked": set(),
+        "projection": {"projection"},
         "lifting": {"estimates", "joint_contrast", "non_joint_contrast"},
         "hybrid position": set(),
         "coarse to fine": {"estimates", "mesh_estimates", "joint_contrast", "non_joint_contrast"},
-    }  # fmt: skip
+    }
     assert names == (set().union(*wanted.values()) if name == "all" else wanted[name])
     idle = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
     assert not idle or used_by_no_loss(model, values.loss), idle

@@ -28,12 +28,24 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = ("hmdiff_3dpw", "hmdiff_h36m", "hmdiff_freihand")
 # Small enough for a step in a second: everything that decides how the parts fit together stays the recipe's own.
 TINY = (
-    "model.backbone=resnet18", "model.encoder_width=32", "model.encoder_depth=1", "model.encoder_heads=2",
-    "model.width=32", "model.depth=1", "model.heads=2", "model.pretrained=false", "data.image_size=64",
-    "data.block_size=2", "data.workers=0", "training.batch_size=2", "training.mixed_precision=no",
+    "model.backbone=resnet18",
+    "model.encoder_width=32",
+    "model.encoder_depth=1",
+    "model.encoder_heads=2",
+    "model.width=32",
+    "model.depth=1",
+    "model.heads=2",
+    "model.pretrained=false",
+    "data.image_size=64",
+    "data.block_size=2",
+    "data.workers=0",
+    "training.batch_size=2",
+    "training.mixed_precision=no",
     "loss.noise_levels=1",
-    "evaluation.people=2", "evaluation.num_hypotheses=2", "evaluation.num_inference_steps=2",
-)  # fmt: skip
+    "evaluation.people=2",
+    "evaluation.num_hypotheses=2",
+    "evaluation.num_inference_steps=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +67,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tables.make_human36m(raw / "h36m", "json")
     s.make_freihand(raw / "freihand", load_body("mano_right"), rows=2)
     for name, source, split, out in (
-        ("3dpw", "3dpw", "train", "3dpw_train"), ("3dpw", "3dpw", "validation", "3dpw_validation"),
-        ("hmr2", "coco", "3dpw_test", "coco_fits"), ("human36m", "h36m", "train", "h36m_train"),
+        ("3dpw", "3dpw", "train", "3dpw_train"),
+        ("3dpw", "3dpw", "validation", "3dpw_validation"),
+        ("hmr2", "coco", "3dpw_test", "coco_fits"),
+        ("human36m", "h36m", "train", "h36m_train"),
         ("freihand", "freihand", "training", "freihand_training"),
-    ):  # fmt: skip
+    ):
         prepare_dataset(open_reader(name, raw / source, split), folder / "prepared" / out)
     shutil.rmtree(raw)
     yield folder
@@ -127,8 +141,11 @@ def test_full_size(name: str, inside: Path) -> None:
         from hmdiff.models.recovery import MeshRecoveryModel
 
         values = config.model | {
-            "image_size": 224, "body": body.name, "num_vertices": body.num_vertices, "num_joints": body.num_joints
-        }  # fmt: skip
+            "image_size": 224,
+            "body": body.name,
+            "num_vertices": body.num_vertices,
+            "num_joints": body.num_joints,
+        }
         model = MeshRecoveryModel(**values)
     assert time.perf_counter() - started < 60
     assert mesh.num_coarse == config.model["num_coarse"] == model.num_points - body.num_joints

@@ -292,10 +292,13 @@ def test_two_processes_equal_twice_the_batch(tmp_path: Path, quick: None, camera
     processes = [
         in_a_process(
             lambda: train(config(tmp_path / "two", 3, *shared)) and None,
-            RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", **environment,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE="2",
+            **environment,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     for process in processes:
         process.join(90)
     assert [process.exitcode for process in processes] == [0, 0]

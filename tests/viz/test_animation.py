@@ -58,8 +58,10 @@ class Glb:
 
     def worlds(self, name: str, frame: int) -> np.ndarray:  # (nodes, 4, 4)
         animation = next(each for each in self.gltf.animations if each.name == name)
-        local = [[np.array(node.translation or (0, 0, 0)), np.array(node.rotation or (0, 0, 0, 1))]
-                 for node in self.gltf.nodes]  # fmt: skip
+        local = [
+            [np.array(node.translation or (0, 0, 0)), np.array(node.rotation or (0, 0, 0, 1))]
+            for node in self.gltf.nodes
+        ]
         for channel in animation.channels:
             value = self.array(animation.samplers[channel.sampler].output)[frame]
             local[channel.target.node][0 if channel.target.path == "translation" else 1] = value
@@ -194,8 +196,16 @@ def test_another_bodys_parameters_follow_the_motion(body: Body, tmp_path: Path) 
     itself = retarget(body, body, clip.pose, betas, clip.translation)
     again = body(itself.betas, axis_angle_to_matrix(itself.pose), itself.translation).vertices
     assert (again - torch.as_tensor(expected(body, clip, betas)[0] * HALF_TURN)).norm(dim=-1).mean() < 2e-3
-    hand = Body("hand", body.v_template, body.shapedirs, body.lbs_weights[:, :1] * 0 + 1, [-1], ["wrist"],
-                joint_template=torch.zeros(1, 3), joint_shapedirs=torch.zeros(1, 3, 10))  # fmt: skip
+    hand = Body(
+        "hand",
+        body.v_template,
+        body.shapedirs,
+        body.lbs_weights[:, :1] * 0 + 1,
+        [-1],
+        ["wrist"],
+        joint_template=torch.zeros(1, 3),
+        joint_shapedirs=torch.zeros(1, 3, 10),
+    )
     with pytest.raises(UserError, match=r"has not the joints of 'free'"):
         retarget(body, hand, clip.pose, betas, clip.translation)
 
@@ -213,11 +223,21 @@ def write_result(path: Path, body: Body, seed: int) -> np.ndarray:
     pelvis = output.joints[:, :1]
     vertices, joints = (output.vertices - pelvis).numpy(), (output.joints - pelvis).numpy()
     save_npz(
-        path, vertices=vertices, joints=joints, faces=body.faces, translation=clip.translation, focal=np.float32(900),
-        principal_point=np.float32([300, 300]), spread_mm=np.ones(len(vertices[0])), selected=np.int64(0),
-        modes=np.array([0]), mode_weights=np.float32([1]), joint_names=np.array(body.joint_names),
-        joint_parents=np.array(body.parents), body=np.array("free"),
-    )  # fmt: skip
+        path,
+        vertices=vertices,
+        joints=joints,
+        faces=body.faces,
+        translation=clip.translation,
+        focal=np.float32(900),
+        principal_point=np.float32([300, 300]),
+        spread_mm=np.ones(len(vertices[0])),
+        selected=np.int64(0),
+        modes=np.array([0]),
+        mode_weights=np.float32([1]),
+        joint_names=np.array(body.joint_names),
+        joint_parents=np.array(body.parents),
+        body=np.array("free"),
+    )
     return (vertices + clip.translation[:, None].numpy()) * HALF_TURN
 
 

@@ -72,9 +72,17 @@ def test_hypotheses_sheet_shows_each_in_its_colour(ball):
     bodies = torch.stack([vertices, vertices * torch.tensor([0.7, 1.0, 1.2]), vertices * 0.9])
     points = np.full((17, 3), 60.0)
     sheet = hypotheses_sheet(
-        grey(), bodies, faces, [0.0, 0.0, 4.0], 200.0, [100.0, 60.0], columns=3, keypoints=points, height=120,
+        grey(),
+        bodies,
+        faces,
+        [0.0, 0.0, 4.0],
+        200.0,
+        [100.0, 60.0],
+        columns=3,
+        keypoints=points,
+        height=120,
         selected=1,
-    )  # fmt: skip
+    )
     assert sheet.dtype == np.uint8 and sheet.shape[1] > 4 * 0.7 * 120 and sheet.shape[0] > 2 * 120
     cells = np.array_split(sheet[: sheet.shape[0] // 2], 4, axis=1)
     # The mean in grey, the selected one in its own colour before the first of the others.
@@ -131,9 +139,12 @@ def test_bad_files_are_named(tmp_path):
     save_picture(tmp_path / "whole.jpg", np.random.default_rng(0).integers(0, 255, (60, 60, 3)).astype(np.uint8))
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
     for name, words in (
-        ("none.jpg", "no such picture"), ("empty.jpg", "empty"), ("text.jpg", "not a picture"), ("cut.jpg", "damaged"),
+        ("none.jpg", "no such picture"),
+        ("empty.jpg", "empty"),
+        ("text.jpg", "not a picture"),
+        ("cut.jpg", "damaged"),
         ("", "folder"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=words) as caught:
             read_picture(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)

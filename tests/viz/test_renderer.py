@@ -218,9 +218,16 @@ def test_shading_follows_lambert_and_keeps_the_background():
         torch.full((1, 3), 0.1), torch.tensor([[[math.sin(tilt), 0.0, -math.cos(tilt)]]]), torch.full((1, 1, 3), 0.6)
     )
     picture = shade(
-        fragments, square[None], faces, torch.ones(1), torch.zeros(1, 2), colour.expand(1, 4, 3), lights, background,
+        fragments,
+        square[None],
+        faces,
+        torch.ones(1),
+        torch.zeros(1, 2),
+        colour.expand(1, 4, 3),
+        lights,
+        background,
         specular=0.0,
-    )  # fmt: skip
+    )
     covered = fragments.face_index[0] >= 0
     assert covered[8, 8] and not covered[0, 0]
     torch.testing.assert_close(picture[0, :, 8, 8], colour * (0.1 + 0.6 * 0.5))

@@ -27,7 +27,7 @@ def test_what_spreads_is_dark_in_every_view() -> None:
         middle = 10 + view * width + (width - 10) // 2
         darker = (certain - sheet)[10:110, middle].sum(-1)
         assert darker[72] > 150 and abs(darker[28]) < 10, view
-    assert (sheet[10:110, 10 : width] == certain[10:110, 10 : width]).all()  # the photo itself
+    assert (sheet[10:110, 10:width] == certain[10:110, 10:width]).all()  # the photo itself
     bar = sheet[:, -100 + 20]
     column = bar[bar.sum(-1) < 765]
     assert column[0].sum() < column[-1].sum()  # the highest on top, dark

@@ -25,11 +25,22 @@ from hmdiff.viz.viewer import read_result, save_viewer, viewer_page
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: chromium)")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--hide-scrollbars",
-    "--force-device-scale-factor=1",     "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--hide-scrollbars",
+    "--force-device-scale-factor=1",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--virtual-time-budget=8000",
+)
 FOCAL, POINT = 700.0, (230.0, 260.0)
 
 
@@ -127,8 +138,12 @@ def test_25_hypotheses_take_less_than_3_megabytes(result: dict[str, np.ndarray],
     bend = rng.normal(size=(25, 3, 4)) * 0.05  # each hypothesis leans its own way
     base = np.concatenate([result["vertices"][0], np.ones((result["vertices"].shape[1], 1))], 1)
     many = result["vertices"][:1] + np.einsum("vk,nck->nvc", base, bend)
-    large = {**result, "vertices": many, "joints": np.repeat(result["joints"][:1], 25, 0),
-             "translation": np.repeat(result["translation"][:1], 25, 0)}  # fmt: skip
+    large = {
+        **result,
+        "vertices": many,
+        "joints": np.repeat(result["joints"][:1], 25, 0),
+        "translation": np.repeat(result["translation"][:1], 25, 0),
+    }
     assert len(viewer_page(large, photo, "many")) < 3e6
 
 
@@ -139,7 +154,9 @@ def test_a_title_cannot_end_the_page(result: dict[str, np.ndarray], photo: np.nd
 
 @needs_browser
 def test_it_toggles_without_a_network(page: Path) -> None:
-    answer = in_page(page, """
+    answer = in_page(
+        page,
+        """
       const box = number => document.querySelectorAll("#nodes input")[number];
       const drawn = () => {  // pixels that are not the background
         const copy = document.createElement("canvas");
@@ -166,7 +183,8 @@ def test_it_toggles_without_a_network(page: Path) -> None:
       const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
       const fetched = loaded.filter(name => !name.startsWith("data:"));
       return {counts, all, first_mode, words, pointed, fetched};
-    """)  # fmt: skip
+    """,
+    )
     counts = answer["counts"]
     assert counts["none"] == 0 < counts["first"] < counts["two"] < counts["photo"]
     assert counts["mean"] > 0 and counts["side"] > 0
@@ -189,8 +207,12 @@ def test_it_draws_what_the_overlay_draws(
     black = np.zeros_like(crop)
 
     def mask(index: int) -> np.ndarray:
-        return overlay(black, result["vertices"][index], result["faces"], result["translation"][index],
-                       FOCAL * scale, centre).max(-1) > 20  # fmt: skip
+        return (
+            overlay(
+                black, result["vertices"][index], result["faces"], result["translation"][index], FOCAL * scale, centre
+            ).max(-1)
+            > 20
+        )
 
     def overlap(other: np.ndarray) -> float:
         return (drawn & other).sum() / (drawn | other).sum()

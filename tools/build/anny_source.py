@@ -19,19 +19,40 @@ _TO_SMPL_FRAME = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # anny is z up,
 
 # anny's bones of each joint, by prefix; the longest prefix that matches wins.
 _BONES = {
-    "pelvis": ("root", "pelvis", "spine05", "spine04"), "spine1": ("spine03",), "spine2": ("spine02",),
-    "spine3": ("spine01",), "neck": ("neck",), "head": ("head", "eye"), "hip": ("upperleg",), "knee": ("lowerleg",),
-    "ankle": ("foot",), "foot": ("toe",), "collar": ("clavicle", "shoulder01"), "shoulder": ("upperarm",),
-    "elbow": ("lowerarm",), "wrist": ("wrist", "metacarpal", "finger1"),  # the thumb goes with the palm
+    "pelvis": ("root", "pelvis", "spine05", "spine04"),
+    "spine1": ("spine03",),
+    "spine2": ("spine02",),
+    "spine3": ("spine01",),
+    "neck": ("neck",),
+    "head": ("head", "eye"),
+    "hip": ("upperleg",),
+    "knee": ("lowerleg",),
+    "ankle": ("foot",),
+    "foot": ("toe",),
+    "collar": ("clavicle", "shoulder01"),
+    "shoulder": ("upperarm",),
+    "elbow": ("lowerarm",),
+    "wrist": ("wrist", "metacarpal", "finger1"),  # the thumb goes with the palm
     "hand": ("finger",),
-}  # fmt: skip
+}
 # A joint sits at the head of this bone, or in the middle of these.
 _HEADS = {
-    "pelvis": ("root",), "spine1": ("spine03",), "spine2": ("spine02",), "spine3": ("spine01",), "neck": ("neck01",),
-    "head": ("head",), "hip": ("upperleg01",), "knee": ("lowerleg01",), "ankle": ("foot",),
-    "foot": tuple(f"toe{i}-1" for i in range(1, 6)), "collar": ("clavicle",), "shoulder": ("upperarm01",),
-    "elbow": ("lowerarm01",), "wrist": ("wrist",), "hand": tuple(f"finger{i}-1" for i in range(2, 6)),
-}  # fmt: skip
+    "pelvis": ("root",),
+    "spine1": ("spine03",),
+    "spine2": ("spine02",),
+    "spine3": ("spine01",),
+    "neck": ("neck01",),
+    "head": ("head",),
+    "hip": ("upperleg01",),
+    "knee": ("lowerleg01",),
+    "ankle": ("foot",),
+    "foot": tuple(f"toe{i}-1" for i in range(1, 6)),
+    "collar": ("clavicle",),
+    "shoulder": ("upperarm01",),
+    "elbow": ("lowerarm01",),
+    "wrist": ("wrist",),
+    "hand": tuple(f"finger{i}-1" for i in range(2, 6)),
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +101,10 @@ def read_anny(
             posed = _t_pose(
                 part["rest_vertices"].numpy() @ _TO_SMPL_FRAME.T,
                 part["rest_bone_heads"].numpy() @ _TO_SMPL_FRAME.T,
-                labels, parents, weights,
-            )  # fmt: skip
+                labels,
+                parents,
+                weights,
+            )
             vertices.append(posed[0].astype(np.float32))
             joints.append(posed[1])
     regressor = anny.KeypointsRegressor.coco(model)

@@ -42,9 +42,14 @@ def build_free_body(
     faces, kept = _closed_skin(source, template, mirror)
     joint_regressor, joint_error = _fit_joints(source, template, kept, mirror)
     whole = Body(
-        "anny", template.astype(np.float32), shapedirs.astype(np.float32), weights.astype(np.float32),
-        SMPL24_PARENTS, SMPL24, joint_regressor.astype(np.float32),
-    )  # fmt: skip
+        "anny",
+        template.astype(np.float32),
+        shapedirs.astype(np.float32),
+        weights.astype(np.float32),
+        SMPL24_PARENTS,
+        SMPL24,
+        joint_regressor.astype(np.float32),
+    )
     keypoint_regressor, keypoint_error = _fit_keypoints(source, whole, kept, mirror, seed)
 
     renumber = np.full(len(template), -1)
@@ -65,10 +70,14 @@ def build_free_body(
     with atomic_file(output) as temporary:
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
     return {
-        "vertices": len(kept), "faces": len(faces), "kilobytes": output.stat().st_size / 1024,
-        "shape_residual_mm": residual, "joint_error_mm": joint_error, "keypoint_error_mm": keypoint_error,
+        "vertices": len(kept),
+        "faces": len(faces),
+        "kilobytes": output.stat().st_size / 1024,
+        "shape_residual_mm": residual,
+        "joint_error_mm": joint_error,
+        "keypoint_error_mm": keypoint_error,
         "keypoint_support": int((keypoint_regressor != 0).any(0).sum()),
-    }  # fmt: skip
+    }
 
 
 def _sparse(name: str, matrix: np.ndarray) -> dict[str, np.ndarray]:

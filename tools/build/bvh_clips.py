@@ -22,13 +22,22 @@ RATE = 30.0  # Hz
 _LEG, _ELBOW = np.radians(20.0), np.radians(30.0)
 # Acclaim bone -> (BVH joint whose rotation it has, BVH joint at its end), of the left side or the middle.
 _BONES = {
-    "root": ("Hips", None), "lowerback": ("LowerBack", "Spine"), "upperback": ("Spine", "Spine1"),
-    "thorax": ("Spine1", "Neck1"), "lowerneck": ("Neck", "Neck1"), "upperneck": ("Neck1", "Head"),
-    "head": ("Head", "HeadEnd"), "lfemur": ("LeftUpLeg", "LeftLeg"), "ltibia": ("LeftLeg", "LeftFoot"),
-    "lfoot": ("LeftFoot", "LeftToeBase"), "ltoes": ("LeftToeBase", "LeftToeEnd"),
-    "lclavicle": ("LeftShoulder", "LeftArm"), "lhumerus": ("LeftArm", "LeftForeArm"),
-    "lradius": ("LeftForeArm", "LeftHand"), "lhand": ("LeftFingerBase", "LeftHandIndex1"),
-}  # fmt: skip
+    "root": ("Hips", None),
+    "lowerback": ("LowerBack", "Spine"),
+    "upperback": ("Spine", "Spine1"),
+    "thorax": ("Spine1", "Neck1"),
+    "lowerneck": ("Neck", "Neck1"),
+    "upperneck": ("Neck1", "Head"),
+    "head": ("Head", "HeadEnd"),
+    "lfemur": ("LeftUpLeg", "LeftLeg"),
+    "ltibia": ("LeftLeg", "LeftFoot"),
+    "lfoot": ("LeftFoot", "LeftToeBase"),
+    "ltoes": ("LeftToeBase", "LeftToeEnd"),
+    "lclavicle": ("LeftShoulder", "LeftArm"),
+    "lhumerus": ("LeftArm", "LeftForeArm"),
+    "lradius": ("LeftForeArm", "LeftHand"),
+    "lhand": ("LeftFingerBase", "LeftHandIndex1"),
+}
 
 
 def _hinge(bone: str, side: float) -> Array:  # (3,) the axis of positive flexion at rest; side 1 left, -1 right

@@ -55,9 +55,12 @@ def compared(
     both = (given[:, 2] >= _SURE) & heatmaps.valid[0]
     pixels = (points[:, :2] - given[:, :2]).norm(dim=-1)
     found = {
-        "joint": torch.arange(len(HALPE26)), "pixels": pixels, "half_sides": pixels / (heatmaps.side[0] / 2),
-        "confidence": points[:, 2], "width": widths(heatmaps)[0],
-    }  # fmt: skip
+        "joint": torch.arange(len(HALPE26)),
+        "pixels": pixels,
+        "half_sides": pixels / (heatmaps.side[0] / 2),
+        "confidence": points[:, 2],
+        "width": widths(heatmaps)[0],
+    }
     return {name: values[both] for name, values in found.items()}
 
 
@@ -74,15 +77,24 @@ def of_photo(
     crop = known.heatmaps.crop
     seen = Heatmaps(seen.values, seen.valid, seen.crop.with_camera(crop.photo_size[:1], crop.focal[:1]))
     rows = compared(seen, box)
-    outputs = [pipe(heatmaps=maps, num_hypotheses=hypotheses, guidance=pipe.default_guidance())
-               for maps in (known.heatmaps[0], seen)]  # fmt: skip
+    outputs = [
+        pipe(heatmaps=maps, num_hypotheses=hypotheses, guidance=pipe.default_guidance())
+        for maps in (known.heatmaps[0], seen)
+    ]
     joints = [output.mean_joints[0] - output.mean_joints[0, :1] for output in outputs]
     apart = 1000 * float((joints[0] - joints[1]).norm(dim=-1).mean())
     spread = [1000 * float((o.joints - o.joints.mean(1, keepdim=True)).norm(dim=-1).mean()) for o in outputs]
     pixels, share = rows["pixels"], 50 * rows["half_sides"]
-    text = [photo.stem, f"{len(pixels)}", f"{float(pixels.quantile(0.5)):.1f}", f"{float(share.quantile(0.5)):.1f}",
-            f"{float(pixels.max()):.0f} ({HALPE26[int(rows['joint'][pixels.argmax()])]})", f"{apart:.0f}",
-            f"{spread[0]:.0f}", f"{spread[1]:.0f}"]  # fmt: skip
+    text = [
+        photo.stem,
+        f"{len(pixels)}",
+        f"{float(pixels.quantile(0.5)):.1f}",
+        f"{float(share.quantile(0.5)):.1f}",
+        f"{float(pixels.max()):.0f} ({HALPE26[int(rows['joint'][pixels.argmax()])]})",
+        f"{apart:.0f}",
+        f"{spread[0]:.0f}",
+        f"{spread[1]:.0f}",
+    ]
     return text, rows
 
 
@@ -120,9 +132,18 @@ def by_kind(rows: Sequence[dict[str, Tensor]]) -> list[list[str]]:
         if not mine.any():
             continue
         off, sure, wide = (every[name][mine] for name in ("half_sides", "confidence", "width"))
-        table.append([kind, f"{int(mine.sum())}", f"{float(off.quantile(0.5)):.3f}", f"{float(off.quantile(0.9)):.3f}",
-                      f"{float((off > _FAR).float().mean()):.2f}", f"{float(sure.quantile(0.5)):.2f}",
-                      f"{float(sure.quantile(0.1)):.2f}", f"{float(wide.quantile(0.5)):.2f}"])  # fmt: skip
+        table.append(
+            [
+                kind,
+                f"{int(mine.sum())}",
+                f"{float(off.quantile(0.5)):.3f}",
+                f"{float(off.quantile(0.9)):.3f}",
+                f"{float((off > _FAR).float().mean()):.2f}",
+                f"{float(sure.quantile(0.5)):.2f}",
+                f"{float(sure.quantile(0.1)):.2f}",
+                f"{float(wide.quantile(0.5)):.2f}",
+            ]
+        )
     return table
 
 

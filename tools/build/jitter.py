@@ -53,11 +53,12 @@ def row(
 ) -> list[float]:  # in the order of COLUMNS
     mean, known = acceleration(estimated.mean(0), frame_rate), acceleration(truth, frame_rate)
     return [
-        float(mean.norm(dim=-1).mean()), float((mean - known).norm(dim=-1).mean()),
+        float(mean.norm(dim=-1).mean()),
+        float((mean - known).norm(dim=-1).mean()),
         1000 * float((estimated.mean(0) - truth).norm(dim=-1).mean()),
         float(acceleration(estimated, frame_rate).norm(dim=-1).mean()),
         1000 * float((estimated - truth).norm(dim=-1).mean()),
-    ]  # fmt: skip
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,31 +88,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not clip.exists():
                 pan_clip(clip, read_picture(options.photo), options.frames, rate)
         else:
-            motion = recorded_motion(options.recordings, options.recording, body, options.frames, first=options.first,
-                                     seed=options.seed)  # fmt: skip
+            motion = recorded_motion(
+                options.recordings, options.recording, body, options.frames, first=options.first, seed=options.seed
+            )
             truth, rate, name = motion.joints(body), motion.frame_rate, options.recording
             if not clip.exists():
                 render_clip(clip, motion, body, seed=options.seed)
         known = 0.0 if options.photo is not None else float(acceleration(truth, rate).norm(dim=-1).mean())
         runs = [("other noise in every frame", False, [0.0]), ("shared noise", True, [0.0, *options.smoothing])]
-        print(f"{name}, {options.frames} frames at {rate:g}/s, {options.num_hypotheses} hypotheses; the truth's Accel "
-              f"{known:.0f} mm/s^2")  # fmt: skip
+        print(
+            f"{name}, {options.frames} frames at {rate:g}/s, {options.num_hypotheses} hypotheses; the truth's Accel "
+            f"{known:.0f} mm/s^2"
+        )
         print(" | ".join(("", *COLUMNS)))
         for kind, shared, smoothings in runs:
             for smoothing in smoothings:
                 rows, seen = [], []
                 for seed in options.noise_seeds:
                     kept = Path(temporary) / f"chunks_{shared}_{seed}"  # a second smoothing recovers nothing anew
-                    found = recover_video(pipe, clip, options.num_hypotheses, seed, smoothing, folder=kept,
-                                          share_noise=shared)  # fmt: skip
+                    found = recover_video(
+                        pipe, clip, options.num_hypotheses, seed, smoothing, folder=kept, share_noise=shared
+                    )
                     track = max(found.tracks, key=lambda each: int(each.seen.sum()))
                     part = slice(int(track.frames[0]), int(track.frames[-1]) + 1)
                     rows.append(row(posed_joints(body, track), truth[part], rate))
                     seen.append(int(track.seen.sum()))
                 label = kind if smoothing == 0 else f"{kind}, smoothed {smoothing:g} s"
                 values = torch.tensor(rows).mean(0).tolist()
-                print(" | ".join((label, *(f"{value:.0f}" for value in values))),
-                      f"  (seen in {min(seen)} frames or more)", flush=True)  # fmt: skip
+                print(
+                    " | ".join((label, *(f"{value:.0f}" for value in values))),
+                    f"  (seen in {min(seen)} frames or more)",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -21,19 +21,42 @@ MEAN_OFFSETS: Array = OFFSETS.double().numpy()  # (24, 3) metres, from parent to
 
 # SMPL joint -> ASF bone whose orientation it takes. The wrist takes the hand's, hands and the neck are made below.
 _SOURCE = {
-    "pelvis": "root", "spine1": "lowerback", "spine2": "upperback", "spine3": "thorax", "head": "head",
-    "left_hip": "lfemur", "left_knee": "ltibia", "left_ankle": "lfoot", "left_foot": "ltoes",
-    "left_collar": "lclavicle", "left_shoulder": "lhumerus", "left_elbow": "lradius", "left_wrist": "lhand",
-    "right_hip": "rfemur", "right_knee": "rtibia", "right_ankle": "rfoot", "right_foot": "rtoes",
-    "right_collar": "rclavicle", "right_shoulder": "rhumerus", "right_elbow": "rradius", "right_wrist": "rhand",
-}  # fmt: skip
+    "pelvis": "root",
+    "spine1": "lowerback",
+    "spine2": "upperback",
+    "spine3": "thorax",
+    "head": "head",
+    "left_hip": "lfemur",
+    "left_knee": "ltibia",
+    "left_ankle": "lfoot",
+    "left_foot": "ltoes",
+    "left_collar": "lclavicle",
+    "left_shoulder": "lhumerus",
+    "left_elbow": "lradius",
+    "left_wrist": "lhand",
+    "right_hip": "rfemur",
+    "right_knee": "rtibia",
+    "right_ankle": "rfoot",
+    "right_foot": "rtoes",
+    "right_collar": "rclavicle",
+    "right_shoulder": "rhumerus",
+    "right_elbow": "rradius",
+    "right_wrist": "rhand",
+}
 # Joints whose bone (joint -> child) must point as the ASF bone does. The others (pelvis, spine, neck, collars, feet)
 # correspond at rest instead: there the two rest poses are the same posture, but the joints are not the same points.
 DIRECTED = {
-    "left_hip": "left_knee", "right_hip": "right_knee", "left_knee": "left_ankle", "right_knee": "right_ankle",
-    "left_shoulder": "left_elbow", "right_shoulder": "right_elbow", "left_elbow": "left_wrist",
-    "right_elbow": "right_wrist", "left_wrist": "left_hand", "right_wrist": "right_hand",
-}  # fmt: skip
+    "left_hip": "left_knee",
+    "right_hip": "right_knee",
+    "left_knee": "left_ankle",
+    "right_knee": "right_ankle",
+    "left_shoulder": "left_elbow",
+    "right_shoulder": "right_elbow",
+    "left_elbow": "left_wrist",
+    "right_elbow": "right_wrist",
+    "left_wrist": "left_hand",
+    "right_wrist": "right_hand",
+}
 
 
 def tpose_hinge(joint: str) -> Array:  # (3,)
@@ -117,8 +140,17 @@ def _axis_rotation(axis: Array, angle: Array) -> Array:  # (3,), (F,) -> (F, 3, 
 def _twist_angle(rotation: Array, axis: Array) -> Array:  # (F, 3, 3), (3,) -> (F,) radians in -pi..pi
     # The twist part of the quaternion (w, v): 2 atan2(v · axis, w), both over the same positive factor.
     axis = axis / np.linalg.norm(axis)
-    sine = np.stack([rotation[:, 2, 1] - rotation[:, 1, 2], rotation[:, 0, 2] - rotation[:, 2, 0],
-                     rotation[:, 1, 0] - rotation[:, 0, 1]], -1) @ axis  # fmt: skip
+    sine = (
+        np.stack(
+            [
+                rotation[:, 2, 1] - rotation[:, 1, 2],
+                rotation[:, 0, 2] - rotation[:, 2, 0],
+                rotation[:, 1, 0] - rotation[:, 0, 1],
+            ],
+            -1,
+        )
+        @ axis
+    )
     return 2 * np.arctan2(sine, 1 + np.trace(rotation, axis1=1, axis2=2))
 
 
@@ -153,9 +185,13 @@ def direction_error(
     """
     joints, _ = joint_positions(local, offsets)
     ends = bone_ends(skeleton, world)
-    pairs = {joint: (world[_SOURCE[joint]] @ skeleton.bones[_SOURCE[joint]].offset,
-                     joints[:, SMPL24.index(child)] - joints[:, SMPL24.index(joint)])
-             for joint, child in DIRECTED.items()}  # fmt: skip
+    pairs = {
+        joint: (
+            world[_SOURCE[joint]] @ skeleton.bones[_SOURCE[joint]].offset,
+            joints[:, SMPL24.index(child)] - joints[:, SMPL24.index(joint)],
+        )
+        for joint, child in DIRECTED.items()
+    }
     pairs["trunk"] = (ends["thorax"], joints[:, SMPL24.index("neck")])
     neck, head = SMPL24.index("neck"), SMPL24.index("head")
     pairs["neck"] = (ends["upperneck"] - ends["thorax"], joints[:, head] - joints[:, neck])

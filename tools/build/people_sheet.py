@@ -1,6 +1,6 @@
 """A sheet of people of a split, to look at: the truth in grey, beside it the selected hypothesis.
 
-    python -m tools.build.people_sheet --checkpoint hmdiff_small --split test_ood --people 32 --output sheet.jpg
+python -m tools.build.people_sheet --checkpoint hmdiff_small --split test_ood --people 32 --output sheet.jpg
 """
 
 from __future__ import annotations
@@ -34,11 +34,17 @@ def people_sheet(
     cells = []
     for sample in split_batches(data, split, people):
         assert sample.index is not None and sample.vertices is not None
-        found = pipeline(heatmaps=as_heatmaps(sample), num_hypotheses=num_hypotheses, people=sample.index.tolist(),
-                         **photo_of(sample))  # fmt: skip
+        found = pipeline(
+            heatmaps=as_heatmaps(sample),
+            num_hypotheses=num_hypotheses,
+            people=sample.index.tolist(),
+            **photo_of(sample),
+        )
         for truth, chosen in zip(sample.vertices, found.selected_vertices, strict=True):
-            cells += [turntable_view(truth, found.faces, 0, size, TRUTH, extent=1.1),
-                      turntable_view(chosen, found.faces, 0, size, extent=1.1)]  # fmt: skip
+            cells += [
+                turntable_view(truth, found.faces, 0, size, TRUTH, extent=1.1),
+                turntable_view(chosen, found.faces, 0, size, extent=1.1),
+            ]
     save_picture(output, contact_sheet(cells, columns=2 * pairs, gap=2))
 
 

@@ -69,8 +69,10 @@ def read_frames(
     counts = {"recordings": 0, "read": 0, "jumps": 0, "thinned": 0, "beyond limits": 0}
     errors: list[dict[str, float]] = []
     tolerated = torch.tensor(["wrist" not in joint for joint in SMPL24])  # wrists are clamped: their markers are poor
-    recordings = ((name, skeleton, world_rotations(skeleton, motion), RECORDED)
-                  for name, skeleton, motion in read_recordings(source))  # fmt: skip
+    recordings = (
+        (name, skeleton, world_rotations(skeleton, motion), RECORDED)
+        for name, skeleton, motion in read_recordings(source)
+    )
     more = () if clips is None else ((*clip, RATE) for clip in read_clips(clips))
     for name, skeleton, world, rate in itertools.chain(recordings, more):
         local = retarget(skeleton, world, offsets)
@@ -84,8 +86,13 @@ def read_frames(
         poses = angles_to_rotations(clamp_angles(angles[inside]))
         poses[:, 0] = thin[inside, 0]
         kept["test" if name in HELD_OUT or name.endswith("_test") else "train"].append(poses)
-        for key, value in (("recordings", 1), ("read", len(local)), ("jumps", int(bad.sum())), ("thinned", len(thin)),
-                           ("beyond limits", int((~inside).sum()))):  # fmt: skip
+        for key, value in (
+            ("recordings", 1),
+            ("read", len(local)),
+            ("jumps", int(bad.sum())),
+            ("thinned", len(thin)),
+            ("beyond limits", int((~inside).sum())),
+        ):
             counts[key] += value
     mean_error = {limb: float(np.mean([error[limb] for error in errors])) for limb in errors[0]}
     # Without the usual names there is still a share to judge by: the last tenth.
@@ -109,8 +116,11 @@ def fit_mixture(
     identity = torch.eye(both.shape[1], dtype=torch.float64)
     means = _spread_seeds(both, components, generator)
     pooled = torch.cov(both.T) * 0.1 + floor**2 * identity
-    prior = PosePrior(torch.full((components,), 1 / components, dtype=torch.float64), means,
-                      torch.linalg.cholesky(pooled).repeat(components, 1, 1))  # fmt: skip
+    prior = PosePrior(
+        torch.full((components,), 1 / components, dtype=torch.float64),
+        means,
+        torch.linalg.cholesky(pooled).repeat(components, 1, 1),
+    )
     for _ in range(iterations):
         # One recording frame is one datum, seen through its two mirror images: 2K responsibilities that sum to 1.
         log_joint = _log_components(prior, both).unflatten(1, (2, -1))  # (K, 2, N)
@@ -127,10 +137,12 @@ def fit_mixture(
         pooled = pooled / mass.sum()
         # A component of few frames leans on the covariance within all of them (an inverse-Wishart prior of 2 F frames).
         strength = 2.0 * both.shape[1]
-        factors = torch.stack([
-            torch.linalg.cholesky((scatter + strength * pooled) / (m + strength) + floor**2 * identity)
-            for scatter, m in zip(covariances, mass, strict=True)
-        ])  # fmt: skip
+        factors = torch.stack(
+            [
+                torch.linalg.cholesky((scatter + strength * pooled) / (m + strength) + floor**2 * identity)
+                for scatter, m in zip(covariances, mass, strict=True)
+            ]
+        )
         prior = PosePrior(mass / mass.sum(), means, factors)
     return PosePrior(prior.weights.float(), prior.means.float(), prior.factors.float())
 
@@ -200,8 +212,12 @@ def draw_sheet(path: str | Path, seed: int = 0, columns: int = 8) -> None:
     body = load_body("free")
     assert body.faces is not None
     generator = torch.Generator().manual_seed(seed)
-    mixtures = {"prior": PoseMixture(1, 0, 0), "blend": PoseMixture(0, 0, 1), "limits": PoseMixture(0, 1, 0),
-                "tail": PoseMixture(0, 1, 0)}  # fmt: skip
+    mixtures = {
+        "prior": PoseMixture(1, 0, 0),
+        "blend": PoseMixture(0, 0, 1),
+        "limits": PoseMixture(0, 1, 0),
+        "tail": PoseMixture(0, 1, 0),
+    }
     pictures, captions = [], []
     for name, mixture in mixtures.items():
         rotations = mixture.sample(columns, generator, tail=name == "tail")

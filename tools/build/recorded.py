@@ -53,12 +53,18 @@ def stored(
     half = SIDE / 2
     focal, (x, y) = float(sample.focal[row]) * half, (sample.principal_point[row].double().numpy() + 1) * half
     record = Record(
-        name=name, source=name, center=np.full(2, half), side=float(SIDE), group=name.split("/")[0], body="smpl",
+        name=name,
+        source=name,
+        center=np.full(2, half),
+        side=float(SIDE),
+        group=name.split("/")[0],
+        body="smpl",
         vertices=(sample.vertices[row] + sample.pelvis[row]).double().numpy(),
         keypoints_2d=(sample.joints_2d[row].double().numpy() + 1) * half,
-        keypoints_2d_confidence=sample.visible[row].double().numpy(), keypoint_names=HALPE26,
+        keypoints_2d_confidence=sample.visible[row].double().numpy(),
+        keypoint_names=HALPE26,
         intrinsics=np.array([[focal, 0, x], [0, focal, y], [0, 0, 1]]),
-    ).check()  # fmt: skip
+    ).check()
     size = sample.silhouette.shape[-1]
     depth = encode_depth(sample.depth_input[row].numpy(), (SIDE, SIDE), _REGION, (size, size))
     mask = encode_mask(sample.silhouette[row].numpy() > 0.5, (SIDE, SIDE), _REGION, (size, size))

@@ -85,9 +85,15 @@ def render_person(seed: int) -> tuple[Tensor, Tensor, float]:
     vertices = relative + place
     focal_halves = torch.tensor([[2 * focal / width, 2 * focal / height]])
     photo = compose_rgb(
-        generator, Wardrobe(body.v_template, body.lbs_weights, body.joint_names), vertices, body.faces, focal_halves,
-        torch.zeros(1, 2), (_FINER * height, _FINER * width), strength=0.4,
-    )  # fmt: skip
+        generator,
+        Wardrobe(body.v_template, body.lbs_weights, body.joint_names),
+        vertices,
+        body.faces,
+        focal_halves,
+        torch.zeros(1, 2),
+        (_FINER * height, _FINER * width),
+        strength=0.4,
+    )
     picture = torch.nn.functional.avg_pool2d(photo.image, _FINER)[0].clamp(0, 1)
 
     keypoints = body.keypoints(vertices)[0, joint_indices(COCO17, HALPE26)]

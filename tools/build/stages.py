@@ -60,9 +60,10 @@ def shares(stats: pstats.Stats) -> list[tuple[str, float]]:
     found = []
     for name, function, file in STAGES:
         cumulative = sum(
-            values[3] for (place, _, called), values in stats.stats.items()  # type: ignore[attr-defined]
+            values[3]
+            for (place, _, called), values in stats.stats.items()  # type: ignore[attr-defined]
             if called == function and place.endswith(f"/{file}") and "hmdiff" in place
-        )  # fmt: skip
+        )
         found.append((name, cumulative / total))
     return [*found, ("the rest", 1 - sum(share for _, share in found))]
 

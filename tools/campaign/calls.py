@@ -70,9 +70,14 @@ def run(count: int, threads: int, output: Path, progress: bool = True) -> dict[s
         at_once = list(pool.map(lambda number: call(pipeline, number), range(tried)))
     different = [n for n, (a, b) in enumerate(zip(serial, at_once, strict=True)) if not torch.equal(a, b)]
     result = {
-        "calls": count, "megabytes": [round(value, 1) for value in held], "grew": round(held[-1] - held[0], 1),
-        "flat": held[-1] - held[0] < _GROWS, "threads": threads, "calls_in_threads": tried, "different": different,
-    }  # fmt: skip
+        "calls": count,
+        "megabytes": [round(value, 1) for value in held],
+        "grew": round(held[-1] - held[0], 1),
+        "flat": held[-1] - held[0] < _GROWS,
+        "threads": threads,
+        "calls_in_threads": tried,
+        "different": different,
+    }
     output.mkdir(parents=True, exist_ok=True)
     (output / "calls.json").write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -35,9 +35,14 @@ from tools.campaign.mutations import mutate_bytes, mutate_json, mutate_text
 
 Mutate = Callable[[bytes, random.Random], bytes]
 SMALL = (
-    "model.width=32", "model.heads=2", "model.depth=1", "model.encoder_width=32", "model.encoder_depth=1",
-    "model.encoder_heads=2", "model.patch_size=16",
-)  # fmt: skip
+    "model.width=32",
+    "model.heads=2",
+    "model.depth=1",
+    "model.encoder_width=32",
+    "model.encoder_depth=1",
+    "model.encoder_heads=2",
+    "model.patch_size=16",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +76,14 @@ def _smpl(folder: Path) -> None:
     parents = np.array([-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21])
     rows = draw.random((24, vertices))
     body = {
-        "v_template": draw.normal(size=(vertices, 3)), "shapedirs": draw.normal(size=(vertices, 3, 10)),
-        "posedirs": draw.normal(size=(vertices, 3, 207)), "weights": np.eye(24)[draw.integers(24, size=vertices)],
+        "v_template": draw.normal(size=(vertices, 3)),
+        "shapedirs": draw.normal(size=(vertices, 3, 10)),
+        "posedirs": draw.normal(size=(vertices, 3, 207)),
+        "weights": np.eye(24)[draw.integers(24, size=vertices)],
         "J_regressor": scipy.sparse.csc_matrix(rows / rows.sum(1, keepdims=True)),
         "kintree_table": np.stack([parents, np.arange(24)]),
         "f": draw.integers(vertices, size=(100, 3)).astype(np.uint32),
-    }  # fmt: skip
+    }
     for protocol in (0, 2, 4):
         (folder / f"body{protocol}.pkl").write_bytes(pickle.dumps(body, protocol))
     np.savez(folder / "body.npz", **{**body, "J_regressor": body["J_regressor"].toarray()})  # type: ignore[arg-type]
@@ -112,16 +119,30 @@ def _keypoints(folder: Path) -> None:
 
     person = {"image_id": 1, "category_id": 1, "keypoints": points(17), "score": 0.9, "bbox": [90, 90, 300, 300]}
     files: dict[str, Any] = {
-        "coco": {"images": [{"id": 1, "file_name": "photo.jpg", "width": 640, "height": 480}],
-                 "annotations": [{**person, "id": 1, "num_keypoints": 17, "area": 9e4, "iscrowd": 0}],
-                 "categories": [{"id": 1, "name": "person"}]},
+        "coco": {
+            "images": [{"id": 1, "file_name": "photo.jpg", "width": 640, "height": 480}],
+            "annotations": [{**person, "id": 1, "num_keypoints": 17, "area": 9e4, "iscrowd": 0}],
+            "categories": [{"id": 1, "name": "person"}],
+        },
         "results": [person],
         "openpose": {"version": 1.3, "people": [{"pose_keypoints_2d": points(25)}]},
-        "mmpose": {"meta_info": {}, "instance_info": [{"frame_id": 0, "instances": [
-            {"keypoints": np.reshape(points(17), (17, 3))[:, :2].tolist(), "keypoint_scores": [0.9] * 17,
-             "bbox": [[90, 90, 390, 390]]}]}]},
+        "mmpose": {
+            "meta_info": {},
+            "instance_info": [
+                {
+                    "frame_id": 0,
+                    "instances": [
+                        {
+                            "keypoints": np.reshape(points(17), (17, 3))[:, :2].tolist(),
+                            "keypoint_scores": [0.9] * 17,
+                            "bbox": [[90, 90, 390, 390]],
+                        }
+                    ],
+                }
+            ],
+        },
         "plain": {"keypoints": np.reshape(points(17), (17, 3)).tolist(), "box_xyxy": [90, 90, 390, 390]},
-    }  # fmt: skip
+    }
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
 
@@ -179,9 +200,11 @@ def _read_pipeline(folder: Path) -> None:
 
 
 _PIPELINE = (
-    "pipeline/hmdiff.json", "pipeline/model/config.json", "pipeline/model/diffusion_pytorch_model.safetensors",
+    "pipeline/hmdiff.json",
+    "pipeline/model/config.json",
+    "pipeline/model/diffusion_pytorch_model.safetensors",
     "pipeline/scheduler/scheduler_config.json",
-)  # fmt: skip
+)
 
 
 def _run_folder(folder: Path) -> None:
@@ -211,10 +234,17 @@ def _read_config(folder: Path) -> None:
 def sample_record(number: int) -> Record:
     draw = np.random.default_rng(number)
     return Record(
-        name=f"campaign/{number}", center=np.array([100.0, 90.0]), side=80.0, source=f"row {number}", group="a",
-        pose=draw.normal(size=(24, 3)), betas=draw.normal(size=10), keypoints_2d=draw.uniform(0, 200, (3, 2)),
-        keypoints_2d_confidence=np.ones(3), keypoint_names=("nose", "left_hip", "right_hip"),
-    )  # fmt: skip
+        name=f"campaign/{number}",
+        center=np.array([100.0, 90.0]),
+        side=80.0,
+        source=f"row {number}",
+        group="a",
+        pose=draw.normal(size=(24, 3)),
+        betas=draw.normal(size=10),
+        keypoints_2d=draw.uniform(0, 200, (3, 2)),
+        keypoints_2d_confidence=np.ones(3),
+        keypoint_names=("nose", "left_hip", "right_hip"),
+    )
 
 
 def _shards(folder: Path) -> None:
@@ -250,8 +280,13 @@ def _read_plain_shards(folder: Path) -> None:
 
 def _labels(folder: Path) -> None:
     draw = np.random.default_rng(0)
-    columns = {"imgname": np.array(["a.jpg", "b.jpg"]), "center": draw.random((2, 2)), "scale": np.ones(2),
-               "pose": draw.random((2, 72)), "part": np.array([[1.0], [2.0]], object)}  # fmt: skip
+    columns = {
+        "imgname": np.array(["a.jpg", "b.jpg"]),
+        "center": draw.random((2, 2)),
+        "scale": np.ones(2),
+        "pose": draw.random((2, 72)),
+        "part": np.array([[1.0], [2.0]], object),
+    }
     np.savez(folder / "labels.npz", **columns)  # type: ignore[arg-type]
 
 
@@ -267,12 +302,18 @@ def _sequences(folder: Path) -> None:
     points = np.ones((frames, 3, 18))
     points[:, :2] = draw.uniform(100, 300, (frames, 2, 18))
     data = {
-        "poses": [draw.normal(size=(frames, 72))], "betas": [draw.normal(size=10)], "poses2d": [points],
+        "poses": [draw.normal(size=(frames, 72))],
+        "betas": [draw.normal(size=10)],
+        "poses2d": [points],
         "genders": ["m"],
-        "trans": [draw.normal(size=(frames, 3))], "jointPositions": [draw.normal(size=(frames, 72))],
-        "campose_valid": [np.ones(frames)], "cam_poses": camera, "cam_intrinsics": np.diag([500.0, 500, 1]),
-        "sequence": "walk", "img_frame_ids": np.arange(frames),
-    }  # fmt: skip
+        "trans": [draw.normal(size=(frames, 3))],
+        "jointPositions": [draw.normal(size=(frames, 72))],
+        "campose_valid": [np.ones(frames)],
+        "cam_poses": camera,
+        "cam_intrinsics": np.diag([500.0, 500, 1]),
+        "sequence": "walk",
+        "img_frame_ids": np.arange(frames),
+    }
     place = folder / "sequenceFiles" / "test" / "walk.pkl"
     place.parent.mkdir(parents=True)
     place.write_bytes(pickle.dumps(data, 2))
@@ -290,18 +331,26 @@ def _read_sequences(folder: Path) -> None:
 FAMILIES: tuple[Family, ...] = (
     Family("bodies", _smpl, _read_bodies, ("body0.pkl", "body2.pkl", "body4.pkl", "body.npz")),
     Family("photos", _photo, _read_photos, ("photo.jpg", "photo.png", "photo.gif", "photo.webp")),
-    *(Family(f"keypoints {name}", _keypoints, _read_keypoints(name), (f"{name}.json",))
-      for name in ("coco", "results", "openpose", "mmpose", "plain")),
+    *(
+        Family(f"keypoints {name}", _keypoints, _read_keypoints(name), (f"{name}.json",))
+        for name in ("coco", "results", "openpose", "mmpose", "plain")
+    ),
     Family("heatmaps", _heatmaps, _read_heatmaps, ("stored.npz", "packed.npz")),
     Family("depth maps", _depth, _read_depth, ("map.npy", "map.npz", "map.png")),
     Family("pipelines", _pipeline, _read_pipeline, _PIPELINE),
     Family("pipelines without checksums", _plain_pipeline, _read_pipeline, _PIPELINE),
-    Family("run folders", _run_folder, _read_run_folder, (
-        "config.yaml", *(f"checkpoints/step_00000005/{name}" for name in ("progress.json", "checksums.json",
-                                                                          "model.safetensors")))),
+    Family(
+        "run folders",
+        _run_folder,
+        _read_run_folder,
+        (
+            "config.yaml",
+            *(f"checkpoints/step_00000005/{name}" for name in ("progress.json", "checksums.json", "model.safetensors")),
+        ),
+    ),
     Family("configs", _config, _read_config, ("config.yaml",)),
     Family("shards", _shards, _read_shards, ("data/index.json", "data/shard_00000.arrow", "data/shard_00001.arrow")),
     Family("shards without checksums", _plain_shards, _read_plain_shards, ("data/shard_00000.arrow",)),
     Family("label tables", _labels, _read_labels, ("labels.npz",)),
     Family("label sequences", _sequences, _read_sequences, ("sequenceFiles/test/walk.pkl",)),
-)  # fmt: skip
+)

@@ -34,11 +34,21 @@ def train(folder: Path) -> None:
 
     torch.set_num_threads(1)
     values = (
-        *SMALL, f"output={folder}", f"training.steps={STEPS}", "training.checkpoint_every=1", "training.log_every=2",
-        "training.evaluate_every=100", "data.block_size=4", "training.batch_size=4", "training.warmup_steps=2",
-        "evaluation.people=2", "evaluation.num_hypotheses=1", "evaluation.num_inference_steps=1",
-        "evaluation.test_people=0", "training.picture_every=1000",
-    )  # fmt: skip
+        *SMALL,
+        f"output={folder}",
+        f"training.steps={STEPS}",
+        "training.checkpoint_every=1",
+        "training.log_every=2",
+        "training.evaluate_every=100",
+        "data.block_size=4",
+        "training.batch_size=4",
+        "training.warmup_steps=2",
+        "evaluation.people=2",
+        "evaluation.num_hypotheses=1",
+        "evaluation.num_inference_steps=1",
+        "evaluation.test_people=0",
+        "training.picture_every=1000",
+    )
     Trainer(load_config(None, values)).run()
 
 
@@ -75,8 +85,22 @@ def sample(folder: Path) -> None:
             Image.new("RGB", (320, 320), (90, 110, 130)).save(photos / f"photo_{number}.jpg")
             about = {"keypoints": points.round(1).tolist(), "box_xyxy": [60, 60, 260, 260]}
             (photos / f"photo_{number}.json").write_text(json.dumps(about))
-    words = ["sample", str(photos), "--checkpoint", str(pipeline), "--output", str(folder), "--num-hypotheses", "2",
-             "--steps", "1", "--guidance", "none", "--device", "cpu"]  # fmt: skip
+    words = [
+        "sample",
+        str(photos),
+        "--checkpoint",
+        str(pipeline),
+        "--output",
+        str(folder),
+        "--num-hypotheses",
+        "2",
+        "--steps",
+        "1",
+        "--guidance",
+        "none",
+        "--device",
+        "cpu",
+    ]
     if main(words):
         raise UserError("hmdiff sample failed")
 
@@ -89,8 +113,9 @@ def trained(folder: Path) -> dict[str, Any]:
     state = torch.load(place / "optimizer.bin", weights_only=True)["state"]
     moments = {
         f"{parameter}.{name}": _bits(torch.as_tensor(value).numpy())
-        for parameter, each in state.items() for name, value in each.items()
-    }  # fmt: skip
+        for parameter, each in state.items()
+        for name, value in each.items()
+    }
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     return {"losses": losses, "moments": moments, "kept": kept, **{n: (place / n).read_bytes() for n in names}}
 
@@ -123,9 +148,11 @@ def sampled(folder: Path) -> dict[str, Any]:
 def same(expected: Any, found: Any) -> bool:
     """Equal, arrays of fractions within rounding."""
     if isinstance(expected, dict):
-        return isinstance(found, dict) and list(expected) == list(found) and all(
-            same(value, found[name]) for name, value in expected.items()
-        )  # fmt: skip
+        return (
+            isinstance(found, dict)
+            and list(expected) == list(found)
+            and all(same(value, found[name]) for name, value in expected.items())
+        )
     if isinstance(expected, np.ndarray):
         if expected.dtype.kind != "f":
             return np.array_equal(expected, found)

@@ -8,9 +8,30 @@ import struct
 from typing import Any
 
 STRANGE: tuple[Any, ...] = (
-    None, True, "", "text", -1, 0, 1e308, -1e30, float("nan"), float("inf"), 10**30, 2**31, 2**63, [], {}, [[[]]],
-    "../../etc/passwd", "/etc/passwd", "a\0b", "x" * 5000, [0] * 5000, {"a": {"b": None}}, "${oc.env:NOT_SET}",
-)  # fmt: skip
+    None,
+    True,
+    "",
+    "text",
+    -1,
+    0,
+    1e308,
+    -1e30,
+    float("nan"),
+    float("inf"),
+    10**30,
+    2**31,
+    2**63,
+    [],
+    {},
+    [[[]]],
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a\0b",
+    "x" * 5000,
+    [0] * 5000,
+    {"a": {"b": None}},
+    "${oc.env:NOT_SET}",
+)
 
 
 def mutate_bytes(content: bytes, draw: random.Random) -> bytes:

@@ -31,38 +31,41 @@ class Source:
 
 
 READERS: dict[str, Source] = {
-    "3dpw": Source(
-        "threedpw:read", ("test", "train", "validation", "all", "3dpw_oc", "3dpw_pc", "3dpw_crowd"), _3DPW
-    ),
+    "3dpw": Source("threedpw:read", ("test", "train", "validation", "all", "3dpw_oc", "3dpw_pc", "3dpw_crowd"), _3DPW),
     "3dpw_oc": Source("threedpw:read", ("3dpw_oc",), f"{_3DPW} (the object-occluded sequences are taken)"),
     "3dpw_pc": Source("threedpw:read", ("3dpw_pc",), f"{_3DPW} (the person-occluded frames are taken)"),
     "3dpw_crowd": Source("threedpw:read", ("3dpw_crowd",), f"{_3DPW} (two crowded validation sequences are taken)"),
     "human36m": Source(
-        "human36m:read", ("p2", "p1", "train"),
+        "human36m:read",
+        ("p2", "p1", "train"),
         "SPIN's h36m_*.npz and images/; or mmpose's annotation_body3d/{cameras.pkl,fps10/h36m_*.npz} and images/; or "
         "annotations/Human36M_subject*_{data,camera,joint_3d}.json and images/",
     ),
     "freihand": Source(
-        "freihand:read", ("evaluation", "training"),
+        "freihand:read",
+        ("evaluation", "training"),
         "{training,evaluation}_{K,xyz}.json, training_mano.json, evaluation_verts.json and {training,evaluation}/rgb/",
     ),
     "spin": Source("spin:read", (), f"{_TABLE}, in the layout of SPIN"),
     "hmr2": Source("hmr2:read", (), f"{_TABLE}, in the layout of ProHMR and HMR 2.0"),
     "bedlam": Source(
-        "bedlam:read", ("all",),
+        "bedlam:read",
+        ("all",),
         "training_labels/all_npz_12_training/SCENE.npz and training_images/SCENE/png/SEQUENCE/*.png (or "
         "processed_labels/ and images/)",
     ),
     "coco": Source(
-        "coco:read", ("val2017", "train2017", "val2014", "train2014"),
+        "coco:read",
+        ("val2017", "train2017", "val2014", "train2014"),
         "annotations/person_keypoints_SPLIT.json and SPLIT/*.jpg (or images/SPLIT/*.jpg)",
     ),
     "3doh": Source("threedoh:read", ("test", "train"), "{train,test}set/annots.json and {train,test}set/images/"),
     "sports": Source(
-        "sports:read", ("test", "val", "train", "all"),
+        "sports:read",
+        ("test", "val", "train", "all"),
         "frames.csv in our own layout (see hmdiff/data/readers/sports.py) or a COCO file annotations.json; images/",
     ),
-}  # fmt: skip
+}
 
 
 def open_reader(

@@ -55,20 +55,29 @@ def read(source: Path, split: str) -> RowReader:
         return _Scene(scenes[number], source)
 
     notes = [f"{len(scenes)} scenes of {folders[0]}"]
-    return RowReader("bedlam", rows, lambda row: scene(row[0]).record(row[1]), notes,
-                     place=lambda row: f"{scenes[row[0]].path}, row {row[1]}")  # fmt: skip
+    return RowReader(
+        "bedlam",
+        rows,
+        lambda row: scene(row[0]).record(row[1]),
+        notes,
+        place=lambda row: f"{scenes[row[0]].path}, row {row[1]}",
+    )
 
 
 class _Scene:
     def __init__(self, table: Table, source: Path) -> None:
         self.table, path = table, table.path
         self.columns: dict[str, np.ndarray] = {
-            "center": table.column("center", (2,)), "scale": table.column("scale", ()),
-            "pose": table.column("pose_cam", (55, 3), (24, 3)), "betas": table.column("shape"),
-            "trans_cam": table.column("trans_cam", (3,)), "cam_ext": table.column("cam_ext", (4, 4)),
-            "cam_int": table.column("cam_int", (3, 3)), "gtkps": table.column("gtkps"),
+            "center": table.column("center", (2,)),
+            "scale": table.column("scale", ()),
+            "pose": table.column("pose_cam", (55, 3), (24, 3)),
+            "betas": table.column("shape"),
+            "trans_cam": table.column("trans_cam", (3,)),
+            "cam_ext": table.column("cam_ext", (4, 4)),
+            "cam_int": table.column("cam_int", (3, 3)),
+            "gtkps": table.column("gtkps"),
             "gender": table.column("gender"),
-        }  # fmt: skip
+        }
         self.joints = self.columns["pose"].shape[1]
         points = self.columns["gtkps"]
         if points.ndim != 3 or points.shape[2] not in (2, 3) or points.shape[1] < 22:

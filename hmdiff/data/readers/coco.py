@@ -51,8 +51,13 @@ def read_file(
         place = _place(path, places, files[people[0][1]["image_id"]] if people else "")
     crowd = len(data["annotations"]) - len(people)
     notes = [f"{path}, images in {place}", f"{crowd} annotations without keypoints, or of crowds, were left out"]
-    return RowReader(name, people, lambda row: _record(name, path, place, files, *row), notes,
-                     place=lambda row: f"{path}, annotation {row[0]}")  # fmt: skip
+    return RowReader(
+        name,
+        people,
+        lambda row: _record(name, path, place, files, *row),
+        notes,
+        place=lambda row: f"{path}, annotation {row[0]}",
+    )
 
 
 def _place(path: Path, places: Sequence[Path], first: str) -> Path:

@@ -69,9 +69,12 @@ def _frames(table: Table, split: str) -> list[tuple[int, Frame]]:
 
 def _common(table: Table, row: int, frame: Frame, images: Path) -> dict[str, Any]:
     return {
-        "name": f"human36m/{stem_name(Path(table.names[row]).name)}", "source": table.place(row),
-        "image": images / table.names[row], "group": f"S{frame.subject}_{frame.action}", "joint_names": H36M17,
-    }  # fmt: skip
+        "name": f"human36m/{stem_name(Path(table.names[row]).name)}",
+        "source": table.place(row),
+        "image": images / table.names[row],
+        "group": f"S{frame.subject}_{frame.action}",
+        "joint_names": H36M17,
+    }
 
 
 def _spin(source: Path, path: Path, split: str) -> RowReader:

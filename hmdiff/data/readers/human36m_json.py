@@ -49,8 +49,13 @@ def read_annotations(source: Path, split: str) -> RowReader:
     notes = [f"annotations of subjects {', '.join(str(s.number) for s in subjects)}: {len(rows)} rows in {split}"]
     fits = [str(subject.number) for subject in subjects if subject.smpl is not None]
     notes.append(f"SMPL of subjects {', '.join(fits)}" if fits else "without SMPL: neither smpl_param nor NeuralAnnot")
-    return RowReader("human36m", rows, lambda item: item[0].record(item[1]), notes,
-                     place=lambda item: f"{item[0].path}, annotation {item[1]}")  # fmt: skip
+    return RowReader(
+        "human36m",
+        rows,
+        lambda item: item[0].record(item[1]),
+        notes,
+        place=lambda item: f"{item[0].path}, annotation {item[1]}",
+    )
 
 
 class _Subject:
@@ -114,9 +119,14 @@ class _Subject:
         )
 
     def _extrinsics(
-        self, number: int, camera: dict[str, np.ndarray], world: np.ndarray, intrinsics: np.ndarray,
-        box: tuple[float, float, float, float], source: str,
-    ) -> np.ndarray:  # (3, 4)  # fmt: skip
+        self,
+        number: int,
+        camera: dict[str, np.ndarray],
+        world: np.ndarray,
+        intrinsics: np.ndarray,
+        box: tuple[float, float, float, float],
+        source: str,
+    ) -> np.ndarray:  # (3, 4)
         rotation, t = camera["R"], camera["t"] / _MILLIMETRES
         both = [np.concatenate([rotation, shift[:, None]], 1) for shift in (t, -rotation @ t)]
         if number not in self._inverse:

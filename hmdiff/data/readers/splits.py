@@ -10,24 +10,45 @@ from __future__ import annotations
 
 SPLITS = ("train", "validation", "test")
 
-OC_SEQUENCES = frozenset({
-    "courtyard_backpack", "courtyard_basketball", "courtyard_bodyScannerMotions", "courtyard_box", "courtyard_golf",
-    "courtyard_jacket", "courtyard_laceShoe", "downtown_stairs", "flat_guitar", "flat_packBags", "outdoors_climbing",
-    "outdoors_crosscountry", "outdoors_fencing", "outdoors_freestyle", "outdoors_golf", "outdoors_parcours",
-    "outdoors_slalom",
-})  # fmt: skip
+OC_SEQUENCES = frozenset(
+    {
+        "courtyard_backpack",
+        "courtyard_basketball",
+        "courtyard_bodyScannerMotions",
+        "courtyard_box",
+        "courtyard_golf",
+        "courtyard_jacket",
+        "courtyard_laceShoe",
+        "downtown_stairs",
+        "flat_guitar",
+        "flat_packBags",
+        "outdoors_climbing",
+        "outdoors_crosscountry",
+        "outdoors_fencing",
+        "outdoors_freestyle",
+        "outdoors_golf",
+        "outdoors_parcours",
+        "outdoors_slalom",
+    }
+)
 PC_FRAMES = {
-    "courtyard_basketball_00": (200, 280), "courtyard_captureSelfies_00": (500, 600),
-    "courtyard_dancing_00": (60, 370), "courtyard_dancing_01": (60, 270), "courtyard_hug_00": (100, 500),
+    "courtyard_basketball_00": (200, 280),
+    "courtyard_captureSelfies_00": (500, 600),
+    "courtyard_dancing_00": (60, 370),
+    "courtyard_dancing_01": (60, 270),
+    "courtyard_hug_00": (100, 500),
     "downtown_bus_00": (1620, 1900),
-}  # fmt: skip
+}
 CROWD_SEQUENCES = frozenset({"courtyard_hug_00", "courtyard_dancing_00"})
 
 # Which of 3DPW's own splits a named part is taken from.
 SPLITS_OF = {
-    **{split: (split,) for split in SPLITS}, "all": SPLITS, "3dpw_oc": SPLITS, "3dpw_pc": SPLITS,
+    **{split: (split,) for split in SPLITS},
+    "all": SPLITS,
+    "3dpw_oc": SPLITS,
+    "3dpw_pc": SPLITS,
     "3dpw_crowd": ("validation",),
-}  # fmt: skip
+}
 
 
 def has_sequence(

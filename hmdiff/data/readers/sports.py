@@ -59,8 +59,13 @@ def read(source: Path, split: str) -> RowReader:
         if split == "all" or values.get("split", split) == split:
             rows.append((line, values))
     notes = [f"{path}: {len(rows)} rows in {split}, {len(points)} keypoints, {len(joints)} 3D joints"]
-    return RowReader("sports", rows, lambda row: _record(source, path, points, joints, *row), notes,
-                     place=lambda row: f"{path}, line {row[0]}")  # fmt: skip
+    return RowReader(
+        "sports",
+        rows,
+        lambda row: _record(source, path, points, joints, *row),
+        notes,
+        place=lambda row: f"{path}, line {row[0]}",
+    )
 
 
 def _columns(path: Path, header: list[str]) -> tuple[list[str], list[str]]:

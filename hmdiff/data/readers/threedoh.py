@@ -25,9 +25,16 @@ from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 
 _SHAPES = {
-    "bbox": (2, 2), "pose": (24, 3), "betas": (10,), "trans": (3,), "scale": (), "extri": (4, 4), "intri": (3, 3),
-    "smpl_joints_2d": (24, 2), "smpl_joints_3d": (24, 3),
-}  # fmt: skip
+    "bbox": (2, 2),
+    "pose": (24, 3),
+    "betas": (10,),
+    "trans": (3,),
+    "scale": (),
+    "extri": (4, 4),
+    "intri": (3, 3),
+    "smpl_joints_2d": (24, 2),
+    "smpl_joints_3d": (24, 3),
+}
 _AGREEMENT = 5.0  # pixels, in the median, between the projected 3D joints and the 2D ones
 _ROOT, _REACH = np.array([0.0, -0.23, 0.03]), 0.4  # metres: about where SMPL's root is at rest, and how near to it
 
@@ -41,8 +48,13 @@ def read(source: Path, split: str) -> RowReader:
     if not isinstance(people, dict):
         raise UserError(f"{path}: a {type(people).__name__}, where entries by number were expected; download it again")
     rows = list(people.items())
-    return RowReader("3doh", rows, lambda row: _record(path, folder, *row), [f"{path}: {len(rows)} entries"],
-                     place=lambda row: f"{path}, entry {row[0]}")  # fmt: skip
+    return RowReader(
+        "3doh",
+        rows,
+        lambda row: _record(path, folder, *row),
+        [f"{path}: {len(rows)} entries"],
+        place=lambda row: f"{path}, entry {row[0]}",
+    )
 
 
 def _record(path: Path, folder: Path, key: str, entry: dict[str, Any]) -> Record:
@@ -56,9 +68,7 @@ def _record(path: Path, folder: Path, key: str, entry: dict[str, Any]) -> Record
     if not scale > 0:
         raise UserError(f"{source}: scale {scale}, more than 0 was expected")
     given, seen = labels["smpl_joints_3d"], labels["smpl_joints_2d"]
-    joints = min(
-        (given, given @ camera[:3, :3].T + camera[:3, 3]), key=lambda points: _miss(points, intrinsics, seen)
-    )
+    joints = min((given, given @ camera[:3, :3].T + camera[:3, 3]), key=lambda points: _miss(points, intrinsics, seen))
     if (miss := _miss(joints, intrinsics, seen)) > _AGREEMENT and all(np.isfinite(v).all() for v in labels.values()):
         raise UserError(
             f"{source}: its 3D joints are {miss:.1f} pixels from its 2D ones, within {_AGREEMENT:g} was expected"

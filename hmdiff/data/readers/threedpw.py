@@ -57,8 +57,13 @@ def read(source: Path, split: str) -> RowReader:
         sequences.append(sequence)
     notes = [f"{len(sequences)} sequences of {split}"]
     notes += [f"{without} people without any 2D keypoint, and so without a box, were left out"] if without else []
-    return RowReader("3dpw", rows, lambda row: _record(sequences[row[0]], *row[1:]), notes,
-                     place=lambda row: f"{sequences[row[0]].path}, person {row[1]}, frame {row[2]}")  # fmt: skip
+    return RowReader(
+        "3dpw",
+        rows,
+        lambda row: _record(sequences[row[0]], *row[1:]),
+        notes,
+        place=lambda row: f"{sequences[row[0]].path}, person {row[1]}, frame {row[2]}",
+    )
 
 
 def _pickles(source: Path, split: str) -> Iterator[Path]:
@@ -128,8 +133,9 @@ def _numbers(path: Path, data: dict[str, Any], key: str, shape: tuple[int, ...])
         value = np.asarray(data[key], np.float64)
     if value.ndim != len(shape) or any(want not in (-1, have) for have, want in zip(value.shape, shape, strict=True)):
         words = ", ".join("frames" if size == -1 else str(size) for size in shape)
-        raise UserError(f"{path}: {key} is {data[key]!r:.40} of shape {value.shape}, ({words}) expected; download it "
-                        "again")  # fmt: skip
+        raise UserError(
+            f"{path}: {key} is {data[key]!r:.40} of shape {value.shape}, ({words}) expected; download it again"
+        )
     return value
 
 

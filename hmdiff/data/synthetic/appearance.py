@@ -168,10 +168,15 @@ def compose_rgb(
     if fragments is None:
         fragments = rasterize(vertices, faces, focal, principal_point, size, cull=cull)
     image = shade(
-        fragments, vertices, faces, focal, principal_point,
-        wardrobe.colours(generator, count), random_lights(generator, count, device),
+        fragments,
+        vertices,
+        faces,
+        focal,
+        principal_point,
+        wardrobe.colours(generator, count),
+        random_lights(generator, count, device),
         random_backgrounds(generator, count, (height, width), device, pictures),
-    )  # fmt: skip
+    )
     person = silhouette(fragments)
     occlusion = torch.zeros_like(person, dtype=torch.bool)
     alpha = occluder

@@ -20,39 +20,79 @@ from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS
 
 # From parent to joint in the T-pose; the free body's mean shape, rounded.
 OFFSETS = torch.tensor(
-    [[0, 0, 0], [.11, -.02, -.01], [-.11, -.02, -.01], [0, .15, -.025], [0, -.38, 0], [0, -.38, 0], [0, .08, 0],
-     [0, -.43, 0], [0, -.43, 0], [0, .125, -.01], [.01, -.05, .14], [-.01, -.05, .14], [0, .185, .04],
-     [.025, .11, .055], [-.025, .11, .055], [0, .095, .035], [.15, -.02, -.005], [-.15, -.02, -.005], [.255, 0, 0],
-     [-.255, 0, 0], [.23, 0, 0], [-.23, 0, 0], [.1, 0, -.01], [-.1, 0, -.01]]
-)  # fmt: skip
+    [
+        [0, 0, 0],
+        [0.11, -0.02, -0.01],
+        [-0.11, -0.02, -0.01],
+        [0, 0.15, -0.025],
+        [0, -0.38, 0],
+        [0, -0.38, 0],
+        [0, 0.08, 0],
+        [0, -0.43, 0],
+        [0, -0.43, 0],
+        [0, 0.125, -0.01],
+        [0.01, -0.05, 0.14],
+        [-0.01, -0.05, 0.14],
+        [0, 0.185, 0.04],
+        [0.025, 0.11, 0.055],
+        [-0.025, 0.11, 0.055],
+        [0, 0.095, 0.035],
+        [0.15, -0.02, -0.005],
+        [-0.15, -0.02, -0.005],
+        [0.255, 0, 0],
+        [-0.255, 0, 0],
+        [0.23, 0, 0],
+        [-0.23, 0, 0],
+        [0.1, 0, -0.01],
+        [-0.1, 0, -0.01],
+    ]
+)
 
 # Points that move with a joint: name -> (joint, offset). Together with the joints they are the capsules' ends.
 _POINTS: dict[str, tuple[str, tuple[float, float, float]]] = {
-    "crown": ("head", (0, 0.12, 0.02)), "brow": ("head", (0, 0.04, 0.03)),
-    **{f"{side}_{name}": (joint.replace("*", side), (sign * x, y, z))
-       for side, sign in (("left", 1), ("right", -1))
-       for name, joint, (x, y, z) in (
-           ("chest", "spine3", (0.055, 0.02, 0.055)), ("waist", "spine2", (0.045, 0.01, 0.055)),
-           ("belly", "spine1", (0.05, -0.03, 0.05)), ("seat", "pelvis", (0.06, 0, 0.01)),
-           ("tip", "*_hand", (0.09, 0, 0)), ("toe", "*_foot", (0, 0, 0.07)), ("biceps", "*_shoulder", (0.14, 0, 0)),
-           ("thigh", "*_hip", (0, -0.09, 0)), ("calf", "*_knee", (0, -0.13, -0.02)))},
-}  # fmt: skip
+    "crown": ("head", (0, 0.12, 0.02)),
+    "brow": ("head", (0, 0.04, 0.03)),
+    **{
+        f"{side}_{name}": (joint.replace("*", side), (sign * x, y, z))
+        for side, sign in (("left", 1), ("right", -1))
+        for name, joint, (x, y, z) in (
+            ("chest", "spine3", (0.055, 0.02, 0.055)),
+            ("waist", "spine2", (0.045, 0.01, 0.055)),
+            ("belly", "spine1", (0.05, -0.03, 0.05)),
+            ("seat", "pelvis", (0.06, 0, 0.01)),
+            ("tip", "*_hand", (0.09, 0, 0)),
+            ("toe", "*_foot", (0, 0, 0.07)),
+            ("biceps", "*_shoulder", (0.14, 0, 0)),
+            ("thigh", "*_hip", (0, -0.09, 0)),
+            ("calf", "*_knee", (0, -0.13, -0.02)),
+        )
+    },
+}
 _NAMES = (*SMPL24, *_POINTS)
 _CARRIER = [SMPL24.index(joint) for joint, _ in _POINTS.values()]
 _CARRIED = torch.tensor([offset for _, offset in _POINTS.values()])
 
 # Capsules: name -> (end, end, radius).
 _CAPSULES: dict[str, tuple[str, str, float]] = {
-    "head": ("brow", "crown", 0.085), "chest": ("left_chest", "right_chest", 0.11),
-    "ribs": ("left_chest", "right_chest", 0.085), "waist": ("left_waist", "right_waist", 0.095),
-    "belly": ("left_belly", "right_belly", 0.10), "seat": ("left_seat", "right_seat", 0.11),
-    **{f"{side}_{name}": (f"{side}_{a}", f"{side}_{b}", radius)
-       for side in ("left", "right")
-       for name, a, b, radius in (
-           ("upper_arm", "biceps", "elbow", 0.042), ("forearm", "elbow", "wrist", 0.038),
-           ("hand", "wrist", "tip", 0.035), ("upper_leg", "thigh", "knee", 0.07), ("lower_leg", "calf", "ankle", 0.045),
-           ("foot", "ankle", "toe", 0.04))},
-}  # fmt: skip
+    "head": ("brow", "crown", 0.085),
+    "chest": ("left_chest", "right_chest", 0.11),
+    "ribs": ("left_chest", "right_chest", 0.085),
+    "waist": ("left_waist", "right_waist", 0.095),
+    "belly": ("left_belly", "right_belly", 0.10),
+    "seat": ("left_seat", "right_seat", 0.11),
+    **{
+        f"{side}_{name}": (f"{side}_{a}", f"{side}_{b}", radius)
+        for side in ("left", "right")
+        for name, a, b, radius in (
+            ("upper_arm", "biceps", "elbow", 0.042),
+            ("forearm", "elbow", "wrist", 0.038),
+            ("hand", "wrist", "tip", 0.035),
+            ("upper_leg", "thigh", "knee", 0.07),
+            ("lower_leg", "calf", "ankle", 0.045),
+            ("foot", "ankle", "toe", 0.04),
+        )
+    },
+}
 
 
 def _pairs() -> list[tuple[str, str]]:
@@ -67,8 +107,10 @@ def _pairs() -> list[tuple[str, str]]:
         pairs += [(f"{side}_{part}", "chest") for part in ("upper_leg", "lower_leg", "foot")]
         for part in ("lower_leg", "foot"):
             pairs += [(f"{side}_{part}", target) for target in ("waist", "belly", "head", "seat")]
-        pairs += [(f"{side}_{a}", f"{other}_{b}") for a, b in (("lower_leg", "upper_leg"), ("foot", "upper_leg"),
-                                                              ("foot", "lower_leg"))]  # fmt: skip
+        pairs += [
+            (f"{side}_{a}", f"{other}_{b}")
+            for a, b in (("lower_leg", "upper_leg"), ("foot", "upper_leg"), ("foot", "lower_leg"))
+        ]
         pairs += [(f"{side}_foot", f"{side}_upper_leg")]
     for part in ("forearm", "hand", "upper_leg", "lower_leg", "foot", "upper_arm"):
         pairs.append((f"left_{part}", f"right_{part}"))

@@ -32,8 +32,13 @@ _SOURCES = ((COCO17, 0.5), (OPENPOSE25, 0.2), (LSP14, 0.15), (HALPE26, 0.15))
 _LIMBS12 = tuple(name for name in LSP14 if name in COCO17)
 _BLAZEPOSE = tuple(n for n in HALPE26 if n in COCO17 or n.endswith(("heel", "big_toe")))  # of its 33, those of HALPE26
 _WIDE_SOURCES = (
-    (COCO17, 0.33), (OPENPOSE25, 0.15), (LSP14, 0.1), (HALPE26, 0.15), (_LIMBS12, 0.07), (_BLAZEPOSE, 0.2),
-)  # fmt: skip
+    (COCO17, 0.33),
+    (OPENPOSE25, 0.15),
+    (LSP14, 0.1),
+    (HALPE26, 0.15),
+    (_LIMBS12, 0.07),
+    (_BLAZEPOSE, 0.2),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,8 +38,14 @@ class DepthFaults:
 
     def __post_init__(self) -> None:
         for name, high in (
-            ("disparity", 1), ("missing", 1), ("missing_map", 1), ("bend", 10), ("edges", 1), ("blur", 1), ("grain", 10)
-        ):  # fmt: skip
+            ("disparity", 1),
+            ("missing", 1),
+            ("missing_map", 1),
+            ("bend", 10),
+            ("edges", 1),
+            ("blur", 1),
+            ("grain", 10),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, int | float) and 0 <= value <= high):
                 raise UserError(f"data.depth_faults: {name} {value!r}: a number from 0 to {high} is expected")

@@ -28,14 +28,16 @@ _LEAST_KEYPOINTS = 8  # of the person in front: fewer are no outline
 _SIDES = ("left", "right")
 # Ends, radius as a share of the person's extent, and which colour: head 0, upper body 1, legs 2.
 _LIMBS: tuple[tuple[str, str, float, int], ...] = (
-    ("neck", "top_head", 0.055, 0), ("neck", "mid_hip", 0.075, 1), ("left_shoulder", "right_shoulder", 0.04, 1),
+    ("neck", "top_head", 0.055, 0),
+    ("neck", "mid_hip", 0.075, 1),
+    ("left_shoulder", "right_shoulder", 0.04, 1),
     ("left_hip", "right_hip", 0.06, 2),
     *((f"{side}_shoulder", f"{side}_hip", 0.06, 1) for side in _SIDES),
     *((f"{side}_shoulder", f"{side}_elbow", 0.03, 1) for side in _SIDES),
     *((f"{side}_elbow", f"{side}_wrist", 0.025, 1) for side in _SIDES),
     *((f"{side}_hip", f"{side}_knee", 0.05, 2) for side in _SIDES),
     *((f"{side}_knee", f"{side}_ankle", 0.035, 2) for side in _SIDES),
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,18 +150,28 @@ class FrontDrawer:
         if limbs is None or there is None:
             limbs, there = torch.zeros(n, len(_LIMBS), 5), torch.zeros(n, dtype=torch.bool)
         kind[(kind == PERSON) & ~there] = NOTHING
-        pose = torch.stack([
-            *(target + 0.3 * (draw[:, 2:4] - 0.5)).unbind(-1), 0.25 + 0.4 * draw[:, 4],
-            (draw[:, 5] - 0.5) * math.pi, torch.where(draw[:, 6] < 0.5, 1.0, -1.0),
-        ], -1)  # fmt: skip
+        pose = torch.stack(
+            [
+                *(target + 0.3 * (draw[:, 2:4] - 0.5)).unbind(-1),
+                0.25 + 0.4 * draw[:, 4],
+                (draw[:, 5] - 0.5) * math.pi,
+                torch.where(draw[:, 6] < 0.5, 1.0, -1.0),
+            ],
+            -1,
+        )
         cutout = (draw[:, 7] * max(1, 0 if self.cutouts is None else len(self.cutouts))).long()
         shapes = torch.stack(
             [_shape(points, seen, draw[:, 8 + 8 * k : 16 + 8 * k], first=k == 0) for k in range(SHAPES)], 1
         )
         return InFront(
-            kind.to(device), shapes.to(device), limbs.to(device), cutout.to(device), pose.to(device), self.cutouts,
+            kind.to(device),
+            shapes.to(device),
+            limbs.to(device),
+            cutout.to(device),
+            pose.to(device),
+            self.cutouts,
             looks,
-        )  # fmt: skip
+        )
 
 
 @dataclasses.dataclass(frozen=True)

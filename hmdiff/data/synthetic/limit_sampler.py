@@ -34,7 +34,7 @@ ARM_STYLES: _Styles = {
     "up": ((-15, 90, 20, 88, -0.8, 0.8, 0, 110), 0.18, 0.40),
     "behind": ((-80, -40, -80, -42, -0.5, 0.8, 0, 100), 0.06, 0.20),
     "across": ((100, 140, -40, 30, -0.5, 0.8, 30, 125), 0.08, 0.15),
-}  # fmt: skip
+}
 _INDEX = {name: index for index, name in enumerate(SMPL24)}
 
 

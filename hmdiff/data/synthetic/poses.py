@@ -21,8 +21,13 @@ from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
 
 __all__ = [
-    "JointLimitSampler", "PoseMixture", "PosePrior", "joint_limit_violation", "mirror_pose", "sample_orientation",
-]  # fmt: skip
+    "JointLimitSampler",
+    "PoseMixture",
+    "PosePrior",
+    "joint_limit_violation",
+    "mirror_pose",
+    "sample_orientation",
+]
 
 # Parts that a blend takes from one sampler or the other. The trunk carries neck and head.
 _LEG = ("hip", "knee", "ankle", "foot")
@@ -60,9 +65,12 @@ class PoseMixture:
         if tail:
             # A collision outweighs any density: of the free poses, the one least likely under the prior is kept.
             return least_blocked(
-                lambda number, _: self.extremes.draw(number, generator), count,
-                lambda poses: self.prior.log_prob(poses) + 1e6 * penalty(poses), rounds=4, share=0.5,
-            )  # fmt: skip
+                lambda number, _: self.extremes.draw(number, generator),
+                count,
+                lambda poses: self.prior.log_prob(poses) + 1e6 * penalty(poses),
+                rounds=4,
+                share=0.5,
+            )
         device = generator.device
         source = torch.multinomial(self.shares.to(device), count, replacement=True, generator=generator)
         coin = torch.rand(count, 7, generator=generator, device=device)
@@ -119,8 +127,9 @@ def sample_orientation(
         roll = torch.where(more[:, 2] < 0.2, rolled, 1.7 * roll)
     # The body faces the camera when turned by half a turn about x: up becomes -y, its front -z.
     camera = torch.stack([elevation + math.pi, zero, zero], -1)
-    turns = axis_angle_to_matrix(torch.stack([torch.stack([zero, zero, roll], -1), camera,
-                                              torch.stack([zero, yaw, zero], -1), tilt]))  # fmt: skip
+    turns = axis_angle_to_matrix(
+        torch.stack([torch.stack([zero, zero, roll], -1), camera, torch.stack([zero, yaw, zero], -1), tilt])
+    )
     lean = turns[3]
     if leaning is not None:
         lean = torch.cat([leaning, lean[len(leaning) :]])

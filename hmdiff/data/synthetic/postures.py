@@ -72,36 +72,88 @@ class _Posture(NamedTuple):
 
 _FREE = ("hang", "akimbo", "before", "aside", "up", "across")
 _POSTURES: dict[str, _Posture] = {
-    "on a chair": _Posture(0.17, (("chair", "chair"), ("chair", "chair_long"), ("chair_long", "chair_long"),
-                                  ("chair", "crossed_over")), ("lap", "desk", "before", "rest", "akimbo", "across"),
-                           (-8, 40), (-22, 15)),
-    "on the floor": _Posture(0.13, (("long_sit", "long_sit"), ("tailor", "tailor"), ("knee_up", "knee_up"),
-                                    ("knee_up", "long_sit"), ("knee_up", "tailor"), ("side_sit", "tailor")),
-                             ("lap", "support_back", "before", "rest", "across"), (-5, 45), (-25, 12)),
+    "on a chair": _Posture(
+        0.17,
+        (("chair", "chair"), ("chair", "chair_long"), ("chair_long", "chair_long"), ("chair", "crossed_over")),
+        ("lap", "desk", "before", "rest", "akimbo", "across"),
+        (-8, 40),
+        (-22, 15),
+    ),
+    "on the floor": _Posture(
+        0.13,
+        (
+            ("long_sit", "long_sit"),
+            ("tailor", "tailor"),
+            ("knee_up", "knee_up"),
+            ("knee_up", "long_sit"),
+            ("knee_up", "tailor"),
+            ("side_sit", "tailor"),
+        ),
+        ("lap", "support_back", "before", "rest", "across"),
+        (-5, 45),
+        (-25, 12),
+    ),
     "on the heels": _Posture(0.05, (("heel_sit", "heel_sit"),), ("lap", "before", "rest", "up"), (-5, 40), (-10, 20)),
-    "kneeling": _Posture(0.06, (("kneel", "kneel"), ("kneel", "squat"), ("kneel", "chair")), _FREE, (-10, 40),
-                         (-15, 25)),
-    "squatting": _Posture(0.06, (("squat", "squat"), ("squat", "kneel")), ("lap", "before", "rest", "across", "desk"),
-                          (0, 50), (0, 45)),
-    "on all fours": _Posture(0.08, (("all_fours", "all_fours"), ("all_fours", "lunge_back")),
-                             ("support_front", "support_front", "support_front", "before"), (-15, 25), (65, 100)),
+    "kneeling": _Posture(
+        0.06, (("kneel", "kneel"), ("kneel", "squat"), ("kneel", "chair")), _FREE, (-10, 40), (-15, 25)
+    ),
+    "squatting": _Posture(
+        0.06, (("squat", "squat"), ("squat", "kneel")), ("lap", "before", "rest", "across", "desk"), (0, 50), (0, 45)
+    ),
+    "on all fours": _Posture(
+        0.08,
+        (("all_fours", "all_fours"), ("all_fours", "lunge_back")),
+        ("support_front", "support_front", "support_front", "before"),
+        (-15, 25),
+        (65, 100),
+    ),
     "plank": _Posture(0.04, (("lie", "lie"), ("lie", "all_fours")), ("support_front", "desk"), (-15, 10), (60, 95)),
-    "supine": _Posture(0.09, (("lie", "lie"), ("lie_bent", "lie_bent"), ("lie", "lie_bent"), ("lie", "raised"),
-                              ("raised", "raised")), ("rest", "spread", "pillow", "overhead", "lap"), (-8, 15),
-                       (-100, -75), (-15, 15)),
-    "prone": _Posture(0.06, (("lie", "lie"), ("lie", "lie_bent")), ("rest", "pillow", "overhead", "spread"), (-15, 8),
-                      (78, 102), (-15, 15)),
-    "on a side": _Posture(0.06, (("lie", "lie_bent"), ("lie_bent", "lie_bent"), ("fetal", "fetal"), ("lie", "lie")),
-                          ("before", "pillow", "rest", "across", "lap"), (-5, 35), (-15, 15), (70, 110)),
-    "bending": _Posture(0.08, (("bend", "bend"), ("bend", "step")),
-                        ("before", "hang", "support_front", "aside", "behind"), (10, 75), (15, 80)),
-    "lunging": _Posture(0.05, (("climb", "lunge_back"), ("split", "lunge_back"), ("squat", "lunge_back")), _FREE,
-                        (-15, 35), (-5, 35)),
-    "hanging": _Posture(0.03, (("hang", "hang"), ("fetal", "fetal"), ("hang", "climb")), ("overhead",), (-15, 25),
-                        (-25, 25)),
-    "climbing": _Posture(0.04, (("climb", "stand"), ("climb", "hang"), ("climb", "climb")),
-                         ("overhead", "up", "before", "aside"), (-15, 30), (-20, 30), (-20, 20)),
-}  # fmt: skip
+    "supine": _Posture(
+        0.09,
+        (("lie", "lie"), ("lie_bent", "lie_bent"), ("lie", "lie_bent"), ("lie", "raised"), ("raised", "raised")),
+        ("rest", "spread", "pillow", "overhead", "lap"),
+        (-8, 15),
+        (-100, -75),
+        (-15, 15),
+    ),
+    "prone": _Posture(
+        0.06,
+        (("lie", "lie"), ("lie", "lie_bent")),
+        ("rest", "pillow", "overhead", "spread"),
+        (-15, 8),
+        (78, 102),
+        (-15, 15),
+    ),
+    "on a side": _Posture(
+        0.06,
+        (("lie", "lie_bent"), ("lie_bent", "lie_bent"), ("fetal", "fetal"), ("lie", "lie")),
+        ("before", "pillow", "rest", "across", "lap"),
+        (-5, 35),
+        (-15, 15),
+        (70, 110),
+    ),
+    "bending": _Posture(
+        0.08,
+        (("bend", "bend"), ("bend", "step")),
+        ("before", "hang", "support_front", "aside", "behind"),
+        (10, 75),
+        (15, 80),
+    ),
+    "lunging": _Posture(
+        0.05, (("climb", "lunge_back"), ("split", "lunge_back"), ("squat", "lunge_back")), _FREE, (-15, 35), (-5, 35)
+    ),
+    "hanging": _Posture(
+        0.03, (("hang", "hang"), ("fetal", "fetal"), ("hang", "climb")), ("overhead",), (-15, 25), (-25, 25)
+    ),
+    "climbing": _Posture(
+        0.04,
+        (("climb", "stand"), ("climb", "hang"), ("climb", "climb")),
+        ("overhead", "up", "before", "aside"),
+        (-15, 30),
+        (-20, 30),
+        (-20, 20),
+    ),
+}
 
 
 def _tables() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -118,9 +170,12 @@ def _tables() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     counts = torch.tensor([[len(p.legs), len(p.arms)] for p in _POSTURES.values()])
     lean = torch.tensor([[p.bend, p.pitch, p.roll] for p in _POSTURES.values()], dtype=torch.float32)
     return (
-        weights, torch.tensor(legs, dtype=torch.float32).unflatten(-1, (4, 2)),
-        torch.tensor(arms, dtype=torch.float32).unflatten(-1, (4, 2)), counts, lean,
-    )  # fmt: skip
+        weights,
+        torch.tensor(legs, dtype=torch.float32).unflatten(-1, (4, 2)),
+        torch.tensor(arms, dtype=torch.float32).unflatten(-1, (4, 2)),
+        counts,
+        lean,
+    )
 
 
 _WEIGHTS, _LEG_RANGES, _ARM_RANGES, _COUNTS, _LEAN = _tables()

@@ -101,9 +101,15 @@ class Photographer:
         output = self.body(betas, rotations)
         vertices = output.vertices + (pelvis - output.joints[:, 0])[:, None]
         photo = compose_rgb(
-            generator, self.wardrobe, vertices, self.faces, focal, principal_point, self.size,
+            generator,
+            self.wardrobe,
+            vertices,
+            self.faces,
+            focal,
+            principal_point,
+            self.size,
             occluder=boxes.mask(self.size),
-        )  # fmt: skip
+        )
         pixels = photo.silhouette.sum((1, 2))
         seen = (photo.silhouette * ~photo.occlusion).sum((1, 2))
         return Pictures(photo.image, photo.silhouette, photo.fragments.depth, seen / pixels.clamp_min(1))

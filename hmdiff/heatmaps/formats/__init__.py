@@ -90,8 +90,10 @@ def has_keypoints(path: str | Path) -> bool:
 
 def _by_picture(data: Any) -> bool:
     """AlphaPose's files of all pictures, grouped: the name of each is the key."""
-    return isinstance(data, dict) and bool(data) and all(
-        isinstance(value, dict) and openpose.recognised(value) for value in data.values()
+    return (
+        isinstance(data, dict)
+        and bool(data)
+        and all(isinstance(value, dict) and openpose.recognised(value) for value in data.values())
     )
 
 

@@ -17,9 +17,11 @@ from hmdiff.heatmaps.formats.joint_names import BY_COUNT, WHOLEBODY_FEET, map_na
 from hmdiff.heatmaps.formats.picture_names import find_picture, last_name, stem_of
 
 _IDENTITY = {
-    "annotation": ("id", "annotation_id"), "track": ("track_id", "track", "idx"), "instance": ("instance_id",),
+    "annotation": ("id", "annotation_id"),
+    "track": ("track_id", "track", "idx"),
+    "instance": ("instance_id",),
     "person": ("person_id",),
-}  # fmt: skip
+}
 
 
 def is_dataset(data: Any) -> bool:
@@ -49,9 +51,10 @@ def dataset_entries(document: Document, photo: str | Path | None, notes: list[st
         name = "" if photo is None else Path(photo).name
         named = document.images.get(last_name(name), [])
         found = find_picture(
-            photo or "", [(index, str(image.get("file_name", image.get("id")))) for index, image in enumerate(named)],
+            photo or "",
+            [(index, str(image.get("file_name", image.get("id")))) for index, image in enumerate(named)],
             str(path),
-        )  # fmt: skip
+        )
         if found is None:
             raise UserError(f"{path}: none of its {len(images)} images is {name!r}; give the photo it is about")
         image = named[found]
@@ -89,13 +92,16 @@ def _annotation(
 ) -> Entry:
     keypoints, names = with_feet(path, item, names)
     return Entry(
-        keypoints, names, third=FLAGS, box=item.get("bbox"), size=size, identity=identity_of(item),
-    )  # fmt: skip
+        keypoints,
+        names,
+        third=FLAGS,
+        box=item.get("bbox"),
+        size=size,
+        identity=identity_of(item),
+    )
 
 
-def with_feet(
-    path: Path, item: dict[str, Any], names: tuple[str, ...] | None
-) -> tuple[Any, tuple[str, ...] | None]:
+def with_feet(path: Path, item: dict[str, Any], names: tuple[str, ...] | None) -> tuple[Any, tuple[str, ...] | None]:
     """COCO-WholeBody's feet lie beside the body's joints."""
     feet = item.get("foot_kpts")
     keypoints = item["keypoints"]

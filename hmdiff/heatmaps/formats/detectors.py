@@ -42,10 +42,18 @@ def ultralytics_entries(path: Path, data: list[dict[str, Any]]) -> list[Entry]:
         scores = keypoints.get("visible", keypoints.get("confidence"))
         places = [[a, b] for a, b in zip(x, y, strict=True)]
         normalised = bool(places) and max(max(map(abs, x)), max(map(abs, y))) <= 1.5
-        found.append(Entry(
-            places, None, scores or [1.0] * len(x), CONFIDENCE, each.get("box"), "xyxy",
-            (1.0, 1.0) if normalised else None, identity_of(each),
-        ))  # fmt: skip
+        found.append(
+            Entry(
+                places,
+                None,
+                scores or [1.0] * len(x),
+                CONFIDENCE,
+                each.get("box"),
+                "xyxy",
+                (1.0, 1.0) if normalised else None,
+                identity_of(each),
+            )
+        )
     return found
 
 
@@ -60,14 +68,16 @@ def label_entries(path: Path, data: list[list[float]]) -> list[Entry]:
         more = len(line) - 5
         width = 3 if more // 17 >= 3 else 2
         if more - width * 17 not in (0, 1, 2):
-            raise UserError(f"{path}: line {number + 1} has {len(line)} numbers; a class, a box and 17 keypoints are "
-                            "expected")  # fmt: skip
+            raise UserError(
+                f"{path}: line {number + 1} has {len(line)} numbers; a class, a box and 17 keypoints are expected"
+            )
         places = line[5 : 5 + width * 17]
         x, y, wide, high = line[1:5]
         track = {"track": f"{line[-1]:g}"} if more - width * 17 == 2 else {}
         scores = None if width == 3 else [1.0] * 17
-        found.append(Entry(places, COCO17, scores, box=[x - wide / 2, y - high / 2, wide, high], size=(1.0, 1.0),
-                           identity=track))  # fmt: skip
+        found.append(
+            Entry(places, COCO17, scores, box=[x - wide / 2, y - high / 2, wide, high], size=(1.0, 1.0), identity=track)
+        )
     return found
 
 
@@ -85,10 +95,17 @@ def transformers_entries(path: Path, data: list[Any]) -> list[Entry]:
             raise UserError(f"{path}: predictions of {len(data)} pictures; give the list of this photo alone")
         data = data[0]
     return [
-        Entry(each.get("keypoints"), None, each.get("scores"), CONFIDENCE, each.get("bbox"), "xyxy",
-              identity=identity_of(each))
+        Entry(
+            each.get("keypoints"),
+            None,
+            each.get("scores"),
+            CONFIDENCE,
+            each.get("bbox"),
+            "xyxy",
+            identity=identity_of(each),
+        )
         for each in data
-    ]  # fmt: skip
+    ]
 
 
 # ---- Keypoint R-CNN ----
@@ -96,9 +113,10 @@ def transformers_entries(path: Path, data: list[Any]) -> list[Entry]:
 
 def is_rcnn(data: Any) -> bool:
     return isinstance(data, dict) and (
-        "pred_keypoints" in data or "keypoints_scores" in data
+        "pred_keypoints" in data
+        or "keypoints_scores" in data
         or (isinstance(data.get("instances"), dict) and "pred_keypoints" in data["instances"])
-    )  # fmt: skip
+    )
 
 
 def rcnn_entries(path: Path, data: dict[str, Any]) -> list[Entry]:

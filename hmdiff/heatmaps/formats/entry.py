@@ -74,9 +74,7 @@ def person_of(
     return PersonKeypoints(points, tuple(names), chosen, dict(entry.identity))
 
 
-def _leave_out_far(
-    path: Path, points: Tensor, names: Sequence[str], photo: PhotoInfo, notes: list[str]
-) -> None:
+def _leave_out_far(path: Path, points: Tensor, names: Sequence[str], photo: PhotoInfo, notes: list[str]) -> None:
     margin = FAR_OUTSIDE * max(photo.size)
     limit = torch.tensor([photo.width, photo.height]) + margin
     found = points[:, 2] > 0

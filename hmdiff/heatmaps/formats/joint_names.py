@@ -20,30 +20,90 @@ HALPE136 = (*HALPE26, *_FACE, *_HANDS)
 HALPE68 = (*HALPE26, *_HANDS)
 WHOLEBODY_FEET = _FEET
 MEDIAPIPE33 = (
-    "nose", "left_eye_inner", "left_eye", "left_eye_outer", "right_eye_inner", "right_eye", "right_eye_outer",
-    "left_ear", "right_ear", "mouth_left", "mouth_right", "left_shoulder", "right_shoulder", "left_elbow",
-    "right_elbow", "left_wrist", "right_wrist", "left_pinky", "right_pinky", "left_index", "right_index", "left_thumb",
-    "right_thumb", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle", "left_heel",
-    "right_heel", "left_big_toe", "right_big_toe",
-)  # fmt: skip
+    "nose",
+    "left_eye_inner",
+    "left_eye",
+    "left_eye_outer",
+    "right_eye_inner",
+    "right_eye",
+    "right_eye_outer",
+    "left_ear",
+    "right_ear",
+    "mouth_left",
+    "mouth_right",
+    "left_shoulder",
+    "right_shoulder",
+    "left_elbow",
+    "right_elbow",
+    "left_wrist",
+    "right_wrist",
+    "left_pinky",
+    "right_pinky",
+    "left_index",
+    "right_index",
+    "left_thumb",
+    "right_thumb",
+    "left_hip",
+    "right_hip",
+    "left_knee",
+    "right_knee",
+    "left_ankle",
+    "right_ankle",
+    "left_heel",
+    "right_heel",
+    "left_big_toe",
+    "right_big_toe",
+)
 # Only orders that their number of joints tells apart. (14 are CrowdPose's or AIC's, 16 MPII's or others'.)
 BY_COUNT: dict[int, tuple[str, ...]] = {17: COCO17, 26: HALPE26, 68: HALPE68, 133: WHOLEBODY133, 136: HALPE136}
 LEAST_KNOWN = 3  # joints of ours that a body's file names at least
 
 _SAME = {
-    "head_top": "top_head", "headtop": "top_head", "tophead": "top_head", "top_of_head": "top_head",
-    "midhip": "mid_hip", "root": "mid_hip", "pelvis": "mid_hip", "hip_center": "mid_hip",
-    "mid_shoulder": "neck", "shoulder_center": "neck",
-    "left_foot_index": "left_big_toe", "right_foot_index": "right_big_toe",
-    "left_bigtoe": "left_big_toe", "right_bigtoe": "right_big_toe",
-    "left_smalltoe": "left_small_toe", "right_smalltoe": "right_small_toe",
-}  # fmt: skip
+    "head_top": "top_head",
+    "headtop": "top_head",
+    "tophead": "top_head",
+    "top_of_head": "top_head",
+    "midhip": "mid_hip",
+    "root": "mid_hip",
+    "pelvis": "mid_hip",
+    "hip_center": "mid_hip",
+    "mid_shoulder": "neck",
+    "shoulder_center": "neck",
+    "left_foot_index": "left_big_toe",
+    "right_foot_index": "right_big_toe",
+    "left_bigtoe": "left_big_toe",
+    "right_bigtoe": "right_big_toe",
+    "left_smalltoe": "left_small_toe",
+    "right_smalltoe": "right_small_toe",
+}
 # Joints of other skeletons that none of ours is: known, and left out.
 _OTHERS = {
-    "head", "head_bottom", "upper_neck", "neck_base", "thorax", "spine", "chest", "belly", "naval", "jaw", "chin",
-    "forehead", "head_center", "left_foot", "right_foot", "left_toe", "right_toe", "background",
-    "mouth_left", "mouth_right", "mouth", "left_eye_inner", "left_eye_outer", "right_eye_inner", "right_eye_outer",
-}  # fmt: skip
+    "head",
+    "head_bottom",
+    "upper_neck",
+    "neck_base",
+    "thorax",
+    "spine",
+    "chest",
+    "belly",
+    "naval",
+    "jaw",
+    "chin",
+    "forehead",
+    "head_center",
+    "left_foot",
+    "right_foot",
+    "left_toe",
+    "right_toe",
+    "background",
+    "mouth_left",
+    "mouth_right",
+    "mouth",
+    "left_eye_inner",
+    "left_eye_outer",
+    "right_eye_inner",
+    "right_eye_outer",
+}
 _HAND = re.compile(
     r"^(left_|right_)?(hand|palm|thumb|index|middle|ring|pinky|forefinger|middle_finger|ring_finger|pinky_finger|"
     r"face|eyebrow|eyelid|lip|clavicle|collar|knuckle|finger).*"
@@ -55,8 +115,11 @@ def canonical(name: str) -> str:
     """One spelling: ``LShoulder``, ``left shoulder``, ``l_shoulder`` and ``shoulder_left`` are ``left_shoulder``."""
     text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name.strip())
     text = re.sub(r"[\s\-.]+", "_", text).lower()
-    text = re.sub(r"^(l|r|left|right)_?(?=(eye|ear|shoulder|elbow|wrist|hip|knee|ankle|heel|foot|toe|big|small)\w*$)",
-                  lambda found: {"l": "left_", "r": "right_"}[found[1][0]], text)  # fmt: skip
+    text = re.sub(
+        r"^(l|r|left|right)_?(?=(eye|ear|shoulder|elbow|wrist|hip|knee|ankle|heel|foot|toe|big|small)\w*$)",
+        lambda found: {"l": "left_", "r": "right_"}[found[1][0]],
+        text,
+    )
     text = re.sub(r"^(l|r)_(?=\w)", lambda found: {"l": "left_", "r": "right_"}[found[1]], text)
     text = re.sub(r"^(\w+)_(left|right)$", lambda found: f"{found[2]}_{found[1]}", text)
     return _SAME.get(text, text)

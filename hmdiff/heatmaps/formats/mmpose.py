@@ -18,8 +18,11 @@ def recognised(data: Any) -> bool:
         return "instance_info" in data or "predictions" in data
     while isinstance(data, list) and len(data) == 1 and isinstance(data[0], list):
         data = data[0]
-    return isinstance(data, list) and bool(data) and isinstance(data[0], dict) and (
-        "keypoint_scores" in data[0] or "instances" in data[0]
+    return (
+        isinstance(data, list)
+        and bool(data)
+        and isinstance(data[0], dict)
+        and ("keypoint_scores" in data[0] or "instances" in data[0])
     )
 
 
@@ -36,11 +39,16 @@ def entries(path: Path, data: Any, notes: list[str]) -> list[Entry]:
     instances = _instances(path, as_list(path, data, "the instances"))
     return [
         Entry(
-            each["keypoints"], names, each.get("keypoint_scores"), CONFIDENCE, each.get("bbox"), "xyxy",
+            each["keypoints"],
+            names,
+            each.get("keypoint_scores"),
+            CONFIDENCE,
+            each.get("bbox"),
+            "xyxy",
             identity=identity_of(each),
         )
         for each in instances
-    ]  # fmt: skip
+    ]
 
 
 def _instances(path: Path, data: list[Any]) -> list[dict[str, Any]]:

@@ -53,9 +53,11 @@ def entries(path: Path, data: Any, notes: list[str]) -> list[Entry]:
         places = [point.get("position", point) for point in points]
         xy = [[place.get("x"), place.get("y")] for place in places]
         scores = [next((point[key] for key in _SCORES if key in point), 1.0) for point in points]
-        normalised = all(
-            isinstance(number, int | float) and abs(number) <= 4 for pair in xy for number in pair
-        ) and len(points) > 2  # fmt: skip
-        found.append(Entry(xy, names, scores, CONFIDENCE, size=(1.0, 1.0) if normalised else None,
-                           identity=identity_of(own)))  # fmt: skip
+        normalised = (
+            all(isinstance(number, int | float) and abs(number) <= 4 for pair in xy for number in pair)
+            and len(points) > 2
+        )
+        found.append(
+            Entry(xy, names, scores, CONFIDENCE, size=(1.0, 1.0) if normalised else None, identity=identity_of(own))
+        )
     return found

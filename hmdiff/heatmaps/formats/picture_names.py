@@ -15,8 +15,20 @@ from typing import TypeVar
 from hmdiff.errors import UserError
 
 PICTURE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".ppm",
-)  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jp2",
+    ".ppm",
+)
 Key = TypeVar("Key", bound=Hashable)
 
 
