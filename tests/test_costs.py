@@ -30,7 +30,7 @@ STEPS = 3
 
 @functools.cache
 def pipe() -> HMDiffPipeline:
-    return HMDiffPipeline.from_pretrained("hmdiff_parts")
+    return HMDiffPipeline.from_pretrained("hmdiff_small")
 
 
 def heatmaps(count: int = 1) -> Heatmaps:

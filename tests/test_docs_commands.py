@@ -22,7 +22,7 @@ from hmdiff.files.resources import config_path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").glob("*.md")])
-SHIPPED = ("hmdiff_small", "direct_small", "hmdiff_parts")
+SHIPPED = ("hmdiff_small", "direct_small")
 OURS = ("configs/", "tools/", "assets/", "examples/", "tests/")  # paths of the repository; others are the reader's
 MADE = ("assets/occluded.jpg",)  # by the command itself
 QUICK = {"info", "doctor"}  # commands that look and do nothing

@@ -28,7 +28,7 @@ def test_only_what_was_asked_for_is_written(tmp_path: Path, capsys: pytest.Captu
     photos.mkdir()
     for suffix in (".jpg", ".json"):
         shutil.copy(asset_path(f"sample{suffix}"), photos / f"one{suffix}")
-    few = ["--checkpoint", "hmdiff_parts", "--num-hypotheses", "1", "--steps", "1", "--guidance", "none"]
+    few = ["--checkpoint", "hmdiff_small", "--num-hypotheses", "1", "--steps", "1", "--guidance", "none"]
     command = ["sample", str(photos), *few, "--output", str(tmp_path / "out")]
 
     def files() -> set[str]:

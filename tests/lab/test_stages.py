@@ -38,7 +38,7 @@ def test_flops_and_the_share_of_the_peak() -> None:
 
 def test_bench_prints_every_stage_and_saves_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--repeats", "1", "--num-hypotheses", "2", "--steps", "2", "--counts", "1,2", "--lengths", "1"]
-    assert main(["bench", "--checkpoint", "hmdiff_parts", "--quick", *few, "--output", f"{tmp_path}/bench.json"]) == 0
+    assert main(["bench", "--checkpoint", "hmdiff_small", "--quick", *few, "--output", f"{tmp_path}/bench.json"]) == 0
     out = capsys.readouterr().out
     saved = json.loads((tmp_path / "bench.json").read_text())
     stages = [row["stage"] for row in saved["rows"]]

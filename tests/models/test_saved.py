@@ -68,7 +68,7 @@ def test_checksums_are_added_to_an_older_pipeline(saved: Path, tmp_path: Path) -
 
 
 def test_the_shipped_pipelines_have_checksums() -> None:
-    for name in ("hmdiff_small", "direct_small", "hmdiff_parts"):
+    for name in ("hmdiff_small", "direct_small"):
         about = json.loads((asset_path(name) / "hmdiff.json").read_text())
         assert set(about["checksums"]) == {"model/config.json", f"model/{WEIGHTS}", "scheduler/scheduler_config.json"}
 

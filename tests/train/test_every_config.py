@@ -32,7 +32,7 @@ FEW = (
     "model.masked=0",
 )
 # Recipes of licensed bodies and recorded people, on the free body and synthetic ones: `test_recipes` has their data.
-FREE = ("body=free", "data.kind=synthetic", "data.sources=[]", "data.splits={}", "model.num_coarse=432")
+FREE = ("body=free", "model.num_coarse=432")
 # Weights of terms, by the term's name where it is another: of several, such as RLE's, one stands for all.
 TERMS = (
     "vertices",
@@ -51,7 +51,10 @@ TERMS = (
 
 def few(name: str) -> Config:
     config = load_config(CONFIGS / f"{name}.yaml", FEW)
-    return config if config.data.kind == "synthetic" else load_config(CONFIGS / f"{name}.yaml", (*FEW, *FREE))
+    if config.data.kind != "synthetic":
+        config = load_config(CONFIGS / f"{name}.yaml", (*FEW, *FREE))
+        config.data = dataclasses.replace(config.data, kind="synthetic", sources=[], splits={})
+    return config
 
 
 def test_all_are_there() -> None:
