@@ -26,7 +26,7 @@ from hmdiff.data.sample import MASKS, Sample, concatenate
 from hmdiff.data.shards import RecordFiles
 from hmdiff.data.transforms import AugmentOptions
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import _mean_person
+from hmdiff.evaluate.mean_mesh import _mean_person
 from hmdiff.geometry import axis_angle_to_matrix, perspective_projection, weak_perspective_projection
 from hmdiff.losses.objective import objective
 from hmdiff.train.loop import Trainer

@@ -328,7 +328,7 @@ def test_weights_that_are_shared_out_train_and_resume_the_same(tmp_path: Path, q
     settings = {names.get(name, name.upper()): str(value) for name, value in launcher["fsdp_config"].items()}
     every = ("training.checkpoint_every=2", "training.log_every=1")
 
-    def train() -> None:
+    def in_parts() -> None:
         as_if_on_gpus()
         trainer = Trainer(config(tmp_path / "parts", 3, *every))
         assert trainer.shown is not trainer.plain and trainer.accelerator.distributed_type == DistributedType.FSDP
@@ -337,7 +337,7 @@ def test_weights_that_are_shared_out_train_and_resume_the_same(tmp_path: Path, q
     def both() -> None:
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
         environment |= settings | {"ACCELERATE_USE_FSDP": "true", "LOCAL_WORLD_SIZE": "2"}
-        processes = [in_a_process(train, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(2)]
+        processes = [in_a_process(in_parts, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(2)]
         for process in processes:
             process.join(90)
         assert [process.exitcode for process in processes] == [0, 0]
