@@ -172,6 +172,7 @@ def write_person(
         "selected": selected,
         "spread_mm": round(float(output.spread[row].mean()), 1),
         "spread_calibrated": output.calibrated_spread,
+        "confidence": round(float(arrays["confidence"]), 3) if "confidence" in arrays else None,
         "keypoint_distance_px": None if away is None else round(away, 2),
         "fit_mm": round(float(fitted["fit_error_mm"].mean()), 1),
         "warning": warning,

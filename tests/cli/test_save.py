@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hmdiff.cli.main import main
@@ -42,3 +43,19 @@ def test_only_what_was_asked_for_is_written(tmp_path: Path, capsys: pytest.Captu
     assert "1 of 1 photos are done" in capsys.readouterr().out
     assert main([*command, "--save", "glb"]) == 0  # another choice is another run
     assert files() == {".npz", ".obj", ".jsonl", ".glb"}
+
+
+def test_the_line_of_a_person_has_the_confidence_of_the_npz(tmp_path: Path) -> None:
+    photo = tmp_path / "one.jpg"
+    for suffix in (".jpg", ".json"):
+        shutil.copy(asset_path(f"sample{suffix}"), photo.with_suffix(suffix))
+    command = ["sample", str(photo), "--checkpoint", "hmdiff_small", "--num-hypotheses", "4", "--save", "npz"]
+    found = {}
+    for steps in ("2", "3"):  # nothing was fitted for two
+        folder = tmp_path / steps
+        assert main([*command, "--steps", steps, "--output", str(folder)]) == 0
+        line = json.loads((folder / "results.jsonl").read_text())
+        with np.load(folder / "one.npz") as arrays:
+            found[steps] = line["confidence"], float(arrays["confidence"]) if "confidence" in arrays else None
+    assert found["2"] == (None, None)
+    assert found["3"][0] == round(found["3"][1], 3) and 0 < found["3"][0] < 1
