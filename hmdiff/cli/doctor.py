@@ -41,7 +41,15 @@ OPTIONAL = {
 }
 COMPANIONS = {"mmpose": ("mmcv", "mmengine", "xtcocotools", "mmdet"), "mmdet": ("mmcv", "mmengine")}
 _DISTRIBUTIONS = {"cv2": "opencv-python", "PIL": "pillow"}
-ASSETS = ("body.npz", "body_mesh.npz", "pose_prior.npz", "sample.jpg", "sample.json", "hmdiff_small")
+ASSETS = (
+    "body.npz",
+    "body_mesh.npz",
+    "pose_prior.npz",
+    "pose_prior_train.npz",
+    "sample.jpg",
+    "sample.json",
+    "hmdiff_small",
+)
 
 
 class Finding(NamedTuple):

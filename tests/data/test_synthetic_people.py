@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from hmdiff.body.skeletons import HALPE26
 from hmdiff.build import build_data
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.corruption import EstimatorFaults
-from hmdiff.data.synthetic.people import GUESS, SPLITS, SyntheticHumans, block_generator
+from hmdiff.data.synthetic.people import (
+    _SPLIT_SCENES,
+    GUESS,
+    SPLITS,
+    SceneOptions,
+    SyntheticHumans,
+    block_generator,
+)
+from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection, weak_perspective_projection
 from hmdiff.heatmaps import heatmap_peaks
@@ -176,3 +185,34 @@ def test_a_body_without_keypoints_is_refused() -> None:
     bare = body.select(mesh.coarse_ids[:40])
     with pytest.raises(UserError, match="no keypoint regressor"):
         SyntheticHumans(bare, people().poses, torch.arange(4))
+
+
+def test_calibration_takes_the_scenes_of_the_tests_in_turn_with_people_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[SceneOptions] = []
+    source = data()
+    camera = SyntheticHumans._camera
+
+    def watched(self: SyntheticHumans, coarse: Tensor, keypoints: Tensor, scene: SceneOptions, *more: Any) -> Any:
+        seen.append(scene)
+        return camera(self, coarse, keypoints, scene, *more)
+
+    monkeypatch.setattr(SyntheticHumans, "_camera", watched)
+    blocks = [source.block("calibration", number) for number in range(6)]
+    tests = [split for split in SPLITS if split.startswith("test")]
+    assert seen == [_SPLIT_SCENES[split] for split in [*tests, tests[0]]]
+    for split, block in zip(tests, blocks, strict=False):
+        assert not torch.allclose(block.joints_3d, source.block(split, 0).joints_3d)
+    assert not torch.allclose(blocks[0].joints_3d, blocks[5].joints_3d)
+
+
+def test_training_people_alone_have_the_poses_of_more_recordings() -> None:
+    body, mesh = free_body()
+    plain, limits = PoseMixture(1, 0, 0), PoseMixture(0, 1, 0)
+    both = SyntheticHumans(body, plain, mesh.coarse_ids, 4, training_poses=limits)
+    for stream, poses in (("train", limits), ("val", plain), ("test_ood", plain)):
+        alone = SyntheticHumans(body, poses, mesh.coarse_ids, 4)
+        assert torch.equal(both.block(stream, 0).joints_3d, alone.block(stream, 0).joints_3d), stream
+    built = data()
+    assert built.training_poses.prior.metadata != built.poses.prior.metadata

@@ -9,6 +9,7 @@ import torch
 from small import people_block, small_pipeline
 from torch import Tensor
 
+from hmdiff.body.skeletons import HALPE26
 from hmdiff.diffusion.guidance import PAPER, Guidance
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
@@ -84,3 +85,17 @@ def test_the_pipeline_does_it_after_dat_alone() -> None:
     assert PAPER.peaks == 0
     with pytest.raises(UserError, match=r"guidance peaks -1\.0: a number from 0 on"):
         dataclasses.replace(Guidance(), peaks=-1.0)
+
+
+def test_joints_without_weight_pull_at_nothing() -> None:
+    pipe, block = small_pipeline(), people_block()
+    legs = [float(name.endswith(("knee", "ankle", "heel", "toe"))) for name in HALPE26]
+    options = {"num_hypotheses": 2, "num_inference_steps": 2, "surface": "vertices", **photo_of(block)}
+
+    def vertices(peaks: float) -> Tensor:
+        guidance = Guidance(joint_weights=tuple(legs), peaks=peaks, fall_back=False)
+        return pipe(heatmaps=as_heatmaps(block), guidance=guidance, **options).vertices
+
+    moved = (vertices(1.0) - vertices(0.0)).norm(dim=-1).amax((0, 1))
+    height = pipe.body.v_template[:, 1]
+    assert moved[height < height.min() + 0.6].max() > 1e-3 > 1e-4 > moved[height > height.max() - 0.2].max()
