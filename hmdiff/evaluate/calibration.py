@@ -120,7 +120,7 @@ def calibrate(
     pipeline: HMDiffPipeline,
     data: PeopleSource,  # with the bodies of `split`
     split: str = "calibration",
-    people: int = 160,
+    people: int = 320,
     num_hypotheses: int = 25,
     num_inference_steps: int | None = None,  # None: the pipeline's own
     scheduler: str | None = None,

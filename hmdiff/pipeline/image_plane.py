@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hmdiff.diffusion.hypotheses import keypoint_nearness
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Crop
 
@@ -39,10 +38,3 @@ def moved_to_peaks(
     metres = way * (weight * placed[..., 2] / crop.focal[:, None, None])[..., None]
     moved = nearness @ metres
     return points + torch.cat([moved, torch.zeros_like(moved[..., :1])], -1)
-
-
-def point_nearness(
-    points: Tensor,  # (P, 3) of the body at rest
-    keypoints: Tensor,  # (J, 3)
-) -> Tensor:  # (P, J)
-    return keypoint_nearness(points, keypoints, REACH)

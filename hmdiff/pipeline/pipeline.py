@@ -17,6 +17,7 @@ from hmdiff.body.fitting import FittedBodies
 from hmdiff.body.lbs_basis import lbs_basis
 from hmdiff.diffusion.dat import GuidanceReport
 from hmdiff.diffusion.guidance import Guidance
+from hmdiff.diffusion.hypotheses import keypoint_nearness
 from hmdiff.diffusion.sampling import Callback
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.schedule import change_scheduler
@@ -35,7 +36,7 @@ from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.output import MeshOutput, log_likelihood
 from hmdiff.pipeline.calibrated import Calibrated, calibrated
 from hmdiff.pipeline.cameras import CropCamera
-from hmdiff.pipeline.image_plane import ROUNDS, moved_to_peaks, point_nearness
+from hmdiff.pipeline.image_plane import REACH, ROUNDS, moved_to_peaks
 from hmdiff.pipeline.inputs import depth_input, model_inputs, photo_inputs
 from hmdiff.pipeline.reverse import GuidancePlan, draw_hypotheses, guidance_plan
 from hmdiff.pipeline.saved import SavedPipeline
@@ -223,7 +224,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
             confidence = confidence * confidence.new_tensor(plan.guidance.joint_weights).clamp(max=1)
         rest = self.body.v_template
         ours = torch.cat([rest[self.model.coarse_ids], self.body.joint_template])
-        nearness = point_nearness(ours, self.body.keypoints(rest[None])[0])
+        nearness = keypoint_nearness(ours, self.body.keypoints(rest[None])[0], REACH)
         regressor, seen_at = self.model.keypoint_regressor(self.body), frames.turned.to_photo(peaks)
         for _ in range(ROUNDS):
             keypoints = regressor @ self.model.to_coarse(points)

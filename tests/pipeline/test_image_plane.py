@@ -11,11 +11,12 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.diffusion.guidance import PAPER, Guidance
+from hmdiff.diffusion.hypotheses import keypoint_nearness
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Crop
-from hmdiff.pipeline.image_plane import FARTHEST, moved_to_peaks, point_nearness
+from hmdiff.pipeline.image_plane import FARTHEST, REACH, moved_to_peaks
 
 FOCAL, SIDE = 500.0, 200.0
 
@@ -38,7 +39,7 @@ def seen(keypoints: Tensor, translation: Tensor, crop: Crop) -> Tensor:  # (1, 2
 def moved(way: list[list[float]], confidence: list[float], share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     keypoints, translation, crop = scene()
     peaks = seen(keypoints, translation, crop) + torch.tensor([way])
-    nearness = point_nearness(keypoints[0, 0], keypoints[0, 0])
+    nearness = keypoint_nearness(keypoints[0, 0], keypoints[0, 0], REACH)
     found = moved_to_peaks(keypoints, keypoints, translation, peaks, torch.tensor([confidence]), crop, nearness, share)
     return found, seen(found, translation, crop), peaks
 
