@@ -50,6 +50,8 @@ class EstimatorFaults:
     missing_hidden: float = 0.6  # per joint behind an occluder
     second_peak: float = 0.04  # per joint
     swap: float = 0.04  # per person: arms, legs or both exchanged, half of the time as double peaks
+    narrowest: float = 1.4  # standard deviation of a person's peaks, heatmap pixels: uniform from here
+    widest: float = 3.2  # to here
     hidden: float = 0.0  # standard deviation of a guess behind an occluder, lognormal with sigma 0.3; 0: hardly off
     exact: float = 0.15  # per person: a hand-labelled person, with little jitter and nothing missing but the hidden
     all_joints: bool = False  # True: every source has all 26 joints
@@ -147,7 +149,8 @@ def estimate_peaks(
     table = torch.tensor([[name in names for name in _NAMES] for names, _ in sources])
     valid = table[source].to(device) | faults.all_joints
 
-    sigma = (1.4 + 1.8 * uniform(n, 1)) * (0.1 * normal(n, joints)).exp()  # heatmap pixels
+    width = faults.narrowest + (faults.widest - faults.narrowest) * uniform(n, 1)
+    sigma = width * (0.1 * normal(n, joints)).exp()
     if faults.hidden > 0:  # drawn last: without guesses everything is as it was before there were any
         unsure = faults.hidden * (0.3 * normal(n, joints)).exp()
         guessed = ~visible & ~exact
