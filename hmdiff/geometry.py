@@ -72,25 +72,6 @@ def matrix_to_axis_angle(
     return vector * ratio
 
 
-def rotation_6d_to_matrix(
-    rotation_6d: Tensor,  # (..., 6) the first two columns of the matrix, one after the other, not yet orthonormal
-) -> Tensor:  # (..., 3, 3)
-    """Gram-Schmidt on two columns (Zhou et al., CVPR 2019, arXiv 1812.07035, eq. 15)."""
-    first = F.normalize(rotation_6d[..., :3], dim=-1)
-    second = rotation_6d[..., 3:]
-    second = F.normalize(second - (first * second).sum(-1, keepdim=True) * first, dim=-1)
-    # dim is named: without it torch.cross takes the first dimension of size 3, which is the batch at batch 3.
-    third = torch.cross(first, second, dim=-1)
-    return torch.stack([first, second, third], -1)
-
-
-def matrix_to_rotation_6d(
-    matrix: Tensor,  # (..., 3, 3)
-) -> Tensor:  # (..., 6)
-    """The first two columns, one after the other; the inverse of `rotation_6d_to_matrix` on rotations."""
-    return torch.cat([matrix[..., 0], matrix[..., 1]], -1)
-
-
 def perspective_projection(
     points: Tensor,  # (..., P, 3) metres, camera frame
     focal: Tensor,  # (...) in the unit wanted for the result
@@ -255,24 +236,6 @@ def crop_rotation(
     share = 1 / (1 + z)
     rows = [1 - x * x * share, -x * y * share, x, -x * y * share, 1 - y * y * share, y, -x, -y, z]
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
-
-
-def photo_to_crop(
-    points: Tensor,  # (..., P, 2) photo pixels
-    center: Tensor,  # (..., 2)
-    side: Tensor,  # (...)
-) -> Tensor:  # (..., P, 2) crop coordinates, -1..1
-    """Photo pixels to crop coordinates, for a square, upright crop."""
-    return (points - center[..., None, :]) * (2 / side)[..., None, None]
-
-
-def crop_to_photo(
-    points: Tensor,  # (..., P, 2) crop coordinates
-    center: Tensor,  # (..., 2)
-    side: Tensor,  # (...)
-) -> Tensor:  # (..., P, 2) photo pixels
-    """Inverse of `photo_to_crop`."""
-    return points * (side / 2)[..., None, None] + center[..., None, :]
 
 
 def similarity_transform(

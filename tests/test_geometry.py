@@ -30,8 +30,6 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[int], tuple[Tensor, ...]
     "skew": (g.skew, lambda b: (randn(b, 3),)),
     "matrix_to_quaternion": (g.matrix_to_quaternion, lambda b: (rotations(b),)),
     "matrix_to_axis_angle": (g.matrix_to_axis_angle, lambda b: (rotations(b),)),
-    "rotation_6d_to_matrix": (g.rotation_6d_to_matrix, lambda b: (randn(b, 6),)),
-    "matrix_to_rotation_6d": (g.matrix_to_rotation_6d, lambda b: (rotations(b),)),
     "perspective_projection": (
         g.perspective_projection,
         lambda b: (randn(b, 5, 3) + torch.tensor([0.0, 0, 6]), randn(b) + 5, randn(b, 2)),
@@ -62,8 +60,6 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[int], tuple[Tensor, ...]
             randn(b, 2) * 100,
         ),
     ),
-    "photo_to_crop": (g.photo_to_crop, lambda b: (randn(b, 5, 2), randn(b, 2), randn(b).abs() + 1)),
-    "crop_to_photo": (g.crop_to_photo, lambda b: (randn(b, 5, 2), randn(b, 2), randn(b).abs() + 1)),
     "similarity_align": (g.similarity_align, lambda b: (randn(b, 5, 3), randn(b, 5, 3))),
 }
 
@@ -140,19 +136,6 @@ def test_quaternion_takes_every_branch() -> None:
     torch.testing.assert_close(g.matrix_to_quaternion(half_turns), torch.eye(4))
 
 
-def test_rotation_6d() -> None:
-    matrices = rotations(20)
-    torch.testing.assert_close(g.rotation_6d_to_matrix(g.matrix_to_rotation_6d(matrices)), matrices)
-    made = g.rotation_6d_to_matrix(randn(20, 6) * 3)
-    torch.testing.assert_close(made.mT @ made, torch.eye(3, dtype=made.dtype).expand_as(made))
-    torch.testing.assert_close(torch.linalg.det(made), torch.ones(20, dtype=made.dtype))
-    # A network may emit zeros or parallel columns: no rotation, but neither NaN in the value nor in the gradient.
-    degenerate = torch.tensor([[0.0] * 6, [1, 0, 0, 2, 0, 0]], requires_grad=True)
-    value = g.rotation_6d_to_matrix(degenerate)
-    value.sum().backward()
-    assert value.isfinite().all() and degenerate.grad is not None and degenerate.grad.isfinite().all()
-
-
 def test_skew_is_the_cross_product() -> None:
     a, b = randn(4, 3), randn(4, 3)
     torch.testing.assert_close((g.skew(a) @ b[..., None])[..., 0], torch.linalg.cross(a, b))
@@ -162,14 +145,6 @@ def test_perspective_known_values() -> None:
     points = torch.tensor([[0.0, 0, 2], [1, 0, 2], [0, 1, 4]])  # x right, y down
     pixels = g.perspective_projection(points, torch.tensor(1000.0), torch.tensor([320.0, 240.0]))
     torch.testing.assert_close(pixels, torch.tensor([[320.0, 240], [820, 240], [320, 490]]))
-
-
-def test_crop_round_trip_and_known_corners() -> None:
-    center, side = torch.tensor([100.0, 50.0]), torch.tensor(40.0)
-    corners = torch.tensor([[80.0, 30.0], [120.0, 70.0], [100.0, 50.0]])
-    in_crop = g.photo_to_crop(corners, center, side)
-    torch.testing.assert_close(in_crop, torch.tensor([[-1.0, -1], [1, 1], [0, 0]]))
-    torch.testing.assert_close(g.crop_to_photo(in_crop, center, side), corners)
 
 
 def test_weak_perspective_fit_recovers_the_camera_and_ignores_weightless_points() -> None:
@@ -204,7 +179,7 @@ def test_weak_camera_agrees_with_perspective() -> None:
     body[0] = 0
     camera = torch.tensor([0.95, 0.1, -0.15], dtype=torch.float64)
     center, side, principal = (torch.tensor(x, dtype=torch.float64) for x in ([400.0, 300.0], 350.0, [320.0, 240.0]))
-    expected = g.crop_to_photo(g.weak_perspective_projection(body, camera), center, side)
+    expected = g.weak_perspective_projection(body, camera) * side / 2 + center
     errors = []
     for focal in (1e3, 1e4, 1e5):
         translation = g.weak_to_full_camera(camera, center, side, torch.tensor(focal).double(), principal)

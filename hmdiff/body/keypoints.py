@@ -14,25 +14,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hmdiff.body.skeletons import HALPE26, HAND21
+from hmdiff.body.skeletons import FACE_AND_FEET, HALPE26, HAND21
 
-_NAMES = (
-    "nose",
-    "right_eye",
-    "left_eye",
-    "right_ear",
-    "left_ear",
-    "left_big_toe",
-    "left_small_toe",
-    "left_heel",
-    "right_big_toe",
-    "right_small_toe",
-    "right_heel",
-)
 # By the number of vertices, which tells the topology.
 LANDMARKS: dict[int, dict[str, int]] = {
-    6890: dict(zip(_NAMES, (332, 6260, 2800, 4071, 583, 3216, 3226, 3387, 6617, 6624, 6787), strict=True)),
-    10475: dict(zip(_NAMES, (9120, 9929, 9448, 616, 6, 5770, 5780, 8846, 8463, 8474, 8635), strict=True)),
+    6890: dict(zip(FACE_AND_FEET, (332, 6260, 2800, 4071, 583, 3216, 3226, 3387, 6617, 6624, 6787), strict=True)),
+    10475: dict(zip(FACE_AND_FEET, (9120, 9929, 9448, 616, 6, 5770, 5780, 8846, 8463, 8474, 8635), strict=True)),
     778: {"thumb4": 744, "index4": 320, "middle4": 443, "ring4": 555, "pinky4": 672},
 }
 _CANDIDATES = 200  # vertices about a joint that its row may read

@@ -11,252 +11,86 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SMPL24 = (
-    "pelvis",
-    "left_hip",
-    "right_hip",
-    "spine1",
-    "left_knee",
-    "right_knee",
-    "spine2",
-    "left_ankle",
-    "right_ankle",
-    "spine3",
-    "left_foot",
-    "right_foot",
-    "neck",
-    "left_collar",
-    "right_collar",
-    "head",
-    "left_shoulder",
-    "right_shoulder",
-    "left_elbow",
-    "right_elbow",
-    "left_wrist",
-    "right_wrist",
-    "left_hand",
-    "right_hand",
+SMPL24 = tuple(
+    """
+    pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle spine3 left_foot right_foot
+    neck left_collar right_collar head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist
+    left_hand right_hand
+    """.split()
 )
 SMPL24_PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
 
-COCO17 = (
-    "nose",
-    "left_eye",
-    "right_eye",
-    "left_ear",
-    "right_ear",
-    "left_shoulder",
-    "right_shoulder",
-    "left_elbow",
-    "right_elbow",
-    "left_wrist",
-    "right_wrist",
-    "left_hip",
-    "right_hip",
-    "left_knee",
-    "right_knee",
-    "left_ankle",
-    "right_ankle",
+COCO17 = tuple(
+    """
+    nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist
+    right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle
+    """.split()
 )
 
 # `neck` of HALPE26, OPENPOSE25 and LSP14 is the middle of the shoulders, `mid_hip` the middle of the hips: neither is
 # SMPL's joint of a similar name.
 HALPE26 = (
     *COCO17,
-    "top_head",
-    "neck",
-    "mid_hip",
-    "left_big_toe",
-    "right_big_toe",
-    "left_small_toe",
-    "right_small_toe",
-    "left_heel",
-    "right_heel",
+    *"top_head neck mid_hip left_big_toe right_big_toe left_small_toe right_small_toe left_heel right_heel".split(),
 )
 
-OPENPOSE25 = (
-    "nose",
-    "neck",
-    "right_shoulder",
-    "right_elbow",
-    "right_wrist",
-    "left_shoulder",
-    "left_elbow",
-    "left_wrist",
-    "mid_hip",
-    "right_hip",
-    "right_knee",
-    "right_ankle",
-    "left_hip",
-    "left_knee",
-    "left_ankle",
-    "right_eye",
-    "left_eye",
-    "right_ear",
-    "left_ear",
-    "left_big_toe",
-    "left_small_toe",
-    "left_heel",
-    "right_big_toe",
-    "right_small_toe",
-    "right_heel",
+OPENPOSE25 = tuple(
+    """
+    nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist mid_hip right_hip
+    right_knee right_ankle left_hip left_knee left_ankle right_eye left_eye right_ear left_ear left_big_toe
+    left_small_toe left_heel right_big_toe right_small_toe right_heel
+    """.split()
 )
 
-OPENPOSE18 = (
-    "nose",
-    "neck",
-    "right_shoulder",
-    "right_elbow",
-    "right_wrist",
-    "left_shoulder",
-    "left_elbow",
-    "left_wrist",
-    "right_hip",
-    "right_knee",
-    "right_ankle",
-    "left_hip",
-    "left_knee",
-    "left_ankle",
-    "right_eye",
-    "left_eye",
-    "right_ear",
-    "left_ear",
+OPENPOSE18 = tuple(
+    """
+    nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist right_hip right_knee
+    right_ankle left_hip left_knee left_ankle right_eye left_eye right_ear left_ear
+    """.split()
 )
 
-LSP14 = (
-    "right_ankle",
-    "right_knee",
-    "right_hip",
-    "left_hip",
-    "left_knee",
-    "left_ankle",
-    "right_wrist",
-    "right_elbow",
-    "right_shoulder",
-    "left_shoulder",
-    "left_elbow",
-    "left_wrist",
-    "neck",
-    "top_head",
+LSP14 = tuple(
+    """
+    right_ankle right_knee right_hip left_hip left_knee left_ankle right_wrist right_elbow right_shoulder
+    left_shoulder left_elbow left_wrist neck top_head
+    """.split()
 )
 
 # The right leg first: Human3.6M's own order, mmpose's, and that of METRO's J_regressor_h36m_correct.
-H36M17 = (
-    "pelvis",
-    "right_hip",
-    "right_knee",
-    "right_ankle",
-    "left_hip",
-    "left_knee",
-    "left_ankle",
-    "spine",
-    "neck",
-    "jaw",
-    "top_head",
-    "left_shoulder",
-    "left_elbow",
-    "left_wrist",
-    "right_shoulder",
-    "right_elbow",
-    "right_wrist",
+H36M17 = tuple(
+    """
+    pelvis right_hip right_knee right_ankle left_hip left_knee left_ankle spine neck jaw top_head left_shoulder
+    left_elbow left_wrist right_shoulder right_elbow right_wrist
+    """.split()
 )
 
 # A hand from the wrist outwards, finger by finger, 4 at the tip: OpenPose's and FreiHAND's order (MANO's is another).
 HAND21 = (
     "wrist",
-    "thumb1",
-    "thumb2",
-    "thumb3",
-    "thumb4",
-    "index1",
-    "index2",
-    "index3",
-    "index4",
-    "middle1",
-    "middle2",
-    "middle3",
-    "middle4",
-    "ring1",
-    "ring2",
-    "ring3",
-    "ring4",
-    "pinky1",
-    "pinky2",
-    "pinky3",
-    "pinky4",
+    *(f"{finger}{joint}" for finger in ("thumb", "index", "middle", "ring", "pinky") for joint in (1, 2, 3, 4)),
 )
 
 # The 14 joints that papers report, by name: limbs, neck and head. On bodies without H36M's regressor they are taken
 # from HALPE26, where all of them exist.
-J14 = (
-    "right_ankle",
-    "right_knee",
-    "right_hip",
-    "left_hip",
-    "left_knee",
-    "left_ankle",
-    "right_wrist",
-    "right_elbow",
-    "right_shoulder",
-    "left_shoulder",
-    "left_elbow",
-    "left_wrist",
-    "neck",
-    "top_head",
-)
+J14 = LSP14
 
 # The same fourteen as JOTR (arXiv 2307.16377) lists them, in H36M17's order.
 H36M14 = tuple(name for name in H36M17 if name not in ("pelvis", "spine", "jaw"))
 
 # The left leg first: the rows of SPIN's J_regressor_h36m. `joint_indices(J14, SPIN_H36M17)` is SPIN's H36M_TO_J14, and
 # `joint_indices(J14, H36M17)` is METRO's H36M_J17_TO_J14: by name the two cannot be mixed up.
-SPIN_H36M17 = (
-    "pelvis",
-    "left_hip",
-    "left_knee",
-    "left_ankle",
-    "right_hip",
-    "right_knee",
-    "right_ankle",
-    "spine",
-    "neck",
-    "jaw",
-    "top_head",
-    "left_shoulder",
-    "left_elbow",
-    "left_wrist",
-    "right_shoulder",
-    "right_elbow",
-    "right_wrist",
+SPIN_H36M17 = tuple(
+    """
+    pelvis left_hip left_knee left_ankle right_hip right_knee right_ankle spine neck jaw top_head left_shoulder
+    left_elbow left_wrist right_shoulder right_elbow right_wrist
+    """.split()
 )
 
 # `top_head` is LSP's; Human3.6M's own is `head_h36m`, which is what H36M17 calls top_head. SPIN evaluates J24_TO_J14 =
 # 0 to 11, neck and head_h36m; `SPIN24_H36M17` takes all of H36M17 out of it.
 SPIN24 = (
-    "right_ankle",
-    "right_knee",
-    "right_hip",
-    "left_hip",
-    "left_knee",
-    "left_ankle",
-    "right_wrist",
-    "right_elbow",
-    "right_shoulder",
-    "left_shoulder",
-    "left_elbow",
-    "left_wrist",
-    "neck",
-    "top_head",
-    "pelvis",
-    "thorax",
-    "spine",
-    "jaw",
-    "head_h36m",
-    "nose",
-    "left_eye",
-    "right_eye",
-    "left_ear",
-    "right_ear",
+    *LSP14,
+    *"pelvis thorax spine jaw head_h36m nose left_eye right_eye left_ear right_ear".split(),
 )
 SPIN24_H36M17 = tuple("head_h36m" if name == "top_head" else name for name in H36M17)  # H36M17, as SPIN24 names it
 SPIN24_J14 = tuple("head_h36m" if name == "top_head" else name for name in J14)
@@ -270,19 +104,16 @@ SMPLX55 = (
     "right_eye_smplhf",
     *(f"{side}_{finger}{joint}" for side in ("left", "right") for finger in _FINGERS for joint in (1, 2, 3)),
 )
+# Of SMPL and SMPL-X alike: single vertices, in smplx's order.
+FACE_AND_FEET = tuple(
+    """
+    nose right_eye left_eye right_ear left_ear left_big_toe left_small_toe left_heel right_big_toe right_small_toe
+    right_heel
+    """.split()
+)
 SMPLX76 = (
     *SMPLX55,
-    "nose",
-    "right_eye",
-    "left_eye",
-    "right_ear",
-    "left_ear",
-    "left_big_toe",
-    "left_small_toe",
-    "left_heel",
-    "right_big_toe",
-    "right_small_toe",
-    "right_heel",
+    *FACE_AND_FEET,
     *(f"{side}_{finger}4" for side in ("left", "right") for finger in ("thumb", "index", "middle", "ring", "pinky")),
 )
 

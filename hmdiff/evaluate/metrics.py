@@ -3,7 +3,7 @@
 PVE: mean distance over the vertices; MPJPE: over the joints, both relative to a named root. PA-: after the similarity
 that fits best (proper rotation; Umeyama, PAMI 1991). With N hypotheses: the first, the error of the mean mesh, and the
 oracle, the smallest of N by each metric on its own, which needs the ground truth. The oracle rewards miscalibration
-(Pierzchlewicz et al., arXiv 2210.11179), so calibration error, coverage, diversity and consistency stand beside it.
+(Pierzchlewicz et al., arXiv 2210.11179), so calibration error and coverage stand beside it.
 """
 
 from __future__ import annotations
@@ -170,29 +170,3 @@ def coverage(
 ) -> Tensor:  # (J,) 0..1
     """How often the ball about the median with `level` of the samples holds the truth too; `level` when calibrated."""
     return _inside(samples, target, samples.new_tensor([level])).mean(0)[0]
-
-
-def consistency(
-    projected: Tensor,  # (B, N, J, 2) the hypotheses' joints, pixels
-    keypoints: Tensor,  # (B, J, 2) pixels
-    visible: Tensor,  # (B, J) bool or weight
-) -> Tensor:  # (B,) in the unit of the input; NaN for a person without a visible joint
-    """Mean 2D distance of the hypotheses to the visible keypoints: does every hypothesis explain the photo?"""
-    weight = visible.to(projected.dtype)
-    distance = (projected - keypoints[:, None]).norm(dim=-1).mean(1)
-    # A hidden joint's keypoint may be anything, even NaN.
-    distance = torch.where(weight > 0, distance, torch.zeros_like(distance))
-    return (distance * weight).sum(-1) / weight.sum(-1)
-
-
-def diversity(
-    joints: Tensor,  # (B, N, J, 3) metres, root-relative
-    visible: Tensor,  # (B, J) bool
-) -> tuple[Tensor, Tensor]:  # (B,) mm over visible and over invisible joints; NaN where there are none
-    """Mean distance of the hypotheses to their own mean."""
-    distance = (joints - joints.mean(1, keepdim=True)).norm(dim=-1).mean(1) * MILLIMETRES
-
-    def over(mask: Tensor) -> Tensor:
-        return (distance * mask).sum(-1) / mask.sum(-1)
-
-    return over(visible), over(~visible)

@@ -119,12 +119,5 @@ def joint_confidence(
     return (1 - _precise(scale)).mean(-1).clamp(0, 1)
 
 
-def rle_score(
-    scale: Tensor,  # (..., P, D) σ̂
-) -> Tensor:  # (...)
-    """mean(1 - σ̂), how sure of a whole person: the score of the authors' code."""
-    return (1 - _precise(scale)).mean((-2, -1))
-
-
 def _precise(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 from hmdiff.models.layers import KeysValues
@@ -30,16 +29,6 @@ class Conditioning:
     mask: Tensor  # (B, L) bool, True = real token
     keys_values: tuple[KeysValues, ...] = ()  # of every cross-attention of the denoiser, once they are computed
     volume: LiftedVolume | None = None
-
-    def joined_with(
-        self,
-        tokens: Tensor,  # (B, M, C)
-        mask: Tensor | None = None,  # (B, M) bool
-    ) -> Conditioning:
-        """The same image with more tokens; keys and values must be computed anew."""
-        if mask is None:
-            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Conditioning(torch.cat([self.tokens, tokens], 1), torch.cat([self.mask, mask], 1), volume=self.volume)
 
     def rows(
         self,

@@ -8,12 +8,10 @@ import cv2
 import numpy as np
 import torch
 
-from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.sample import PeopleSource
-from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, depth_of, photo_of
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.viz.canvas import contact_sheet, draw_keypoints, save_picture, to_bytes
+from hmdiff.viz.canvas import contact_sheet, save_picture
 from hmdiff.viz.overlays import PALETTE, turntable_view
 
 _CELL = 220
@@ -44,30 +42,6 @@ def validation_picture(
                 name = "truth" if number == 0 else f"hypothesis {number}"
                 captions.append(name if degrees == 0 else f"{name}, side")
     save_picture(path, contact_sheet(cells, columns=1 + 2 * (1 + hypotheses), captions=captions))
-
-
-def synthetic_picture(
-    data: PeopleSource,  # with an image_size
-    path: Path,
-    people: int = 16,
-    with_keypoints: int = 8,  # the last ones, with the keypoints that the picture shows
-    columns: int = 8,
-    stream: str = "train",
-) -> None:
-    """What a training sees: people of a stream. Written to `path`. Raises `UserError` for data without pictures."""
-    if data.image_size is None:
-        raise UserError("this data has no pictures: give it an image_size, or data.pictures=true in the config")
-    cells: list[np.ndarray] = []
-    for number in range(-(-people // data.block_size)):
-        sample = data.block(stream, number)
-        assert sample.image is not None and sample.joints_2d is not None and sample.visible is not None
-        marks = torch.cat([(sample.joints_2d + 1) * (data.image_size / 2), sample.visible[..., None]], -1)
-        for image, keypoints in zip(sample.image.permute(0, 2, 3, 1).cpu().numpy(), marks, strict=True):
-            picture = to_bytes(image)
-            if len(cells) >= people - with_keypoints:
-                picture = draw_keypoints(picture, keypoints, HALPE26)
-            cells.append(picture)
-    save_picture(path, contact_sheet(cells[:people], columns, gap=4))
 
 
 def _plain() -> np.ndarray:

@@ -17,9 +17,7 @@ from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.data.synthetic.rendering import OccluderBoxes, Photographer
 from hmdiff.errors import UserError
 from hmdiff.lab.throughput import measure_throughput
-from hmdiff.train.gallery import synthetic_picture
 from hmdiff.train.stream import TrainingStream
-from hmdiff.viz.canvas import read_picture
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SIZE = 96
@@ -254,15 +252,3 @@ def test_throughput_is_measured():
     rates = found["data_people_per_second"], found["step_people_per_second"]
     assert min(rates) > 0 and found["image_size"] is None and found["workers_needed"] >= 1
     assert found["data_share"] == pytest.approx(rates[1] / sum(rates))
-
-
-def test_the_sheet_of_training_pictures(drawn, body, mesh, tmp_path):
-    synthetic_picture(drawn, tmp_path / "sheet.png", people=4, with_keypoints=2, columns=2)
-    picture = read_picture(tmp_path / "sheet.png")
-    assert picture.shape == (2 * (SIZE + 4) + 4, 2 * (SIZE + 4) + 4, 3)
-    first = (drawn.block("train", 0).image * 255 + 0.5).byte().permute(0, 2, 3, 1).numpy()
-    assert (picture[4 : 4 + SIZE, 4 : 4 + SIZE] == first[0]).all()
-    below = picture[SIZE + 8 : 2 * SIZE + 8, 4 : 4 + SIZE]
-    assert (below != first[2]).any() and (below == first[2]).mean() > 0.5  # keypoints on it
-    with pytest.raises(UserError, match="no pictures"):
-        synthetic_picture(people(body, mesh), tmp_path / "none.png")

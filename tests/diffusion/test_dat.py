@@ -15,7 +15,7 @@ from hmdiff.diffusion.sampling import hypothesis_generators, initial_noise
 from hmdiff.diffusion.sampling import sample as reverse_diffusion
 from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError
-from hmdiff.geometry import crop_rotation, fitted_projection, perspective_fit, photo_to_crop
+from hmdiff.geometry import crop_rotation, fitted_projection, perspective_fit
 from hmdiff.heatmaps import Crop, Heatmaps, gaussian_heatmaps
 from hmdiff.pipeline.cameras import CropCamera
 from hmdiff.pipeline.reverse import guidance_plan
@@ -412,7 +412,7 @@ def test_a_model_of_the_crops_frame_turns_its_meshes_to_the_camera(pipe):
         turned = pipe(heatmaps=maps, photo_sizes=sizes, **settings)
     finally:
         pipe.model.register_to_config(**before)
-    principal = photo_to_crop(sizes[:, None] / 2, maps.center, maps.side)[:, 0]
+    principal = maps.crop.from_photo(sizes[:, None] / 2)[:, 0]
     rotation = crop_rotation(principal, sizes.norm(dim=-1) * 2 / maps.side)
     assert torch.allclose(turned.vertices, plain.vertices @ rotation[:, None].mT, atol=1e-5)
     assert not torch.allclose(turned.vertices, plain.vertices, atol=1e-3)

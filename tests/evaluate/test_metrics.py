@@ -161,21 +161,3 @@ def test_calibration_equals_its_definition() -> None:
         frequency = (radius > np.linalg.norm(median - t, axis=-1)).mean(0)
         expected.append(abs(np.median(frequency) - q))
     assert m.expected_calibration_error(samples.double(), truth.double()) == pytest.approx(np.mean(expected))
-
-
-def test_consistency_and_diversity() -> None:
-    keypoints = torch.rand(2, 3, 2) * 100
-    projected = keypoints[:, None].repeat(1, 2, 1, 1)
-    projected[:, 0] += torch.tensor([3.0, 4])  # 5 px
-    projected[:, 1] += torch.tensor([0.0, 1])
-    visible = torch.tensor([[True, True, False], [False, False, False]])
-    keypoints[0, 2] = float("nan")  # hidden: may be anything
-    result = m.consistency(projected, keypoints, visible)
-    assert result[0].item() == pytest.approx(3, rel=1e-4) and result[1].isnan()
-
-    joints = torch.zeros(2, 2, 3, 3)
-    joints[:, 0, 0, 0], joints[:, 1, 0, 0] = 0.01, -0.01  # joint 0 varies by 10 mm about its mean
-    joints[:, 0, 2, 1], joints[:, 1, 2, 1] = 0.05, -0.05  # joint 2 by 50 mm
-    seen, unseen = m.diversity(joints, visible)
-    assert seen[0].item() == pytest.approx(5) and unseen[0].item() == pytest.approx(50)
-    assert seen[1].isnan() and unseen[1].item() == pytest.approx(20)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17, HALPE26, shared_joints
 from hmdiff.errors import UserError
-from hmdiff.geometry import crop_to_photo, photo_to_crop
 from hmdiff.heatmaps import (
     HEATMAP_SIZE,
     Crop,
@@ -141,14 +140,14 @@ def test_a_peak_keeps_its_place_in_the_photo(size: int) -> None:
     photo = torch.tensor([[[200.0, 150.0], [230.3, 171.7], [188.8, 120.2]]])
     center, side = torch.tensor([[205.0, 148.0]]), torch.tensor([180.0])
     other_center, other_side = torch.tensor([[199.2, 152.9]]), torch.tensor([160.0])
-    values = gaussian_heatmaps(photo_to_crop(photo, center, side), torch.ones(1, 3), 2.5, size)
+    values = gaussian_heatmaps(Crop.of(center, side).from_photo(photo), torch.ones(1, 3), 2.5, size)
     moved = resample_heatmaps(values, center, side, other_center, other_side)
     coarser = max(180 / size, 160 / HEATMAP_SIZE)  # photo pixels in a pixel of the coarser of the two
     for found, allowed in ((soft_argmax(moved), 0.02), (heatmap_peaks(moved)[0], 0.1)):
-        assert (crop_to_photo(found, other_center, other_side) - photo).abs().max() / coarser < allowed
+        assert (Crop.of(other_center, other_side).to_photo(found) - photo).abs().max() / coarser < allowed
     assert moved.amax((-2, -1)).min() > 0.9
     there_and_back = resample_heatmaps(moved, other_center, other_side, center, side, size)
-    torch.testing.assert_close(crop_to_photo(soft_argmax(there_and_back), center, side), photo, rtol=0, atol=0.3)
+    torch.testing.assert_close(Crop.of(center, side).to_photo(soft_argmax(there_and_back)), photo, rtol=0, atol=0.3)
 
 
 def test_resampling_to_the_same_crop_changes_nothing_and_outside_is_zero() -> None:

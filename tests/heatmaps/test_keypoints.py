@@ -11,7 +11,6 @@ import torch
 
 from hmdiff.body.skeletons import COCO17, HALPE26, OPENPOSE18, OPENPOSE25
 from hmdiff.errors import UserError
-from hmdiff.geometry import photo_to_crop
 from hmdiff.heatmaps import PersonKeypoints, heatmap_peaks, heatmaps_from_keypoints, load_heatmaps, read_keypoints
 
 PERSON = [[100.0 + 7 * j, 50.0 + 11 * j, 0.9] for j in range(17)]
@@ -97,7 +96,7 @@ def test_openpose(tmp_path: Path, count: int, names: tuple[str, ...]) -> None:
     assert heatmaps.valid[0, neck] and confidence[0, neck] == 0  # this source knows necks, but saw none here
     assert heatmaps.valid[0, HALPE26.index("mid_hip")] == (count == 25)
     assert not heatmaps.valid[0, HALPE26.index("top_head")]
-    expected = photo_to_crop(persons[0].points[:, :2], heatmaps.center[0], heatmaps.side[0])
+    expected = heatmaps.crop.from_photo(persons[0].points[None, :, :2])[0]
     torch.testing.assert_close(peaks[0, ankle], expected[names.index("left_ankle")], rtol=0, atol=1e-3)
 
 
@@ -114,7 +113,7 @@ def test_heatmaps_of_keypoints() -> None:
     assert confidence[0, 3] == 0 and 0.37 < confidence[0, 4] <= 0.4
     found = points[:, 2] > 0
     for index in range(2):
-        expected = photo_to_crop(points[:, :2], heatmaps.center[index], heatmaps.side[index])
+        expected = heatmaps.crop[[index]].from_photo(points[None, :, :2])[0]
         torch.testing.assert_close(peaks[index, found], expected[found], rtol=0, atol=1e-3)
     given = heatmaps_from_keypoints([boxed], center=torch.tensor([[150.0, 130]]), side=torch.tensor([400.0]))
     assert given.side.tolist() == [400]

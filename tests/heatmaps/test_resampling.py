@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from scipy.interpolate import CubicSpline
 
 from hmdiff.body.skeletons import COCO17, HALPE26
-from hmdiff.geometry import crop_to_photo, photo_to_crop
 from hmdiff.heatmaps import (
     HEATMAP_SIZE,
+    Crop,
     gaussian_heatmaps,
     heatmap_peaks,
     load_heatmaps,
@@ -77,10 +77,10 @@ def test_weights_are_the_spline() -> None:
 def test_another_crop_of_the_same_photo() -> None:
     photo = torch.tensor([[[200.0, 150.0], [230.3, 171.7], [188.8, 120.2]]])
     other_center, other_side = torch.tensor([[199.2, 152.9]]), torch.tensor([160.0])
-    values = gaussian_heatmaps(photo_to_crop(photo, CENTER, SIDE), torch.ones(1, 3), 2.5, 48)
+    values = gaussian_heatmaps(Crop.of(CENTER, SIDE).from_photo(photo), torch.ones(1, 3), 2.5, 48)
     moved = resample_heatmaps(values, CENTER, SIDE, other_center, other_side)
     for found in (soft_argmax(moved), heatmap_peaks(moved)[0]):
-        pixels = (crop_to_photo(found, other_center, other_side) - photo) / (other_side / HEATMAP_SIZE)
+        pixels = (Crop.of(other_center, other_side).to_photo(found) - photo) / (other_side / HEATMAP_SIZE)
         assert pixels.abs().max() < 0.05
     assert moved.min() >= 0
 

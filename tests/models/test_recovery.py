@@ -92,11 +92,15 @@ def test_more_tokens_join_the_image() -> None:
     points, step = torch.randn(2, 1, model.num_points, 3), torch.rand(2, 1)
     before = model.denoise(points, step, conditioning)
     tokens = torch.randn(2, 3, 32)
-    joined = model.with_keys_values(conditioning.joined_with(tokens))
+
+    def with_more(counted: bool) -> Conditioning:
+        mask = torch.cat([conditioning.mask, torch.full((2, 3), counted)], 1)
+        return model.with_keys_values(Conditioning(torch.cat([conditioning.tokens, tokens], 1), mask))
+
+    joined = with_more(True)
     assert joined.tokens.shape[1] == conditioning.tokens.shape[1] + 3 and joined.mask[:, -3:].all()
     assert (model.denoise(points, step, joined) - before).abs().max() > 1e-4
-    hidden = model.with_keys_values(conditioning.joined_with(tokens, torch.zeros(2, 3, dtype=torch.bool)))
-    torch.testing.assert_close(model.denoise(points, step, hidden), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.denoise(points, step, with_more(False)), before, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -11,25 +11,11 @@ from __future__ import annotations
 SPLITS = ("train", "validation", "test")
 
 OC_SEQUENCES = frozenset(
-    {
-        "courtyard_backpack",
-        "courtyard_basketball",
-        "courtyard_bodyScannerMotions",
-        "courtyard_box",
-        "courtyard_golf",
-        "courtyard_jacket",
-        "courtyard_laceShoe",
-        "downtown_stairs",
-        "flat_guitar",
-        "flat_packBags",
-        "outdoors_climbing",
-        "outdoors_crosscountry",
-        "outdoors_fencing",
-        "outdoors_freestyle",
-        "outdoors_golf",
-        "outdoors_parcours",
-        "outdoors_slalom",
-    }
+    """
+    courtyard_backpack courtyard_basketball courtyard_bodyScannerMotions courtyard_box courtyard_golf
+    courtyard_jacket courtyard_laceShoe downtown_stairs flat_guitar flat_packBags outdoors_climbing
+    outdoors_crosscountry outdoors_fencing outdoors_freestyle outdoors_golf outdoors_parcours outdoors_slalom
+    """.split()
 )
 PC_FRAMES = {
     "courtyard_basketball_00": (200, 280),

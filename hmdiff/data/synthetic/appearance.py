@@ -18,8 +18,7 @@ from torch import Tensor
 from hmdiff.body.skeletons import SMPL24
 from hmdiff.data.synthetic.backgrounds import random_backgrounds
 from hmdiff.data.synthetic.camera_effects import camera_effects
-from hmdiff.data.synthetic.draws import Generators, any_colour, gaussian, hsv_to_rgb, uniform
-from hmdiff.data.synthetic.occluders import paint_occluder, random_occluders
+from hmdiff.data.synthetic.draws import Generators, any_colour, gaussian, hsv_to_rgb, paint_occluder, uniform
 from hmdiff.viz.renderer import Fragments, Lights, rasterize, shade, silhouette
 
 
@@ -155,9 +154,7 @@ def compose_rgb(
     focal: Tensor,  # (B,) crop half-sides
     principal_point: Tensor,  # (B, 2) crop coordinates
     size: int | tuple[int, int],  # H = W, or (H, W)
-    occluded_fraction: Tensor | None = None,  # (B,) 0..1 of the silhouette to cover; None: no occluder
-    occluder: Tensor | None = None,  # (B, H, W) 0..1: a mask of the caller's own, painted instead of a random shape
-    pictures: Tensor | None = None,  # (P, 3, h, w) backgrounds from `background_folder`
+    occluder: Tensor | None = None,  # (B, H, W) 0..1: what is in front; None: nothing
     strength: float = 1.0,  # of the camera effects
     fragments: Fragments | None = None,  # of `rasterize` at the same size, when it was drawn before
     cull: bool = True,  # the body is closed: its far side need not be drawn
@@ -175,16 +172,12 @@ def compose_rgb(
         principal_point,
         wardrobe.colours(generator, count),
         random_lights(generator, count, device),
-        random_backgrounds(generator, count, (height, width), device, pictures),
+        random_backgrounds(generator, count, (height, width), device),
     )
     person = silhouette(fragments)
     occlusion = torch.zeros_like(person, dtype=torch.bool)
-    alpha = occluder
-    if alpha is not None:
-        colour = paint_occluder(generator, torch.zeros_like(alpha, dtype=torch.long), 1)
-    elif occluded_fraction is not None:
-        alpha, colour = random_occluders(generator, person, occluded_fraction)
-    if alpha is not None:
-        image = image + alpha[:, None] * (colour - image)
-        occlusion = alpha > 0.5
+    if occluder is not None:
+        colour = paint_occluder(generator, torch.zeros_like(occluder, dtype=torch.long), 1)
+        image = image + occluder[:, None] * (colour - image)
+        occlusion = occluder > 0.5
     return Photo(camera_effects(generator, image, strength), person, occlusion, fragments)

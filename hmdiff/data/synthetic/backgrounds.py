@@ -1,23 +1,14 @@
-"""Backgrounds for synthetic photos: drawn ones (gradients, noise, things, rooms) or the user's pictures. Our choice.
+"""Backgrounds for synthetic photos: gradients, noise, things, rooms. Our choice.
 
 B pictures of H x W pixels, RGB 0..1, crop coordinates -1..1.
 """
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
-
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hmdiff.data.synthetic.draws import Generators, any_colour, grid, noise, uniform
-from hmdiff.errors import UserError
-from hmdiff.files.images import open_image
-
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 def random_backgrounds(
@@ -25,12 +16,9 @@ def random_backgrounds(
     count: int,
     size: tuple[int, int],  # (H, W)
     device: torch.device | str = "cpu",
-    pictures: Tensor | None = None,  # (P, 3, h, w) the user's own, see `background_folder`; they replace the drawn ones
 ) -> Tensor:  # (B, 3, H, W)
-    """A gradient, smooth noise, rectangles and ellipses, or a room; or a random window of a user's picture."""
+    """A gradient, smooth noise, rectangles and ellipses, or a room."""
     height, width = size
-    if pictures is not None:
-        return _windows(generator, count, size, pictures.to(device))
     x, y = grid(height, width, device)
     kind = uniform(generator, count, device=device)[:, None, None, None]
     colours = any_colour(generator, count, 4, device=device)[..., None, None]  # (B, 4, 3, 1, 1)
@@ -72,42 +60,3 @@ def random_backgrounds(
         lit = 0.85 + 0.3 * ((across + down) * 0.25).clamp(0, 1)
         picture = torch.where(there[:, None], tint[:, thing] * lit[:, None] + 0.1 * smooth, picture)
     return picture.clamp(0, 1)
-
-
-def _windows(generator: Generators, count: int, size: tuple[int, int], pictures: Tensor) -> Tensor:
-    raw = uniform(generator, count, 5, device=pictures.device)
-    chosen = pictures[(raw[:, 0] * len(pictures)).long().clamp_max(len(pictures) - 1)]
-    scale = 0.4 + 0.6 * raw[:, 1]
-    shift = (1 - scale[:, None]) * (2 * raw[:, 2:4] - 1)
-    flip = torch.where(raw[:, 4] < 0.5, -1.0, 1.0)
-    affine = torch.zeros(count, 2, 3, device=pictures.device)
-    affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = scale * flip, scale, shift
-    grid = F.affine_grid(affine, [count, 3, *size], align_corners=False)
-    return F.grid_sample(chosen, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-
-
-def background_folder(
-    folder: str | Path,
-    side: int = 256,  # pictures are kept at this many pixels a side
-    limit: int = 500,
-) -> Tensor:  # (P, 3, side, side) RGB 0..1
-    """The pictures of a folder (and below it), for `random_backgrounds`. Files that are no pictures are passed over.
-
-    Raises:
-        UserError: the folder does not exist or holds no picture.
-    """
-    import cv2
-
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of background pictures; name one that exists")
-    pictures = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
-        with contextlib.suppress(UserError), open_image(path) as opened:
-            square = cv2.resize(np.asarray(opened.convert("RGB")), (side, side), interpolation=cv2.INTER_AREA)
-            pictures.append(torch.from_numpy(square).permute(2, 0, 1))
-        if len(pictures) == limit:
-            break
-    if not pictures:
-        raise UserError(f"{folder}: holds no picture ({', '.join(PICTURE_SUFFIXES)}); name a folder that does")
-    return torch.stack(pictures).float() / 255

@@ -93,3 +93,21 @@ def noise(
         coarse = 0.4 * coarse[:, :3] + 0.75 * coarse[:, 3:]
         total += F.interpolate(coarse, (fine, fine), mode="bicubic", align_corners=False) / 2**octave
     return F.interpolate(total, (height, width), mode="bicubic", align_corners=False)
+
+
+def paint_occluder(
+    generator: Generators,
+    shape: Tensor,  # (B, H, W) long: which thing a pixel belongs to, 0 .. things - 1
+    things: int,
+) -> Tensor:  # (B, 3, H, W)
+    """Colour, stripes and grain for the things in front, one set of colours a thing."""
+    count, height, width = shape.shape
+    device = shape.device
+    x, y = grid(height, width, device)
+    base = any_colour(generator, count, things, 2, device=device)
+    picked = base[torch.arange(count, device=device)[:, None, None], shape]  # (B, H, W, 2, 3)
+    style = uniform(generator, count, 4, device=device)[:, :, None, None]
+    stripes = ((x * (style[:, 0] - 0.5) + y * (style[:, 1] - 0.5)) * (10 + 50 * style[:, 2])).sin() > 0
+    mix = (stripes & (style[:, 3] > 0.5))[..., None]
+    colour = torch.where(mix, picked[..., 1, :], picked[..., 0, :]).permute(0, 3, 1, 2)
+    return (colour + noise(generator, count, height, width, device) * 0.25).clamp(0, 1)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.data.synthetic.cutouts import Cutouts
-from hmdiff.data.synthetic.draws import grid
-from hmdiff.data.synthetic.occluders import paint_occluder
+from hmdiff.data.synthetic.draws import grid, paint_occluder
 from hmdiff.data.synthetic.rendering import OccluderBoxes
 from hmdiff.data.transforms import AugmentOptions
 

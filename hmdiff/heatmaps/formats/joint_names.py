@@ -19,40 +19,13 @@ WHOLEBODY133 = (*COCO17, *_FEET, *_FACE, *_HANDS)
 HALPE136 = (*HALPE26, *_FACE, *_HANDS)
 HALPE68 = (*HALPE26, *_HANDS)
 WHOLEBODY_FEET = _FEET
-MEDIAPIPE33 = (
-    "nose",
-    "left_eye_inner",
-    "left_eye",
-    "left_eye_outer",
-    "right_eye_inner",
-    "right_eye",
-    "right_eye_outer",
-    "left_ear",
-    "right_ear",
-    "mouth_left",
-    "mouth_right",
-    "left_shoulder",
-    "right_shoulder",
-    "left_elbow",
-    "right_elbow",
-    "left_wrist",
-    "right_wrist",
-    "left_pinky",
-    "right_pinky",
-    "left_index",
-    "right_index",
-    "left_thumb",
-    "right_thumb",
-    "left_hip",
-    "right_hip",
-    "left_knee",
-    "right_knee",
-    "left_ankle",
-    "right_ankle",
-    "left_heel",
-    "right_heel",
-    "left_big_toe",
-    "right_big_toe",
+MEDIAPIPE33 = tuple(
+    """
+    nose left_eye_inner left_eye left_eye_outer right_eye_inner right_eye right_eye_outer left_ear right_ear
+    mouth_left mouth_right left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist left_pinky
+    right_pinky left_index right_index left_thumb right_thumb left_hip right_hip left_knee right_knee left_ankle
+    right_ankle left_heel right_heel left_big_toe right_big_toe
+    """.split()
 )
 # Only orders that their number of joints tells apart. (14 are CrowdPose's or AIC's, 16 MPII's or others'.)
 BY_COUNT: dict[int, tuple[str, ...]] = {17: COCO17, 26: HALPE26, 68: HALPE68, 133: WHOLEBODY133, 136: HALPE136}
@@ -77,33 +50,13 @@ _SAME = {
     "right_smalltoe": "right_small_toe",
 }
 # Joints of other skeletons that none of ours is: known, and left out.
-_OTHERS = {
-    "head",
-    "head_bottom",
-    "upper_neck",
-    "neck_base",
-    "thorax",
-    "spine",
-    "chest",
-    "belly",
-    "naval",
-    "jaw",
-    "chin",
-    "forehead",
-    "head_center",
-    "left_foot",
-    "right_foot",
-    "left_toe",
-    "right_toe",
-    "background",
-    "mouth_left",
-    "mouth_right",
-    "mouth",
-    "left_eye_inner",
-    "left_eye_outer",
-    "right_eye_inner",
-    "right_eye_outer",
-}
+_OTHERS = set(
+    """
+    head head_bottom upper_neck neck_base thorax spine chest belly naval jaw chin forehead head_center left_foot
+    right_foot left_toe right_toe background mouth_left mouth_right mouth left_eye_inner left_eye_outer
+    right_eye_inner right_eye_outer
+    """.split()
+)
 _HAND = re.compile(
     r"^(left_|right_)?(hand|palm|thumb|index|middle|ring|pinky|forefinger|middle_finger|ring_finger|pinky_finger|"
     r"face|eyebrow|eyelid|lip|clavicle|collar|knuckle|finger).*"
