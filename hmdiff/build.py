@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Sized
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.lbs_basis import lbs_basis
@@ -58,17 +60,21 @@ def build_model(config: Config, body: Body, mesh: MeshSampler) -> MeshRecoveryMo
         model = MeshRecoveryModel(**values)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"section 'model': {error}") from None
-    template = body.v_template[mesh.coarse_ids]
     if model.config.tokens == "parts":
         model.coarse_ids.copy_(mesh.coarse_ids)
         model.set_basis(lbs_basis(body, mesh.coarse_ids))
         return model
     try:
-        patches = partition_patches(template, mesh.coarse_faces, model.config.patch_size)
+        patches = _patches(body, mesh, model.config.patch_size)
     except ValueError as error:
         raise UserError(f"section 'model': {error}") from None
     model.set_topology(mesh.coarse_ids, patches, mesh.adjacency(), mesh.fitted_index, mesh.fitted_weight)
     return model
+
+
+@functools.lru_cache(maxsize=4)
+def _patches(body: Body, mesh: MeshSampler, patch_size: int) -> Tensor:
+    return partition_patches(body.v_template[mesh.coarse_ids], mesh.coarse_faces, patch_size)
 
 
 def build_mesh(config: Config, body: Body) -> MeshSampler:

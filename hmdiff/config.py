@@ -151,7 +151,8 @@ def load_config(
     """Defaults, then the file, then the overrides. Raises `UserError` for a typo, naming the nearest key."""
     merged = OmegaConf.structured(Config)
     if path is not None:
-        merged = _merge(merged, _read_yaml(Path(path)), str(path))
+        merged = _merge(merged, (_read_yaml(Path(path)), str(path)))
+    given = []
     for text in overrides:
         if "=" not in text:
             raise UserError(f"{text!r} is not key=value, such as training.steps=100")
@@ -159,7 +160,8 @@ def load_config(
             values = OmegaConf.from_dotlist([text])
         except Exception as error:  # YAML's own errors have no common base
             raise UserError(f"{text!r}: not a value ({_first_line(error)})") from None
-        merged = _merge(merged, values, f"argument {text!r}")
+        given.append((values, f"argument {text!r}"))
+    merged = _merge(merged, *given)
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # ${oc.env:X} of a variable that is not set, for one
@@ -255,13 +257,19 @@ def _read_yaml(path: Path) -> Any:
     return values
 
 
-def _merge(base: Any, values: Any, where: str) -> Any:
-    _check_section(OmegaConf.to_container(values), Config, where, "")
+def _merge(base: Any, *layers: tuple[Any, str]) -> Any:  # of values and where they are from, the last one wins
+    for values, where in layers:
+        _check_section(OmegaConf.to_container(values), Config, where, "")
     try:
-        return OmegaConf.merge(base, values)
-    except Exception as error:  # a list for a mapping comes out as a TypeError or an assertion
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{where}: {key + ': ' if key else ''}{_first_line(error)}") from None
+        return OmegaConf.merge(base, *(values for values, _ in layers))  # at once: each call copies the whole config
+    except Exception:
+        for values, where in layers:
+            try:
+                base = OmegaConf.merge(base, values)
+            except Exception as error:  # a list for a mapping comes out as a TypeError or an assertion
+                key = getattr(error, "full_key", None)
+                raise UserError(f"{where}: {key + ': ' if key else ''}{_first_line(error)}") from None
+        raise
 
 
 def _check_section(values: Any, section: type, where: str, prefix: str) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from small import SMALL, awaken, free_body, small_pipeline
+from small import SMALL, awaken_model, free_body, small_pipeline
 from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
+from hmdiff.body.surface import mesh_edges
 from hmdiff.build import build_model, build_scheduler
 from hmdiff.config import load_config
 from hmdiff.data.sample import Sample
@@ -40,8 +41,10 @@ LIFTED = (
 TRAININGS: dict[str, tuple[str, ...]] = {
     "sample": (),
     "epsilon": ("diffusion.prediction_type=epsilon", "loss.weighting=min_snr"),
+    "epsilon, keypoints": ("diffusion.prediction_type=epsilon", "loss.keypoints_2d=0.5", "loss.projection=0.1"),
     "velocity": ("diffusion.prediction_type=v_prediction", "loss.points=l1"),
     "direct": ("model.mode=direct", "loss.points=euclidean", "loss.edges=0.1"),
+    "direct, masked": ("model.mode=direct", "model.masked=0.5", "loss.keypoints_3d=0.5"),
     "stacked, crop": ("model.stack=2", "model.frame=crop", "loss.vertices=1", "loss.joints_3d=2"),
     "neighbours": ("model.neighbour_mask=true", "loss.joints=3"),
     "keypoints": ("loss.keypoints_2d=0.5", "loss.keypoints_3d=0.5", "model.frame=crop"),
@@ -63,6 +66,7 @@ SAMPLINGS: dict[str, SamplingConfig] = {
     "DAT, paired, score": SamplingConfig(3, 4, guidance=Guidance(pairing="paired", step="score", strength=0.5)),
     "DAT, likelihood": SamplingConfig(3, 4, guidance=Guidance(gap="likelihood", gradient="estimate")),
     "DAT, camera, last": SamplingConfig(3, 4, guidance=Guidance(projection="camera", last=0.5, threshold=0.5)),
+    "DAT, falls back": SamplingConfig(3, 4, eta=1.0, guidance=Guidance(strength=20.0)),
     "DAT of the paper": SamplingConfig(3, 4, guidance=PAPER),
     "disrupted": SamplingConfig(3, 4, guidance=Guidance("disrupted", fall_back=False)),
 }
@@ -118,17 +122,12 @@ def training_numbers(overrides: tuple[str, ...]) -> dict[str, float]:
     config = load_config(None, [*SMALL, *overrides])
     body, mesh = free_body()
     model = build_model(config, body, mesh)
-    weight = None if model.upsample_weight is None else model.upsample_weight.detach().clone()
-    awaken(model, 0.5)
-    if weight is not None:
-        with torch.no_grad():
-            model.upsample_weight.copy_(weight)
+    awaken_model(model, 0.5)
     generator = torch.Generator().manual_seed(3)
     hidden = torch.rand(PEOPLE, 2, model.num_tokens, generator=generator) < 0.3 if model.config.masked else None
     noise = torch.randn(PEOPLE, 2, model.num_points, 3, generator=generator)
     draws = Draws(torch.tensor([[20, 199], [5, 60], [60, 5]]), noise, hidden, 7)
-    faces = mesh.coarse_faces
-    edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.unique(dim=0)
+    edges = mesh_edges(mesh.coarse_faces)
     terms = training_losses(
         model,
         build_scheduler(config),

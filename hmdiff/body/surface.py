@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 
 
+def mesh_edges(
+    faces: Tensor,  # (F, 3) vertices, from 0 on
+) -> Tensor:  # (E, 2) ascending, each once
+    """The edges of a triangle mesh."""
+    pairs = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values
+    count = int(faces.max()) + 1 if len(faces) else 1
+    key = (pairs[:, 0] * count + pairs[:, 1]).unique()  # of one number: rows are sorted much more slowly
+    return torch.stack([key // count, key % count], -1)
+
+
 def surface_distances(
     vertices: Tensor,  # (..., C, 3)
     faces: Tensor,  # (F, 3)
@@ -18,7 +28,7 @@ def surface_distances(
     from scipy.sparse import coo_array  # a second to import, for what is made once a body
     from scipy.sparse.csgraph import dijkstra
 
-    pairs = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.unique(dim=0)
+    pairs = mesh_edges(faces)
     length = (vertices[..., pairs[:, 0], :] - vertices[..., pairs[:, 1], :]).norm(dim=-1)
     mean = length.reshape(-1, len(pairs)).mean(0).double().cpu().numpy()
     i, j = pairs.cpu().numpy().T

@@ -15,17 +15,13 @@ from torch import Tensor
 from hmdiff.body.anatomy import joint_limit_violation
 from hmdiff.body.body import Body
 from hmdiff.body.skeletons import SMPL24
+from hmdiff.body.surface import mesh_edges
 from hmdiff.data.sample import Sample
 from hmdiff.evaluate.measured import interval
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.output import MeshOutput
 
 FACTOR = 2.0  # of an edge's length, up or down
-
-
-def mesh_edges(faces: Tensor) -> Tensor:  # (F, 3) -> (E, 2) ascending, each once
-    """The edges of a triangle mesh."""
-    return torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.unique(dim=0)
 
 
 def torn_edges(

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hmdiff.body.body import load_body
+from hmdiff.body.surface import mesh_edges
 from hmdiff.build import build_mesh, build_model, build_scheduler, build_source
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.errors import UserError
@@ -86,8 +86,7 @@ class Trainer:
         self.pipeline = HMDiffPipeline(
             self.plain, self.scheduler, body, config.diffusion.num_inference_steps, config.diffusion.eta
         )
-        faces = mesh.coarse_faces
-        edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.unique(dim=0)
+        edges = mesh_edges(mesh.coarse_faces)
         if values.gradient_checkpointing:
             self.plain.enable_gradient_checkpointing()
 
@@ -105,6 +104,8 @@ class Trainer:
         self._wrapping.find_unused_parameters = used_by_no_loss(self.plain, config.loss)
         self._tell_deepspeed()
         self.model, self.optimizer = self.accelerator.prepare(step, optimizer)
+        from diffusers.training_utils import EMAModel  # imports all networks of diffusers: seconds
+
         # Not registered with accelerate, which would unpickle whatever stands in its place: `_save` writes it.
         self.ema = EMAModel(
             self.plain.parameters(), decay=values.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75

@@ -135,6 +135,7 @@ def test_tools_are_the_commands(tool: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert stop.value.code == [tool, "--x"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_sheet")
 def test_sample_writes_everyone_the_same_whoever_is_asked_for_with_them(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -287,6 +288,7 @@ def test_demo(
         assert min(picture.size) > 100  # two rows
 
 
+@pytest.mark.slow
 def test_evaluate_is_not_done_twice(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,6 +178,7 @@ def test_calibration_sets_the_temperature_and_lowers_the_error(pipe: HMDiffPipel
     torch.testing.assert_close(samples[:, :, [2, 3]].mean(2), torch.zeros(8, 6, 3), rtol=0, atol=1e-6)  # the hips
 
 
+@pytest.mark.slow
 def test_the_command_writes_it_into_the_pipeline(
     pipe: HMDiffPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,7 @@ def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) 
     assert other.within(50) is None and other.confidences(0) == {}
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_draws_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from small import people_block, small_pipeline
 
+from hmdiff.body.surface import mesh_edges
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.evaluate.evaluation import as_heatmaps, ask
-from hmdiff.evaluate.plausibility import BodyWatch, mesh_edges, torn_edges
+from hmdiff.evaluate.plausibility import BodyWatch, torn_edges
 
 SQUARE = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]])
 FACES = torch.tensor([[0, 1, 2], [0, 2, 3]])

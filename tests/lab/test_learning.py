@@ -11,6 +11,7 @@ from hmdiff.cli.main import main
 from hmdiff.lab.learning import learning_curve
 
 
+@pytest.mark.slow
 def test_a_curve_has_its_points_and_falls() -> None:
     config = small_config(
         "unused",

@@ -13,6 +13,7 @@ from hmdiff.lab.direct_regressor import direct_regressor
 from hmdiff.lab.stages import Bench, Options, counted_flops
 
 
+@pytest.mark.slow
 def test_the_peer_has_the_size_of_its_paper() -> None:
     """FastMETRO-L: 24.9 million parameters beside the backbone, HRNet-W64 128."""
     model = direct_regressor("meta")
@@ -36,6 +37,7 @@ def test_flops_and_the_share_of_the_peak() -> None:
     assert row.of_peak == pytest.approx(row.flops / row.seconds / bench.peak)
 
 
+@pytest.mark.slow
 def test_bench_prints_every_stage_and_saves_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--repeats", "1", "--num-hypotheses", "2", "--steps", "2", "--counts", "1,2", "--lengths", "1"]
     assert main(["bench", "--checkpoint", "hmdiff_small", "--quick", *few, "--output", f"{tmp_path}/bench.json"]) == 0

@@ -253,6 +253,7 @@ def test_the_command_on_a_photo_of_two(checkpoint: str, photo: Path, capsys: pyt
     assert "two_1 ->" in text and "p.jpg: two_0, spread" in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_pictures")
 def test_the_command_on_synthetic_people(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--places", "2", "--num-hypotheses", "2", "--steps", "1", "--checkpoint", checkpoint]

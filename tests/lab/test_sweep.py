@@ -154,6 +154,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert mended["values"] == first[0]["values"] and calls(again) > before
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on(tmp_path: Path) -> None:
     settings = [Setting("a", SamplingConfig(2, steps)) for steps in (3, 1, 2)]
     whole = run_cells(study(tmp_path / "whole"), settings)
@@ -319,6 +320,7 @@ def grid_of_cells() -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 

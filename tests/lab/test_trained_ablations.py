@@ -518,6 +518,7 @@ def test_costs_are_medians_of_rows_in_turn() -> None:
     assert not Path("unused").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     save_config(small_config("unused", *SMALL), tmp_path / "base.yaml")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hmdiff.build import build_data, build_mesh, build_model, build_scheduler
 from hmdiff.config import Config, load_config
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import SyntheticHumans
+from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 
 SMALL = (
@@ -38,8 +41,13 @@ SMALL = (
 )
 
 
+@functools.cache
+def _loaded(*overrides: str) -> Config:
+    return load_config(None, [*SMALL, *overrides])
+
+
 def small_config(output: str | Path = "unused", *overrides: str) -> Config:
-    return load_config(None, [*SMALL, f"output={output}", *overrides])
+    return dataclasses.replace(copy.deepcopy(_loaded(*overrides)), output=str(output))
 
 
 @functools.cache
@@ -67,14 +75,22 @@ def awaken(module: nn.Module, scale: float = 1.0) -> None:
             parameter.copy_(weight * scale / max(1, parameter.shape[-1]) ** 0.5)
 
 
-def small_pipeline(*overrides: str) -> HMDiffPipeline:
-    """Untrained, but no output of it is constant."""
-    config = small_config("unused", *overrides)
-    body, mesh = free_body()
-    model = build_model(config, body, mesh)
+def awaken_model(model: MeshRecoveryModel, scale: float = 1.0) -> MeshRecoveryModel:
+    """The same, but for the upsampling: its weights are fitted, and others tear the mesh."""
     weight = None if model.upsample_weight is None else model.upsample_weight.detach().clone()
-    awaken(model)
+    awaken(model, scale)
     if weight is not None:
         with torch.no_grad():
             model.upsample_weight.copy_(weight)
-    return HMDiffPipeline(model, build_scheduler(config), body, 5)
+    return model
+
+
+@functools.cache
+def _awake(*overrides: str) -> MeshRecoveryModel:
+    return awaken_model(build_model(small_config("unused", *overrides), *free_body()))
+
+
+def small_pipeline(*overrides: str) -> HMDiffPipeline:
+    """Untrained, but no output of it is constant. Each call gives another one with the same weights."""
+    scheduler = build_scheduler(small_config("unused", *overrides))
+    return HMDiffPipeline(copy.deepcopy(_awake(*overrides)), scheduler, free_body()[0], 5)

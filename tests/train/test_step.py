@@ -1,0 +1,58 @@
+"""A step's draws move as one, and which parameters it leaves without a gradient is known beforehand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small import free_body, small_pipeline
+
+from hmdiff.config import LossConfig
+from hmdiff.errors import UserError
+from hmdiff.train.step import Draws, keypoint_map, used_by_no_loss
+
+PLAIN = {"inputs": "heatmaps", "silhouette": False, "rle": (), "depth_map": False, "masked": 0.0, "lifting": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "expected"),
+    [
+        ({}, {}, False),
+        ({}, {"camera": 0.0}, True),
+        ({"inputs": "image"}, {}, True),
+        ({"inputs": "both"}, {}, True),
+        ({"silhouette": True}, {}, True),
+        ({"silhouette": True}, {"silhouette": 0.1}, False),
+        ({"rle": ("joints",)}, {}, True),
+        ({"rle": ("joints",)}, {"rle": 0.1}, False),
+        ({"depth_map": True}, {}, True),
+        ({"masked": 0.3}, {}, True),
+        ({"lifting": True}, {}, True),
+    ],
+)
+def test_what_no_loss_uses(model: dict[str, Any], loss: dict[str, float], expected: bool) -> None:
+    """DDP waits for ever for a gradient that is not announced as missing, and is slower where it is announced."""
+    built: Any = SimpleNamespace(config=SimpleNamespace(**{**PLAIN, **model}))
+    assert used_by_no_loss(built, LossConfig(**loss)) is expected
+
+
+@pytest.mark.parametrize("hidden", [None, torch.ones(2, 3, 5, dtype=torch.bool)])
+def test_draws_move_together(hidden: torch.Tensor | None) -> None:
+    draws = Draws(torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3, 7, 3), hidden, 9)
+    moved = draws.to("meta")
+    assert moved.shared_seed == 9 and (moved.hidden is None) == (hidden is None)
+    for before, after in zip(draws[:3], moved[:3], strict=True):
+        assert before is None or (after.is_meta and after.shape == before.shape and after.dtype == before.dtype)
+
+
+def test_the_keypoint_terms_need_a_body_with_keypoints() -> None:
+    model, (body, _) = small_pipeline().model, free_body()
+    assert keypoint_map(LossConfig(), model, body) is None
+    for name in ("keypoints_2d", "keypoints_3d"):
+        found = keypoint_map(LossConfig(**{name: 0.1}), model, body)
+        assert found is not None and found.regressor.device == model.coarse_ids.device
+        bare = body.select([0])  # without the vertices that its regressor reads
+        with pytest.raises(UserError, match=r"body 'free' has no keypoints: .* give 0"):
+            keypoint_map(LossConfig(**{name: 0.1}), model, bare)
