@@ -107,6 +107,7 @@ def test_a_mixture(shards: Path, tmp_path: Path) -> None:
     assert "synthetic; of 2 people read: mesh 2" in lines["data 2"].found
 
 
+@pytest.mark.slow
 def test_the_step_is_the_trainings_own(tmp_path: Path) -> None:
     """The first loss it sees is the one that the training logs."""
     words = ("training.steps=1", "training.log_every=1")
@@ -127,6 +128,7 @@ def test_the_step_is_the_trainings_own(tmp_path: Path) -> None:
     assert dry[0] == losses[0] and len(dry) > 1
 
 
+@pytest.mark.slow
 def test_what_would_be_resumed(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", "training.steps=2", "training.checkpoint_every=1")
     Trainer(config).run()
@@ -259,6 +261,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found(result)["step"].state == FINE  # told beside the others
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_takes(tmp_path: Path) -> None:
     """The estimate is not under what is written, nor twice as much."""
     words = ("training.steps=2", "training.checkpoint_every=1", "training.keep_checkpoints=2")

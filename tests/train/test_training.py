@@ -139,17 +139,15 @@ def test_a_training_learns_and_leaves_a_pipeline(tmp_path: Path, quick: None) ->
     "overrides",
     [
         ("diffusion.prediction_type=epsilon",),
-        ("diffusion.prediction_type=v_prediction", "loss.weighting=min_snr"),
-        ("model.mode=direct", "loss.points=l1"),
-        ("model.mode=direct", "model.stack=2", "loss.points=euclidean"),
-        ("model.stack=2", "loss.edges=0.1", "model.neighbour_mask=true"),
+        ("model.mode=direct", "model.stack=2", "loss.points=euclidean", "loss.edges=0.1"),
         ("model.backbone=conv", "loss.weighting=uniform"),
-        ("model.inputs=both", "model.backbone=resnet18", "data.image_size=64"),
-        ("model.inputs=image", "model.backbone=resnet18", "data.image_size=64"),
+        pytest.param(("model.inputs=both", "model.backbone=resnet18", "data.image_size=64"), marks=pytest.mark.slow),
+        pytest.param(("model.inputs=image", "model.backbone=resnet18", "data.image_size=64"), marks=pytest.mark.slow),
     ],
     ids=lambda overrides: " ".join(overrides),
 )
 def test_every_variant_learns_a_batch(overrides: tuple[str, ...]) -> None:
+    """Every parameter too; the other variants' numbers and gradients are in `test_recorded_numbers`."""
     values = small_config("unused", *overrides)
     body, mesh = free_body()
     model, scheduler = build_model(values, body, mesh), build_scheduler(values)
@@ -200,6 +198,7 @@ def test_losses_say_what_the_noise_level_was_told() -> None:
     torch.testing.assert_close(seen["points"][:, 1], share.sqrt() * truth[:, 0] + (1 - share).sqrt() * noise[:, 1])
 
 
+@pytest.mark.slow
 def test_bf16_trains(tmp_path: Path, quick: None) -> None:
     train(config(tmp_path, 3, "training.mixed_precision=bf16"))
     assert all(value.dtype == torch.float32 for name, value in checkpoint(tmp_path, 3).items() if "ema" in name)
@@ -256,6 +255,7 @@ def test_a_stream_is_shared_without_overlap(tmp_path: Path) -> None:
         TrainingStream(whole.data, config(tmp_path, 4, "training.batch_size=6"), 0, 1, trainer.plain)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_a_bigger_batch(tmp_path: Path, quick: None) -> None:
     train(config(tmp_path / "whole", 3, "training.batch_size=8", "training.log_every=1"))
     train(config(tmp_path / "parts", 3, "training.gradient_accumulation=2", "training.log_every=1"))
@@ -284,7 +284,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.mark.parametrize("camera", ["0.1", "0.0"])  # without a camera loss some parameters have no gradient
+@pytest.mark.parametrize(
+    "camera", [pytest.param("0.1", marks=pytest.mark.slow), "0.0"]
+)  # without a camera loss some parameters have no gradient
 def test_two_processes_equal_twice_the_batch(tmp_path: Path, quick: None, camera: str) -> None:
     shared = ("training.log_every=1", f"loss.camera={camera}")
     train(config(tmp_path / "one", 3, "training.batch_size=8", *shared))
