@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from pathlib import Path
 
@@ -68,9 +69,15 @@ def decimated(request: pytest.FixtureRequest) -> tuple[trimesh.Trimesh, MeshHier
     return mesh, decimate(mesh.vertices, mesh.faces)
 
 
+@functools.lru_cache(maxsize=16)
+def _hierarchy(vertices: bytes, faces: bytes) -> MeshHierarchy:
+    """A mesh is decimated once, however many tests take a level of it."""
+    return decimate(np.frombuffer(vertices, np.float32).reshape(-1, 3), np.frombuffer(faces, np.int64).reshape(-1, 3))
+
+
 def sampler_of(mesh: trimesh.Trimesh, num_coarse: int) -> tuple[Tensor, Tensor, MeshSampler]:
     vertices, faces = torch.tensor(np.array(mesh.vertices), dtype=torch.float32), torch.tensor(np.array(mesh.faces))
-    hierarchy = decimate(vertices.numpy(), faces.numpy())
+    hierarchy = _hierarchy(vertices.numpy().tobytes(), faces.numpy().tobytes())
     return vertices, faces, build_mesh_sampler(vertices, faces, hierarchy, num_coarse)
 
 

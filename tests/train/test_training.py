@@ -284,9 +284,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.mark.parametrize(
-    "camera", [pytest.param("0.1", marks=pytest.mark.slow), "0.0"]
-)  # without a camera loss some parameters have no gradient
+@pytest.mark.slow
+@pytest.mark.parametrize("camera", ["0.1", "0.0"])  # without a camera loss some parameters have no gradient
 def test_two_processes_equal_twice_the_batch(tmp_path: Path, quick: None, camera: str) -> None:
     shared = ("training.log_every=1", f"loss.camera={camera}")
     train(config(tmp_path / "one", 3, "training.batch_size=8", *shared))
@@ -418,6 +417,7 @@ def test_stopped_and_started_again(tmp_path: Path, quick: None, uninterrupted: P
     assert [row["step"] for row in losses] == [row["step"] for row in expected] == ["2", "4", "6", "8", "9"]
 
 
+@pytest.mark.slow
 def test_minutes_end_a_call_and_not_the_run(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 3, "training.minutes=1e-6")
     for step in (1, 2, 3):  # a call each
@@ -426,6 +426,7 @@ def test_minutes_end_a_call_and_not_the_run(tmp_path: Path, quick: None) -> None
         assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "progress.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(2))
 def test_killed_at_any_moment(tmp_path: Path, quick: None, uninterrupted: Path, attempt: int) -> None:
     """SIGKILL after the first checkpoint, at a random moment; the same command again gives the same weights."""
@@ -446,7 +447,9 @@ def test_killed_at_any_moment(tmp_path: Path, quick: None, uninterrupted: Path, 
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("moment", ["saving", "saved", "evaluating"])
+@pytest.mark.parametrize(
+    "moment", ["saving", *(pytest.param(name, marks=pytest.mark.slow) for name in ("saved", "evaluating"))]
+)
 def test_killed_at_the_worst_moments(
     tmp_path: Path, quick: None, uninterrupted: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,6 +504,7 @@ def test_another_experiment_in_the_same_folder_is_refused(tmp_path: Path, quick:
     Trainer(config(tmp_path / "run", 20, *STEADY))  # longer is the same experiment
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     values = config(tmp_path, 4, "training.checkpoint_every=2", "training.evaluate_every=4")
     real = checkpoints.save_file
@@ -523,6 +527,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, quick: None, monkeypat
     assert (tmp_path / "checkpoints" / "step_00000004" / "progress.json").is_file()
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_and_damaged_ones_are_named(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 4, "training.checkpoint_every=1", "training.keep_checkpoints=2")
     train(values)
@@ -563,6 +568,7 @@ def test_a_second_training_in_the_folder_is_refused(tmp_path: Path, quick: None)
         first.run()
 
 
+@pytest.mark.slow
 def test_the_log_goes_on_within_a_row(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of log.csv is the mean over its steps, whether or not the training was resumed among them."""
     every = ("training.log_every=3", "training.checkpoint_every=2")
@@ -576,6 +582,7 @@ def test_the_log_goes_on_within_a_row(tmp_path: Path, quick: None, monkeypatch: 
     assert rows[0] and [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
+@pytest.mark.slow
 def test_nothing_is_unpickled(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 2)
     train(values)
