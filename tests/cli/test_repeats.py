@@ -31,6 +31,6 @@ def test_the_demos_photo_and_an_evaluation_repeat_to_the_bit(tmp_path: Path) -> 
         for name in first.files:
             assert first[name].tobytes() == second[name].tobytes(), name
     report, again = (
-        json.loads((tmp_path / name / "split" / "hmdiff_small_test.json").read_text()) for name in ("a", "b")
+        json.loads((tmp_path / name / "split" / "hmdiff_small_test_dat.json").read_text()) for name in ("a", "b")
     )
     assert report == again and report["errors"]["pve"]["mean"]["value"] > 0
