@@ -48,6 +48,7 @@ def test_camera(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "m away, from pixel" in text and "betas (5, " in text
 
 
+@pytest.mark.slow
 def test_video(photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def small(name: str) -> HMDiffPipeline:
         pipe = small_pipeline()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import re
 import subprocess
 import sys
@@ -78,6 +79,11 @@ def place(module: str) -> tuple[str, int] | None:
     return None
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path, top_level: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every absolute import: the module, and the names taken from it. Relative ones are not the style of the house."""
 
@@ -88,7 +94,7 @@ def imports(path: Path, top_level: bool = False) -> Iterator[tuple[str, tuple[st
             yield child
             yield from walk(child)
 
-    for node in walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in walk(parsed(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, ()

@@ -16,6 +16,7 @@ from hmdiff.cli.main import main
 NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "photo_to_animation.ipynb"
 
 
+@pytest.mark.slow
 def test_the_notebook_goes_from_a_picture_to_an_animated_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     display = types.ModuleType("IPython.display")
