@@ -32,7 +32,6 @@ from hmdiff.estimators.openmmlab import find_checkpoint, find_model, import_open
 from hmdiff.estimators.people import read_people
 from hmdiff.estimators.source import SeenPeople, check_boxes
 from hmdiff.files.foreign_weights import read_checkpoint
-from hmdiff.geometry import crop_to_photo
 from hmdiff.heatmaps import Crop, Heatmaps, crop_from_box, heatmap_peaks, load_heatmaps
 
 pytestmark = [
@@ -90,7 +89,7 @@ def weights(msra: MMPoseEstimator, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def places(maps: Heatmaps) -> Tensor:  # (P, 26, 2) photo pixels
-    return crop_to_photo(heatmap_peaks(maps.values)[0], maps.center, maps.side)
+    return maps.crop.to_photo(heatmap_peaks(maps.values)[0])
 
 
 # ---- places ----

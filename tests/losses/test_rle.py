@@ -257,6 +257,7 @@ def trained(variant: str, dim: int, noise: Callable[[tuple[int, ...]], Tensor]) 
         return {"nll": nll.item(), "order": float(min(order)), "size": (scale / true).median().item()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "noise"), [(1, uniform), (3, skewed)], ids=["uniform_1d", "skewed_3d"])
 def test_a_regression_learns_its_scale_and_a_better_density_than_laplace(
     dim: int, noise: Callable[[tuple[int, ...]], Tensor]

@@ -132,6 +132,7 @@ def test_it_equals_the_flow_of_mmpose() -> None:
     torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_a_shape() -> None:
     """Two moons: a normal density of the same covariance is far worse."""
 

@@ -98,6 +98,7 @@ def discs(count: int, size: int) -> tuple[Tensor, Tensor]:
     return tokens, away < radius[..., None].square()
 
 
+@pytest.mark.slow
 def test_it_learns_a_disc_from_tokens_that_say_where_it_is() -> None:
     size, steps = 32, 120
     decoder = SilhouetteDecoder(32, 4, size)
