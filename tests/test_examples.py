@@ -36,6 +36,7 @@ def test_every_example_is_tested() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {"photo.py", "camera.py", "video.py"}
 
 
+@pytest.mark.slow
 def test_photo(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "photo.py"))["main"](str(photo), str(photo.parent / "out"))
     assert "person 1: hypothesis" in capsys.readouterr().out

@@ -269,6 +269,7 @@ def test_output_names_are_their_own(tmp_path: Path) -> None:
     assert names == {(0, 0): f"{here}_a_1", (1, 0): "a_0", (1, 1): "a_1", (2, 0): "b_a_1"}
 
 
+@pytest.mark.slow
 def test_demo(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def scene(generator: torch.Generator) -> torch.Tensor:
 # -- people -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_people_are_the_same_with_maps_as_without():
     plain, mapped = drawn(), drawn(map_size=32)
     worse = drawn(map_size=32, depth_faults=DepthFaults(missing_map=1.0))

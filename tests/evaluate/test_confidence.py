@@ -88,6 +88,7 @@ def test_it_travels_as_json_and_refuses_what_it_is_not(fitted: Confidence) -> No
         fitted.within(75, torch.ones(1, 24), torch.ones(1, 5))
 
 
+@pytest.mark.slow
 def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) -> None:
     pipe = small_pipeline()
     data = people(True)

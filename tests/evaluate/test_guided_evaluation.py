@@ -61,6 +61,7 @@ def test_guided_numbers(
     assert guided["guided_by"]["strength"] == 0.5 and plain["guided_by"] is None
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(
     run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -505,6 +505,7 @@ def test_freihand_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "AUC" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_over_a_prepared_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stand-in records of the model's own body, seen as their own 2D keypoints."""
     records = make_records(tmp_path, 5, photos=False)

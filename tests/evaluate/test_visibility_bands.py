@@ -181,6 +181,7 @@ def test_the_maps_occlusion_is_that_of_the_keypoints(mapped: SyntheticHumans) ->
     assert (boxes.mask(64) > 0.5).float().mean() == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_evaluate_reports_bands_and_changes_nothing_else(mapped: SyntheticHumans) -> None:
     pipe = small_pipeline()
     options = {"num_hypotheses": 3, "num_inference_steps": 2}
@@ -226,6 +227,7 @@ def test_samples_keep_their_occlusion_map(mapped: SyntheticHumans) -> None:
     assert torch.allclose(seen, sample.visible_fraction)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_keeps_the_bands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_pipeline().save_pretrained(tmp_path / "tiny")
     arguments = [

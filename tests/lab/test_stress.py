@@ -233,6 +233,7 @@ def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hmdiff.cli.stress.SHOWN", 96)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_pictures")
 def test_the_command_on_a_photo_of_two(checkpoint: str, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = photo.parent / "out"

@@ -114,6 +114,7 @@ def test_cells_are_what_evaluation_gives(tmp_path: Path) -> None:
     assert set(found[2]["guidance"]) == {"gap_before", "gap_after", "active", "fell_back"} <= set(found[2]["values"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [None, Guidance("disrupted", 0.5)])
 def test_numbers_of_hypotheses_share_a_run(tmp_path: Path, guidance: Guidance | None) -> None:
     here = study(tmp_path / "together")
@@ -129,6 +130,7 @@ def test_numbers_of_hypotheses_share_a_run(tmp_path: Path, guidance: Guidance | 
                 assert result["values"][metric][kind] == pytest.approx(values, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     settings = [Setting("a", SamplingConfig(2, steps)) for steps in (1, 2)]
     first = run_cells(study(tmp_path), settings)
@@ -182,6 +184,7 @@ def ticking(seconds: float) -> Callable[[], float]:
     return look
 
 
+@pytest.mark.slow
 def test_times_and_what_is_told(tmp_path: Path) -> None:
     told: list[Progress] = []
     here = study(tmp_path, people=5)
@@ -449,6 +452,7 @@ def pictured(count: int = 4) -> Iterator[Sample]:
     yield dataclasses.replace(sample, image=torch.linspace(0, 1, count)[:, None, None, None].expand(-1, 3, 8, 8))
 
 
+@pytest.mark.slow
 def test_an_estimator_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiments, "split_batches", lambda data, split, count: pictured(count))
     asked = []
@@ -559,6 +563,7 @@ def test_sweep_command(checkpoints: Path, tmp_path: Path, capsys: pytest.Capture
     assert "the times are not comparable: cells were computed on cpu with 1 threads, cuda:0 with 1 threads" in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_people")
 def test_ablate_command(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [

@@ -175,6 +175,7 @@ class Stub:
         return total
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_not_trained_again(tmp_path: Path) -> None:
     plan, told = tiny_plan(tmp_path), list[Trained]()
     first = Stub()
@@ -360,6 +361,7 @@ def test_blurred_splits_are_the_same_people() -> None:
 # -- cells and tables --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cell_is_what_evaluation_gives(tmp_path: Path) -> None:
     pipeline = small_pipeline("model.mode=diffusion")
     run = Run(tmp_path, small_config("unused", "model.mode=diffusion"))
@@ -500,6 +502,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_costs_are_medians_of_rows_in_turn() -> None:
     configs = [small_config("unused", "model.mode=direct", f"model.depth={depth}") for depth in (1, 2)]

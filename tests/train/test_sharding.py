@@ -43,6 +43,7 @@ def process(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_two_processes(tmp_path: Path) -> None:
     with socket.socket() as free:

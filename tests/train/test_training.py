@@ -554,6 +554,7 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.slow
 def test_a_second_training_in_the_folder_is_refused(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 2)
     first = Trainer(values)
