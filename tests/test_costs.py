@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from small import people_block
 
-from hmdiff.body import fitting
+from hmdiff.body.body_fitter import BodyFitter
 from hmdiff.body.fitting import ROUNDS, fit_coarse
 from hmdiff.diffusion.guidance import Guidance
 from hmdiff.estimators.people import PhotoPeople
@@ -66,7 +66,7 @@ def test_the_image_is_encoded_once_and_its_keys_and_values_are_too(
     denoiser = pipe().model.denoisers[0]
     crossing = {id(block.cross_attention) for block in denoiser.blocks}  # type: ignore[union-attr]
     assert len(encoded) == 1 and len(evaluated) == STEPS
-    assert len(regressors) <= 2  # DAT's, and that of the step in the picture's plane
+    assert len(regressors) <= 3  # DAT's, that of the step in the picture's plane, and the fitted bodies'
     assert sum(id(attention) in crossing for attention, *_ in projected) == len(crossing)
 
 
@@ -111,9 +111,9 @@ def test_products_grow_with_the_hypotheses_alone() -> None:
 
 
 def test_a_body_is_fitted_by_one_linearisation_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    solved = counted(monkeypatch, fitting._Fitter, "_normal_equations")
+    solved = counted(monkeypatch, BodyFitter, "_normal_equations")
     ids = torch.arange(0, pipe().body.num_vertices, 29)
-    fit_coarse(pipe().body, ids, pipe().body.v_template[ids].expand(3, -1, -1), 2)
+    fit_coarse(pipe().body, ids, pipe().body.v_template[ids].expand(3, -1, -1))
     assert len(solved) == 2 < ROUNDS
 
 

@@ -168,12 +168,13 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         one = None
         if self.aggregator is not None:
             together = frames.to_camera(self.aggregator(points)[:, None])
-            one = self._surface(self._at_peaks(together, plan, values, camera, frames), sampling.surface)[0]
+            together = self._at_peaks(together, plan, values, camera, frames)
+            one = self._surface(together, sampling.surface, frames.translation(camera, 1))[0]
+        translation = frames.translation(camera, sampling.num_hypotheses)
         placed = self._at_peaks(frames.to_camera(points), plan, values, camera, frames)
-        vertices, joints, fitted = self._surface(placed, sampling.surface)
+        vertices, joints, fitted = self._surface(placed, sampling.surface, translation)
         keypoints = self.body.keypoints(vertices) if self.body.keypoint_regressor is not None else None
 
-        translation = frames.translation(camera, sampling.num_hypotheses)
         if fit_camera and values is not None and keypoints is not None:
             translation = frames.fitted_translation(keypoints, values, translation)
         check_result((vertices, translation))
@@ -238,10 +239,11 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         self,
         points: Tensor,  # (B, N, P, 3) of the diffusion, the camera's axes
         surface: str,
+        translation: Tensor,  # (B, N, 3) metres
     ) -> tuple[Tensor, Tensor, FittedBodies | None]:  # vertices (B, N, V, 3), joints (B, N, K, 3), of (B, N, ...)
         coarse = self.model.to_coarse(points)
         if surface == "body":
-            return nearest_bodies(self.body, self.model, coarse)
+            return nearest_bodies(self.body, self.model, coarse, translation)
         return self.model.upsample(coarse), self.model.to_joints(points), None
 
     def denoised(

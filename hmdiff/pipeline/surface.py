@@ -15,13 +15,19 @@ SURFACES = ("body", "vertices")
 def nearest_bodies(
     body: Body,
     model: MeshRecoveryModel,
-    coarse: Tensor,  # (B, N, C, 3) metres
+    coarse: Tensor,  # (B, N, C, 3) metres, the camera's axes
+    translation: Tensor | None = None,  # (B, N, 3) metres: where the camera sees them; None: nobody knows
 ) -> tuple[Tensor, Tensor, FittedBodies]:  # vertices (B, N, V, 3), joints (B, N, K, 3), of (B, N, ...)
     """Every hypothesis as the body nearest to its coarse mesh, the pelvis at the origin."""
     people, hypotheses = coarse.shape[:2]
     # The direct baseline's hypotheses are copies of one.
-    alone = coarse[:, :1] if model.config.mode == "direct" else coarse
-    found = fit_coarse(body, model.coarse_ids, alone.flatten(0, 1))
+    alone = 1 if model.config.mode == "direct" else hypotheses
+    rows = coarse[:, :alone].flatten(0, 1)
+    if translation is None or body.keypoint_regressor is None:
+        found = fit_coarse(body, model.coarse_ids, rows)
+    else:
+        regressor, place = model.keypoint_regressor(body), translation[:, :alone].flatten(0, 1)
+        found = fit_coarse(body, model.coarse_ids, rows, keypoints=regressor, translation=place)
     posed = body(found.betas, axis_angle_to_matrix(found.pose))
     shift = -posed.joints[:, 0]
     found = found._replace(translation=shift)

@@ -182,6 +182,50 @@ def test_fitted_bodies_keep_their_joints_inside_the_limits() -> None:
     assert len(inside) > 16 and torch.equal(within_limits(free(), inside), inside)
 
 
+def knock(points: Tensor, metres: float, seed: int) -> Tensor:
+    """Every part of a mesh off by itself: neighbours together, as predictions are off."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = free().lbs_weights[coarse_ids()]
+    return points + weights @ (metres * torch.randn(len(points), weights.shape[1], 3, generator=generator))
+
+
+def test_keypoints_stay_where_a_camera_sees_them() -> None:
+    """Across the line of sight they move less than without a camera; along it nothing is asked."""
+    body, ids = free(), coarse_ids()
+    coarse = knock(
+        body(torch.zeros(12, 10), PoseMixture().sample(12, torch.Generator().manual_seed(3))).vertices[:, ids], 0.01, 4
+    )
+    # A regressor of the coarse mesh: every keypoint the mean of the vertices that one bone moves most.
+    near = body.lbs_weights[ids].T
+    regressor = (near > 0.5).to(near) / (near > 0.5).sum(1, keepdim=True).clamp(min=1)
+    regressor = regressor[(near > 0.5).any(1)]
+    place = torch.tensor([[0.3, -0.2, 2.5]]).expand(12, -1)
+    line = torch.nn.functional.normalize(regressor @ coarse + place[:, None], dim=-1)
+
+    def moved(**seen: Tensor) -> tuple[Tensor, Tensor]:
+        found = rebuilt(body, fit_coarse(body, ids, coarse, **seen))[:, ids]  # type: ignore[arg-type]
+        way = regressor @ (found - coarse)
+        along = (way * line).sum(-1, keepdim=True)
+        return (way - along * line).norm(dim=-1).mean(), along.abs().mean()
+
+    across, along = moved(keypoints=regressor, translation=place)
+    without, _ = moved()
+    elsewhere, _ = moved(keypoints=regressor, translation=place.flip(-1))  # seen from the side: another plane
+    assert across < 0.8 * min(without, elsewhere)
+    assert along > across
+
+
+def test_joints_held_at_their_limits_are_made_up_for() -> None:
+    """Fitted again around them, the mesh is nearer than a free fit whose joints are then brought back."""
+    body, ids = free(), coarse_ids()
+    wild = axis_angle_to_matrix(0.5 * torch.randn(16, 24, 3, generator=torch.Generator().manual_seed(5)))
+    coarse = body(torch.zeros(16, 10), wild).vertices[:, ids]
+    alone = fit_parameters(body, body(torch.zeros(16, 10), wild).vertices)
+    brought_back = within_limits(body, axis_angle_to_matrix(alone.pose))
+    off = (body(alone.betas, brought_back, alone.translation).vertices[:, ids] - coarse).norm(dim=-1).mean()
+    assert (rebuilt(body, fit_coarse(body, ids, coarse))[:, ids] - coarse).norm(dim=-1).mean() < 0.85 * off
+
+
 def test_coarse_meshes_of_the_wrong_shape_are_named() -> None:
     with pytest.raises(UserError, match=r"coarse \(2, 5, 3\) found, \(N, 428, 3\) expected"):
         fit_coarse(free(), coarse_ids(), torch.zeros(2, 5, 3))

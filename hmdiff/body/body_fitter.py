@@ -1,0 +1,301 @@
+"""The least-squares solver under `fitting.py`: Procrustes for every bone, then Levenberg-Marquardt for all together.
+
+min over R, beta, t of sum_v |x_v - v|^2 + sigma^2 |beta|^2, and where keypoints are watched + c sum_j |P_j (k_j(x) -
+k_j(v))|^2: keypoints k are sums of vertices, and P_j removes what lies along the line of sight, of which the photo
+says nothing. Each bone's rotation starts from an orthogonal Procrustes fit of its own vertices (Kabsch, Acta Cryst.
+1976), which no large pose traps. Symbols: N bodies, P points (vertices that are fitted), J joints, B shape
+coefficients, U = 3 J turns (x of all joints first) + B + 3 unknowns, K keypoints. The method is our choice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmdiff.body.body import Body
+from hmdiff.geometry import axis_angle_to_matrix
+
+POINTS = 640  # vertices that are fitted, spread over the surface
+POINTS_A_BONE = 12  # at least, of those that a bone moves most
+NOISE = 0.005  # sigma, metres
+HELD = 1e6  # square metres: what holds a joint, beside the few that its vertices are worth
+
+
+class Sight(NamedTuple):
+    """Keypoints that a fit keeps where they are seen."""
+
+    regressor: Tensor  # (K, P) keypoints as sums of the fitted points
+    across: (
+        Tensor  # (N, K, 3, 3) projector onto the plane across the line of sight, times the square root of its weight
+    )
+
+    @classmethod
+    def along(
+        cls,
+        regressor: Tensor,  # (K, P)
+        lines: Tensor,  # (N, K, 3) from the camera to every keypoint, any length
+        weight: float,  # of a keypoint, in vertices
+    ) -> Sight:
+        line = torch.nn.functional.normalize(lines, dim=-1)
+        across = torch.eye(3).to(line) - line[..., None] * line[..., None, :]
+        return cls(regressor, weight**0.5 * across)
+
+    def seen(self, points: Tensor) -> Tensor:  # (N, P, 3) -> (N, K, 3)
+        return (self.across @ (self.regressor @ points)[..., None])[..., 0]
+
+
+class Placement(NamedTuple):
+    rotations: Tensor  # (N, J, 3, 3) relative to the parent
+    betas: Tensor  # (N, B)
+    translation: Tensor  # (N, 3) metres
+
+
+class _Placed(NamedTuple):
+    """N bodies at their parameters, and how far they are from the target."""
+
+    rotations: Tensor  # (N, J, 3, 3) relative to the parent
+    betas: Tensor  # (N, B)
+    translation: Tensor  # (N, 3)
+    world: Tensor  # (N, J, 3, 3) rotations in the world
+    joints: Tensor  # (N, J, 3, 1 + B): joints are linear in the betas
+    moved: Tensor  # (N, P, 3, J) every vertex as every bone places it, by its weight
+    residual: Tensor  # (N, P, 3)
+    cost: Tensor  # (N,)
+
+
+class BodyFitter:
+    """What of a body does not change from fit to fit."""
+
+    def __init__(self, body: Body, ids: Tensor | None = None, noise: float = NOISE) -> None:
+        self.ids = _spread_vertices(body) if ids is None else ids
+        self.noise = noise
+        small = body.select(self.ids)
+        self.template, self.shapedirs, self.posedirs = small.v_template, small.shapedirs, small.posedirs
+        self.weights = small.lbs_weights  # (P, J)
+        self.joint_basis = torch.cat([body.joint_template[..., None], body.joint_shapedirs], -1)  # (J, 3, 1 + B)
+        self.parents = body.parents
+        self.above = torch.tensor([max(parent, 0) for parent in body.parents], device=self.template.device)
+        below = torch.eye(body.num_joints)  # below[j, k]: joint k hangs on j, or is j
+        for joint in range(body.num_joints - 1, 0, -1):
+            below[body.parents[joint]] += below[joint]
+        self.below = below.to(self.weights)
+        self.moved = self.weights @ self.below.T  # (P, J) how much of a vertex turns with a joint
+        depth = [0] * body.num_joints
+        for joint in range(1, body.num_joints):
+            depth[joint] = depth[body.parents[joint]] + 1
+        self.levels = [[j for j, d in enumerate(depth) if d == level] for level in range(max(depth) + 1)]
+
+    def fit(
+        self,
+        target: Tensor,  # (N, P, 3)
+        rounds: int,
+        sight: Sight | None = None,
+    ) -> Placement:
+        """Procrustes for every bone, then so many rounds for all together."""
+        centre = target.mean(1)
+        rotations = self._bone_rotations(target - centre[:, None])
+        betas = target.new_zeros(len(target), self.shapedirs.shape[-1])
+        return self.refine(Placement(rotations, betas, centre), target, rounds, sight)
+
+    def refine(
+        self,
+        start: Placement,
+        target: Tensor,  # (N, P, 3)
+        rounds: int,
+        sight: Sight | None = None,
+        held: Tensor | None = None,  # (N, J) bool: joints that keep their rotation to the parent
+    ) -> Placement:
+        """Levenberg-Marquardt from a placement."""
+        centre = target.mean(1)  # far from the origin float32 would lose the millimetres
+        target = target - centre[:, None]
+        best = self._place(start.rotations, start.betas, start.translation - centre, target, sight)
+        damping = torch.full_like(best.cost, 1e-4)
+        joints = len(self.parents)
+        for _ in range(rounds):
+            normal, slope = self._normal_equations(best, sight)
+            diagonal = normal.diagonal(dim1=-2, dim2=-1)
+            added = damping[:, None] * diagonal + 1e-7
+            if held is not None:  # as if something very heavy hung on them
+                added[:, : 3 * joints] += HELD * held.repeat(1, 3)
+            damped = (normal + torch.diag_embed(added)).double()
+            step = torch.linalg.solve_ex(damped, slope.double())[0].to(target)
+            turn, growth, shift = step.split([3 * joints, start.betas.shape[1], 3], -1)
+            parents = best.world[:, self.above].clone()
+            parents[:, 0] = torch.eye(3).to(parents)
+            local = (parents.mT @ turn.unflatten(-1, (3, -1)).mT[..., None])[..., 0]
+            turned = axis_angle_to_matrix(local) @ best.rotations
+            proposed = self._place(turned, best.betas + growth, best.translation + shift, target, sight)
+            better = proposed.cost < best.cost
+            damping = torch.where(better, damping / 10, damping * 10).clamp(1e-8, 1e4)
+            best = (
+                proposed
+                if better.all()
+                else _Placed(
+                    *(
+                        torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
+                        for new, old in zip(proposed, best, strict=True)
+                    )
+                )
+            )
+        return Placement(best.rotations, best.betas, best.translation + centre)
+
+    def _bone_rotations(
+        self,
+        target: Tensor,  # (N, P, 3)
+    ) -> Tensor:  # (N, J, 3, 3) relative to the parent
+        """Each bone's own Procrustes fit, from the root outwards, with a slight pull towards its parent's rotation."""
+        weight = self.weights.square()
+        weight = weight / weight.sum(0).clamp_min(1e-9)  # (P, J)
+        rest = self.template - self.template.mean(0)
+        middle = (weight.T @ rest)[None, :, :, None] * (weight.T @ target)[:, :, None]  # (N, J, 3, 3), rest by target
+        design = (weight[:, :, None] * rest[:, None]).flatten(1)  # (P, J * 3)
+        covariance = (design.T @ target).unflatten(1, (-1, 3)) - middle
+        pull = 1e-4  # square metres: a bone of a few centimetres follows its own vertices
+        turned: list[Tensor | None] = [None] * len(self.parents)
+        identity = torch.eye(3).to(target).expand(len(target), 1, 3, 3)
+        for level in self.levels:
+            above = [self.parents[joint] for joint in level]
+            towards = identity if level == [0] else torch.stack([turned[parent] for parent in above], 1)  # type: ignore[arg-type,misc]
+            strength = 1e-9 if level == [0] else pull
+            u, _, vh = torch.linalg.svd(covariance[:, level].mT + strength * towards)
+            sign = torch.ones_like(u[..., 0])
+            sign[..., -1] = torch.linalg.det(u @ vh)
+            for row, joint in enumerate(level):
+                turned[joint] = ((u * sign[..., None, :]) @ vh)[:, row]
+        world = torch.stack(turned, 1)  # type: ignore[arg-type]
+        return torch.cat([world[:, :1], world[:, self.above[1:]].mT @ world[:, 1:]], 1)
+
+    def _chain(self, rotations: Tensor) -> Tensor:  # (N, J, 3, 3) -> in the world
+        turned: list[Tensor] = []
+        for joint, parent in enumerate(self.parents):
+            turned.append(rotations[:, joint] if joint == 0 else turned[parent] @ rotations[:, joint])
+        return torch.stack(turned, 1)
+
+    def _place(
+        self,
+        rotations: Tensor,  # (N, J, 3, 3)
+        betas: Tensor,  # (N, B)
+        translation: Tensor,  # (N, 3)
+        target: Tensor,  # (N, P, 3)
+        sight: Sight | None,
+    ) -> _Placed:
+        count = len(target)
+        world = self._chain(rotations)
+        placed = [self.joint_basis[:1].expand(count, -1, -1, -1)[:, 0]]  # (N, 3, 1 + B)
+        for joint, parent in enumerate(self.parents[1:], 1):
+            bone = self.joint_basis[joint] - self.joint_basis[parent]
+            placed.append(placed[parent] + world[:, parent] @ bone)
+        joints = torch.stack(placed, 1)  # (N, J, 3, 1 + B)
+        shift = joints - world @ self.joint_basis  # G_k v = world_k v + shift_k
+        betas_one = torch.cat([betas.new_ones(count, 1), betas], 1)
+
+        rest = self.template + (betas @ self.shapedirs.flatten(0, 1).T).unflatten(-1, (-1, 3))
+        if self.posedirs is not None:
+            feature = (rotations[:, 1:] - torch.eye(3).to(rotations)).flatten(1)
+            rest = rest + (feature @ self.posedirs.flatten(0, 1).T).unflatten(-1, (-1, 3))
+        placed_by = (rest @ world.permute(0, 3, 2, 1).flatten(2)).unflatten(-1, (3, -1))
+        moved = (placed_by + (shift @ betas_one[:, None, :, None])[..., 0].mT[:, None]) * self.weights[:, None]
+        residual = target - moved.sum(-1) - translation[:, None]
+        cost = residual.square().sum((1, 2)) + self.noise**2 * betas.square().sum(-1)
+        if sight is not None:
+            cost = cost + sight.seen(residual).square().sum((1, 2))
+        return _Placed(rotations, betas, translation, world, joints, moved, residual, cost)
+
+    def _normal_equations(
+        self, at: _Placed, sight: Sight | None
+    ) -> tuple[Tensor, Tensor]:  # J^T J (N, U, U), J^T r (N, U)
+        """From one Gram matrix.
+
+        A turn w of joint j, in the world, moves a vertex by w x d_vj, with d_vj = sum_{k at or below j} W_vk (G_k v -
+        p_j). So every block of J^T J is a sum of products of d, of the posed shape directions and of the residual. The
+        pose blend shapes' own dependence on the pose is small, and left out of J alone.
+        """
+        world, joints, betas, moved, residual = at.world, at.joints, at.betas, at.moved, at.residual
+        count, points, num_betas = len(moved), len(self.template), betas.shape[1]
+        shift = joints - world @ self.joint_basis
+        betas_one = torch.cat([betas.new_ones(count, 1), betas], 1)
+        pivot = (joints @ betas_one[:, None, :, None])[..., 0].mT  # (N, 3, J)
+        arm = moved @ self.below.T - self.moved[:, None] * pivot[:, None]
+
+        blended = (self.weights @ world.flatten(2)).unflatten(-1, (3, 3)).transpose(0, 1).flatten(1, 2)  # (P, N * 3, 3)
+        grown = (blended @ self.shapedirs).unflatten(1, (count, 3)).transpose(0, 1)  # (N, P, 3, B)
+        grown = grown + (self.weights @ shift[..., 1:].flatten(2)).unflatten(-1, (3, num_betas))
+        identity = torch.eye(3).to(moved)
+        linear = torch.cat([grown, identity.expand(count, points, 3, 3), residual[..., None]], -1)  # (N, P, 3, L)
+        everything = torch.cat([arm.flatten(2), linear.flatten(2)], -1)
+        gram = everything.mT @ everything
+
+        num_joints, columns = len(self.parents), linear.shape[-1]
+        turns = 3 * num_joints
+        among = gram[:, :turns, :turns].unflatten(1, (3, num_joints)).unflatten(3, (3, num_joints))  # a j b i
+        trace = among.diagonal(dim1=1, dim2=3).sum(-1)  # (N, J, J)
+        turn_turn = identity[None, :, None, :, None] * trace[:, None, :, None] - among.transpose(1, 3)
+        cross = gram[:, :turns, turns:].unflatten(1, (3, num_joints)).unflatten(3, (3, columns))  # c j d l
+        # (arm x column)_a = arm_b column_c - arm_c column_b for a, b, c in turn
+        turn_linear = torch.cat(
+            [
+                cross[:, 1, :, 2] - cross[:, 2, :, 1],
+                cross[:, 2, :, 0] - cross[:, 0, :, 2],
+                cross[:, 0, :, 1] - cross[:, 1, :, 0],
+            ],
+            1,
+        )
+        inner = gram[:, turns:, turns:].unflatten(1, (3, columns)).unflatten(3, (3, columns))
+        linear_linear = inner.diagonal(dim1=1, dim2=3).sum(-1)  # (N, L, L)
+
+        normal = torch.cat(
+            [
+                torch.cat([turn_turn.flatten(3, 4).flatten(1, 2), turn_linear[..., :-1]], -1),
+                torch.cat([turn_linear[..., :-1].mT, linear_linear[:, :-1, :-1]], -1),
+            ],
+            1,
+        )
+        slope = torch.cat([turn_linear[..., -1], linear_linear[:, :-1, -1]], -1)
+        if sight is not None:
+            columns_seen = self._seen_columns(sight, arm, linear)
+            normal = normal + columns_seen[..., :-1].mT @ columns_seen[..., :-1]
+            slope = slope + (columns_seen[..., :-1].mT @ columns_seen[..., -1:])[..., 0]
+        prior, shapes = self.noise**2, slice(turns, turns + num_betas)
+        normal.diagonal(dim1=-2, dim2=-1)[:, shapes] += prior
+        slope[:, shapes] -= prior * betas
+        return normal, slope
+
+    def _seen_columns(
+        self,
+        sight: Sight,
+        arm: Tensor,  # (N, P, 3, J)
+        linear: Tensor,  # (N, P, 3, B + 3 + 1) shape directions, translation, residual
+    ) -> Tensor:  # (N, K * 3, U + 1) how every unknown moves the keypoints across the line of sight; their residual
+        x, y, z = torch.einsum("kp,npcj->cnkj", sight.regressor, arm)
+        nothing = torch.zeros_like(x)
+        # w x arm, for w along each axis
+        turns = torch.cat(
+            [
+                torch.stack([nothing, -z, y], 2),
+                torch.stack([z, nothing, -x], 2),
+                torch.stack([-y, x, nothing], 2),
+            ],
+            -1,
+        )
+        others = torch.einsum("kp,npcl->nkcl", sight.regressor, linear)
+        return (sight.across @ torch.cat([turns, others], -1)).flatten(1, 2)
+
+
+def _spread_vertices(body: Body) -> Tensor:  # (P,) ascending
+    """Vertices spread over the surface by farthest-point sampling, and of every bone those that it moves most."""
+    points = body.v_template.detach().cpu().numpy().astype(np.float64)
+    weights = body.lbs_weights.detach().cpu().numpy()
+    chosen = [int(points[:, 1].argmax())]
+    distance = np.full(len(points), np.inf)
+    for _ in range(min(POINTS, len(points)) - 1):
+        distance = np.minimum(distance, np.square(points - points[chosen[-1]]).sum(-1))
+        chosen.append(int(distance.argmax()))
+    kept = set(chosen)
+    for bone in weights.T:
+        order = np.argsort(-bone, kind="stable")
+        if (bone[chosen] > 0.5).sum() < POINTS_A_BONE:
+            kept |= set(order[:POINTS_A_BONE][bone[order[:POINTS_A_BONE]] > 1e-3].tolist())
+    return torch.tensor(sorted(kept), device=body.v_template.device)
