@@ -255,7 +255,7 @@ class BodyFitter:
         )
         slope = torch.cat([turn_linear[..., -1], linear_linear[:, :-1, -1]], -1)
         if sight is not None:
-            columns_seen = self._seen_columns(sight, arm, linear)
+            columns_seen = self._seen_columns(sight, everything)
             normal = normal + columns_seen[..., :-1].mT @ columns_seen[..., :-1]
             slope = slope + (columns_seen[..., :-1].mT @ columns_seen[..., -1:])[..., 0]
         prior, shapes = self.noise**2, slice(turns, turns + num_betas)
@@ -266,22 +266,22 @@ class BodyFitter:
     def _seen_columns(
         self,
         sight: Sight,
-        arm: Tensor,  # (N, P, 3, J)
-        linear: Tensor,  # (N, P, 3, B + 3 + 1) shape directions, translation, residual
+        everything: Tensor,  # (N, P, 3 J + 3 L) arms; shape directions, translation and residual
     ) -> Tensor:  # (N, K * 3, U + 1) how every unknown moves the keypoints across the line of sight; their residual
-        x, y, z = torch.einsum("kp,npcj->cnkj", sight.regressor, arm)
+        seen = torch.matmul(sight.regressor, everything)
+        arm, others = seen.split([3 * len(self.parents), seen.shape[-1] - 3 * len(self.parents)], -1)
+        x, y, z = arm.unflatten(-1, (3, -1)).unbind(2)  # (N, K, J)
         nothing = torch.zeros_like(x)
         # w x arm, for w along each axis
-        turns = torch.cat(
+        turns = torch.stack(
             [
-                torch.stack([nothing, -z, y], 2),
-                torch.stack([z, nothing, -x], 2),
-                torch.stack([-y, x, nothing], 2),
+                torch.cat([nothing, z, -y], -1),
+                torch.cat([-z, nothing, x], -1),
+                torch.cat([y, -x, nothing], -1),
             ],
-            -1,
+            2,
         )
-        others = torch.einsum("kp,npcl->nkcl", sight.regressor, linear)
-        return (sight.across @ torch.cat([turns, others], -1)).flatten(1, 2)
+        return (sight.across @ torch.cat([turns, others.unflatten(-1, (3, -1))], -1)).flatten(1, 2)
 
 
 def _spread_vertices(body: Body) -> Tensor:  # (P,) ascending

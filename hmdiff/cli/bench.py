@@ -55,6 +55,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--lengths", type=_numbers, default=(1, 3, 10), metavar="K,K", help="curve over steps (default: 1,3,10)"
     )
+    parser.add_argument(
+        "--batches", type=_numbers, default=(1, 4), metavar="B,B", help="curve over people at once (default: 1,4)"
+    )
     parser.add_argument("--quick", action="store_true", help="without the imports, the direct regressor and the files")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the same as JSON (default: none)")
     parser.add_argument("--no-sampling", action="store_true", help="of --config: the training step alone")
@@ -193,6 +196,7 @@ def _stages(options: argparse.Namespace) -> int:
         () if options.quick else SAVED,
         options.counts,
         options.lengths,
+        options.batches,
     )
     device = arguments.resolve_device(options.device)
     bench, found = stage_rows(arguments.checkpoint_folder(options.checkpoint), device, asked)

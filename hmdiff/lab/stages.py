@@ -25,6 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hmdiff.body.mesh_cache import load_mesh
+from hmdiff.build import build_model
+from hmdiff.config import Config
 from hmdiff.diffusion.guidance import Guidance
 from hmdiff.errors import UserError
 from hmdiff.estimators.people import PhotoPeople, read_people
@@ -56,6 +59,7 @@ class Options:
     files: tuple[str, ...] = SAVED
     counts: tuple[int, ...] = (1, 5, 25)  # N of the curves
     lengths: tuple[int, ...] = (1, 3, 10)  # K of the curves
+    batches: tuple[int, ...] = (1, 4)  # B of the curves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +161,8 @@ def _rows(bench: Bench, checkpoint: str | Path, device: torch.device, options: O
     found = read_people(photo)
     yield from _network_rows(bench, pipe, found, options)
 
-    def run(count: int, steps: int | None, mode: str = "dat") -> Any:
-        heatmaps = found.heatmaps[[0] * options.people]
+    def run(count: int, steps: int | None, mode: str = "dat", people: int = options.people) -> Any:
+        heatmaps = found.heatmaps[[0] * people]
         guidance = Guidance(mode=mode)
         return pipe(heatmaps=heatmaps, num_hypotheses=count, num_inference_steps=steps, guidance=guidance)
 
@@ -169,11 +173,34 @@ def _rows(bench: Bench, checkpoint: str | Path, device: torch.device, options: O
         yield bench.row(f"curve: N = {count}, with DAT", functools.partial(run, count, options.steps))
     for length in options.lengths:
         yield bench.row(f"curve: K = {length}, with DAT", functools.partial(run, asked, length))
+    for people in options.batches:
+        together = functools.partial(run, asked, options.steps, people=people)
+        row = bench.row(f"curve: B = {people}, a person, with DAT", together)
+        yield dataclasses.replace(row, seconds=row.seconds / people, spread=row.spread / people)
+    yield from _token_rows(bench, pipe, options)
     yield from _file_rows(bench, pipe, photo, run(asked, options.steps), options)
     if options.regressor:
         model = direct_regressor(device, options.dtype)
         picture = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device).to(options.dtype)
         yield bench.row(REGRESSOR, lambda: model(picture), count=True)
+
+
+def _token_rows(bench: Bench, pipe: HMDiffPipeline, options: Options) -> Iterator[Row]:
+    """One denoising step of this network with other tokens, and random weights."""
+    given = {name: value for name, value in pipe.model.config.items() if not name.startswith("_")}
+    mesh = load_mesh(pipe.body)
+    for tokens, patch in (("parts", 8), ("patches", 8), ("patches", 1)):
+        with contextlib.suppress(UserError):  # lifting and refinement need patches
+            config = Config(model={**given, "tokens": tokens, "patch_size": patch, "pretrained": False})
+            model = build_model(config, pipe.body, mesh).to(pipe.device).eval()
+            values = torch.zeros(options.people, model.config.num_keypoints, *[model.config.heatmap_size] * 2)
+            valid = torch.ones(values.shape[:2], dtype=torch.bool)
+            conditioning = model.encode(None, values.to(pipe.device), valid.to(pipe.device))[0]
+            points = torch.randn(options.people, options.hypotheses, model.num_points, 3, device=pipe.device)
+            step = torch.full((1, 1), 0.5, device=pipe.device)
+            name = "body parts" if tokens == "parts" else f"patches of {patch}" if patch > 1 else "vertices"
+            run = functools.partial(model.denoise, points, step, conditioning)
+            yield bench.row(f"curve: one denoising step, tokens {name}", run, count=True)
 
 
 def _network_rows(bench: Bench, pipe: HMDiffPipeline, found: PhotoPeople, options: Options) -> Iterator[Row]:
@@ -215,8 +242,9 @@ def _network_rows(bench: Bench, pipe: HMDiffPipeline, found: PhotoPeople, option
 
     yield bench.row(f"the same with DAT's gradient {one}", guided, count=True)
     coarse = model.to_coarse(denoised(points).float())
+    place = points.new_tensor([0.0, 0.0, 5.0]).expand(*points.shape[:2], 3)
     yield bench.row(f"upsampling {one}", lambda: model.upsample(coarse), count=True)
-    yield bench.row(f"bodies and parameters {one}", lambda: nearest_bodies(pipe.body, model, coarse), count=True)
+    yield bench.row(f"bodies and parameters {one}", lambda: nearest_bodies(pipe.body, model, coarse, place), count=True)
 
 
 def _file_rows(bench: Bench, pipe: HMDiffPipeline, photo: Path, output: Any, options: Options) -> Iterator[Row]:

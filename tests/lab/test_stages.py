@@ -39,7 +39,20 @@ def test_flops_and_the_share_of_the_peak() -> None:
 
 @pytest.mark.slow
 def test_bench_prints_every_stage_and_saves_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ["--repeats", "1", "--num-hypotheses", "2", "--steps", "2", "--counts", "1,2", "--lengths", "1"]
+    few = [
+        "--repeats",
+        "1",
+        "--num-hypotheses",
+        "2",
+        "--steps",
+        "2",
+        "--counts",
+        "1,2",
+        "--lengths",
+        "1",
+        "--batches",
+        "2",
+    ]
     assert main(["bench", "--checkpoint", "hmdiff_small", "--quick", *few, "--output", f"{tmp_path}/bench.json"]) == 0
     out = capsys.readouterr().out
     saved = json.loads((tmp_path / "bench.json").read_text())
@@ -52,6 +65,9 @@ def test_bench_prints_every_stage_and_saves_them(tmp_path: Path, capsys: pytest.
         "all of it, N = 2, with DAT",
         "curve: N = 1, with DAT",
         "curve: K = 1, with DAT",
+        "curve: B = 2, a person, with DAT",
+        "curve: one denoising step, tokens body parts",
+        "curve: one denoising step, tokens vertices",
     ):
         assert stage in stages and stage in out
     assert all(row["seconds"] > 0 for row in saved["rows"]) and saved["peak_flops_per_second"] > 0
