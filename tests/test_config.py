@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -46,24 +45,6 @@ def test_bad_arguments_are_named(override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("traning: {steps: 3}", "no key 'traning'; did you mean 'training'"),
-        ("training: {steps: [1]}", "training.steps"),
-        ("a: b: c", "not valid YAML"),
-        ("- 1\n- 2", "a mapping of keys to values"),
-        ("\x00", "not valid YAML"),
-    ],
-)
-def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message) as caught:
-        load_config(path)
-    assert "bad.yaml" in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text("seed: 1")
     with pytest.raises(UserError, match="no such config; did you mean 'quickstart'"):
@@ -103,13 +84,6 @@ def test_every_shipped_config_is_valid() -> None:
         assert path.read_text().startswith("# "), f"{path.name} opens with what it is for"
 
 
-def test_fields_have_plain_types() -> None:
-    """Else YAML could not hold them."""
-    for field in dataclasses.fields(Config):
-        value = getattr(Config(), field.name)
-        assert isinstance(value, str | int | dict) or dataclasses.is_dataclass(value)
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -139,6 +113,9 @@ def test_values_out_of_range_are_named(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("traning: {steps: 3}", "no key 'traning'; did you mean 'training'"),
+        ("training: {steps: [1]}", "training.steps"),
+        ("a: b: c", "not valid YAML"),
         ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]", "YAML aliases"),
         ("seed: ${oc.env:NOT_SET_ANYWHERE}", "seed"),
         ("[" * 100_000, "not valid YAML"),
@@ -157,4 +134,4 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> No
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as error:
         load_config(tmp_path / "a.yaml")
-    assert "\n" not in str(error.value)
+    assert "a.yaml" in str(error.value) and "\n" not in str(error.value)

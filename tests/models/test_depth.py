@@ -49,6 +49,13 @@ def test_depth_changes_the_tokens_and_other_depth_changes_them_otherwise(fusion,
     assert (fused - other).abs().amax((1, 2)).min() > 1e-3
 
 
+def test_new_ones_add_nothing(tokens, depth):
+    """So that depth can join a model that is trained already."""
+    assert torch.equal(DepthFusion(WIDTH, 2, layers=2, map_size=SIZE, patch=8)(tokens, MASK, depth), tokens)
+    read = DepthAtTokens(WIDTH, map_size=SIZE)(depth, lambda maps: maps.flatten(2)[..., -TOKENS:].mT)
+    assert read.shape == tokens.shape and not read.any()
+
+
 @pytest.mark.parametrize(("scale", "shift"), [(1000.0, 0.0), (0.001, 0.0), (1.0, 20.0), (0.2, -3.0), (3e30, 0.0)])
 def test_unit_and_origin_do_not_matter(fusion, tokens, depth, scale, shift):
     expected = fusion(tokens, MASK, depth)
