@@ -515,6 +515,7 @@ def mixed(folders: tuple[str, str], output: Path, *overrides: str) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_together(tmp_path: Path, folders: tuple[str, str]) -> None:
     """Synthetic people, recorded bodies and 2D keypoints in one run, with two blocks a batch."""
     options = (

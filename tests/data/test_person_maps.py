@@ -177,6 +177,7 @@ def test_nothing_is_called_d2a_without_its_labels(bare: Path, tmp_path: Path, op
         Trainer(small_config(tmp_path / "run", *words, "evaluation.people=0"))
 
 
+@pytest.mark.slow
 def test_the_dry_run_names_what_learns_nothing(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a model on people with all labels; without the silhouette's loss its decoder, by name."""
     monkeypatch.setattr("hmdiff.train.check._TIMED_STEPS", 3)
