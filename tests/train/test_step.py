@@ -1,4 +1,4 @@
-"""A step's draws move as one, and which parameters it leaves without a gradient is known beforehand."""
+"""The step as a module gives all that it holds; its draws move as one; what it leaves without a gradient is known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from small import free_body, small_pipeline
 
 from hmdiff.config import LossConfig
 from hmdiff.errors import UserError
-from hmdiff.train.step import Draws, keypoint_map, used_by_no_loss
+from hmdiff.train import step
+from hmdiff.train.step import Draws, TrainingStep, keypoint_map, used_by_no_loss
 
 PLAIN = {"inputs": "heatmaps", "silhouette": False, "rle": (), "depth_map": False, "masked": 0.0, "lifting": False}
 
@@ -36,6 +37,15 @@ def test_what_no_loss_uses(model: dict[str, Any], loss: dict[str, float], expect
     """DDP waits for ever for a gradient that is not announced as missing, and is slower where it is announced."""
     built: Any = SimpleNamespace(config=SimpleNamespace(**{**PLAIN, **model}))
     assert used_by_no_loss(built, LossConfig(**loss)) is expected
+
+
+def test_the_module_gives_all_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_pipeline().model
+    held: tuple[Any, ...] = (object(), LossConfig(), torch.zeros(2, 2), object())  # schedule, weights, edges, keypoints
+    monkeypatch.setattr(step, "training_losses", lambda *given: given)
+    found = TrainingStep(model, *held)("people", "draws")  # type: ignore[arg-type]
+    for value, expected in zip(found, (model, *held[:2], "people", "draws", *held[2:]), strict=True):
+        assert value is expected
 
 
 @pytest.mark.parametrize("hidden", [None, torch.ones(2, 3, 5, dtype=torch.bool)])
