@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,13 +71,15 @@ def run(options: argparse.Namespace) -> int:
     stem = options.results[0].stem
     written = []
     for kind in options.to:
+        started = time.perf_counter()
         path = folder / (stem + {"glb": "_animated.glb", "bvh": ".bvh", "smpl": "_smpl.npz"}[kind])
         if kind == "glb":
             save_animated_glb(path, body, clips, betas)
         else:
             frames = next(iter(clips.values())) if len(results) > 1 else _poses(clips)
             (save_bvh if kind == "bvh" else save_smpl_npz)(path, body, frames, betas)
-        written.append(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+        seconds = time.perf_counter() - started
+        written.append(f"{path} ({path.stat().st_size / 1e6:.2f} MB, {seconds:.2f} s)")
     print("\n".join(written))
     return 0
 
@@ -121,15 +124,36 @@ def _parameters(body: Body, result: Mapping[str, Any], hypotheses: bool) -> tupl
     """Mesh, pose, betas and translation in the camera's frame: of the mean, then of the hypotheses if wanted."""
     import torch
 
-    from hmdiff.body.fitting import fit_parameters
-
     vertices = torch.from_numpy(result["vertices"])
     shifts = torch.from_numpy(result["translation"]).expand(len(vertices), 3)
     meshes, places = vertices.mean(0, keepdim=True), shifts.mean(0, keepdim=True)
     if hypotheses:
         meshes, places = torch.cat([meshes, vertices]), torch.cat([places, shifts])
+    pose, betas, translation = _stored(body, result, len(meshes)) or _fitted(body, meshes)
+    return meshes + places[:, None], pose, betas, translation + places
+
+
+def _stored(body: Body, result: Mapping[str, Any], count: int) -> tuple[Any, Any, Any] | None:
+    """Parameters that the result holds, the mean's first; None where they are not all there, or of another body."""
+    import torch
+
+    shapes = {"pose": (body.num_joints, 3), "betas": (body.num_betas,), "pose_translation": (3,)}
+    found = []
+    for name, shape in shapes.items():
+        if name not in result or f"mean_{name}" not in result:
+            return None
+        mean, every = torch.from_numpy(result[f"mean_{name}"]), torch.from_numpy(result[name])
+        if mean.shape != shape or every.shape != (len(result["vertices"]), *shape):
+            return None
+        found.append(torch.cat([mean[None], every])[:count].float())
+    return found[0], found[1], found[2]
+
+
+def _fitted(body: Body, meshes: Any) -> tuple[Any, Any, Any]:
+    from hmdiff.body.fitting import fit_parameters
+
     fitted = fit_parameters(body, meshes)
-    return meshes + places[:, None], fitted.pose, fitted.betas, fitted.translation + places
+    return fitted.pose, fitted.betas, fitted.translation
 
 
 def _poses(clips: Mapping[str, Clip]) -> Clip:

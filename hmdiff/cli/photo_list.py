@@ -20,19 +20,23 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def photos_of(places: Sequence[Path]) -> tuple[list[Path], bool]:  # photos; whether a folder or pattern named them
-    """Every photo once, in order; a folder's by name.
+    """Every photo and video once, in order; a folder's by name.
 
     Raises:
-        UserError: a folder without pictures, a pattern that fits nothing.
+        UserError: a folder without any, a pattern that fits nothing.
     """
+    from hmdiff.video.reading import is_clip
+
     found: list[Path] = []
     many = False
     for place in places:
         if place.is_dir():
-            inside = sorted(p for p in place.iterdir() if p.suffix.lower() in _PICTURES and p.is_file())
+            inside = sorted(p for p in place.iterdir() if (p.suffix.lower() in _PICTURES or is_clip(p)) and p.is_file())
             inside = [path for path in inside if not _written_by_us(path)]
             if not inside:
-                raise UserError(f"{place}: no pictures in it ({', '.join(_PICTURES)}); name another folder")
+                raise UserError(
+                    f"{place}: no pictures or videos in it ({', '.join(_PICTURES)}, mp4, ...); name another"
+                )
             found += inside
             many = True
         elif not place.exists() and any(sign in str(place) for sign in "*?["):
@@ -47,9 +51,11 @@ def photos_of(places: Sequence[Path]) -> tuple[list[Path], bool]:  # photos; whe
 
 
 def _written_by_us(path: Path) -> bool:
-    """A picture of an earlier result in the same folder."""
-    from hmdiff.files.outputs import is_ours
+    """A picture or overlay of an earlier result in the same folder."""
+    from hmdiff.files.outputs import OVERLAY, is_ours, tracks_of
 
+    if path.name.endswith(OVERLAY):
+        return bool(tracks_of(path.parent, path.name.removesuffix(OVERLAY)))
     return any(path.name.endswith(suffix) and is_ours(path, suffix) for suffix in ("_spread.png", ".png"))
 
 

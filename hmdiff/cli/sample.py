@@ -47,8 +47,8 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         type=Path,
         metavar="PHOTO",
-        help="jpg, png, webp, ...; a folder of them; a pattern in quotes, such as 'clips/*/*.jpg'; or a video (mp4, "
-        "mov, ...), whose people are tracked",
+        help="jpg, png, webp, ...; a video (mp4, mov, ...), whose people are tracked; a folder of them; or a pattern "
+        "in quotes, such as 'clips/*/*.jpg'",
     )
     parser.add_argument(
         "--keypoints",
@@ -187,8 +187,13 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "last",
         "focal",
         "principal_point",
+        "pose",
+        "max_people",
     )
     settings = {name: getattr(options, name, None) for name in names}
+    for name in ("keypoints", "heatmaps", "intrinsics", "depth"):
+        if given := getattr(options, name, None):
+            settings[name] = [str(each) for each in given] if isinstance(given, list) else str(given)
     kinds = getattr(options, "save", SAVED)
     return settings if set(kinds) == set(SAVED) else settings | {"save": ",".join(kinds)}
 

@@ -81,6 +81,7 @@ def _sample(
     from hmdiff.video.reading import clip_info
     from hmdiff.video.recover import recover_video
     from hmdiff.video.sightings import remove_chunks
+    from hmdiff.video.writing import H264, INSTALL
 
     folder = options.output / f"{name}_frames"
     total = clip_info(clip).frames or None
@@ -128,9 +129,10 @@ def _sample(
         )
         print(_line(video, track, stem, away, spread))
     with tqdm(total=total, unit="frame", desc=f"drawing {name}_overlay.mp4", disable=None, leave=False) as bar:
-        draw_video(options.output / f"{name}_overlay.mp4", video.info, video.tracks, bar.update)
+        codec = draw_video(options.output / f"{name}_overlay.mp4", video.info, video.tracks, bar.update)
     remove_chunks(folder)
-    print(f"{len(video.tracks)} people of {clip}, written to {options.output}/")
+    other = "" if codec == H264 else f" (the overlay as {codec}; as {H264}, which browsers play: {INSTALL})"
+    print(f"{len(video.tracks)} people of {clip}, written to {options.output}/{other}")
 
 
 def _figures(track: VideoTrack) -> tuple[float, float]:

@@ -2,8 +2,10 @@
 
 BlazePose (Bazarevsky et al., arXiv 2006.10204): a detector of faces with the body's size and turn, and a landmark
 network with 33 landmarks, their 64 x 64 heatmaps and a silhouette. The heatmaps, not the landmarks, are what we take:
-they are resampled from the turned window into our crop, so that two possible places stay two. Measured faults and how
-they compare with labels: docs/keypoints.md. P people, W = 256 pixels a side of a window.
+they are resampled from the turned window into our crop, so that two possible places stay two. A joint beyond the
+photo's edge still has a peak somewhere, so a heatmap is multiplied by the network's probability that the joint is in
+the picture at all (its presence), and the crop goes by the landmark in place of that peak. Measured faults and how they
+compare with labels: docs/keypoints.md. P people, W = 256 pixels a side of a window.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ MOST_PEOPLE = 10
 _LEAST_SCORE = 0.5  # of a person in the window
 _LEAST_FACE = 0.5  # of a detection; 0.2 where that finds nobody
 _SECOND_LOOK = 0.2
+_PRESENT = 0.5  # probability of being in the picture from which a joint's peak, not its landmark, sets the crop
 _PASSES = 2
 _SAME_PERSON = 0.25  # mean distance of two people's joints, as a share of their extent, under which they are one
 _NEXT = (33, 34)  # landmarks that set the next window, as the detector's first two points do
@@ -117,7 +120,8 @@ class LandmarkEstimator:
                 current = window(middle, above) or current
         values = _sigmoid(outputs[HEATMAP_SIZE**2 * 39].reshape(HEATMAP_SIZE, HEATMAP_SIZE, 39)[..., :33])
         mask = _sigmoid(outputs[WINDOW * WINDOW].reshape(WINDOW, WINDOW))
-        return _Person(current, values.transpose(2, 0, 1), _over_photo(mask, affine, photo.shape[:2]))
+        silhouette = _over_photo(mask, affine, photo.shape[:2])
+        return _Person(current, values.transpose(2, 0, 1), landmarks[:33], silhouette)
 
 
 class _Network:
@@ -137,15 +141,24 @@ class _Network:
 
 
 class _Person:
-    def __init__(self, window: Crop, heat: np.ndarray, silhouette: np.ndarray) -> None:
-        self.window = window
-        self.heat = heat  # (33, 64, 64) 0..1 over the window
-        self.silhouette = silhouette  # (H, W) 0..1 over the photo
+    def __init__(
+        self,
+        window: Crop,
+        heat: np.ndarray,  # (33, 64, 64) 0..1 over the window
+        landmarks: np.ndarray,  # (33, 5) x, y, z pixels of the window, logits of visibility and presence
+        silhouette: np.ndarray,  # (H, W) 0..1 over the photo
+    ) -> None:
+        self.window, self.silhouette = window, silhouette
+        presence = _sigmoid(landmarks[:, 4])
+        self.heat = heat * presence[:, None, None]
         best = heat.reshape(33, -1).argmax(1)
         places = np.stack([best % HEATMAP_SIZE, best // HEATMAP_SIZE], -1)
         local = torch.tensor((places + 0.5) * (2 / HEATMAP_SIZE) - 1, dtype=torch.float32)
-        self.points = window.to_photo(local[None])[0]  # (33, 2) photo pixels
-        self.confidence = torch.tensor(heat.reshape(33, -1).max(1))
+        peaks = window.to_photo(local[None])[0]
+        self.confidence = torch.tensor(self.heat.reshape(33, -1).max(1))
+        regressed = torch.tensor(landmarks[:, :2] / (WINDOW / 2) - 1, dtype=torch.float32)
+        present = torch.tensor(presence >= _PRESENT)[:, None]
+        self.places = torch.where(present, peaks, window.to_photo(regressed[None])[0])  # (33, 2) photo pixels
 
 
 def into_crop(
@@ -169,7 +182,7 @@ def into_crop(
 def _heatmaps(person: _Person) -> Heatmaps:
     source, target = shared_joints(MEDIAPIPE33, HALPE26)
     points, confidence = torch.zeros(len(HALPE26), 2), torch.zeros(len(HALPE26))
-    points[target], confidence[target] = person.points[source], person.confidence[source]
+    points[target], confidence[target] = person.places[source], person.confidence[source]
     turn = body_turn(points, confidence)
     axes = torch.tensor([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]], dtype=torch.float32)
     center, side = crop_from_keypoints(points @ axes, confidence)
@@ -183,14 +196,14 @@ def _heatmaps(person: _Person) -> Heatmaps:
 
 def _box(person: _Person) -> Tensor:  # (4,)
     """About the landmarks, a tenth wider: what they lack to the person's outline."""
-    low, high = person.points.amin(0), person.points.amax(0)
+    low, high = person.places.amin(0), person.places.amax(0)
     margin = 0.1 * (high - low).amax()
     return torch.cat([low - margin, high + margin])
 
 
 def _same(person: _Person, other: _Person) -> bool:
-    extent = (other.points.amax(0) - other.points.amin(0)).amax()
-    return bool((person.points - other.points).norm(dim=-1).mean() < _SAME_PERSON * extent)
+    extent = (other.places.amax(0) - other.places.amin(0)).amax()
+    return bool((person.places - other.places).norm(dim=-1).mean() < _SAME_PERSON * extent)
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 from hmdiff.errors import UserError
 
 SCENE = "_scene.glb"
+OVERLAY = "_overlay.mp4"
 PERSON_FILES = (".npz", ".html", ".obj", ".glb", ".png", "_spread.png", SCENE)
 OURS = "spread_mm"  # an array of every npz that `hmdiff sample` ever wrote
 
@@ -112,10 +113,15 @@ def is_ours(path: Path, suffix: str) -> bool:
 
 def protect_from_clip(folder: Path, name: str, clip: Path) -> None:
     """The same for a video's results, NAME_track_0.npz, ... and NAME_overlay.mp4. Raises `UserError` as above."""
-    overlay = folder / f"{name}_overlay.mp4"
+    overlay = folder / f"{name}{OVERLAY}"
     if not overlay.exists():
         return
     if overlay.resolve() == clip.resolve():
         raise UserError(f"{overlay}: is read, and would be replaced by the result; give another --output")
-    if not any(is_ours(path, ".npz") for path in folder.glob(f"{glob.escape(name)}_track_[0-9]*.npz")):
+    if not tracks_of(folder, name):
         raise UserError(f"{overlay}: is there already and was not written by hmdiff; move it, or give another --output")
+
+
+def tracks_of(folder: Path, name: str) -> list[Path]:
+    """The npz of a video's tracks that `hmdiff sample` wrote."""
+    return [path for path in sorted(folder.glob(f"{glob.escape(name)}_track_[0-9]*.npz")) if is_ours(path, ".npz")]

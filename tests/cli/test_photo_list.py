@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hmdiff.cli.photo_list import Results, photos_of
-from hmdiff.cli.sample import Run, one_photo_s
+from hmdiff.cli.sample import Run, one_photo_s, settings_of
 from hmdiff.errors import UserError
 from hmdiff.files.outputs import output_names, photo_names, protect_inputs
 from hmdiff.heatmaps.cameras import PhotoCamera
@@ -33,7 +33,7 @@ def test_folders_and_patterns(tmp_path: Path) -> None:
     assert photos_of([tmp_path / "in", a]) == ([b, a], True)  # once
     assert photos_of([a, tmp_path / "gone.jpg"]) == ([a, tmp_path / "gone.jpg"], False)  # refused when it is read
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no pictures in it"):
+    with pytest.raises(UserError, match="no pictures or videos in it"):
         photos_of([tmp_path / "empty"])
     with pytest.raises(UserError, match="no file fits this pattern"):
         photos_of([tmp_path / "*.jpg"])
@@ -44,6 +44,25 @@ def test_pictures_of_an_earlier_result_are_no_photos(tmp_path: Path) -> None:
     pictures(tmp_path, "a.png", "a_spread.png")
     np.savez(tmp_path / "a.npz", spread_mm=np.zeros(2))
     assert photos_of([tmp_path]) == ([photo], True)
+
+
+def test_videos_of_a_folder_and_their_overlays(tmp_path: Path) -> None:
+    pictures(tmp_path, "b.jpg")
+    for name in ("a.MOV", "c.mp4", "c_overlay.mp4", "d_overlay.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    np.savez(tmp_path / "c_track_0.npz", spread_mm=np.zeros(2))  # so c_overlay.mp4 is of an earlier result
+    found = ["a.MOV", "b.jpg", "c.mp4", "d_overlay.mp4"]
+    assert photos_of([tmp_path]) == ([tmp_path / name for name in found], True)
+
+
+def test_other_sources_are_other_settings() -> None:
+    """A folder that was done with one estimator is not done with another, nor with another file of keypoints."""
+    given = {"pose": "embedded", "keypoints": [], "intrinsics": None}
+    usual = settings_of(Namespace(**given))
+    assert "keypoints" not in usual and json.loads(json.dumps(usual)) == usual
+    for other in ({"pose": "human"}, {"keypoints": [Path("all.json")]}, {"intrinsics": Path("K.json")}):
+        found = settings_of(Namespace(**(given | other)))
+        assert found != usual and json.loads(json.dumps(found)) == found
 
 
 def test_names_of_photos_that_share_one(tmp_path: Path) -> None:

@@ -129,6 +129,35 @@ def test_somebody_who_hangs_upside_down_is_seen_in_a_turned_crop(
     assert distance.median() < 0.03 * upright.heatmaps.side[0]
 
 
+def test_a_joint_that_is_not_in_the_picture_has_no_peak_and_its_landmark_sets_the_crop() -> None:
+    of_window = Crop.of(torch.tensor([[300.0, 300.0]]), torch.tensor([512.0]))
+    heat = gaussian_heatmaps(torch.full((1, 33, 2), -0.5), torch.full((1, 33), 0.8), 1.5)[0].numpy()
+    found = np.zeros((33, 5), np.float32)
+    found[:, :2], found[:, 4] = (192, 224), 9.0  # right of the middle and below; sure to be in the picture
+    ankle = 27
+    found[ankle, 4] = -4.0  # 0.018
+    person = landmarks._Person(of_window, heat, found, np.zeros((600, 600), np.float32))
+    assert person.heat[ankle].max() < 0.02 < 0.7 < person.heat[26].max()
+    assert person.places[ankle].tolist() == pytest.approx([428, 492])  # 300 + 512 (192 / 256 - 1 / 2), ...
+    assert person.places[26].tolist() == pytest.approx([172, 172], abs=5)  # the peak, to the heatmap's pixel
+
+
+@NETWORKS
+def test_legs_below_the_photos_edge_are_no_evidence(estimator: landmarks.LandmarkEstimator, shared_data: Path) -> None:
+    """The skier cut at the hips, beside the whole skier."""
+    from hmdiff.viz.canvas import read_picture
+
+    photo = read_picture(shared_data / "photos" / "skier.jpg")
+    cut = np.ascontiguousarray(photo[:235])
+    whole, seen = estimator.see(photo).heatmaps, estimator.see(cut).heatmaps
+    ankles = [HALPE26.index(f"{side}_ankle") for side in ("left", "right")]
+    shoulders = [HALPE26.index(f"{side}_shoulder") for side in ("left", "right")]
+    before, after = (heatmap_peaks(each.values)[1][0] for each in (whole, seen))
+    assert before[ankles].min() > 0.5 and after[ankles].max() < 0.25 < 0.4 < after[shoulders].min()
+    bottom = [float(each.center[0, 1] + each.side[0] / 2) for each in (whole, seen)]
+    assert bottom[1] > 300  # the crop has room for the legs that the photo does not show
+
+
 # -- the files
 
 

@@ -261,3 +261,32 @@ def test_export_writes_a_clip_of_every_hypothesis_and_a_motion_of_several_result
     assert [each.name for each in Glb(folder / "one_animated.glb").gltf.animations] == ["motion"]
     _, joints, seconds = read_bvh(folder / "one.bvh")
     assert len(joints) == 2 and seconds == pytest.approx(0.1)
+
+
+def test_parameters_in_the_result_are_not_fitted_again(
+    body: Body, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the hypotheses' own; another fit would give others that are nearly as near."""
+    path = tmp_path / "one.npz"
+    write_result(path, body, 0)
+    with np.load(path) as data:
+        arrays = dict(data)
+    generator = torch.Generator().manual_seed(3)
+    pose, betas = 0.2 * torch.randn(3, body.num_joints, 3, generator=generator), torch.zeros(3, body.num_betas)
+    known = {"pose": pose.numpy(), "betas": betas.numpy(), "pose_translation": np.full((3, 3), 0.01, np.float32)}
+    means = {f"mean_{name}": values.mean(0) for name, values in known.items()}
+    asked = []
+
+    def fit(*arguments: object) -> None:
+        asked.append(arguments)
+        raise UserError("fitted again")
+
+    monkeypatch.setattr("hmdiff.body.fitting.fit_parameters", fit)
+    save_npz(path, **arrays, **known, **means)
+    assert main(["export", str(path), "--to", "smpl"]) == 0 and not asked
+    with np.load(tmp_path / "one_smpl.npz") as data:
+        turned = Rotation.from_rotvec(data["body_pose"].reshape(-1, 3))
+        wanted = np.concatenate([means["mean_pose"][None], known["pose"]])[:, 1:22].reshape(-1, 3)
+        assert (turned * Rotation.from_rotvec(wanted).inv()).magnitude().max() < 1e-5
+    save_npz(path, **arrays, **(known | {"pose": pose.numpy()[:, :5]}), **means)  # of another body
+    assert main(["export", str(path), "--to", "smpl"]) == 2 and len(asked) == 1

@@ -3,9 +3,10 @@
 PHOTOS is a folder of pictures with keypoints or, where there are none, heatmaps beside them (`NAME.json`,
 `NAME_heatmaps.npz`); of the latter the highest peak of a joint is taken as given. Two tables: for each photo, how far
 the estimator's peaks lie from the given ones, and how far apart the recovered bodies are; for each kind of joint, the
-figures that the synthetic faults (`hmdiff/data/synthetic/corruption.py`) are drawn from. With `--recordings` a rendered
-clip of known motion joins the second, whose labels are exact. Given keypoints are an annotator's or another network's,
-with faults of their own.
+figures that the synthetic faults (`hmdiff/data/synthetic/corruption.py`) are set by: `jitter` is a Gaussian's standard
+deviation along an axis, as theirs is, and sigma the width of a peak (`narrowest` and `widest`). With `--recordings` a
+rendered clip of known motion joins the second, whose labels are exact. Given keypoints are an annotator's or another
+network's, with faults of their own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ KINDS = ("nose", "eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ank
 _SURE = 0.1  # confidence of a keypoint that counts as given
 _FAR = 0.15  # crop half-sides: a joint that is not where it should be, not one that is a little off
 _CUT = 0.777  # the standard deviation that is measured of a Gaussian of 1, when what is under a tenth is cut off
+_MEDIAN = 1.1774  # distance of half of the points of a Gaussian in the plane, in its standard deviations
 _WINDOW = 6  # heatmap pixels about a peak in which its width is measured
 
 
@@ -137,6 +139,7 @@ def by_kind(rows: Sequence[dict[str, Tensor]]) -> list[list[str]]:
                 kind,
                 f"{int(mine.sum())}",
                 f"{float(off.quantile(0.5)):.3f}",
+                f"{float(off.quantile(0.5)) / _MEDIAN:.3f}",
                 f"{float(off.quantile(0.9)):.3f}",
                 f"{float((off > _FAR).float().mean()):.2f}",
                 f"{float(sure.quantile(0.5)):.2f}",
@@ -155,7 +158,7 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 FIRST = ("photo", "joints", "px", "% of the crop", "most, px", "bodies apart, mm", "spread given", "estimated")
-SECOND = ("joint", "n", "off, median", "90 %", "beyond 0.15", "confidence", "10 %", "sigma, px")
+SECOND = ("joint", "n", "off, median", "jitter", "90 %", "beyond 0.15", "confidence", "10 %", "sigma, px")
 
 
 @torch.no_grad()
