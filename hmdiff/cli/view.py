@@ -47,8 +47,7 @@ def run(options: argparse.Namespace) -> int:
 def results_in(output: Path) -> list[Path]:
     """The npz files that are meant; every one in a folder. Raises `UserError` where there is none."""
     if output.is_dir():
-        # A folder may hold heatmaps beside results; only results have a page or vertices.
-        found = [path for path in sorted(output.glob("*.npz")) if not path.stem.endswith("_heatmaps")]
+        found = [path for path in sorted(output.glob("*.npz")) if _has_page(path)]
         if not found:
             raise UserError(f"{output}: no result in it; give the folder that hmdiff sample wrote, such as outputs")
         return found
@@ -71,3 +70,16 @@ def write_page(result: Path, page: Path, photo: Path | None) -> None:
         if not photo.exists():
             raise UserError(f"{result}: its photo {photo} is not there any more; give --photo FILE")
     save_viewer(page, arrays, photo)
+
+
+def _has_page(path: Path) -> bool:
+    """Not heatmaps, a video's tracks or an export's parameters, which may lie beside results. Of a damaged file we
+    cannot tell: it is named where it is read.
+    """
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "vertices.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return True

@@ -63,8 +63,9 @@ class MMPoseSource:
                 from hmdiff.estimators.detector import PersonDetector
 
                 self._detector = PersonDetector(*self._named)
-            found = self._detector.boxes(photo)[: self.most_people]
+            everybody = self._detector.boxes(photo)
+            found = everybody[: self.most_people]
         else:
-            found = check_boxes(boxes, photo.shape[1], photo.shape[0])
+            everybody = found = check_boxes(boxes, photo.shape[1], photo.shape[0])
         with torch.no_grad():
-            return SeenPeople(self._estimator.heatmaps(photo, found), found)
+            return SeenPeople(self._estimator.heatmaps(photo, found), found, len(everybody) - len(found))

@@ -74,7 +74,8 @@ class LandmarkEstimator:
         else:
             windows = self._windows(photo)
         found: list[_Person] = []
-        for each in windows:
+        more = 0
+        for number, each in enumerate(windows):
             person = self._person(photo, each)
             if boxes is None and (person is None or any(_same(person, other) for other in found)):
                 continue
@@ -82,6 +83,7 @@ class LandmarkEstimator:
                 raise UserError("no person is seen in the given box; give the box of a whole person, or none")
             found.append(person)
             if boxes is None and len(found) == self.most_people:
+                more = len(windows) - number - 1
                 break
         if not found:
             raise UserError(
@@ -89,9 +91,8 @@ class LandmarkEstimator:
                 "--keypoints FILE, or another estimator by --pose MODEL"
             )
         heatmaps = concatenate_heatmaps([_heatmaps(person) for person in found])
-        return SeenPeople(
-            heatmaps, torch.stack([_box(person) for person in found]), tuple(each.silhouette for each in found)
-        )
+        masks = tuple(each.silhouette for each in found)
+        return SeenPeople(heatmaps, torch.stack([_box(person) for person in found]), more, masks)
 
     def _windows(self, photo: np.ndarray) -> list[Crop]:
         height, width = photo.shape[:2]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from hmdiff.estimators.source import Box, PoseSource
+    from hmdiff.estimators.source import Box, PoseSource, SeenPeople
     from hmdiff.heatmaps import Heatmaps, PersonKeypoints
     from hmdiff.heatmaps.cameras import PhotoCamera
     from hmdiff.heatmaps.photo import PhotoInfo
@@ -87,11 +87,19 @@ def people_in(photo: Photo, source: PoseSource) -> PhotoPeople:
     from hmdiff.heatmaps.photo import PhotoInfo
 
     info = PhotoInfo(picture.shape[1], picture.shape[0])
-    maps, camera = source.see(picture).heatmaps, PhotoCamera()
+    seen, camera = source.see(picture), PhotoCamera()
+    maps = seen.heatmaps
     maps = dataclasses.replace(maps, crop=camera.applied(maps.crop, info))
     said = f"heatmaps of the {source.name}"
     return PhotoPeople(
-        Path("photo"), info.size, maps, peaks(maps), said, focal_from=camera.described(info), picture=picture
+        Path("photo"),
+        info.size,
+        maps,
+        peaks(maps),
+        said,
+        notes=tuple(_left_out("photo", seen)),
+        focal_from=camera.described(info),
+        picture=picture,
     )
 
 
@@ -151,7 +159,9 @@ def read_people(
         if source is not None and not about_us:
             if keypoints is not None and _json_box(keypoints) is None:
                 notes.append(f"{keypoints}: no keypoints in it, so it was not used")
-            maps = source.see(picture, boxes or _json_box(keypoints)).heatmaps
+            seen = source.see(picture, boxes or _json_box(keypoints))
+            maps = seen.heatmaps
+            notes += _left_out(str(photo), seen)
             found = PhotoPeople(photo, info.size, maps, peaks(maps), f"heatmaps of the {source.name}")
         else:
             found = _from_keypoints(photo, info, keypoints, box, boxes, notes)
@@ -161,6 +171,13 @@ def read_people(
     if faint < FAINT:
         notes.append(f"all confidences are below {FAINT:g} (at most {faint:.2g}): hardly anything is known of the pose")
     return dataclasses.replace(found, heatmaps=maps, notes=(*found.notes, *notes), focal_from=camera.described(info))
+
+
+def _left_out(photo: str, seen: SeenPeople) -> list[str]:
+    if not seen.more:
+        return []
+    taken = len(seen.heatmaps)
+    return [f"{photo}: more people may be in it than the {taken} that were taken; --max-people N takes more"]
 
 
 def _from_heatmaps(

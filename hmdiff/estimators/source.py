@@ -26,6 +26,7 @@ class SeenPeople:
 
     heatmaps: Heatmaps  # of P people, surest first; their crops know nothing of the photo's camera yet
     boxes: Tensor  # (P, 4) x1, y1, x2, y2 photo pixels
+    more: int = 0  # detections that were not looked at, since as many people as were asked for had been found
     silhouettes: tuple[np.ndarray, ...] = ()  # of each, where the source has them: (H, W) 0..1 over the photo
 
 

@@ -52,8 +52,10 @@ class VitPoseSource:
         if boxes is None:
             from hmdiff.estimators.landmarks import LandmarkEstimator
 
-            people = LandmarkEstimator(most_people=self.most_people).see(photo).boxes
+            seen = LandmarkEstimator(most_people=self.most_people).see(photo)
+            people, unseen = seen.boxes, seen.more
         else:
+            unseen = 0
             people = check_boxes(boxes, photo.shape[1], photo.shape[0])
         xywh = torch.cat([people[:, :2], people[:, 2:] - people[:, :2]], 1).numpy()
         inputs = self._processor(photo, boxes=[xywh.tolist()], return_tensors="pt").to(self._device)
@@ -61,7 +63,7 @@ class VitPoseSource:
         if getattr(self._model.config.backbone_config, "num_experts", 1) > 1:
             more["dataset_index"] = torch.zeros(len(people), dtype=torch.long, device=self._device)
         values = self._model(**inputs, **more).heatmaps.float().cpu()
-        return SeenPeople(self._mapped(values, people), people)
+        return SeenPeople(self._mapped(values, people), people, unseen)
 
     def _mapped(self, values: torch.Tensor, people: torch.Tensor) -> Heatmaps:
         """UDP's grid as areas: pixel centres at the ends of the box, so half a pixel more on every side."""

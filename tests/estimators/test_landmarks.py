@@ -158,6 +158,26 @@ def test_legs_below_the_photos_edge_are_no_evidence(estimator: landmarks.Landmar
     assert bottom[1] > 300  # the crop has room for the legs that the photo does not show
 
 
+@NETWORKS
+def test_people_beyond_the_most_are_said(shared_data: Path, tmp_path: Path) -> None:
+    """The skier twice, side by side."""
+    from PIL import Image
+
+    from hmdiff.estimators.people import read_people
+    from hmdiff.viz.canvas import read_picture
+
+    photo = read_picture(shared_data / "photos" / "skier.jpg")
+    Image.fromarray(np.concatenate([photo, photo], axis=1)).save(tmp_path / "two.png")
+    one, both = (
+        read_people(tmp_path / "two.png", source=landmarks.LandmarkEstimator(threads=1, most_people=most))
+        for most in (1, 2)
+    )
+    assert len(one.heatmaps) == 1 and len(both.heatmaps) == 2 and not both.notes
+    assert one.notes == (
+        f"{tmp_path}/two.png: more people may be in it than the 1 that were taken; --max-people N takes more",
+    )
+
+
 # -- the files
 
 

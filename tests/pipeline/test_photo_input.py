@@ -104,8 +104,11 @@ def test_keypoints_beside_a_photo_are_used(pipe: HMDiffPipeline, photo: np.ndarr
     assert len(output.people) == 1 and "photo_keypoints.json" in output.photos[0][0].source
 
 
-def test_bfloat16_computes_nearly_the_same(pipe: HMDiffPipeline, photo: np.ndarray) -> None:
+def test_bfloat16_computes_nearly_the_same(pipe: HMDiffPipeline, photo: np.ndarray, tmp_path: Path) -> None:
     few = {"num_hypotheses": 1, "num_inference_steps": 1}
+    pipe.save_pretrained(tmp_path)
+    loaded = HMDiffPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16 and pipe.dtype == torch.float32
     exact = pipe(photo, **few)
     try:
         rounded = pipe.to(torch.bfloat16)(photo, **few)

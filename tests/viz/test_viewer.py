@@ -83,11 +83,18 @@ def page(result: dict[str, np.ndarray], photo: np.ndarray, tmp_path_factory: pyt
 
 
 def browse(page: Path, *flags: str, fragment: str = "") -> str:
-    profile = page.parent / "profile"
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri() + fragment]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    """What the browser prints. One that hangs, as it does now and then on a busy machine, is started once more."""
+    try:
+        done = started(page, "profile", *flags, fragment=fragment)
+    except subprocess.TimeoutExpired:
+        done = started(page, "another-profile", *flags, fragment=fragment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def started(page: Path, profile: str, *flags: str, fragment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={page.parent / profile}", *flags, page.as_uri() + fragment]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def screenshot(page: Path, fragment: str, size: tuple[int, int]) -> np.ndarray:
@@ -229,8 +236,11 @@ def test_view_makes_the_page_from_the_npz(
     picture = tmp_path / "photo.png"
     Image.fromarray(photo).save(picture)
     save_npz(tmp_path / "one.npz", **result, photo=np.array(str(picture)))
+    for name in ("one_smpl", "clip_track_0", "photo_heatmaps"):  # of an export, a video, an estimator
+        np.savez(tmp_path / f"{name}.npz", poses=np.zeros(3), spread_mm=np.zeros(3))
     assert main(["view", str(tmp_path), "--no-open"]) == 0
-    assert (tmp_path / "one.html").stat().st_size > 1e5 and "one.html" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert (tmp_path / "one.html").stat().st_size > 1e5 and len(printed) == 1 and "one.html" in printed[0]
     picture.unlink()
     (tmp_path / "one.html").unlink()
     assert main(["view", str(tmp_path / "one.npz"), "--no-open"]) == 2

@@ -1,7 +1,7 @@
 """Jitter and error over a rendered clip of known motion, with and without what makes hypotheses agree over time.
 
-`python -m tools.build.jitter ../shared/data/mocap/cmu_asfamc_subjects_01-03.tar.xz`, or `... --photo FILE` for a camera
-that pans over a real photo, in which nobody moves.
+`python -m tools.build.jitter RECORDINGS`, or `... --photo FILE` for a camera that pans over a real photo, in which
+nobody moves, or `... --video FILE` for a real video of which no truth is known: its acceleration holds the motion too.
 
 The clip goes the whole way: frames of a video, embedded pose estimator, tracker, pipeline. Three rows: other noise in
 every frame; noise shared along the track; shared noise and smoothing. Acceleration is that of the joints relative to
@@ -22,6 +22,7 @@ from torch import Tensor
 from hmdiff.body.body import Body
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.pipeline import HMDiffPipeline
+from hmdiff.video.reading import clip_info, read_frames
 from hmdiff.video.recover import recover_video
 from hmdiff.video.smoothing import SIGMA
 from hmdiff.video.tracks import VideoTrack
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recordings", nargs="?", type=Path, help="folder or archive of ASF and AMC files")
     parser.add_argument("--photo", type=Path, help="in place of a recording")
+    parser.add_argument("--video", type=Path, help="a real one, in place of a recording; all of its frames")
     parser.add_argument("--recording", default="02_01", help="name (default: %(default)s, walking)")
     parser.add_argument("--first", type=int, default=0, help="frame of the recording, 120 a second")
     parser.add_argument("--frames", type=int, default=30, help="at 30 a second (default: %(default)s)")
@@ -79,11 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     pipe = HMDiffPipeline.from_pretrained(options.checkpoint)
     body = pipe.body
-    if (options.photo is None) == (options.recordings is None):
-        parser.error("give recordings, or --photo")
+    if sum(each is not None for each in (options.photo, options.recordings, options.video)) != 1:
+        parser.error("give recordings, or --photo, or --video")
     with tempfile.TemporaryDirectory() as temporary:
         clip = Path(temporary) / "clip.mp4" if options.keep is None else options.keep
-        if options.photo is not None:
+        if options.video is not None:
+            clip, info = options.video, clip_info(options.video)
+            options.frames = info.frames or len(list(read_frames(info)))
+            truth, rate, name = torch.full((options.frames, 24, 3), torch.nan), info.frame_rate, clip.stem
+        elif options.photo is not None:
             truth, rate, name = torch.full((options.frames, 24, 3), torch.nan), 30.0, options.photo.stem
             if not clip.exists():
                 pan_clip(clip, read_picture(options.photo), options.frames, rate)
@@ -94,11 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             truth, rate, name = motion.joints(body), motion.frame_rate, options.recording
             if not clip.exists():
                 render_clip(clip, motion, body, seed=options.seed)
-        known = 0.0 if options.photo is not None else float(acceleration(truth, rate).norm(dim=-1).mean())
+        own = float(acceleration(truth, rate).norm(dim=-1).mean()) if options.recordings is not None else 0.0
+        known = f"{own:.0f} mm/s^2" if options.video is None else "not known"
         runs = [("other noise in every frame", False, [0.0]), ("shared noise", True, [0.0, *options.smoothing])]
         print(
             f"{name}, {options.frames} frames at {rate:g}/s, {options.num_hypotheses} hypotheses; the truth's Accel "
-            f"{known:.0f} mm/s^2"
+            f"{known}"
         )
         print(" | ".join(("", *COLUMNS)))
         for kind, shared, smoothings in runs:
