@@ -8,7 +8,9 @@ neither. So the kernel has two factors, as a bilateral filter (Tomasi and Manduc
 
 where d_ts is how far the bodies of the two frames are apart, root-relative joints. Rotations are averaged as matrices
 and brought back to rotations (the chordal mean: Hartley et al., IJCV 2013). It looks ahead as much as back, so nothing
-lags; it is not for live pictures. All is our choice. F frames, K joints.
+lags; it is not for live pictures. Where the first or the last frame cuts the kernel, which would hold a walker back,
+the weights are those of a line fitted by the kernel (local linear regression: Fan, JASA 1992). All is our choice. F
+frames, K joints.
 """
 
 from __future__ import annotations
@@ -35,7 +37,18 @@ def kernel(
         distance = np.maximum(square[:, None] + square[None] - 2 * flat @ flat.T, 0) / joints.shape[1]
         weights = weights * np.exp(-0.5 * distance / delta**2)
     np.fill_diagonal(weights, 1.0)
+    weights = weights * _level(times, weights, _REACH * sigma)
     found: np.ndarray = weights / weights.sum(1, keepdims=True)
+    return found
+
+
+def _level(times: np.ndarray, weights: np.ndarray, reach: float) -> np.ndarray:  # (F, F)
+    """Factors by which the rows that the ends cut have their weighted mean time at their own frame."""
+    ahead = times[None] - times[:, None]
+    first, second = (weights * ahead).sum(1), (weights * ahead**2).sum(1)
+    cut = (times - times[0] < reach) | (times[-1] - times < reach)
+    slope = np.where(cut & (second > 0), first / np.where(second > 0, second, 1.0), 0.0)
+    found: np.ndarray = 1 - slope[:, None] * ahead
     return found
 
 
