@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hmdiff.heatmaps.cameras import PhotoCamera
     from hmdiff.pipeline import HMDiffPipeline
 
-PHOTOS_AT_ONCE = 32  # read before they are sampled
+PHOTOS_AT_ONCE = 16  # sampled together, while the next are read and looked at
 
 
 def add_parser(subparsers: Any) -> None:
@@ -163,9 +163,7 @@ def _sampled(
     print(f"loading {options.checkpoint}", flush=True)
     run = Run(options, source, cameras(options), results)
     bar = tqdm(total=len(files), desc="photos", unit="photo", disable=None if len(files) > 1 else True, leave=False)
-    for first in range(0, len(files), PHOTOS_AT_ONCE):
-        run.photos(files[first : first + PHOTOS_AT_ONCE])
-        bar.update(min(PHOTOS_AT_ONCE, len(files) - first))
+    run.everything(files, bar.update)
     bar.close()
     failures = run.failures
     if source is not None and named_clips:
@@ -212,18 +210,48 @@ class Run:
         self.failures: list[str] = []
         self._pipeline: HMDiffPipeline | None = None
 
-    def photos(self, files: Sequence[tuple[Path, Path | None, Path | None, str]]) -> None:
+    def everything(
+        self,
+        files: Sequence[tuple[Path, Path | None, Path | None, str]],  # photo, keypoints, heatmaps, name
+        progress: Callable[[int], Any],
+    ) -> None:
+        """Some photos are sampled while a second thread reads and looks at the next."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        parts = [files[first : first + PHOTOS_AT_ONCE] for first in range(0, len(files), PHOTOS_AT_ONCE)]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(self.read, part) for part in parts[:1]]
+            for number, part in enumerate(parts):
+                found = ahead.pop().result()
+                ahead = [reader.submit(self.read, following) for following in parts[number + 1 : number + 2]]
+                self.photos(found)
+                progress(len(part))
+
+    def read(
+        self,
+        files: Sequence[tuple[Path, Path | None, Path | None, str]],
+    ) -> list[tuple[Path, str, PhotoPeople | UserError | OSError]]:
+        """What every photo shows, or why nothing of it can be read."""
+        found: list[tuple[Path, str, PhotoPeople | UserError | OSError]] = []
+        for photo, keypoints, heatmaps, name in files:
+            try:
+                seen = _read(photo, keypoints, heatmaps, self.options.box, self.source, self.camera_of(photo))
+                found.append((photo, name, seen))
+            except (UserError, OSError) as error:
+                found.append((photo, name, error))
+        return found
+
+    def photos(self, read: Sequence[tuple[Path, str, PhotoPeople | UserError | OSError]]) -> None:
+        """Sample those who were found, and write their files."""
         from hmdiff.cli.depth_maps import with_depth
         from hmdiff.cli.main import warn
 
         options = self.options
         people: list[PhotoPeople] = []
         names: dict[Path, str] = {}
-        for photo, keypoints, heatmaps, name in files:
-            try:
-                found = _read(photo, keypoints, heatmaps, options.box, self.source, self.camera_of(photo))
-            except (UserError, OSError) as error:
-                self._failed(photo, one_photo_s(error))
+        for photo, name, found in read:
+            if isinstance(found, UserError | OSError):
+                self._failed(photo, one_photo_s(found))
                 continue
             for note in found.notes:
                 warn(note)

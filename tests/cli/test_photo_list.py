@@ -6,6 +6,7 @@ import errno
 import json
 from argparse import Namespace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -114,11 +115,35 @@ def test_an_error_of_the_system_is_one_photo_s(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("hmdiff.cli.sample._read", read)
     options = Namespace(photos=[Path("a.jpg"), Path("b.jpg")], box=None)
     run = Run(options, None, lambda photo: PhotoCamera(), Results.open(tmp_path, {}))
-    run.photos([(photo, None, None, photo.stem) for photo in options.photos])
+    done: list[int] = []
+    run.everything([(photo, None, None, photo.stem) for photo in options.photos], done.append)
+    assert sum(done) == 2
     assert [line.split(":")[0] for line in run.failures] == ["a.jpg", "b.jpg"]
     assert "may not be read" in run.failures[0]
     with pytest.raises(OSError, match="No space"):
         one_photo_s(OSError(errno.ENOSPC, "No space left on device", "out/a.npz"))
+
+
+def test_the_next_photos_are_read_while_these_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = {name: Event() for name in "abc"}
+    sampled: list[str] = []
+
+    def read(photo: Path, *rest: object) -> None:
+        reading[photo.stem].set()
+        raise UserError("nobody")
+
+    def photos(run: Run, read: list[tuple[Path, str, object]]) -> None:
+        ((photo, name, _),) = read
+        assert name == "c" or reading[chr(ord(name) + 1)].wait(10)
+        sampled.append(photo.stem)
+
+    monkeypatch.setattr("hmdiff.cli.sample._read", read)
+    monkeypatch.setattr("hmdiff.cli.sample.PHOTOS_AT_ONCE", 1)
+    monkeypatch.setattr(Run, "photos", photos)
+    options = Namespace(photos=[Path(f"{name}.jpg") for name in "abc"], box=None)
+    run = Run(options, None, lambda photo: PhotoCamera(), Results.open(tmp_path, {}))
+    run.everything([(photo, None, None, photo.stem) for photo in options.photos], lambda count: None)
+    assert sampled == ["a", "b", "c"]
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
