@@ -172,7 +172,7 @@ def test_every_block_is_supervised() -> None:
 
 
 def test_contrast_knows_whose_joints_are_outside_the_crop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the true joints through the true camera, for both losses."""
+    """By the true joints through the true camera, for both losses; what they draw is a function of the step's seed."""
     values = small_config("unused", *PATHS["lifting"])
     body, mesh = free_body()
     model, people = build_model(values, body, mesh), people_of("model.backbone=conv")
@@ -180,9 +180,11 @@ def test_contrast_knows_whose_joints_are_outside_the_crop(monkeypatch: pytest.Mo
     camera[0, 1] += 0.8  # half of the first person is beyond the right border
     people = dataclasses.replace(people, camera=camera)
     given: list[Tensor] = []
+    seeds: list[int] = []
 
-    def watch(*_: Any, valid: Tensor, **__: Any) -> Tensor:
+    def watch(*positional: Any, valid: Tensor, **_: Any) -> Tensor:
         given.append(valid)
+        seeds.append(positional[-1].initial_seed())
         return torch.zeros(())
 
     monkeypatch.setattr(step, "joint_to_joint", watch)
@@ -192,6 +194,7 @@ def test_contrast_knows_whose_joints_are_outside_the_crop(monkeypatch: pytest.Mo
     inside = (seen.abs() <= 1).all(-1) & (people.joints_3d[..., 2].abs() <= 1.2)
     assert len(given) == 2 and all(torch.equal(mask, inside) for mask in given)
     assert 0 < int(inside[0].sum()) < 24
+    assert seeds == [7, 7]  # of `draws_for`
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])

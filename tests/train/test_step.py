@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from small import free_body, small_pipeline
+from small import free_body, people_block, small_config, small_pipeline
 
+from hmdiff.build import build_model, build_scheduler
 from hmdiff.config import LossConfig
 from hmdiff.errors import UserError
+from hmdiff.geometry import crop_rotation
+from hmdiff.models.prediction import Prediction
 from hmdiff.train import step
-from hmdiff.train.step import Draws, TrainingStep, keypoint_map, used_by_no_loss
+from hmdiff.train.step import Draws, TrainingStep, keypoint_map, training_losses, used_by_no_loss
 
 PLAIN = {"inputs": "heatmaps", "silhouette": False, "rle": (), "depth_map": False, "masked": 0.0, "lifting": False}
 
@@ -46,6 +49,28 @@ def test_the_module_gives_all_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> 
     found = TrainingStep(model, *held)("people", "draws")  # type: ignore[arg-type]
     for value, expected in zip(found, (model, *held[:2], "people", "draws", *held[2:]), strict=True):
         assert value is expected
+
+
+def test_labels_keep_their_precision_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 the turn into the crop's frame would move them by millimetres: who knows them has a loss."""
+    values = small_config("unused", "model.frame=crop", "loss.keypoints_3d=0.5", "loss.keypoints_2d=0.5")
+    (body, mesh), people = free_body(), people_block()
+    model = build_model(values, body, mesh)
+    assert people.coarse_vertices is not None and people.joints_3d is not None and people.camera is not None
+    assert people.principal_point is not None and people.focal is not None
+    truth = model.to_points(people.coarse_vertices, people.joints_3d) @ crop_rotation(
+        people.principal_point, people.focal
+    )
+    known = Prediction(truth[:, None].expand(-1, 2, -1, -1), people.camera)
+    monkeypatch.setattr(model, "forward", lambda *_, **__: known)
+    draws = Draws(torch.tensor([[20, 199]] * len(people)), torch.randn(len(people), 2, model.num_points, 3))
+    keypoints, found = keypoint_map(values.loss, model, body), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(training_losses(model, build_scheduler(values), values.loss, people, draws, None, keypoints))
+    assert found[1]["points"] < 1e-10
+    for name in ("keypoints_2d", "keypoints_3d"):
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("hidden", [None, torch.ones(2, 3, 5, dtype=torch.bool)])
