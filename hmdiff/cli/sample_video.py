@@ -113,7 +113,7 @@ def _sample(
     }
     for track in video.tracks:
         stem = options.output / f"{name}_track_{track.number}"
-        away, spread = _figures(track)
+        away, spread, sure = _figures(track)
         track.save(stem, {**more, "keypoint_distance_px": away})
         results.add(
             clip,
@@ -126,8 +126,9 @@ def _sample(
             selected=track.selected,
             keypoint_distance_px=None if away != away else round(away, 2),
             spread_mm=round(spread, 1),
+            confidence=None if sure is None else round(sure, 3),
         )
-        print(_line(video, track, stem, away, spread))
+        print(_line(video, track, stem, away, spread, sure))
     with tqdm(total=total, unit="frame", desc=f"drawing {name}_overlay.mp4", disable=None, leave=False) as bar:
         codec = draw_video(options.output / f"{name}_overlay.mp4", video.info, video.tracks, bar.update)
     remove_chunks(folder)
@@ -135,22 +136,29 @@ def _sample(
     print(f"{len(video.tracks)} people of {clip}, written to {options.output}/{other}")
 
 
-def _figures(track: VideoTrack) -> tuple[float, float]:
-    """Mean distance in pixels of the smoothed mean body's keypoints to those seen (NaN: no keypoints), and mm."""
+def _figures(track: VideoTrack) -> tuple[float, float, float | None]:
+    """Distance in pixels of the smoothed mean body's keypoints to those seen (NaN: no keypoints), spread in mm, and
+    confidence (None: uncalibrated): means over the frames in which the person was seen.
+    """
     import numpy as np
 
-    away = track.keypoint_distance()
-    return float(np.nanmean(away)) if np.isfinite(away).any() else float("nan"), float(np.nanmean(track.spread_mm))
+    away, sure = track.keypoint_distance(), track.confidence
+    return (
+        float(np.nanmean(away)) if np.isfinite(away).any() else float("nan"),
+        float(np.nanmean(track.spread_mm)),
+        float(np.nanmean(sure)) if np.isfinite(sure).any() else None,
+    )
 
 
-def _line(video: Video, track: VideoTrack, stem: Path, away: float, spread: float) -> str:
+def _line(video: Video, track: VideoTrack, stem: Path, away: float, spread: float, sure: float | None) -> str:
     import numpy as np
 
     first, last = track.times[0], track.times[-1]
     side = float(np.nanmean(track.side))
+    share = " (uncalibrated)" if sure is None else f", {sure:.0%} of the surface expected within 100 mm"
     fits = "" if away != away else f"keypoints fit within {away:.1f} px ({100 * away / side:.1f} % of the crop), "
     return (
         f"{video.info.path}, track {track.number} -> {stem}.npz\n    seen in {int(track.seen.sum())} of "
-        f"{len(track.frames)} frames, {first:.2f} to {last:.2f} s; {fits}hypotheses spread {spread:.0f} mm; from the "
-        f"{video.source}"
+        f"{len(track.frames)} frames, {first:.2f} to {last:.2f} s; {fits}hypotheses spread {spread:.0f} mm{share}; "
+        f"from the {video.source}"
     )

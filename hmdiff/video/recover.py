@@ -24,7 +24,7 @@ from hmdiff.heatmaps import Heatmaps, PhotoInfo, concatenate_heatmaps
 from hmdiff.heatmaps.cameras import PhotoCamera
 from hmdiff.output import keypoint_distance
 from hmdiff.video.reading import ClipInfo, Frame, clip_info, read_frames
-from hmdiff.video.sightings import PER_CHUNK, Kept, Rows, joined
+from hmdiff.video.sightings import COLUMNS, PER_CHUNK, Kept, Rows, joined
 from hmdiff.video.smoothing import SIGMA
 from hmdiff.video.tracking import Tracker, same_person
 from hmdiff.video.tracks import VideoTrack, assemble
@@ -89,6 +89,7 @@ def recover_video(
         "num_hypotheses": num_hypotheses,
         "source": source.name,
         "camera": camera,
+        "columns": COLUMNS,
         **sampling,
     }
     kept, tracker = Kept(folder, settings), Tracker()
@@ -203,6 +204,7 @@ def _chunk(
 
 def _rows(output: Any, maps: Heatmaps, batch: Sequence[tuple[Frame, int, Heatmaps, np.ndarray, Any]]) -> Rows:
     distance = output.translation[..., 0] * 0 if output.keypoints is None else keypoint_distance(output, maps)
+    within = output.within(100)
     likelihood = torch.zeros_like(distance) if output.log_likelihood is None else output.log_likelihood
     columns = {
         "pose": output.fitted.pose,
@@ -213,6 +215,7 @@ def _rows(output: Any, maps: Heatmaps, batch: Sequence[tuple[Frame, int, Heatmap
         "distance": distance.mean(1),
         "side": maps.side,
         "spread_mm": output.spread.mean(-1),
+        "confidence": torch.full_like(output.focal, torch.nan) if within is None else within.person,
         "focal": output.focal,
         "principal_point": output.principal_point,
     }

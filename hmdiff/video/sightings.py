@@ -21,7 +21,9 @@ ABOUT = "settings.json"
 Rows = dict[str, np.ndarray]
 # One row a sighting: frame, time (S,); track (S,); points (S, J, 3) photo pixels and confidence; pose (S, N, K, 3);
 # betas (S, N, B); root (S, N, 3) the pelvis in the camera's frame; joints (S, N, K, 3) relative to it;
-# log_likelihood (S, N); distance (S,) pixels; side (S,); spread_mm (S,); focal (S,); principal_point (S, 2).
+# log_likelihood (S, N); distance (S,) pixels; side (S,); spread_mm (S,); confidence (S,); focal (S,);
+# principal_point (S, 2).
+COLUMNS = 2  # counted up when they change: chunks that were kept by an earlier version are then recovered again
 PER_CHUNK = ("frame_times", "lost")  # (frames,) seconds; numbers of the frames before which some could not be decoded
 
 

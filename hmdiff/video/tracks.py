@@ -36,6 +36,9 @@ class VideoTrack:
     selected: int  # the hypothesis to show where it must be one
     points: np.ndarray  # (F, J, 3) keypoints as the source saw them, photo pixels and confidence; 0 where not seen
     spread_mm: np.ndarray  # (F,) mean over the surface, before smoothing; NaN where not seen
+    # (F,) 0..1, the share of the mean body's surface expected within 100 mm of the truth, relative to the pelvis and
+    # before smoothing; NaN where not seen, and where this way of sampling is uncalibrated
+    confidence: np.ndarray
     side: np.ndarray  # (F,) pixels of the crop; NaN where not seen
     focal: float  # pixels
     principal_point: np.ndarray  # (2,)
@@ -104,6 +107,7 @@ class VideoTrack:
             "selected": self.selected,
             "keypoints_seen": self.points,
             "spread_mm": self.spread_mm,
+            "confidence": self.confidence,
             "focal": self.focal,
             "principal_point": self.principal_point,
             "track": self.number,
@@ -176,6 +180,7 @@ def assemble(
         int(chosen[0]),
         points,
         _where(seen, rows["spread_mm"]),
+        _where(seen, rows["confidence"]),
         _where(seen, rows["side"]),
         float(rows["focal"][0]),
         rows["principal_point"][0].astype(np.float32),

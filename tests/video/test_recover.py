@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -112,6 +113,26 @@ def test_a_stopped_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: p
     assert other.asked == list(range(8)), "chunks of another seed are no part of this run"
 
 
+def test_a_calibrated_model_says_how_far_to_trust_a_track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Calibration:
+        """As many hundredths as the hypotheses spread millimetres, at the radius that a person's confidence is of."""
+
+        def within(self, radius: int, joints: torch.Tensor, surface: torch.Tensor) -> object:
+            assert radius == 100
+            person = surface.mean(-1) / (1 + surface.mean(-1))
+            return type("Within", (), {"person": person, "vertices": surface, "joints": joints})()
+
+    original = HMDiffPipeline.__call__
+
+    def called(self: HMDiffPipeline, *arguments: object, **named: object) -> object:
+        return dataclasses.replace(original(self, *arguments, **named), calibration=Calibration())
+
+    monkeypatch.setattr(HMDiffPipeline, "__call__", called)
+    track = run(write_clip(tmp_path / "clip.mp4", 4), smoothing=0.0).tracks[0]
+    assert track.confidence == pytest.approx(track.spread_mm / (1 + track.spread_mm), rel=1e-5)
+    assert (track.arrays()["confidence"] == track.confidence).all()
+
+
 def test_nobody_in_a_clip(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"clip\.mp4: nobody was found in any of its 4 frames"):
         run(write_clip(tmp_path / "clip.mp4", 4), Walkers(lambda frame, person: True))
@@ -141,6 +162,7 @@ def test_the_command(tmp_path: Path, command: list[str], capsys: pytest.CaptureF
     info = clip_info(out / "clip_overlay.mp4")
     assert info.size == (WIDTH, HEIGHT) and len(list(read_frames(info))) == 4
     with np.load(out / "clip_track_0.npz") as data:
+        assert np.isnan(data["confidence"]).all() and lines[0]["confidence"] is None  # an untrained model has none
         assert data["pose"].shape == (2, 4, 24, 3) and data["seed"] == 0 and data["smoothing_s"] == SIGMA == SMOOTHING
     assert main(command) == 0
     assert "done before with these settings" in capsys.readouterr().out
