@@ -168,6 +168,8 @@ def load_config(
         raise UserError(f"{path or 'config'}: {getattr(error, 'full_key', None) or ''}: {_first_line(error)}") from None
     assert isinstance(config, Config)
     _check_ranges(config, "")
+    if not config.output.strip():
+        raise UserError("output is empty; give a folder, such as output=runs/NAME")
     if config.training.mixed_precision.lower() in ("false", "none"):
         config.training.mixed_precision = "no"  # YAML reads a bare no as false
     return config
@@ -179,7 +181,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "diffusion.num_train_timesteps": (2, 100_000),
     "diffusion.noise_shift": (1e-3, 1e3),
     "diffusion.num_inference_steps": (1, 100_000),
-    "diffusion.eta": (0, 100),
+    "diffusion.eta": (0, 1),
     "data.block_size": (1, 100_000),
     "data.image_size": (8, 4096),
     "data.map_size": (0, 4096),

@@ -92,6 +92,8 @@ def test_every_shipped_config_is_valid() -> None:
         ("diffusion.noise_shift=-1", "noise_shift -1.0"),
         ("seed=18446744073709551616", "seed"),
         ("diffusion.eta=nan", "diffusion.eta nan"),
+        ("diffusion.eta=2", "diffusion.eta 2"),
+        ("output=''", "output is empty"),
         ("training.learning_rate=-1", "learning_rate -1.0"),
         ("training.learning_rate=inf", "learning_rate inf"),
         ("diffusion.num_train_timesteps=0", "num_train_timesteps 0"),

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hmdiff.errors import UserError
+from hmdiff.files.reading import read_bytes
 
 RESULTS = "results.jsonl"
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -66,19 +68,23 @@ class Results:
     path: Path
     settings: dict[str, Any]  # of this run: lines of other settings are not this run's
     lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    whole: bool = True  # the file holds these lines and nothing else
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any]) -> Results:
         """Read what is there; a last line that was cut by a kill is left out."""
         results = cls(folder / RESULTS, settings)
         if results.path.is_file():
-            for line in results.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            content = read_bytes(results.path, 1 << 32)
+            for line in content.decode("utf-8", "replace").splitlines():
                 try:
                     found = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
-                if isinstance(found, dict) and "photo" in found:
+                if isinstance(found, dict) and isinstance(found.get("photo"), str):
                     results.lines.append(found)
+            # The next line must not be written onto the end of one that was cut.
+            results.whole = content == "".join(map(_line, results.lines)).encode()
         return results
 
     def done(self, photo: Path) -> bool:
@@ -95,9 +101,9 @@ class Results:
 
         names = {str(photo) for photo in photos}
         kept = [each for each in self.lines if each["photo"] not in names]
-        if len(kept) == len(self.lines):
+        if len(kept) == len(self.lines) and self.whole:
             return
-        self.lines = kept
+        self.lines, self.whole = kept, True
         with atomic_file(self.path) as temporary:
             temporary.write_text("".join(map(_line, self.lines)), encoding="utf-8")
 
@@ -114,4 +120,9 @@ class Results:
 
 
 def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"
+    """A name that is not UTF-8, as a file may have, is written in escapes."""
+    text = json.dumps(values, ensure_ascii=False) + "\n"
+    return json.dumps(values) + "\n" if _LONE.search(text) else text
+
+
+_LONE = re.compile("[\ud800-\udfff]")

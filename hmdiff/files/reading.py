@@ -110,6 +110,24 @@ def reading_arrays(path: str | Path, mend: str) -> Iterator[None]:
         raise UserError(f"{path}: a damaged file of arrays ({_one_line(error)}); {mend}") from None
 
 
+# What damaged values raise where a number, a list or a mapping was expected and something else is there.
+_DAMAGE = (ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def naming(
+    place: str | Path,  # file, row and, where it is known, field
+    mend: str,
+) -> Iterator[None]:
+    """Whatever damaged values raise in the block, as a `UserError` that names the place."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(f"{place}: damaged ({type(error).__name__}: {_one_line(error)[:120]}); {mend}") from None
+
+
 class ArrayArchive:
     """An npz, or a single npy (its array is named ""), whose arrays are read one by one, each checked before.
 

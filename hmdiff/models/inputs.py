@@ -5,7 +5,6 @@ NaN and 1e30 go through a network without an error and come out as a body, or as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ def check_call(
             raise UserError(f"{name} {value}: {what}")
         if value > most:
             raise UserError(f"{name} {value}: at most {most:,} is possible")
-    if eta is not None and not (isinstance(eta, int | float) and math.isfinite(eta) and 0 <= eta <= 100):
+    if eta is not None and not (isinstance(eta, int | float) and 0 <= eta <= 1):
         raise UserError(f"eta {eta!r:.60}: a number from 0 (no fresh noise) to 1 (as ddpm) is needed")
 
 

@@ -86,6 +86,8 @@ def draw_hypotheses(
     steps, eta, seed = sampling.num_inference_steps, sampling.eta, sampling.seed
     assert steps is not None and eta is not None
     total = sampler.config.num_train_timesteps
+    if not hasattr(steps, "__index__"):
+        raise UserError(f"num_inference_steps {steps!r:.60}: a whole number is needed")
     if not 1 <= steps <= total:
         raise UserError(f"num_inference_steps {steps}: the model was trained with {total} steps; choose 1 to that")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -147,7 +146,7 @@ def _read_about(path: Path) -> dict[str, Any]:
         "body": (str, lambda value: True),
         "sampler": (str, lambda value: True),
         "num_inference_steps": (int, lambda value: value >= 1),
-        "eta": (int | float, lambda value: 0 <= value < math.inf),
+        "eta": (int | float, lambda value: 0 <= value <= 1),
         "temperatures": (list, lambda value: True),
     }
     for name, (kind, fits) in checks.items():

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hmdiff.diffusion.confidence import RADII
 from hmdiff.errors import UserError
-from hmdiff.files.reading import read_npz
+from hmdiff.files.reading import naming, read_npz
 from hmdiff.files.storage import atomic_file
 from hmdiff.viz.canvas import HEAT, as_tensor, read_picture
 from hmdiff.viz.overlays import PALETTE, person_crop
@@ -37,6 +37,7 @@ from hmdiff.viz.spread import SCALE
 
 UNIT = 1e-4  # metres; larger only for bodies that reach beyond 3.2 m
 PHOTO_HEIGHT = 720  # pixels of the photo's crop, at most
+LARGEST = 1e6  # of any number in a result: metres, millimetres or pixels
 NEEDED = (
     "vertices",
     "joints",
@@ -62,7 +63,47 @@ def read_result(path: str | Path) -> dict[str, np.ndarray]:
     missing = [name for name in (*NEEDED, "joint_names", "joint_parents") if name not in arrays]
     if missing:
         raise UserError(f"{path}: no result of hmdiff sample: it lacks {', '.join(missing)}; run hmdiff sample again")
+    with naming(path, "run hmdiff sample again"):
+        _check(arrays)
     return arrays
+
+
+def _check(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises `ValueError` naming the array that is not one of N hypotheses of V vertices and K joints."""
+    count, vertices = arrays["vertices"].shape[0], arrays["vertices"].shape[1]
+    joints, faces = arrays["joints"].shape[1], len(arrays["faces"])
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "vertices": [(count, vertices, 3)],
+        "joints": [(count, joints, 3)],
+        "faces": [(faces, 3)],
+        "translation": [(count, 3), (3,)],
+        "focal": [()],
+        "principal_point": [(2,)],
+        "spread_mm": [(vertices,)],
+        "selected": [()],
+        "modes": [(len(arrays["modes"]),)],
+        "mode_weights": [(len(arrays["modes"]),)],
+        "joint_names": [(joints,)],
+        "joint_parents": [(joints,)],
+        **{name: [(vertices,)] for radius in RADII if (name := f"confidence_{radius}mm") in arrays},
+        **({"confidence": [()]} if "confidence" in arrays else {}),
+    }
+    indices = {"faces": (0, vertices), "joint_parents": (-1, joints), "selected": (0, count), "modes": (0, count)}
+    for name, allowed in shapes.items():
+        found = arrays[name]
+        kinds = "US" if name == "joint_names" else "iu" if name in indices else "fiu"
+        if found.shape not in allowed or found.dtype.kind not in kinds or 0 in found.shape:
+            raise ValueError(f"{name} is {found.dtype} of shape {found.shape}")
+        if name in indices:
+            lowest, beyond = indices[name]
+            if int(found.min()) < lowest or int(found.max()) >= beyond:
+                raise ValueError(f"{name} has indices beyond {lowest} to {beyond - 1}")
+        elif (
+            found.dtype.kind != "U" and kinds == "fiu" and not bool((np.abs(found.astype(np.float64)) < LARGEST).all())
+        ):
+            raise ValueError(f"{name} holds numbers that are not finite, or huge")
+    if not float(arrays["focal"]) > 0:
+        raise ValueError("a focal length that is not above 0")
 
 
 def viewer_page(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 from threading import Event
@@ -165,3 +166,24 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert [line["photo"] for line in left] == ["a.jpg"] and again.names == {"a"}
     (tmp_path / "a.npz").unlink()
     assert not again.done(a)
+
+
+def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> None:
+    (a, b, c), settings = pictures(tmp_path, "a.png", "b.png", "c.png"), {"seed": 0}
+    results = Results.open(tmp_path, settings)
+    results.add(a, person=0, people=1, npz="a.npz")
+    results.add(b, person=0, people=1, npz="b.npz")
+    results.path.write_bytes(results.path.read_bytes()[:-20])  # killed in the middle of b's
+    again = Results.open(tmp_path, settings)
+    again.restart([b, c])
+    again.add(b, person=0, people=1, npz="b.npz")
+    assert [line["photo"] for line in map(json.loads, results.path.read_text().splitlines())] == [str(a), str(b)]
+
+
+def test_a_name_that_is_not_utf8_is_written_and_found(tmp_path: Path) -> None:
+    photo = tmp_path / os.fsdecode(b"caf\xe9.jpg")
+    results = Results.open(tmp_path, {})
+    results.add(photo, person=0, people=1, npz="a.npz")
+    (tmp_path / "a.npz").touch()
+    again = Results.open(tmp_path, {})
+    assert again.whole and again.done(photo)

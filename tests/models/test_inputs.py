@@ -46,6 +46,8 @@ def heatmaps(count: int = 1) -> Heatmaps:
         ({"eta": -0.1}, "eta -0.1"),
         ({"eta": INF}, "eta inf"),
         ({"eta": "1"}, "eta '1'"),
+        ({"eta": 2}, "eta 2"),
+        ({"num_inference_steps": 1.5}, "num_inference_steps 1.5: a whole number"),
         ({"focal": torch.tensor([0.0])}, "focal: 0 found"),
         ({"focal": torch.tensor([NAN])}, "focal: nan found"),
         ({"focal": torch.tensor([-5.0])}, "focal: -5"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -16,11 +18,11 @@ import pytest
 import torch
 
 from hmdiff.errors import UserError
-from tools.campaign import calls, kills, mutants, offline
-from tools.campaign.children import Notebook, Wrong, attempt
+from tools.campaign import calls, disks, kills, mutants, mutations, offline
+from tools.campaign.children import Attempt, Bounds, Notebook, Wrong, attempt, attempts
 from tools.campaign.families import FAMILIES
 from tools.campaign.kill_scenarios import Scenario, sampled, trained
-from tools.campaign.mutations import mutate_bytes, mutate_json, mutate_text
+from tools.campaign.mutations import mutate_bytes, mutate_csv, mutate_json, mutate_text
 
 
 def refuse() -> None:
@@ -56,6 +58,15 @@ def execute() -> None:
     os.system("true")
 
 
+def remove_outside() -> None:
+    with contextlib.suppress(OSError):
+        os.remove("/var/tmp/hmdiff_campaign_outside")
+
+
+def exit_early() -> None:
+    os._exit(3)
+
+
 def write_outside() -> None:
     open("/var/tmp/hmdiff_campaign_outside", "w").close()
     os.unlink("/var/tmp/hmdiff_campaign_outside")
@@ -74,17 +85,45 @@ def write_outside() -> None:
         (wrong, "wrong"),
         (execute, "executed"),
         (write_outside, "outside"),
+        (remove_outside, "outside"),
+        (exit_early, "crashed"),
     ],
 )
 def test_every_outcome_is_seen(tmp_path: Path, work: Callable[[], None], outcome: str) -> None:
-    found, about = attempt(work, tmp_path, seconds=1)
+    found, about = attempt(work, tmp_path, Bounds(seconds=1))
     assert found == outcome, about
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_attempts_go_on_after_one_that_ends_its_process(tmp_path: Path) -> None:
+    todo = [Attempt(tmp_path, work) for work in (lambda: None, crash, hang, refuse, execute, wrong)]
+    found = [outcome for outcome, _ in attempts(todo, Bounds(seconds=1))]
+    assert found == ["right", "crashed", "hung", "refused", "executed", "wrong"]
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_text("other")])
+def test_a_file_that_was_there_and_is_damaged_is_seen(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    place = tmp_path / "inside"
+    prepare = [lambda: place.write_text("whole"), lambda: None]
+    (found,) = attempts([Attempt(tmp_path, lambda: change(place), prepare[0])])
+    assert found == ("damaged", str(place))
+
+
+def test_pickles_that_call_do_not_unpickle_and_would_execute(tmp_path: Path) -> None:
+    """The campaign's hostile pickles are real: Python's own unpickler does what they ask."""
+    content = mutations.HOSTILE[0] + b"."
+    (found,) = attempts([Attempt(tmp_path, lambda: pickle.loads(content))])
+    assert found[0] == "executed"
+
+
+def marked(family: mutants.Family) -> object:
+    heavy = family.name.startswith(("trainings", "hmdiff sample"))
+    return pytest.param(family, id=family.name, marks=[pytest.mark.slow] if heavy else [])
+
+
+@pytest.mark.parametrize("family", [marked(family) for family in FAMILIES])
 def test_mutants_of_every_family(tmp_path: Path, family: mutants.Family) -> None:
-    found = mutants.run(seed=1, count=2, output=tmp_path, families=[family], progress=False)
-    assert found["tried"] == 2 and not found["bad"], found["bad"]
+    found = mutants.run(seed=1, count=3, output=tmp_path, families=[family], progress=False)
+    assert found["tried"] >= 1 and not found["bad"], found["bad"]
 
 
 def test_a_campaign_goes_on_where_it_was_killed(tmp_path: Path) -> None:
@@ -99,7 +138,7 @@ def test_a_campaign_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
 def test_mutations_repeat_and_change_something() -> None:
     content = json.dumps({"a": [1, 2, {"b": "c"}], "d": 1.5}).encode()
-    for mutate in (mutate_bytes, mutate_json, mutate_text):
+    for mutate in (mutate_bytes, mutate_json, mutate_text, mutate_csv):
         found = [mutate(content, random.Random(number)) for number in range(30)]
         assert found == [mutate(content, random.Random(number)) for number in range(30)]
         assert sum(each != content for each in found) > 20
@@ -107,7 +146,7 @@ def test_mutations_repeat_and_change_something() -> None:
 
 def test_kills_of_a_preparation(tmp_path: Path) -> None:
     found = kills.run(0, 3, tmp_path, ["preparation"])
-    assert found["total"] == {"same": 3}, found["bad"]
+    assert set(found["total"]) == {"same"} and found["kills"]["preparation"] >= 3, found["bad"]
 
 
 @pytest.mark.slow
@@ -117,17 +156,19 @@ def test_kills_of_a_sampling(tmp_path: Path) -> None:
 
 
 def test_one_of_several_processes_is_found_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two children with ranks, as torchrun makes them; the parent ends with what its children do."""
+    """Two children with ranks; the parent ends with what its children do."""
 
     def ranks(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        code = "import time; time.sleep(0.7)"
-        started = [
-            subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "LOCAL_RANK": str(rank)})
-            for rank in range(2)
-        ]
-        if ends := [each.wait() for each in started]:
-            (folder / "ends").write_text(str(ends))
+        children = []
+        for rank in range(2):
+            if (child := os.fork()) == 0:
+                Path("/proc/self/comm").write_text(f"rank{rank}")
+                time.sleep(1.5)
+                os._exit(0)
+            children.append(child)
+        ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        (folder / "ends").write_text(str(ends))
         if any(ends):
             raise RuntimeError(str(ends))
 
@@ -174,6 +215,15 @@ def test_a_loss_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(kills.SCENARIOS, "loses", Scenario(loses, left))
     found = kills.run(0, 4, tmp_path, ["loses"])
     assert found["total"].get("lost", 0) >= 1
+
+
+@pytest.mark.parametrize("fault", disks.FAULTS)
+def test_disks_that_fail_under_a_preparation(tmp_path: Path, fault: str) -> None:
+    if not offline.available():
+        pytest.skip("no namespaces here")
+    found = disks.run(0, 2, tmp_path, ["preparation"], [fault])
+    assert sum(found["total"].values()) == 2 and not found["bad"], found["bad"]
+    assert set(found["total"]) <= {"same", "refused, then same"}
 
 
 def test_calls_in_threads_and_memory(tmp_path: Path) -> None:

@@ -247,6 +247,29 @@ def test_view_makes_the_page_from_the_npz(
     assert "--photo" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vertices", np.zeros((3, 10))),
+        ("vertices", np.full((3, 10, 3), np.nan)),
+        ("joints", np.full((3, 24, 3), 1e30)),
+        ("faces", np.array([[0, 1, 10**6]])),
+        ("faces", np.zeros((5, 3))),
+        ("focal", np.array(0.0)),
+        ("focal", np.array("500")),
+        ("translation", np.zeros((2, 3))),
+        ("selected", np.array(3)),
+        ("modes", np.array([-1])),
+        ("spread_mm", np.zeros(3)),
+        ("joint_parents", np.full(24, 24)),
+    ],
+)
+def test_a_damaged_array_is_named(result: dict[str, np.ndarray], tmp_path: Path, name: str, value: np.ndarray) -> None:
+    np.savez(tmp_path / "one.npz", **{**result, name: value})
+    with pytest.raises(UserError, match=r"one\.npz: damaged .*run hmdiff sample again"):
+        read_result(tmp_path / "one.npz")
+
+
 def test_what_is_no_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "other.npz", vertices=np.zeros(3))
     with pytest.raises(UserError, match=r"lacks joints, faces.*run hmdiff sample again"):

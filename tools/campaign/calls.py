@@ -25,7 +25,7 @@ from hmdiff.diffusion.schedule import SCHEDULER_NAMES
 from hmdiff.heatmaps import Heatmaps
 from hmdiff.heatmaps.crop import Crop
 from hmdiff.pipeline import HMDiffPipeline
-from tools.campaign.families import SMALL
+from tools.campaign.family import SMALL
 
 _WARM = 20  # calls before memory is counted
 _GROWS = 32.0  # MB over all calls beyond which memory is not flat

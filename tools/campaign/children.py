@@ -1,12 +1,16 @@
-"""One attempt in a process of its own: how it ended, within bounds on time and memory, and what it tried to do.
+"""Attempts in a process of their own: how each ended, within bounds on time and memory, and what it tried to do.
 
-The child is forked from a parent that has imported everything, so that an attempt costs milliseconds. An audit hook in
-it notes what no reading of a file may do: start a program, open a connection, or write outside its folder.
+A child is forked from a parent that has imported everything and makes one attempt after another, so that one costs
+what its reading costs; where an attempt kills it (a crash, or too much time) another child goes on with the next. An
+audit hook in it notes what no reading of a file may do: start a program, open a connection, or change anything outside
+its folder. What was in the folder before must be there afterwards, unchanged.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -14,79 +18,187 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hmdiff.errors import UserError
 
-OUTCOMES = ("right", "refused", "traceback", "crashed", "hung", "memory", "executed", "outside", "wrong")
+OUTCOMES = (
+    "right",
+    "refused",
+    "traceback",
+    "crashed",
+    "hung",
+    "memory",
+    "executed",
+    "outside",
+    "damaged",
+    "wrong",
+)
+_GOOD = ("right", "refused", "same", "refused, then same")
 _PROGRAMS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect", "pty.spawn")
+_CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.link", "os.symlink")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+_SCRATCH = ("/dev/", "/proc/self", "/tmp/torchinductor")
+_ATTEMPTS_A_CHILD = 100
 
 
 class Wrong(Exception):
     """The attempt ended well and its result is not right: NaN, say."""
 
 
-def attempt(
-    work: Callable[[], None],  # raises `UserError` to refuse, `Wrong` where its result is not right
-    folder: Path,  # the only place that may be written
-    seconds: int = 10,  # of the processor; twelve times that on the clock, for machines that do much else
-    megabytes: int = 2048,  # of memory beyond what the parent has
-) -> tuple[str, str]:  # one of OUTCOMES, and a line about it
-    """Run `work` in a forked child."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What is tried. The folder is the only place that may be written."""
+
+    folder: Path
+    read: Callable[[], None]  # raises `UserError` to refuse, `Wrong` where its result is not right
+    prepare: Callable[[], None] = lambda: None  # fills the folder; within no bounds
+    clear: Callable[[], None] = lambda: None
+    keeps: bool = True  # the files that are there before must be there afterwards, as they were
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    seconds: float = 10  # of the processor; twelve times that on the clock, for machines that do much else
+    megabytes: int = 2048  # of memory beyond what the child has
+
+
+BOUNDS = Bounds()
+
+
+def attempt(read: Callable[[], None], folder: Path, bounds: Bounds = BOUNDS) -> tuple[str, str]:
+    """One attempt: one of OUTCOMES, and a line about it."""
+    (found,) = attempts([Attempt(folder, read)], bounds)
+    return found
+
+
+def attempts(todo: Sequence[Attempt], bounds: Bounds = BOUNDS) -> Iterator[tuple[str, str]]:
+    """The outcome of each, in order, as soon as it is known."""
+    done = 0
+    while done < len(todo):
+        batch = todo[done : done + _ATTEMPTS_A_CHILD]
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            _child(batch, bounds, writer)
+        os.close(writer)
+        answered = done
+        for line in _lines(reader, 12 * bounds.seconds):
+            outcome, about = json.loads(line)
+            done += 1
+            yield outcome, about
         os.close(reader)
-        try:
-            found = _inside(work, folder, seconds, megabytes)
-        except BaseException as error:
-            found = ("traceback", repr(error)[:300])
-        try:
-            os.write(writer, json.dumps(found).encode()[:4000])
-        finally:
-            os._exit(0)
-    os.close(writer)
-    ready, _, _ = select.select([reader], [], [], 12 * seconds)
-    content = os.read(reader, 4096) if ready else b""
-    os.close(reader)
-    if not ready:
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if not ready or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
-        return "hung", f"more than {seconds} s of the processor, or {12 * seconds} s"
-    if not content:
-        return "crashed", f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {status}"
-    outcome, about = json.loads(content)
-    return outcome, about
+        status = _ended(child)
+        if done - answered < len(batch):  # the child did not survive the next attempt
+            done += 1
+            if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF):
+                yield "hung", f"more than {bounds.seconds} s of the processor, or {12 * bounds.seconds} s"
+            else:
+                about = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {status}"
+                yield "crashed", about
 
 
-def _inside(work: Callable[[], None], folder: Path, seconds: int, megabytes: int) -> tuple[str, str]:
-    notes: list[tuple[str, str]] = []
-    faulthandler.disable()  # a crash is counted, not printed
-    sink = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(sink, stream)
-    os.chdir(folder)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    spent = int(time.process_time()) + seconds + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (spent, spent + 1))
-    allowed = (str(folder), "/dev/", "/proc/self", "/tmp/torchinductor")
+def _lines(reader: int, seconds: float) -> Iterator[bytes]:
+    """Lines until the end, or until none came for so long."""
+    buffer = b""
+    while select.select([reader], [], [], seconds)[0]:
+        content = os.read(reader, 65536)
+        if not content:
+            return
+        *lines, buffer = (buffer + content).split(b"\n")
+        yield from lines
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+
+def _ended(child: int) -> int | None:
+    """The status of a child that closed its pipe; None where it still runs, and is killed."""
+    for _ in range(500):
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return status
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def _child(batch: Sequence[Attempt], bounds: Bounds, writer: int) -> NoReturn:
+    """Never returns: whatever happens here must not go on as a second parent."""
+    try:
+        gc.freeze()  # what the parent had is not looked through again and again
+        faulthandler.disable()  # a crash is counted, not printed
+        sink = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(sink, stream)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        watch = _Watch()
+        sys.addaudithook(watch.hook)
+        for each in batch:
+            try:
+                each.prepare()
+                found = _bounded(each, bounds, watch)
+                each.clear()
+            except BaseException as error:  # of the campaign itself
+                found = ("traceback", f"not in the reading: {error!r}"[:300])
+            os.write(writer, json.dumps(found).encode()[:60000] + b"\n")
+    finally:
+        os._exit(0)
+
+
+class _Watch:
+    """What an attempt did that no reading may do."""
+
+    def __init__(self) -> None:
+        self.allowed: tuple[str, ...] | None = None  # None: nothing is watched
+        self.notes: list[tuple[str, str]] = []
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.allowed is None:
+            return
         if event.startswith(_PROGRAMS):
-            notes.append(("executed", f"{event} {arguments!r:.200}"))
-        elif event == "open" and isinstance(arguments[0], str) and isinstance(arguments[2], int):
-            if arguments[2] & _WRITES and not os.path.abspath(arguments[0]).startswith(allowed):
-                notes.append(("outside", arguments[0]))
+            self.notes.append(("executed", f"{event} {arguments!r:.200}"))
+        elif event == "open":
+            if isinstance(arguments[2], int) and arguments[2] & _WRITES:
+                self._changed(arguments[0])
+        elif event in _CHANGES and (event == "os.truncate" or arguments[-1] in (-1, None)):  # not below an open folder
+            ends = {"os.rename": arguments[:2], "os.link": arguments[1:2], "os.symlink": arguments[1:2]}
+            for name in ends.get(event, arguments[:1]):
+                self._changed(name)
 
-    sys.addaudithook(hook)
-    found = _ending(work)
-    return notes[0] if notes else found
+    def _changed(self, name: Any) -> None:
+        if isinstance(name, str | bytes | os.PathLike) and self.allowed is not None:
+            place = os.path.abspath(os.fsdecode(name))
+            if not place.startswith(self.allowed):
+                self.notes.append(("outside", place))
+
+
+def _bounded(each: Attempt, bounds: Bounds, watch: _Watch) -> tuple[str, str]:
+    os.chdir(each.folder)
+    before = _state(each.folder) if each.keeps else {}
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    watch.notes, watch.allowed = [], (str(each.folder), *_SCRATCH)
+    resource.setrlimit(resource.RLIMIT_AS, (used + bounds.megabytes * 2**20, most))
+    signal.setitimer(signal.ITIMER_PROF, bounds.seconds)  # its signal ends a process that does not handle it
+    try:
+        found = _ending(each.read)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        watch.allowed = None
+    if watch.notes:
+        return watch.notes[0]
+    after = _state(each.folder) if each.keeps else {}
+    changed = [name for name, state in before.items() if after.get(name) != state]
+    return ("damaged", ", ".join(changed)[:300]) if changed else found
+
+
+def _state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file."""
+    names = [os.path.join(place, name) for place, _, files in os.walk(folder) for name in files]
+    return {name: (about.st_size, about.st_mtime_ns) for name in names for about in [os.lstat(name)]}
 
 
 def _ending(work: Callable[[], None]) -> tuple[str, str]:
@@ -143,7 +255,7 @@ class Notebook:
         for family in counts.values():
             for outcome, count in family.items():
                 total[outcome] = total.get(outcome, 0) + count
-        bad = [line for line in self.lines if line["outcome"] not in ("right", "refused", "same")]
+        bad = [line for line in self.lines if line["outcome"] not in _GOOD]
         result = {**about, "tried": len(self.lines), "total": total, "families": counts, "bad": bad[:100]}
         path.write_text(json.dumps(result, indent=1) + "\n")
         return result

@@ -1,16 +1,21 @@
-"""SIGKILL at random instants: `python -m tools.campaign.kills --count 20 --output FOLDER`.
+"""SIGKILL at random instants: `python -m tools.campaign.kills --kills 50 --output FOLDER`.
 
 A training, the preparation of a data set, `hmdiff sample FOLDER`, and a training in two processes of which one is
 killed: each is run whole once; then again and again killed at instants drawn from (seed, number) and started again by
-the same command until it ends. What is left must be the uninterrupted one's: the weights, the averaged weights and the
-optimiser's moments bit for bit, the losses of log.csv; shards byte for byte; of photos the arrays within rounding.
+the same command until it ends. Two instants of three are anywhere; the third waits until something is being written
+under a temporary name, such as a checkpoint. What is left must be the uninterrupted run's: the weights, the averaged
+weights and the optimiser's moments bit for bit, the losses of log.csv; shards byte for byte; of photos the arrays
+within rounding.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -25,7 +30,7 @@ from tqdm import tqdm
 
 from hmdiff.errors import UserError
 from tools.campaign.children import Notebook
-from tools.campaign.kill_scenarios import SCENARIOS, same
+from tools.campaign.kill_scenarios import SCENARIOS, Scenario, same
 
 _MOST_STARTS = 12  # of one run, the last of which is left alone
 
@@ -35,6 +40,7 @@ def in_a_child(
     folder: Path,
     kill_after: float | None,  # seconds
     rank: int | None = None,  # of several processes, the one to kill; None: the child itself
+    writing: bool = False,  # wait, after that, until something below the folder is being written
 ) -> int | None:
     """The exit code, None where something was killed."""
     child = os.fork()
@@ -44,6 +50,7 @@ def in_a_child(
             os.dup2(log.fileno(), 2)
         try:
             work(folder)
+            folder.with_suffix(".modules").write_text("\n".join(sys.modules))
         except UserError as error:
             print(error, file=sys.stderr)
             os._exit(2)
@@ -51,84 +58,121 @@ def in_a_child(
             print(repr(error), file=sys.stderr)
             os._exit(1)
         os._exit(0)
-    if kill_after is not None:
-        deadline = time.monotonic() + kill_after
-        while time.monotonic() < deadline:
-            if os.waitpid(child, os.WNOHANG)[0]:
-                return 0
+    deadline = math.inf if kill_after is None else time.monotonic() + kill_after
+    while deadline < math.inf:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        if time.monotonic() < deadline:
             time.sleep(0.01)
+            continue
         victim = child if rank is None else _process_of(child, rank)
-        if victim is not None:
+        if victim is not None and (not writing or half_written(folder)):
             os.kill(victim, signal.SIGKILL)
             os.waitpid(child, 0)
             return None
+        time.sleep(0.001)
     _, status = os.waitpid(child, 0)
     return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
+def half_written(folder: Path) -> bool:
+    """Whether something stands under a temporary name, see `hmdiff.files.storage` and `hmdiff.train.checkpoint`."""
+    return any(".part" in name for _, folders, files in os.walk(folder) for name in (*folders, *files))
+
+
 def _process_of(parent: int, rank: int) -> int | None:
-    """The process below `parent` that torchrun gave this rank; None where it is not there yet, or no more."""
-    parents = {}
+    """The process below `parent` that is called after this rank; None where it is not there yet, or no more."""
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):
-            parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-    for process in parents:
-        above: int | None = process
-        while above is not None and above != parent:
-            above = parents.get(above)
-        with contextlib.suppress(OSError):
-            if above and f"LOCAL_RANK={rank}".encode() in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
-                return process
+            name, _, state = (place / "stat").read_text().partition("(")[2].rpartition(")")
+            if name == f"rank{rank}" and int(state.split()[1]) == parent:
+                return int(place.name)
     return None
 
 
-def run(seed: int, count: int, output: Path, kinds: Sequence[str] = tuple(SCENARIOS)) -> dict[str, Any]:
-    """The summary; `count` interrupted runs of each kind."""
+def run(seed: int, wanted: int, output: Path, kinds: Sequence[str] = tuple(SCENARIOS)) -> dict[str, Any]:
+    """The summary; runs of each kind are interrupted until there were `wanted` kills of it."""
     notebook = Notebook(output / "kills.jsonl")
     for kind in kinds:
         scenario = SCENARIOS[kind]
-        work, left = scenario.work, scenario.left
         whole = output / f"{kind}_whole"
-        shutil.rmtree(whole, ignore_errors=True)
+        lasted = uninterrupted(scenario, whole)
+        expected = scenario.left(whole)
+        before = sum(line["kills"] for line in notebook.lines if line["family"] == kind)
+        with tqdm(total=wanted, initial=before, desc=kind, unit="kill") as bar:
+            for number in itertools.count():
+                if (kind, number) in notebook.known:
+                    continue
+                if bar.n >= wanted or number >= 10 * wanted:
+                    break
+                folder = output / f"{kind}_{number}"
+                line = _interrupted(scenario, folder, random.Random(f"{seed} {kind} {number}"), lasted, expected)
+                notebook.add(family=kind, number=number, **line)
+                if line["outcome"] == "same":
+                    shutil.rmtree(folder)
+                    folder.with_suffix(".txt").unlink(missing_ok=True)
+                bar.update(line["kills"])
+    kills, halves = ({kind: 0 for kind in kinds} for _ in range(2))
+    for line in notebook.lines:
+        kills[line["family"]] = kills.get(line["family"], 0) + line["kills"]
+        halves[line["family"]] = halves.get(line["family"], 0) + line["while_writing"]
+    return notebook.summary(output / "kills.json", seed=seed, kills=kills, while_writing=halves)
+
+
+def uninterrupted(scenario: Scenario, folder: Path) -> float:  # seconds
+    """Run the work whole, twice: its modules are then imported here, once, and the time is without imports."""
+    for _ in range(2):
+        shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
-        code = in_a_child(work, whole, None)
-        if code != 0:
-            raise RuntimeError(f"{kind}: the uninterrupted run ended with {code}; see {whole}.txt")
-        lasted, expected = time.monotonic() - started, left(whole)
-        for number in tqdm(range(count), kind):
-            if (kind, number) in notebook.known:
-                continue
-            draw, folder, kills = random.Random(f"{seed} {kind} {number}"), output / f"{kind}_{number}", 0
-            shutil.rmtree(folder, ignore_errors=True)
-            code = None
-            while code is None and kills < _MOST_STARTS:
-                last = kills == _MOST_STARTS - 1
-                rank = draw.randrange(scenario.ranks) if scenario.ranks > 1 else None
-                code = in_a_child(work, folder, None if last else draw.uniform(0, 1.1 * lasted), rank)
-                kills += code is None
-            outcome, about = "traceback" if code == 1 else "refused after a kill", f"exit {code}"
-            if code == 0:
-                found = left(folder)
-                different = [name for name in expected if not same(expected[name], found.get(name))]
-                different += [name for name in found if name not in expected]
-                outcome, about = ("lost", ", ".join(different)) if different else ("same", "")
-            notebook.add(family=kind, number=number, outcome=outcome, about=about, kills=kills)
-            if outcome == "same":
-                shutil.rmtree(folder)
-    total = sum(line["kills"] for line in notebook.lines)
-    return notebook.summary(output / "kills.json", seed=seed, count=count, kills=total)
+        if (code := in_a_child(scenario.work, folder, None)) != 0:
+            raise RuntimeError(f"the uninterrupted run ended with {code}; see {folder}.txt")
+        lasted = time.monotonic() - started
+        for name in folder.with_suffix(".modules").read_text().split():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    return lasted
+
+
+def _interrupted(
+    scenario: Scenario,
+    folder: Path,
+    draw: random.Random,
+    lasted: float,  # seconds of the uninterrupted run
+    expected: dict[str, Any],  # what that left
+) -> dict[str, Any]:  # outcome, about, kills, and how many of them came while something was written
+    shutil.rmtree(folder, ignore_errors=True)
+    code, kills, halves = None, 0, 0
+    while code is None:
+        last = kills == _MOST_STARTS - 1
+        rank = draw.randrange(scenario.ranks) if scenario.ranks > 1 else None
+        instant, writing = draw.uniform(0, 1.1 * lasted), draw.random() < 1 / 3
+        code = in_a_child(scenario.work, folder, None if last else instant, rank, writing)
+        if code is None:
+            kills, halves = kills + 1, halves + half_written(folder)
+    outcome, about = "traceback" if code == 1 else "refused after a kill", f"exit {code}"
+    if code == 0:
+        found = scenario.left(folder)
+        different = [name for name in expected if not same(expected[name], found.get(name))]
+        different += [name for name in found if name not in expected]
+        outcome, about = ("lost", ", ".join(different)) if different else ("same", "")
+    return {"outcome": outcome, "about": about, "kills": kills, "while_writing": halves}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=10, help="interrupted runs of each kind (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=50, help="of each kind (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=tuple(SCENARIOS), default=list(SCENARIOS))
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    found = run(options.seed, options.count, options.output.resolve(), options.only)
-    print(json.dumps({name: found[name] for name in ("seed", "kills", "tried", "families", "bad")}, indent=1))
+    found = run(options.seed, options.kills, options.output.resolve(), options.only)
+    print(
+        json.dumps(
+            {name: found[name] for name in ("seed", "kills", "while_writing", "tried", "families", "bad")}, indent=1
+        )
+    )
     return 1 if found["bad"] else 0
 
 

@@ -1,8 +1,8 @@
 """Damaged and hostile files of every kind: `python -m tools.campaign.mutants --count 100 --output FOLDER`.
 
-Mutant i of a family is a function of (seed, family, i). Each is read in a process of its own: right, refused by one
-line, or one of the outcomes that must not be (`tools.campaign.children`). Started again it goes on; summary.json holds
-the figures. Exit code 1 where one is bad.
+Mutant i of a family is a function of (seed, family, i). Each is read within bounds (`tools.campaign.children`): right,
+refused by one line, or one of the outcomes that must not be. Started again it goes on; mutants.json holds the figures.
+Exit code 1 where one is bad.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tools.campaign.children import Notebook, attempt
-from tools.campaign.families import FAMILIES, Family
+from tools.campaign.children import Attempt, Notebook, attempts
+from tools.campaign.families import FAMILIES
+from tools.campaign.family import Family
 
 
 def run(
@@ -35,23 +36,54 @@ def run(
     notebook = Notebook(output / "mutants.jsonl")
     with tempfile.TemporaryDirectory() as scratch:
         for family in families:
-            good, place = Path(scratch, "good"), Path(scratch, "mutant")
+            good = Path(scratch, "good")
             shutil.rmtree(good, ignore_errors=True)
             good.mkdir()
             family.write(good)
-            outcome, about = attempt(lambda: family.read(good), good)  # noqa: B023  used at once
-            if outcome != "right":
-                raise RuntimeError(f"{family.name}: its whole files are {outcome}: {about}")
-            bar = tqdm(range(count), family.name, disable=not progress)
-            for number in bar:
-                if (family.name, number) in notebook.known:
-                    continue
-                shutil.rmtree(place, ignore_errors=True)
-                shutil.copytree(good, place)
-                name = family.mutate(place, random.Random(f"{seed} {family.name} {number}"))
-                outcome, about = attempt(lambda: family.read(place), place)  # noqa: B023
+            names = sorted(set(family.files))
+            for name, found in zip(names, attempts([_whole(family, good, scratch, n) for n in names]), strict=True):
+                if found[0] != "right":
+                    raise RuntimeError(f"{family.name}: its whole {name} is {found[0]}: {found[1]}")
+            numbers = [n for n in range(max(1, round(count * family.share))) if (family.name, n) not in notebook.known]
+            todo = [_mutant(family, good, scratch, seed, number) for number in numbers]
+            bar = tqdm(numbers, family.name, disable=not progress)
+            for number, (outcome, about) in zip(bar, attempts(todo), strict=True):
+                name = _draw(seed, family, number).choice(family.files)
                 notebook.add(family=family.name, number=number, file=name, outcome=outcome, about=about)
     return notebook.summary(output / "mutants.json", seed=seed, count=count)
+
+
+def _draw(seed: int, family: Family, number: int) -> random.Random:
+    return random.Random(f"{seed} {family.name} {number}")
+
+
+def _whole(family: Family, good: Path, scratch: str, name: str) -> Attempt:
+    """The reading of files that nobody damaged."""
+    place = Path(scratch, "whole")
+    return Attempt(
+        place,
+        lambda: family.read(place, name),
+        lambda: _copy(good, place),
+        lambda: shutil.rmtree(place),
+        family.keeps,
+    )
+
+
+def _mutant(family: Family, good: Path, scratch: str, seed: int, number: int) -> Attempt:
+    place = Path(scratch, f"mutant_{number}")  # another name each time: what the package remembers is of that name
+    draw = _draw(seed, family, number)
+    name: list[str] = []
+
+    def prepare() -> None:
+        _copy(good, place)
+        name.append(family.mutate(place, draw))
+
+    return Attempt(place, lambda: family.read(place, name[0]), prepare, lambda: shutil.rmtree(place), family.keeps)
+
+
+def _copy(good: Path, place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(good, place, copy_function=shutil.copyfile)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,26 +12,16 @@ from scipy.spatial.transform import Rotation
 from hmdiff.body.body import Body, load_body
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
+from hmdiff.files import reading
 
 _GENDERS = {"m": "male", "f": "female", "n": "neutral"}
 
 
-# What damaged labels raise where a number, a list or a mapping was expected and something else is there.
-_DAMAGE = (ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
-
-
-@contextlib.contextmanager
 def naming(
     place: str,  # file, row and, where it is known, field
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Whatever damaged labels raise in the block, as a `UserError` that names the place."""
-    try:
-        yield
-    except UserError:
-        raise
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{place}: damaged ({type(error).__name__}: {reason}); download it again") from None
+    return reading.naming(place, "download it again")
 
 
 class RowReader:

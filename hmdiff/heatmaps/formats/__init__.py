@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hmdiff.errors import UserError
+from hmdiff.files.reading import naming
 from hmdiff.heatmaps.formats import coco, detectors, mmpose, named_points, openpose, plain
 from hmdiff.heatmaps.formats.document import Document, load_document
 from hmdiff.heatmaps.formats.entry import Entry, check_extent, person_of
@@ -18,6 +19,7 @@ from hmdiff.heatmaps.keypoints import PersonKeypoints
 from hmdiff.heatmaps.photo import PhotoInfo
 
 __all__ = ["about_many", "has_keypoints", "read_keypoints", "read_people_of"]
+MEND = "write it again with the tool that made it"
 
 
 def read_keypoints(
@@ -43,7 +45,8 @@ def read_people_of(
     """As `read_keypoints`, with what the user should be told. One bad person does not keep the others."""
     path = Path(path)
     notes: list[str] = []
-    entries = _entries(load_document(path), photo, notes)
+    with naming(path, MEND):
+        entries = _entries(load_document(path), photo, notes)
     if not entries:
         raise UserError(f"{path}: no person in it; run the keypoint detector on a photo with somebody in it")
     found: list[PersonKeypoints] = []
@@ -51,7 +54,8 @@ def read_people_of(
     unseen = 0
     for index, entry in enumerate(entries):
         try:
-            person = person_of(path, entry, info, notes)
+            with naming(f"{path}, person {index}", MEND):
+                person = person_of(path, entry, info, notes)
             if not (person.points[:, 2] > 0).any():
                 unseen += 1
                 continue
@@ -72,9 +76,10 @@ def about_many(path: str | Path) -> bool:
     """Whether a file names the photo that each person is in, so that it may serve many photos."""
     try:
         document = load_document(path)
+        with naming(path, MEND):
+            return coco.about_many(document) or _by_picture(document.data)
     except UserError:
         return False
-    return coco.about_many(document) or _by_picture(document.data)
 
 
 def has_keypoints(path: str | Path) -> bool:
@@ -82,10 +87,15 @@ def has_keypoints(path: str | Path) -> bool:
     document = load_document(path)
     data = document.data
     if isinstance(data, dict):
-        known = coco.is_dataset(data) or openpose.recognised(data) or mmpose.recognised(data)
-        known = known or named_points.recognised(data) or detectors.is_rcnn(data) or _by_picture(data)
-        return known or plain.keypoints_key(data) is not None
+        with naming(path, MEND):
+            return _is_known(data)
     return True
+
+
+def _is_known(data: dict[str, Any]) -> bool:
+    known = coco.is_dataset(data) or openpose.recognised(data) or mmpose.recognised(data)
+    known = known or named_points.recognised(data) or detectors.is_rcnn(data) or _by_picture(data)
+    return known or plain.keypoints_key(data) is not None
 
 
 def _by_picture(data: Any) -> bool:

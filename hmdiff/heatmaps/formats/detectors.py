@@ -125,7 +125,8 @@ def rcnn_entries(path: Path, data: dict[str, Any]) -> list[Entry]:
     size = None
     if isinstance(data.get("image_size"), list):  # height, width
         size = (float(data["image_size"][1]), float(data["image_size"][0]))
-    places = as_list(path, data["pred_keypoints" if "pred_keypoints" in data else "keypoints"], "the keypoints")
+    key = "pred_keypoints" if "pred_keypoints" in data else "keypoints"
+    places = as_list(path, data.get(key), f"{key!r}")
     boxes = data.get("pred_boxes", data.get("boxes")) or [None] * len(places)
     found = []
     for index, person in enumerate(places):
