@@ -17,7 +17,7 @@ from hmdiff import geometry as g
 
 
 def rotations(count: int, seed: int = 0) -> Tensor:
-    return torch.from_numpy(Rotation.random(count, rng=np.random.default_rng(seed)).as_matrix())
+    return torch.from_numpy(Rotation.random(count, np.random.default_rng(seed)).as_matrix())
 
 
 def randn(*shape: int) -> Tensor:

@@ -59,7 +59,7 @@ def test_procrustes_error_agrees_with_a_numerical_search() -> None:
     def residual(p: np.ndarray) -> np.ndarray:
         return np.exp(p[0]) * a @ Rotation.from_rotvec(p[1:4]).as_matrix().T + p[4:] - b
 
-    starts = [np.r_[0.0, vector, 0, 0, 0] for vector in Rotation.random(6, rng=np.random.default_rng(0)).as_rotvec()]
+    starts = [np.r_[0.0, vector, 0, 0, 0] for vector in Rotation.random(6, np.random.default_rng(0)).as_rotvec()]
     best = min((minimize(lambda p: (residual(p) ** 2).sum(), x0) for x0 in starts), key=lambda found: found.fun)
     expected = np.linalg.norm(residual(best.x), axis=-1).mean() * 1000
     assert m.procrustes_error(source, target).item() == pytest.approx(expected, rel=1e-4)

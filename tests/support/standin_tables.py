@@ -117,7 +117,7 @@ def make_human36m(folder: Path, layout: str, t_is_place: bool = False, world: bo
             key = (f"S{subject}", camera)
             extrinsics = np.eye(4)
             random = np.random.default_rng(subject * 10 + number)
-            extrinsics[:3, :3], extrinsics[:3, 3] = Rotation.random(rng=random).as_matrix(), random.normal(size=3)
+            extrinsics[:3, :3], extrinsics[:3, 3] = Rotation.random(None, random).as_matrix(), random.normal(size=3)
             cameras[key] = extrinsics
             for frame in (0, 5, 10) if layout == "spin" else (0, 1, 5, 10):
                 person = s.make_person(body, subject * 100 + frame, (0.3, 0.1, 4.5), extrinsics)

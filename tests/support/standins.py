@@ -105,7 +105,7 @@ def make_person(
     betas = random.normal(size=body.num_betas) if betas is None else betas
     if extrinsics is None:
         extrinsics = np.eye(4)
-        extrinsics[:3, :3], extrinsics[:3, 3] = Rotation.random(rng=random).as_matrix(), random.normal(size=3)
+        extrinsics[:3, :3], extrinsics[:3, 3] = Rotation.random(None, random).as_matrix(), random.normal(size=3)
     # Upright in the camera (SMPL's y is up), wherever the world's axes point.
     upright = Rotation.from_matrix(extrinsics[:3, :3]).inv() * Rotation.from_rotvec([np.pi, 0, 0])
     pose[0] = (upright * Rotation.from_rotvec([0.1, random.normal(), 0.1])).as_rotvec()

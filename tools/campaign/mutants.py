@@ -89,7 +89,7 @@ def _copy(good: Path, place: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=600, help="mutants of each family (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=330, help="mutants of a usual family (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="families by name (default: all)")
     options = parser.parse_args(arguments)
