@@ -170,11 +170,13 @@ def _add_dataset(parts: Any, name: str) -> None:
         "--disparity", action="store_true", help="the files of --depth are larger where it is nearer (default: farther)"
     )
     dataset.add_argument(
-        "--no-masks",
-        dest="masks",
-        action="store_false",
-        help="leave out the data set's own masks, which are D2A-HMR's silhouettes (default: kept where there are some)",
+        "--masks",
+        default="own",
+        metavar="SOURCE",
+        help="D2A-HMR's silhouettes: own (the data set's, where it has some), none, or also of people without one: "
+        "embedded (BlazePose's) or mmseg:MODEL, a config or a name that mmseg lists (default: %(default)s)",
     )
+    dataset.add_argument("--masks-checkpoint", metavar="FILE", help="weights of mmseg:MODEL (default: mmseg's own)")
     dataset.set_defaults(run=_run(_dataset))
 
 
@@ -282,6 +284,13 @@ def _dataset(options: argparse.Namespace) -> Mapping[str, Any]:
     gives = "disparity" if options.disparity else "depth"
     if options.disparity and options.depth is None:
         raise UserError("--disparity says what the maps of --depth are, and none is given; add --depth SOURCE")
+    if options.masks_checkpoint is not None and not options.masks.startswith("mmseg:"):
+        raise UserError("--masks-checkpoint is of mmseg:MODEL; give --masks mmseg:MODEL with it")
+    silhouettes = None
+    if options.masks not in ("own", "none"):
+        from hmdiff.estimators.silhouettes import load_silhouettes
+
+        silhouettes = load_silhouettes(options.masks, options.masks_checkpoint)
     reader = open_reader(options.what, options.source, options.split)
     for line in reader.summary:
         print(f"  {line}", flush=True)
@@ -298,7 +307,9 @@ def _dataset(options: argparse.Namespace) -> Mapping[str, Any]:
         options.split or "",
         photo_depth(options.depth, gives),
         "" if options.depth is None else f"{options.depth} ({gives})",
-        options.masks,
+        options.masks != "none",
+        silhouettes,
+        "" if silhouettes is None else options.masks,
     )
 
 

@@ -30,6 +30,7 @@ from hmdiff.data.shards import PreparedShards, ShardWriter
 from hmdiff.errors import UserError
 from hmdiff.files.images import open_image
 from hmdiff.files.reading import read_bytes
+from hmdiff.heatmaps.distribution import BOX_PADDING
 
 MARGIN = 1.8  # at least 1.25 * sqrt 2
 RESOLUTION = 384
@@ -47,6 +48,8 @@ class Kept(NamedTuple):
 
 # Of the pixels (H, W, 3) of a photo and where it lies: its depth (h, w), larger = farther, NaN = not known; None: none.
 DepthOf = Callable[[np.ndarray, Path], np.ndarray | None]
+# Of the pixels, the path and a person's box (x1, y1, x2, y2 photo pixels): their mask (H, W) bool; None: nobody there.
+MaskOf = Callable[[np.ndarray, Path, tuple[float, float, float, float]], np.ndarray | None]
 
 
 def prepare_dataset(
@@ -62,7 +65,9 @@ def prepare_dataset(
     split: str = "",
     depth: DepthOf | None = None,  # D2A-HMR's pseudo-depth
     depth_name: str = "",  # where it comes from, kept in the index
-    masks: bool = True,  # keep the data set's own masks, where it has some
+    masks: bool = True,  # keep masks: the data set's own, where it has some
+    mask_of: MaskOf | None = None,  # and whose they are where it has none
+    mask_name: str = "",  # where those come from, kept in the index
 ) -> dict[str, Any]:
     """Write every record of a reader. Killed at any moment, the same call goes on after the last whole shard.
 
@@ -81,6 +86,8 @@ def prepare_dataset(
     }
     if depth_name or not masks:  # folders begun before there were maps go on
         settings |= {"depth": depth_name, "masks": masks}
+    if mask_name:
+        settings["masks of"] = mask_name
     writer = ShardWriter(folder, settings, shard_records)
     maps: dict[str, int] = {}
     promised = reader.count()
@@ -88,9 +95,9 @@ def prepare_dataset(
     if promised == 0:
         raise UserError(f"{source or reader.name}: no record in it; check the folder and the split")
     if not writer.complete:
-        counts = _write(reader, writer, promised, _Cutter(margin, resolution, quality, depth, masks), workers)
+        counts = _write(reader, writer, promised, _Cutter(margin, resolution, quality, depth, masks, mask_of), workers)
         writer.finish({"summary": list(reader.summary)})
-        asked = {"depth": depth is not None, "masks": False}
+        asked = {"depth": depth is not None, "masks": mask_of is not None}
         maps = {f"with {what}, of those new": count for what, count in counts.items() if count or asked[what]}
     prepared = PreparedShards(folder)
     if len(prepared) != promised:
@@ -178,9 +185,17 @@ def _read_photo(path: Path) -> _Photo:
 class _Cutter:
     """What is kept of a photo for one of its people."""
 
-    def __init__(self, margin: float, resolution: int, quality: int, depth: DepthOf | None, masks: bool) -> None:
+    def __init__(
+        self,
+        margin: float,
+        resolution: int,
+        quality: int,
+        depth: DepthOf | None,
+        masks: bool,
+        mask_of: MaskOf | None = None,
+    ) -> None:
         self.margin, self.resolution, self.quality, self.masks = margin, resolution, quality, masks
-        self.depth, self._lock = depth, threading.Lock()
+        self.depth, self.mask_of, self._lock = depth, mask_of, threading.Lock()
         self._last: tuple[Path, np.ndarray | None] | None = None  # people of one photo follow each other
 
     def __call__(self, record: Record, read: Any) -> Kept:
@@ -228,8 +243,13 @@ class _Cutter:
         height, width = photo.pixels.shape[:2]
         size = (max(2, size[0] // 2), max(2, size[1] // 2))  # a model reads them at a third of a picture's size
         mask = None
+        found = None
         if self.masks and record.mask is not None:
-            mask = encode_mask(read_mask(record.mask, (width, height), record.source), (width, height), region, size)
+            found = read_mask(record.mask, (width, height), record.source)
+        elif self.masks and self.mask_of is not None and record.image is not None:
+            found = self.mask_of(photo.pixels, record.image, _box(record, width, height))
+        if found is not None:
+            mask = encode_mask(found, (width, height), region, size)
         depth = None if self.depth is None else self._depth_of(record, photo)
         return None if depth is None else encode_depth(depth, (width, height), region, size), mask
 
@@ -239,3 +259,9 @@ class _Cutter:
             if self._last is None or self._last[0] != record.image:
                 self._last = (record.image, self.depth(photo.pixels, record.image))
             return self._last[1]
+
+
+def _box(record: Record, width: int, height: int) -> tuple[float, float, float, float]:
+    """About a person, within the photo: the crop without its padding."""
+    (x, y), half = record.center.tolist(), record.side / BOX_PADDING / 2
+    return max(0.0, x - half), max(0.0, y - half), min(float(width), x + half), min(float(height), y + half)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.body.skeletons import HALPE26, mirror_permutation
+from hmdiff.body.skeletons import mirror_permutation
 from hmdiff.data.record import Record
 from hmdiff.data.shards import Stored
 from hmdiff.data.transforms import NO_CHANGE, Change, change_colours, crop_picture
@@ -76,5 +76,5 @@ def read_heatmaps(
     local = maps.crop[:1].from_photo(torch.from_numpy(photo)[None])
     places = local.float().reshape(1, HEATMAP_SIZE, HEATMAP_SIZE, 2)
     values = torch.nn.functional.grid_sample(maps.values[:1], places, align_corners=False)
-    order = mirror_permutation(HALPE26) if change.flip else list(range(len(HALPE26)))
+    order = mirror_permutation(maps.names) if change.flip else list(range(len(maps.names)))
     return values[:, order], maps.valid[:1, order]

@@ -27,7 +27,11 @@ from hmdiff.files.foreign_weights import read_checkpoint
 
 INSTALL = "uv sync --extra mmpose"
 # Files of a model: what finds them when they are not given. The scope is mmengine's name of a package.
-OPTIONS = {"mmpose": ("--pose", "--pose-checkpoint"), "mmdet": ("--detector", "--detector-checkpoint")}
+OPTIONS = {
+    "mmpose": ("--pose", "--pose-checkpoint"),
+    "mmdet": ("--detector", "--detector-checkpoint"),
+    "mmseg": ("--masks", "--masks-checkpoint"),
+}
 
 
 def _nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
@@ -79,7 +83,8 @@ def import_openmmlab(name: str) -> types.ModuleType:
                 sys.modules.pop(extension, None)
     except ImportError as error:
         package, missing = name.split(".")[0], error.name or str(error)
-        how = f"install the extra mmpose: {INSTALL}" if package in OPTIONS else "install it, or take another model"
+        extra = f"{INSTALL} --extra mmseg" if package == "mmseg" else INSTALL
+        how = f"install the extra {extra.split()[-1]}: {extra}" if package in OPTIONS else "install it, or another model"
         raise UserError(f"{package}: {missing} is not installed; {how}") from None
 
 
@@ -101,7 +106,7 @@ def quiet() -> Iterator[None]:
 
 def find_model(
     name: str | Path,  # a config file, an alias such as "human", or the name of a shipped config
-    scope: str,  # "mmpose" or "mmdet"
+    scope: str,  # "mmpose", "mmdet" or "mmseg"
 ) -> tuple[Path, str | None]:  # the config, and where its weights can be downloaded
     """The config file, as it is or by mmpose's list of its models. Raises `UserError` naming the nearest."""
     path = Path(name)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hmdiff.body.skeletons import HALPE26, J14, joint_indices
+from hmdiff.body.skeletons import HALPE26, HAND21, J14, joint_indices
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.diffusion.hypotheses import Reprojection, select, weighted_mean
 from hmdiff.diffusion.sampling_config import SamplingConfig
@@ -280,7 +280,8 @@ def as_heatmaps(sample: Sample) -> Heatmaps | None:
     center = values.new_full((count, 2), PHOTO / 2)
     if sample.principal_point is not None:
         center = center - sample.principal_point
-    return Heatmaps(values, sample.heatmap_valid, Crop.of(center, values.new_full((count,), 2.0)))
+    names = HAND21 if values.shape[1] == len(HAND21) else HALPE26
+    return Heatmaps(values, sample.heatmap_valid, Crop.of(center, values.new_full((count,), 2.0)), names)
 
 
 def photo_of(sample: Sample) -> dict[str, Any]:

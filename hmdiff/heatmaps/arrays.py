@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hmdiff.body.skeletons import HALPE26, JOINT_SETS
+from hmdiff.body.skeletons import JOINT_SETS
 from hmdiff.errors import UserError
 from hmdiff.files.reading import read_npz
 from hmdiff.files.storage import atomic_file
@@ -62,11 +62,11 @@ def load_heatmaps(path: str | Path) -> Heatmaps:
         heatmaps = heatmaps_from_values(values, names, center.reshape(batch, 2), side.reshape(batch))
         crop = _crop(arrays, heatmaps.crop)
         if "valid" not in arrays:
-            return Heatmaps(heatmaps.values, heatmaps.valid, crop)
-        if arrays["valid"].shape != (batch, len(HALPE26)) or arrays["valid"].dtype != bool:
-            raise UserError(f"`valid` must be a bool array of shape ({batch}, {len(HALPE26)})")
+            return Heatmaps(heatmaps.values, heatmaps.valid, crop, heatmaps.names)
+        if arrays["valid"].shape != (batch, len(heatmaps.names)) or arrays["valid"].dtype != bool:
+            raise UserError(f"`valid` must be a bool array of shape ({batch}, {len(heatmaps.names)})")
         valid = torch.from_numpy(arrays["valid"]) & heatmaps.valid
-        return Heatmaps(heatmaps.values, valid, crop)
+        return Heatmaps(heatmaps.values, valid, crop, heatmaps.names)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -110,6 +110,6 @@ def save_heatmaps(path: str | Path, heatmaps: Heatmaps) -> None:
             handle,
             heatmaps=heatmaps.values.detach().cpu().numpy(),
             valid=heatmaps.valid.cpu().numpy(),
-            joints=np.array(HALPE26),
+            joints=np.array(heatmaps.names),
             **{name: value.detach().cpu().numpy() for name, value in vars(heatmaps.crop).items()},
         )

@@ -1,4 +1,4 @@
-"""`Heatmaps`, one distribution over the square crop for each of the 26 joints, and the mathematics on them.
+"""`Heatmaps`, one distribution over the square crop for each named joint, and the mathematics on them.
 
 The centre of pixel (row i, column j) of an (H, W) heatmap lies at crop coordinates (-1 + 2(j+.5)/W, -1 + 2(i+.5)/H).
 The peak of a channel is the estimator's confidence, not the joint's visibility. Estimators regress raw values that can
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hmdiff.body.skeletons import HALPE26, shared_joints
+from hmdiff.body.skeletons import HALPE26, HAND21, shared_joints
 from hmdiff.errors import UserError
 from hmdiff.heatmaps.crop import Crop, concatenate_crops
 from hmdiff.heatmaps.resampling import spline_weights
@@ -32,28 +32,29 @@ LARGEST = 1e6  # of a value: its square and sums stay far from overflow
 
 @dataclasses.dataclass(frozen=True)
 class Heatmaps:
-    """Heatmaps of B people, joints in the order of `skeletons.HALPE26`.
+    """Heatmaps of B people, of the 26 joints of a body (`skeletons.HALPE26`) or the 21 of a hand (`HAND21`).
 
     Raises:
         UserError: wrong shapes, NaN or infinite or negative values, a person without any mass.
     """
 
-    values: Tensor  # (B, 26, 64, 64) float32, >= 0, peak = confidence
-    valid: Tensor  # (B, 26) bool: the source has this joint at all; the others' channels are zero
+    values: Tensor  # (B, J, 64, 64) float32, >= 0, peak = confidence
+    valid: Tensor  # (B, J) bool: the source has this joint at all; the others' channels are zero
     crop: Crop  # of the B people: where in the photo, and the photo's camera
+    names: tuple[str, ...] = HALPE26  # J of the joints
 
     def __post_init__(self) -> None:
-        expected = (len(HALPE26), HEATMAP_SIZE, HEATMAP_SIZE)
+        expected = (len(self.names), HEATMAP_SIZE, HEATMAP_SIZE)
         values, batch = self.values, len(self.values) if self.values.dim() else 0
         if values.dim() != 4 or tuple(values.shape[1:]) != expected or batch == 0:
             raise UserError(f"heatmaps: shape {_shape(values)} found, (B, {', '.join(map(str, expected))}) expected")
-        if tuple(self.valid.shape) != (batch, len(HALPE26)) or self.valid.dtype != torch.bool:
-            raise UserError(f"heatmaps: `valid` must be a bool array of shape ({batch}, {len(HALPE26)})")
+        if tuple(self.valid.shape) != (batch, len(self.names)) or self.valid.dtype != torch.bool:
+            raise UserError(f"heatmaps: `valid` must be a bool array of shape ({batch}, {len(self.names)})")
         if len(self.crop) != batch:
             raise UserError(f"heatmaps: crops of {len(self.crop)} people for {batch}; give one for each")
         if values.dtype != torch.float32:
             raise UserError(f"heatmaps: float32 expected, {values.dtype} found; convert them with .float()")
-        _check_finite(values, HALPE26)
+        _check_finite(values, self.names)
         if (values < 0).any():
             raise UserError(f"heatmaps: negative value {values.min().item():.3g} found; clamp them at 0 first")
         if values.numel() and float(values.max()) > LARGEST:
@@ -82,10 +83,10 @@ class Heatmaps:
         """Some of the people; one index still gives a batch of one."""
         if isinstance(index, int):
             index = [index]
-        return Heatmaps(self.values[index], self.valid[index], self.crop[index])
+        return Heatmaps(self.values[index], self.valid[index], self.crop[index], self.names)
 
     def to(self, device: torch.device | str) -> Heatmaps:
-        return Heatmaps(self.values.to(device), self.valid.to(device), self.crop.to(device))
+        return Heatmaps(self.values.to(device), self.valid.to(device), self.crop.to(device), self.names)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -112,6 +113,8 @@ def heatmaps_from_values(
 ) -> Heatmaps:
     """An estimator's output as `Heatmaps`: clamped at 0, resampled to 64 x 64, its joints mapped by name.
 
+    To a hand's 21 joints where they are a hand's, else to a body's 26.
+
     Raises:
         UserError: NaN, wrong shapes, no joint that we know, or a person without any mass.
     """
@@ -119,7 +122,8 @@ def heatmaps_from_values(
         raise UserError(f"heatmaps: shape {_shape(values)} found, (B, {len(names)}, H, W) expected for their joints")
     values, center, side = values.float(), center.float(), side.float()
     _check_finite(values, names)
-    source, target = shared_joints(names, HALPE26)
+    known = joints_of_heatmaps(names)
+    source, target = shared_joints(names, known)
     if not source:
         raise UserError(f"heatmaps: none of the joints {', '.join(names)} is known; known are {', '.join(HALPE26)}")
     values = values[:, source].clamp_min(0)
@@ -129,19 +133,29 @@ def heatmaps_from_values(
     unchanged = torch.equal(center, to_center) and side.dim() == 1 and torch.equal(side, to_side)
     if not (unchanged and values.shape[-2:] == (HEATMAP_SIZE, HEATMAP_SIZE)):
         values = resample_heatmaps(values, center, side, to_center, to_side)
-    every = values.new_zeros(len(values), len(HALPE26), HEATMAP_SIZE, HEATMAP_SIZE)
+    every = values.new_zeros(len(values), len(known), HEATMAP_SIZE, HEATMAP_SIZE)
     every[:, target] = values
     valid = torch.zeros(every.shape[:2], dtype=torch.bool, device=every.device)
     valid[:, target] = True
-    return Heatmaps(every, valid, Crop.of(to_center, to_side))
+    return Heatmaps(every, valid, Crop.of(to_center, to_side), known)
+
+
+def joints_of_heatmaps(
+    names: Sequence[str],
+) -> tuple[str, ...]:
+    """The joint set that heatmaps of these joints are kept in: a hand's where they are all a hand's, else a body's."""
+    return HAND21 if names and all(name in HAND21 for name in names) else HALPE26
 
 
 def concatenate_heatmaps(parts: Sequence[Heatmaps]) -> Heatmaps:
-    """The people of all parts as one batch."""
+    """The people of all parts as one batch. Raises `UserError` where some are bodies and some hands."""
+    if len({part.names for part in parts}) > 1:
+        raise UserError("heatmaps: bodies and hands in one call; give them apart")
     return Heatmaps(
         torch.cat([part.values for part in parts]),
         torch.cat([part.valid for part in parts]),
         concatenate_crops([part.crop for part in parts]),
+        parts[0].names,
     )
 
 

@@ -21,6 +21,7 @@ from hmdiff.heatmaps.distribution import (
     crop_from_box,
     crop_from_keypoints,
     gaussian_heatmaps,
+    joints_of_heatmaps,
 )
 from hmdiff.heatmaps.photo import PhotoInfo
 
@@ -97,12 +98,13 @@ def body_turn(
 
 def on_halpe26(
     persons: Sequence[PersonKeypoints],
-) -> tuple[Tensor, Tensor]:  # (B, 26, 3), (B, 26) bool: the source has this joint at all
+    names: tuple[str, ...] = HALPE26,  # J; or those of a hand
+) -> tuple[Tensor, Tensor]:  # (B, J, 3), (B, J) bool: the source has this joint at all
     """Everybody's joints in our order."""
-    points = torch.zeros(len(persons), len(HALPE26), 3)
-    valid = torch.zeros(len(persons), len(HALPE26), dtype=torch.bool)
+    points = torch.zeros(len(persons), len(names), 3)
+    valid = torch.zeros(len(persons), len(names), dtype=torch.bool)
     for index, person in enumerate(persons):
-        source, target = shared_joints(person.names, HALPE26)
+        source, target = shared_joints(person.names, names)
         points[index, target] = person.points[source].to(points.dtype)
         valid[index, target] = True
     return points, valid
@@ -116,14 +118,17 @@ def heatmaps_from_keypoints(
     photo: PhotoInfo | None = None,  # the photo's size and focal length; None: not known
     turned: bool = True,  # turn the crop with a person who lies or hangs
 ) -> Heatmaps:
-    """Gaussians at the keypoints with the confidence as their peak, joints mapped to HALPE26 by name.
+    """Gaussians at the keypoints with the confidence as their peak, joints mapped by name to HALPE26, or to HAND21
+    where all are a hand's.
 
     Raises:
         UserError: nobody is given, or somebody has no keypoint within the crop.
     """
     if not persons:
         raise UserError("keypoints: no person given")
-    points, valid = on_halpe26(persons)
+    names = joints_of_heatmaps([name for person in persons for name in person.names])
+    points, valid = on_halpe26(persons, names)
+    turned = turned and names == HALPE26
     turns = [body_turn(joints[:, :2], joints[:, 2]) if turned else 0.0 for joints in points]
     if center is None or side is None:
         found = [_crop(person, joints, turn) for person, joints, turn in zip(persons, points, turns, strict=True)]
@@ -136,7 +141,7 @@ def heatmaps_from_keypoints(
         None if photo is None else photo.focal,
     )
     values = gaussian_heatmaps(crop.from_photo(points[..., :2]), points[..., 2], sigma, HEATMAP_SIZE)
-    return Heatmaps(values, valid, crop)
+    return Heatmaps(values, valid, crop, names)
 
 
 def _crop(person: PersonKeypoints, joints: Tensor, turn: float) -> tuple[Tensor, Tensor]:  # centre (2,), side ()

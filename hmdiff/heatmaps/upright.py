@@ -38,7 +38,12 @@ def torso_turn(
 def turned_upright(
     heatmaps: Heatmaps,
 ) -> Heatmaps:
-    """The same people in crops in which their torsos are upright; whoever is already, or may be, keeps theirs."""
+    """The same people in crops in which their torsos are upright; whoever is already, or may be, keeps theirs.
+
+    Hands stay as they are: they are seen from every side alike.
+    """
+    if heatmaps.names != HALPE26:
+        return heatmaps
     angle = torso_turn(heatmaps)
     if not angle.any():
         return heatmaps

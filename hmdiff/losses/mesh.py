@@ -74,3 +74,18 @@ def silence(
         return error
     shape = (-1,) + (1,) * (error.dim() - 1)
     return torch.where(labelled.reshape(shape), error, torch.zeros_like(error))
+
+
+def mean_over_labelled(
+    error: Tensor,  # (B, ...)
+    labelled: Tensor | None,  # (B,) bool, None = all
+) -> Tensor:  # ()
+    """The mean over the people who have such a label; 0 where nobody has.
+
+    Not over the batch: in a mixture, people without a mesh would make the mesh term of the others weigh less.
+    """
+    mean = silence(error, labelled).mean()
+    if labelled is None:
+        return mean
+    share = labelled.to(mean).mean()  # exactly 1 where all are labelled: the term is then as without masks
+    return mean / torch.where(share > 0, share, 1.0)

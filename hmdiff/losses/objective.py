@@ -1,4 +1,4 @@
-"""The training objective: named terms, each weighted, each a plain mean over the samples.
+"""The training objective: named terms, each weighted, each a plain mean over the people who have its label.
 
 L = L_points (on what the network predicts, weighted by noise level) + w_cam L_camera + w_e L_edges, the two of labelled
 keypoints (`losses/keypoints.py`), and the terms of the optional paths (`losses/paths.py`). L_points is one mean over
@@ -15,7 +15,7 @@ from torch import Tensor
 from hmdiff.config import LossConfig
 from hmdiff.data.sample import Sample
 from hmdiff.geometry import weak_perspective_projection
-from hmdiff.losses.mesh import camera_error, edge_error, point_error, reprojection_error, silence
+from hmdiff.losses.mesh import camera_error, edge_error, mean_over_labelled, point_error, reprojection_error, silence
 from hmdiff.losses.paths import PathOutputs, path_terms
 
 
@@ -49,13 +49,13 @@ def objective(
         terms |= _terms_apart(config, sample, prediction, target, level_weight, num_coarse)
     else:
         error = point_error(prediction, target, config.points, weight) * level_weight
-        terms["points"] = silence(error, labelled).mean()
+        terms["points"] = mean_over_labelled(error, labelled)
     if config.camera:
-        terms["camera"] = config.camera * _camera_term(sample, camera).mean()
+        terms["camera"] = config.camera * mean_over_labelled(*_camera_term(sample, camera))
     if config.edges and edges is not None:
         # Only where the noise is low: the mean of several poses, which is right at high noise, has short edges.
         error = edge_error(clean[..., :num_coarse, :], truth[..., :num_coarse, :], edges) * share
-        terms["edges"] = config.edges * silence(error, sample.has_vertices).mean()
+        terms["edges"] = config.edges * mean_over_labelled(error, sample.has_vertices)
     if paths is not None:
         terms |= path_terms(config, sample, paths, clean, truth, level_weight, camera, num_coarse)
     terms |= more or {}
@@ -79,7 +79,7 @@ def _terms_apart(
     ):
         if weight:
             error = point_error(prediction[..., part, :], target[..., part, :], config.points) * level_weight
-            terms[name] = weight * silence(error, labelled).mean()
+            terms[name] = weight * mean_over_labelled(error, labelled)
     return terms
 
 
@@ -93,19 +93,20 @@ def _labelled_points(sample: Sample, people: int, points: int, num_coarse: int) 
     return torch.cat(parts, -1)
 
 
-def _camera_term(sample: Sample, camera: Tensor) -> Tensor:  # (B,)
-    """Against the true camera where it is known, else through the projected keypoints; 0 where neither is labelled."""
+def _camera_term(sample: Sample, camera: Tensor) -> tuple[Tensor, Tensor | None]:  # (B,), (B,) bool: who has a label
+    """Against the true camera where it is known, else through the projected keypoints."""
     known = camera.new_zeros(len(camera))
     has_camera = torch.zeros_like(known, dtype=torch.bool)
     if sample.camera is not None:
         known = silence(camera_error(camera, sample.camera), sample.has_camera)
         if sample.has_camera is None:
-            return known
+            return known, None
         has_camera = sample.has_camera
     if sample.keypoints_3d is None or sample.joints_2d is None or sample.joints_2d_confidence is None:
-        return known
+        return known, has_camera
     confidence = sample.joints_2d_confidence
     if sample.has_keypoints_3d is not None:
         confidence = confidence * sample.has_keypoints_3d
     projected = weak_perspective_projection(sample.keypoints_3d, camera)
-    return torch.where(has_camera, known, reprojection_error(projected, sample.joints_2d, confidence))
+    error = torch.where(has_camera, known, reprojection_error(projected, sample.joints_2d, confidence))
+    return error, has_camera | (confidence.sum(-1) > 0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from hmdiff.config import LossConfig
 from hmdiff.data.sample import Sample
 from hmdiff.geometry import weak_perspective_projection
-from hmdiff.losses.mesh import point_error, reprojection_error, silence
+from hmdiff.losses.mesh import mean_over_labelled, point_error, reprojection_error
 from hmdiff.losses.rle import rle_error
 from hmdiff.losses.silhouette import silhouette_error
 
@@ -56,7 +56,7 @@ def path_terms(
     joints, true_joints = clean[..., num_coarse:, :], truth[..., num_coarse:, :]
     if config.projection:
         error = reprojection_error(*_projected(sample, joints, true_joints, camera, paths.mesh_scale))
-        terms["projection"] = config.projection * silence(error, sample.has_joints_3d).mean()
+        terms["projection"] = config.projection * mean_over_labelled(error, sample.has_joints_3d)
     if config.rle:
         for name, scale in paths.scale.items():
             labelled = sample.has_vertices if name == "vertices" else sample.has_joints_3d
@@ -71,19 +71,19 @@ def path_terms(
             if paths.regressed is not None:
                 mean = torch.where(paths.regressed[..., None, None], mean, mean.detach())
             error = rle_error(mean, scale, target.expand_as(mean), paths.flows[name], paths.rle_variant, weight)
-            terms[f"rle_{name}"] = config.rle * silence(error, labelled).mean()
+            terms[f"rle_{name}"] = config.rle * mean_over_labelled(error, labelled)
     if config.silhouette and paths.silhouette is not None and sample.silhouette is not None:
         target = sample.silhouette[:, None].to(paths.silhouette)
         target = F.interpolate(target, paths.silhouette.shape[-2:], mode="bilinear", antialias=True)[:, 0]
         error = silhouette_error(paths.silhouette, target.clamp(0, 1))
-        terms["silhouette"] = config.silhouette * silence(error, sample.has_silhouette).mean()
+        terms["silhouette"] = config.silhouette * mean_over_labelled(error, sample.has_silhouette)
     if config.estimates and paths.estimates is not None:
         error = point_error(paths.estimates, true_joints[:, :, None], config.points).mean(-1) * level_weight
-        terms["estimates"] = config.estimates * silence(error, sample.has_joints_3d).mean()
+        terms["estimates"] = config.estimates * mean_over_labelled(error, sample.has_joints_3d)
     if config.estimates and paths.meshes is not None:
         true_mesh = truth[..., :num_coarse, :]
         error = point_error(paths.meshes, true_mesh[:, :, None], config.points).mean(-1) * level_weight
-        terms["mesh_estimates"] = config.estimates * silence(error, sample.has_vertices).mean()
+        terms["mesh_estimates"] = config.estimates * mean_over_labelled(error, sample.has_vertices)
     weights = {"joint_contrast": config.joint_contrast, "non_joint_contrast": config.non_joint_contrast}
     for name, value in paths.contrast.items():
         terms[name] = weights[name] * value

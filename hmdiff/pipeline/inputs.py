@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hmdiff.body.skeletons import HAND21
 from hmdiff.errors import UserError
 from hmdiff.estimators.people import PhotoPeople, crops
 from hmdiff.heatmaps import Heatmaps, concatenate_heatmaps
@@ -28,6 +29,7 @@ def model_inputs(
     device: torch.device,
     images: Tensor | None,  # (B, 3, S, S) RGB 0..1
     heatmaps: Heatmaps | None,
+    names: tuple[str, ...] | None = None,  # of the body's keypoints; None: it has none
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pictures at the model's size, (B, J, H, W), (B, J) bool
     """Raises `UserError` for an input that the model needs and does not have, or cannot read."""
     needs = model.config.inputs
@@ -49,7 +51,16 @@ def model_inputs(
         )
     if heatmaps is None:
         return images, None, None
+    if names is not None and heatmaps.names != names:
+        raise UserError(
+            f"heatmaps of {_whose(heatmaps.names)}, and the model's body {model.config.body!r} has the keypoints of "
+            f"{_whose(names)}; give heatmaps of those"
+        )
     return images, heatmaps.values.to(device), heatmaps.valid.to(device)
+
+
+def _whose(names: tuple[str, ...]) -> str:
+    return f"a {'hand' if names == HAND21 else 'body'} ({len(names)} joints)"
 
 
 def depth_input(

@@ -141,7 +141,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
                 sampling = sampling.but(guidance=self.default_guidance())
         if sampling.upright and heatmaps is not None and self.model.config.inputs == "heatmaps" and depth is None:
             heatmaps = turned_upright(heatmaps)
-        images, values, valid = model_inputs(self.model, self.device, images, heatmaps)
+        images, values, valid = model_inputs(self.model, self.device, images, heatmaps, self.body.keypoint_names)
         given = len(values) if values is not None else len(images)  # type: ignore[arg-type]
         depth = depth_input(self.model, self.device, depth, given)
         with self._autocast():
@@ -180,8 +180,8 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         check_result((vertices, translation))
         turned, likelihood = frames.turned, None
         if values is not None and keypoints is not None:
-            assert valid is not None
-            seen = Heatmaps(values, valid, turned)
+            assert valid is not None and heatmaps is not None
+            seen = Heatmaps(values, valid, turned, heatmaps.names)
             likelihood = log_likelihood(keypoints, translation, turned.focal, turned.principal_point, seen)
         if frames.is_turned:
             vertices, joints, translation = frames.back(vertices), frames.back(joints), frames.back(translation)

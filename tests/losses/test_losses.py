@@ -10,7 +10,15 @@ from torch import Tensor
 
 from hmdiff.config import LossConfig
 from hmdiff.data.sample import Sample
-from hmdiff.losses.mesh import POINT_LOSSES, camera_error, edge_error, point_error, reprojection_error, silence
+from hmdiff.losses.mesh import (
+    POINT_LOSSES,
+    camera_error,
+    edge_error,
+    mean_over_labelled,
+    point_error,
+    reprojection_error,
+    silence,
+)
 from hmdiff.losses.objective import objective
 
 
@@ -130,6 +138,22 @@ def test_a_missing_label_pulls_at_nothing() -> None:
     changed["target"][2, :, COARSE:] = 99
     changed["truth"][1, :, :COARSE] = 99
     torch.testing.assert_close(objective(config, **changed)["loss"], objective(config, **given)["loss"])
+
+
+def test_people_without_a_label_do_not_weaken_the_others() -> None:
+    """Every term of a batch in which half have no label is that of the other half alone."""
+    there = torch.tensor([True, False, True, False])
+    for config in (LossConfig(edges=0.1), LossConfig(vertices=1.0, joints_3d=0.5)):
+        given = batch(4, there, there)
+        given["sample"] = dataclasses.replace(given["sample"], has_camera=there)
+        mixed = objective(config, **given)
+        rows = {k: v[there] if isinstance(v, Tensor) and k != "edges" else v for k, v in given.items()}
+        rows["sample"] = given["sample"].map(lambda tensor: tensor[there])
+        alone = objective(config, **rows)
+        assert set(mixed) == set(alone)
+        for name in mixed:
+            torch.testing.assert_close(mixed[name], alone[name])
+    assert mean_over_labelled(torch.ones(2, 3), torch.zeros(2, dtype=torch.bool)) == 0
 
 
 def test_weights_do_not_depend_on_the_batch() -> None:
