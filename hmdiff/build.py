@@ -125,7 +125,7 @@ def _reads_peaks(config: Config) -> bool:
     """Whether heatmaps need not be drawn: a backbone of joints reads them as peaks, and nothing else looks at them."""
     model = config.model
     alone = model.get("inputs", "heatmaps") == "heatmaps" and model.get("backbone", "joints") == "joints"
-    return config.data.kind == "synthetic" and alone and not model.get("depth_map")
+    return config.data.kind == "synthetic" and alone and not (model.get("depth_map") or model.get("lifting"))
 
 
 def build_source(

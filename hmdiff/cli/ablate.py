@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import ablate_trained, arguments, studies
 from hmdiff.errors import UserError
 
+if TYPE_CHECKING:
+    from hmdiff.lab.ablations import Comparison
+
 OUTPUT = Path("outputs/ablation")
+UNGUIDED = "none"  # a row's mode; `lab.comparison` takes a second to import
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
         "ablate",
         "tables: diffusion or not; no guidance, disrupted or DAT; how many hypotheses; the optional paths, trained",
         "hmdiff ablate diffusion dat hypotheses --checkpoint hmdiff_small --direct direct_small\n"
+        "  hmdiff ablate dat --preset paper\n"
         "  hmdiff ablate depth_rle --train --steps 600 --seeds 3 --people 200",
         "Tables: diffusion (against the same network in one step, and stacked), dat (no guidance, disrupted and DAT at "
         "5, 10, 20 and 40 steps), hypotheses (the best, the mean and the selected of 1, 5, 10, 25, 100). A cell that "
@@ -110,20 +115,30 @@ def run(options: argparse.Namespace) -> int:
     settings = {name: settings_of(rows[name], roles, guide, sampling) for name in tables}
     # All tables at once: cells that several of them need are computed once, and the time that is left is of all.
     results = studies.compute(study, [setting for each in settings.values() for setting in each])
+    files = {name: options.output / f"{name}{_preset_suffix(options, table)}.csv" for name, table in tables.items()}
     for name, table in tables.items():
         mine, results = results[: len(rows[name])], results[len(rows[name]) :]
-        save_csv(csv_rows(name, rows[name], mine), options.output / f"{name}.csv")
+        save_csv(csv_rows(name, rows[name], mine), files[name])
         title = f"{table.title}: {study.split}, {study.people} people, mm (95 % interval)"
         if any(row.num_hypotheses is None for row in rows[name]):
             title += f", N = {options.num_hypotheses}"
+        guided = next((row.mode for row in table.rows if row.mode != UNGUIDED), None)
+        if guided is not None:
+            used = guide(guided)
+            title += f"; DAT by preset {options.preset}, s {used.strength:g}, R {used.threshold:g}"
         lines = texts(table, rows[name], mine)
         Table(title, ["", *(column.title for column in table.columns)], lines, table.note).print()
         left_out = [f"--{role}" for role in dict.fromkeys(row.role for row in table.rows) if role not in roles]
         if left_out:
             print(f"left out, since no model was given for them: the rows of {', '.join(left_out)}")
-    written = ", ".join(f"{options.output}/{name}.csv" for name in tables)
+    written = ", ".join(str(path) for path in files.values())
     print(f"written: {written}, and a JSON for each cell in cells/")
     return 0
+
+
+def _preset_suffix(options: argparse.Namespace, table: Comparison) -> str:
+    """The tables of two presets do not replace each other."""
+    return f"_{options.preset}" if options.preset != "ours" and any(row.mode != UNGUIDED for row in table.rows) else ""
 
 
 def _check_modes(study: Any, roles: dict[str, str]) -> None:

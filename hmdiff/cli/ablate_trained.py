@@ -26,8 +26,8 @@ OPTIONS = ("train", "list", "dry_run", "mode", "seeds", "base", "set", "splits",
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "tables that are trained: depth_rle, silhouette_masked, out_of_distribution, rendered_depth, recorded_depth, occlusion, "
-        "lifting"
+        "tables that are trained: depth_rle, silhouette_masked, out_of_distribution, rendered_depth, recorded_depth, "
+        "occlusion, lifting"
     )
     group.add_argument(
         "--train",

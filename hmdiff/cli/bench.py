@@ -95,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.body.body import load_body
     from hmdiff.build import build_mesh, build_model, build_scheduler, build_source
     from hmdiff.evaluate.evaluation import as_heatmaps
+    from hmdiff.lab.stages import Bench, Options
     from hmdiff.pipeline import HMDiffPipeline
     from hmdiff.train.memory import memory_text, parameters, peak_gigabytes
     from hmdiff.train.step import Draws, keypoint_map, training_losses
@@ -148,11 +149,15 @@ def run(options: argparse.Namespace) -> int:
         model.zero_grad()
 
     model.train()
-    first = _timed(train_step, device, 1)
-    seconds = _timed(train_step, device, options.repeats)
+    bench = Bench(Options(people, repeats=options.repeats), device)
+    row = bench.row("forward and backward", train_step, count=True)
     print(
-        f"forward and backward of {people} people x {levels} noise levels: {1000 * seconds:.0f} ms "
-        f"(the first {1000 * first:.0f} ms)"
+        f"forward and backward of {people} people x {levels} noise levels: {1000 * row.seconds:.0f} ms of "
+        f"{bench.clock_name} (the first {1000 * row.first:.0f} ms)"
+    )
+    print(
+        f"{(row.flops or 0) / 1e9:.1f} GFLOP of products and convolutions, at {row.of_peak or 0:.0%} of a matrix "
+        f"product's rate on this machine ({bench.peak / 1e9:.0f} GFLOP/s)"
     )
     print(f"memory: {memory_text(device)}" + ("" if before is None else f", {before:.2f} GB before the model"))
     if options.no_sampling:

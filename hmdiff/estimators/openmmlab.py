@@ -84,7 +84,7 @@ def import_openmmlab(name: str) -> types.ModuleType:
     except ImportError as error:
         package, missing = name.split(".")[0], error.name or str(error)
         extra = f"{INSTALL} --extra mmseg" if package == "mmseg" else INSTALL
-        how = f"install the extra {extra.split()[-1]}: {extra}" if package in OPTIONS else "install it, or another model"
+        how = f"install the extra {extra.split()[-1]}: {extra}" if package in OPTIONS else "install it"
         raise UserError(f"{package}: {missing} is not installed; {how}") from None
 
 

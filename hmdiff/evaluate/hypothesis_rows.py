@@ -1,7 +1,9 @@
 """What a protocol reports of N hypotheses: a row of errors for each way to make one number of them.
 
-One estimate: `estimate`. Several, by a protocol of one: `first`, `mean of N`, `oracle of N`, `selected of N`. By
-min_of_n the same for every N that the literature reports. By biggs: `pick of n of N`, see `protocols.MANY`.
+One estimate: `estimate`. Several, by a protocol of one: `first`, `mean of N`, `oracle of N`, `selected of N`, and
+`aggregated of N` of a pipeline that has the MLP from hypotheses to one mesh (HMDiff, arXiv 2308.13369). By min_of_n the
+same for every N that the literature reports, but the last for all alone. By biggs: `pick of n of N`, see
+`protocols.MANY`.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ def score_hypotheses(
     target: Bodies,  # (B, ...)
     regressors: Mapping[str, Tensor] | None = None,
     choose: Choose = nobody,
+    aggregated: Bodies | None = None,  # (B, ...) all hypotheses as one
 ) -> Scores:
     """All rows of these people by the protocol."""
     regressors = regressors or {}
+    one = None if aggregated is None else protocol.both(aggregated, target, regressors)
     predicted, target = protocol.both(predicted, target, regressors)
     assert predicted.joints is not None
     total = predicted.joints.shape[1]
@@ -69,6 +73,8 @@ def score_hypotheses(
     for count in sorted({*wanted, total}):
         found = rows_of(each, count, mean_of, choose, higher)
         rows |= {f"{kind} of {count}": errors for kind, errors in found.items() if kind != "first"}
+    if one is not None:
+        rows[f"aggregated of {total}"] = protocol.score(*one, regressors)
     inside = None
     if protocol.name == "min_of_n" and total >= LEAST_TO_CALIBRATE:
         inside = _inside(_about_root(protocol, predicted), _about_root(protocol, target))

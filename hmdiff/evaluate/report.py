@@ -146,7 +146,7 @@ def _score_block(
     for part in people.parts(number):
         on = next(t for t in (part.predicted.vertices, part.predicted.joints) if t is not None)
         moved = {name: regressor.to(on.device) for name, regressor in regressors.items()}
-        scores = score_hypotheses(protocol, part.predicted, part.target, moved, part.choose)
+        scores = score_hypotheses(protocol, part.predicted, part.target, moved, part.choose, part.aggregated)
         found = {f"{row}|{metric}": v for row, errors in scores.rows.items() for metric, v in errors.items()}
         found |= {_INDEX: part.index} | ({} if scores.inside is None else {_INSIDE: scores.inside})
         for name, values in found.items():

@@ -35,6 +35,7 @@ class Part:
     predicted: Bodies  # (B, N, ...)
     target: Bodies  # (B, ...)
     choose: Choose = nobody
+    aggregated: Bodies | None = None  # (B, ...) all hypotheses as one, by the pipeline's own MLP
 
 
 class Truths(Protocol):
@@ -136,9 +137,13 @@ class PipelinePeople:
             positions = list(range(done, done + len(answer.sample)))
             done += len(positions)
             vertices = answer.output.vertices
-            predicted = Bodies(vertices if self.placement is None else vertices + self.placement.to(vertices))
+            predicted, one = self._placed(vertices), answer.output.aggregated_vertices
             target = self.truths.take(positions).map(lambda tensor: tensor.to(vertices.device))  # noqa: B023
-            yield Part(torch.tensor(positions), predicted, target, answer.select)
+            aggregated = None if one is None else self._placed(one)
+            yield Part(torch.tensor(positions), predicted, target, answer.select, aggregated)
+
+    def _placed(self, vertices: Tensor) -> Bodies:
+        return Bodies(vertices if self.placement is None else vertices + self.placement.to(vertices))
 
 
 def _choice(chosen: Tensor | None, total: int) -> Choose:

@@ -96,7 +96,7 @@ _NOISY = ("data.label_noise=0.05",)
 _HEATMAPS = ("model.inputs=both",)
 _LIFTING = ("model.lifting=true", "loss.estimates=0.5")
 _CONTRAST = ("loss.joint_contrast=0.1", "loss.non_joint_contrast=0.1")  # JOTR's weights; here two thirds of the loss
-_FINE = ("model.coarse_to_fine=true",)
+_HEATMAP_VOLUME = (*_LIFTING, "model.volume_width=32", "model.volume_size=6", "model.volume_exponent=1.0")
 _JOTR_K = ("model.volume_exponent=3.0",)
 _LESS_CONTRAST = ("loss.joint_contrast=0.01", "loss.non_joint_contrast=0.01")  # about a fifth
 
@@ -167,19 +167,18 @@ TRAINED: dict[str, TrainedTable] = {
         banded=True,
     ),
     "lifting": TrainedTable(
-        "JOTR's parts under occlusion, from heatmaps: the volume at z^k, coarse to fine, contrast",
-        "ablate_lifting",
+        "JOTR's parts under occlusion, added to a trained model: a volume of the heatmaps at z^k, contrast",
+        "ablate_d2a_trained",
         (
             TrainedRow("plain"),
-            TrainedRow("lifting", _LIFTING, "plain"),
-            TrainedRow("lifting, k = 3", _LIFTING + _JOTR_K, "plain", "lifting"),
-            TrainedRow("+ coarse to fine", _LIFTING + _FINE, "plain", "lifting"),
-            TrainedRow("+ contrast, a tenth", _LIFTING + _LESS_CONTRAST, "plain", "lifting"),
+            TrainedRow("lifting", _HEATMAP_VOLUME, "plain"),
+            TrainedRow("lifting, k = 3", _HEATMAP_VOLUME + _JOTR_K, "plain", "lifting"),
+            TrainedRow("+ contrast, a tenth", _HEATMAP_VOLUME + _LESS_CONTRAST, "plain", "lifting"),
         ),
         ("test", "test_occluded"),
         _WITH_STEP,
         banded=True,
-        note="no pictures: the feature map is of the heatmaps; k = 1 at the start but where a row says 3, JOTR's",
+        note="no pictures: the heatmaps are what is lifted; k = 1 at the start but where a row says 3, JOTR's",
     ),
     "recorded_depth": TrainedTable(
         "recorded people with and without their depth maps (D2A-HMR)",

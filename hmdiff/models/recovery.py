@@ -85,7 +85,7 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         rle_variant: str = "exact",  # of hmdiff/losses/rle.py
         silhouette: bool = False,  # D2A-HMR: decode the silhouette, in training
         masked: float = 0.0,  # D2A-HMR: at most this share of the denoiser's tokens is hidden, in training
-        lifting: bool = False,  # JOTR: lift the feature map to a volume that joints look into
+        lifting: bool = False,  # JOTR: lift the feature map (tokens of joints: the heatmaps) to a volume of features
         volume_width: int = 128,
         volume_size: int = 8,
         volume_exponent: float = 3.0,  # k at the start, JOTR's; 1 gives all depths the same layers (see LOG.md)
@@ -188,12 +188,10 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         self.silhouette_decoder = SilhouetteDecoder(encoder_width, encoder_heads) if silhouette else None
         self.volume_lifting: Lifting | None = None  # not "lifting": ModelMixin would answer with the config entry
         if lifting:
-            if not hasattr(self.feature_backbone, "grid"):
-                raise ValueError(
-                    f"lifting needs a feature map, which backbone {backbone!r} has not; take 'conv' or images"
-                )
+            # Tokens of joints are no map: then it is the heatmaps themselves (ours) that are lifted.
+            features = encoder_width if hasattr(self.feature_backbone, "grid") else num_keypoints
             self.volume_lifting = Lifting(
-                feature_width=encoder_width, volume_width=volume_width, size=volume_size, exponent=volume_exponent
+                feature_width=features, volume_width=volume_width, size=volume_size, exponent=volume_exponent
             )
         self.image_place: nn.Parameter | None = None  # zero at the start, so that it can join a trained model
         if hybrid_position:
@@ -236,8 +234,13 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         camera = torch.cat([camera[:, :1].clamp(-3, 3).exp(), camera[:, 1:]], -1)
         volume = None
         if self.volume_lifting is not None:
-            side = math.isqrt(features.shape[1])
-            lifted = self.volume_lifting(features.mT.unflatten(2, (side, side)))
+            if hasattr(self.feature_backbone, "grid"):
+                side = math.isqrt(features.shape[1])
+                features = features.mT.unflatten(2, (side, side))
+            else:
+                assert heatmaps is not None and heatmap_valid is not None
+                features = heatmaps * heatmap_valid[..., None, None]
+            lifted = self.volume_lifting(features)
             # Where a joint is seen is the camera head's to learn from its own loss, not from what a volume holds there.
             volume = LiftedVolume(lifted, camera.detach(), self.volume_lifting.exponent)
         return self.with_keys_values(Conditioning(tokens, mask, volume=volume)), camera

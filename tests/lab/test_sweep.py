@@ -593,6 +593,30 @@ def test_ablate_command(checkpoints: Path, tmp_path: Path, capsys: pytest.Captur
     assert not rows["A: one step"]["pve_difference"] and rows["A: one step"]["sampler"] == "none"
 
 
+@pytest.mark.usefixtures("few_people")
+def test_the_tables_of_dat_say_which_preset_they_are_of(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = TABLES["dat"]
+    monkeypatch.setitem(TABLES, "dat", dataclasses.replace(table, rows=table.rows[:3]))  # of 5 steps
+    words = ["ablate", "dat", "--checkpoint", str(checkpoints / "small"), "--num-hypotheses", "2", "--people", "2"]
+    for preset, title, file in (
+        ("ours", "DAT by preset ours, s 1, R 0.05", "dat.csv"),
+        ("paper", "DAT by preset paper, s 3000, R 0.3", "dat_paper.csv"),
+    ):
+        assert main([*words, "--preset", preset, "--output", str(tmp_path)]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert title in text and file in text
+        with open(tmp_path / file, newline="") as handle:
+            rows = {row["row"]: row for row in csv.DictReader(handle)}
+        assert set(rows) == {"none, 5", "disrupted, 5", "dat, 5"}
+    cells = [json.loads(path.read_text())["settings"]["guidance"] for path in (tmp_path / "cells").iterdir()]
+    forms = {(each["mode"], each["decision"], each["step"]) for each in cells if each is not None}
+    assert forms == {
+        (m, d, s) for m in ("dat", "disrupted") for d, s in (("hypothesis", "line"), ("image", "gradient"))
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -17,6 +17,10 @@ from hmdiff.body.lbs_basis import lbs_basis
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import as_heatmaps, evaluate
+from hmdiff.evaluate.ground_truth import protocol_regressors
+from hmdiff.evaluate.hypothesis_rows import score_hypotheses
+from hmdiff.evaluate.protocols import get_protocol
+from hmdiff.evaluate.scored_people import PipelinePeople, SampleTruths
 from hmdiff.evaluate.split_tables import split_tables
 from hmdiff.models.aggregation import AggregatorSizes, HypothesisAggregator
 from hmdiff.pipeline import HMDiffPipeline
@@ -149,6 +153,30 @@ def test_evaluate_reports_it_as_a_row(pipe: HMDiffPipeline) -> None:
     names = [row[1] for table, _ in split_tables([{**report, "checkpoint": "a"}]) for row in table.rows]
     assert names == ["first", "mean of 3", "oracle of 3", "weighted of 3", "aggregated of 3"]
     assert len(next(split_tables([{**plain, "checkpoint": "a"}]))[0].rows) == 4
+
+
+def test_a_protocol_reports_it_as_a_row(pipe: HMDiffPipeline) -> None:
+    """Before training the head gives the mean; awake it gives its own mesh, which is what is scored."""
+    protocol, sampling = get_protocol("synthetic"), SamplingConfig(3, 1, surface="vertices", upright=False)
+    regressors = protocol_regressors(protocol, pipe.body)
+
+    def rows() -> dict[str, Any]:
+        scored = PipelinePeople(pipe, people(True), "test", SampleTruths(people(True), "test", 4), 4, sampling)
+        (part,) = scored.parts(0)
+        return score_hypotheses(protocol, part.predicted, part.target, regressors, part.choose, part.aggregated).rows
+
+    assert "aggregated of 3" not in rows()
+    pipe.aggregator = head(pipe, awake=False)
+    try:
+        found = rows()
+        for metric, values in found["aggregated of 3"].items():
+            torch.testing.assert_close(values, found["mean of 3"][metric], rtol=1e-3, atol=0.1)
+        awaken(pipe.aggregator, 3)
+        awake = rows()
+        moved = (awake["aggregated of 3"]["mpjpe"] - awake["mean of 3"]["mpjpe"]).abs()
+        assert moved.max() > 1 and torch.equal(awake["mean of 3"]["mpjpe"], found["mean of 3"]["mpjpe"])
+    finally:
+        pipe.aggregator = None
 
 
 def spoil(folder: Path, change: Any) -> None:

@@ -78,3 +78,25 @@ def test_every_block_and_branch_of_the_denoiser_changes_the_mesh(tokens: str) ->
         model = built(*overrides)
         without(model.encoder[number])  # type: ignore[index]
         assert (mesh(model) - before).abs().max() > 1e-4, f"encoder {number}"
+
+
+def test_the_heatmaps_are_lifted_where_tokens_are_joints() -> None:
+    """A volume of them: other heatmaps that the joints' tokens read alike (outside any peak) give another volume."""
+    model = built("model.lifting=true", "model.volume_width=16", "model.volume_size=4", "model.depth=3")
+    sample = people_block().map(lambda tensor: tensor[:2])
+    assert sample.heatmaps is not None and sample.heatmap_valid is not None
+    conditioning, _ = model.encode(None, sample.heatmaps, sample.heatmap_valid)
+    assert conditioning.volume is not None and conditioning.volume.features.shape == (2, 16, 4, 4, 4)
+    moved, _ = model.encode(None, sample.heatmaps.flip(-1), sample.heatmap_valid)
+    assert moved.volume is not None
+    mirrored = (moved.volume.features - conditioning.volume.features).abs().mean()
+    assert mirrored > 1e-3
+    # A joint that the source does not have is not lifted, whatever its channel holds.
+    unseen = sample.heatmap_valid.clone()
+    unseen[:, 3] = False
+    first, _ = model.encode(None, sample.heatmaps, unseen)
+    other = sample.heatmaps.clone()
+    other[:, 3] = 1.0
+    second, _ = model.encode(None, other, unseen)
+    assert first.volume is not None and second.volume is not None
+    torch.testing.assert_close(first.volume.features, second.volume.features)

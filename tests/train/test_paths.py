@@ -337,7 +337,6 @@ def test_a_hidden_token_shows_neither_itself_nor_the_image() -> None:
         ("model.rle=joints", "rle 'joints' must be a list"),
         ("model.rle=[hands]", r"must be a list of some of joints, vertices, joints_2d"),
         ("model.masked=1.5", "masked 1.5 is the largest share"),
-        ("model.lifting=true", "lifting needs a feature map, which backbone 'joints' has not"),
     ],
 )
 def test_bad_values_are_named(override: str, text: str) -> None:

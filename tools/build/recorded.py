@@ -27,16 +27,21 @@ SIDE = 256  # pixels of the photo
 _REGION = (0.0, 0.0, float(SIDE), float(SIDE))
 
 
-def write_recorded(folder: Path, people: int, stream: str = "train", seed: int = 0, map_size: int = 64) -> None:
-    """Raises `UserError` where the folder holds other people, or cannot be written."""
+def write_recorded(
+    folder: Path, people: int, stream: str = "train", seed: int = 0, map_size: int = 64, first: int = 0
+) -> None:
+    """The people of the stream from `first` on: those before it are left for a test.
+
+    Raises `UserError` where the folder holds other people, or cannot be written."""
     config = load_config(None, [f"seed={seed}", f"data.map_size={map_size}", "data.block_size=16"])
     body = load_body(config.body)
     data = build_data(config, body, build_mesh(config, body), full_mesh=True)
     settings = {"of": "synthetic people", "stream": stream, "seed": seed, "people": people, "map_size": map_size}
+    settings |= {"first": first} if first else {}
     writer = ShardWriter(folder, settings, shard_records=128)
     with tqdm(total=people, initial=writer.records, desc=str(folder), unit="person") as bar:
-        for number in range(writer.records, people):
-            if number == writer.records or number % data.block_size == 0:
+        for number in range(first + writer.records, first + people):
+            if number == first + writer.records or number % data.block_size == 0:
                 sample = data.block(stream, number // data.block_size)
             writer.add(*stored(sample, number % data.block_size, f"{stream}/{number:06d}"))
             bar.update(1)
@@ -77,8 +82,9 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=512)
     parser.add_argument("--stream", choices=("train", *SPLITS), default="train")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first person in the stream")
     options = parser.parse_args()
-    write_recorded(options.output, options.people, options.stream, options.seed)
+    write_recorded(options.output, options.people, options.stream, options.seed, first=options.first)
 
 
 if __name__ == "__main__":
