@@ -2,7 +2,7 @@
 
     image, heatmaps -> backbones -> context tokens -> encoder -> Conditioning      once per image
     x_k, k, Conditioning -> denoiser -> prediction                                 K times, N hypotheses at once
-    coarse mesh -> learned upsampling -> full mesh                                 once per hypothesis
+    coarse mesh -> fixed upsampling, fitted on posed bodies -> full mesh            once per hypothesis
 
     optional: depth map -> fused into the context tokens before the encoder        D2A-HMR (arXiv 2403.09063)
               context tokens -> silhouette; denoiser's tokens -> RLE's scale       D2A-HMR, in training
