@@ -137,6 +137,30 @@ def test_labels_that_are_moved_by_hand(model: MeshRecoveryModel) -> None:
     assert terms["keypoints_3d"].item() == pytest.approx(1 / (26 + len(keypoints.joints)), abs=1e-4)
 
 
+def test_both_the_mesh_and_the_joints_are_compared_each_label_by_its_confidence(model: MeshRecoveryModel) -> None:
+    sample, mesh, joints, camera = photo("camera")
+    keypoints, ones = the_map(model), torch.ones(PEOPLE, 1)
+    assert sample.joints_2d is not None
+    # The predicted joints alone are off: each is compared with the label of its name, beside the mesh's keypoints.
+    off = joints + torch.tensor([0.0, 0.1, 0.0])
+    terms = keypoint_terms(BOTH, sample, keypoints, mesh, off, camera, ones)
+    share = len(keypoints.joints) / (26 + len(keypoints.joints))
+    assert terms["keypoints_3d"].item() == pytest.approx(share * 0.1 / 3, rel=1e-3)
+    assert terms["keypoints_2d"] > 0.02
+    # The nose's label is off by 1: not labelled it does not count, half sure it counts half.
+    assert 0 not in keypoints.places
+    labels = sample.joints_2d.clone()
+    labels[:, 0, 0] += 1.0
+    found = []
+    for confidence in (0.0, 0.5, 1.0):
+        sure = torch.ones(PEOPLE, 26)
+        sure[:, 0] = confidence
+        moved = dataclasses.replace(sample, joints_2d=labels, joints_2d_confidence=sure)
+        found.append(keypoint_terms(BOTH, moved, keypoints, mesh, joints, camera, ones)["keypoints_2d"].item())
+    others = 25 + len(keypoints.joints)
+    assert found == pytest.approx([0, 0.5 / (others + 0.5), 1 / (others + 1)], abs=1e-4)
+
+
 def test_joints_that_are_keypoints(model: MeshRecoveryModel) -> None:
     """By name, and only where the body has them at one place: this one's hips are 2.7 cm apart."""
     body, keypoints = free_body()[0], the_map(model)

@@ -117,6 +117,16 @@ def test_objective_is_its_named_sum() -> None:
     assert set(objective(LossConfig(camera=0.0), **given)) == {"points", "loss"}
 
 
+def test_vertices_and_joints_as_terms_of_their_own() -> None:
+    """D2A-HMR's λ_v L_v and λ_3D L_3D by hand: each a mean over its own points, at each noise level's weight."""
+    given = batch(3)
+    terms = objective(LossConfig(points="l1", vertices=2.0, joints_3d=0.5, camera=0.0), **given)
+    assert set(terms) == {"vertices", "joints_3d", "loss"}
+    error = (given["prediction"] - given["target"]).abs().mean(-1)
+    for name, weight, part in (("vertices", 2.0, error[..., :COARSE]), ("joints_3d", 0.5, error[..., COARSE:])):
+        torch.testing.assert_close(terms[name], weight * (part.mean(-1) * given["level_weight"]).mean())
+
+
 def test_labels_that_are_all_there_change_nothing() -> None:
     config = LossConfig(edges=0.1, joints=0.5)
     everyone = torch.ones(3, dtype=torch.bool)
