@@ -143,6 +143,14 @@ def test_prepared_people_have_their_maps(prepared: Path) -> None:
     assert flipped.depth_input is not None
     right = flipped.depth_input[:, :, -4:].nanmean((1, 2)) - flipped.depth_input[:, :, :4].nanmean((1, 2))
     assert (right[flipped.depth_input.isfinite().flatten(1).any(1)] < 0).all()  # 2 x + y, mirrored: falls to the right
+    # A mask is turned with the picture and the depth.
+    every = AugmentOptions(flip=0.0, rotation=90.0, upright=0.0, scale=0.0)
+    turned = RecordedPeople(store, body, mesh.coarse_ids, 4, augment=every, **options)
+    sample = turned.block("train", 0)
+    assert sample.silhouette is not None and sample.has_silhouette is not None and sample.joints_2d is not None
+    masks = [mask for mask, there in zip(sample.silhouette, sample.has_silhouette, strict=True) if there]
+    high, wide = torch.stack([torch.stack([mask.amax(1).sum(), mask.amax(0).sum()]) for mask in masks]).unbind(1)
+    assert (high / wide).min() < 1.5  # upright they are twice as high as wide
 
 
 def test_depth_from_a_folder_and_sources_that_are_none(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_both_the_mesh_and_the_joints_are_compared_each_label_by_its_confidence(
     terms = keypoint_terms(BOTH, sample, keypoints, mesh, off, camera, ones)
     share = len(keypoints.joints) / (26 + len(keypoints.joints))
     assert terms["keypoints_3d"].item() == pytest.approx(share * 0.1 / 3, rel=1e-3)
-    assert terms["keypoints_2d"] > 0.02
+    assert terms["keypoints_2d"] > 0.01
     # The nose's label is off by 1: not labelled it does not count, half sure it counts half.
     assert 0 not in keypoints.places
     labels = sample.joints_2d.clone()
