@@ -215,6 +215,7 @@ def test_bodies_and_sizes_that_cannot_be_drawn_are_named(body):
         Photographer(body, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load_and_build(path, body):
     config = load_config(path)

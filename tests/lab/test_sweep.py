@@ -88,6 +88,7 @@ def test_settings_that_ask_for_the_same_are_equal() -> None:
         resolved(Setting("a", SamplingConfig(scheduler="ddmi")), pipe)
 
 
+@pytest.mark.slow
 def test_cells_are_what_evaluation_gives(tmp_path: Path) -> None:
     here = study(tmp_path)
     settings = [Setting("a", SamplingConfig(count, 2)) for count in (1, 3)]

@@ -65,6 +65,7 @@ def test_what_it_adds_is_a_shape_of_affine_bones(pipe: HMDiffPipeline) -> None:
     torch.testing.assert_close(found.basis @ (found.basis.mT @ added), added, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_learns_what_the_hypotheses_share(pipe: HMDiffPipeline) -> None:
     """All hypotheses bend alike away from the truth: the mean keeps that, the MLP learns to take it back."""
     generator = torch.Generator().manual_seed(0)

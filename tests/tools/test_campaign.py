@@ -72,6 +72,7 @@ def write_outside() -> None:
     os.unlink("/var/tmp/hmdiff_campaign_outside")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "outcome"),
     [
@@ -120,6 +121,7 @@ def marked(family: mutants.Family) -> object:
     return pytest.param(family, id=family.name, marks=[pytest.mark.slow] if heavy else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [marked(family) for family in FAMILIES])
 def test_mutants_of_every_family(tmp_path: Path, family: mutants.Family) -> None:
     found = mutants.run(seed=1, count=3, output=tmp_path, families=[family], progress=False)
@@ -226,6 +228,7 @@ def test_disks_that_fail_under_a_preparation(tmp_path: Path, fault: str) -> None
     assert set(found["total"]) <= {"same", "refused, then same"}
 
 
+@pytest.mark.slow
 def test_calls_in_threads_and_memory(tmp_path: Path) -> None:
     found = calls.run(7, 3, tmp_path, progress=False)
     assert found["different"] == [] and len(found["megabytes"]) >= 3

@@ -213,6 +213,7 @@ def test_bad_frames_are_those_beside_a_jump():
     assert np.flatnonzero(mocap.bad_frames(local)).tolist() == [2, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not RECORDINGS.exists(), reason="the motion capture recordings are not on this machine")
 def test_a_recording_keeps_its_directions():
     name, skeleton, angles = next(acclaim.read_recordings(RECORDINGS))

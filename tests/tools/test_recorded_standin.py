@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from small import free_body, small_config
 
@@ -13,6 +14,7 @@ from hmdiff.data.shards import PreparedShards
 from tools.build.recorded import write_recorded
 
 
+@pytest.mark.slow
 def test_recorded_stand_ins_are_the_people_that_were_drawn(tmp_path: Path) -> None:
     write_recorded(tmp_path / "a", 3, "val", 0, 32)
     body, mesh = free_body()

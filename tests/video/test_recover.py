@@ -89,6 +89,7 @@ def test_a_damaged_frame_is_one_note(tmp_path: Path) -> None:
     assert all(len(track.frames) == 9 for track in found.tracks)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recover, "FRAMES_AT_ONCE", 3)
     clip, kept = write_clip(tmp_path / "clip.mp4", 8), tmp_path / "frames"
@@ -147,6 +148,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["sample", str(tmp_path / "clip.mp4"), *settings, "--output", str(tmp_path / "out")]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     said = capsys.readouterr().out
