@@ -394,6 +394,7 @@ def test_a_cache_that_cannot_be_written_is_told(
 # Training.
 
 
+@pytest.mark.slow
 def test_a_model_of_smpl_is_saved_without_the_body(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

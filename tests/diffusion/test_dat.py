@@ -383,8 +383,9 @@ def test_strength_zero_and_mode_none_are_bit_identical_to_no_guidance(pipe):
 
 
 def test_guidance_in_the_pipeline_reports_and_does_not_depend_on_the_batch_or_the_chunks(pipe, monkeypatch):
-    # Keypoints at random have no upright.
+    # Keypoints at random have no upright; the body nearest to an untrained network's mesh enlarges the last bits.
     settings = {"num_hypotheses": 4, "num_inference_steps": 4, "guidance": Guidance(), "upright": False}
+    settings["surface"] = "vertices"
     whole = pipe(heatmaps=people(3), **settings)
     assert whole.guidance is not None and whole.guidance.gap_after.shape == (3, 4)
     assert (whole.guidance.gap_after <= whole.guidance.gap_before).float().mean() > 0.5
