@@ -376,3 +376,16 @@ def test_it_starts_from_a_pipeline(tmp_path: Path) -> None:
     small_pipeline().save_pretrained(tmp_path / "start")
     result = dry_run(small_config(tmp_path / "run", f"training.start_from={tmp_path / 'start'}"))
     assert not result.failures
+
+
+def test_a_gradient_of_zero_is_none() -> None:
+    """Of a part that is on and gets nothing from this data, such as depth layers of people without any map."""
+    watch = SimpleNamespace(unmoved={"a", "b"})
+    look = module._Checks._moves(watch, "a")  # type: ignore[arg-type]
+    look(torch.zeros(3))
+    assert watch.unmoved == {"a", "b"}
+    look(torch.tensor([0.0, 1e-9]))
+    assert watch.unmoved == {"b"}
+    state, words = machine.describe_gradients(["x.a", "b"], {"b"}, 4)
+    assert state == CAREFUL and "1 of 2 parameters get none" in words and "b: 1 of 1" in words
+    assert machine.describe_gradients(["x.a", "b"], set(), 4) == "all 2 parameters get one"
