@@ -15,21 +15,19 @@ from hmdiff.body.body import Body, load_body
 from hmdiff.body.lbs_basis import lbs_basis
 from hmdiff.body.mesh import MeshSampler, partition_patches
 from hmdiff.body.mesh_cache import load_mesh
-from hmdiff.config import Config, check_keys
+from hmdiff.config import Config
 from hmdiff.data.kept_labels import KeptLabels
 from hmdiff.data.label_noise import NoisyLabels
 from hmdiff.data.mixture import Mixture, WithSplits
 from hmdiff.data.sample import PeopleSource
-from hmdiff.data.synthetic.corruption import EstimatorFaults
-from hmdiff.data.synthetic.depth_faults import DepthFaults
 from hmdiff.data.synthetic.in_front import FrontDrawer
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.pose_prior import PosePrior
 from hmdiff.data.synthetic.poses import PoseMixture
-from hmdiff.data.transforms import AugmentOptions
 from hmdiff.diffusion.schedule import make_scheduler
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
+from hmdiff.files.yaml_values import check_keys
 from hmdiff.models.limits import check_hyperparameters
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
@@ -99,9 +97,6 @@ def build_data(
     device: torch.device | str = "cpu",
 ) -> SyntheticHumans:
     """The synthetic people of a config, with pictures where the model reads them and maps where they are asked for."""
-    check_keys(
-        config.data.depth_faults, [f.name for f in dataclasses.fields(DepthFaults)], "section 'data.depth_faults'"
-    )
     training_poses = PoseMixture(prior=PosePrior.load(asset_path("pose_prior_train.npz")))
     return SyntheticHumans(
         body,
@@ -110,12 +105,12 @@ def build_data(
         config.data.block_size,
         config.seed,
         full_mesh,
-        _faults(config),
+        config.data.faults,
         device,
         _picture_size(config),
         _map_size(config),
-        DepthFaults(**config.data.depth_faults),
-        FrontDrawer(_augment(config)),
+        config.data.depth_faults,
+        FrontDrawer(config.data.augment),
         training_poses,
         peaks=_reads_peaks(config) and not full_mesh,
     )
@@ -214,8 +209,8 @@ def _recorded(
         config.seed,
         full_mesh,
         _picture_size(config),
-        _augment(config),
-        _faults(config),
+        config.data.augment,
+        config.data.faults,
         entry.get("heatmaps", heatmaps),
         bool(entry.get("same_body", False)),
         numbers,
@@ -238,16 +233,6 @@ def _check_splits(config: Config, splits: dict[str, PeopleSource]) -> None:
         if isinstance(split, Sized) and len(split) < people:
             key = "people" if name == "val" else "test_people"
             raise UserError(f"data.splits.{name} has {len(split)} people, and evaluation.{key} is {people}; give fewer")
-
-
-def _augment(config: Config) -> AugmentOptions:
-    check_keys(config.data.augment, [f.name for f in dataclasses.fields(AugmentOptions)], "section 'data.augment'")
-    return AugmentOptions(**config.data.augment)
-
-
-def _faults(config: Config) -> EstimatorFaults:
-    check_keys(config.data.faults, [f.name for f in dataclasses.fields(EstimatorFaults)], "section 'data.faults'")
-    return EstimatorFaults(**config.data.faults)
 
 
 def _picture_size(config: Config) -> int | None:

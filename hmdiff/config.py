@@ -1,31 +1,23 @@
 """Configuration: YAML values over dataclasses, `key=value` over both, merged by OmegaConf; a typo fails by name.
 
-`model` is a free dictionary here: a model's own hyperparameters live in its constructor's signature alone, and
-`check_keys` holds the dictionary against that signature where both are known.
+`model` is a free dictionary here: a model's own hyperparameters live in its constructor's signature alone, against
+which `build.build_model` holds it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import io
-import itertools
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hmdiff.errors import UserError
-from hmdiff.files.reading import read_bytes
 from hmdiff.files.storage import atomic_file
-
-_MAX_YAML = 1 << 17  # bytes
-_MAX_BRACKETS = 50  # within each other: PyYAML takes a time that grows with the square of their depth
+from hmdiff.files.yaml_values import check_keys, first_line, read_yaml
 
 
 @dataclasses.dataclass
@@ -42,6 +34,61 @@ class DiffusionConfig:
 
 
 @dataclasses.dataclass
+class Augment:
+    """How much a crop is changed in training."""
+
+    flip: float = 0.5  # probability
+    noise: float = 0.4  # each colour channel is multiplied by U(1 - noise, 1 + noise)
+    rotation: float = 30.0  # degrees, standard deviation, cut at twice as much
+    upright: float = 0.6  # probability of no rotation
+    scale: float = 0.25  # standard deviation of the crop's side about 1, cut there
+    # What is put in front, of one kind a person at most, see hmdiff/data/synthetic/in_front.py
+    objects: float = 0.0  # probability of shapes with textures
+    people: float = 0.0  # probability of another person of the block
+    cutouts: str = ""  # a folder of RGBA pictures to paste
+    pasted: float = 0.5  # probability of one of them, where there is a folder
+
+
+@dataclasses.dataclass
+class EstimatorFaults:
+    """How bad a synthetic estimator is, see hmdiff/data/synthetic/corruption.py.
+
+    Lengths are in crop half-sides (1 = half the crop), rates are probabilities.
+    """
+
+    jitter: float = 0.014  # median over people of the standard deviation; lognormal with sigma 0.5
+    missing: float = 0.04  # per joint
+    missing_hidden: float = 0.6  # per joint behind an occluder
+    second_peak: float = 0.04  # per joint
+    swap: float = 0.04  # per person: arms, legs or both exchanged, half of the time as double peaks
+    narrowest: float = 1.4  # standard deviation of a person's peaks, heatmap pixels: uniform from here
+    widest: float = 3.2  # to here
+    hidden: float = 0.0  # standard deviation of a guess behind an occluder, lognormal with sigma 0.3; 0: hardly off
+    exact: float = 0.15  # per person: a hand-labelled person, with little jitter and nothing missing but the hidden
+    all_joints: bool = False  # True: every source has all 26 joints
+    few_joints: bool = False  # True: also sources with the 12 joints of the limbs, and BlazePose's
+
+
+@dataclasses.dataclass
+class DepthFaults:
+    """How bad a synthetic depth network is, see hmdiff/data/synthetic/depth_faults.py.
+
+    `none` alone switches all faults off, `scene` says what there is besides the body.
+    """
+
+    none: bool = False  # True: the rendered depth as it is
+    scene: bool = True  # a wall, a floor and the boxes in front; False: the body alone, NaN elsewhere
+    disparity: float = 0.5  # share of people whose map is a negative disparity, as Depth Anything's becomes
+    bend: float = 0.15  # standard deviation of a smooth error, of the map's own standard deviation
+    edges: float = 0.02  # standard deviation of how far edges are displaced, crop half-sides
+    blur: float = 0.03  # largest standard deviation of the blur, crop half-sides
+    grain: float = 0.02  # largest noise of a pixel, of the map's standard deviation
+    missing: float = 0.15  # share of people with unknown regions
+    missing_map: float = 0.05  # share of people without a map
+    affine: bool = True  # another unit and origin for each person
+
+
+@dataclasses.dataclass
 class DataConfig:
     """The training data: `synthetic` needs nothing; `recorded` is one prepared data set, `mixture` several."""
 
@@ -50,13 +97,13 @@ class DataConfig:
     # {kind: synthetic, weight: 1, seed: 7}; both: labels: all, keypoints or keypoints_2d; see hmdiff/build.py.
     sources: list[Any] = dataclasses.field(default_factory=list)
     splits: dict[str, Any] = dataclasses.field(default_factory=dict)  # val, test: as a source, a path, or "synthetic"
-    augment: dict[str, Any] = dataclasses.field(default_factory=dict)  # of hmdiff.data.transforms.AugmentOptions
+    augment: Augment = dataclasses.field(default_factory=Augment)
     block_size: int = 32  # people drawn at once; the batch is a whole number of blocks
     image_size: int = 224  # of the rendered pictures, drawn where the model reads images
     pictures: bool = False  # draw them for every model: their silhouettes and depths are labels too
     map_size: int = 0  # of silhouettes and depths, drawn at this size with or without pictures; 0: as the pictures
-    depth_faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of data.synthetic.depth_faults.DepthFaults
-    faults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of data.synthetic.corruption.EstimatorFaults
+    depth_faults: DepthFaults = dataclasses.field(default_factory=DepthFaults)
+    faults: EstimatorFaults = dataclasses.field(default_factory=EstimatorFaults)
     label_noise: float = 0.0  # metres by which training labels are displaced, see hmdiff/data/label_noise.py
     workers: int = 0  # processes that draw ahead of the training
 
@@ -151,7 +198,7 @@ def load_config(
     """Defaults, then the file, then the overrides. Raises `UserError` for a typo, naming the nearest key."""
     merged = OmegaConf.structured(Config)
     if path is not None:
-        merged = _merge(merged, (_read_yaml(Path(path)), str(path)))
+        merged = _merge(merged, (read_yaml(Path(path)), str(path)))
     given = []
     for text in overrides:
         if "=" not in text:
@@ -159,13 +206,13 @@ def load_config(
         try:
             values = OmegaConf.from_dotlist([text])
         except Exception as error:  # YAML's own errors have no common base
-            raise UserError(f"{text!r}: not a value ({_first_line(error)})") from None
+            raise UserError(f"{text!r}: not a value ({first_line(error)})") from None
         given.append((values, f"argument {text!r}"))
     merged = _merge(merged, *given)
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # ${oc.env:X} of a variable that is not set, for one
-        raise UserError(f"{path or 'config'}: {getattr(error, 'full_key', None) or ''}: {_first_line(error)}") from None
+        raise UserError(f"{path or 'config'}: {getattr(error, 'full_key', None) or ''}: {first_line(error)}") from None
     assert isinstance(config, Config)
     _check_ranges(config, "")
     if not config.output.strip():
@@ -186,6 +233,12 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.image_size": (8, 4096),
     "data.map_size": (0, 4096),
     "data.label_noise": (0, 0.5),
+    **{f"data.augment.{name}": (0, 1) for name in ("flip", "noise", "upright", "objects", "people", "pasted")},
+    "data.augment.rotation": (0, 90),
+    "data.augment.scale": (0, 0.9),
+    **{f"data.depth_faults.{name}": (0, 1) for name in ("disparity", "missing", "missing_map", "edges", "blur")},
+    "data.depth_faults.bend": (0, 10),
+    "data.depth_faults.grain": (0, 10),
     "data.workers": (0, 1024),
     "loss.noise_levels": (-math.inf, 1000),
     "loss.terminal_share": (0, 1),
@@ -219,46 +272,6 @@ def save_config(config: Config, path: str | Path) -> None:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def check_keys(
-    given: Iterable[str],
-    allowed: Iterable[str],
-    where: str,
-) -> None:
-    """Raise a `UserError` that names the nearest allowed key for the first one that is not allowed."""
-    allowed = list(allowed)
-    for key in given:
-        if key not in allowed:
-            raise UserError(f"{where}: there is no key {key!r}{_nearest(key, allowed)}")
-
-
-def _nearest(key: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(allowed)}"
-
-
-def _read_yaml(path: Path) -> Any:
-    if not os.path.lexists(path):
-        shipped = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such config{_nearest(path.stem, shipped) if shipped else ''}")
-    content = read_bytes(path, _MAX_YAML)
-    try:
-        text = content.decode("utf-8")
-        depths = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text)
-        if max(depths, default=0) > _MAX_BRACKETS:
-            raise ValueError(f"more than {_MAX_BRACKETS} brackets within each other")
-        # A dozen lines of anchors, each naming the one before ten times, unfold to 10^12 values.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UserError(f"{path}: has YAML aliases (*name), which are not read; write the values out")
-        values = OmegaConf.load(io.StringIO(text))
-    except UserError:
-        raise
-    except Exception as error:  # YAML's own errors have no common base
-        raise UserError(f"{path}: not valid YAML ({_first_line(error)})") from None
-    if not OmegaConf.is_dict(values):
-        raise UserError(f"{path}: a config is a mapping of keys to values, such as 'seed: 0'")
-    return values
-
-
 def _merge(base: Any, *layers: tuple[Any, str]) -> Any:  # of values and where they are from, the last one wins
     for values, where in layers:
         _check_section(OmegaConf.to_container(values), Config, where, "")
@@ -270,7 +283,7 @@ def _merge(base: Any, *layers: tuple[Any, str]) -> Any:  # of values and where t
                 base = OmegaConf.merge(base, values)
             except Exception as error:  # a list for a mapping comes out as a TypeError or an assertion
                 key = getattr(error, "full_key", None)
-                raise UserError(f"{where}: {key + ': ' if key else ''}{_first_line(error)}") from None
+                raise UserError(f"{where}: {key + ': ' if key else ''}{first_line(error)}") from None
         raise
 
 
@@ -292,7 +305,3 @@ def _check_section(values: Any, section: type, where: str, prefix: str) -> None:
             raise UserError(f"{where}: {prefix}{name} is {value!r:.60}, a {words} was expected")
         if isinstance(value, dict) and isinstance(factory, type) and dataclasses.is_dataclass(factory):
             _check_section(value, factory, where, f"{prefix}{name}.")
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split("\n")[0].split()) or type(error).__name__

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hmdiff.config import Config, check_keys, load_config, save_config
+from hmdiff.config import Config, load_config, save_config
 from hmdiff.errors import UserError
+from hmdiff.files.yaml_values import check_keys
 
 
 def test_defaults_then_file_then_arguments(tmp_path: Path) -> None:
@@ -15,7 +16,7 @@ def test_defaults_then_file_then_arguments(tmp_path: Path) -> None:
     path.write_text("name: one\nmodel: {width: 64, mode: direct}\ntraining: {steps: 7, learning_rate: 1.0e-3}\n")
     config = load_config(path, ["training.steps=9", "model.width=32", "data.faults.jitter=0.5"])
     assert (config.name, config.training.steps, config.training.learning_rate) == ("one", 9, 1e-3)
-    assert config.model == {"width": 32, "mode": "direct"} and config.data.faults == {"jitter": 0.5}
+    assert config.model == {"width": 32, "mode": "direct"} and config.data.faults.jitter == 0.5
     assert config.training.batch_size == Config().training.batch_size
     assert load_config() == Config()
 
@@ -33,6 +34,7 @@ def test_saved_configs_read_back_equal(tmp_path: Path) -> None:
         ("trainin.steps=3", "no key 'trainin'; did you mean 'training'"),
         ("training.step=3", "section 'training': there is no key 'step'; did you mean 'steps'"),
         ("loss.weigthing=x", "did you mean 'weighting'"),
+        ("data.augment={flop: 1}", "section 'data.augment': there is no key 'flop'; did you mean 'flip'"),
         ("training.steps=many", "training.steps"),
         ("training.steps", "is not key=value"),
         ("training=3", "training"),
@@ -87,6 +89,11 @@ def test_every_shipped_config_is_valid() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("data.augment.flip=2", "data.augment.flip 2.0: 0 to 1 is possible"),
+        ("data.augment={people: much}", "data.augment.people"),
+        ("data.depth_faults.blur=-1", "data.depth_faults.blur -1.0: 0 to 1"),
+        ("data.depth_faults.none=much", "data.depth_faults.none"),
+        ("data.faults.jitter=inf", "data.faults.jitter inf"),
         ("training.ema_decay=2", r"training.ema_decay 2.0: 0 to 1 is possible"),
         ("loss.terminal_share=-1", r"loss.terminal_share -1.0: 0 to 1"),
         ("diffusion.noise_shift=-1", "noise_shift -1.0"),

@@ -17,7 +17,6 @@ import pytest
 
 from hmdiff.cli.arguments import checkpoint_folder
 from hmdiff.cli.main import Parser, _joined, build_parser, main
-from hmdiff.errors import UserError
 from hmdiff.files.resources import config_path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -113,7 +112,7 @@ def check(page: str, line: str, options: argparse.Namespace) -> None:
     config = getattr(options, "config", None)
     for name in config if isinstance(config, list) else [config] if config else []:
         if len(Path(name).parts) == 1:
-            config_path(f"{Path(name).stem}.yaml")
+            assert config_path(name).is_file(), f"{page}: {line}: no config {name}"
     checkpoint = getattr(options, "checkpoint", None)
     for name in checkpoint if isinstance(checkpoint, list) else [checkpoint] if checkpoint else []:
         if isinstance(name, str) and name in SHIPPED:
@@ -192,5 +191,5 @@ def test_a_rewritten_installed_checkpoint_is_found() -> None:
     options = parsed(["prepare", "temperature", "hmdiff_small"])
     with pytest.raises(AssertionError, match="needs --output"):
         check("page", "line", options)
-    with pytest.raises(UserError):
+    with pytest.raises(AssertionError, match="no_such_config"):
         check("page", "line", parsed(["train", "--config", "no_such_config"]))

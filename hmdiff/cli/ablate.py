@@ -86,7 +86,8 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from hmdiff.diffusion.sampling_config import SamplingConfig
     from hmdiff.evaluate.table import Table, save_csv
-    from hmdiff.lab.ablations import ROLES, TABLES, csv_rows, find_table, rows_of, settings_of, texts
+    from hmdiff.lab.ablations import ROLES, TABLES, settings_of
+    from hmdiff.lab.table_rows import RowCells, csv_rows, texts
     from hmdiff.lab.trained_ablations import TRAINED
 
     names = list(dict.fromkeys(options.tables)) or list(TABLES)
@@ -101,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"{', '.join(trained)} is trained, {others} is of given checkpoints: ask for them apart")
         return ablate_trained.run_trained(options, names)
     ablate_trained.check_absent(options)
-    tables = {name: find_table(name) for name in names}
+    tables = {name: TABLES[name] for name in names}
     given = {role: getattr(options, role) for role in ROLES if getattr(options, role) is not None}
     study = studies.make_study(options, list(given.values()), options.output / "cells")
     roles = dict(zip(given, study.pipelines, strict=True))
@@ -111,14 +112,14 @@ def run(options: argparse.Namespace) -> int:
         return studies.make_guidance(options, mode, options.strength, options.threshold, options.last)
 
     sampling = SamplingConfig(options.num_hypotheses, options.steps, options.seed)
-    rows = {name: rows_of(table, roles) for name, table in tables.items()}
+    rows = {name: [row for row in table.rows if row.role in roles] for name, table in tables.items()}
     settings = {name: settings_of(rows[name], roles, guide, sampling) for name in tables}
     # All tables at once: cells that several of them need are computed once, and the time that is left is of all.
     results = studies.compute(study, [setting for each in settings.values() for setting in each])
     files = {name: options.output / f"{name}{_preset_suffix(options, table)}.csv" for name, table in tables.items()}
     for name, table in tables.items():
-        mine, results = results[: len(rows[name])], results[len(rows[name]) :]
-        save_csv(csv_rows(name, rows[name], mine), files[name])
+        found = [RowCells(row, {options.seed: results.pop(0)}) for row in rows[name]]
+        save_csv(list(csv_rows(name, study.split, found)), files[name])
         title = f"{table.title}: {study.split}, {study.people} people, mm (95 % interval)"
         if any(row.num_hypotheses is None for row in rows[name]):
             title += f", N = {options.num_hypotheses}"
@@ -126,8 +127,7 @@ def run(options: argparse.Namespace) -> int:
         if guided is not None:
             used = guide(guided)
             title += f"; DAT by preset {options.preset}, s {used.strength:g}, R {used.threshold:g}"
-        lines = texts(table, rows[name], mine)
-        Table(title, ["", *(column.title for column in table.columns)], lines, table.note).print()
+        Table(title, *texts(table, found), table.note).print()
         left_out = [f"--{role}" for role in dict.fromkeys(row.role for row in table.rows) if role not in roles]
         if left_out:
             print(f"left out, since no model was given for them: the rows of {', '.join(left_out)}")

@@ -13,10 +13,10 @@ from hmdiff.evaluate.table import duration_text
 from hmdiff.names import SPLITS
 
 if TYPE_CHECKING:
-    from hmdiff.lab.trained_ablations import TrainedRow, TrainedTable
+    from hmdiff.lab.ablations import Comparison
+    from hmdiff.lab.table_rows import RowCells
     from hmdiff.lab.trained_cells import Asked
     from hmdiff.lab.trained_runs import Plan, Run, Trained
-    from hmdiff.lab.trained_tables import RowCells
 
 OUTPUT = Path("runs/ablate")
 SEEDS = 3
@@ -73,14 +73,14 @@ def check_absent(options: argparse.Namespace) -> None:
 
 
 def run_trained(options: argparse.Namespace, names: list[str]) -> int:
-    from hmdiff.lab.trained_ablations import find_trained
+    from hmdiff.lab.trained_ablations import TRAINED
     from hmdiff.lab.trained_runs import make_plan
 
     _check_given(options)
     device = arguments.resolve_device(options.device)
     if device.type == "cpu":
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    tables = {name: find_trained(name) for name in names}
+    tables = {name: TRAINED[name] for name in names}
     mode = options.mode or "direct"
     plan = make_plan(
         tables, options.output, options.seeds or SEEDS, mode, options.steps, options.set or (), options.base
@@ -109,7 +109,7 @@ def _check_given(options: argparse.Namespace) -> None:
         raise UserError("--list trains nothing: leave --list or --train out")
 
 
-def _check_splits(options: argparse.Namespace, tables: dict[str, TrainedTable]) -> None:
+def _check_splits(options: argparse.Namespace, tables: dict[str, Comparison]) -> None:
     """Before hours of training, not after."""
     from hmdiff.data.motion_blur import SUFFIX
 
@@ -179,14 +179,14 @@ def _train(plan: Plan) -> list[Run]:
     return train_runs(runs, train_one, told)
 
 
-def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, TrainedTable], mode: str) -> int:
+def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, Comparison], mode: str) -> int:
     from hmdiff.evaluate.table import Table, save_csv
     from hmdiff.evaluate.visibility_bands import BANDS
+    from hmdiff.lab.table_rows import SPREAD, band_texts, csv_rows, texts
     from hmdiff.lab.trained_ablations import COSTS
     from hmdiff.lab.trained_cells import Asked
     from hmdiff.lab.trained_plots import plot_bands, plot_differences
     from hmdiff.lab.trained_runs import is_done
-    from hmdiff.lab.trained_tables import SPREAD, band_texts, csv_rows, texts
 
     if not any(is_done(run) for run in plan.runs):
         raise UserError(f"{options.output}: nothing of {', '.join(tables)} is trained there; add --train")
@@ -227,22 +227,21 @@ def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, TrainedTa
 
 
 def _evaluate(
-    options: argparse.Namespace, plan: Plan, name: str, table: TrainedTable, asked: Asked, costs: dict[str, Any]
+    options: argparse.Namespace, plan: Plan, name: str, table: Comparison, asked: Asked, costs: dict[str, Any]
 ) -> dict[str, list[RowCells]]:  # split -> rows
     """Cells that are stored are read, the others computed, each row's people built once."""
     from tqdm import tqdm
 
     from hmdiff.evaluate.store import digest, model_hash, stored
-    from hmdiff.lab.trained_ablations import essence
+    from hmdiff.lab.table_rows import RowCells
     from hmdiff.lab.trained_cells import NEEDS, cell_path, compute_cell, people_of, tested_config
-    from hmdiff.lab.trained_runs import is_done
-    from hmdiff.lab.trained_tables import RowCells
+    from hmdiff.lab.trained_runs import essence, is_done
 
     folder = options.output / "cells"
     splits = list(options.splits or table.splits)
     found: dict[str, list[RowCells]] = {split: [] for split in splits}
     for label, runs in plan.of[name].items():
-        row: TrainedRow = plan.rows[name][label]
+        row = plan.rows[name][label]
         cells: dict[str, dict[int, dict[str, Any]]] = {split: {} for split in splits}
         data = None
         for run in filter(is_done, runs):
@@ -270,8 +269,8 @@ def _costs(options: argparse.Namespace, plan: Plan, asked: Asked, mode: str) -> 
     from tqdm import tqdm
 
     from hmdiff.evaluate.store import digest, save_report, stored
-    from hmdiff.lab.trained_ablations import essence
     from hmdiff.lab.trained_costs import REPEATS, measure_costs
+    from hmdiff.lab.trained_runs import essence
 
     rows = {digest(essence(run.config)): run for run in _one_each(plan)}
     path = options.output / f"costs_{mode}_{digest([sorted(rows), asked.num_hypotheses, asked.steps])}.json"

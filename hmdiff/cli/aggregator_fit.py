@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from hmdiff.cli import arguments
 from hmdiff.cli.show import progress
-from hmdiff.errors import UserError
 
 Run = Callable[[Callable[[argparse.Namespace], Mapping[str, Any]]], Callable[[argparse.Namespace], int]]
 
@@ -24,7 +22,7 @@ def add_parser(parts: Any, run: Run) -> None:
         "hmdiff prepare aggregator hmdiff_small --people 4096 --output runs/with_mlp",
         "Synthetic people of the training's kind, val to choose the epoch. hmdiff evaluate then has a row more.",
     )
-    parser.add_argument("source", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
+    arguments.add_rewritten(parser, "the MLP")
     parser.add_argument("--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: as saved)")
     for option, least, default, words in (
         ("--people", 8, 4096, "to train on"),
@@ -37,14 +35,8 @@ def add_parser(parts: Any, run: Run) -> None:
             option, type=arguments.whole(least), default=default, metavar="N", help=f"{words} (default: %(default)s)"
         )
     parser.add_argument("--seed", type=arguments.whole(0), default=0, help="other people (default: %(default)s)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="a copy of the pipeline that gets the MLP, needed for an installed one (default: PIPELINE)",
-    )
     arguments.add_device(parser)
-    parser.set_defaults(run=run(_aggregator))
+    parser.set_defaults(run=run(_aggregator), sampler=None)
 
 
 def _aggregator(options: argparse.Namespace) -> Mapping[str, Any]:
@@ -52,18 +44,10 @@ def _aggregator(options: argparse.Namespace) -> Mapping[str, Any]:
     from hmdiff.config import load_config
     from hmdiff.train.aggregator import SEED, check_model, draw_hypotheses, train_aggregator
 
-    folder = arguments.checkpoint_folder(options.source)
-    if not Path(options.source).exists() and options.output is None:
-        raise UserError(
-            f"{options.source}: is installed with hmdiff and stays as it is; give --output FOLDER for a copy with it"
-        )
-    options.output = options.output or folder
-    pipeline = arguments.load_pipeline(options.source, arguments.resolve_device(options.device))
+    pipeline = arguments.load_rewritten(options)
     check_model(pipeline)
-    total = pipeline.scheduler.config.num_train_timesteps
+    arguments.check_sampling(pipeline, options)
     steps = options.steps or pipeline.num_inference_steps
-    if steps > total:
-        raise UserError(f"--steps {steps}: the model was trained with {total} steps; give 1 to {total}")
     config = load_config(None, [f"seed={SEED + options.seed}"])
     config.model = {name: pipeline.model.config[name] for name in DATA_KEYS}  # what decides which inputs are drawn
     data = build_data(config, pipeline.body, build_mesh(config, pipeline.body))

@@ -8,7 +8,7 @@ import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hmdiff.errors import UserError
 from hmdiff.names import SAMPLERS
@@ -241,6 +241,44 @@ def load_pipeline(name: str, device: torch.device | str = "cpu") -> HMDiffPipeli
     return HMDiffPipeline.from_pretrained(checkpoint_folder(name), device)
 
 
+class Checkpoint(NamedTuple):
+    pipeline: HMDiffPipeline
+    model_hash: str  # of its files
+
+
+def load_checkpoints(options: argparse.Namespace, names: list[str]) -> dict[str, Checkpoint]:  # by their labels
+    """On the device asked for."""
+    from hmdiff.evaluate.store import model_hash
+
+    device = resolve_device(options.device)
+    return {
+        label: Checkpoint(load_pipeline(name, device), model_hash(checkpoint_folder(name)))
+        for name, label in zip(names, labels(names), strict=True)
+    }
+
+
+def add_rewritten(parser: argparse.ArgumentParser, what: str) -> None:
+    """A saved pipeline that a command writes something into, or into a copy of it."""
+    parser.add_argument("source", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help=f"a copy of the pipeline that gets {what}, needed for an installed one (default: PIPELINE)",
+    )
+
+
+def load_rewritten(options: argparse.Namespace) -> HMDiffPipeline:
+    """The pipeline of `add_rewritten`; `options.output` becomes the folder to write to. An installed one is refused."""
+    folder = checkpoint_folder(options.source)
+    if not Path(options.source).exists() and options.output is None:
+        raise UserError(
+            f"{options.source}: is installed with hmdiff and stays as it is; give --output FOLDER for a copy of it"
+        )
+    options.output = options.output or folder
+    return load_pipeline(options.source, resolve_device(options.device))
+
+
 def check_sampling(pipeline: HMDiffPipeline, options: argparse.Namespace) -> None:
     """Sampler and steps, before any work is done; also for the direct baseline, which has neither."""
     from hmdiff.diffusion.schedule import change_scheduler
@@ -257,11 +295,4 @@ def read_config(name: str, overrides: list[str]) -> Config:
     from hmdiff.config import load_config
     from hmdiff.files.resources import config_path
 
-    path = Path(name)
-    if not path.exists() and len(path.parts) == 1:
-        try:
-            path = config_path(path.stem + ".yaml")
-        except UserError:
-            # The shipped folder's own missing file: its error names the nearest there is.
-            path = config_path("quickstart.yaml").with_name(path.stem + ".yaml")
-    return load_config(path, overrides)
+    return load_config(config_path(name), overrides)

@@ -9,14 +9,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.cli import arguments
+from hmdiff.cli import arguments, splits
 from hmdiff.cli.show import progress
-from hmdiff.cli.splits import MAP_SIZE, PEOPLE, test_people
+from hmdiff.cli.splits import PEOPLE
 from hmdiff.errors import UserError
 from hmdiff.names import SPLITS
 
 if TYPE_CHECKING:
-    from hmdiff.body.body import Body
     from hmdiff.data.synthetic.people import SyntheticHumans
     from hmdiff.diffusion.temperature import Temperature
 
@@ -38,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
         "with 95 % bootstrap intervals over people; the mean mesh beside. A JSON for each checkpoint and split: one "
         "that is there with the same settings and the same model is not computed again. With --protocol the numbers "
         "are those of the protocol, which is printed with them, and what papers published by it stands beside; several "
-        "processes (torchrun --nproc_per_node 2 tools/evaluate.py ...) share the people, and a stopped run goes on.",
+        "processes (torchrun --nproc_per_node 2 tools/evaluate.py ...) share the people.",
     )
     arguments.add_checkpoint(parser, several=True)
     parser.add_argument(
@@ -138,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.cli.protocol_run import run_protocols
     from hmdiff.evaluate.evaluation import asked, evaluate
     from hmdiff.evaluate.split_tables import band_tables, split_tables
-    from hmdiff.evaluate.store import guided_by, model_hash, save_report, stored, suffix
+    from hmdiff.evaluate.store import guided_by, save_report, stored, suffix
     from hmdiff.files.storage import make_folder
 
     arguments.check_guidance(options)
@@ -155,31 +154,17 @@ def run(options: argparse.Namespace) -> int:
 
         return run_reliability(options)
     folder = make_folder(options.output)
-    device = arguments.resolve_device(options.device)
-    pipelines = {}
-    for name, label in zip(options.checkpoint, arguments.labels(options.checkpoint), strict=True):
-        pipelines[label] = arguments.load_pipeline(name, device)
-        arguments.check_sampling(pipelines[label], options)
-    hashes = {
-        label: model_hash(arguments.checkpoint_folder(name))
-        for name, label in zip(options.checkpoint, pipelines, strict=True)
-    }
-    data: dict[tuple[Any, ...], SyntheticHumans] = {}  # made only when something must be computed
-
-    def people_of(body: Body, image_size: int | None = None, map_size: int = 0) -> SyntheticHumans:
-        key = (body.name, image_size, map_size)
-        if key not in data:
-            data[key] = test_people(body, image_size, map_size)
-        return data[key]
-
+    checkpoints = arguments.load_checkpoints(options, options.checkpoint)
+    for pipeline, _ in checkpoints.values():
+        arguments.check_sampling(pipeline, options)
     reports: list[dict[str, Any]] = []
     for split in dict.fromkeys(options.split):
-        for label, pipeline in pipelines.items():
+        for label, (pipeline, model) in checkpoints.items():
             sampling = arguments.sampling_of(options, pipeline)
             guided = guided_by(sampling.guidance)
             settings = {
                 "checkpoint": label if guided is None else f"{label} with {options.guidance}",
-                "model": hashes[label],
+                "model": model,
                 "split": split,
                 "people": options.people,
                 **asked(pipeline, sampling),
@@ -190,18 +175,18 @@ def run(options: argparse.Namespace) -> int:
             path = folder / f"{label}_{split}{suffix(guided)}{raw}.json"
             found = stored(path, settings)
             if found is None or (options.bands and "bands" not in found):
-                model = pipeline.model.config
-                pictures = None if model.inputs == "heatmaps" else model.image_size
-                people = people_of(pipeline.body, pictures, MAP_SIZE if options.bands or model.depth_map else 0)
+                people = splits.people_for(pipeline, maps=options.bands)  # made only when something must be computed
                 with progress(f"{label} {split}", options.people) as update:
                     found = evaluate(pipeline, people, split, options.people, sampling, update, bands=options.bands)
                     found |= settings
                 save_report(found, path)
             reports.append(found)
         settings = {"checkpoint": MEAN_MESH, "split": split, "people": options.people}
-        body = next(iter(pipelines.values())).body
+        body = next(iter(checkpoints.values())).pipeline.body
         path = folder / f"mean_mesh_{split}.json"
-        reports.append(stored(path, settings | {"body": body.name}) or _mean_mesh(people_of(body), settings, path))
+        reports.append(
+            stored(path, settings | {"body": body.name}) or _mean_mesh(splits.test_people(body), settings, path)
+        )
     save_report({"reports": reports}, folder / "all.json")
     for table, notes in split_tables(reports):
         table.print()

@@ -100,7 +100,7 @@ def _add_temperature(parts: Any) -> None:
         "It is written into the pipeline's hmdiff.json, one for each number of steps and each guidance; meshes are not "
         "changed by it.",
     )
-    temperature.add_argument("source", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
+    arguments.add_rewritten(temperature, "the temperatures")
     temperature.add_argument(
         "--steps", type=arguments.whole(1), nargs="+", metavar="K", help="denoising steps (default: the pipeline's own)"
     )
@@ -119,12 +119,6 @@ def _add_temperature(parts: Any) -> None:
             option, type=arguments.whole(least), default=default, metavar="N", help=f"{words} (default: %(default)s)"
         )
     temperature.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
-    temperature.add_argument(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="a copy of the pipeline that gets the temperatures, needed for an installed one (default: PIPELINE)",
-    )
     arguments.add_device(temperature)
     temperature.set_defaults(run=_run(_temperature))
 
@@ -232,44 +226,23 @@ def _checksums(options: argparse.Namespace) -> Mapping[str, Any]:
 
 def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:
     from hmdiff.cli.show import progress
-    from hmdiff.cli.splits import MAP_SIZE, test_people
+    from hmdiff.cli.splits import people_for
     from hmdiff.evaluate.calibration import calibrate, store_temperature
 
     arguments.check_guidance(options)
-    installed = not Path(options.source).exists()
-    folder = arguments.checkpoint_folder(options.source)
-    if installed and options.output is None:
-        raise UserError(
-            f"{options.source}: is installed with hmdiff and stays as it is; give --output FOLDER for a copy of it "
-            "with the new temperatures"
-        )
-    pipeline = arguments.load_pipeline(options.source, arguments.resolve_device(options.device))
-    if options.output is None:
-        options.output = folder
-    else:
-        pipeline.save_pretrained(options.output)
-    model, chosen = pipeline.model.config, options.steps or [pipeline.num_inference_steps]
+    pipeline = arguments.load_rewritten(options)
+    chosen = options.steps or [pipeline.num_inference_steps]
     for options.steps in chosen:
         arguments.check_sampling(pipeline, options)
-    pictures = None if model.inputs == "heatmaps" else model.image_size
-    data = test_people(pipeline.body, pictures, MAP_SIZE if model.depth_map else 0)
-    guidance = arguments.guidance_of(options, pipeline)
+    if Path(options.output).resolve() != arguments.checkpoint_folder(options.source).resolve():
+        pipeline.save_pretrained(options.output)
+    data = people_for(pipeline)
     found: dict[str, Any] = {}
     for steps in chosen:
         with progress(f"{options.split}, {steps} steps", options.people) as update:
-            fitted = calibrate(
-                pipeline,
-                data,
-                options.split,
-                options.people,
-                options.num_hypotheses,
-                steps,
-                options.sampler,
-                options.eta,
-                options.seed,
-                guidance,
-                progress=update,
-            )
+            options.steps = steps
+            sampling = arguments.sampling_of(options, pipeline)
+            fitted = calibrate(pipeline, data, options.split, options.people, sampling, update)
         store_temperature(options.output, fitted)
         error = [fitted.fitted_on[f"expected_calibration_error_{when}"] for when in ("before", "after")]
         found[str(fitted.sampling)] = f"{fitted.temperature:.3g}, calibration error {error[0]:.3f} -> {error[1]:.3f}"

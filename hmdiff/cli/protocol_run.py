@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmdiff.cli import arguments
+from hmdiff.cli import arguments, splits
 from hmdiff.cli.show import progress
-from hmdiff.cli.splits import PEOPLE, test_people
+from hmdiff.cli.splits import PEOPLE
 from hmdiff.errors import UserError
 from hmdiff.names import SPLITS
 
@@ -65,8 +65,7 @@ def run_protocols(options: argparse.Namespace) -> int:
             if report is None:
                 title = f"{scored.label} {protocol.title} {data.label}"
                 with bar(title, people, processes) as update:
-                    parts = path.with_suffix(".parts")
-                    scores = score_people(protocol, people, regressors, parts, settings, processes, update)
+                    scores = score_people(protocol, people, regressors, processes, update)
                 report = report_of(protocol, scores, settings)
                 if processes.first:
                     save_scores(protocol, scores, names(), report, path)
@@ -84,7 +83,6 @@ def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
     """The checkpoints, or the one folder of predictions."""
     from hmdiff.body.body import load_body
     from hmdiff.evaluate.protocols import get_protocol
-    from hmdiff.evaluate.store import model_hash
 
     if options.predictions is not None and options.guidance != "none":
         raise UserError("--guidance steers a checkpoint's sampling, and --predictions are there already")
@@ -92,12 +90,9 @@ def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
         if options.body is not None:
             raise UserError("--body goes with --predictions; a checkpoint has its own")
         found = []
-        for name, label in zip(options.checkpoint, arguments.labels(options.checkpoint), strict=True):
-            pipeline = arguments.load_pipeline(name, device)
+        for label, (pipeline, model) in arguments.load_checkpoints(options, options.checkpoint).items():
             arguments.check_sampling(pipeline, options)
-            found.append(
-                Scored(label, pipeline.body, {"model": model_hash(arguments.checkpoint_folder(name))}, pipeline)
-            )
+            found.append(Scored(label, pipeline.body, {"model": model}, pipeline.to(device)))
         return found
     kinds = {
         get_protocol(name, options.base if name in ("min_of_n", "biggs") else None, "smpl").kind
@@ -169,7 +164,7 @@ class Data:
                     "prepared data set"
                 )
             count = options.people or PEOPLE
-            truths = SampleTruths(test_people(scored.body), self.split, count)
+            truths = SampleTruths(splits.test_people(scored.body), self.split, count)
             return truths, count, {"data": self.split, "people": count}
         assert self.store is not None
         numbers = None if self.numbers is None else self.numbers.tolist()
@@ -197,7 +192,7 @@ class Data:
         model = pipeline.model.config
         size = None if model.inputs == "heatmaps" else model.image_size
         if self.split is not None:
-            return test_people(pipeline.body, size)
+            return splits.people_for(pipeline)
         assert self.store is not None
         return RecordedPeople(
             self.store,

@@ -7,7 +7,7 @@ from typing import Any
 
 from hmdiff.cli import arguments
 from hmdiff.cli.show import progress
-from hmdiff.cli.splits import MAP_SIZE, test_people
+from hmdiff.cli.splits import people_for
 from hmdiff.errors import UserError
 
 
@@ -19,35 +19,20 @@ def run_reliability(options: argparse.Namespace) -> int:
     from hmdiff.evaluate.table import Table
     from hmdiff.files.storage import make_folder
 
-    folder, device = make_folder(options.output), arguments.resolve_device(options.device)
-    for name, label in zip(options.checkpoint, arguments.labels(options.checkpoint), strict=True):
-        pipeline = arguments.load_pipeline(name, device)
+    folder = make_folder(options.output)
+    for label, (pipeline, _) in arguments.load_checkpoints(options, options.checkpoint).items():
         arguments.check_sampling(pipeline, options)
-        sampling, model = arguments.sampling_of(options, pipeline), pipeline.model.config
+        sampling = arguments.sampling_of(options, pipeline)
         fitted = pipeline.calibration(sampling)
         if fitted is None or fitted.confidence is None:
             way = Sampling.of(pipeline.resolved(sampling))
             raise UserError(
                 f"{label}: no confidence was fitted for {way}; run hmdiff prepare temperature with these settings"
             )
-        data = test_people(
-            pipeline.body, None if model.inputs == "heatmaps" else model.image_size, MAP_SIZE if model.depth_map else 0
-        )
         reports: dict[str, Any] = {}
         for split in dict.fromkeys(options.split):
             with progress(f"{label} {split}", options.people) as update:
-                observed = observe(
-                    pipeline,
-                    data,
-                    split,
-                    options.people,
-                    options.num_hypotheses,
-                    options.steps,
-                    options.sampler,
-                    options.seed,
-                    sampling.guidance,
-                    update,
-                )
+                _, observed = observe(pipeline, people_for(pipeline), split, options.people, sampling, update)
             reports[split] = reliability(observed.tempered(fitted), fitted.confidence)
         rows = [row for split, report in reports.items() for row in reliability_rows(split, report)]
         Table(f"{label}: {options.people} people of each split", COLUMNS, rows).print()

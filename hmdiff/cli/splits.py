@@ -7,9 +7,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hmdiff.body.body import Body
     from hmdiff.data.synthetic.people import SyntheticHumans
+    from hmdiff.pipeline import HMDiffPipeline
 
 PEOPLE = 500  # of a split
 MAP_SIZE = 64  # pixels of the maps that tell how much is visible, and of the depths that some models read
+_made: dict[tuple[str, int | None, int], SyntheticHumans] = {}
+
+
+def people_for(pipeline: HMDiffPipeline, maps: bool = False, picture: int | None = None) -> SyntheticHumans:
+    """The people of the splits with what a checkpoint reads: pictures, or depths; with `maps` those in any case.
+
+    `picture` is the side of pictures for a checkpoint that reads none.
+    """
+    model = pipeline.model.config
+    size = picture if model.inputs == "heatmaps" else model.image_size
+    return test_people(pipeline.body, size, MAP_SIZE if maps or model.depth_map else 0)
 
 
 def test_people(body: Body, image_size: int | None = None, map_size: int = 0) -> SyntheticHumans:
@@ -17,6 +29,9 @@ def test_people(body: Body, image_size: int | None = None, map_size: int = 0) ->
     from hmdiff.build import build_data, build_mesh
     from hmdiff.config import load_config
 
-    pictures = [] if image_size is None else ["data.pictures=true", f"data.image_size={image_size}"]
-    config = load_config(None, [*pictures, f"data.map_size={map_size}"])
-    return build_data(config, body, build_mesh(config, body), full_mesh=True)
+    key = (body.name, image_size, map_size)
+    if key not in _made:
+        pictures = [] if image_size is None else ["data.pictures=true", f"data.image_size={image_size}"]
+        config = load_config(None, [*pictures, f"data.map_size={map_size}"])
+        _made[key] = build_data(config, body, build_mesh(config, body), full_mesh=True)
+    return _made[key]

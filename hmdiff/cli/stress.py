@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
-from hmdiff.cli.splits import MAP_SIZE, test_people
+from hmdiff.cli.splits import people_for
 from hmdiff.errors import UserError
 from hmdiff.names import SPLITS
 
@@ -172,12 +172,7 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
     from hmdiff.viz.canvas import to_bytes
     from hmdiff.viz.stress import cut_out
 
-    config = pipeline.model.config
-    data = test_people(
-        pipeline.body,
-        SHOWN if config.inputs == "heatmaps" else config.image_size,
-        MAP_SIZE if config.depth_map else 0,
-    )
+    data = people_for(pipeline, picture=SHOWN)
     people = []
     for place in range(options.first, options.first + options.synthetic):
         block, row = divmod(place, data.block_size)

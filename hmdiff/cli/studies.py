@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmdiff.cli import arguments
+from hmdiff.cli.show import progress
 from hmdiff.diffusion.guidance import CHOICES
 from hmdiff.errors import UserError
 from hmdiff.evaluate.table import duration_text
@@ -17,9 +18,7 @@ from hmdiff.names import SPLITS
 if TYPE_CHECKING:
     import torch
 
-    from hmdiff.data.sample import PeopleSource
     from hmdiff.lab.sweep import Progress, Setting, Study
-    from hmdiff.pipeline import HMDiffPipeline
 
 
 def add_people(parser: argparse.ArgumentParser, split: str, people: int) -> None:
@@ -81,35 +80,30 @@ def make_guidance(
 
 def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) -> Study:
     """Load the checkpoints; their labels are the pipelines' keys, in order."""
-    from hmdiff.cli.splits import test_people
+    from hmdiff.cli.splits import people_for
     from hmdiff.evaluate.store import model_hash
     from hmdiff.files.storage import make_folder
     from hmdiff.lab.sweep import Study
 
     make_folder(folder)
     device = arguments.resolve_device(options.device)
-    labels = arguments.labels(list(names))
-    pipelines = {label: arguments.load_pipeline(name, device) for name, label in zip(names, labels, strict=True)}
-    hashes = {
-        label: model_hash(arguments.checkpoint_folder(name)) for name, label in zip(names, pipelines, strict=True)
-    }
+    checkpoints = arguments.load_checkpoints(options, list(names))
     estimate, heatmaps, picture = None, "synthetic", None
     if options.estimator is not None:
         if not Path(options.estimator).is_dir():
             raise UserError(f"--estimator {options.estimator}: no such folder; 'hmdiff prepare estimator' writes one")
         estimate, picture = load_estimator(options.estimator, device)
         heatmaps = f"{Path(options.estimator).resolve().name} {model_hash(Path(options.estimator))}"
-    made: dict[tuple[str, int | None], PeopleSource] = {}
-
-    def people_of(pipeline: HMDiffPipeline) -> PeopleSource:
-        model, body = pipeline.model.config, pipeline.body
-        size = picture if model.inputs == "heatmaps" else model.image_size
-        if (body.name, size) not in made:
-            made[body.name, size] = test_people(body, size)
-        return made[body.name, size]
-
     return Study(
-        pipelines, hashes, people_of, folder, options.split, options.people, options.batch_size, estimate, heatmaps
+        pipelines={label: each.pipeline for label, each in checkpoints.items()},
+        hashes={label: each.model_hash for label, each in checkpoints.items()},
+        people_of=lambda pipeline: people_for(pipeline, picture=picture),
+        folder=folder,
+        split=options.split,
+        people=options.people,
+        batch=options.batch_size,
+        estimate=estimate,
+        heatmaps=heatmaps,
     )
 
 
@@ -122,38 +116,6 @@ def load_estimator(
     return network.estimate, network.image_size
 
 
-class Teller:
-    """A bar over the people of the running cell on a terminal; a line after every cell, with the time that is left."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-
-    def start(self, setting: Setting, people: int) -> Callable[[int], None]:
-        from tqdm import tqdm
-
-        self.close()
-        self.bar = tqdm(total=people, desc=name_of(setting), unit="person", disable=None, leave=False)
-        update: Callable[[int], None] = self.bar.update
-        return update
-
-    def told(self, progress: Progress) -> None:
-        self.close()
-        errors = progress.result["errors"]["pve"]
-        found = ", ".join(f"{kind} {errors[kind]['value']:.1f}" for kind in ("mean", "oracle"))
-        milliseconds = progress.result["time"]["milliseconds_per_image"]
-        left = "" if progress.done == progress.total else f"; about {duration_text(progress.seconds_left)} left"
-        print(
-            f"[{progress.done}/{progress.total}] {name_of(progress.setting)}: PVE {found} mm, "
-            f"{milliseconds:.0f} ms an image{left}",
-            flush=True,
-        )
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
 def compute(study: Study, settings: Sequence[Setting]) -> list[dict[str, Any]]:
     """Run the cells with bars and lines; what was there already is told in one line."""
     from hmdiff.lab.sweep import code_digest, resolved, run_cells
@@ -162,11 +124,15 @@ def compute(study: Study, settings: Sequence[Setting]) -> list[dict[str, Any]]:
     there = sum(study.stored(setting) is not None for setting in cells)
     words = f"{len(cells)} cells of {study.people} people of {study.split}"
     print(f"{words}, {there} of them there already" if there else words, flush=True)
-    teller = Teller()
-    try:
-        results = run_cells(study, settings, teller.told, lambda setting: teller.start(setting, study.people))
-    finally:
-        teller.close()
+
+    def told(one: Progress) -> None:
+        errors, time = one.result["errors"]["pve"], one.result["time"]
+        found = ", ".join(f"{kind} {errors[kind]['value']:.1f}" for kind in ("mean", "oracle"))
+        left = "" if one.done == one.total else f"; about {duration_text(one.seconds_left)} left"
+        line = f"[{one.done}/{one.total}] {name_of(one.setting)}: PVE {found} mm, "
+        print(f"{line}{time['milliseconds_per_image']:.0f} ms an image{left}", flush=True)
+
+    results = run_cells(study, settings, told, lambda setting: progress(name_of(setting), study.people))
     older = sum(result.get("code") != code_digest() for result in results)
     if older:
         print(f"{older} cells are of another version of the code; remove them from {study.folder} to compute them anew")

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from hmdiff.body.body import Body
 from hmdiff.body.skeletons import HALPE26
+from hmdiff.config import Augment, EstimatorFaults
 from hmdiff.data.labelled_bodies import LabelledBodies, PosedBodies
 from hmdiff.data.person_maps import crop_depth, crop_mask, map_fields
 from hmdiff.data.record import Record
 from hmdiff.data.record_crops import by_name, read_crop, read_heatmaps
 from hmdiff.data.sample import Sample
 from hmdiff.data.shards import RecordStore
-from hmdiff.data.synthetic.corruption import EstimatorFaults, estimate_heatmaps, face_visibility
+from hmdiff.data.synthetic.corruption import estimate_heatmaps, face_visibility
 from hmdiff.data.synthetic.in_front import FrontDrawer
 from hmdiff.data.synthetic.people import block_generator
 from hmdiff.data.transforms import (
     NO_CHANGE,
-    AugmentOptions,
     Change,
     crop_camera,
     crop_map,
@@ -80,7 +80,7 @@ class RecordedPeople:
         seed: int = 0,
         full_mesh: bool = False,
         image_size: int | None = None,  # S of the pictures; None: none are read
-        augment: AugmentOptions | None = None,  # of the stream train
+        augment: Augment | None = None,  # of the stream train
         faults: EstimatorFaults | None = None,
         heatmaps: str | Path = "faults",  # "faults", "labels" (as they are), "none", or a folder of NAME.npz
         same_body: bool = False,  # see LabelledBodies
@@ -89,7 +89,7 @@ class RecordedPeople:
     ) -> None:
         self.store, self.body, self.map_size = store, body, map_size
         self.block_size, self.seed, self.full_mesh, self.image_size = block_size, seed, full_mesh, image_size
-        self.augment, self.faults = augment or AugmentOptions(), faults or EstimatorFaults()
+        self.augment, self.faults = augment or Augment(), faults or EstimatorFaults()
         self._front = FrontDrawer(self.augment)
         self.heatmaps = heatmaps
         if heatmaps not in ("faults", "labels", "none") and not Path(heatmaps).is_dir():

@@ -18,51 +18,8 @@ import numpy as np
 import torch
 
 from hmdiff.body.skeletons import mirror_permutation
-from hmdiff.errors import UserError
+from hmdiff.config import Augment
 from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
-
-
-@dataclasses.dataclass(frozen=True)
-class AugmentOptions:
-    """How much a crop is changed in training."""
-
-    flip: float = 0.5  # probability
-    noise: float = 0.4  # each colour channel is multiplied by U(1 - noise, 1 + noise)
-    rotation: float = 30.0  # degrees, standard deviation, cut at twice as much
-    upright: float = 0.6  # probability of no rotation
-    scale: float = 0.25  # standard deviation of the crop's side about 1, cut there
-    # What is put in front, of one kind a person at most, see hmdiff/data/synthetic/in_front.py
-    objects: float = 0.0  # probability of shapes with textures
-    people: float = 0.0  # probability of another person of the block
-    cutouts: str = ""  # a folder of RGBA pictures to paste
-    pasted: float = 0.5  # probability of one of them, where there is a folder
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("flip", 0, 1),
-            ("upright", 0, 1),
-            ("noise", 0, 1),
-            ("rotation", 0, 90),
-            ("scale", 0, 0.9),
-            ("objects", 0, 1),
-            ("people", 0, 1),
-            ("pasted", 0, 1),
-        ):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) and low <= value <= high):
-                raise UserError(f"data.augment: {name} {value!r}: a number from {low} to {high} is expected")
-        if not isinstance(self.cutouts, str):
-            raise UserError(f"data.augment: cutouts {self.cutouts!r}: the name of a folder is expected")
-        if sum(self.in_front) > 1:
-            raise UserError(
-                f"data.augment: objects, people and pasted are {', '.join(f'{share:g}' for share in self.in_front)}, "
-                "over 1 together; a person has one of them at most"
-            )
-
-    @property
-    def in_front(self) -> tuple[float, float, float]:
-        """Probabilities of objects, another person, a cut-out."""
-        return self.objects, self.people, self.pasted if self.cutouts else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +49,7 @@ class Change:
 NO_CHANGE = Change()
 
 
-def draw_change(options: AugmentOptions, generator: np.random.Generator) -> Change:
+def draw_change(options: Augment, generator: np.random.Generator) -> Change:
     """Always the same number of draws, so that one option does not change what another gives."""
     flip, upright, angle, scale = generator.random(), generator.random(), generator.normal(), generator.normal()
     gains = 1 + options.noise * (2 * generator.random(3) - 1)

@@ -13,30 +13,25 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hmdiff.data.sample import PeopleSource, Sample
+from hmdiff.data.sample import PeopleSource
 from hmdiff.diffusion.confidence import LEAST_PEOPLE, fit_confidence
 from hmdiff.diffusion.hypotheses import apply_temperature
 from hmdiff.diffusion.image_evidence import fit_evidence_factor
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import measure, split_batches
-from hmdiff.evaluate.metrics import coverage, expected_calibration_error
-from hmdiff.evaluate.reliability import SpreadWatch
+from hmdiff.evaluate.measured import COVERAGE_LEVEL
+from hmdiff.evaluate.metrics import calibration_error, calibration_levels, coverage, expected_calibration_error
+from hmdiff.evaluate.reliability import observe
 from hmdiff.files.storage import atomic_file
-from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
 
-if TYPE_CHECKING:
-    from hmdiff.diffusion.guidance import Guidance
-
 LOWEST, HIGHEST = 1 / 8, 8.0
-COVERAGE_LEVEL = 0.9
 _COARSE, _FINE = 25, 41  # temperatures of the two grids, evenly spaced in the logarithm
 
 
@@ -62,14 +57,13 @@ def fit_temperature(
 def tempered_error(
     samples: Tensor,  # (B, S, J, 3) metres, root-relative
     target: Tensor,  # (B, J, 3)
-    levels: int = 21,
 ) -> Callable[[float], float]:
     """`expected_calibration_error(apply_temperature(samples, T), target)` as a function of T, quick to evaluate.
 
     The median by coordinate and the distances to it follow a linear map: their quantiles are computed once.
     """
     mean = samples.mean(1)  # (B, J, 3)
-    q = torch.linspace(0, 1, levels, dtype=samples.dtype, device=samples.device)
+    q = calibration_levels(samples)
     centers, radii = [], []
     for person in samples - mean[:, None]:  # torch.quantile refuses more than 16 million numbers
         center = torch.quantile(person, 0.5, dim=0)
@@ -79,8 +73,7 @@ def tempered_error(
 
     def error(temperature: float) -> float:
         inside = temperature * radius > (offset - temperature * center).norm(dim=-1)[:, None]  # (B, Q, J)
-        frequency = inside.to(samples.dtype).mean(0)
-        return (torch.quantile(frequency, 0.5, dim=1) - q).abs().mean().item()
+        return calibration_error(inside.to(samples.dtype).mean(0), q).item()
 
     return error
 
@@ -94,39 +87,12 @@ def _best(error: Callable[[float], float], low: float, high: float, count: int) 
     return equal[len(equal) // 2]
 
 
-@torch.no_grad()
-def draw(
-    pipeline: HMDiffPipeline,
-    data: PeopleSource,  # with the full mesh
-    split: str,
-    people: int,
-    num_hypotheses: int = 25,
-    num_inference_steps: int | None = None,
-    scheduler: str | None = None,
-    eta: float | None = None,
-    seed: int = 0,
-    guidance: Guidance | None = None,
-    progress: Callable[[int], None] | None = None,  # told how many people are done
-    watch: Callable[[Sample, MeshOutput], None] | None = None,
-) -> tuple[Tensor, Tensor]:  # (P, N, 14, 3) and (P, 14, 3) metres, relative to the middle of the hips
-    """The hypotheses' and the true joints of a split's people, as `evaluate.evaluation` numbers and roots them."""
-    asked = SamplingConfig(num_hypotheses, num_inference_steps, seed, scheduler, eta, guidance)
-    batches = split_batches(data, split, people)
-    found = measure(pipeline, batches, asked, progress=progress, observe=watch)[num_hypotheses]
-    return found.joints, found.true_joints
-
-
 def calibrate(
     pipeline: HMDiffPipeline,
     data: PeopleSource,  # with the bodies of `split`
-    split: str = "calibration",
-    people: int = 320,
-    num_hypotheses: int = 25,
-    num_inference_steps: int | None = None,  # None: the pipeline's own
-    scheduler: str | None = None,
-    eta: float | None = None,
-    seed: int = 0,
-    guidance: Guidance | None = None,
+    split: str,
+    people: int,
+    sampling: SamplingConfig,
     progress: Callable[[int], None] | None = None,  # told how many people are done
 ) -> Temperature:
     """Fit the temperature and the confidence of one way of sampling, and set them in the pipeline, which saves them.
@@ -138,33 +104,18 @@ def calibrate(
         raise UserError("temperature: a direct baseline gives one mesh; there is no spread to calibrate")
     if pipeline.body.keypoint_regressor is None:
         raise UserError(f"temperature: body {pipeline.body.name!r} has no keypoints to calibrate by")
-    watch = SpreadWatch()
-    samples, target = draw(
-        pipeline,
-        data,
-        split,
-        people,
-        num_hypotheses,
-        num_inference_steps,
-        scheduler,
-        eta,
-        seed,
-        guidance,
-        progress,
-        watch,
-    )
-    observed = watch.observed()
+    measured, observed = observe(pipeline, data, split, people, sampling, progress)
+    samples, target = measured.joints, measured.true_joints
     factor = fit_evidence_factor(samples, target, observed.evidence) if people >= LEAST_PEOPLE else None
     scales = torch.ones(len(samples)) if factor is None else factor(observed.evidence)
     temperature = fit_temperature(apply_temperature(samples, scales), target)
-    about: dict[str, Any] = {"split": split, "people": people, "num_hypotheses": num_hypotheses, "seed": seed}
+    about: dict[str, Any] = {"split": split, "people": people}
+    about |= {"num_hypotheses": sampling.num_hypotheses, "seed": sampling.seed}
     for name, scale in (("before", 1.0), ("after", temperature * scales)):
         tempered = apply_temperature(samples, scale)
         about[f"expected_calibration_error_{name}"] = expected_calibration_error(tempered, target)
         about[f"coverage_{name}"] = coverage(tempered, target, COVERAGE_LEVEL).mean().item()
-    asked = SamplingConfig(num_hypotheses, num_inference_steps, seed, scheduler, eta, guidance)
-    sampling = Sampling.of(pipeline.resolved(asked))
-    fitted = Temperature(sampling, temperature, about, evidence=factor)
+    fitted = Temperature(Sampling.of(pipeline.resolved(sampling)), temperature, about, evidence=factor)
     if people >= LEAST_PEOPLE:
         fitted = dataclasses.replace(fitted, confidence=fit_confidence(*observed.tempered(fitted)[:4]))
     pipeline.set_temperature(fitted)

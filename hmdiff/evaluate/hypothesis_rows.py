@@ -17,13 +17,13 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from hmdiff.evaluate.metrics import calibration_curve, root_of
+from hmdiff.evaluate.measured import LEAST_TO_CALIBRATE
+from hmdiff.evaluate.metrics import calibration_levels, inside_quantiles, root_of
 from hmdiff.evaluate.protocol_errors import HIPS, Bodies, Errors
 from hmdiff.evaluate.protocols import Protocol
 
 COUNTS = (1, 5, 10, 25, 100)  # numbers of hypotheses that the literature reports
 REPRESENTATIVES = (5, 10, 25)
-LEAST_TO_CALIBRATE = 5  # hypotheses
 Choose = Callable[[int], Tensor | None]  # count -> (B,) which of the first so many; None: nothing chooses
 
 
@@ -32,7 +32,7 @@ class Scores:
     """Rows of one block of people."""
 
     rows: dict[str, Errors]  # row -> metric -> (B,)
-    inside: Tensor | None = None  # (B, Q, J) for the calibration error, see `metrics.calibration_curve`
+    inside: Tensor | None = None  # (B, Q, J) for the calibration error, see `metrics.inside_quantiles`
 
 
 def nobody(count: int) -> None:
@@ -77,7 +77,8 @@ def score_hypotheses(
         rows[f"aggregated of {total}"] = protocol.score(*one, regressors)
     inside = None
     if protocol.name == "min_of_n" and total >= LEAST_TO_CALIBRATE:
-        inside = _inside(_about_root(protocol, predicted), _about_root(protocol, target))
+        drawn, truth = _about_root(protocol, predicted), _about_root(protocol, target)
+        inside = inside_quantiles(drawn, truth, calibration_levels(drawn))
     return Scores(rows, inside)
 
 
@@ -106,17 +107,6 @@ def _about_root(protocol: Protocol, bodies: Bodies) -> Tensor:  # (..., J, 3)
     """The protocol's joints about its root, or, where it moves nothing, about the middle of the hips."""
     centre = protocol.centre or HIPS
     return bodies.named(protocol.needed) - root_of(bodies.named(centre), centre, centre)
-
-
-def _inside(drawn: Tensor, truth: Tensor) -> Tensor:  # (B, N, J, 3), (B, J, 3) -> (B, Q, J)
-    return torch.stack([calibration_curve(one[None], real[None])[1] for one, real in zip(drawn, truth, strict=True)])
-
-
-def calibration_error(inside: Tensor) -> float:  # of (P, Q, J)
-    """Expected calibration error of all people, `metrics.expected_calibration_error` of their curves."""
-    frequency = inside.double().mean(0)
-    levels = torch.linspace(0, 1, len(frequency), dtype=torch.float64)
-    return (torch.quantile(frequency, 0.5, dim=1) - levels).abs().mean().item()
 
 
 def _picked(each: Errors, joints: Tensor, count: int) -> Errors:  # (B, N) each, (B, N, J, 3) -> (B,) each

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.diffusion.hypotheses import apply_temperature
-from hmdiff.evaluate.metrics import bootstrap_interval, calibration_curve, coverage
+from hmdiff.evaluate.metrics import bootstrap_interval, calibration_error, calibration_levels, inside_quantiles
 
 COVERAGE_LEVEL = 0.9
 LEAST_TO_CALIBRATE = 5  # hypotheses
@@ -77,8 +77,8 @@ def interval(values: Tensor) -> dict[str, float]:  # of (P,)
 
 def covered(measured: Measured) -> Tensor:  # (P,) share of a person's joints
     """How many of a person's joints lie within the ball of the level's share of the hypotheses."""
-    pairs = zip(measured.joints, measured.true_joints, strict=True)
-    return torch.stack([coverage(drawn[None], truth[None], COVERAGE_LEVEL).mean() for drawn, truth in pairs])
+    level = measured.joints.new_tensor([COVERAGE_LEVEL])
+    return inside_quantiles(measured.joints, measured.true_joints, level)[:, 0].mean(-1)
 
 
 def calibration_interval(
@@ -92,17 +92,13 @@ def calibration_interval(
     The error is an absolute value, so that resampling, which adds noise, can only raise it: near 0 the interval lies
     above the value. With few samples (S under about 50) even a perfect posterior has an error above 0.
     """
-    curves = [calibration_curve(drawn[None], truth[None]) for drawn, truth in zip(samples, target, strict=True)]
-    q, inside = curves[0][0].double(), torch.stack([curve[1] for curve in curves]).double()  # (Q,), (P, Q, J)
+    levels = calibration_levels(samples)
+    q, inside = levels.double(), inside_quantiles(samples, target, levels).double()  # (Q,), (P, Q, J)
     people = len(inside)
     generator = torch.Generator().manual_seed(seed)
     drawn_people = torch.randint(people, (resamples, people), generator=generator)
     weight = torch.zeros(resamples, people, dtype=inside.dtype)
     weight.scatter_add_(1, drawn_people, torch.ones_like(weight))
     frequency = (weight / people @ inside.flatten(1)).unflatten(1, inside.shape[1:])
-
-    def error(curve: Tensor) -> Tensor:  # (..., Q, J) -> (...)
-        return (torch.quantile(curve, 0.5, dim=-1) - q).abs().mean(-1)
-
-    low, high = torch.quantile(error(frequency), q.new_tensor([0.025, 0.975])).tolist()
-    return error(inside.mean(0)).item(), low, high
+    low, high = torch.quantile(calibration_error(frequency, q), q.new_tensor([0.025, 0.975])).tolist()
+    return calibration_error(inside.mean(0), q).item(), low, high

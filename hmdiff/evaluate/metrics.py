@@ -134,18 +134,12 @@ def bootstrap_interval(
     return values.mean().item(), low, high
 
 
-def calibration_curve(
+def inside_quantiles(
     samples: Tensor,  # (B, S, J, 3) metres, root-relative; 200 samples are usual
     target: Tensor,  # (B, J, 3)
-    levels: int = 21,
-) -> tuple[Tensor, Tensor]:  # levels q (Q,) from 0 to 1; how often the ball of that level holds the truth (Q, J)
-    """freq_j(q) = mean over people of [quantile_q |m - x_s| > |m - x_gt|], m the samples' median by coordinate."""
-    q = torch.linspace(0, 1, levels, dtype=samples.dtype, device=samples.device)
-    return q, _inside(samples, target, q).mean(0)
-
-
-def _inside(samples: Tensor, target: Tensor, q: Tensor) -> Tensor:  # (B, Q, J)
-    """1 where the ball of level q about the median holds the truth."""
+    q: Tensor,  # (Q,) levels
+) -> Tensor:  # (B, Q, J) 1 where the ball of level q about the median holds the truth
+    """[quantile_q |m - x_s| > |m - x_gt|], m the samples' median by coordinate."""
     inside = []
     for drawn, truth in zip(samples, target, strict=True):  # torch.quantile refuses more than 16 million numbers
         center = torch.quantile(drawn, 0.5, dim=0)
@@ -154,13 +148,25 @@ def _inside(samples: Tensor, target: Tensor, q: Tensor) -> Tensor:  # (B, Q, J)
     return torch.stack(inside)
 
 
+def calibration_levels(like: Tensor, levels: int = 21) -> Tensor:  # (Q,) from 0 to 1
+    return torch.linspace(0, 1, levels, dtype=like.dtype, device=like.device)
+
+
+def calibration_error(
+    frequency: Tensor,  # (..., Q, J) how often the ball of a level holds the truth
+    q: Tensor,  # (Q,)
+) -> Tensor:  # (...)
+    """mean over q of |median over joints of freq_j(q) - q|; 0 is perfect, 0.5 the worst."""
+    return (torch.quantile(frequency, 0.5, dim=-1) - q).abs().mean(-1)
+
+
 def expected_calibration_error(
     samples: Tensor,  # (B, S, J, 3) metres, root-relative
     target: Tensor,  # (B, J, 3)
 ) -> float:
     """ECE = mean over q of |median over joints of freq_j(q) - q|, q = 0, .05, ..., 1; 0 is perfect, 0.5 the worst."""
-    q, frequency = calibration_curve(samples, target)
-    return (torch.quantile(frequency, 0.5, dim=1) - q).abs().mean().item()
+    q = calibration_levels(samples)
+    return calibration_error(inside_quantiles(samples, target, q).mean(0), q).item()
 
 
 def coverage(
@@ -169,4 +175,4 @@ def coverage(
     level: float = 0.9,
 ) -> Tensor:  # (J,) 0..1
     """How often the ball about the median with `level` of the samples holds the truth too; `level` when calibrated."""
-    return _inside(samples, target, samples.new_tensor([level])).mean(0)[0]
+    return inside_quantiles(samples, target, samples.new_tensor([level])).mean(0)[0]

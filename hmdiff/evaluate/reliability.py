@@ -23,11 +23,11 @@ from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.temperature import Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import measure, split_batches
+from hmdiff.evaluate.measured import Measured
 from hmdiff.evaluate.uncertainty_metrics import rank_correlation
 from hmdiff.output import MeshOutput
 
 if TYPE_CHECKING:
-    from hmdiff.diffusion.guidance import Guidance
     from hmdiff.pipeline import HMDiffPipeline
 
 BINS = 10
@@ -88,18 +88,14 @@ def observe(
     data: PeopleSource,  # with the full mesh
     split: str,
     people: int,
-    num_hypotheses: int = 25,
-    num_inference_steps: int | None = None,
-    scheduler: str | None = None,
-    seed: int = 0,
-    guidance: Guidance | None = None,
+    sampling: SamplingConfig,
     progress: Callable[[int], None] | None = None,  # told how many people are done
-) -> Observed:
-    """Draw a split's people, as `hmdiff.evaluate.evaluation` numbers them."""
+) -> tuple[Measured, Observed]:
+    """Draw a split's people, as `hmdiff.evaluate.evaluation` numbers and roots them."""
     watch = SpreadWatch()
-    asked = SamplingConfig(num_hypotheses, num_inference_steps, seed, scheduler, None, guidance)
-    measure(pipeline, split_batches(data, split, people), asked, progress=progress, observe=watch)
-    return watch.observed()
+    samples = split_batches(data, split, people)
+    found = measure(pipeline, samples, sampling, progress=progress, observe=watch)[sampling.num_hypotheses]
+    return found, watch.observed()
 
 
 def reliability(

@@ -1,17 +1,13 @@
-"""A protocol over a data set: blocks of people shared by several processes, gathered by index, resumed after a kill.
+"""A protocol over a data set: blocks of people shared by several processes and gathered by index.
 
-Each block's scores are written to FOLDER/NAME.parts as soon as they are there; the same call again, with the same
-settings and any number of processes, does the blocks that are missing. At the end all processes tell what they have,
-everybody must be there once, and the report is made of the same numbers in the same order whoever computed them.
+Everybody must be there once, and the report is made of the same numbers in the same order whoever computed them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,16 +17,16 @@ import torch
 from torch import Tensor
 
 from hmdiff.errors import UserError
-from hmdiff.evaluate.hypothesis_rows import calibration_error, score_hypotheses
+from hmdiff.evaluate.hypothesis_rows import score_hypotheses
 from hmdiff.evaluate.measured import interval
+from hmdiff.evaluate.metrics import calibration_error, calibration_levels
 from hmdiff.evaluate.protocols import Protocol as ScoringProtocol
 from hmdiff.evaluate.published import published_rows
 from hmdiff.evaluate.scored_people import Part
 from hmdiff.evaluate.store import save_report
-from hmdiff.files.reading import read_npz
-from hmdiff.files.storage import atomic_file, make_folder
+from hmdiff.files.storage import atomic_file
 
-_SETTINGS, _INDEX, _INSIDE = "settings.json", "index", "inside"
+_INDEX, _INSIDE = "index", "inside"
 
 
 class People(Protocol):
@@ -95,47 +91,18 @@ def score_people(
     protocol: ScoringProtocol,
     people: People,
     regressors: Mapping[str, Tensor],
-    folder: str | Path,  # of the parts, kept until the report is written
-    settings: Mapping[str, Any],  # whatever decides the numbers: parts of other settings are thrown away
     processes: Processes | None = None,
-    progress: Callable[[int], None] | None = None,  # told how many people this process has done, those of before too
+    progress: Callable[[int], None] | None = None,  # told how many people this process has done
 ) -> PersonScores:
     """Score all people. Raises `UserError` where somebody is missing at the end, or there twice."""
-    processes, folder = processes or Processes(), Path(folder)
-    if processes.first:
-        _open(folder, {**settings, "people": people.people, "block_size": people.block_size})
-    processes.wait()
+    processes = processes or Processes()
     blocks = range((people.people + people.block_size - 1) // people.block_size)
     mine = []
     for number in blocks[processes.number :: processes.count]:
-        path = folder / f"block_{number:06d}.npz"
-        arrays = _read(path)
-        if arrays is None:
-            arrays = _score_block(protocol, people, number, regressors)
-            with atomic_file(path) as temporary:
-                np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        mine.append(arrays)
+        mine.append(_score_block(protocol, people, number, regressors))
         if progress is not None:
-            progress(len(arrays[_INDEX]))
+            progress(len(mine[-1][_INDEX]))
     return _assembled(processes.gather(mine), people.people)
-
-
-def _open(folder: Path, settings: dict[str, Any]) -> None:
-    """A folder of these settings, with what is done of it."""
-    words = json.dumps(settings, sort_keys=True)
-    path = folder / _SETTINGS
-    if folder.exists() and (not path.is_file() or path.read_text() != words):
-        shutil.rmtree(folder)
-    make_folder(folder)
-    with atomic_file(path) as temporary:
-        temporary.write_text(words)
-
-
-def _read(path: Path) -> dict[str, np.ndarray] | None:
-    try:
-        return read_npz(path)
-    except UserError:  # a missing or damaged part is computed again
-        return None
 
 
 def _score_block(
@@ -162,7 +129,7 @@ def _assembled(blocks: list[dict[str, np.ndarray]], people: int) -> PersonScores
     wrong = np.flatnonzero(counted != 1)
     if len(counted) != people or len(wrong):
         who, times = (wrong[0], counted[wrong[0]]) if len(wrong) else (people, 1)
-        raise UserError(f"person {who} was scored {times} times, once is expected; remove the parts, run again")
+        raise UserError(f"person {who} was scored {times} times, once is expected")
     names = {name for block in blocks for name in block}
     for block in blocks:
         if names - set(block):
@@ -196,7 +163,9 @@ def report_of(
         "errors": errors,
     }
     if scores.inside is not None:
-        report[f"{protocol.title}/ece"] = calibration_error(scores.inside)
+        frequency = scores.inside.double().mean(0)
+        levels = calibration_levels(frequency, len(frequency))
+        report[f"{protocol.title}/ece"] = calibration_error(frequency, levels).item()
     report["published"] = [{**row._asdict(), "published": True} for row in published_rows(protocol.name)]
     return report
 
@@ -206,7 +175,7 @@ def save_scores(
     scores: PersonScores,
     names: list[str],  # P
     report: Mapping[str, Any],
-    path: Path,  # NAME.json; NAME.npz, everybody's values, beside it; NAME.parts is removed
+    path: Path,  # NAME.json; NAME.npz, everybody's values, beside it
 ) -> None:
     """Write the report last: where it is, everything is."""
     values = {
@@ -217,4 +186,3 @@ def save_scores(
     with atomic_file(path.with_suffix(".npz")) as temporary:
         np.savez(temporary, names=np.array(names), **values)  # type: ignore[arg-type]
     save_report(dict(report), path)
-    shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)

@@ -23,5 +23,8 @@ def asset_path(name: str) -> Path:
 
 
 def config_path(name: str) -> Path:
-    """Path of a shipped config, such as ``quickstart.yaml``. Raises `UserError` when the installation lacks it."""
-    return _shipped("configs", name)
+    """A config's file by its path, or a shipped one by its name, such as ``quickstart``; it need not be there."""
+    path = Path(name)
+    if path.exists() or len(path.parts) > 1:
+        return path
+    return _shipped("configs", "quickstart.yaml").with_name(path.stem + ".yaml")

@@ -1,53 +1,63 @@
-"""The tables of the paper as data: rows of settings, columns of errors. A new comparison is a new entry of TABLES.
+"""The tables of the papers as data: rows of models, columns of errors. A new comparison is a new entry of TABLES.
 
 HMDiff (arXiv 2308.13369) compares diffusion with two baselines without it, A = the same network in one step from a
 constant and B = the same stacked; and sampling without DAT, with the gap at x_k ("disrupted") and with DAT. The numbers
-of steps and of hypotheses are ours, the latter those that the literature reports. All on our own splits.
+of steps and of hypotheses are ours, the latter those that the literature reports. All on our own splits. Tables whose
+models are trained for them are in `trained_ablations`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.hypothesis_rows import COUNTS
-from hmdiff.evaluate.table import difference_text, interval_text
-from hmdiff.lab.comparison import UNGUIDED, difference, table_row
+from hmdiff.lab.comparison import UNGUIDED
 from hmdiff.lab.sweep import Setting
 from hmdiff.names import METRICS
 
 if TYPE_CHECKING:
     from hmdiff.diffusion.guidance import Guidance
 
-# What a row's model is to the tables: an option of `hmdiff ablate` each.
+# What a row's model is to the tables of given checkpoints: an option of `hmdiff ablate` each.
 ROLES = {
     "checkpoint": "the diffusion model",
     "direct": "baseline A: the same network in one step",
     "stacked": "baseline B: the same network stacked",
 }
+MODES = ("diffusion", "direct")
+MAY_DIFFER = ("model.", "loss.", "data.")  # what a trained row may change: neither its budget nor its seed
 Guide = Callable[[str], "Guidance | None"]  # mode -> guidance with the strength and threshold asked for
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+    """A model and how it is asked: a given checkpoint, by its role, or one that is trained for the table."""
+
     label: str
-    kind: str = "mean"  # of the columns that name none
-    role: str = "checkpoint"
-    num_hypotheses: int | None = None  # None: as asked for
-    steps: int | None = None  # None: as asked for
-    mode: str = UNGUIDED
+    overrides: tuple[str, ...] = ()  # trained: key=value over the base config
     reference: str | None = None  # label of the row that it is compared with
+    builds_on: str | None = None  # label of the row that it adds one part to, where that is another
+    tested: tuple[str, ...] = ()  # trained: data.key=value of its evaluation alone
+    kind: str = "mean"  # of the columns that name none
+    role: str = "checkpoint"  # given: one of ROLES
+    num_hypotheses: int | None = None  # given; None: as asked for
+    steps: int | None = None  # given; None: as asked for
+    mode: str = UNGUIDED  # given: of the guidance
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
     title: str
-    value: str  # a metric, "ece", "coverage", "milliseconds", or what guidance tells
+    value: str  # a metric, "spread", "seeds", or a name that `cells.number_of` knows
     kind: str | None = None  # of a metric; None: the row's
-    paired: bool = False  # the paired difference to the row's reference instead
+    against: str | None = None  # "reference" or "builds_on": the paired difference to it instead
+    relative: bool = False  # of the difference: in percent of the other's error
+    by_seed: bool = False  # of the difference: that of every seed
+    modes: tuple[str, ...] = MODES  # of the models that have it
     scale: float = 1.0
     digits: int = 1
 
@@ -56,11 +66,13 @@ class Column:
 class Comparison:
     title: str
     rows: tuple[Row, ...]
-    columns: tuple[Column, ...]
+    columns: tuple[Column, ...] = ()
     note: str = ""
+    base: str | None = None  # trained: a config's file, or the name of a shipped one
+    splits: tuple[str, ...] = ("test",)  # trained; SPLIT_blur: with motion blur
+    banded: bool = False  # trained: also by the share of the body that is visible
 
 
-_ERRORS = tuple(Column(title, metric) for metric, title in METRICS.items())
 _CALIBRATION = (Column("ECE", "ece", digits=2), Column("cover .9", "coverage", digits=2))
 _TIME = Column("ms/image", "milliseconds")
 _DAT_STEPS = (5, 10, 20, 40)
@@ -72,11 +84,15 @@ TABLES: dict[str, Comparison] = {
             Row("A: one step", role="direct"),
             Row("B: stacked", role="stacked", reference="A: one step"),
             *(
-                Row(f"diffusion, {kind}", kind, reference="A: one step")
+                Row(f"diffusion, {kind}", kind=kind, reference="A: one step")
                 for kind in ("first", "mean", "selected", "oracle")
             ),
         ),
-        (*_ERRORS, Column("PVE - A's", "pve", paired=True), _TIME),
+        (
+            *(Column(title, metric) for metric, title in METRICS.items()),
+            Column("PVE - A's", "pve", against="reference"),
+            _TIME,
+        ),
         "oracle: the best of the hypotheses, which needs the ground truth; compare the mean, or the selected one",
     ),
     "dat": Comparison(
@@ -93,7 +109,7 @@ TABLES: dict[str, Comparison] = {
         ),
         (
             Column("PVE mean", "pve"),
-            Column("- none's", "pve", paired=True),
+            Column("- none's", "pve", against="reference"),
             Column("PA-MPJPE mean", "pa_mpjpe"),
             Column("PVE oracle", "pve", "oracle"),
             Column("ECE", "ece", digits=2),
@@ -118,22 +134,29 @@ TABLES: dict[str, Comparison] = {
 }
 
 
-def find_table(name: str) -> Comparison:
-    if name not in TABLES:
-        raise UserError(f"table {name!r} is not known; choose one of {', '.join(TABLES)}")
-    return TABLES[name]
-
-
-def rows_of(
-    table: Comparison,
-    roles: Mapping[str, str],  # role -> label of the model; a row whose role is not there is left out
-) -> list[Row]:
-    return [row for row in table.rows if row.role in roles]
+def check_table(name: str, table: Comparison) -> None:
+    """A table that cannot mean what it says is refused: labels, references, and values that a row may not change."""
+    labels = [row.label for row in table.rows]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"table {name!r}: two rows have the same label")
+    for row in table.rows:
+        for other in (row.reference, row.builds_on):
+            if other is not None and (other not in labels or other == row.label):
+                raise UserError(f"table {name!r}, row {row.label!r}: there is no other row {other!r} to compare with")
+        for text in row.overrides:
+            if not text.startswith(MAY_DIFFER):
+                raise UserError(
+                    f"table {name!r}, row {row.label!r}: {text!r} is not of the model, the loss or the data; the "
+                    "budget and the seed are the same for all rows"
+                )
+        for text in row.tested:
+            if not text.startswith("data."):
+                raise UserError(f"table {name!r}, row {row.label!r}: {text!r} is not of the data that it is tested on")
 
 
 def settings_of(
     rows: Sequence[Row],
-    roles: Mapping[str, str],
+    roles: Mapping[str, str],  # role -> label of the model
     guide: Guide,
     sampling: SamplingConfig,  # where the rows do not say
 ) -> list[Setting]:
@@ -149,71 +172,3 @@ def settings_of(
         )
         for row in rows
     ]
-
-
-def texts(
-    table: Comparison,
-    rows: Sequence[Row],
-    results: Sequence[dict[str, Any]],  # one a row
-) -> list[list[str]]:
-    """The table as it is printed: value and 95 % interval; "-" for what a row does not have."""
-    references = _references(rows, results)
-    return [
-        [row.label, *(_text(column, row, result, references[i]) for column in table.columns)]
-        for i, (row, result) in enumerate(zip(rows, results, strict=True))
-    ]
-
-
-def csv_rows(name: str, rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table with every number of its cells, and the paired differences of each row's kind to its reference's."""
-    lines = []
-    for row, result, found in zip(rows, results, _references(rows, results), strict=True):
-        line: dict[str, Any] = {"table": name, "row": row.label, "kind": row.kind, "reference": row.reference or ""}
-        if found is not None:
-            for metric in METRICS:
-                each = _paired(metric, row.kind, row, result, found)
-                if each is not None:
-                    name_of = f"{metric}_difference"
-                    line |= {name_of: each["value"], f"{name_of}_low": each["low"], f"{name_of}_high": each["high"]}
-        lines.append(line | table_row(result))
-    return lines
-
-
-Found = tuple[Row, dict[str, Any]]
-
-
-def _references(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> list[Found | None]:
-    by_label = {row.label: (row, result) for row, result in zip(rows, results, strict=True)}
-    return [None if row.reference is None else by_label.get(row.reference) for row in rows]
-
-
-def _paired(metric: str, kind: str, row: Row, result: dict[str, Any], found: Found) -> dict[str, float] | None:
-    other, reference = found
-    # A column that names its kind compares like with like; otherwise each row's own kind.
-    other_kind = other.kind if kind == row.kind else kind
-    if kind not in result["values"][metric] or other_kind not in reference["values"][metric]:
-        return None
-    return difference(result, reference, metric, kind, other_kind)
-
-
-def _text(column: Column, row: Row, result: dict[str, Any], found: Found | None) -> str:
-    kind = column.kind or row.kind
-    value: dict[str, float] | None
-    if column.value in METRICS:
-        if column.paired:
-            value = None if found is None else _paired(column.value, kind, row, result, found)
-        else:
-            value = result["errors"][column.value].get(kind)
-    elif column.value == "ece":
-        one = result.get("expected_calibration_error")
-        value = None if one is None else {"value": one, **result["expected_calibration_error_interval"]}
-    elif column.value == "coverage":
-        value = result.get("coverage")
-    elif column.value == "milliseconds":
-        value = {"value": result["time"]["milliseconds_per_image"]}
-    else:
-        value = result.get("guidance", {}).get(column.value)
-        if value is not None:
-            value = {"value": value["value"]}
-    write = difference_text if column.paired else interval_text
-    return write(value, column.digits, column.scale)

@@ -7,13 +7,14 @@ difference is taken person by person: its interval tells what two overlapping in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hmdiff.errors import UserError
-from hmdiff.evaluate.metrics import bootstrap_interval
+from hmdiff.evaluate.measured import interval
+from hmdiff.evaluate.table import Number
 
 UNGUIDED = "none"  # the guidance of a cell without any
 
@@ -30,14 +31,18 @@ def difference(
     Raises:
         UserError: the two cells are of other people.
     """
+    check_same_people(result, reference)
+    mine = torch.tensor(result["values"][metric][kind], dtype=torch.float64)
+    other = torch.tensor(reference["values"][metric][reference_kind or kind], dtype=torch.float64)
+    return interval(mine - other)
+
+
+def check_same_people(result: dict[str, Any], reference: dict[str, Any]) -> None:
+    """Raises `UserError` for two cells that are not paired: of other people, or other noise."""
     for name in ("split", "people", "seed"):
         mine, other = result["settings"][name], reference["settings"][name]
         if mine != other:
             raise UserError(f"cells to compare: {name} {mine} and {other}; only cells of the same people are paired")
-    mine = torch.tensor(result["values"][metric][kind], dtype=torch.float64)
-    other = torch.tensor(reference["values"][metric][reference_kind or kind], dtype=torch.float64)
-    value, low, high = bootstrap_interval(mine - other)
-    return {"value": value, "low": low, "high": high}
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:  # (cost, error)
@@ -52,27 +57,44 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:  # (cost, 
 
 def table_row(result: dict[str, Any], reference: dict[str, Any] | None = None) -> dict[str, Any]:
     """A cell as a row of CSV: settings, every error with its interval, calibration, gaps, time, paired differences."""
-    settings = dict(result["settings"])
-    row: dict[str, Any] = {
-        name: settings[name]
-        for name in ("model", "split", "people", "seed", "heatmaps", "sampler", "steps", "num_hypotheses", "eta")
-    }
-    guidance = settings["guidance"] or {"mode": UNGUIDED}
-    row |= {"guidance" if name == "mode" else name: value for name, value in guidance.items()}
-
-    def put(name: str, found: dict[str, float]) -> None:
-        row[name], row[f"{name}_low"], row[f"{name}_high"] = found["value"], found["low"], found["high"]
-
+    row = settings_row(result["settings"])
     for metric, kinds in result["errors"].items():
         for kind, found in kinds.items():
-            put(f"{metric}_{kind}", found)
+            put(row, f"{metric}_{kind}", found)
             if reference is not None and kind in reference["errors"][metric]:
-                put(f"{metric}_{kind}_difference", difference(result, reference, metric, kind))
-    if "expected_calibration_error" in result:
-        put("ece", {"value": result["expected_calibration_error"], **result["expected_calibration_error_interval"]})
-        put("coverage", result["coverage"])
-    for name, found in result.get("guidance", {}).items():
-        put(name, found)
+                put(row, f"{metric}_{kind}_difference", difference(result, reference, metric, kind))
+    for name, found in other_numbers(result).items():
+        put(row, name, found)
     times = result["time"]
-    put("milliseconds", {"value": times["milliseconds_per_image"], "low": times["low"], "high": times["high"]})
     return row | {"batch": times["batch"], "device": times["device"], "threads": times["threads"]}
+
+
+def settings_row(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell was asked, a value a column."""
+    names = ("model", "split", "people", "seed", "heatmaps", "sampler", "steps", "num_hypotheses", "eta")
+    row = {name: settings[name] for name in names if name in settings}
+    if "guidance" in settings:
+        guidance = settings["guidance"] or {"mode": UNGUIDED}
+        row |= {"guidance" if name == "mode" else name: value for name, value in guidance.items()}
+    return row
+
+
+def other_numbers(cell: Mapping[str, Any]) -> dict[str, Number]:
+    """What a cell holds beside the errors: calibration, what guidance reports, time, RLE's rank correlations."""
+    found: dict[str, Number] = {}
+    if "expected_calibration_error" in cell:
+        error = {"value": cell["expected_calibration_error"], **cell["expected_calibration_error_interval"]}
+        found |= {"ece": error, "coverage": cell["coverage"]}
+    found |= cell.get("guidance", {})
+    if (times := cell.get("time")) is not None:
+        found["milliseconds"] = {"value": times["milliseconds_per_image"], "low": times["low"], "high": times["high"]}
+    for name, (value, *_) in cell.get("correlation", {}).items():
+        found["correlation" if name == "pooled" else f"correlation_{name}"] = {"value": value}
+    return found
+
+
+def put(row: dict[str, Any], name: str, found: Number | None) -> None:
+    """A number and, where it has one, its interval, in columns of their own."""
+    if found is not None:
+        row[name] = found["value"]
+        row |= {f"{name}_{end}": found[end] for end in ("low", "high") if end in found}

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hmdiff.config import Augment
 from hmdiff.data.record_crops import read_crop
 from hmdiff.data.shards import PreparedShards, RecordFiles, RecordStore
-from hmdiff.data.transforms import AugmentOptions, crop_map, draw_change
+from hmdiff.data.transforms import crop_map, draw_change
 from hmdiff.errors import UserError
 from hmdiff.train.memory import peak_gigabytes
 
@@ -40,7 +41,7 @@ class Crops(Dataset):
         pictures = []
         for number in generator.integers(len(self.store), size=self.batch_size):
             stored = self.store[int(number)]
-            change = draw_change(AugmentOptions(), generator)
+            change = draw_change(Augment(), generator)
             affine = crop_map(stored.record.center, stored.record.side, change)
             pictures.append(read_crop(stored, affine, self.image_size, change))
         batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255

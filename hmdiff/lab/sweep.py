@@ -14,8 +14,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from hmdiff.pipeline import HMDiffPipeline
 FORMAT = 1
 NO_SAMPLER = "none"  # of a model without diffusion
 REPEATS = 5  # timed calls a cell, at least
-# What a step costs beside an unguided one, before a cell of its kind was timed: DAT goes back through the denoiser.
+# What a step costs beside an unguided one, about: DAT goes back through the denoiser.
 _STEP_COST = {UNGUIDED: 1.0, "disrupted": 1.2, "dat": 3.0}
 _MESH_COST = 2.0  # unguided steps that upsampling and scoring a hypothesis are worth
 
@@ -139,13 +140,12 @@ class Study:
         return stored(self.path(setting), self.settings(setting), ("settings", "errors", "values", "time"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """Told after every cell."""
 
     done: int  # cells, the stored ones included
     total: int
-    seconds_left: float | None  # None: nothing was timed yet
+    seconds_left: float  # by what a unit of work has taken so far
     setting: Setting
     result: dict[str, Any]
 
@@ -154,43 +154,35 @@ def run_cells(
     study: Study,
     settings: Sequence[Setting],
     report: Callable[[Progress], None] | None = None,
-    people_done: Callable[[Setting], Callable[[int], None]] | None = None,  # starts a bar over the people of a run
+    bar: Callable[[Setting], AbstractContextManager[Callable[[int], None]]] | None = None,  # over the people of a run
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:  # in the order of the settings
     """Compute the cells that are not there yet, the cheap ones first, so that the time of the rest is soon known."""
     wanted = [resolved(setting, study.pipelines[setting.model]) for setting in settings]
-    results: dict[Setting, dict[str, Any]] = {}
-    for setting in dict.fromkeys(wanted):
-        found = study.stored(setting)
-        if found is not None:
-            results[setting] = found
-    total, rates = len(dict.fromkeys(wanted)), Rates()
-    for setting, found in results.items():
-        rates.add(setting, study.people, found["seconds"])
-    runs = sorted(_runs([s for s in dict.fromkeys(wanted) if s not in results]), key=lambda run: work(run[-1]))
+    cells = {setting: study.stored(setting) for setting in dict.fromkeys(wanted)}
+    results = {setting: found for setting, found in cells.items() if found is not None}
+    runs = sorted(_runs([setting for setting in cells if setting not in results]), key=lambda run: work(run[-1]))
+    seconds, done, left = 0.0, 0.0, sum(work(run[-1]) for run in runs)
     warm: set[str] = set()
-    for number, run in enumerate(runs):
+    for run in runs:
         pipeline, largest = study.pipelines[run[-1].model], run[-1]
         if largest.model not in warm:  # a first call takes longer
             timed_calls(study, largest, 1, clock, warm=False)
             warm.add(largest.model)
-        bar = None if people_done is None else people_done(largest)
-        started = clock()
         counts = [setting.sampling.num_hypotheses for setting in run]
-        measured = measure(
-            pipeline, study.samples(pipeline), _call(largest), counts, bar, clock=clock, batch=study.batch
-        )
-        seconds = clock() - started
-        rates.add(largest, study.people, seconds)
-        left = rates.seconds([other[-1] for other in runs[number + 1 :]], study.people)
+        with nullcontext() if bar is None else bar(largest) as update:
+            started = clock()
+            measured = measure(
+                pipeline, study.samples(pipeline), _call(largest), counts, update, clock=clock, batch=study.batch
+            )
+            seconds += clock() - started
+        done, left = done + work(largest), left - work(largest)
         for setting in run:
             found = cell(study, setting, measured[setting.sampling.num_hypotheses], clock)
-            # A smaller one of a shared run counts what it would have cost by itself.
-            found["seconds"] = seconds * work(setting) / work(largest)
             save_report(found, study.path(setting))
             results[setting] = found
             if report is not None:
-                report(Progress(len(results), total, left, setting, found))
+                report(Progress(len(results), len(cells), seconds * left / done, setting, found))
     return [results[setting] for setting in wanted]
 
 
@@ -286,24 +278,3 @@ def work(setting: Setting) -> float:
     asked = setting.sampling
     steps = (asked.num_inference_steps or 1) * (2 if asked.scheduler == "heun" else 1)
     return asked.num_hypotheses * (steps * _STEP_COST.get(setting.mode, 1.0) + _MESH_COST)
-
-
-class Rates:
-    """Seconds a unit of work, of every model and kind of guidance that was timed; the latest counts."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, str], float] = {}
-
-    def add(self, setting: Setting, people: int, seconds: float) -> None:
-        self.found[setting.model, setting.mode] = seconds / (work(setting) * people)
-
-    def seconds(self, settings: Sequence[Setting], people: int) -> float | None:
-        """Of all these; a kind that was not timed costs what the others do. None: nothing was timed."""
-        if not self.found:
-            return None
-        total = 0.0
-        for setting in settings:
-            same = [rate for (model, _), rate in self.found.items() if model == setting.model]
-            rate = self.found.get((setting.model, setting.mode)) or max(same or self.found.values())
-            total += rate * work(setting) * people
-        return total

@@ -26,8 +26,8 @@ from hmdiff.evaluate.evaluation import measure, split_batches
 from hmdiff.evaluate.measured import Measured
 from hmdiff.evaluate.store import digest, save_report
 from hmdiff.evaluate.uncertainty_metrics import uncertainty_correlations
-from hmdiff.lab.trained_ablations import TrainedRow, essence
-from hmdiff.lab.trained_runs import Run
+from hmdiff.lab.ablations import Row
+from hmdiff.lab.trained_runs import Run, essence
 from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
 
@@ -45,7 +45,7 @@ class Asked:
     steps: int | None = None  # of denoising; None: the config's
     seed: int = 0  # of the noise
 
-    def settings(self, run: Run, row: TrainedRow, split: str, weights: str) -> dict[str, Any]:
+    def settings(self, run: Run, row: Row, split: str, weights: str) -> dict[str, Any]:
         """All that a cell depends on."""
         diffusion = run.config.model["mode"] == "diffusion"
         return {
@@ -66,7 +66,7 @@ def cell_path(folder: Path, settings: dict[str, Any]) -> Path:
     return folder / f"{settings['run']}_s{settings['trained_seed']}_{settings['split']}_{digest(settings)}.json"
 
 
-def tested_config(config: Config, row: TrainedRow, folder: Path) -> Config:
+def tested_config(config: Config, row: Row, folder: Path) -> Config:
     """The config of the people that a row is tested on: as trained, but for what the row says."""
     if not row.tested:
         return config

@@ -11,7 +11,7 @@ from typing import Any
 
 from hmdiff.evaluate.visibility_bands import BANDS, band_of
 from hmdiff.files.storage import atomic_file
-from hmdiff.lab.trained_tables import SPREAD, BandOf, RowCells, difference_of, mean_of
+from hmdiff.lab.table_rows import SPREAD, BandOf, RowCells, difference_of, mean_of
 
 RESOLUTION = 130  # dots an inch
 

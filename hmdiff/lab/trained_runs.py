@@ -22,19 +22,28 @@ from typing import Any
 
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.errors import UserError
+from hmdiff.evaluate.store import digest
 from hmdiff.files.locks import try_claim
+from hmdiff.files.resources import config_path
 from hmdiff.files.storage import atomic_file, make_folder
-from hmdiff.lab.trained_ablations import (
-    TrainedRow,
-    TrainedTable,
-    budget,
-    check_table,
-    essence,
-    row_config,
-    run_name,
-)
+from hmdiff.lab.ablations import MODES, Comparison, Row, check_table
 
 DONE = "done.json"
+# What makes a run another one, beside its budget and its seed; the number of drawing processes changes nothing.
+_WHAT = ("body", "model", "diffusion", "data", "loss")
+_SAME_DATA = ("workers",)
+BUDGET = (
+    "steps",
+    "batch_size",
+    "gradient_accumulation",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "gradient_clip",
+    "ema_decay",
+    "mixed_precision",
+    "start_from",
+)
 Train = Callable[[Config], int]  # trains on from what is there; the step that it reached
 
 
@@ -64,7 +73,7 @@ class Plan:
     """What the tables need. `of[table][row]` are a row's runs, a seed each."""
 
     of: dict[str, dict[str, list[Run]]]
-    rows: dict[str, dict[str, TrainedRow]]
+    rows: dict[str, dict[str, Row]]
 
     @property
     def runs(self) -> list[Run]:
@@ -73,8 +82,79 @@ class Plan:
         return sorted(dict.fromkeys(every), key=lambda run: run.seed)
 
 
+def row_config(
+    table: Comparison,
+    row: Row,
+    seed: int,
+    mode: str = "direct",
+    steps: int | None = None,  # of training; None: the base's
+    changes: Sequence[str] = (),  # key=value for all rows, under the row's own
+    base: str | None = None,  # another base config
+) -> Config:
+    """What is trained for a row, but for its folder. The warm-up keeps its share of the steps.
+
+    Raises:
+        UserError: a mode or a base that is not known; a value that no config has.
+    """
+    if mode not in MODES:
+        raise UserError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}")
+    assert table.base is not None
+    path = config_path(base or table.base)
+    plain = load_config(path, changes)
+    total = steps or plain.training.steps
+    warmup = min(plain.training.warmup_steps, max(1, total - 1))
+    if steps is not None and not any(text.startswith("training.warmup_steps=") for text in changes):
+        warmup = round(plain.training.warmup_steps * total / plain.training.steps)
+    fixed = [
+        f"model.mode={mode}",
+        f"seed={seed}",
+        f"training.steps={total}",
+        f"training.warmup_steps={warmup}",
+        # Everything that is looked at is looked at when all are trained.
+        f"training.evaluate_every={total}",
+        f"training.picture_every={total + 1}",
+        "evaluation.test_people=0",
+    ]
+    return load_config(path, [*changes, *fixed, *row.overrides])
+
+
+def essence(config: Config) -> dict[str, Any]:
+    """What a run is, without its budget, seed and place: the values that are not the defaults.
+
+    So a new entry of the config, which is off by default, leaves the runs of yesterday what they were.
+    """
+    plain, found = Config(), {}
+    for name in _WHAT:
+        value, usual = getattr(config, name), getattr(plain, name)
+        if isinstance(value, dict) or not dataclasses.is_dataclass(value):
+            if value != usual:
+                found[name] = value
+            continue
+        for field in dataclasses.fields(value):
+            mine, other = getattr(value, field.name), getattr(usual, field.name)
+            if mine == other or (name == "data" and field.name in _SAME_DATA):
+                continue
+            if dataclasses.is_dataclass(mine):
+                mine = {key: each for key, each in vars(mine).items() if each != getattr(other, key)}
+            found[f"{name}.{field.name}"] = mine
+    result: dict[str, Any] = json.loads(json.dumps(found))
+    return result
+
+
+def budget(config: Config) -> dict[str, Any]:
+    return {name: getattr(config.training, name) for name in BUDGET}
+
+
+def run_name(config: Config, overrides: Sequence[str]) -> str:
+    """The folder of a config's runs: the same for rows of several tables that are the same model."""
+    told = sorted(text for text in overrides if not text.startswith("loss."))
+    words = [re.sub(r"[^a-z0-9]+", "-", text.split(".", 1)[-1].lower()).strip("-") for text in told]
+    words = [word.removesuffix("-true") for word in words]
+    return "_".join([str(config.model["mode"]), *(words or ["base"]), digest(essence(config))])
+
+
 def make_plan(
-    tables: dict[str, TrainedTable],
+    tables: dict[str, Comparison],
     output: Path,
     seeds: int = 3,
     mode: str = "direct",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, joint_indices, mirror_permutation
-from hmdiff.data.synthetic.corruption import EstimatorFaults, estimate_heatmaps, face_visibility, two_peaks
+from hmdiff.config import EstimatorFaults
+from hmdiff.data.synthetic.corruption import estimate_heatmaps, face_visibility, two_peaks
 from hmdiff.heatmaps import gaussian_heatmaps, heatmap_peaks
 
 NONE = EstimatorFaults(

@@ -7,8 +7,9 @@ import torch
 from small import free_body, people, small_config
 
 from hmdiff.build import build_data
+from hmdiff.config import DepthFaults
 from hmdiff.data.sample import Sample, concatenate
-from hmdiff.data.synthetic.depth_faults import DepthFaults, estimate_depth
+from hmdiff.data.synthetic.depth_faults import estimate_depth
 from hmdiff.data.synthetic.depth_scene import FARTHEST, compose_depth
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.rendering import MapDrawer
@@ -227,17 +228,3 @@ def test_one_option_does_not_change_what_another_gives(scene):
     both = estimate_depth(scene, DepthFaults(**{**NO_FAULTS, "grain": 0.1, "missing": 0.9}), generator())
     known = both.isfinite()
     assert not known.all() and torch.equal(both[known], with_grain[known])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"blur": -1}, "data.depth_faults: blur -1: a number from 0 to 1 is expected"),
-        ({"missing": 2}, "missing 2: a number from 0 to 1"),
-        ({"bend": "much"}, "bend 'much': a number from 0 to 10"),
-        ({"none": 1}, "none 1: true or false is expected"),
-    ],
-)
-def test_impossible_options_are_named(options, message):
-    with pytest.raises(UserError, match=message):
-        DepthFaults(**options)

@@ -14,11 +14,12 @@ from small import free_body, small_config
 
 from hmdiff.build import build_source
 from hmdiff.cli.depth_maps import photo_depth
+from hmdiff.config import Augment
 from hmdiff.data.person_maps import crop_depth, crop_mask, encode_depth, encode_mask, read_mask
 from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.recorded import RecordedPeople
 from hmdiff.data.shards import PreparedShards
-from hmdiff.data.transforms import AugmentOptions, Change, crop_map
+from hmdiff.data.transforms import Change, crop_map
 from hmdiff.errors import UserError
 from hmdiff.train.check import CAREFUL, dry_run
 from hmdiff.train.loop import Trainer
@@ -138,13 +139,13 @@ def test_prepared_people_have_their_maps(prepared: Path) -> None:
     assert not known[0].any() and (known[1:].float().mean(1) > 0.5).all()
     assert sample.has_silhouette.tolist() == [True, True, True, False]
     assert (sample.silhouette[:3, 15:17, 15:17] > 0.9).all() and sample.silhouette[3].max() == 0
-    always = AugmentOptions(flip=1.0, rotation=0.0)
+    always = Augment(flip=1.0, rotation=0.0)
     flipped = RecordedPeople(store, body, mesh.coarse_ids, 4, augment=always, **options).block("train", 0)
     assert flipped.depth_input is not None
     right = flipped.depth_input[:, :, -4:].nanmean((1, 2)) - flipped.depth_input[:, :, :4].nanmean((1, 2))
     assert (right[flipped.depth_input.isfinite().flatten(1).any(1)] < 0).all()  # 2 x + y, mirrored: falls to the right
     # A mask is turned with the picture and the depth.
-    every = AugmentOptions(flip=0.0, rotation=90.0, upright=0.0, scale=0.0)
+    every = Augment(flip=0.0, rotation=90.0, upright=0.0, scale=0.0)
     turned = RecordedPeople(store, body, mesh.coarse_ids, 4, augment=every, **options)
     sample = turned.block("train", 0)
     assert sample.silhouette is not None and sample.has_silhouette is not None and sample.joints_2d is not None

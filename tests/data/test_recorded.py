@@ -16,6 +16,7 @@ from small import free_body
 
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.skeletons import HALPE26, HAND21
+from hmdiff.config import Augment
 from hmdiff.data.labelled_bodies import LabelledBodies
 from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import open_reader
@@ -23,11 +24,10 @@ from hmdiff.data.record import Record
 from hmdiff.data.recorded import RecordedPeople
 from hmdiff.data.sample import Sample
 from hmdiff.data.shards import PreparedShards, RecordFiles
-from hmdiff.data.transforms import AugmentOptions
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection
 
-TURNED = AugmentOptions(flip=0.5, noise=0, upright=0)
+TURNED = Augment(flip=0.5, noise=0, upright=0)
 
 
 @pytest.fixture

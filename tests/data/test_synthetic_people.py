@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.build import build_data
+from hmdiff.config import EstimatorFaults
 from hmdiff.data.sample import Sample
-from hmdiff.data.synthetic.corruption import EstimatorFaults
 from hmdiff.data.synthetic.people import (
     _SPLIT_SCENES,
     GUESS,

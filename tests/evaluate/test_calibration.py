@@ -17,10 +17,11 @@ from hmdiff.diffusion.hypotheses import apply_temperature, heatmap_log_likelihoo
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
-from hmdiff.evaluate.calibration import calibrate, draw, store_temperature
+from hmdiff.evaluate.calibration import calibrate, store_temperature
 from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
 from hmdiff.evaluate.measured import Measured, summary
 from hmdiff.evaluate.metrics import expected_calibration_error
+from hmdiff.evaluate.reliability import observe
 from hmdiff.evaluate.split_tables import calibration_line
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Heatmaps
@@ -157,22 +158,23 @@ def test_bad_temperatures_are_named(pipe: HMDiffPipeline, tmp_path: Path) -> Non
         HMDiffPipeline.from_pretrained(tmp_path / "saved")
     direct = small_pipeline("model.mode=direct")
     with pytest.raises(UserError, match="a direct baseline gives one mesh; there is no spread"):
-        calibrate(direct, people(True), people=8)
+        calibrate(direct, people(True), "val", 8, SamplingConfig())
     body, _ = free_body()
     pipe.body = body.select(torch.arange(body.num_vertices))
     pipe.body.keypoint_regressor = None
     with pytest.raises(UserError, match="has no keypoints to calibrate by"):
-        calibrate(pipe, people(True), people=8)
+        calibrate(pipe, people(True), "val", 8, SamplingConfig())
 
 
 def test_calibration_sets_the_temperature_and_lowers_the_error(pipe: HMDiffPipeline) -> None:
     done: list[int] = []
-    found = calibrate(pipe, people(True), "val", 8, 6, 2, progress=done.append)
+    found = calibrate(pipe, people(True), "val", 8, SamplingConfig(6, 2), done.append)
     assert sum(done) == 8 and pipe.temperature(in_steps(2)) == found.temperature != 1.0
     about = found.fitted_on
     assert about["expected_calibration_error_after"] < about["expected_calibration_error_before"]
     assert (about["split"], about["people"], about["num_hypotheses"]) == ("val", 8, 6)
-    samples, target = draw(pipe, people(True), "val", 8, 6, 2)
+    measured, _ = observe(pipe, people(True), "val", 8, SamplingConfig(6, 2))
+    samples, target = measured.joints, measured.true_joints
     assert samples.shape == (8, 6, 14, 3)
     assert about["expected_calibration_error_before"] == pytest.approx(expected_calibration_error(samples, target))
     torch.testing.assert_close(samples[:, :, [2, 3]].mean(2), torch.zeros(8, 6, 3), rtol=0, atol=1e-6)  # the hips
@@ -182,7 +184,7 @@ def test_calibration_sets_the_temperature_and_lowers_the_error(pipe: HMDiffPipel
 def test_the_command_writes_it_into_the_pipeline(
     pipe: HMDiffPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hmdiff.cli.splits.test_people", lambda body, image_size, map_size: people(True))
+    monkeypatch.setattr("hmdiff.cli.splits.test_people", lambda *_: people(True))
     pipe.save_pretrained(tmp_path / "run" / "pipeline")
     before = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     words = ["--people", "8", "--num-hypotheses", "5", "--steps", "1", "2", "--device", "cpu"]

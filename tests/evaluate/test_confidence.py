@@ -92,8 +92,8 @@ def test_it_travels_as_json_and_refuses_what_it_is_not(fitted: Confidence) -> No
 def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) -> None:
     pipe = small_pipeline()
     data = people(True)
-    before = observe(pipe, data, "val", 8, 4, 2)
-    temperature = calibrate(pipe, data, "val", 16, 4, 2).temperature
+    _, before = observe(pipe, data, "val", 8, SamplingConfig(4, 2))
+    temperature = calibrate(pipe, data, "val", 16, SamplingConfig(4, 2)).temperature
     block = data.block("val", 0)
     from hmdiff.evaluate.evaluation import as_heatmaps, ask
 
@@ -124,7 +124,7 @@ def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) 
 def test_the_command_prints_and_draws_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hmdiff.cli.reliability_run.test_people", lambda body, image_size, map_size: people(True))
+    monkeypatch.setattr("hmdiff.cli.splits.test_people", lambda *_: people(True))
     pipe = small_pipeline()
     pipe.save_pretrained(tmp_path / "pipe")
     command = [
@@ -146,7 +146,7 @@ def test_the_command_prints_and_draws_it(
     ]
     assert main(command) == 2
     assert "no confidence was fitted" in capsys.readouterr().err
-    calibrate(pipe, people(True), "val", 16, 3, 2)
+    calibrate(pipe, people(True), "val", 16, SamplingConfig(3, 2))
     pipe.save_pretrained(tmp_path / "pipe")
     assert main(command) == 0
     reports = json.loads((tmp_path / "out" / "reliability_pipe.json").read_text())

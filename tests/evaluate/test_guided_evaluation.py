@@ -14,7 +14,6 @@ from small import people, small_pipeline
 
 import hmdiff.evaluate.evaluation as evaluation
 import hmdiff.evaluate.mean_mesh as mean_mesh
-from hmdiff.cli import evaluate as command
 from hmdiff.cli.main import main
 from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.sampling_config import SamplingConfig
@@ -39,7 +38,7 @@ def checkpoint(pipe: HMDiffPipeline, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.setattr(command, "test_people", lambda *_: people(True))
+    monkeypatch.setattr("hmdiff.cli.splits.test_people", lambda *_: people(True))
     mean = functools.partial(mean_mesh.mean_mesh_errors, training_people=8)
     monkeypatch.setattr(mean_mesh, "mean_mesh_errors", mean)
 

@@ -15,14 +15,24 @@ from hmdiff.body.skeletons import H36M14, H36M17, HAND21, J14, SMPL24, SPIN_H36M
 from hmdiff.errors import UserError
 from hmdiff.evaluate.hand_metrics import curve_area, f_score
 from hmdiff.evaluate.hypothesis_rows import COUNTS, representatives, score_hypotheses
-from hmdiff.evaluate.hypothesis_rows import calibration_error as curve_error
-from hmdiff.evaluate.metrics import expected_calibration_error, joint_error, procrustes_error
+from hmdiff.evaluate.metrics import (
+    calibration_error,
+    calibration_levels,
+    expected_calibration_error,
+    joint_error,
+    procrustes_error,
+)
 from hmdiff.evaluate.protocol_errors import HIPS, Bodies, freihand_errors
 from hmdiff.evaluate.protocols import MANY, PROTOCOLS, Protocol, get_protocol
 from hmdiff.evaluate.published import PUBLISHED, published_rows
 from hmdiff.geometry import axis_angle_to_matrix
 
 WIDE = 40  # vertices of the toy mesh: more than joints
+
+
+def curve_error(inside: torch.Tensor) -> float:  # (P, Q, J)
+    frequency = inside.double().mean(0)
+    return calibration_error(frequency, calibration_levels(frequency, len(frequency))).item()
 
 
 def toy(protocol: Protocol, seed: int = 0, people: tuple[int, ...] = (3,)) -> tuple[Bodies, dict[str, Tensor]]:

@@ -317,23 +317,23 @@ def same(one: Any, other: Any) -> None:
 def test_several_processes_give_the_numbers_of_one(tmp_path: Path, count: int) -> None:
     """Seven people in four blocks: no number of processes divides them, the fifth process has nothing to do."""
     setting = predicted_people(tmp_path / "p", "min_of_n")
-    alone = score_people(*setting, tmp_path / "alone", {})
+    alone = score_people(*setting)
     assert {len(v) for metrics in alone.rows.values() for v in metrics.values()} == {PEOPLE}
     left: list[Any] = []
     for number in range(count):
         processes = OneOf(number, count, left)
         if number + 1 < count:
             with pytest.raises(KeyboardInterrupt):
-                score_people(*setting, tmp_path / "parts", {}, processes)
+                score_people(*setting, processes)
         else:
-            same(score_people(*setting, tmp_path / "parts", {}, processes), alone)
+            same(score_people(*setting, processes), alone)
 
 
 def test_blocks_change_nothing(tmp_path: Path) -> None:
     protocol, people, regressors = predicted_people(tmp_path / "p")
-    first = score_people(protocol, people, regressors, tmp_path / "a", {})
+    first = score_people(protocol, people, regressors)
     people.block_size = 3
-    other = score_people(protocol, people, regressors, tmp_path / "b", {})
+    other = score_people(protocol, people, regressors)
     for row, metrics in first.rows.items():
         for metric, values in metrics.items():
             torch.testing.assert_close(values, other.rows[row][metric], rtol=1e-5, atol=1e-4)
@@ -343,7 +343,7 @@ def test_nobody_is_counted_twice_or_left_out(tmp_path: Path) -> None:
     protocol, people, regressors = predicted_people(tmp_path / "p")
     everything: list[Any] = []
     with pytest.raises(KeyboardInterrupt):
-        score_people(protocol, people, regressors, tmp_path / "a", {}, OneOf(0, 2, everything))
+        score_people(protocol, people, regressors, OneOf(0, 2, everything))
     with pytest.raises(UserError, match="person 2 was scored 0 times, once is expected"):
         scoring._assembled(everything, PEOPLE)
     with pytest.raises(UserError, match="person 0 was scored 2 times, once is expected"):
@@ -369,36 +369,9 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch: pytest.M
         Processes()
 
 
-@pytest.mark.slow
-def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = predicted_people(tmp_path / "p")
-    whole = score_people(*setting, tmp_path / "whole", {})
-    done: list[int] = []
-    real = scoring._score_block
-
-    def stopping(protocol: Any, people: Any, number: int, regressors: Any) -> Any:
-        done.append(number)
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        return real(protocol, people, number, regressors)
-
-    monkeypatch.setattr(scoring, "_score_block", stopping)
-    parts = tmp_path / "parts"
-    with pytest.raises(KeyboardInterrupt):
-        score_people(*setting, parts, {"seed": 0})
-    (parts / "block_000001.npz").write_bytes(b"half of it")  # a damaged part is done again
-    told: list[int] = []
-    same(score_people(*setting, parts, {"seed": 0}, progress=told.append), whole)
-    assert done == [0, 1, 2, 1, 2, 3] and told == [2, 2, 2, 1]
-    score_people(*setting, parts, {"seed": 0})
-    assert len(done) == 6  # nothing was left to do
-    score_people(*setting, parts, {"seed": 1})
-    assert done[6:] == [0, 1, 2, 3]  # other settings, other numbers
-
-
 def test_a_report_names_its_protocol(tmp_path: Path) -> None:
     protocol, people, regressors = predicted_people(tmp_path / "p", "min_of_n")
-    scores = score_people(protocol, people, regressors, tmp_path / "r.parts", {})
+    scores = score_people(protocol, people, regressors)
     report = report_of(protocol, scores, {"people": PEOPLE})
     assert set(report["errors"]) == {f"min_of_n/spin/{metric}" for metric in ("pve", "mpjpe", "pa_mpjpe")}
     assert "min_of_n/spin/ece" in report and report["protocol"]["name"] == "min_of_n/spin"
@@ -407,7 +380,7 @@ def test_a_report_names_its_protocol(tmp_path: Path) -> None:
     assert {row["method"] for row in report["published"]} >= {"HUMR, oracle of 100", "ProHMR, oracle of 25"}
     assert all(row["published"] and row["source"] for row in report["published"])
     save_scores(protocol, scores, people.names, report, tmp_path / "r.json")
-    assert not (tmp_path / "r.parts").exists() and json.loads((tmp_path / "r.json").read_text()) == report
+    assert json.loads((tmp_path / "r.json").read_text()) == report
     with np.load(tmp_path / "r.npz") as archive:
         assert archive["names"].tolist() == people.names
         np.testing.assert_array_equal(archive["min_of_n/spin/pve/first"], scores.rows["first"]["pve"])
@@ -420,7 +393,7 @@ def test_a_pipeline_is_scored_as_evaluate_does(tmp_path: Path) -> None:
     truths = SampleTruths(data, "val", count)
     regressors = protocol_regressors(protocol, body)
     scored = PipelinePeople(pipe, data, "val", truths, count, SamplingConfig(3, 2, 4))
-    scores = score_people(protocol, scored, regressors, tmp_path / "parts", {})
+    scores = score_people(protocol, scored, regressors)
     expected = evaluate(pipe, data, "val", count, SamplingConfig(3, 2, 4))["errors"]
     for metric in protocol.metrics:
         for row, kind in (("first", "first"), ("mean of 3", "mean"), ("oracle of 3", "oracle")):
@@ -428,7 +401,7 @@ def test_a_pipeline_is_scored_as_evaluate_does(tmp_path: Path) -> None:
     output = torch.cat([part.predicted.vertices for part in scored.parts(0)])  # type: ignore[misc]
     write(tmp_path / "p", names=truths.names(), vertices=output)
     files = PredictedPeople(PredictionFiles(tmp_path / "p", body.num_vertices), truths, count)
-    again = score_people(protocol, files, regressors, tmp_path / "more", {})
+    again = score_people(protocol, files, regressors)
     for row, metrics in again.rows.items():
         torch.testing.assert_close(metrics, scores.rows[row], rtol=1e-5, atol=1e-4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from hmdiff.cli.main import main
 from hmdiff.data.sample import Sample
-from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.diffusion.guidance import CHOICES, MODES, Guidance
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
@@ -30,9 +30,10 @@ from hmdiff.evaluate.hypothesis_rows import COUNTS
 from hmdiff.evaluate.table import duration_text, save_csv
 from hmdiff.lab import sweep as experiments
 from hmdiff.lab import sweep_plots as plots
-from hmdiff.lab.ablations import ROLES, TABLES, Row, csv_rows, find_table, rows_of, settings_of, texts
+from hmdiff.lab.ablations import ROLES, TABLES, Row, check_table, settings_of
 from hmdiff.lab.comparison import difference, pareto_front, table_row
-from hmdiff.lab.sweep import Progress, Rates, Setting, Study, resolved, run_cells, work
+from hmdiff.lab.sweep import Progress, Setting, Study, resolved, run_cells, work
+from hmdiff.lab.table_rows import RowCells, csv_rows, texts
 from hmdiff.names import METRICS
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
@@ -190,8 +191,13 @@ def test_times_and_what_is_told(tmp_path: Path) -> None:
     told: list[Progress] = []
     here = study(tmp_path, people=5)
     bars: list[int] = []
+
+    @contextlib.contextmanager
+    def bar(setting: Setting) -> Iterator[Callable[[int], None]]:
+        yield bars.append
+
     settings = [Setting("a", SamplingConfig(2, steps)) for steps in (4, 1, 1, 2)]
-    found = run_cells(here, settings, told.append, lambda setting: bars.append, ticking(0.5))
+    found = run_cells(here, settings, told.append, bar, ticking(0.5))
     assert found[1] == found[2] and len(found) == 4
     for result in found:
         # Half a second a call of two people; the last person alone is a call that does not count.
@@ -203,27 +209,17 @@ def test_times_and_what_is_told(tmp_path: Path) -> None:
         (3, 3, 4),
     ]
     assert bars == [2, 2, 1] * 3
-    # Each run looked at the clock alike, so that the cost of a unit of work is known of the last one.
-    seconds = told[0].result["seconds"]
-    assert told[0].seconds_left == pytest.approx(
-        seconds * (work(told[1].setting) + work(told[2].setting)) / work(told[0].setting)
-    )
+    # Each run looked at the clock as often: two of them took as long as half of the work took, and so on.
+    one, two, four = (work(each.setting) for each in told)
+    assert told[0].seconds_left / (two + four) == pytest.approx(told[1].seconds_left * (one + two) / (2 * four) / one)
     assert told[2].seconds_left == 0
 
 
-def test_rates() -> None:
-    rates = Rates()
-    plain, more = (Setting("a", SamplingConfig(10, steps, 0, "ddim", 0.0)) for steps in (5, 20))
-    assert rates.seconds([plain], 10) is None
-    rates.add(plain, 100, 50.0)
-    assert rates.seconds([plain], 100) == pytest.approx(50)
-    assert rates.seconds([plain, more], 200) == pytest.approx(100 * (1 + work(more) / work(plain)))
-    dat = Setting("a", plain.sampling.but(guidance=Guidance("dat")))
-    guess = rates.seconds([dat], 100)
-    assert guess is not None and guess > 100  # a gradient through the denoiser
-    rates.add(dat, 100, 400.0)
-    assert rates.seconds([dat, plain], 100) == pytest.approx(450)
-    assert work(Setting("a", plain.sampling.but(scheduler="heun"))) > 1.5 * work(plain)
+def test_work_grows_with_steps_hypotheses_and_guidance() -> None:
+    plain = Setting("a", SamplingConfig(10, 5, 0, "ddim", 0.0))
+    others = ({"num_inference_steps": 20}, {"num_hypotheses": 20}, {"guidance": Guidance("dat")}, {"scheduler": "heun"})
+    for changes in others:
+        assert work(Setting("a", plain.sampling.but(**changes))) > 1.3 * work(plain), changes
 
 
 def cell(errors: list[float], milliseconds: float = 10.0, **settings: Any) -> dict[str, Any]:
@@ -381,27 +377,20 @@ def test_series_are_named_by_what_tells_them_apart() -> None:
 
 def test_the_tables_are_sound() -> None:
     for name, table in TABLES.items():
-        labels = [row.label for row in table.rows]
-        assert len(set(labels)) == len(labels), name
+        check_table(name, table)
         assert {row.role for row in table.rows} <= set(ROLES), name
-        assert {row.reference for row in table.rows} - {None} <= set(labels), name
-        assert all(row.reference != row.label for row in table.rows), name
         assert any(row.role == "checkpoint" for row in table.rows), name
     dat = [(row.mode, row.steps) for row in TABLES["dat"].rows]
     assert sorted(dat) == sorted((mode, steps) for mode in MODES for steps in (5, 10, 20, 40))
     assert [row.num_hypotheses for row in TABLES["hypotheses"].rows] == list(COUNTS)
-    with pytest.raises(UserError, match="table 'dta' is not known; choose one of diffusion, dat, hypotheses"):
-        find_table("dta")
 
 
-def test_rows_without_a_model_are_left_out() -> None:
-    table = TABLES["diffusion"]
-    assert [row.role for row in rows_of(table, {"checkpoint": "x"})] == ["checkpoint"] * 4
-    rows = rows_of(table, {"checkpoint": "x", "direct": "y"})
-    settings = settings_of(rows, {"checkpoint": "x", "direct": "y"}, Guidance, SamplingConfig(7, 3))
-    assert [setting.model for setting in settings] == ["y", *["x"] * 4]
+def test_a_row_is_a_setting() -> None:
+    rows = TABLES["diffusion"].rows
+    settings = settings_of(rows, {"checkpoint": "x", "direct": "y", "stacked": "z"}, Guidance, SamplingConfig(7, 3))
+    assert [setting.model for setting in settings] == ["y", "z", *["x"] * 4]
     assert all(setting.sampling == SamplingConfig(7, 3) for setting in settings)
-    rows = rows_of(TABLES["dat"], {"checkpoint": "x"})
+    rows = TABLES["dat"].rows
     settings = settings_of(rows, {"checkpoint": "x"}, lambda mode: Guidance(mode, 0.3), SamplingConfig(7, 3))
     assert {(setting.mode, setting.sampling.num_inference_steps) for setting in settings} == {
         (mode, steps) for mode in MODES for steps in (5, 10, 20, 40)
@@ -411,33 +400,38 @@ def test_rows_without_a_model_are_left_out() -> None:
 
 def test_a_printed_table() -> None:
     table = TABLES["diffusion"]
-    rows = [row for row in table.rows if row.label in ("A: one step", "diffusion, mean", "diffusion, selected")]
     base, ours = cell([100.0, 140.0], 4.0), cell([95.0, 135.0], 30.0)
-    lines = texts(table, rows, [base, ours, ours])
-    assert lines[0][:2] == ["A: one step", "120.0 (119.0-121.0)"]
+    cells = {"A: one step": base, "diffusion, mean": ours, "diffusion, selected": ours}
+    rows = [RowCells(row, {0: cells[row.label]}) for row in table.rows if row.label in cells]
+    _, lines = texts(table, rows)
+    assert lines[0][:2] == ["A: one step", "120.0 (100.0-140.0)"]
     assert lines[0][-2:] == ["-", "4.0"]  # nothing to compare the reference with
     assert lines[1][-2:] == ["-5.0 (-5.0 to -5.0)", "30.0"]
     assert lines[2][1:] == ["-"] * 5 + ["30.0"]  # this model chooses no hypothesis
-    alone = texts(table, rows[1:2], [ours])
-    assert alone[0][-2] == "-"  # its reference is not there
+    assert texts(table, rows[1:2])[1][0][-2] == "-"  # its reference is not there
 
     oracle = next(row for row in table.rows if row.label == "diffusion, oracle")
-    found = csv_rows("diffusion", [rows[0], oracle], [base, ours])
-    assert "pve_difference" not in found[0]
-    assert found[1]["pve_difference"] == pytest.approx(-15) and found[1]["row"] == "diffusion, oracle"
+    found = list(csv_rows("diffusion", "val", [rows[0], RowCells(oracle, {0: ours})]))
+    assert "pve_mean_difference_reference" not in found[0] and found[1]["row"] == "diffusion, oracle"
+    assert found[1]["pve_mean_difference_reference"] == pytest.approx(-5) and found[1]["model"] == "a"
+    # The oracle against the one mesh that A has, each row's own kind.
+    assert texts(table, [rows[0], RowCells(oracle, {0: ours})])[1][1][-2] == "-15.0 (-15.0 to -15.0)"
     guided = cell([95.0, 135.0]) | {
         "guidance": {
             name: {"value": value, "low": 0.0, "high": 1.0}
             for name, value in {"gap_before": 0.5, "gap_after": 0.25, "active": 0.6, "fell_back": 0.05}.items()
         }
     }
-    pair = [Row("none, 5", steps=5), Row("dat, 5", steps=5, mode="dat", reference="none, 5")]
-    unguided, line = texts(TABLES["dat"], pair, [base, guided])
+    pair = [
+        RowCells(Row("none, 5", steps=5), {0: base}),
+        RowCells(Row("dat, 5", steps=5, mode="dat", reference="none, 5"), {0: guided}),
+    ]
+    unguided, line = texts(TABLES["dat"], pair)[1]
     assert line[1:] == [
-        "115.0 (114.0-116.0)",
+        "115.0 (95.0-135.0)",
         "-5.0 (-5.0 to -5.0)",
-        "115.0 (114.0-116.0)",
-        "105.0 (104.0-106.0)",
+        "115.0 (95.0-135.0)",
+        "105.0 (85.0-125.0)",
         "0.20 (0.10-0.30)",
         "0.500",
         "0.250",
@@ -499,13 +493,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def few_people(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands' own people are blocks of 32; these are 8. Two timings do, and a coarse picture."""
-    from hmdiff.cli import evaluate
-
-    def test_people(body: Any, image_size: int | None = None) -> SyntheticHumans:
-        assert image_size is None
-        return people(True)
-
-    monkeypatch.setattr(evaluate, "test_people", test_people)
+    monkeypatch.setattr("hmdiff.cli.splits.test_people", lambda *_: people(True))
     monkeypatch.setattr(experiments, "REPEATS", 2)
     monkeypatch.setattr(plots, "RESOLUTION", 40)
 
@@ -590,8 +578,8 @@ def test_ablate_command(checkpoints: Path, tmp_path: Path, capsys: pytest.Captur
         rows = {row["row"]: row for row in csv.DictReader(handle)}
     assert set(rows) == {"A: one step", *(f"diffusion, {kind}" for kind in ("first", "mean", "selected", "oracle"))}
     apart = float(rows["diffusion, mean"]["pve_mean"]) - float(rows["A: one step"]["pve_mean"])
-    assert float(rows["diffusion, mean"]["pve_difference"]) == pytest.approx(apart, abs=1e-2)
-    assert not rows["A: one step"]["pve_difference"] and rows["A: one step"]["sampler"] == "none"
+    assert float(rows["diffusion, mean"]["pve_mean_difference_reference"]) == pytest.approx(apart, abs=1e-2)
+    assert not rows["A: one step"]["pve_mean_difference_reference"] and rows["A: one step"]["sampler"] == "none"
 
 
 @pytest.mark.usefixtures("few_people")

@@ -31,30 +31,24 @@ from hmdiff.evaluate.evaluation import evaluate
 from hmdiff.evaluate.store import stored
 from hmdiff.files.locks import try_claim
 from hmdiff.lab import trained_plots as ablation_plots
-from hmdiff.lab.trained_ablations import (
-    COSTS,
-    TRAINED,
-    TrainedRow,
-    TrainedTable,
-    check_table,
-    essence,
-    find_trained,
-    row_config,
-    run_name,
-)
+from hmdiff.lab.ablations import Comparison, Row, check_table
+from hmdiff.lab.table_rows import RowCells, band_texts, csv_rows, difference_of, mean_of, texts
+from hmdiff.lab.trained_ablations import COSTS, TRAINED
 from hmdiff.lab.trained_cells import NEEDS, Asked, cell_path, compute_cell
 from hmdiff.lab.trained_costs import measure_costs
 from hmdiff.lab.trained_runs import (
     Plan,
     Run,
     Trained,
+    essence,
     is_done,
     make_plan,
     reached,
+    row_config,
+    run_name,
     seconds_left,
     train_runs,
 )
-from hmdiff.lab.trained_tables import RowCells, band_texts, csv_rows, difference_of, mean_of, texts
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.train import loop as training
 from hmdiff.train.loop import Trainer
@@ -68,7 +62,7 @@ def stored_cell(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_row_is_a_config(name: str) -> None:
-    table = find_trained(name)
+    table = TRAINED[name]
     check_table(name, table)
     known = inspect.signature(MeshRecoveryModel.__init__).parameters
     plain = row_config(table, table.rows[0], 1, "direct")
@@ -94,7 +88,7 @@ def test_rows_of_several_tables_share_their_runs(tmp_path: Path) -> None:
 
 
 def test_a_row_wins_over_what_is_asked_of_all() -> None:
-    table = TrainedTable("t", "quickstart", (TrainedRow("a", ("model.depth=1",)), TrainedRow("b", reference="a")))
+    table = Comparison("t", (Row("a", ("model.depth=1",)), Row("b", reference="a")), base="quickstart")
     changes = ("model.depth=2", "training.batch_size=32")
     deep = [row_config(table, row, 0, "diffusion", 70, changes) for row in table.rows]
     assert [config.model["depth"] for config in deep] == [1, 2]
@@ -122,28 +116,26 @@ def test_what_a_run_is() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ((TrainedRow("a"), TrainedRow("a")), "two rows have the same label"),
-        ((TrainedRow("a"), TrainedRow("b", (), "c")), "row 'b': there is no other row 'c' to compare with"),
-        ((TrainedRow("a", (), "a"),), "row 'a': there is no other row 'a'"),
-        ((TrainedRow("a", ("training.steps=3",)),), "'training.steps=3' is not of the model, the loss or the data"),
-        ((TrainedRow("a", tested=("model.depth=2",)),), "'model.depth=2' is not of the data that it is tested on"),
+        ((Row("a"), Row("a")), "two rows have the same label"),
+        ((Row("a"), Row("b", (), "c")), "row 'b': there is no other row 'c' to compare with"),
+        ((Row("a", (), "a"),), "row 'a': there is no other row 'a'"),
+        ((Row("a", ("training.steps=3",)),), "'training.steps=3' is not of the model, the loss or the data"),
+        ((Row("a", tested=("model.depth=2",)),), "'model.depth=2' is not of the data that it is tested on"),
     ],
 )
-def test_tables_that_cannot_mean_what_they_say(rows: tuple[TrainedRow, ...], message: str) -> None:
+def test_tables_that_cannot_mean_what_they_say(rows: tuple[Row, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_table("t", TrainedTable("t", "quickstart", rows))
-    with pytest.raises(UserError, match="table 'detph' is not known; choose one of depth_rle"):
-        find_trained("detph")
+        check_table("t", Comparison("t", rows, base="quickstart"))
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
 
-TINY = TrainedTable(
+TINY = Comparison(
     "two depths",
-    "base.yaml",
-    (TrainedRow("one"), TrainedRow("two", ("model.depth=2",), "one")),
-    ("val",),
+    (Row("one"), Row("two", ("model.depth=2",), "one")),
     TRAINED["depth_rle"].columns,
+    base="base.yaml",
+    splits=("val",),
 )
 
 
@@ -365,7 +357,7 @@ def test_blurred_splits_are_the_same_people() -> None:
 def test_a_cell_is_what_evaluation_gives(tmp_path: Path) -> None:
     pipeline = small_pipeline("model.mode=diffusion")
     run = Run(tmp_path, small_config("unused", "model.mode=diffusion"))
-    settings = Asked(5, 3, 2, 7).settings(run, TrainedRow("a"), "val", "weights")
+    settings = Asked(5, 3, 2, 7).settings(run, Row("a"), "val", "weights")
     assert stored_cell(tmp_path, settings) is None
     done: list[int] = []
     cell = compute_cell(tmp_path, settings, pipeline, people(True), done.append)
@@ -377,20 +369,20 @@ def test_a_cell_is_what_evaluation_gives(tmp_path: Path) -> None:
     assert len(cell["values"]["spread"]) == 5 and min(cell["values"]["spread"]) > 0
     assert "correlation" not in cell and "visible_fraction" not in cell
     for other in (Asked(4, 3, 2, 7), Asked(5, 2, 2, 7), Asked(5, 3, 1, 7), Asked(5, 3, 2, 8)):
-        assert stored_cell(tmp_path, other.settings(run, TrainedRow("a"), "val", "weights")) is None
+        assert stored_cell(tmp_path, other.settings(run, Row("a"), "val", "weights")) is None
     for row, split, weights in (
-        (TrainedRow("a", tested=("data.workers=1",)), "val", "weights"),
-        (TrainedRow("a"), "test", "weights"),
-        (TrainedRow("a"), "val", "others"),
+        (Row("a", tested=("data.workers=1",)), "val", "weights"),
+        (Row("a"), "test", "weights"),
+        (Row("a"), "val", "others"),
     ):
         assert stored_cell(tmp_path, Asked(5, 3, 2, 7).settings(run, row, split, weights)) is None
     cell_path(tmp_path, settings).write_text("{")
     assert stored_cell(tmp_path, settings) is None
-    blurred = Asked(5, 3, 2, 7).settings(run, TrainedRow("a"), "val_blur", "weights")
+    blurred = Asked(5, 3, 2, 7).settings(run, Row("a"), "val_blur", "weights")
     found = compute_cell(tmp_path, blurred, pipeline, Blurred(people(True)))
     assert found["values"]["pve"]["mean"] != cell["values"]["pve"]["mean"]
     run = Run(tmp_path, small_config("unused", "model.mode=direct"))
-    alone = Asked(5, 25, 9).settings(run, TrainedRow("a"), "val", "")
+    alone = Asked(5, 25, 9).settings(run, Row("a"), "val", "")
     assert (alone["num_hypotheses"], alone["steps"]) == (1, 1)
 
 
@@ -408,7 +400,7 @@ def rows_of(fractions: list[float] | None = None) -> list[RowCells]:
     better = {0: made_up([90.0, 180.0], fractions=fractions), 1: made_up([120.0, 150.0], fractions=fractions)}
     better[1]["correlation"] = {"pooled": [0.5, 0.4, 0.6], "within_joint": [0.3, 0, 1], "by_person": [0.2, 0, 1]}
     cost = {"parameters": 1234567, "milliseconds": 4.25, "step_milliseconds": 250.0}
-    return [RowCells(TrainedRow("plain"), plain, cost), RowCells(TrainedRow("new", (), "plain", "plain"), better)]
+    return [RowCells(Row("plain"), plain, cost), RowCells(Row("new", (), "plain", "plain"), better)]
 
 
 def test_differences_are_of_the_same_seed_and_person() -> None:
@@ -428,12 +420,14 @@ def test_differences_are_of_the_same_seed_and_person() -> None:
     assert difference_of(dataclasses.replace(new, cells={2: new.cells[1]}), plain, "pve") is None
     assert difference_of(new, None, "pve") is None and mean_of(new, "pve", "selected") is None
     others = dataclasses.replace(new, cells={0: made_up([1.0, 2.0], split="test_ood")})
-    with pytest.raises(UserError, match="rows to compare: split test_ood and test; only the same people are paired"):
+    with pytest.raises(
+        UserError, match="cells to compare: split test_ood and test; only cells of the same people are paired"
+    ):
         difference_of(others, plain, "pve")
 
 
 def test_the_printed_table() -> None:
-    table = TrainedTable("t", "b", (), columns=TRAINED["occlusion"].columns + TRAINED["depth_rle"].columns[-1:])
+    table = Comparison("t", (), columns=TRAINED["occlusion"].columns + TRAINED["depth_rle"].columns[-1:])
     titles, lines = texts(table, rows_of(), "diffusion")
     assert len(titles) == len(lines[0]) == len(lines[1])
     shown = dict(zip(titles, lines[1], strict=True))
@@ -470,7 +464,7 @@ def test_csv_has_every_number() -> None:
     new = lines[5]
     assert new["pve_mean"] == 135 and new["pve_oracle"] == 125 and new["seeds"] == "0 1" and new["people"] == 2
     assert new["pve_mean_share_reference"] == pytest.approx(-0.1) == new["pve_mean_share_reference_seed_1"]
-    assert new["spread"] == pytest.approx(13.5) and new["correlation_pooled"] == 0.5
+    assert new["spread"] == pytest.approx(13.5) and new["correlation"] == 0.5
     assert lines[0]["parameters"] == 1234567 and "parameters" not in new
     assert lines[7]["people"] == 0 and "pve_mean" not in lines[7]
     assert lines[8]["people"] == 1 and lines[8]["pve_mean"] == 165
@@ -483,7 +477,7 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ablation_plots.plot_bands({"test": rows}, tmp_path / "b.png")
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("a.png", "b.png"))
     assert not ablation_plots.plot_differences({"test": rows[:1]}, tmp_path / "c.png")
-    assert not ablation_plots.plot_bands({"test": [RowCells(TrainedRow("a"), {})]}, tmp_path / "c.png")
+    assert not ablation_plots.plot_bands({"test": [RowCells(Row("a"), {})]}, tmp_path / "c.png")
     assert not (tmp_path / "c.png").exists()
 
 

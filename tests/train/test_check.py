@@ -178,7 +178,6 @@ def test_no_such_body(tmp_path: Path) -> None:
         (["loss.points=l3"], "model", "loss.points 'l3' is not known"),
         (["data.kind=recorded"], "data", "data.kind recorded takes one source, data.sources has 0"),
         (["data.kind=films"], "data", "data.kind 'films' is not known"),
-        (["data.faults.noise=1"], "data", "section 'data.faults'"),
     ],
 )
 def test_a_config_that_cannot_be(tmp_path: Path, words: list[str], name: str, message: str) -> None:

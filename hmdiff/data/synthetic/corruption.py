@@ -13,12 +13,11 @@ one kind, half of the other; those who were labelled by hand (`exact`) have neit
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, mirror_permutation
+from hmdiff.config import EstimatorFaults
 from hmdiff.heatmaps.distribution import HEATMAP_SIZE
 
 _NAMES = HALPE26
@@ -39,23 +38,6 @@ _WIDE_SOURCES = (
     (_LIMBS12, 0.07),
     (_BLAZEPOSE, 0.2),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class EstimatorFaults:
-    """How bad the estimator is. Lengths are in crop half-sides (1 = half the crop), rates are probabilities."""
-
-    jitter: float = 0.014  # median over people of the standard deviation; lognormal with sigma 0.5
-    missing: float = 0.04  # per joint
-    missing_hidden: float = 0.6  # per joint behind an occluder
-    second_peak: float = 0.04  # per joint
-    swap: float = 0.04  # per person: arms, legs or both exchanged, half of the time as double peaks
-    narrowest: float = 1.4  # standard deviation of a person's peaks, heatmap pixels: uniform from here
-    widest: float = 3.2  # to here
-    hidden: float = 0.0  # standard deviation of a guess behind an occluder, lognormal with sigma 0.3; 0: hardly off
-    exact: float = 0.15  # per person: a hand-labelled person, with little jitter and nothing missing but the hidden
-    all_joints: bool = False  # True: every source has all 26 joints
-    few_joints: bool = False  # True: also sources with the 12 joints of the limbs, and BlazePose's
 
 
 def face_visibility(

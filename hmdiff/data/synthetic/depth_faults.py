@@ -7,51 +7,16 @@ their number does not depend on the options. n people, S pixels a side.
 
 from __future__ import annotations
 
-import dataclasses
-
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hmdiff.config import DepthFaults
 from hmdiff.data.synthetic.draws import gaussian, grid, uniform
-from hmdiff.errors import UserError
 
 _SPOTS = 3  # missing regions of a person who has any, at most
-
-
-@dataclasses.dataclass(frozen=True)
-class DepthFaults:
-    """How bad the network is. `none` alone switches all faults off, `scene` says what there is besides the body."""
-
-    none: bool = False  # True: the rendered depth as it is
-    scene: bool = True  # a wall, a floor and the boxes in front; False: the body alone, NaN elsewhere
-    disparity: float = 0.5  # share of people whose map is a negative disparity, as Depth Anything's becomes
-    bend: float = 0.15  # standard deviation of a smooth error, of the map's own standard deviation
-    edges: float = 0.02  # standard deviation of how far edges are displaced, crop half-sides
-    blur: float = 0.03  # largest standard deviation of the blur, crop half-sides
-    grain: float = 0.02  # largest noise of a pixel, of the map's standard deviation
-    missing: float = 0.15  # share of people with unknown regions
-    missing_map: float = 0.05  # share of people without a map
-    affine: bool = True  # another unit and origin for each person
-
-    def __post_init__(self) -> None:
-        for name, high in (
-            ("disparity", 1),
-            ("missing", 1),
-            ("missing_map", 1),
-            ("bend", 10),
-            ("edges", 1),
-            ("blur", 1),
-            ("grain", 10),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (isinstance(value, int | float) and 0 <= value <= high):
-                raise UserError(f"data.depth_faults: {name} {value!r}: a number from 0 to {high} is expected")
-        for name in ("none", "scene", "affine"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"data.depth_faults: {name} {getattr(self, name)!r}: true or false is expected")
 
 
 def estimate_depth(

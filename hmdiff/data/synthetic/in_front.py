@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
+from hmdiff.config import Augment
 from hmdiff.data.synthetic.cutouts import Cutouts
 from hmdiff.data.synthetic.draws import grid, paint_occluder
 from hmdiff.data.synthetic.rendering import OccluderBoxes
-from hmdiff.data.transforms import AugmentOptions
+from hmdiff.errors import UserError
 
 NOTHING, OBJECTS, PERSON, CUTOUT = range(4)
 SHAPES = 2  # K at most
@@ -114,10 +115,13 @@ class InFront:
 
 
 class FrontDrawer:
-    """Draws what is in front of the people of a block, by the shares of `AugmentOptions.in_front`."""
+    """Draws what is in front of the people of a block. Raises `UserError` for shares that are over 1 together."""
 
-    def __init__(self, options: AugmentOptions) -> None:
-        self.shares = options.in_front
+    def __init__(self, options: Augment) -> None:
+        self.shares = (options.objects, options.people, options.pasted if options.cutouts else 0.0)
+        if sum(self.shares) > 1:
+            found = ", ".join(f"{share:g}" for share in self.shares)
+            raise UserError(f"data.augment: objects, people and pasted are {found}, over 1 together; give less of one")
         self.cutouts = Cutouts(options.cutouts) if options.cutouts else None
 
     @property

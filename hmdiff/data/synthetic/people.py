@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.body import Body
+from hmdiff.config import DepthFaults, EstimatorFaults
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.corruption import (
-    EstimatorFaults,
     estimate_heatmaps,
     estimate_peaks,
     face_visibility,
     scaled_peaks,
 )
-from hmdiff.data.synthetic.depth_faults import DepthFaults
 from hmdiff.data.synthetic.in_front import BoxesAndFront, FrontDrawer
 from hmdiff.data.synthetic.poses import PoseMixture, sample_orientation
 from hmdiff.data.synthetic.postures import PostureSampler

@@ -17,8 +17,9 @@ from torch import Tensor
 from hmdiff.body.body import Body
 from hmdiff.body.mesh import MeshSampler
 from hmdiff.body.mesh_cache import load_mesh
+from hmdiff.config import DepthFaults
 from hmdiff.data.synthetic.appearance import Wardrobe, compose_rgb
-from hmdiff.data.synthetic.depth_faults import DepthFaults, estimate_depth
+from hmdiff.data.synthetic.depth_faults import estimate_depth
 from hmdiff.data.synthetic.depth_scene import compose_depth
 from hmdiff.data.synthetic.draws import grid
 from hmdiff.errors import UserError

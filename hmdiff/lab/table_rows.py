@@ -1,10 +1,10 @@
-"""An ablation's tables from its cells: means over seeds, paired differences, bands of what is visible; text and CSV.
+"""A comparison's rows from their cells: means over seeds, paired differences, bands of what is visible; text and CSV.
 
 Errors in mm. A difference is taken person by person and seed by seed (seed i of a row against seed i of its reference:
-the same people were drawn, with the same noise), and averaged over the seeds; it is given in percent of the reference's
-error. Its interval is a bootstrap over people (95 %, percentile): it says what other people would give. What another
-training would give is told by the seeds' own differences, which stand beside it: three are too few for an interval.
-S seeds, P people. Our choice.
+the same people were drawn, with the same noise), and averaged over the seeds; it is given in mm, or in percent of the
+reference's error. Its interval is a bootstrap over people (95 %, percentile): it says what other people would give.
+What another training would give is told by the seeds' own differences, which stand beside it: three are too few for an
+interval. A given checkpoint has one cell, that of the noise's seed. S seeds, P people. Our choice.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 from hmdiff.evaluate.measured import interval
-from hmdiff.evaluate.table import difference_text, interval_text
+from hmdiff.evaluate.table import NOTHING, Number, difference_text, interval_text
 from hmdiff.evaluate.visibility_bands import BANDS, band_of, ratio_interval
-from hmdiff.lab.trained_ablations import TrainedColumn, TrainedRow, TrainedTable
+from hmdiff.lab.ablations import Column, Comparison, Row
+from hmdiff.lab.comparison import check_same_people, other_numbers, put, settings_row
 from hmdiff.names import METRICS
 
 BandOf = Callable[[Tensor], Tensor]  # visible fractions (P,) -> number of the band (P,)
-Number = dict[str, float]  # value, and perhaps low and high
 _KINDS = ("first", "mean", "selected", "oracle")
 SPREAD = "spread"
 
@@ -34,7 +34,7 @@ SPREAD = "spread"
 class RowCells:
     """What is known of a row on one split: a cell of each seed that is trained, and its cost where it was measured."""
 
-    row: TrainedRow
+    row: Row
     cells: Mapping[int, dict[str, Any]]  # seed -> cell
     cost: Mapping[str, float] | None = None
 
@@ -67,11 +67,11 @@ class RowCells:
 def mean_of(
     cells: RowCells,
     metric: str,
-    kind: str = "mean",
+    kind: str | None = None,  # None: the row's
     mask: Tensor | None = None,  # (P,) bool, whom it is about
 ) -> Number | None:
     """Mean over people and seeds, with its interval over people."""
-    values = cells.values(metric, kind)
+    values = cells.values(metric, kind or cells.row.kind)
     if values is None:
         return None
     each = values.mean(0) if mask is None else values.mean(0)[mask]
@@ -91,7 +91,7 @@ def difference_of(
     cells: RowCells,
     other: RowCells | None,
     metric: str,
-    kind: str = "mean",
+    kind: str | None = None,  # of both; None: each row's own
     mask: Tensor | None = None,
 ) -> Difference | None:
     """None where there is nothing to compare: no other row, no seed that both have.
@@ -103,11 +103,8 @@ def difference_of(
         return None
     seeds = sorted(cells.cells.keys() & other.cells.keys())
     for seed in seeds:
-        for name in ("split", "people", "seed"):
-            first, second = (each.cells[seed]["settings"][name] for each in (cells, other))
-            if first != second:
-                raise UserError(f"rows to compare: {name} {first} and {second}; only the same people are paired")
-    mine, theirs = cells.values(metric, kind, seeds), other.values(metric, kind, seeds)
+        check_same_people(cells.cells[seed], other.cells[seed])
+    mine, theirs = (each.values(metric, kind or each.row.kind, seeds) for each in (cells, other))
     if mine is None or theirs is None:
         return None
     if mask is not None:
@@ -123,48 +120,53 @@ def difference_of(
 
 
 def texts(
-    table: TrainedTable,
+    table: Comparison,
     rows: Sequence[RowCells],
-    mode: str,
-    columns: Sequence[TrainedColumn] | None = None,  # None: the table's
+    mode: str = "diffusion",
+    columns: Sequence[Column] | None = None,  # None: the table's
 ) -> tuple[list[str], list[list[str]]]:  # titles, and a line a row
-    """The table as it is printed; "-" for what a row does not have."""
+    """The table as it is printed: value and 95 % interval; "-" for what a row does not have."""
     shown = [column for column in columns or table.columns if mode in column.modes]
     by_label = {cells.row.label: cells for cells in rows}
     lines = [[cells.row.label, *(_text(column, cells, by_label) for column in shown)] for cells in rows]
     return ["", *(column.title for column in shown)], lines
 
 
-def _text(column: TrainedColumn, cells: RowCells, rows: Mapping[str, RowCells]) -> str:
+def _text(column: Column, cells: RowCells, rows: Mapping[str, RowCells]) -> str:
     if column.value == "seeds":
         return str(len(cells.cells))
-    if column.value == "correlation":
-        found = correlation_of(cells)
-        return "-" if found is None else f"{found:.{column.digits}f}"
-    if column.value in ("parameters", "milliseconds", "step_milliseconds"):
-        if cells.cost is None:
-            return "-"
-        value = cells.cost[column.value]
-        return f"{value:,.0f}" if column.value == "parameters" else f"{value:.{column.digits}f}"
+    if column.value not in (*METRICS, SPREAD):
+        found = number_of(cells, column.value)
+        if found is not None and column.value == "parameters":
+            return f"{found['value']:,.0f}"
+        if found is not None and column.value not in ("ece", "coverage"):
+            found = {"value": found["value"]}
+        return interval_text(found, column.digits, column.scale)
     if column.against is None:
         return interval_text(mean_of(cells, column.value, column.kind), column.digits)
     apart = difference_of(cells, _other(cells.row, rows, column.against), column.value, column.kind)
     if apart is None:
-        return "-"
+        return NOTHING
     if column.by_seed:
         return " ".join(f"{100 * value:+.{column.digits}f}" for value in apart.by_seed.values())
-    return difference_text(apart.relative, column.digits, 100)
+    return difference_text(
+        *((apart.relative, column.digits, 100) if column.relative else (apart.absolute, column.digits))
+    )
 
 
-def _other(row: TrainedRow, rows: Mapping[str, RowCells], against: str) -> RowCells | None:
+def _other(row: Row, rows: Mapping[str, RowCells], against: str) -> RowCells | None:
     label = getattr(row, against)
     return None if label is None else rows.get(label)
 
 
-def correlation_of(cells: RowCells, which: str = "pooled") -> float | None:
-    """Mean over the seeds of the rank correlation of the model's uncertainty and its error."""
-    found = [cell["correlation"][which][0] for cell in cells.cells.values() if "correlation" in cell]
-    return statistics.fmean(found) if found else None
+def number_of(cells: RowCells, name: str) -> Number | None:
+    """What is no error: a cost, the calibration, what guidance reports, RLE's rank correlation; of seeds the mean."""
+    if cells.cost is not None and name in cells.cost:
+        return {"value": cells.cost[name]}
+    found = [numbers[name] for numbers in map(other_numbers, cells.cells.values()) if name in numbers]
+    if len(found) > 1:
+        return {"value": statistics.fmean(each["value"] for each in found)}
+    return found[0] if found else None
 
 
 def band_texts(
@@ -197,51 +199,36 @@ def csv_rows(
     name: str,
     split: str,
     rows: Sequence[RowCells],
-    mode: str,
+    mode: str = "diffusion",
     bands: Sequence[str] = (),  # lines of these too
     band: BandOf = band_of,
 ) -> Iterator[dict[str, Any]]:
     """Every number: a line for each row and, where bands are asked for, for each row and band."""
     by_label = {cells.row.label: cells for cells in rows}
-    for cells in rows:
+    for cells in filter(lambda each: each.cells, rows):
         for number, label in ((None, "all"), *enumerate(bands)):
-            if not cells.cells:
-                continue
             mask = None if number is None else cells.mask(number, band)
-            line: dict[str, Any] = {
-                "table": name,
-                "split": split,
-                "band": label,
-                "row": cells.row.label,
-                "mode": mode,
-                "reference": cells.row.reference or "",
-                "builds_on": cells.row.builds_on or "",
-                "seeds": " ".join(map(str, sorted(cells.cells))),
-            }
-            first = next(iter(cells.cells.values()))["settings"]
-            line["people"] = first["people"] if mask is None else int(mask.sum())
-            line |= {key: first[key] for key in ("num_hypotheses", "steps")}
+            row = cells.row
+            line: dict[str, Any] = {"table": name, "split": split, "band": label, "row": row.label, "mode": mode}
+            line |= {"kind": row.kind, "reference": row.reference or "", "builds_on": row.builds_on or ""}
+            line["seeds"] = " ".join(map(str, sorted(cells.cells)))
+            line |= settings_row(next(iter(cells.cells.values()))["settings"])
+            if mask is not None:
+                line["people"] = int(mask.sum())
             for metric in (*METRICS, SPREAD):
                 for kind in _KINDS if metric != SPREAD else ("mean",):
                     title = metric if metric == SPREAD else f"{metric}_{kind}"
-                    _put(line, title, mean_of(cells, metric, kind, mask))
+                    put(line, title, mean_of(cells, metric, kind, mask))
                     for against in ("reference", "builds_on"):
-                        apart = difference_of(cells, _other(cells.row, by_label, against), metric, kind, mask)
+                        apart = difference_of(cells, _other(row, by_label, against), metric, kind, mask)
                         if apart is None:
                             continue
-                        _put(line, f"{title}_difference_{against}", apart.absolute)
-                        _put(line, f"{title}_share_{against}", apart.relative)
+                        put(line, f"{title}_difference_{against}", apart.absolute)
+                        put(line, f"{title}_share_{against}", apart.relative)
                         for seed, value in apart.by_seed.items():
                             line[f"{title}_share_{against}_seed_{seed}"] = value
             if mask is None:
-                for which in ("pooled", "within_joint", "by_person"):
-                    found = correlation_of(cells, which)
-                    if found is not None:
-                        line[f"correlation_{which}"] = found
+                for other in dict.fromkeys(found for cell in cells.cells.values() for found in other_numbers(cell)):
+                    put(line, other, number_of(cells, other))
                 line |= cells.cost or {}
             yield line
-
-
-def _put(line: dict[str, Any], name: str, found: Number | None) -> None:
-    if found is not None:
-        line |= {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
