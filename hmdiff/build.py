@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.lbs_basis import lbs_basis
-from hmdiff.body.mesh import MeshSampler, partition_patches
+from hmdiff.body.mesh import MeshSampler
 from hmdiff.body.mesh_cache import load_mesh
+from hmdiff.body.surface import partition_patches
 from hmdiff.config import Config
 from hmdiff.data.kept_labels import KeptLabels
 from hmdiff.data.label_noise import NoisyLabels

@@ -224,7 +224,7 @@ def load_config(
 
 # The smallest and the largest value of a number: beyond it is a slip of the pen, or what would hang or overflow.
 _RANGES: dict[str, tuple[float, float]] = {
-    "seed": (-math.inf, 2**63 - 1),
+    "seed": (0, 2**63 - 1),
     "diffusion.num_train_timesteps": (2, 100_000),
     "diffusion.noise_shift": (1e-3, 1e3),
     "diffusion.num_inference_steps": (1, 100_000),
@@ -240,10 +240,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.depth_faults.bend": (0, 10),
     "data.depth_faults.grain": (0, 10),
     "data.workers": (0, 1024),
-    "loss.noise_levels": (-math.inf, 1000),
+    "loss.noise_levels": (1, 1000),
     "loss.terminal_share": (0, 1),
-    "training.batch_size": (-math.inf, 10**6),
-    "training.steps": (-math.inf, 10**10),
+    "training.batch_size": (1, 10**6),
+    "training.steps": (1, 10**10),
+    "training.gradient_accumulation": (1, 10**6),
+    **{f"training.{name}_every": (1, 10**10) for name in ("log", "evaluate", "checkpoint")},
+    "training.keep_checkpoints": (1, 10**6),
     "training.ema_decay": (0, 1),
     "training.threads": (0, 1024),
     "training.gradient_clip": (1e-12, 1e12),

@@ -162,9 +162,8 @@ class Body(nn.Module):
                 f"body {self.name!r}: betas {tuple(betas.shape)} and rotations {tuple(rotations.shape)}, expected "
                 f"(..., {self.num_betas}) and (..., {self.num_joints}, 3, 3)"
             )
-        batch = np.broadcast_shapes(
-            betas.shape[:-1], rotations.shape[:-3], () if expression is None else expression.shape[:-1]
-        )
+        face = () if expression is None else expression.shape[:-1]
+        batch = np.broadcast_shapes(betas.shape[:-1], rotations.shape[:-3], face)
         betas = betas.expand(*batch, -1).reshape(-1, self.num_betas)
         rotations = rotations.expand(*batch, -1, -1, -1).reshape(-1, self.num_joints, 3, 3)
         shaped = torch.addmm(self.v_template.flatten(), betas, self.shapedirs.flatten(0, 1).mT)
@@ -312,9 +311,8 @@ def load_body(
         UserError: no such file; says which file, where to register for it and where to put it.
     """
     name = str(name_or_path)
-    if name != "free" and os.path.isfile(name):
-        return Body(name=Path(name).stem, **read_body_file(name))
-    return _named_body(name, gender) or Body(name=Path(name).stem, **read_body_file(name))
+    named = None if name != "free" and os.path.isfile(name) else _named_body(name, gender)
+    return named or Body(name=Path(name).stem, **read_body_file(name))
 
 
 def load_named_body(name: str) -> Body:

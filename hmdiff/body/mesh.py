@@ -17,21 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmdiff.body.decimation import MeshHierarchy
-from hmdiff.body.surface import closest_on_surface, partition_patches, surface_distances
+from hmdiff.body.surface import closest_on_surface, surface_distances
 from hmdiff.files.reading import read_npz
 from hmdiff.files.storage import atomic_file
-
-__all__ = [
-    "MeshSampler",
-    "TemplateMesh",
-    "blend",
-    "build_mesh_sampler",
-    "fit_upsampling",
-    "partition_patches",
-    "read_mesh",
-    "save_mesh",
-    "stored_sampler",
-]
 
 
 class TemplateMesh(Protocol):

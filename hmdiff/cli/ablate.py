@@ -42,8 +42,7 @@ def add_parser(subparsers: Any) -> None:
         "--checkpoint",
         default=arguments.DEFAULT_CHECKPOINT,
         metavar="NAME",
-        help="the diffusion model: a shipped checkpoint, or the folder of a training or of save_pretrained "
-        "(default: %(default)s)",
+        help="the diffusion model: a shipped checkpoint, or the folder of a training or of save_pretrained",
     )
     parser.add_argument("--direct", metavar="NAME", help="baseline A, in one step (default: none, its row is left out)")
     parser.add_argument("--stacked", metavar="NAME", help="baseline B, stacked (default: none, its row is left out)")
@@ -52,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
         type=arguments.whole(1),
         default=25,
         metavar="N",
-        help="bodies a person, where the table does not say (default: %(default)s)",
+        help="bodies a person, where the table does not say",
     )
     parser.add_argument(
         "--steps",

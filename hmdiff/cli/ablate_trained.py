@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OUTPUT = Path("runs/ablate")
 SEEDS = 3
 # Of no other table; None where they are not given.
-OPTIONS = ("train", "list", "dry_run", "mode", "seeds", "base", "set", "splits", "denoising_steps", "costs")
+OPTIONS = ("train", "list", "mode", "seeds", "base", "set", "splits", "denoising_steps", "costs")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +37,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--list", action="store_true", default=None, help="print what would be trained and what is, and stop"
-    )
-    group.add_argument(
-        "--dry-run", action="store_true", default=None, help="as --list, and time some steps of every row"
     )
     group.add_argument("--mode", choices=("direct", "diffusion"), help="of every row's model (default: direct)")
     group.add_argument("--seeds", type=arguments.whole(1), metavar="N", help=f"trainings a row (default: {SEEDS})")
@@ -86,9 +83,8 @@ def run_trained(options: argparse.Namespace, names: list[str]) -> int:
         tables, options.output, options.seeds or SEEDS, mode, options.steps, options.set or (), options.base
     )
     _check_splits(options, tables)
-    if options.list or options.dry_run:
-        rate = _timed_step(plan) if options.dry_run else None
-        _print_plan(options, plan, rate)
+    if options.list:
+        _print_plan(options, plan)
         return 0
     if options.train:
         left = _train(plan)
@@ -121,7 +117,7 @@ def _check_splits(options: argparse.Namespace, tables: dict[str, Comparison]) ->
                 )
 
 
-def _print_plan(options: argparse.Namespace, plan: Plan, rate: float | None) -> None:
+def _print_plan(options: argparse.Namespace, plan: Plan) -> None:
     from hmdiff.evaluate.table import Table
     from hmdiff.lab.trained_runs import is_done, reached, seconds_left
 
@@ -141,22 +137,7 @@ def _print_plan(options: argparse.Namespace, plan: Plan, rate: float | None) -> 
     left = sum(not is_done(run) for run in runs)
     needed = sum(len(each) for rows in plan.of.values() for each in rows.values())
     words = f"{len(runs)} trainings for {needed} rows and seeds of the tables, {left} of them still to do"
-    print(f"{words}; about {duration_text(seconds_left(runs, rate))}" if left else words)
-
-
-def _timed_step(plan: Plan) -> float:
-    """Mean over the rows of the seconds of a step."""
-    from hmdiff.evaluate.table import Table
-    from hmdiff.lab.trained_costs import measure_costs
-
-    rows = _one_each(plan)
-    costs = measure_costs([run.config for run in rows], repeats=2, images=False)
-    lines = [
-        [run.label, f"{cost['parameters']:,}", f"{cost['step_milliseconds']:.0f}"]
-        for run, cost in zip(rows, costs, strict=True)
-    ]
-    Table("without drawing the people", ["row", "parameters", "ms/training step"], lines).print()
-    return sum(cost["step_milliseconds"] for cost in costs) / len(costs) / 1000
+    print(f"{words}; about {duration_text(seconds_left(runs))}" if left else words)
 
 
 def _one_each(plan: Plan) -> list[Run]:

@@ -31,10 +31,8 @@ def add_parser(parts: Any, run: Run) -> None:
         ("--epochs", 1, 30, "of the MLP"),
         ("--hidden", 8, 256, "width of the MLP"),
     ):
-        parser.add_argument(
-            option, type=arguments.whole(least), default=default, metavar="N", help=f"{words} (default: %(default)s)"
-        )
-    parser.add_argument("--seed", type=arguments.whole(0), default=0, help="other people (default: %(default)s)")
+        parser.add_argument(option, type=arguments.whole(least), default=default, metavar="N", help=words)
+    parser.add_argument("--seed", type=arguments.whole(0), default=0, help="other people")
     arguments.add_device(parser)
     parser.set_defaults(run=run(_aggregator), sampler=None)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hmdiff.errors import UserError
+from hmdiff.files.hub import checkpoint_folder
 from hmdiff.names import SAMPLERS
 
 if TYPE_CHECKING:
@@ -77,6 +78,17 @@ def pair(text: str) -> tuple[float, float]:
     return x, y
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Ends the help of an option with its default, where the words do not say it."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        none = any(action.default is each for each in (None, False, argparse.SUPPRESS))  # 0 is a default
+        said = none or "(default" in (action.help or "")
+        if action.option_strings and not said:
+            action.help = f"{action.help or ''} (default: %(default)s)".strip()
+        super().add_argument(action)
+
+
 def new_parser(subparsers: Any, name: str, summary: str, example: str, details: str = "") -> argparse.ArgumentParser:
     """A command's parser: what it does, its arguments with their defaults, an example."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
@@ -84,15 +96,13 @@ def new_parser(subparsers: Any, name: str, summary: str, example: str, details: 
         help=summary,
         description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}. {details}".strip(), 80),
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     return parser
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 (default: %(default)s)"
-    )
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1")
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -100,15 +110,13 @@ def add_checkpoint(parser: argparse.ArgumentParser, several: bool = False) -> No
         text = f"shipped checkpoints, or folders of trainings or of save_pretrained (default: {DEFAULT_CHECKPOINT})"
         parser.add_argument("--checkpoint", nargs="+", default=[DEFAULT_CHECKPOINT], metavar="NAME", help=text)
         return
-    text = "a shipped checkpoint, or the folder of a training or of save_pretrained (default: %(default)s)"
+    text = "a shipped checkpoint, or the folder of a training or of save_pretrained"
     parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="NAME", help=text)
 
 
 def add_sampling(parser: argparse.ArgumentParser, eta: bool = True) -> None:
     """Number of hypotheses, steps, sampler, seed."""
-    parser.add_argument(
-        "--num-hypotheses", type=whole(1), default=25, metavar="N", help="bodies a person (default: %(default)s)"
-    )
+    parser.add_argument("--num-hypotheses", type=whole(1), default=25, metavar="N", help="bodies a person")
     parser.add_argument("--steps", type=whole(1), metavar="K", help="denoising steps (default: the checkpoint's own)")
     parser.add_argument(
         "--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: the checkpoint's own, mostly ddim)"
@@ -117,7 +125,7 @@ def add_sampling(parser: argparse.ArgumentParser, eta: bool = True) -> None:
         parser.add_argument(
             "--eta", type=number(0), help="ddim's share of fresh noise, 0 none, 1 as ddpm (default: the checkpoint's)"
         )
-    parser.add_argument("--seed", type=whole(0), default=0, help="other seed, other hypotheses (default: %(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="other seed, other hypotheses")
 
 
 LAST = "guide in the last share of the steps alone: 0.34 keeps most of the gain at little cost (default: 1, all)"
@@ -129,8 +137,7 @@ def add_guidance(parser: argparse.ArgumentParser, default: str = "dat") -> None:
         "--guidance",
         choices=("dat", "disrupted", "none"),
         default=default,
-        help="steer the sampling by the heatmaps: the paper's DAT, its disrupted comparison, or none "
-        "(default: %(default)s)",
+        help="steer the sampling by the heatmaps: the paper's DAT, its disrupted comparison, or none",
     )
     parser.add_argument(
         "--strength", type=number(0), metavar="S", help="of the guidance, 0 is none (default: DAT's own)"
@@ -145,7 +152,7 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
         choices=("ours", "paper"),
         default="ours",
         help="what else DAT is: ours, which measures best, or as HMDiff's paper has it; its sampling is --steps 40 "
-        "--num-hypotheses 25 (default: %(default)s)",
+        "--num-hypotheses 25",
     )
 
 
@@ -200,26 +207,6 @@ def resolve_device(name: str) -> torch.device:
     except Exception:  # torch has several, by device
         raise UserError(f"--device {name!r}: torch finds no such device here; give --device cpu or auto") from None
     return device
-
-
-def checkpoint_folder(name: str) -> Path:
-    """The folder of a saved pipeline: a folder, the folder of its training, or a shipped one. It need not be whole."""
-    from hmdiff.files.hub import download, is_repository_id
-    from hmdiff.files.resources import asset_path
-
-    place = Path(name)
-    if is_repository_id(name):
-        return download(name)
-    if not place.exists():
-        if len(place.parts) > 1:
-            raise UserError(f"{name}: no such folder; give a saved pipeline, such as runs/NAME/pipeline")
-        try:
-            return asset_path(name)
-        except UserError:
-            raise UserError(f"{name}: neither a folder nor a shipped checkpoint (hmdiff_small, direct_small)") from None
-    if not (place / "hmdiff.json").is_file() and (place / "pipeline" / "hmdiff.json").is_file():
-        return place / "pipeline"
-    return place
 
 
 def labels(names: list[str]) -> list[str]:

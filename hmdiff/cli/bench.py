@@ -35,9 +35,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--batch-size", type=arguments.whole(1), metavar="B", help="people (default: 1; of --fit, 64 meshes)"
     )
-    parser.add_argument(
-        "--num-hypotheses", type=arguments.whole(1), default=25, metavar="N", help="bodies each (default: %(default)s)"
-    )
+    parser.add_argument("--num-hypotheses", type=arguments.whole(1), default=25, metavar="N", help="bodies each")
     parser.add_argument(
         "--steps", type=arguments.whole(1), metavar="K", help="denoising steps (default: the checkpoint's or config's)"
     )
@@ -45,9 +43,7 @@ def add_parser(subparsers: Any) -> None:
         "--sampler", metavar="NAME", help=f"of --config: one of {', '.join(SAMPLERS)} (default: the config's)"
     )
     parser.add_argument("--repeats", type=arguments.whole(1), help="of each timing (default: 3; of --config, 5)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks (default: %(default)s)"
-    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks")
     parser.add_argument("--compile", action="store_true", help="encode and denoise by torch.compile: minutes at first")
     parser.add_argument(
         "--counts", type=_numbers, default=(1, 5, 25), metavar="N,N", help="curve over hypotheses (default: 1,5,25)"

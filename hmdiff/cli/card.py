@@ -24,15 +24,9 @@ def add_parser(subparsers: Any) -> None:
         type=Path,
         default=Path("outputs/evaluation"),
         metavar="FOLDER",
-        help="where hmdiff evaluate wrote all.json, and reliability_NAME.json if there is one (default: %(default)s)",
+        help="where hmdiff evaluate wrote all.json, and reliability_NAME.json if there is one",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/card"),
-        metavar="FOLDER",
-        help="of README.md (default: %(default)s)",
-    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/card"), metavar="FOLDER", help="of README.md")
     parser.add_argument("--push", metavar="OWNER/NAME", help="put card and checkpoint there (default: nowhere)")
     parser.add_argument("--private", action="store_true", help="a new repository is private (default: public)")
     parser.set_defaults(run=run)

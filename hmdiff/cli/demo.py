@@ -23,9 +23,7 @@ def add_parser(subparsers: Any) -> None:
     arguments.add_sampling(parser)
     arguments.add_guidance(parser)
     arguments.add_device(parser)
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/demo"), metavar="FOLDER", help="(default: %(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), metavar="FOLDER")
     parser.set_defaults(run=run)
 
 

@@ -49,9 +49,7 @@ def add_parser(subparsers: Any) -> None:
         help=f"of {', '.join(SPLITS)} (default: test)",
     )
     parser.add_argument(
-        "--people",
-        type=arguments.whole(2),
-        help=f"first people of the split (default: {PEOPLE}; of a data set all)",
+        "--people", type=arguments.whole(2), help=f"first people of the split (default: {PEOPLE}; of a data set all)"
     )
     parser.add_argument(
         "--bands",
@@ -63,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
         "--surface",
         choices=("body", "vertices"),
         default="body",
-        help="of every hypothesis: the nearest body's skin, or the predicted vertices (default: %(default)s)",
+        help="of every hypothesis: the nearest body's skin, or the predicted vertices",
     )
     parser.add_argument(
         "--as-is", action="store_true", help="keep the crops of people who lie or are upside down (default: turn them)"
@@ -78,9 +76,7 @@ def add_parser(subparsers: Any) -> None:
     arguments.add_sampling(parser, eta=False)
     arguments.add_guidance(parser, "none")
     arguments.add_device(parser)
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/evaluation"), metavar="FOLDER", help="(default: %(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"), metavar="FOLDER")
     parser.set_defaults(run=run)
 
 
@@ -123,8 +119,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
         "--heatmaps",
         default="labels",
         metavar="WHAT",
-        help="what the model sees of a data set: labels (its 2D keypoints), none, or a folder of NAME.npz "
-        "(default: %(default)s)",
+        help="what the model sees of a data set: labels (its 2D keypoints), none, or a folder of NAME.npz",
     )
     group.add_argument(
         "--same-body",

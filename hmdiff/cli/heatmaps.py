@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
         help="a person's box in photo pixels, once for each person of one photo (default: the detector's)",
     )
     arguments.add_device(parser)
-    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER")
     parser.set_defaults(run=run)
 
 

@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
         nargs="?",
         default=arguments.DEFAULT_CHECKPOINT,
         metavar="CHECKPOINT",
-        help="a shipped checkpoint, or the folder of a training or of save_pretrained (default: %(default)s)",
+        help="a shipped checkpoint, or the folder of a training or of save_pretrained",
     )
     parser.set_defaults(run=run)
 

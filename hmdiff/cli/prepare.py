@@ -34,16 +34,6 @@ def add_parser(subparsers: Any) -> None:
     _output(checkpoint, "assets/hmdiff_small", "FOLDER")
     checkpoint.set_defaults(run=_run(_checkpoint))
 
-    checksums = arguments.new_parser(
-        parts,
-        "checksums",
-        "SHA-256 sums into a pipeline that was saved before there were any",
-        "hmdiff prepare checksums runs/older/pipeline",
-        "One flipped bit of its files is then noticed when it is loaded.",
-    )
-    checksums.add_argument("output", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
-    checksums.set_defaults(run=_run(_checksums))
-
     _add_licensed(parts)
     _add_temperature(parts)
     aggregator_fit.add_parser(parts, _run)
@@ -60,8 +50,7 @@ def add_parser(subparsers: Any) -> None:
         "--network",
         choices=("hrnet", "resnet18"),
         default="hrnet",
-        help="resnet18: its weights also start a mesh model's backbone, model.pretrained=FOLDER/model.safetensors "
-        "(default: %(default)s)",
+        help="resnet18: its weights also start a mesh model's backbone, model.pretrained=FOLDER/model.safetensors",
     )
     for option, default, words in (
         ("--steps", 2000, "of 16 people in 2 crops each"),
@@ -69,8 +58,8 @@ def add_parser(subparsers: Any) -> None:
         ("--width", 16, "channels of HRNet's finest branch, and half as many as of ResNet's last deconvolution"),
         ("--people", 512, "of each test split, to measure it"),
     ):
-        estimator.add_argument(option, type=arguments.whole(1), default=default, help=f"{words} (default: %(default)s)")
-    estimator.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
+        estimator.add_argument(option, type=arguments.whole(1), default=default, help=words)
+    estimator.add_argument("--seed", type=arguments.whole(0), default=0)
     arguments.add_device(estimator)
     estimator.set_defaults(run=_run(_estimator))
 
@@ -115,10 +104,8 @@ def _add_temperature(parts: Any) -> None:
         help="synthetic people to fit it on (default: %(default)s, of every kind in turn)",
     )
     for option, least, default, words in (("--people", 8, 320, "of the split"), ("--num-hypotheses", 5, 25, "of each")):
-        temperature.add_argument(
-            option, type=arguments.whole(least), default=default, metavar="N", help=f"{words} (default: %(default)s)"
-        )
-    temperature.add_argument("--seed", type=arguments.whole(0), default=0, help="(default: %(default)s)")
+        temperature.add_argument(option, type=arguments.whole(least), default=default, metavar="N", help=words)
+    temperature.add_argument("--seed", type=arguments.whole(0), default=0)
     arguments.add_device(temperature)
     temperature.set_defaults(run=_run(_temperature))
 
@@ -139,21 +126,17 @@ def _add_dataset(parts: Any, name: str) -> None:
         type=arguments.whole(32),
         default=384,
         metavar="PIXELS",
-        help="of the stored pictures, a person's crop at most so many a side (default: %(default)s)",
+        help="of the stored pictures, a person's crop at most so many a side",
     )
     dataset.add_argument(
         "--margin",
         type=arguments.number(1),
         default=1.8,
-        help="stored around the crop for augmentation, times its side (default: %(default)s)",
+        help="stored around the crop for augmentation, times its side",
     )
-    dataset.add_argument("--quality", type=arguments.whole(1), default=92, help="of the jpgs (default: %(default)s)")
-    dataset.add_argument(
-        "--shard-records", type=arguments.whole(1), default=1000, help="people a file (default: %(default)s)"
-    )
-    dataset.add_argument(
-        "--workers", type=arguments.whole(1), default=2, help="threads that read photos (default: %(default)s)"
-    )
+    dataset.add_argument("--quality", type=arguments.whole(1), default=92, help="of the jpgs")
+    dataset.add_argument("--shard-records", type=arguments.whole(1), default=1000, help="people a file")
+    dataset.add_argument("--workers", type=arguments.whole(1), default=2, help="threads that read photos")
     dataset.add_argument(
         "--depth",
         metavar="SOURCE",
@@ -175,7 +158,7 @@ def _add_dataset(parts: Any, name: str) -> None:
 
 
 def _output(parser: argparse.ArgumentParser, default: str, kind: str = "FILE") -> None:
-    parser.add_argument("--output", type=Path, default=Path(default), metavar=kind, help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path(default), metavar=kind)
 
 
 def _run(make: Callable[[argparse.Namespace], Mapping[str, Any]]) -> Callable[[argparse.Namespace], int]:
@@ -206,22 +189,6 @@ def _checkpoint(options: argparse.Namespace) -> Mapping[str, Any]:
     pipeline.save_pretrained(options.output, half=True)
     size = sum(path.stat().st_size for path in Path(options.output).rglob("*") if path.is_file())
     return {"parameters": sum(p.numel() for p in pipeline.model.parameters()), "megabytes": size / 1e6}
-
-
-def _checksums(options: argparse.Namespace) -> Mapping[str, Any]:
-    import json
-
-    from hmdiff.files.checksums import folder_checksums
-    from hmdiff.files.storage import atomic_file
-
-    folder = arguments.checkpoint_folder(options.output)
-    arguments.load_pipeline(options.output)  # what is wrong now would be sealed
-    path = folder / "hmdiff.json"
-    about = json.loads(path.read_text())
-    about["checksums"] = folder_checksums(folder, (path.name,))
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(about, indent=2) + "\n")
-    return {"files": len(about["checksums"])}
 
 
 def _temperature(options: argparse.Namespace) -> Mapping[str, Any]:

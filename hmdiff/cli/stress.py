@@ -65,20 +65,16 @@ def add_parser(subparsers: Any) -> None:
     add_estimation(parser)
     group = parser.add_argument_group("in place of a photo")
     group.add_argument("--synthetic", type=arguments.whole(1), metavar="N", help="people of a split (default: none)")
-    group.add_argument("--split", choices=SPLITS, default="test", metavar="SPLIT", help="(default: %(default)s)")
-    group.add_argument(
-        "--first", type=arguments.whole(0), default=0, metavar="I", help="number of the first (default: %(default)s)"
-    )
+    group.add_argument("--split", choices=SPLITS, default="test", metavar="SPLIT")
+    group.add_argument("--first", type=arguments.whole(0), default=0, metavar="I", help="number of the first")
     parser.add_argument(
         "--patch",
         type=arguments.number(0, above=True),
         default=0.25,
         metavar="SHARE",
-        help="the patch's side, of the crop's (default: %(default)s)",
+        help="the patch's side, of the crop's",
     )
-    parser.add_argument(
-        "--places", type=arguments.whole(2), default=9, metavar="G", help="of the patch, a side (default: %(default)s)"
-    )
+    parser.add_argument("--places", type=arguments.whole(2), default=9, metavar="G", help="of the patch, a side")
     parser.add_argument(
         "--picture",
         type=Path,
@@ -93,7 +89,7 @@ def add_parser(subparsers: Any) -> None:
         "--focal", type=arguments.number(0, above=True), metavar="PX", help="focal length (default: the diagonal)"
     )
     arguments.add_device(parser)
-    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER")
     # Many places with few hypotheses; unguided, to see what the model itself makes of it.
     parser.set_defaults(run=run, num_hypotheses=NUM_HYPOTHESES, guidance="none")
 

@@ -22,19 +22,11 @@ if TYPE_CHECKING:
 
 
 def add_people(parser: argparse.ArgumentParser, split: str, people: int) -> None:
+    parser.add_argument("--split", default=split, choices=SPLITS, metavar="SPLIT", help=f"of {', '.join(SPLITS)}")
+    parser.add_argument("--people", type=arguments.whole(2), default=people, help="first people of the split")
+    parser.add_argument("--seed", type=arguments.whole(0), default=0, help="of the noise")
     parser.add_argument(
-        "--split", default=split, choices=SPLITS, metavar="SPLIT", help=f"of {', '.join(SPLITS)} (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--people", type=arguments.whole(2), default=people, help="first people of the split (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=arguments.whole(0), default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument(
-        "--batch-size",
-        type=arguments.whole(1),
-        default=8,
-        metavar="B",
-        help="people at once: changes the times alone (default: %(default)s)",
+        "--batch-size", type=arguments.whole(1), default=8, metavar="B", help="people at once: changes the times alone"
     )
     parser.add_argument(
         "--estimator",

@@ -38,10 +38,7 @@ def add_parser(subparsers: Any) -> None:
         help="denoising steps (default: 1 2 3 5 10 20 40)",
     )
     parser.add_argument(
-        "--sampler",
-        nargs="+",
-        metavar="NAME",
-        help=f"of {', '.join(SAMPLERS)} (default: the checkpoint's own)",
+        "--sampler", nargs="+", metavar="NAME", help=f"of {', '.join(SAMPLERS)} (default: the checkpoint's own)"
     )
     parser.add_argument(
         "--num-hypotheses",
@@ -76,21 +73,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="R",
         help="relative gap under which the guidance is off (default: DAT's own)",
     )
-    parser.add_argument(
-        "--last",
-        nargs="+",
-        type=arguments.number(0),
-        metavar="Q",
-        help=arguments.LAST,
-    )
+    parser.add_argument("--last", nargs="+", type=arguments.number(0), metavar="Q", help=arguments.LAST)
     studies.add_guidance(parser)
     studies.add_people(parser, "val", 128)
-    parser.add_argument(
-        "--metric", choices=tuple(METRICS), default="pve", help="of the table and the plot (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/sweep"), metavar="FOLDER", help="(default: %(default)s)"
-    )
+    parser.add_argument("--metric", choices=tuple(METRICS), default="pve", help="of the table and the plot")
+    parser.add_argument("--output", type=Path, default=Path("outputs/sweep"), metavar="FOLDER")
     parser.set_defaults(run=run)
 
 

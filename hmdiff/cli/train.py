@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
         "--config",
         default="quickstart",
         metavar="FILE",
-        help="a YAML file, or the name of a shipped one such as hmdiff_small (default: %(default)s)",
+        help="a YAML file, or the name of a shipped one such as hmdiff_small",
     )
     parser.add_argument(
         "--dry-run",

@@ -1,7 +1,7 @@
 """Is every hypothesis a body? Torn edges, bent joints, and how far the body's skin lies from what was predicted.
 
-An edge of the full mesh counts as torn when its length is off by more than a factor of two from the template's; true
-bodies have such edges too (armpits, groins), so their share stands beside. Joint limits are those of
+An edge of the full mesh counts as torn as in `hmdiff.evidence`; true bodies have such edges too (armpits, groins), so
+their share stands beside. Joint limits are those of
 `hmdiff/body/anatomy.py`. Our choice throughout. B people, N hypotheses, V vertices, E edges.
 """
 
@@ -18,22 +18,9 @@ from hmdiff.body.skeletons import SMPL24
 from hmdiff.body.surface import mesh_edges
 from hmdiff.data.sample import Sample
 from hmdiff.evaluate.measured import interval
+from hmdiff.evidence import torn_share
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.output import MeshOutput
-
-FACTOR = 2.0  # of an edge's length, up or down
-
-
-def torn_edges(
-    vertices: Tensor,  # (..., V, 3)
-    template: Tensor,  # (V, 3)
-    edges: Tensor,  # (E, 2)
-) -> Tensor:  # (...) 0..1
-    """The share of edges that are longer or shorter than the template's by more than `FACTOR`."""
-    start, end = edges.unbind(-1)
-    rest = (template[start] - template[end]).norm(dim=-1).clamp_min(1e-9)
-    ratio = (vertices[..., start, :] - vertices[..., end, :]).norm(dim=-1) / rest
-    return ((ratio > FACTOR) | (ratio < 1 / FACTOR)).float().mean(-1)
 
 
 class BodyWatch:
@@ -56,7 +43,7 @@ class BodyWatch:
                 self._add("beyond_limits_degrees", joint_limit_violation(rotations).amax(1))
 
     def _torn(self, vertices: Tensor) -> Tensor:  # (M, V, 3) -> (M,)
-        return torn_edges(vertices.to(self.template), self.template, self.edges)
+        return torn_share(vertices.to(self.template), self.template, self.edges)
 
     def _add(self, name: str, values: Tensor) -> None:
         self.found.setdefault(name, []).append(values.float().cpu())

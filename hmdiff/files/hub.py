@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from hmdiff.errors import UserError
+from hmdiff.files.resources import asset_path
 
 FILES = ("*.json", "*.safetensors", "README.md")
 _ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
@@ -17,6 +18,28 @@ _ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 def is_repository_id(name: str) -> bool:
     """OWNER/NAME, where no folder of this machine is meant: neither it nor its first part is there."""
     return bool(_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
+def checkpoint_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a saved pipeline: a folder, that of its training, a shipped one, or OWNER/NAME of the Hub.
+
+    It need not be whole. Raises `UserError` where there is none.
+    """
+    place = Path(name)
+    if is_repository_id(name):
+        return download(name, revision)
+    if not place.exists():
+        if len(place.parts) > 1:
+            raise UserError(
+                f"{name}: not a saved hmdiff pipeline: no such folder; give one, such as runs/NAME/pipeline"
+            )
+        try:
+            return asset_path(name)
+        except UserError:
+            raise UserError(f"{name}: neither a folder nor a shipped checkpoint (hmdiff_small, direct_small)") from None
+    if not (place / "hmdiff.json").is_file() and (place / "pipeline" / "hmdiff.json").is_file():
+        return place / "pipeline"
+    return place
 
 
 def download(repository: str, revision: str | None = None) -> Path:

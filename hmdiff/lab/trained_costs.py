@@ -31,7 +31,6 @@ def measure_costs(
     num_hypotheses: int = 25,
     steps: int | None = None,  # of denoising
     repeats: int = REPEATS,
-    images: bool = True,  # False: only the training steps
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int], None] | None = None,  # told how many timings are done
 ) -> list[dict[str, Any]]:  # parameters, milliseconds, step_milliseconds and under which conditions
@@ -40,8 +39,7 @@ def measure_costs(
         for turn in range(repeats + 1):  # the first is slower and does not count
             for row in timed:
                 row.step(clock, turn > 0)
-                if images:
-                    row.image(num_hypotheses, steps, clock, turn > 0)
+                row.image(num_hypotheses, steps, clock, turn > 0)
                 if progress is not None:
                     progress(1)
         return [row.found() for row in timed]
@@ -86,13 +84,11 @@ class _Timed:
 
     def found(self) -> dict[str, Any]:
         values = self.trainer.config.training
-        result: dict[str, Any] = {
+        return {
             "parameters": sum(p.numel() for p in self.trainer.plain.parameters() if p.requires_grad),
             "step_milliseconds": 1000 * statistics.median(self.step_times),
+            "milliseconds": 1000 * statistics.median(self.image_times),
             "batch_size": values.batch_size,
             "device": str(self.trainer.accelerator.device),
             "threads": torch.get_num_threads(),
         }
-        if self.image_times:
-            result["milliseconds"] = 1000 * statistics.median(self.image_times)
-        return result

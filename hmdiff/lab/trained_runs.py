@@ -222,15 +222,11 @@ def reached(run: Run) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
-def seconds_left(
-    runs: Sequence[Run],
-    step_seconds: float | None = None,  # of one step, where it was measured
-) -> float | None:
+def seconds_left(runs: Sequence[Run]) -> float | None:
     """Of what is not trained yet, by what the finished ones took a step; None: nothing to tell it by."""
     found = [done["seconds"] / done["step"] for run in runs if (done := done_of(run)) is not None and done["step"]]
-    rate = statistics.median(found) if found else step_seconds
     left = sum(run.config.training.steps - reached(run) for run in runs)
-    return 0.0 if not left else None if rate is None else rate * left
+    return 0.0 if not left else statistics.median(found) * left if found else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,8 @@ from hmdiff.diffusion.temperature import Temperature
 from hmdiff.errors import UserError
 from hmdiff.files.checksums import folder_checksums, verify_checksums
 from hmdiff.files.diffusers_parts import Scheduler
-from hmdiff.files.hub import download, is_repository_id, upload
+from hmdiff.files.hub import checkpoint_folder, upload
 from hmdiff.files.reading import read_json
-from hmdiff.files.resources import asset_path
 from hmdiff.files.storage import atomic_folder
 from hmdiff.models.aggregation import HypothesisAggregator, load_aggregator, save_aggregator
 from hmdiff.models.recovery import MeshRecoveryModel
@@ -91,14 +90,7 @@ class SavedPipeline:
         torch_dtype: torch.dtype = torch.float32,  # what the networks compute in, as `to`
     ) -> Self:
         """Read a saved pipeline. Raises `UserError` for a folder that is not one, or that is damaged."""
-        place = download(str(folder), revision) if is_repository_id(str(folder)) else Path(folder)
-        if not place.exists() and len(place.parts) == 1:
-            try:
-                place = asset_path(str(folder))
-            except UserError:
-                raise UserError(
-                    f"{folder}: neither a folder nor a shipped checkpoint (hmdiff_small, direct_small)"
-                ) from None
+        place = checkpoint_folder(str(folder), revision)
         if not (place / ABOUT).is_file():
             raise UserError(
                 f"{folder}: not a saved hmdiff pipeline (it has no hmdiff.json); give the folder that save_pretrained "

@@ -39,7 +39,7 @@ from hmdiff.train.logger import run_log, tracker_options
 from hmdiff.train.maps import check_maps
 from hmdiff.train.optimizer import build_optimizer, rate_share
 from hmdiff.train.sharding import fill, shared_out, whole
-from hmdiff.train.start import check_values, take_weights
+from hmdiff.train.start import check_names, take_weights
 from hmdiff.train.step import TrainingStep, keypoint_map, used_by_no_loss
 from hmdiff.train.stopping import stop_signals
 from hmdiff.train.stream import TrainingStream
@@ -52,7 +52,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         values = config.training
-        check_values(config)
+        check_names(config)
         if values.threads:
             torch.set_num_threads(values.threads)
         # Its find_unused_parameters is set once the model is known, and read when the model is wrapped.

@@ -11,21 +11,9 @@ from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train.optimizer import OPTIMIZERS, SCHEDULES
 
-_AT_LEAST_ONE = (
-    "steps",
-    "batch_size",
-    "gradient_accumulation",
-    "log_every",
-    "evaluate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-)
 
-
-def check_values(config: Config) -> None:
-    """What would otherwise fail deep in the loop, or after the first step."""
-    if config.seed < 0:
-        raise UserError(f"seed {config.seed}: a whole number from 0 on is needed")
+def check_names(config: Config) -> None:
+    """Names that would otherwise fail deep in the loop; ranges are `load_config`'s to check."""
     choices = (
         ("loss.points", config.loss.points, POINT_LOSSES),
         ("loss.weighting", config.loss.weighting, WEIGHTINGS),
@@ -37,30 +25,14 @@ def check_values(config: Config) -> None:
     for name, value, allowed in choices:
         if value not in allowed:
             raise UserError(f"{name} {value!r} is not known; choose one of {', '.join(allowed)}")
-    numbers = {
-        "loss.noise_levels": config.loss.noise_levels,
-        **{f"training.{name}": getattr(config.training, name) for name in _AT_LEAST_ONE},
-    }
-    for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f"{name} {number}: at least 1 is needed")
 
 
 # Entries of the optional paths: a path that the saved pipeline has not starts as it is built.
-_PATHS = (
-    "depth_map",
-    "depth_layers",
-    "depth_size",
-    "rle",
-    "rle_variant",
-    "silhouette",
-    "masked",
-    "lifting",
-    "volume_width",
-    "volume_size",
-    "volume_exponent",
-    "coarse_to_fine",
-    "hybrid_position",
+_PATHS = tuple(
+    """
+    depth_map depth_layers depth_size rle rle_variant silhouette masked lifting volume_width volume_size volume_exponent
+    coarse_to_fine hybrid_position
+    """.split()
 )
 
 

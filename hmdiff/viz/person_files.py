@@ -137,6 +137,7 @@ def write_person(
     """npz, html, obj, glb and png of one person."""
     import numpy as np
 
+    from hmdiff.body.surface import mesh_edges
     from hmdiff.evidence import doubts, torn_share
     from hmdiff.viz.export import save_npz
 
@@ -150,7 +151,8 @@ def write_person(
     away = None if distance is None else float(distance[row].mean())
     side = float(photo.heatmaps.side[person])
     gap = None if output.guidance is None else float(output.guidance.gap_after[row].mean())
-    warning = doubts(away, side, float(fitted["fit_error_mm"].mean()), float(torn_share(body, vertices).mean()), gap)
+    torn = torn_share(vertices, body.v_template.to(vertices), mesh_edges(faces))
+    warning = doubts(away, side, float(fitted["fit_error_mm"].mean()), float(torn.mean()), gap)
     said = {"warning": warning} if away is None else {"warning": warning, "keypoint_distance_px": distance[row]}  # type: ignore[index]
     arrays = person_arrays(output, row, photo, person)
     arrays |= {"joint_names": np.array(body.joint_names), "joint_parents": np.array(body.parents)}

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.decimation import MeshHierarchy, decimate, vertex_quadrics
-from hmdiff.body.mesh import MeshSampler, blend, build_mesh_sampler, fit_upsampling, partition_patches, save_mesh
+from hmdiff.body.mesh import MeshSampler, blend, build_mesh_sampler, fit_upsampling, save_mesh
 from hmdiff.body.mesh_cache import load_mesh, random_bodies
-from hmdiff.body.surface import closest_on_surface, surface_distances
+from hmdiff.body.surface import closest_on_surface, partition_patches, surface_distances
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix
 

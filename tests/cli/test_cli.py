@@ -104,6 +104,7 @@ def test_every_option_says_its_default() -> None:
         return [parser, *(p for action in below for child in action.choices.values() for p in parsers(child))]
 
     for parser in parsers(build_parser()):
+        parser.format_help()  # which completes the words of its options
         for action in parser._actions:
             if action.option_strings and action.nargs != 0 and not action.required:
                 assert "default:" in (action.help or ""), (parser.prog, action.dest)

@@ -9,7 +9,8 @@ from small import people_block, small_pipeline
 from hmdiff.body.surface import mesh_edges
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.evaluate.evaluation import as_heatmaps, ask
-from hmdiff.evaluate.plausibility import BodyWatch, torn_edges
+from hmdiff.evaluate.plausibility import BodyWatch
+from hmdiff.evidence import torn_share
 
 SQUARE = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]])
 FACES = torch.tensor([[0, 1, 2], [0, 2, 3]])
@@ -18,12 +19,12 @@ FACES = torch.tensor([[0, 1, 2], [0, 2, 3]])
 def test_edges_are_counted_once_and_torn_both_ways() -> None:
     edges = mesh_edges(FACES)
     assert edges.tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [2, 3]]
-    assert torn_edges(SQUARE, SQUARE, edges) == 0
-    assert torn_edges(1.9 * SQUARE, SQUARE, edges) == 0 and torn_edges(2.1 * SQUARE, SQUARE, edges) == 1
-    assert torn_edges(0.4 * SQUARE, SQUARE, edges) == 1
+    assert torn_share(SQUARE, SQUARE, edges) == 0
+    assert torn_share(1.9 * SQUARE, SQUARE, edges) == 0 and torn_share(2.1 * SQUARE, SQUARE, edges) == 1
+    assert torn_share(0.4 * SQUARE, SQUARE, edges) == 1
     pulled = SQUARE.clone()
     pulled[1] = torch.tensor([3.5, 0, 0])  # both of its edges, and no other
-    assert torn_edges(torch.stack([SQUARE, pulled]), SQUARE, edges).tolist() == pytest.approx([0, 0.4])
+    assert torn_share(torch.stack([SQUARE, pulled]), SQUARE, edges).tolist() == pytest.approx([0, 0.4])
 
 
 def test_the_body_surface_is_a_body_and_the_vertices_of_an_untrained_model_are_not() -> None:

@@ -16,7 +16,6 @@ from small import small_pipeline
 from torch import Tensor
 
 from hmdiff.body.body import load_named_body
-from hmdiff.cli.main import main
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from hmdiff.models.limits import check_hyperparameters
@@ -52,19 +51,6 @@ def refused(folder: Path, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         HMDiffPipeline.from_pretrained(folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
-
-
-def test_checksums_are_added_to_an_older_pipeline(saved: Path, tmp_path: Path) -> None:
-    folder = spoiled(saved, tmp_path)
-    assert main(["prepare", "checksums", str(folder)]) == 0
-    about = json.loads((folder / "hmdiff.json").read_text())
-    assert about == json.loads((saved / "hmdiff.json").read_text())
-    path = folder / "model" / WEIGHTS
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    refused(folder, "not what was written, by its checksum")
-    assert main(["prepare", "checksums", str(folder)]) == 2  # damage is not sealed
 
 
 def test_the_shipped_pipelines_have_checksums() -> None:

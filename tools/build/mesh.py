@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hmdiff.body.body import load_body
 from hmdiff.body.decimation import decimate
-from hmdiff.body.mesh import build_mesh_sampler, fit_upsampling, partition_patches, save_mesh
+from hmdiff.body.mesh import build_mesh_sampler, fit_upsampling, save_mesh
 from hmdiff.body.mesh_cache import random_bodies
-from hmdiff.body.surface import surface_distances
+from hmdiff.body.surface import partition_patches, surface_distances
 from hmdiff.errors import UserError
 
 NUM_COARSE = 432  # the lineage has 431; 432 divides into patches of 2, 3, 4, 6, 8, 9 and 12

@@ -31,7 +31,7 @@ from hmdiff.data.readers.labels import (
     root_at_rest,
     turned_root,
 )
-from hmdiff.data.readers.tables import Table, image_folder, stem_name
+from hmdiff.data.readers.tables import Table, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 from hmdiff.files.images import open_image
@@ -85,7 +85,7 @@ class _Scene:
         self.names = _POINTS[self.joints][: points.shape[1]]
         self.scene = path.stem
         places = (f"training_images/{self.scene}/png", f"images/{self.scene}/png", f"{self.scene}/png")
-        self.images = image_folder(table, [*(source / place for place in places), source / "training_images/images"])
+        self.images = table.image_folder([*(source / place for place in places), source / "training_images/images"])
         self._bodies: dict[str, Body | None] = {}  # by gender; only lying scenes need them
         self.lying = bool(len(table)) and self._lies()
 

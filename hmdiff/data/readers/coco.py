@@ -16,7 +16,7 @@ import numpy as np
 from hmdiff.body.skeletons import COCO17
 from hmdiff.data.readers.boxes import square_of_box
 from hmdiff.data.readers.labels import RowReader, naming
-from hmdiff.data.readers.tables import read_json, rows_of, stem_name
+from hmdiff.data.readers.tables import image_folder, read_json, rows_of, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 
@@ -48,7 +48,7 @@ def read_file(
             if not item.get("iscrowd") and item.get("num_keypoints", 1) > 0 and "keypoints" in item:
                 people.append((row, item))
     with naming(f"{path}, image of annotation {people[0][0] if people else 0}"):
-        place = _place(path, places, files[people[0][1]["image_id"]] if people else "")
+        place = image_folder(places, files[people[0][1]["image_id"]] if people else None, str(path))
     crowd = len(data["annotations"]) - len(people)
     notes = [f"{path}, images in {place}", f"{crowd} annotations without keypoints, or of crowds, were left out"]
     return RowReader(
@@ -58,13 +58,6 @@ def read_file(
         notes,
         place=lambda row: f"{path}, annotation {row[0]}",
     )
-
-
-def _place(path: Path, places: Sequence[Path], first: str) -> Path:
-    for place in places:
-        if (place / first).exists():
-            return place
-    raise UserError(f"{path}: its image {first} is in none of {', '.join(map(str, places))}; put the images there")
 
 
 def _record(name: str, path: Path, place: Path, files: dict[Any, str], row: int, item: dict[str, Any]) -> Record:

@@ -15,7 +15,7 @@ import numpy as np
 
 from hmdiff.body.skeletons import OPENPOSE25, SPIN24
 from hmdiff.data.readers.labels import RowReader, gender_word, merged_points
-from hmdiff.data.readers.tables import Table, image_folder, label_files, stem_name
+from hmdiff.data.readers.tables import Table, label_files, stem_name
 from hmdiff.data.record import Record
 
 EXTRA19 = SPIN24[:19]
@@ -35,7 +35,7 @@ def read(source: Path, split: str) -> RowReader:
         if names == OPENPOSE25:
             points[:, _UNUSED, -1] = 0
     gender = table.optional("gender")
-    images = image_folder(table, (source, source / "images", source / path.stem))
+    images = table.image_folder((source, source / "images", source / path.stem))
     name = path.stem
 
     def make(row: int) -> Record:

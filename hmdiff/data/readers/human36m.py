@@ -25,7 +25,7 @@ from hmdiff.data.readers.human36m_json import read_annotations
 from hmdiff.data.readers.labels import RowReader, naming
 from hmdiff.data.readers.lens import Lens, pinhole_about
 from hmdiff.data.readers.spin import SpinTable
-from hmdiff.data.readers.tables import Table, image_folder, stem_name
+from hmdiff.data.readers.tables import Table, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 from hmdiff.files.unpickling import load_pickle
@@ -82,7 +82,7 @@ def _spin(source: Path, path: Path, split: str) -> RowReader:
     if data.joints is None:
         raise UserError(f"{path}: no array 'S', so no 3D joints; Human3.6M's label file of SPIN has it")
     joints, part = data.joints[:, _SPIN24_ROWS], None if data.part is None else data.part[:, _SPIN24_ROWS]
-    images = image_folder(data.table, (source, source / "images"))
+    images = data.table.image_folder((source, source / "images"))
 
     def make(item: tuple[int, Frame]) -> Record:
         row, frame = item
@@ -111,7 +111,7 @@ def _mmpose(source: Path, path: Path, split: str) -> RowReader:
     center, scale = table.column("center", (2,)), table.column("scale", ())
     part, joints = table.column("part", (17, 3)), table.column("S", (17, 4))
     lenses = _lenses(source / "annotation_body3d" / "cameras.pkl")
-    images = image_folder(table, (source / "images", source))
+    images = table.image_folder((source / "images", source))
     rows = _frames(table, split)
 
     def make(item: tuple[int, Frame]) -> Record:

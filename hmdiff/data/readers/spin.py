@@ -14,7 +14,7 @@ import numpy as np
 from hmdiff.body.skeletons import OPENPOSE25, SPIN24
 from hmdiff.data.readers.boxes import PIXELS_PER_SCALE
 from hmdiff.data.readers.labels import RowReader, gender_word, merged_points
-from hmdiff.data.readers.tables import Table, image_folder, label_files, stem_name
+from hmdiff.data.readers.tables import Table, label_files, stem_name
 from hmdiff.data.record import Record
 
 
@@ -50,7 +50,7 @@ def read(source: Path, split: str) -> RowReader:
     """Records of one label file, which the split names."""
     (path,) = label_files(source, split)
     data = SpinTable(path)
-    images = image_folder(data.table, (source, source / "images", source / path.stem))
+    images = data.table.image_folder((source, source / "images", source / path.stem))
     name = path.stem
 
     def make(row: int) -> Record:

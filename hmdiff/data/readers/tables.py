@@ -85,6 +85,9 @@ class Table:
     def place(self, row: int) -> str:
         return f"{self.path}, row {row}"
 
+    def image_folder(self, places: Sequence[Path]) -> Path:
+        return image_folder(places, self.names[0] if self.names else None, self.place(0))
+
     def _read(self, key: str) -> np.ndarray:
         pickled = self.archive.pickled(key)
         if pickled is None:
@@ -119,17 +122,17 @@ def label_files(
 
 
 def image_folder(
-    table: Table,
     places: Sequence[Path],
+    first: str | None,  # the first image; None: there is none
+    where: str,  # it is named, for the error
 ) -> Path:
-    """The first of the places in which the table's first image is. Raises `UserError` naming all of them."""
-    for place in places:
-        if len(table) and (place / table.names[0]).is_file():
-            return place
-    if not len(table):
+    """The first of the places in which the image is. Raises `UserError` naming all of them."""
+    if first is None:
         return places[0]
-    tried = ", ".join(str(place) for place in places)
-    raise UserError(f"{table.place(0)}: its image {table.names[0]} is in none of {tried}; put the images there")
+    for place in places:
+        if (place / first).is_file():
+            return place
+    raise UserError(f"{where}: its image {first} is in none of {', '.join(map(str, places))}; put the images there")
 
 
 def read_json(path: Path) -> Any:
