@@ -8,6 +8,7 @@ joints, P named 2D keypoints. `hmdiff.data.shards` stores records, `hmdiff.data.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,8 +83,8 @@ class Record:
             raise self.error("a confidence below 0; expected 0..1, 0 for a keypoint that is not labelled")
         if (self.pose is None) != (self.betas is None):
             raise self.error("pose and betas go together; one of them is missing")
-        if self.image is not None and not self.image.is_file():
-            raise self.error(f"its image {self.image} is missing; complete the data set's images")
+        if self.image is not None and not os.path.isfile(self.image):  # False for a name no file system takes, too
+            raise self.error(f"its image {self.image!s:.400} is missing; complete the data set's images")
         return self
 
     def _check_words(self) -> None:

@@ -124,6 +124,8 @@ def naming(
         yield
     except UserError:
         raise
+    except OSError as error:  # of a name that the file has: too long, or not to be read
+        raise UserError(f"{place}: {read_failure(error.filename or 'a file', error)}") from None
     except _DAMAGE as error:
         raise UserError(f"{place}: damaged ({type(error).__name__}: {_one_line(error)[:120]}); {mend}") from None
 

@@ -16,6 +16,7 @@ import standins as s
 
 from hmdiff.data.readers import open_reader
 from hmdiff.data.readers.labels import RowReader, naming
+from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 
 TRIES = 40  # of each file
@@ -108,3 +109,14 @@ def test_a_row_that_fails_is_named() -> None:
         list(reader.records())
     with pytest.raises(MemoryError), naming("a"):  # what is not damage is not hidden
         raise MemoryError
+
+
+def test_a_picture_s_name_that_no_file_system_takes_is_a_missing_picture(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 5000 + ".jpg")
+    with pytest.raises(UserError, match=r"row 4: its image .{1,400} is missing"):
+        Record("a", np.array([50.0, 50]), 80.0, "row 4", image=long).check()
+    with (
+        pytest.raises(UserError, match=r"labels\.json, image 2: .*the name is too long"),
+        naming("labels.json, image 2"),
+    ):
+        long.read_bytes()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ def _record(
     else:
         raise UserError(f"{place}: neither a box nor a labelled keypoint; give x0, y0, x1, y1")
     image = values["image"].replace("\\", "/")
-    folder = source / "images" if (source / "images" / image).is_file() else source
+    folder = source / "images" if os.path.isfile(source / "images" / image) else source
     group = values.get("group", "")
     number = "/".join(values[key] for key in ("frame", "person") if values.get(key)) or str(line)
     intrinsics = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -130,7 +131,7 @@ def image_folder(
     if first is None:
         return places[0]
     for place in places:
-        if (place / first).is_file():
+        if os.path.isfile(place / first):  # False for a name that no file system takes, too
             return place
     raise UserError(f"{where}: its image {first} is in none of {', '.join(map(str, places))}; put the images there")
 
