@@ -149,6 +149,7 @@ def changed(index: int, value: Any) -> list[Any]:
         ([{"image_id": 1}], "without 'keypoints'"),
         ([{"image_id": 1, "keypoints": FLAT[:30]}], "51 values expected .* got 30"),
         (changed(27, float("nan")), "NaN or infinite value in keypoint 'left_wrist'"),
+        (changed(27, 1e308), "a value too large for any photo in keypoint 'left_wrist'"),
         (changed(27, float("inf")), "NaN or infinite"),
         (changed(3, None), "must be numbers, null found"),
         (changed(3, "12"), "must be numbers"),

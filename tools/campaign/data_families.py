@@ -102,7 +102,12 @@ def _labels(reader: str, split: str | None = None) -> Callable[[Path, str], None
             os.environ["HMDIFF_BODY_DIR"] = str(licensed)
         with np.errstate(all="ignore"):
             for record in open_reader(reader, folder, split).records():
-                finite(record.pose, record.betas, record.center, record.side, record.joints_3d, record.keypoints_2d)
+                finite(record.pose, record.betas, record.center, record.side)
+                for points, certain in (
+                    (record.joints_3d, record.joints_3d_valid),
+                    (record.keypoints_2d, record.keypoints_2d_confidence),
+                ):  # an unlabelled joint may hold anything
+                    finite(points if points is None or certain is None else points[np.nan_to_num(certain) > 0])
 
     return read
 

@@ -121,9 +121,15 @@ def mutate_pickle(content: bytes, draw: random.Random) -> bytes:
     if kind < 1 / 3:
         return mutate_bytes(content, draw)
     if kind < 2 / 3:
-        value = pickle.loads(content, encoding="latin1")  # our own file
+        try:
+            value = pickle.loads(content, encoding="latin1")  # our own file
+        except pickle.UnpicklingError:  # torch's, which refers to storages beside it
+            return mutate_bytes(content, draw)
         return pickle.dumps(_changed_object(value, draw), draw.choice([0, 2, 4]))
-    places = [place for _, _, place in pickletools.genops(content) if place]
+    try:
+        places = [place for _, _, place in pickletools.genops(content) if place]
+    except ValueError:  # a zip of torch's
+        return mutate_bytes(content, draw)
     place = draw.choice(places)
     return content[:place] + draw.choice(HOSTILE) + content[place:]
 

@@ -133,9 +133,8 @@ def _numbers(path: Path, data: dict[str, Any], key: str, shape: tuple[int, ...])
         value = np.asarray(data[key], np.float64)
     if value.ndim != len(shape) or any(want not in (-1, have) for have, want in zip(value.shape, shape, strict=True)):
         words = ", ".join("frames" if size == -1 else str(size) for size in shape)
-        raise UserError(
-            f"{path}: {key} is {data[key]!r:.40} of shape {value.shape}, ({words}) expected; download it again"
-        )
+        given = " ".join(repr(data[key]).split())  # numpy writes matrices in lines
+        raise UserError(f"{path}: {key} is {given:.40} of shape {value.shape}, ({words}) expected; download it again")
     return value
 
 

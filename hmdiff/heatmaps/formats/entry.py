@@ -25,6 +25,7 @@ from hmdiff.heatmaps.photo import PhotoInfo, label_map, turn_point
 # COCO's visibility as a confidence, our choice: not labelled, labelled but hidden (a guess of the annotator), seen.
 VISIBILITY = (0.0, 0.5, 1.0)
 LEAST_EXTENT = 8.0  # pixels: less is no person, or normalised coordinates
+FARTHEST = 1e9  # of any value: squares of it do not overflow
 FAR_OUTSIDE = 0.5  # of the photo's longer side: a joint farther out than that was not found
 CONFIDENCE, FLAGS, EITHER = "confidence", "visibility", "either"
 
@@ -127,10 +128,10 @@ def _points(path: Path, entry: Entry) -> tuple[Tensor, Sequence[str]]:  # (J, 3)
     if scores is not None and len(scores) != len(names):
         raise UserError(f"{path}: {len(names)} keypoints but {len(scores)} scores; give one for each")
     for position, number in enumerate(flat):
-        if not math.isfinite(number):
+        if not abs(number) < FARTHEST:
+            what = "a value too large for any photo" if math.isfinite(number) else "NaN or infinite value"
             raise UserError(
-                f"{path}: NaN or infinite value in keypoint {names[position // width]!r}; "
-                "write 0, 0, 0 for a joint that was not found"
+                f"{path}: {what} in keypoint {names[position // width]!r}; write 0, 0, 0 for a joint that was not found"
             )
     points = torch.tensor(flat, dtype=torch.float32).reshape(-1, width)
     third = points[:, 2] if scores is None else torch.tensor(scores, dtype=torch.float32)
