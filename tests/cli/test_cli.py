@@ -204,8 +204,7 @@ def test_focal_and_sampler_reach_the_pipeline(checkpoint: Path, tmp_path: Path) 
         assert sample(checkpoint, tmp_path / name, photo, *words) == 0
         found[name] = arrays(tmp_path / name / "one.npz")
     assert found["a"]["focal"] == pytest.approx(np.hypot(120, 200)) and found["b"]["focal"] == 600
-    np.testing.assert_array_equal(found["a"]["vertices"], found["b"]["vertices"])
-    for name in ("c", "d"):
+    for name in ("b", "c", "d"):  # a longer focal length turns the lines of sight, along which the fit is free
         assert np.abs(found[name]["vertices"] - found["a"]["vertices"]).max() > 1e-4, name
 
 

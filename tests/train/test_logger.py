@@ -19,7 +19,8 @@ from hmdiff.train.logger import read_log, run_log, tracker_options
 def logged(folder: Path, name: str) -> dict[int, float]:
     found = EventAccumulator(str(folder / "tensorboard" / "hmdiff"))
     found.Reload()
-    return {event.step: event.value for event in found.Scalars(name)}
+    # Files of one second and process are read by name, the tenth before the second: the later event counts.
+    return {event.step: event.value for event in sorted(found.Scalars(name), key=lambda event: event.wall_time)}
 
 
 def test_a_resumed_run_leaves_one_value_a_step(tmp_path: Path) -> None:

@@ -165,7 +165,9 @@ def sampled(folder: Path) -> dict[str, Any]:
         if path.suffix == ".npz":
             with np.load(io.BytesIO(content)) as arrays:
                 # Millimetres as metres, so that rounding is one size.
-                found[path.name] = {n: arrays[n] / 1000 if n.endswith("_mm") else arrays[n] for n in arrays.files}
+                found[path.name] = {
+                    n: np.asarray(arrays[n] / 1000) if n.endswith("_mm") else arrays[n] for n in arrays.files
+                }
         elif path.suffix == ".jsonl":
             found[path.name] = sorted(json.loads(line)["npz"] for line in content.splitlines())
         elif path.suffix == ".png":
@@ -175,18 +177,23 @@ def sampled(folder: Path) -> dict[str, Any]:
     return found
 
 
-def same(expected: Any, found: Any) -> bool:
-    """Equal, arrays of fractions within rounding."""
+def same(expected: Any, found: Any, name: str = "") -> bool:
+    """Equal, arrays of fractions within rounding.
+
+    A photo that is sampled alone after the kill, and was in a batch before, is rounded otherwise; the untrained
+    network's crumpled meshes are badly conditioned, and their places in a photo more so.
+    """
     if isinstance(expected, dict):
         return (
             isinstance(found, dict)
             and list(expected) == list(found)
-            and all(same(value, found[name]) for name, value in expected.items())
+            and all(same(value, found[key], key) for key, value in expected.items())
         )
     if isinstance(expected, np.ndarray):
         if expected.dtype.kind != "f":
             return np.array_equal(expected, found)
-        return expected.shape == found.shape and np.allclose(expected, found, rtol=1e-3, atol=1e-3, equal_nan=True)
+        off = 1.0 if name == "keypoints_2d" else 1e-3  # pixels, else metres
+        return expected.shape == found.shape and np.allclose(expected, found, rtol=1e-3, atol=off, equal_nan=True)
     return bool(expected == found)
 
 
