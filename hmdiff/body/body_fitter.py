@@ -21,16 +21,14 @@ from hmdiff.geometry import axis_angle_to_matrix
 POINTS = 640  # vertices that are fitted, spread over the surface
 POINTS_A_BONE = 12  # at least, of those that a bone moves most
 NOISE = 0.005  # sigma, metres
-HELD = 1e6  # square metres: what holds a joint, beside the few that its vertices are worth
+HELD = 1e6  # square metres, added to the diagonal of a held joint; its vertices are worth a few
 
 
 class Sight(NamedTuple):
     """Keypoints that a fit keeps where they are seen."""
 
     regressor: Tensor  # (K, P) keypoints as sums of the fitted points
-    across: (
-        Tensor  # (N, K, 3, 3) projector onto the plane across the line of sight, times the square root of its weight
-    )
+    across: Tensor  # (N, K, 3, 3) projector across the line of sight, times the square root of a keypoint's weight
 
     @classmethod
     def along(
@@ -48,6 +46,8 @@ class Sight(NamedTuple):
 
 
 class Placement(NamedTuple):
+    """The parameters of N bodies."""
+
     rotations: Tensor  # (N, J, 3, 3) relative to the parent
     betas: Tensor  # (N, B)
     translation: Tensor  # (N, 3) metres

@@ -220,8 +220,7 @@ class RecordedPeople:
                 fields["image"] = front.paint(fields["image"])
         if self.map_size is not None:
             fields |= map_fields([p.depth for p in people], [p.mask for p in people], self.map_size)
-        # The synthetic estimator's faults are of bodies: hands have heatmaps of their labels or of files alone.
-        if self.heatmaps != "none" and (self.names == HALPE26 or self.heatmaps != "faults"):
+        if self.heatmaps != "none" and (self.names == HALPE26 or self.heatmaps != "faults"):  # faults are of bodies
             fields["heatmaps"], fields["heatmap_valid"] = self._heatmaps(people, fields, generator, covered)
         return Sample(index=index, **fields)
 
