@@ -22,6 +22,8 @@ import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from hmdiff.losses.processes import processes
+
 
 def joint_to_joint(
     predicted: Tensor,  # (B, K, V) features at the predicted joints: anchors and negatives
@@ -116,17 +118,11 @@ def _valid(
     return torch.ones(len(rows), dtype=torch.bool) if valid is None else _gather(valid)[people].flatten()
 
 
-def _processes() -> tuple[int, int]:  # rank, count
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
 def _gather(
     mask: Tensor,  # (B, ...) bool
 ) -> Tensor:  # (P*B, ...) bool, on the CPU
     """Everybody's, in the order of the ranks."""
-    _, count = _processes()
+    _, count = processes()
     if count > 1:
         parts = [torch.empty_like(mask, dtype=torch.uint8) for _ in range(count)]
         distributed.all_gather(parts, mask.to(torch.uint8).contiguous())
@@ -154,7 +150,7 @@ def _take(
     The rows that were drawn travel, not the pool: a volume has hundreds.
     """
     own = features.flatten(0, 1)
-    rank, count = _processes()
+    rank, count = processes()
     index = index - rank * len(own)
     here = ((index >= 0) & (index < len(own))).nonzero()[:, 0]
     mine = own[index[here].to(own.device)]

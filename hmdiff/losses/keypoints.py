@@ -63,6 +63,7 @@ def keypoint_terms(
     weight: Tensor,  # (B, M) of an error of x̂_0
     frame: str = "camera",  # of coarse and joints: "camera", or "crop" (see `geometry.crop_rotation`)
     unit: float = 1.0,  # metres that L_3D counts as 1
+    shares: dict[str, Tensor] | None = None,  # gets the share of the batch that has such labels of each
 ) -> dict[str, Tensor]:  # scalars, weighted
     """`keypoints_2d` and `keypoints_3d`, each a mean over the people who have such labels; 0 where nobody has."""
     terms: dict[str, Tensor] = {}
@@ -74,7 +75,8 @@ def keypoint_terms(
         known = torch.ones_like(sample.joints_2d[..., 0]) if known is None else known
         target = _with_joints(sample.joints_2d, keypoints)
         error = (seen - target[:, None]).abs().sum(-1)
-        terms["keypoints_2d"] = config.keypoints_2d * labelled_mean(error, _with_joints(known, keypoints, -1), weight)
+        known = _with_joints(known, keypoints, -1)
+        terms["keypoints_2d"] = config.keypoints_2d * labelled_mean(error, known, weight, "keypoints_2d", shares)
     if config.keypoints_3d and sample.keypoints_3d is not None:
         target, known = sample.keypoints_3d, sample.has_keypoints_3d
         known = torch.ones_like(target[..., 0], dtype=torch.bool) if known is None else known
@@ -87,7 +89,7 @@ def keypoint_terms(
         found = torch.cat([regressed, chosen], -2) - own
         error = (found - _with_joints(target - origin, keypoints)[:, None]).abs().mean(-1) / unit
         known = _with_joints(known.to(error), keypoints, -1)
-        terms["keypoints_3d"] = config.keypoints_3d * labelled_mean(error, known, weight)
+        terms["keypoints_3d"] = config.keypoints_3d * labelled_mean(error, known, weight, "keypoints_3d", shares)
     return terms
 
 
@@ -124,12 +126,16 @@ def labelled_mean(
     error: Tensor,  # (B, M, P)
     confidence: Tensor,  # (B, P) >= 0, 0 = not labelled
     weight: Tensor,  # (B, M)
+    name: str = "",  # of the term
+    shares: dict[str, Tensor] | None = None,  # gets the share of the batch that has a label, see `processes`
 ) -> Tensor:  # ()
     """Each person's mean, weighted by confidence; then the mean over the people who have a label at all."""
     confidence = confidence.to(error)
     error = torch.where(confidence[:, None] > 0, error, 0.0)
     total = confidence.sum(-1)
     labelled = total > 0
+    if shares is not None:
+        shares[name] = labelled.to(error).mean()
     each = (error * confidence[:, None]).sum(-1) / torch.where(labelled, total, 1.0)[:, None] * weight
     return (each.mean(-1) * labelled).sum() / labelled.sum().clamp_min(1)
 

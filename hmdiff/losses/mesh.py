@@ -79,13 +79,18 @@ def silence(
 def mean_over_labelled(
     error: Tensor,  # (B, ...)
     labelled: Tensor | None,  # (B,) bool, None = all
+    name: str = "",  # of the term
+    shares: dict[str, Tensor] | None = None,  # gets the share of the batch that has the label, see `processes`
 ) -> Tensor:  # ()
     """The mean over the people who have such a label; 0 where nobody has.
 
     Not over the batch: in a mixture, people without a mesh would make the mesh term of the others weigh less.
     """
     mean = silence(error, labelled).mean()
+    share = mean.new_ones(()) if labelled is None else labelled.to(mean).mean()
+    if shares is not None:
+        shares[name] = share.detach()
     if labelled is None:
         return mean
-    share = labelled.to(mean).mean()  # exactly 1 where all are labelled: the term is then as without masks
+    # The share is exactly 1 where all are labelled: the term is then as without masks
     return mean / torch.where(share > 0, share, 1.0)

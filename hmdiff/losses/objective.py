@@ -17,6 +17,7 @@ from hmdiff.data.sample import Sample
 from hmdiff.geometry import weak_perspective_projection
 from hmdiff.losses.mesh import camera_error, edge_error, mean_over_labelled, point_error, reprojection_error, silence
 from hmdiff.losses.paths import PathOutputs, path_terms
+from hmdiff.losses.processes import over_processes
 
 
 def objective(
@@ -33,6 +34,7 @@ def objective(
     edges: Tensor | None = None,  # (E, 2) of the coarse mesh
     paths: PathOutputs | None = None,
     more: Mapping[str, Tensor] | None = None,  # further terms, weighted
+    shares: dict[str, Tensor] | None = None,  # of the batch that has the label of those terms
 ) -> dict[str, Tensor]:  # scalars: every term, weighted, and their sum as "loss"
     """Sum the terms. A sample without a label adds nothing to that label's term, whatever stands in its place."""
     sample = sample.silenced()
@@ -45,20 +47,21 @@ def objective(
         labelled = (weight > 0).any(-1)[:, 0]
         weight = torch.where(labelled[:, None, None], weight, 1.0)  # its mean over no point would be 0 / 0
     terms: dict[str, Tensor] = {}
+    shares = {} if shares is None else shares
     if config.vertices or config.joints_3d:
-        terms |= _terms_apart(config, sample, prediction, target, level_weight, num_coarse)
+        terms |= _terms_apart(config, sample, prediction, target, level_weight, num_coarse, shares)
     else:
         error = point_error(prediction, target, config.points, weight) * level_weight
-        terms["points"] = mean_over_labelled(error, labelled)
+        terms["points"] = mean_over_labelled(error, labelled, "points", shares)
     if config.camera:
-        terms["camera"] = config.camera * mean_over_labelled(*_camera_term(sample, camera))
+        terms["camera"] = config.camera * mean_over_labelled(*_camera_term(sample, camera), "camera", shares)
     if config.edges and edges is not None:
         # Only where the noise is low: the mean of several poses, which is right at high noise, has short edges.
         error = edge_error(clean[..., :num_coarse, :], truth[..., :num_coarse, :], edges) * share
-        terms["edges"] = config.edges * mean_over_labelled(error, sample.has_vertices)
+        terms["edges"] = config.edges * mean_over_labelled(error, sample.has_vertices, "edges", shares)
     if paths is not None:
-        terms |= path_terms(config, sample, paths, clean, truth, level_weight, camera, num_coarse)
-    terms |= more or {}
+        terms |= path_terms(config, sample, paths, clean, truth, level_weight, camera, num_coarse, shares)
+    terms = over_processes(terms | dict(more or {}), shares)
     terms["loss"] = torch.stack(list(terms.values())).sum()
     return terms
 
@@ -70,6 +73,7 @@ def _terms_apart(
     target: Tensor,  # (B, M, P, 3)
     level_weight: Tensor,  # (B, M)
     num_coarse: int,
+    shares: dict[str, Tensor],  # gets those of the two
 ) -> dict[str, Tensor]:
     """λ_v L_v and λ_3D L_3D: vertices and joints, each with a mean and a weight of its own."""
     terms = {}
@@ -79,7 +83,7 @@ def _terms_apart(
     ):
         if weight:
             error = point_error(prediction[..., part, :], target[..., part, :], config.points) * level_weight
-            terms[name] = weight * mean_over_labelled(error, labelled)
+            terms[name] = weight * mean_over_labelled(error, labelled, name, shares)
     return terms
 
 

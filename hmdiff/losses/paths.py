@@ -50,13 +50,14 @@ def path_terms(
     level_weight: Tensor,  # (B, M)
     camera: Tensor,  # (B, 3) predicted
     num_coarse: int,
+    shares: dict[str, Tensor] | None = None,  # gets the share of the batch that has the label of each
 ) -> dict[str, Tensor]:  # scalars, weighted
     """Every term of a path that is on. A sample without a label adds nothing to that label's term."""
     terms: dict[str, Tensor] = {}
     joints, true_joints = clean[..., num_coarse:, :], truth[..., num_coarse:, :]
     if config.projection:
         error = reprojection_error(*_projected(sample, joints, true_joints, camera, paths.mesh_scale))
-        terms["projection"] = config.projection * mean_over_labelled(error, sample.has_joints_3d)
+        terms["projection"] = config.projection * mean_over_labelled(error, sample.has_joints_3d, "projection", shares)
     if config.rle:
         for name, scale in paths.scale.items():
             labelled = sample.has_vertices if name == "vertices" else sample.has_joints_3d
@@ -71,19 +72,21 @@ def path_terms(
             if paths.regressed is not None:
                 mean = torch.where(paths.regressed[..., None, None], mean, mean.detach())
             error = rle_error(mean, scale, target.expand_as(mean), paths.flows[name], paths.rle_variant, weight)
-            terms[f"rle_{name}"] = config.rle * mean_over_labelled(error, labelled)
+            term = f"rle_{name}"
+            terms[term] = config.rle * mean_over_labelled(error, labelled, term, shares)
     if config.silhouette and paths.silhouette is not None and sample.silhouette is not None:
         target = sample.silhouette[:, None].to(paths.silhouette)
         target = F.interpolate(target, paths.silhouette.shape[-2:], mode="bilinear", antialias=True)[:, 0]
         error = silhouette_error(paths.silhouette, target.clamp(0, 1))
-        terms["silhouette"] = config.silhouette * mean_over_labelled(error, sample.has_silhouette)
+        terms["silhouette"] = config.silhouette * mean_over_labelled(error, sample.has_silhouette, "silhouette", shares)
     if config.estimates and paths.estimates is not None:
         error = point_error(paths.estimates, true_joints[:, :, None], config.points).mean(-1) * level_weight
-        terms["estimates"] = config.estimates * mean_over_labelled(error, sample.has_joints_3d)
+        terms["estimates"] = config.estimates * mean_over_labelled(error, sample.has_joints_3d, "estimates", shares)
     if config.estimates and paths.meshes is not None:
         true_mesh = truth[..., :num_coarse, :]
         error = point_error(paths.meshes, true_mesh[:, :, None], config.points).mean(-1) * level_weight
-        terms["mesh_estimates"] = config.estimates * mean_over_labelled(error, sample.has_vertices)
+        mean = mean_over_labelled(error, sample.has_vertices, "mesh_estimates", shares)
+        terms["mesh_estimates"] = config.estimates * mean
     weights = {"joint_contrast": config.joint_contrast, "non_joint_contrast": config.non_joint_contrast}
     for name, value in paths.contrast.items():
         terms[name] = weights[name] * value

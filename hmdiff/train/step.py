@@ -101,6 +101,7 @@ def training_losses(
         regressed=None if model.config.mode == "direct" else share < 1e-6,
     )
     more = {}
+    shares: dict[str, Tensor] = {}
     if keypoints is not None:
         with torch.autocast(truth.device.type, enabled=False):
             more = keypoint_terms(
@@ -113,6 +114,7 @@ def training_losses(
                 clean_weight,
                 model.config.frame,
                 model.config.mesh_scale,
+                shares,
             )
     return objective(
         config,
@@ -128,6 +130,7 @@ def training_losses(
         edges,
         paths,
         more,
+        shares,
     )
 
 
