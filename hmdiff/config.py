@@ -217,6 +217,9 @@ def load_config(
     _check_ranges(config, "")
     if not config.output.strip():
         raise UserError("output is empty; give a folder, such as output=runs/NAME")
+    faults = config.data.faults
+    if faults.narrowest > faults.widest:
+        raise UserError(f"data.faults.narrowest {faults.narrowest} is above data.faults.widest {faults.widest}")
     if config.training.mixed_precision.lower() in ("false", "none"):
         config.training.mixed_precision = "no"  # YAML reads a bare no as false
     return config

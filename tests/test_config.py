@@ -89,6 +89,7 @@ def test_every_shipped_config_is_valid() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("data.faults.narrowest=4", "data.faults.narrowest 4.0 is above data.faults.widest 3.2"),
         ("data.augment.flip=2", "data.augment.flip 2.0: 0 to 1 is possible"),
         ("data.augment={people: much}", "data.augment.people"),
         ("data.depth_faults.blur=-1", "data.depth_faults.blur -1.0: 0 to 1"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, joint_indices, mirror_permutation
 from hmdiff.config import EstimatorFaults
-from hmdiff.data.synthetic.corruption import estimate_heatmaps, face_visibility, two_peaks
+from hmdiff.data.synthetic.corruption import estimate_heatmaps, estimate_peaks, face_visibility, two_peaks
 from hmdiff.heatmaps import gaussian_heatmaps, heatmap_peaks
 
 NONE = EstimatorFaults(
@@ -47,6 +47,14 @@ def test_two_peaks_are_a_sum_of_gaussians() -> None:
     share, sigma = torch.rand(3, 5, 2), torch.rand(3, 5) + 1.5
     expected = sum(gaussian_heatmaps(points[:, :, i], share[:, :, i], sigma) for i in range(2))
     torch.testing.assert_close(two_peaks(points, share, sigma), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_peaks_are_as_wide_as_they_were_asked_for() -> None:
+    faults = dataclasses.replace(NONE, narrowest=1.0, widest=1.2)
+    seen = torch.ones(64, JOINTS, dtype=torch.bool)
+    peaks, *_ = estimate_peaks(places(), seen, seen, faults, torch.Generator().manual_seed(2))
+    width = peaks[..., 0, 3].median(1).values  # of a person; a joint's own is off by a tenth
+    assert 0.95 < width.min() < 1.05 and 1.15 < width.max() < 1.25
 
 
 def test_jitter_has_the_size_it_was_given() -> None:
