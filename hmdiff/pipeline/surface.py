@@ -16,18 +16,15 @@ def nearest_bodies(
     body: Body,
     model: MeshRecoveryModel,
     coarse: Tensor,  # (B, N, C, 3) metres, the camera's axes
-    translation: Tensor | None = None,  # (B, N, 3) metres: where the camera sees them; None: nobody knows
+    translation: Tensor,  # (B, N, 3) metres: where the camera sees them
 ) -> tuple[Tensor, Tensor, FittedBodies]:  # vertices (B, N, V, 3), joints (B, N, K, 3), of (B, N, ...)
     """Every hypothesis as the body nearest to its coarse mesh, the pelvis at the origin."""
     people, hypotheses = coarse.shape[:2]
     # The direct baseline's hypotheses are copies of one.
     alone = 1 if model.config.mode == "direct" else hypotheses
-    rows = coarse[:, :alone].flatten(0, 1)
-    if translation is None or body.keypoint_regressor is None:
-        found = fit_coarse(body, model.coarse_ids, rows)
-    else:
-        regressor, place = model.keypoint_regressor(body), translation[:, :alone].flatten(0, 1)
-        found = fit_coarse(body, model.coarse_ids, rows, keypoints=regressor, translation=place)
+    rows, place = coarse[:, :alone].flatten(0, 1), translation[:, :alone].flatten(0, 1)
+    regressor = None if body.keypoint_regressor is None else model.keypoint_regressor(body)
+    found = fit_coarse(body, model.coarse_ids, rows, keypoints=regressor, translation=place)
     posed = body(found.betas, axis_angle_to_matrix(found.pose))
     shift = -posed.joints[:, 0]
     found = found._replace(translation=shift)
