@@ -131,6 +131,13 @@ class EncoderBlock(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, ratio)
 
+    def silence(self) -> None:
+        """Make it the identity, as a block is that joins a trained encoder: it learns from there."""
+        for layer in (self.attention.to_out, self.feed_forward[-1]):
+            assert isinstance(layer, nn.Linear)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
     def forward(
         self,
         tokens: Tensor,  # (B, L, C)

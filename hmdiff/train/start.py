@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from hmdiff.config import Config
 from hmdiff.diffusion.noising import WEIGHTINGS
 from hmdiff.errors import UserError
 from hmdiff.losses.mesh import POINT_LOSSES
 from hmdiff.losses.rle import RLE_VARIANTS
+from hmdiff.models.layers import EncoderBlock
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train.optimizer import OPTIMIZERS, SCHEDULES
@@ -36,15 +39,21 @@ _PATHS = tuple(
 )
 
 
+# Of these a model may have more than the saved one: further blocks, that leave what it says as it is until they learn.
+_DEPTHS = ("encoder_depth", "depth")
+
+
 def take_weights(model: MeshRecoveryModel, name: str) -> None:
-    """Start from a saved pipeline's weights. What a path adds to it starts as it is built.
+    """Start from a saved pipeline's weights. What a path adds to it starts as it is built; further blocks add nothing.
 
     Raises:
-        UserError: the two models differ in more than an added path.
+        UserError: the two models differ in more than an added path or further blocks.
     """
     stored = HMDiffPipeline.from_pretrained(name).model
     for key, value in model.config.items():
         other = stored.config.get(key)
+        if key in _DEPTHS and value >= other and not model.config.coarse_to_fine:
+            continue
         if not key.startswith("_") and key not in ("mode", "pretrained", "frame", *_PATHS) and other != value:
             raise UserError(f"training.start_from {name}: its model has {key} {other!r}, this one {value!r}")
     mine, theirs = model.state_dict(), stored.state_dict()
@@ -56,3 +65,7 @@ def take_weights(model: MeshRecoveryModel, name: str) -> None:
                 f"{model.config.get(path)!r}: a path can be added, not taken away or changed in size"
             )
     model.load_state_dict(theirs, strict=False)
+    if isinstance(model.encoder, torch.nn.ModuleList):
+        for block in list(model.encoder)[stored.config.encoder_depth :]:
+            assert isinstance(block, EncoderBlock)
+            block.silence()  # a denoiser's block is built so: its gates are zero

@@ -640,6 +640,32 @@ def test_a_path_joins_a_saved_pipeline(tmp_path: Path, quick: None, uninterrupte
         Trainer(without)
 
 
+@pytest.mark.slow
+def test_further_blocks_join_a_saved_pipeline(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
+    start_from = f"training.start_from={uninterrupted / 'pipeline'}"
+    plain = Trainer(config(tmp_path / "plain", 1, *STEADY, start_from, "seed=7")).plain
+    encoder, denoiser = plain.config.encoder_depth, plain.config.depth
+    deeper = [f"model.encoder_depth={encoder + 2}", f"model.depth={denoiser + 1}"]
+    grown = Trainer(config(tmp_path / "grown", 1, *STEADY, start_from, "seed=7", *deeper)).plain
+    assert len(grown.encoder) == encoder + 2 and len(grown.denoisers[0].blocks) == denoiser + 1
+    heatmaps = torch.rand(2, plain.config.num_keypoints, 64, 64)
+    valid = torch.ones(2, plain.config.num_keypoints, dtype=torch.bool)
+    said = []
+    for model in (plain, grown):
+        conditioning, camera = model.encode(heatmaps=heatmaps, heatmap_valid=valid)
+        said.append((camera, model.regress(conditioning)))
+    for before, after in zip(*said, strict=True):  # it says what it said, and learns from there
+        assert torch.equal(before, after)
+    said[1][1].square().mean().backward()
+    for block in (*list(grown.encoder)[encoder:],):
+        assert block.attention.to_out.weight.grad.abs().max() > 0
+        assert block.feed_forward[-1].weight.grad.abs().max() > 0
+    assert grown.denoisers[0].blocks[-1].modulation.project.weight.grad.abs().max() > 0
+    fewer = config(tmp_path / "fewer", 1, *STEADY, start_from, f"model.encoder_depth={encoder - 1}")
+    with pytest.raises(UserError, match=f"encoder_depth {encoder}, this one {encoder - 1}"):
+        Trainer(fewer)
+
+
 # -- bad values -------------------------------------------------------------------------------------------------------
 
 
