@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.pipeline import HMDiffPipeline
     from hmdiff.train.memory import memory_text, parameters, peak_gigabytes
     from hmdiff.train.step import Draws, keypoint_map, training_losses
+    from hmdiff.train.timing import timings
 
     alone = options.config is None and not (options.data or options.shards or options.fit or options.learning)
     if alone and not options.overrides and not options.no_sampling:
@@ -172,8 +171,7 @@ def run(options: argparse.Namespace) -> int:
             scheduler=options.sampler,
         )
 
-    _timed(sampling, device, 1)
-    seconds = _timed(sampling, device, options.repeats) / people
+    seconds = statistics.median(timings(sampling, 1 + options.repeats, device)[1:]) / people
     count = options.steps or config.diffusion.num_inference_steps
     print(f"sampling {options.num_hypotheses} hypotheses in {count} steps: {1000 * seconds:.0f} ms an image")
     return 0
@@ -286,17 +284,3 @@ def _fitting(options: argparse.Namespace, name: str, device: Any) -> int:
             flush=True,
         )
     return 0
-
-
-def _timed(action: Callable[[], None], device: Any, repeats: int) -> float:
-    """Median seconds of an action, the device waited for."""
-    import torch
-
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)

@@ -13,6 +13,7 @@ from hmdiff.body.body import Body
 from hmdiff.body.fitting import fit_parameters
 from hmdiff.body.mesh_cache import random_bodies
 from hmdiff.geometry import axis_angle_to_matrix
+from hmdiff.train.timing import wait_for
 
 
 def fit_figures(
@@ -36,8 +37,7 @@ def fit_figures(
             given = (truth + noise * torch.randn(truth.shape, generator=generator)).to(device)
             started = time.perf_counter(), time.process_time()
             found = fit_parameters(body, given)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             if len(truth) == min(batch_size, count):
                 wall.append((time.perf_counter() - started[0]) / len(truth))
                 process.append((time.process_time() - started[1]) / len(truth))

@@ -8,7 +8,6 @@ constant, linearly to zero over the last 30 %. Errors are those of the regressor
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -17,15 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hmdiff.body.body import load_body
-from hmdiff.build import build_data, build_mesh, build_model, build_scheduler
+from hmdiff.build import build_data
 from hmdiff.config import Config
 from hmdiff.data.sample import Sample
 from hmdiff.geometry import crop_rotation
+from hmdiff.lab.bare_training import BareTraining
 from hmdiff.models.recovery import MeshRecoveryModel
-from hmdiff.train.optimizer import build_optimizer
-from hmdiff.train.step import keypoint_map, training_losses
-from hmdiff.train.stream import TrainingStream
 
 SPLITS = ("val", "test_ood")
 PEOPLE = 192
@@ -49,42 +45,29 @@ def learning_curve(
     torch.set_num_threads(1)
     values = dataclasses.replace(config.training, steps=1_000_000)
     config = dataclasses.replace(config, training=values)
-    body = load_body(config.body)
-    mesh = build_mesh(config, body)
-    model = build_model(config, body, mesh)
-    if model.upsample_weight is not None:
-        model.upsample_weight.requires_grad_(False)
-    scheduler, keypoints = build_scheduler(config), keypoint_map(config.loss, model, body)
-    stream = TrainingStream(build_data(config, body, mesh), config, 0, 1, model)
-    optimizer = build_optimizer(model, values)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    training = BareTraining(config)
+    groups = training.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
     data = build_data(
         dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=PEOPLE)),
-        body,
-        mesh,
+        training.body,
+        training.mesh,
         full_mesh=True,
     )
     held_out = {split: data.block(split, 0) for split in SPLITS}
-    parameters = [p for p in model.parameters() if p.requires_grad]
     used, budget, due = 0.0, 60 * core_minutes, list(points)
     for index in range(values.steps):
         started = clock()
-        people, draws = stream[index]
+        people, draws = training.stream[index]
         share = min(1.0, used / budget)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * min(1.0, share / WARM_UP + 0.01, (1 - share) / DECAY)
-        narrow = values.mixed_precision == "bf16"
-        with torch.autocast("cpu", torch.bfloat16) if narrow else contextlib.nullcontext():
-            loss = training_losses(model, scheduler, config.loss, people, draws, keypoints=keypoints)["loss"]
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, values.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        training.step(people, draws)
         if index >= NOT_COUNTED:
             used += clock() - started
         if due and used >= budget * due[0]:
             due.pop(0)
-            errors = {split: regression_error(model, sample) for split, sample in held_out.items()}
+            errors = {split: regression_error(training.model, sample) for split, sample in held_out.items()}
             yield LearningPoint(used / 60, (index + 1) * values.batch_size, errors)
         if not due:
             return

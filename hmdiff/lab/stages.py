@@ -38,6 +38,7 @@ from hmdiff.names import SAVED
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.pipeline.surface import nearest_bodies
 from hmdiff.train.memory import peak_gigabytes
+from hmdiff.train.timing import timings
 from hmdiff.viz.person_files import write_person
 
 REGRESSOR = "direct regressor, one pass"
@@ -87,26 +88,16 @@ class Bench:
         self.clock = time.process_time if alone else time.perf_counter
         self.clock_name = "processor time" if alone else "wall time"
         side = torch.randn(_MATRIX, _MATRIX, device=device).to(options.dtype)
-        best = min(self._times(lambda: side @ side, 5)[1:])
+        best = min(timings(lambda: side @ side, 5, device, self.clock)[1:])
         self.peak = 2 * _MATRIX**3 / best
 
     def row(self, stage: str, action: Callable[[], Any], count: bool = False) -> Row:
         """Time an action; with `count` its FLOPs too."""
-        first, *times = self._times(action, 1 + self.options.repeats)
+        first, *times = timings(action, 1 + self.options.repeats, self.device, self.clock)
         flops = counted_flops(action) if count else None
         seconds = statistics.median(times)
         share = None if not flops else flops / seconds / self.peak
         return Row(stage, seconds, (max(times) - min(times)) / 2, first, flops, share, peak_gigabytes())
-
-    def _times(self, action: Callable[[], Any], repeats: int) -> list[float]:
-        times = []
-        for _ in range(repeats):
-            started = self.clock()
-            action()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            times.append(self.clock() - started)
-        return times
 
 
 def counted_flops(action: Callable[[], Any]) -> int:
@@ -124,11 +115,9 @@ def start_rows(repeats: int) -> Iterator[Row]:
         ("import the pipeline", "import hmdiff.pipeline"),
         ("hmdiff --help", "import hmdiff.cli.main as m; m.build_parser().format_help()"),
     ):
-        times = []
-        for _ in range(1 + repeats):
-            started = sum(os.times()[2:4])
-            subprocess.run([sys.executable, "-c", code], check=True)
-            times.append(sum(os.times()[2:4]) - started)
+        command = [sys.executable, "-c", code]
+        run = functools.partial(subprocess.run, command, check=True)
+        times = timings(run, 1 + repeats, clock=lambda: sum(os.times()[2:4]))
         yield Row(stage, statistics.median(times[1:]), (max(times[1:]) - min(times[1:])) / 2, times[0])
 
 

@@ -7,6 +7,7 @@ backward, clipping, optimizer, EMA. An image is encoded and denoised, as many hy
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import tempfile
@@ -21,6 +22,7 @@ from hmdiff.config import Config, load_config, save_config
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.evaluate.evaluation import as_heatmaps, ask
 from hmdiff.train.loop import Trainer
+from hmdiff.train.timing import timings
 
 REPEATS = 7
 IMAGES = 8  # a call
@@ -62,25 +64,19 @@ class _Timed:
 
     def step(self, clock: Callable[[], float], counts: bool) -> None:
         self.trainer.plain.train()
-        started = clock()
-        self.trainer._one_step(itertools.repeat(self.batch))
-        self._wait()
+        step = functools.partial(self.trainer._one_step, itertools.repeat(self.batch))
+        taken = timings(step, 1, self.trainer.accelerator.device, clock)
         if counts:
-            self.step_times.append(clock() - started)
+            self.step_times += taken
 
     def image(self, num_hypotheses: int, steps: int | None, clock: Callable[[], float], counts: bool) -> None:
         self.trainer.plain.eval()
         count = num_hypotheses if self.mode == "diffusion" else 1
         heatmaps = as_heatmaps(self.sample)
-        started = clock()
-        ask(self.trainer.pipeline, self.sample, heatmaps, SamplingConfig(count, steps))
-        self._wait()
+        call = functools.partial(ask, self.trainer.pipeline, self.sample, heatmaps, SamplingConfig(count, steps))
+        taken = timings(call, 1, self.trainer.accelerator.device, clock)
         if counts:
-            self.image_times.append((clock() - started) / len(self.sample))
-
-    def _wait(self) -> None:
-        if self.trainer.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+            self.image_times += [seconds / len(self.sample) for seconds in taken]
 
     def found(self) -> dict[str, Any]:
         values = self.trainer.config.training

@@ -38,6 +38,7 @@ from hmdiff.train.check_machine import (
 from hmdiff.train.checkpoint import checkpoints_in
 from hmdiff.train.loop import Trainer
 from hmdiff.train.memory import parameters
+from hmdiff.train.timing import timings
 
 FINE, WRONG, SKIPPED = "ok", "wrong", "-"  # and CAREFUL
 _TIMED_STEPS, _TIMED_SECONDS = 3, 10.0  # steps after the first: at most so many, none begun after so long
@@ -220,11 +221,8 @@ class _Checks:
             count = max(2, self.config.training.gradient_accumulation)
             try:
                 torch.set_num_threads(1)  # as in a worker
-                times = []
-                for index in range(count):
-                    started = time.perf_counter()
-                    self.batches.append(stream[index % len(stream)])
-                    times.append(time.perf_counter() - started)
+                numbers = itertools.cycle(range(len(stream)))
+                times = timings(lambda: self.batches.append(stream[next(numbers)]), count)
             finally:
                 torch.set_num_threads(threads)
             rate = self.config.training.batch_size / min(times)
