@@ -52,6 +52,8 @@ def check_hyperparameters(
             continue
         if kinds is not None and not (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))):
             raise UserError(f"{where}: {name} is {value!r:.80}, {type(default).__name__} expected")
+        if isinstance(default, list | tuple) and not isinstance(value, list | tuple):
+            raise UserError(f"{where}: {name} is {value!r:.80}, a list is expected")
         _check_size(where, name, value, 0)
 
 

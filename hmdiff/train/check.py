@@ -38,10 +38,12 @@ from hmdiff.train.check_machine import (
 from hmdiff.train.checkpoint import checkpoints_in
 from hmdiff.train.loop import Trainer
 from hmdiff.train.memory import parameters
+from hmdiff.train.sharding import whole
 from hmdiff.train.timing import timings
 
 FINE, WRONG, SKIPPED = "ok", "wrong", "-"  # and CAREFUL
 _TIMED_STEPS, _TIMED_SECONDS = 3, 10.0  # steps after the first: at most so many, none begun after so long
+_WOKEN = 0.02  # standard deviation of what starts at zero, once it is made to say something
 _EVALUATED = 2  # people of the validation split on whom one evaluation is tried
 
 
@@ -238,7 +240,7 @@ class _Checks:
             trainer, numbers = self.trainer, self.result.numbers
             names = [name for name, _ in _trained(trainer)]
             numbers["without_gradient"] = len(self.unmoved)
-            self._check("gradients", lambda: describe_gradients(names, self.unmoved, 1 + _TIMED_STEPS))
+            self._check("gradients", lambda: describe_gradients(names, self.unmoved))
             self._check("memory", lambda: describe_memory(trainer.accelerator.device, numbers))
             processes = trainer.accelerator.num_processes
             self._check("balance", lambda: describe_balance(self.config, numbers, processes))
@@ -259,6 +261,13 @@ class _Checks:
                 times.append(time.perf_counter() - started)
                 if sum(times) > _TIMED_SECONDS:
                     break
+            # Gates and last layers start at zero, and keep what is before them from a gradient for as many steps as
+            # there are of them in a row. This training is thrown away: it may say something from now on.
+            with torch.no_grad():
+                for _, parameter in _trained(trainer):
+                    if not whole([parameter])[0].any():
+                        parameter.normal_(std=_WOKEN)
+            trainer._one_step(batches)
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and "out of memory" not in str(error):
                 raise

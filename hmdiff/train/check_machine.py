@@ -20,7 +20,6 @@ _NEARLY_FULL = 0.9  # share of a GPU's memory above which an unlucky batch may n
 def describe_gradients(
     names: Sequence[str],  # of the parameters that are trained
     unmoved: Set[str],  # those without a gradient
-    steps: int,
 ) -> Found:
     """Does every parameter of every part that is on learn from this data? Those that do not, by part."""
     if not unmoved:
@@ -34,9 +33,7 @@ def describe_gradients(
         if still:
             some = "" if len(still) == len(own) else f" ({still[0]}{', ...' if len(still) > 1 else ''})"
             words.append(f"{part}: {len(still)} of {len(own)}{some}")
-    return CAREFUL, (
-        f"{len(unmoved)} of {len(names)} parameters get none from this data in {steps} steps: " + "; ".join(words)
-    )
+    return CAREFUL, f"{len(unmoved)} of {len(names)} parameters get none from this data: " + "; ".join(words)
 
 
 def describe_memory(device: torch.device, numbers: dict[str, float]) -> Found:

@@ -93,6 +93,7 @@ def test_older_pipelines_without_checksums_are_read(saved: Path, tmp_path: Path)
         ("heads", "2", "heads is '2', int expected"),
         ("depth", 1.5, "depth is 1.5, int expected"),
         ("depth", True, "depth is True, int expected"),
+        ("rle", 5, "rle is 5, a list is expected"),
         ("mesh_scale", float("nan"), "mesh_scale nan"),
         ("mesh_scale", 1e30, "mesh_scale 1e\\+30"),
         ("num_vertices", 2**40, "num_vertices 1099511627776; 1 to"),
