@@ -111,7 +111,7 @@ def recover_video(
     rows = joined(chunks)
     if "frame" not in rows:
         raise UserError(f"{info.path}: nobody was found in any of its {len(rows['frame_times'])} frames")
-    tracks, short = [], 0
+    tracks, short, jumped = [], 0, 0
     for number in np.unique(rows["track"]):
         mine = rows["track"] == number
         if mine.sum() < min(FLICKER, len(rows["frame_times"])):
@@ -119,7 +119,8 @@ def recover_video(
             continue
         own = {name: values[mine] for name, values in rows.items() if name not in PER_CHUNK}
         tracks.append(assemble(pipe.body, int(number), own, rows["frame_times"], smoothing))
-    return Video(info, tuple(tracks), tuple(_notes(info, rows, short)), source.name)
+        jumped += int(mine.sum() - tracks[-1].seen.sum())
+    return Video(info, tuple(tracks), tuple(_notes(info, rows, short, jumped)), source.name)
 
 
 def _groups(frames: Iterator[Frame], size: int, first: int) -> Iterator[list[Frame]]:
@@ -228,7 +229,7 @@ def _rows(output: Any, maps: Heatmaps, batch: Sequence[tuple[Frame, int, Heatmap
     }
 
 
-def _notes(info: ClipInfo, rows: Rows, short: int) -> Iterator[str]:
+def _notes(info: ClipInfo, rows: Rows, short: int, jumped: int) -> Iterator[str]:
     total = len(rows["frame_times"])
     missing = max(len(rows["lost"]), info.frames - total)
     if missing:
@@ -239,3 +240,5 @@ def _notes(info: ClipInfo, rows: Rows, short: int) -> Iterator[str]:
         yield f"{info.path}: nobody was found in {without} of {total} frames"
     if short:
         yield f"{info.path}: {short} people were seen in fewer than {FLICKER} frames and left out"
+    if jumped:
+        yield f"{info.path}: keypoints jumped for one frame, {jumped} times; filled in (--smoothing 0 keeps them)"

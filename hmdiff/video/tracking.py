@@ -21,6 +21,8 @@ _FAINT = 0.1  # confidence of a keypoint that counts
 _VELOCITY = 0.7  # seconds without a sighting after which nothing is predicted any more
 _LOOK_AGAIN = 0.5  # seconds after a sighting in which a detector may have overlooked somebody
 _AWAY = 1.0  # seconds after which a person who comes back is somebody new
+_JUMP = 0.05  # of the person's extent, root mean square over the joints: farther from both neighbours is a jump,
+_ACCELERATION = 30.0  # beyond what bodies do; extents / s^2, about 50 m/s^2
 
 
 @dataclasses.dataclass
@@ -100,6 +102,37 @@ class Tracker:
 def same_person(first: np.ndarray, second: np.ndarray) -> bool:  # (J, 3) each
     """Whether two sightings of one frame are of one person."""
     return _distance(first[:, :2], first, second) < _SAME
+
+
+def jumps(
+    times: np.ndarray,  # (S,) seconds, ascending, of one person's sightings
+    points: np.ndarray,  # (S, J, 3) photo pixels and confidence
+) -> np.ndarray:  # (S,) bool
+    """Sightings far from both neighbours, which agree: for one frame the estimator put the joints elsewhere.
+
+    Far from the point between the neighbours, and farther than they are from each other but for the person's walk. Of
+    two jumps side by side the greater counts, so that no two neighbours are taken out. Our choice.
+    """
+    away = np.zeros(len(points))  # pixels, of those that jump
+    clear = points[..., 2] > _FAINT
+    for here in range(1, len(points) - 1):
+        every = clear[here - 1 : here + 2].all(0)
+        if every.sum() < 3:
+            continue
+        first, seen, last = points[here - 1 : here + 2, every, :2].astype(np.float64)
+        before, after = times[here] - times[here - 1], times[here + 1] - times[here]
+        middle = first + (last - first) * before / (before + after)
+        allowed = _JUMP + 0.5 * _ACCELERATION * before * after
+        far, apart = _rms(seen - middle), _rms(last - first - np.median(last - first, 0))
+        if far > max(apart, allowed * np.linalg.norm(np.ptp(seen, 0))):
+            away[here] = far
+    found: np.ndarray = away > 0
+    found[1:-1] &= (away[1:-1] > away[:-2]) & (away[1:-1] >= away[2:])
+    return found
+
+
+def _rms(offsets: np.ndarray) -> float:  # of (J, 2)
+    return float(np.sqrt(np.square(offsets).sum(-1).mean()))
 
 
 def _distance(

@@ -20,6 +20,7 @@ from hmdiff.diffusion.hypotheses import select
 from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle, perspective_projection
 from hmdiff.video.sightings import Rows
 from hmdiff.video.smoothing import DELTA, SIGMA, filled, filled_rotations, kernel, mean_rotations
+from hmdiff.video.tracking import jumps
 
 _AT_ONCE = 32  # frames whose meshes are in memory
 
@@ -143,7 +144,10 @@ def assemble(
     sigma: float = SIGMA,  # seconds; 0: the frames as they are
     delta: float = DELTA,  # metres
 ) -> VideoTrack:
-    """Fill in, give every hypothesis its one shape, smooth."""
+    """Fill in, give every hypothesis its one shape, smooth; a lone jump of the estimator then counts as not seen."""
+    if sigma > 0:
+        sighted = ~jumps(rows["time"], rows["points"])
+        rows = {name: values[sighted] for name, values in rows.items()}
     at = rows["frame"].astype(int)
     frames = np.arange(at[0], at[-1] + 1)
     times = frame_times[frames]

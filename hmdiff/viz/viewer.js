@@ -80,6 +80,14 @@ async function start() {
     const bones = new THREE.BufferGeometry().setAttribute("position", new THREE.Float32BufferAttribute(lines, 3));
     mesh.skeleton = new THREE.LineSegments(bones, new THREE.LineBasicMaterial({color: 0x1b2a49, depthTest: false}));
     mesh.skeleton.renderOrder = 2;
+    const knobs = new THREE.Float32BufferAttribute(
+      data.joints.subarray(number * 3 * person.parents.length, (number + 1) * 3 * person.parents.length), 3);
+    for (let i = 0; i < knobs.array.length; i++) knobs.array[i] *= person.unit;
+    const dots = new THREE.Points(
+      new THREE.BufferGeometry().setAttribute("position", knobs),
+      new THREE.PointsMaterial({color: 0x1b2a49, size: 6, sizeAttenuation: false, depthTest: false}));
+    dots.renderOrder = 2;
+    mesh.skeleton.add(dots);
     mesh.add(mesh.skeleton);
     world.add(mesh);
     return bodies[number] = mesh;
@@ -176,6 +184,7 @@ async function start() {
     draw();
   }
   function showOnly(numbers) {
+    find("stepped").textContent = "";
     boxes.forEach((box, number) => { box.checked = numbers.includes(number); });
     shown.clear();
     numbers.forEach(number => shown.add(number));
@@ -192,8 +201,8 @@ async function start() {
     const path = paths[find("through").value];
     find("step").max = path.length - 1;
     const [number, words] = path[Math.min(Number(find("step").value), path.length - 1)];
-    find("stepped").textContent = words;
     showOnly([number]);
+    find("stepped").textContent = words;
   }
   find("through").onchange = () => { find("step").value = 0; step(); };
   find("step").oninput = step;
@@ -243,7 +252,7 @@ async function start() {
       if (place.distanceTo(local) < nearest) [joint, nearest] = [j, place.distanceTo(local)];
     }
     const lines = [name(number), `vertex ${vertex}, near ${person.joint_names[joint]}`];
-    lines.push(`x ${local.x.toFixed(2)}, y ${local.y.toFixed(2)}, z ${local.z.toFixed(2)} m of the pelvis`);
+    lines.push(`x ${local.x.toFixed(2)}, y ${local.y.toFixed(2)}, z ${local.z.toFixed(2)} m from the pelvis`);
     for (const map of Object.values(person.maps)) lines.push(`${map.label}: ${(data[map.array][vertex] * map.scale).toFixed(map.digits)} ${map.unit}`);
     return lines.join("\n");
   }
@@ -259,7 +268,8 @@ async function start() {
   find("panel").hidden = asked.get("panel") === "0";
   find("photo").checked = asked.get("photo") !== "0";
   find("skeleton").checked = asked.get("skeleton") === "1";
-  find("colour").value = person.maps[asked.get("colour")] ? asked.get("colour") : "";
+  const colour = asked.get("colour");  // its beginning is enough, such as "confidence"
+  find("colour").value = colour && Object.keys(person.maps).find(key => key.startsWith(colour)) || "";
   find("through").value = "modes";
   step();
   find("colour").onchange();

@@ -83,6 +83,24 @@ def test_a_gap_is_filled_and_marked_and_a_flicker_left_out(tmp_path: Path) -> No
     assert np.isnan(track.spread_mm[3]) and np.isfinite(track.spread_mm[[2, 4]]).all()
 
 
+def test_a_lone_jump_is_filled_in_and_said(tmp_path: Path) -> None:
+    """What a frame far from both neighbours shows has no part in the track; without smoothing it stays."""
+    clip, still = write_clip(tmp_path / "clip.mp4", 7), Walkers()
+    still.place = lambda frame, person: (60.0, 50.0)  # type: ignore[method-assign]
+    still.hidden = lambda frame, person: person == 1
+    jumping = Walkers(still.hidden)
+    jumping.place = lambda frame, person: (60.0, 50.0) if frame != 3 else (70.0, 50.0)  # type: ignore[method-assign]
+    (expected,), (rough,) = run(clip, still).tracks, run(clip, jumping, smoothing=0.0).tracks
+    found = run(clip, jumping)
+    (track,) = found.tracks
+    assert rough.seen.all() and np.flatnonzero(~track.seen).tolist() == [3]
+    assert found.notes == (
+        f"{found.info.path}: keypoints jumped for one frame, 1 times; filled in (--smoothing 0 keeps them)",
+    )
+    assert float((track.translation - expected.translation).abs().max()) < 0.02
+    assert float((rough.translation - expected.translation).abs().max()) > 0.1
+
+
 def test_a_damaged_frame_is_one_note(tmp_path: Path) -> None:
     found = run(write_clip(tmp_path / "clip.avi", 10, "MJPG", damaged=4))
     assert found.notes == (f"{found.info.path}: 1 frames could not be decoded, the first before frame 4; left out",)

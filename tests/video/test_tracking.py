@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hmdiff.video.tracking import Tracker, same_person
+from hmdiff.video.tracking import Tracker, jumps, same_person
 
 SHAPE = np.array([[0, 0], [-20, 40], [20, 40], [-15, 100], [15, 100]], float)
 
@@ -79,3 +79,38 @@ def test_a_replayed_tracker_goes_on_as_the_one_before() -> None:
         second.replay(frame / 25, people, numbers)
     people = np.stack([person(300 - 6 * 12, 60.0), person(100 + 8 * 12), person(600.0)])
     assert first.update(12 / 25, people) == second.update(12 / 25, people) == [1, 0, 2]
+
+
+def striding(frames: int, swing: float = 25.0, rate: float = 30.0) -> tuple[np.ndarray, np.ndarray]:
+    """Who walks: the whole to the right, the feet to and fro, a stride a second, a pixel of noise."""
+    times = np.arange(frames) / rate
+    points = np.stack([person(100 + 90 * time) for time in times])
+    swung = swing * np.sin(2 * np.pi * times)
+    points[:, 3, 0] += swung
+    points[:, 4, 0] -= swung
+    points[:, :, :2] += np.random.default_rng(0).standard_normal(points[:, :, :2].shape)
+    return times, points
+
+
+@pytest.mark.parametrize("rate", [10.0, 30.0])
+def test_a_lone_frame_whose_joints_are_elsewhere_is_a_jump(rate: float) -> None:
+    times, points = striding(30, rate=rate)
+    assert not jumps(times, points).any()
+    points[7, :3, :2] += (35.0, -30.0)
+    points[20, [3, 4]] = points[20, [4, 3]] + np.array([40.0, 0.0, 0.0])
+    assert np.flatnonzero(jumps(times, points)).tolist() == [7, 20]
+    points[7, :, 2] = 0.05
+    assert np.flatnonzero(jumps(times, points)).tolist() == [20], "faint joints are no evidence"
+
+
+def test_what_does_not_come_back_is_no_jump() -> None:
+    """Another mode, two frames of it, the ends of a clip; and of frames that alternate no two neighbours go."""
+    times, points = striding(30)
+    for part in (slice(15, None), slice(10, 12), slice(0, 1), slice(29, 30)):
+        changed = points.copy()
+        changed[part, :2, 0] += 60.0
+        assert not jumps(times, changed).any()
+    points[::2, :2, 0] += 60.0
+    found = jumps(times, points)
+    assert found.any() and not (found[1:] & found[:-1]).any()
+    assert not jumps(times[:2], points[:2]).any()
