@@ -176,13 +176,14 @@ def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, Compariso
     for name, table in tables.items():
         found = _evaluate(options, plan, name, table, asked, costs)
         lines: list[dict[str, Any]] = []
+        banded = table.banded and all(row.tells_visibility for rows in found.values() for row in rows if row.cells)
         for split, rows in found.items():
-            lines += csv_rows(name, split, rows, mode, BANDS if table.banded else ())
+            lines += csv_rows(name, split, rows, mode, BANDS if banded else ())
             title = f"{table.title}: {mode}, {split}, {asked.people} people, mm (95 % interval)"
             if mode == "diffusion":
                 title += f", N = {asked.num_hypotheses}"
             Table(title, *texts(table, rows, mode), table.note).print()
-            if table.banded:
+            if banded:
                 Table(f"PVE by visible part (people), {split}", *band_texts(rows, "pve")).print()
                 Table(f"% of the reference's PVE, {split}", *band_texts(rows, "pve", relative=True)).print()
                 if mode == "diffusion":
@@ -198,7 +199,9 @@ def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, Compariso
         written = [f"{place}.csv"]
         if plot_differences(found, f"{place}.png", title=table.title):
             written.append(f"{place}.png")
-        if table.banded and plot_bands(found, f"{place}_bands.png", title=table.title):
+        if table.banded and not banded:
+            print("no rows by visible part: these people carry none; --set data.map_size=64 draws what tells it")
+        if banded and plot_bands(found, f"{place}_bands.png", title=table.title):
             written.append(f"{place}_bands.png")
         missing = [run.name for runs in plan.of[name].values() for run in runs if not is_done(run)]
         if missing:

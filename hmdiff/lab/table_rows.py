@@ -53,6 +53,11 @@ class RowCells:
             rows.append(torch.tensor(found, dtype=torch.float64))
         return torch.stack(rows) if rows else None
 
+    @property
+    def tells_visibility(self) -> bool:
+        """Whether its people carry how much of them is visible: those with pictures or maps do."""
+        return self.values("visible_fraction") is not None
+
     def mask(self, number: int, band: BandOf) -> Tensor:  # (P,) bool
         """Who is in a band. Raises `UserError` where the cells do not tell."""
         fractions = self.values("visible_fraction")

@@ -280,3 +280,28 @@ def test_nothing_to_fit_is_named() -> None:
         fit_temperature(copies, copies[:, 0])
     with pytest.raises(UserError, match="3 people with 1 samples each; give more"):
         fit_temperature(copies[:, :1], copies[:, 0])
+
+
+def test_a_likelihood_that_differs_by_little_still_chooses() -> None:
+    """In standard deviations over the hypotheses: how far apart they are in themselves does not matter."""
+    vertices = torch.zeros(1, 3, 4, 3)
+    vertices[0, :, 0, 0] = torch.tensor([-0.1, 0.1, 0.0]) * 1e-3  # the third is the mean, the two others alike
+    root, likely = torch.zeros(1, 3, 3), torch.tensor([[0.0, 0.2, -0.5]])
+    assert select(vertices, root, rle_log_likelihood=likely).item() == 2
+    assert select(vertices, root, rle_log_likelihood=100 * likely).item() == 2
+    alike = torch.zeros(1, 3, 4, 3)
+    assert select(alike, root, rle_log_likelihood=likely).item() == 1
+    assert select(alike, root, rle_log_likelihood=1e-2 * likely).item() == 1
+
+
+def test_a_faint_photo_weighs_as_a_clear_one_by_the_persons_error() -> None:
+    """The person's own error is a mean by confidence: a common factor of all confidences leaves it."""
+    points = torch.randn(1, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+    error = torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(1)) * 0.05
+    nearness = torch.zeros(5, 3)  # no keypoint is near: the person's error alone counts
+    clear, faint = (
+        weighted_mean(points, Reprojection(error, torch.full((1, 3), confidence), nearness))
+        for confidence in (1.0, 0.01)
+    )
+    torch.testing.assert_close(faint, clear)
+    assert (clear - points.mean(1)).abs().max() > 1e-3

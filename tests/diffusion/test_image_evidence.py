@@ -51,6 +51,17 @@ def test_the_fit_finds_how_the_error_grows_and_calibrates_every_kind_of_person(w
         assert expected_calibration_error(scaled[part], their_truth[part]) < 0.05 < 0.08 < before
 
 
+def test_nothing_is_added_to_a_spread_that_follows_the_error_already() -> None:
+    generator = torch.Generator().manual_seed(0)
+    evidence = torch.full((600, 3), float("nan"))
+    evidence[:, 1] = torch.rand(600, generator=generator)
+    sigma = 0.05 * (1.5 * (evidence[:, 1] - 0.5)).exp()[:, None, None]
+    truth = torch.randn(600, 14, 3, generator=generator)
+    mean = truth + sigma * torch.randn(600, 14, 3, generator=generator)
+    samples = mean[:, None] + sigma[:, None] * torch.randn(600, 40, 14, 3, generator=generator)
+    assert fit_evidence_factor(samples, truth, evidence).weights[1] == pytest.approx(0, abs=0.15)
+
+
 def test_what_is_not_known_and_what_is_extreme() -> None:
     factor = EvidenceFactor((1.0, 2.0, 3.0), (0.5, 0.5, -3.0))
     nan = float("nan")
