@@ -7,7 +7,6 @@ which `build.build_model` holds it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -237,6 +236,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.map_size": (0, 4096),
     "data.label_noise": (0, 0.5),
     **{f"data.augment.{name}": (0, 1) for name in ("flip", "noise", "upright", "objects", "people", "pasted")},
+    **{f"data.faults.{name}": (0, 1) for name in ("missing", "missing_hidden", "second_peak", "swap", "exact")},
+    **{f"data.faults.{name}": (0, 10) for name in ("jitter", "hidden")},
+    **{f"data.faults.{name}": (0.1, 100) for name in ("narrowest", "widest")},
     "data.augment.rotation": (0, 90),
     "data.augment.scale": (0, 0.9),
     **{f"data.depth_faults.{name}": (0, 1) for name in ("disparity", "missing", "missing_map", "edges", "blur")},
@@ -251,6 +253,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **{f"training.{name}_every": (1, 10**10) for name in ("log", "evaluate", "checkpoint")},
     "training.keep_checkpoints": (1, 10**6),
     "training.ema_decay": (0, 1),
+    "training.decay_share": (0, 1),
     "training.threads": (0, 1024),
     "training.gradient_clip": (1e-12, 1e12),
     "evaluation.num_hypotheses": (1, 10_000),
@@ -266,10 +269,9 @@ def _check_ranges(section: Any, prefix: str) -> None:
         if dataclasses.is_dataclass(value):
             _check_ranges(value, name + ".")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            least, most = _RANGES.get(name, (-math.inf if isinstance(value, int) else 0, 1e12))
+            least, most = _RANGES.get(name, (0, 1e12))
             if not least <= value <= most:
-                wanted = f"{least:g} to {most:g}" if math.isfinite(least) else f"at most {most:g}"
-                raise UserError(f"{name} {value}: {wanted} is possible")
+                raise UserError(f"{name} {value}: {least:g} to {most:g} is possible")
 
 
 def save_config(config: Config, path: str | Path) -> None:

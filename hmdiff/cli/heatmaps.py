@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
     from hmdiff.cli.estimation import estimation_of
     from hmdiff.cli.main import report
+    from hmdiff.cli.sample_people import about, one_photo_s
     from hmdiff.files.outputs import photo_names, protect_inputs
     from hmdiff.files.storage import make_folder
     from hmdiff.heatmaps import save_heatmaps
@@ -69,10 +70,8 @@ def run(options: argparse.Namespace) -> int:
             path = options.output / f"{name}_heatmaps.npz"
             save_heatmaps(path, maps)
             save_picture(path.with_suffix(".png"), heat_picture(picture, maps, boxes))
-        except UserError as error:
-            text = str(error) if str(photo) in str(error) else f"{photo}: {error}"
-            bar.clear()
-            report(text)
+        except (UserError, OSError) as error:
+            report(about(photo, one_photo_s(error)))
             failures += 1
             continue
         finally:

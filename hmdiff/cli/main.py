@@ -63,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. `SystemExit` comes of argparse alone (--help, wrong arguments)."""
     parser = build_parser()
     arguments = _joined(sys.argv[1:] if arguments is None else arguments)
-    if "" in arguments:
-        parser.error("an argument is empty; leave it out, or give a value")
+    for text in arguments:
+        if not text or _NO_VALUE.fullmatch(text):
+            parser.error(f"{text or 'an argument'} is empty; leave it out, or give a value")
     options, rest = parser.parse_known_args(arguments)
     if rest:
         # key=value may also follow after options; argparse itself takes them in one place alone.
@@ -108,6 +109,7 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+_NO_VALUE = re.compile(r"--[a-z-]+=")
 _NEGATIVE = re.compile(r"-[\d.][^,]*(,[^,]*)+")
 
 
@@ -119,21 +121,28 @@ def _out_of_memory(error: BaseException) -> bool:
 def _failed(message: str) -> int:
     if os.environ.get(TRACEBACK_VARIABLE):
         traceback.print_exc()
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     report(message)
     return 2
 
 
 def report(message: str) -> None:
-    """An error as the user sees it: one line on stderr, below whatever progress was shown."""
-    if "tqdm" in sys.modules:
-        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
-            bar.close()
-    print(f"hmdiff: error: {_one_line(message)}", file=sys.stderr)
+    """An error as the user sees it: one line on stderr. A progress bar that is shown goes on below it."""
+    _line(f"hmdiff: error: {_one_line(message)}")
 
 
 def warn(message: str) -> None:
     """What was mended, left out or is doubtful: one line on stderr; the work goes on."""
-    print(f"hmdiff: warning: {_one_line(message)}", file=sys.stderr)
+    _line(f"hmdiff: warning: {_one_line(message)}")
+
+
+def _line(text: str) -> None:
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr)
 
 
 def _one_line(message: str) -> str:

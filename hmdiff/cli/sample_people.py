@@ -103,7 +103,6 @@ def sample_people(
                 results.add(photo.photo, person=person, people=len(photo.heatmaps), npz=f"{name}.npz", **said.values)
             tqdm.write(said.line)
             if said.warning:
-                bar.clear()
                 warn(f"{photo.photo}: the result does not fit its evidence: {said.warning}")
         bar.set_description("sampling")
 

@@ -54,7 +54,9 @@ def run(options: argparse.Namespace) -> int:
         done = trainer.step >= config.training.steps
         reached = f"stopped at step {trainer.step} of {config.training.steps}: the same command goes on"
         state = "trained" if done else reached
-        print(f"{state}; the model is in {config.output}/pipeline, the losses in {config.output}/log.csv")
-        if done:
+        saved = (trainer.folder / "pipeline").is_dir()  # not where it was stopped before its first step
+        model = f"the model is in {config.output}/pipeline" if saved else "no model was saved yet"
+        print(f"{state}; {model}, the losses are in {config.output}/log.csv")
+        if done and saved:
             print(f"next: hmdiff evaluate --checkpoint {config.output}/pipeline")
     return 0

@@ -153,6 +153,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def share_files(folder: Path) -> None:
+    """Files below a folder may be read and written by whom the folder may: some writers make theirs private."""
+    mode = folder.stat().st_mode & 0o666
+    for place, _, files in os.walk(folder):
+        for name in files:
+            if not os.path.islink(os.path.join(place, name)):
+                os.chmod(os.path.join(place, name), mode)
+
+
 def sync_tree(folder: Path) -> None:
     """`sync` of every file and folder below, and of the folder itself."""
     for place, _, files in os.walk(folder, topdown=False):
@@ -179,11 +188,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         os.mkdir(temporary)
     try:
         with _reporting(path):
-            mode = temporary.stat().st_mode & 0o666
             yield temporary
-            for place, _, files in os.walk(temporary):
-                for name in files:  # some writers make theirs private, whatever the umask
-                    os.chmod(os.path.join(place, name), mode)
+            share_files(temporary)
             sync_tree(temporary)
             replace_folder(temporary, path)
     finally:

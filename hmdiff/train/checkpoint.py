@@ -27,7 +27,7 @@ from torch import Tensor
 from hmdiff.errors import UserError
 from hmdiff.files.checksums import folder_checksums, verify_checksums
 from hmdiff.files.reading import read_json
-from hmdiff.files.storage import make_folder, replace_folder, sync_tree
+from hmdiff.files.storage import make_folder, replace_folder, share_files, sync_tree
 
 PROGRESS, EMA, CHECKSUMS = "progress.json", "ema.safetensors", "checksums.json"
 _NAME = re.compile(r"step_(\d{1,12})")
@@ -60,8 +60,9 @@ def begin(place: Path) -> Path:
 
 
 def finish(part: Path, place: Path, keep: int) -> None:
-    """Checksums, flush, rename; then all but the last `keep` checkpoints go, and what kills left."""
+    """Checksums, permissions, flush, rename; then all but the last `keep` checkpoints go, and what kills left."""
     (part / CHECKSUMS).write_text(json.dumps(folder_checksums(part, (CHECKSUMS,)), indent=1))
+    share_files(part)
     sync_tree(part)
     replace_folder(part, place)
     sweep(place.parent, keep)

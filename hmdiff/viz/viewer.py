@@ -226,7 +226,7 @@ def three_js() -> str:
         first, last = template.index("<script>") + len("<script>"), template.index(end) + len(end)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         raise UserError(
-            f"trimesh {version('trimesh')} ships no viewer with three.js as 4.4 to 5.2 do; install trimesh==5.2.0"
+            f"trimesh {version('trimesh')} ships no viewer with three.js as 4.9 to 5.2 do; install trimesh==5.2.0"
         ) from None
     return template[first:last]
 

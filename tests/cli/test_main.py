@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,10 +62,38 @@ def test_an_error_is_not_glued_to_a_progress_bar(
     assert "\nhmdiff: error: " in text
 
 
-def test_an_empty_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_stands_on_a_line_of_its_own_and_the_bar_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with tqdm(total=5, desc="working", mininterval=0) as bar:
+        bar.update(1)
+        cli.warn("doubtful")
+        cli.report("one photo of many")
+        bar.update(1)
+    text = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert "hmdiff: warning: doubtful" in text and "hmdiff: error: one photo of many" in text
+    assert "2/5" in text[-1]
+
+
+@pytest.mark.parametrize(
+    ("output", "words"), [(["--output", ""], "an argument is empty"), (["--output="], "--output= is empty")]
+)
+def test_an_empty_argument_is_named(output: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["sample", "photo.jpg", "--output", ""])
-    assert ended.value.code == 2 and "an argument is empty" in capsys.readouterr().err
+        main(["sample", "photo.jpg", *output])
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_training_stopped_before_its_first_step_names_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopped:
+        folder, step, accelerator = tmp_path, 0, SimpleNamespace(is_main_process=True)
+        __init__ = run = lambda *_: None
+
+    monkeypatch.setattr("hmdiff.train.loop.Trainer", Stopped)
+    command = ["train", f"output={tmp_path}", "training.steps=5"]
+    assert main(command) == 0 and "; no model was saved yet" in capsys.readouterr().out
+    (tmp_path / "pipeline").mkdir()
+    assert main(command) == 0 and f"the model is in {tmp_path}/pipeline" in capsys.readouterr().out
 
 
 def test_a_box_may_start_left_of_the_photo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,10 +190,10 @@ def test_sizes_that_nothing_explains_are_refused(tmp_path: Path) -> None:
 
 def test_focal_length_of_exif(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif.get_ifd(0x8769)[0xA405] = 26
+    exif[0x8769] = {0xA405: 26}
     Image.new("RGB", (400, 300)).save(tmp_path / "a.jpg", exif=exif)
     assert photo_info(tmp_path / "a.jpg").focal == pytest.approx(26 / 43.2666 * 500, rel=1e-4)
-    exif.get_ifd(0x8769)[0xA002], exif.get_ifd(0x8769)[0xA003] = 4000, 3000
+    exif[0x8769] = {0xA405: 26, 0xA002: 4000, 0xA003: 3000}
     Image.new("RGB", (300, 300)).save(tmp_path / "b.jpg", exif=exif)  # cropped since: the focal length is not known
     assert photo_info(tmp_path / "b.jpg").focal is None
 

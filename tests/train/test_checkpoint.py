@@ -35,6 +35,19 @@ def test_written_and_read(tmp_path: Path) -> None:
     assert read_progress(again).step == 10 and len(os.listdir(tmp_path)) == 2
 
 
+def test_the_umask_decides_who_may_read_it(tmp_path: Path) -> None:
+    """safetensors makes its files private."""
+    before = os.umask(0o027)
+    try:
+        part = begin(tmp_path / "step_00000001")
+        os.close(os.open(part / "ema.safetensors", os.O_CREAT | os.O_WRONLY, 0o600))
+        write_progress(part, Progress(1, 1))
+        finish(part, tmp_path / "step_00000001", keep=2)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "step_00000001").iterdir()} == {0o640}
+
+
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
     place = write(tmp_path, 5)
     for path in sorted(place.iterdir()):

@@ -60,13 +60,14 @@ def test_a_hypothesis_keeps_its_noise(tmp_path: Path) -> None:
 
 def test_smoothing_keeps_still_what_stands_still(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 8)
-    rough, smooth = (run(clip, smoothing=sigma, share_noise=False).tracks[0] for sigma in (0.0, 0.2))
+    # One noise: by noise of its own the untrained model makes other bodies, which no kernel takes for one.
+    rough, smooth = (run(clip, smoothing=sigma).tracks[0] for sigma in (0.0, 0.2))
 
     def jitter(track: recover.VideoTrack) -> float:
         joints = track.body(track.betas[0], axis_angle_to_matrix(track.pose[0])).joints
         return float((joints - joints[:, :1]).diff(2, dim=0).norm(dim=-1).mean())
 
-    assert jitter(smooth) < jitter(rough)
+    assert jitter(smooth) < 0.5 * jitter(rough)
     assert (rough.betas == smooth.betas).all() and rough.betas.shape == (2, pipe().body.num_betas)
 
 
