@@ -1,1 +1,1 @@
-"""The lab: sweeps, ablations and stress tests, on `hmdiff.evaluate`: what reproduces the papers' tables."""
+"""Sweeps, ablations and stress tests on top of `hmdiff.evaluate`: the code that reproduces the papers' tables."""

@@ -1,9 +1,9 @@
-"""The tables of the papers as data: rows of models, columns of errors. A new comparison is a new entry of TABLES.
+"""The papers' tables as data: rows are models, columns are errors. To add a comparison, add an entry to TABLES.
 
-HMDiff (arXiv 2308.13369) compares diffusion with two baselines without it, A = the same network in one step from a
-constant and B = the same stacked; and sampling without DAT, with the gap at x_k ("disrupted") and with DAT. The numbers
-of steps and of hypotheses are ours, the latter those that the literature reports. All on our own splits. Tables whose
-models are trained for them are in `trained_ablations`.
+HMDiff (arXiv 2308.13369) compares diffusion with two baselines without diffusion, A = the same network in one step from
+a constant and B = the same network stacked; and it compares sampling without DAT, with the gap at x_k ("disrupted") and
+with DAT. The step counts are our choice; the hypothesis counts are those common in the literature. All tables are
+computed on our own splits. Tables whose models are trained for the comparison are in `trained_ablations`.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ from hmdiff.names import METRICS
 if TYPE_CHECKING:
     from hmdiff.diffusion.guidance import Guidance
 
-# What a row's model is to the tables of given checkpoints: an option of `hmdiff ablate` each.
+# Roles of the given checkpoints; each is an option of `hmdiff ablate`.
 ROLES = {
     "checkpoint": "the diffusion model",
     "direct": "baseline A: the same network in one step",
     "stacked": "baseline B: the same network stacked",
 }
 MODES = ("diffusion", "direct")
-MAY_DIFFER = ("model.", "loss.", "data.")  # what a trained row may change: neither its budget nor its seed
-Guide = Callable[[str], "Guidance | None"]  # mode -> guidance with the strength and threshold asked for
+MAY_DIFFER = ("model.", "loss.", "data.")  # what a trained row may change: not its budget, not its seed
+Guide = Callable[[str], "Guidance | None"]  # mode -> guidance with the requested strength and threshold
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model and how it is asked: a given checkpoint, by its role, or one that is trained for the table."""
+    """A model and its sampling settings: either a given checkpoint, by role, or a model trained for the table."""
 
     label: str
-    overrides: tuple[str, ...] = ()  # trained: key=value over the base config
-    reference: str | None = None  # label of the row that it is compared with
-    builds_on: str | None = None  # label of the row that it adds one part to, where that is another
-    tested: tuple[str, ...] = ()  # trained: data.key=value of its evaluation alone
-    kind: str = "mean"  # of the columns that name none
-    role: str = "checkpoint"  # given: one of ROLES
-    num_hypotheses: int | None = None  # given; None: as asked for
-    steps: int | None = None  # given; None: as asked for
-    mode: str = UNGUIDED  # given: of the guidance
+    overrides: tuple[str, ...] = ()  # trained rows: key=value over the base config
+    reference: str | None = None  # label of the row that this row is compared with
+    builds_on: str | None = None  # label of the row that this row extends by one component, if different
+    tested: tuple[str, ...] = ()  # trained rows: data.key=value that apply to evaluation only
+    kind: str = "mean"  # hypothesis kind for columns that do not set one
+    role: str = "checkpoint"  # given checkpoints: one of ROLES
+    num_hypotheses: int | None = None  # given checkpoints; None: as requested
+    steps: int | None = None  # given checkpoints; None: as requested
+    mode: str = UNGUIDED  # given checkpoints: guidance mode
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
     title: str
-    value: str  # a metric, "spread", "seeds", or a name that `cells.number_of` knows
-    kind: str | None = None  # of a metric; None: the row's
-    against: str | None = None  # "reference" or "builds_on": the paired difference to it instead
-    relative: bool = False  # of the difference: in percent of the other's error
-    by_seed: bool = False  # of the difference: that of every seed
-    modes: tuple[str, ...] = MODES  # of the models that have it
+    value: str  # a metric, "spread", "seeds", or a name known to `table_rows.number_of`
+    kind: str | None = None  # hypothesis kind of a metric; None: the row's
+    against: str | None = None  # "reference" or "builds_on": show the paired difference to that row instead
+    relative: bool = False  # show the difference in percent of the other row's error
+    by_seed: bool = False  # show the difference for each seed
+    modes: tuple[str, ...] = MODES  # modes of the models that have this value
     scale: float = 1.0
     digits: int = 1
 
@@ -68,9 +68,9 @@ class Comparison:
     rows: tuple[Row, ...]
     columns: tuple[Column, ...] = ()
     note: str = ""
-    base: str | None = None  # trained: a config's file, or the name of a shipped one
-    splits: tuple[str, ...] = ("test",)  # trained; SPLIT_blur: with motion blur
-    banded: bool = False  # trained: also by the share of the body that is visible
+    base: str | None = None  # trained tables: a config file or the name of a shipped config
+    splits: tuple[str, ...] = ("test",)  # trained tables; SPLIT_blur adds motion blur
+    banded: bool = False  # trained tables: also report errors by visibility bin
 
 
 _CALIBRATION = (Column("ECE", "ece", digits=2), Column("cover .9", "coverage", digits=2))
@@ -135,7 +135,7 @@ TABLES: dict[str, Comparison] = {
 
 
 def check_table(name: str, table: Comparison) -> None:
-    """A table that cannot mean what it says is refused: labels, references, and values that a row may not change."""
+    """Raises `UserError` for duplicate labels, unknown references, or overrides that a row may not change."""
     labels = [row.label for row in table.rows]
     if len(set(labels)) < len(labels):
         raise UserError(f"table {name!r}: two rows have the same label")
@@ -156,11 +156,11 @@ def check_table(name: str, table: Comparison) -> None:
 
 def settings_of(
     rows: Sequence[Row],
-    roles: Mapping[str, str],  # role -> label of the model
+    roles: Mapping[str, str],  # role -> model label
     guide: Guide,
-    sampling: SamplingConfig,  # where the rows do not say
+    sampling: SamplingConfig,  # defaults for what the rows leave open
 ) -> list[Setting]:
-    """A cell for each row; `guide` gives the guidance of a row's mode."""
+    """A cell setting for each row; `guide` builds the guidance of a row's mode."""
     return [
         Setting(
             roles[row.role],

@@ -1,4 +1,4 @@
-"""A training's parts and its step, without checkpoints, evaluations and Accelerate: for what measures steps."""
+"""Training components and the training step without checkpoints, evaluation or Accelerate, for benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from hmdiff.train.stream import TrainingStream
 
 
 class BareTraining:
-    """Parts of a config's training, and its step. Nothing is downloaded: a pretrained backbone has random weights."""
+    """The components of a config's training and one training step. No downloads: a pretrained backbone gets random
+    weights."""
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
@@ -25,7 +26,7 @@ class BareTraining:
         self.mesh = build_mesh(config, self.body)
         self.model = build_model(config, self.body, self.mesh).to(self.device).train()
         if self.model.upsample_weight is not None:
-            self.model.upsample_weight.requires_grad_(False)  # fitted in closed form already
+            self.model.upsample_weight.requires_grad_(False)  # already fitted in closed form
         self.scheduler = build_scheduler(config)
         self.keypoints = keypoint_map(config.loss, self.model, self.body)
         self.stream = TrainingStream(build_source(config, self.body, self.mesh), config, 0, 1, self.model)

@@ -1,7 +1,7 @@
-"""Cells of an experiment beside each other: paired differences, the Pareto front, rows of CSV. Our choice.
+"""Comparison of experiment cells: paired differences, the Pareto front, CSV rows. Our choice.
 
-Errors in mm. The people are the same in every cell and differ much more from each other than the cells do, so that a
-difference is taken person by person: its interval tells what two overlapping intervals of means do not.
+Errors in mm. All cells use the same people, and errors vary more between people than between cells. Differences are
+therefore taken person by person, which gives narrower intervals than comparing the means of two cells.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hmdiff.errors import UserError
 from hmdiff.evaluate.measured import interval
 from hmdiff.evaluate.table import Number
 
-UNGUIDED = "none"  # the guidance of a cell without any
+UNGUIDED = "none"  # guidance name of a cell without guidance
 
 
 def difference(
@@ -24,12 +24,12 @@ def difference(
     reference: dict[str, Any],
     metric: str,
     kind: str = "mean",
-    reference_kind: str | None = None,  # None: the same
+    reference_kind: str | None = None,  # None: same as `kind`
 ) -> dict[str, float]:  # value, low, high in mm
-    """How much larger an error is than the reference's, person by person: the mean and its paired bootstrap interval.
+    """How much larger an error is than the reference's, paired by person: the mean and its bootstrap interval.
 
     Raises:
-        UserError: the two cells are of other people.
+        UserError: the two cells cover different people.
     """
     check_same_people(result, reference)
     mine = torch.tensor(result["values"][metric][kind], dtype=torch.float64)
@@ -38,7 +38,7 @@ def difference(
 
 
 def check_same_people(result: dict[str, Any], reference: dict[str, Any]) -> None:
-    """Raises `UserError` for two cells that are not paired: of other people, or other noise."""
+    """Raises `UserError` for two cells that are not paired: different people or different noise."""
     for name in ("split", "people", "seed"):
         mine, other = result["settings"][name], reference["settings"][name]
         if mine != other:
@@ -46,7 +46,7 @@ def check_same_people(result: dict[str, Any], reference: dict[str, Any]) -> None
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:  # (cost, error)
-    """The points that no other beats in one without losing in the other, by rising cost. NaN is never on it."""
+    """Points that are not dominated, by rising cost. A point with NaN is never on the front."""
     order = sorted((p for p in range(len(points)) if not any(map(math.isnan, points[p]))), key=lambda p: points[p])
     front: list[int] = []
     for index in order:
@@ -56,7 +56,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:  # (cost, 
 
 
 def table_row(result: dict[str, Any], reference: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A cell as a row of CSV: settings, every error with its interval, calibration, gaps, time, paired differences."""
+    """A cell as a CSV row: settings, every error with its interval, calibration, gaps, time, paired differences."""
     row = settings_row(result["settings"])
     for metric, kinds in result["errors"].items():
         for kind, found in kinds.items():
@@ -70,7 +70,7 @@ def table_row(result: dict[str, Any], reference: dict[str, Any] | None = None) -
 
 
 def settings_row(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a cell was asked, a value a column."""
+    """The settings of a cell, one value per column."""
     names = ("model", "split", "people", "seed", "heatmaps", "sampler", "steps", "num_hypotheses", "eta")
     row = {name: settings[name] for name in names if name in settings}
     if "guidance" in settings:
@@ -80,7 +80,7 @@ def settings_row(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def other_numbers(cell: Mapping[str, Any]) -> dict[str, Number]:
-    """What a cell holds beside the errors: calibration, what guidance reports, time, RLE's rank correlations."""
+    """Values of a cell other than errors: calibration, guidance statistics, time, rank correlations of RLE."""
     found: dict[str, Number] = {}
     if "expected_calibration_error" in cell:
         error = {"value": cell["expected_calibration_error"], **cell["expected_calibration_error_interval"]}
@@ -94,7 +94,7 @@ def other_numbers(cell: Mapping[str, Any]) -> dict[str, Number]:
 
 
 def put(row: dict[str, Any], name: str, found: Number | None) -> None:
-    """A number and, where it has one, its interval, in columns of their own."""
+    """Add a number and, if present, the ends of its interval, as separate columns."""
     if found is not None:
         row[name] = found["value"]
         row |= {f"{name}_{end}": found[end] for end in ("low", "high") if end in found}

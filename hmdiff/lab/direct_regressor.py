@@ -1,8 +1,8 @@
-"""A direct mesh regressor of the size of FastMETRO-L (arXiv 2207.13820): what a pass of our peers costs.
+"""A direct mesh regressor of the size of FastMETRO-L (arXiv 2207.13820), for timing.
 
-HRNet-W64 (timm), then two stages of an encoder over the image tokens and a decoder over 431 vertex and 14 joint
-tokens, 512 channels wide and then 128, three layers each, eight heads, and dense upsampling to 6,890 vertices. Our
-code, and weights that mean nothing: it is for timing, the denominator of `hmdiff bench`.
+HRNet-W64 (timm), then two stages of an encoder over the image tokens and a decoder over 431 vertex and 14 joint tokens,
+512 channels wide and then 128, three layers each, eight heads, and dense upsampling to 6,890 vertices. Own
+implementation with random weights; its forward pass is the denominator of the ratios in `hmdiff bench`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FEATURES = 2048
 
 
 class Stage(nn.Module):
-    """Encoder over the image and camera tokens, decoder over the mesh's."""
+    """Encoder over the image and camera tokens, decoder over the mesh tokens."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Stage(nn.Module):
 
 
 class DirectRegressor(nn.Module):
-    """One picture to one mesh, in one pass."""
+    """One image to one mesh, in one forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class DirectRegressor(nn.Module):
 
 
 def direct_regressor(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DirectRegressor:
-    """With small weights from one block of noise: to draw 150 million numbers would take longer than to time them."""
+    """Weights are copies of one small noise block: drawing 150 million numbers would take longer than the timing."""
     with torch.device("meta"):
         model = DirectRegressor()
     model = model.to_empty(device=device).to(dtype).eval().requires_grad_(False)
@@ -86,5 +86,5 @@ def direct_regressor(device: torch.device | str = "cpu", dtype: torch.dtype = to
         count = parameter.numel()
         parameter.data.copy_(noise.repeat(-(-count // len(noise)))[:count].view_as(parameter))
     for buffer in model.buffers():
-        buffer.fill_(1)  # of the batch norms: mean and variance
+        buffer.fill_(1)  # batch norm mean and variance
     return model

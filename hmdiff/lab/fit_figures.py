@@ -1,4 +1,4 @@
-"""How well and how fast pose and shape are fitted to meshes: random bodies with and without noise, on this machine."""
+"""Accuracy and speed of fitting pose and shape to meshes: random bodies with and without noise, on this machine."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from hmdiff.train.timing import wait_for
 
 def fit_figures(
     body: Body,
-    count: int,  # random bodies, in poses wilder than people's (`random_bodies`)
+    count: int,  # random bodies; their poses are more extreme than real ones (`random_bodies`)
     batch_size: int,
-    noises: tuple[float, ...] = (0.0, 0.01),  # metres, standard deviation of each coordinate of each vertex
+    noises: tuple[float, ...] = (0.0, 0.01),  # standard deviation of each vertex coordinate, metres
 ) -> Iterator[dict[str, Any]]:
-    """A row for each noise: millimetres from the fitted body to the one that the noise was put on, and milliseconds.
+    """A row for each noise level: distance between the fitted and the noise-free body in mm, and time in ms.
 
-    `mean_mm`, `p95_mm`, `worst_mm` are over bodies, of a body's mean over its vertices. `wall_ms` and `process_ms` are
-    medians over whole batches, per mesh; the second counts the processor time of all threads.
+    `mean_mm`, `p95_mm`, `worst_mm` are statistics over bodies of the mean vertex distance. `wall_ms` and `process_ms`
+    are medians over batches, per mesh; `process_ms` sums the processor time of all threads.
     """
     device = body.v_template.device
     bodies = random_bodies(body, count, seed=0)
-    fit_parameters(body, bodies[: min(2, count)])  # what is done once for a body is not timed
+    fit_parameters(body, bodies[: min(2, count)])  # exclude one-off setup per body from the timing
     generator = torch.Generator().manual_seed(1)
     for noise in noises:
         errors, wall, process = [], [], []

@@ -1,9 +1,9 @@
-"""What a config learns in a given time of one processor core: error against core-minutes, for a choice of its parts.
+"""Learning curve of a config on one processor core: error against core-minutes, with optional overrides.
 
-The time is the process' own, so that other programs slow a run down and change no figure but by the caches they share;
-the clock stands while errors are measured. The learning rate's course is fitted to the budget: warm-up over 3 % of it,
-constant, linearly to zero over the last 30 %. Errors are those of the regressor (one evaluation at the last step) on
-`val` people: coarse vertices, root-relative, in the crop's frame, which is what both kinds of model learn first.
+The clock is the process's CPU time, so other programs affect the result only through shared caches; it is stopped
+during evaluation. The learning rate schedule is fitted to the budget: warm-up over 3 % of it, constant, then linear to
+zero over the last 30 %. Errors are those of the regressor (one evaluation at t = T) on `val` people: coarse vertices,
+root-relative, in the crop's frame, available for direct and diffusion models alike.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from hmdiff.models.recovery import MeshRecoveryModel
 
 SPLITS = ("val", "test_ood")
 PEOPLE = 192
-WARM_UP, DECAY = 0.03, 0.3  # shares of the budget
-NOT_COUNTED = 3  # first steps: memory, caches, compilation
+WARM_UP, DECAY = 0.03, 0.3  # fractions of the budget
+NOT_COUNTED = 3  # untimed first steps: memory allocation, caches, compilation
 
 
 class LearningPoint(NamedTuple):
-    minutes: float  # of the process
-    people: int  # seen so far
+    minutes: float  # CPU time of the process
+    people: int  # samples seen so far
     errors: dict[str, float]  # by split, mm
 
 
 def learning_curve(
     config: Config,
     core_minutes: float,
-    points: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0),  # shares of the budget
+    points: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0),  # fractions of the budget
     clock: Callable[[], float] = time.process_time,
 ) -> Iterator[LearningPoint]:
-    """Train from nothing for so long, and measure on the way. One thread, synthetic people, no checkpoint."""
+    """Train from scratch for the given time and evaluate at `points`. One thread, synthetic people, no checkpoints."""
     torch.set_num_threads(1)
     values = dataclasses.replace(config.training, steps=1_000_000)
     config = dataclasses.replace(config, training=values)
@@ -75,7 +75,7 @@ def learning_curve(
 
 @torch.no_grad()
 def regression_error(model: MeshRecoveryModel, sample: Sample) -> float:
-    """Mean distance of the regressed coarse vertices to the true ones, mm."""
+    """Mean distance between the regressed and the ground truth coarse vertices, mm."""
     assert sample.coarse_vertices is not None and sample.principal_point is not None and sample.focal is not None
     model.eval()
     conditioning, _ = model.encode(None, sample.heatmaps, sample.heatmap_valid)

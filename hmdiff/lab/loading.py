@@ -1,6 +1,7 @@
-"""How fast pictures load: crops a second from prepared shards against the data set's own files, with 0, 1, 2 workers.
+"""Image loading speed: crops per second from prepared shards and from the data set's own files, with 0, 1, 2 workers.
 
-What is timed is the record, its picture decoded, the augmented crop and the batch: no body, no heatmaps, no training.
+Timed: reading the record, decoding the image, the augmented crop and batching. Not timed: body model, heatmaps,
+training.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from hmdiff.data.transforms import crop_map, draw_change
 from hmdiff.errors import UserError
 from hmdiff.train.memory import peak_gigabytes
 
-BATCHES = 40  # that are timed
+BATCHES = 40  # timed batches
 WORKERS = (0, 1, 2)
 
 
 class Crops(Dataset):
-    """Batches of augmented crops, in a random order without end, and the memory of the process that made each."""
+    """Batches of augmented crops in an endless random order, each with the memory use of the process that made it."""
 
     def __init__(self, store: RecordStore, batch_size: int, image_size: int, length: int) -> None:
         self.store, self.batch_size, self.image_size, self.length = store, batch_size, image_size, length
@@ -55,12 +56,12 @@ def measure_loading(
     batches: int = BATCHES,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Images a second, and the peak memory of the process that loads them."""
+    """Images per second, and the peak memory of the loading process."""
     loader = DataLoader(
         Crops(store, batch_size, image_size, batches + 2 * max(1, workers)), batch_size=None, num_workers=workers
     )
     stream = iter(loader)
-    for _ in range(2 * max(1, workers)):  # workers start, files are mapped
+    for _ in range(2 * max(1, workers)):  # warm up: workers start, files are memory-mapped
         next(stream)
     started = time.perf_counter()
     memory = [float(peak) for _, peak in islice(stream, batches)]
@@ -69,14 +70,14 @@ def measure_loading(
 
 
 def compare_loading(
-    folder: str | Path,  # prepared
-    source: str | Path | None = None,  # its own files; None: where it was prepared from, if they are still there
+    folder: str | Path,  # prepared shards
+    source: str | Path | None = None,  # the original files; None: where the shards were prepared from, if still there
     image_size: int = 224,
     batch_size: int = 32,
     batches: int | None = None,
     workers: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each store and number of workers. The first pass over cold files is not told apart from the cache."""
+    """A row for each store and number of workers. Reads from disk and from the page cache are not separated."""
     prepared = PreparedShards(folder)
     stores: dict[str, RecordStore] = {"shards": prepared}
     settings = prepared.index["settings"]

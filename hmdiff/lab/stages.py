@@ -1,9 +1,9 @@
-"""Where the time of a result goes, stage by stage, beside one pass of a paper-size direct regressor.
+"""Runtime of each pipeline stage, relative to one forward pass of a paper-size direct regressor.
 
-Every stage is run on its own, on the body, checkpoint and photo that `hmdiff sample` would use. FLOPs are counted by
-torch (`torch.utils.flop_counter`: matrix products and convolutions), and the share of the peak is theirs over what a
-square matrix product reaches here. On one thread of a processor the clock is the process's own, so that other programs
-do not count.
+Each stage runs separately, on the body, checkpoint and photo that `hmdiff sample` would use. FLOPs come from
+`torch.utils.flop_counter` (matrix products and convolutions); the fraction of peak relates them to the rate of a square
+matrix product on this machine. With one CPU thread the clock is the process's CPU time, so that other programs do not
+count.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from hmdiff.train.timing import timings
 from hmdiff.viz.person_files import write_person
 
 REGRESSOR = "direct regressor, one pass"
-_MATRIX = 768  # side of the product that the peak is measured by
+_MATRIX = 768  # matrix size of the peak measurement
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """What to measure."""
 
     people: int = 1  # B
     hypotheses: int = 25  # N
-    steps: int | None = None  # K; None: the checkpoint's own
+    steps: int | None = None  # K; None: the checkpoint's
     repeats: int = 3
     dtype: torch.dtype = torch.float32
-    compile: bool = False  # encode and denoise
-    start: bool = True  # the imports, in processes of their own
+    compile: bool = False  # torch.compile for encode and denoise
+    start: bool = True  # time the imports, in separate processes
     regressor: bool = True
     files: tuple[str, ...] = SAVED
     counts: tuple[int, ...] = (1, 5, 25)  # N of the curves
@@ -65,22 +65,22 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One stage. Seconds are medians; the spread is half of the largest minus the least."""
+    """One stage. Seconds are medians; the spread is half the range."""
 
     stage: str
     seconds: float
     spread: float
-    first: float  # of the first call, which finds nothing compiled or cached
+    first: float  # seconds of the first call, with nothing compiled or cached
     flops: int | None = None
-    of_peak: float | None = None  # share of the matrix product's rate
-    peak_gigabytes: float | None = None  # the most that the process has held until then
+    of_peak: float | None = None  # fraction of the matrix product's rate
+    peak_gigabytes: float | None = None  # peak memory of the process so far
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
 class Bench:
-    """Rows as they are measured; `peak` is the rate of a matrix product in FLOP/s."""
+    """Collects the measured rows; `peak` is the rate of a matrix product in FLOP/s."""
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.options, self.device = options, device
@@ -92,7 +92,7 @@ class Bench:
         self.peak = 2 * _MATRIX**3 / best
 
     def row(self, stage: str, action: Callable[[], Any], count: bool = False) -> Row:
-        """Time an action; with `count` its FLOPs too."""
+        """Time an action; with `count`, count its FLOPs too."""
         first, *times = timings(action, 1 + self.options.repeats, self.device, self.clock)
         flops = counted_flops(action) if count else None
         seconds = statistics.median(times)
@@ -109,7 +109,7 @@ def counted_flops(action: Callable[[], Any]) -> int:
 
 
 def start_rows(repeats: int) -> Iterator[Row]:
-    """Imports, each in a process of its own, by its processor time: nothing here can be quicker than `import torch`."""
+    """CPU time of imports, each in a new process. `import torch` is the lower bound."""
     for stage, code in (
         ("import torch", "import torch"),
         ("import the pipeline", "import hmdiff.pipeline"),
@@ -126,10 +126,10 @@ def stage_rows(
     device: torch.device,
     options: Options,
 ) -> tuple[Bench, Iterator[Row]]:
-    """The bench, and its rows one by one, each as soon as it is measured.
+    """The bench, and an iterator that yields each row once it is measured.
 
     Raises:
-        UserError: more steps than the checkpoint was trained with, or a checkpoint that reads pictures.
+        UserError: more steps than the checkpoint was trained with, or a checkpoint that reads images.
     """
     bench = Bench(options, device)
     return bench, _rows(bench, checkpoint, device, options)
@@ -175,7 +175,7 @@ def _rows(bench: Bench, checkpoint: str | Path, device: torch.device, options: O
 
 
 def _token_rows(bench: Bench, pipe: HMDiffPipeline, options: Options) -> Iterator[Row]:
-    """One denoising step of this network with other tokens, and random weights."""
+    """One denoising step of the same network with other token settings and random weights."""
     given = {name: value for name, value in pipe.model.config.items() if not name.startswith("_")}
     mesh = load_mesh(pipe.body)
     for tokens, patch in (("parts", 8), ("patches", 8), ("patches", 1)):
@@ -225,7 +225,7 @@ def _network_rows(bench: Bench, pipe: HMDiffPipeline, found: PhotoPeople, option
 
     def guided() -> None:
         with torch.enable_grad():
-            noisy = points.clone().requires_grad_() * 1.0  # no leaf, which torch's counter cannot follow
+            noisy = points.clone().requires_grad_() * 1.0  # not a leaf: torch's FLOP counter cannot follow leaves
             keypoints = (matrix @ model.to_coarse(denoised(noisy))) @ turn[:, None].mT
             torch.autograd.grad(keypoints.square().sum(), noisy)
 
@@ -248,7 +248,7 @@ def _file_rows(bench: Bench, pipe: HMDiffPipeline, photo: Path, output: Any, opt
 
 
 def summary(bench: Bench, rows: list[Row], options: Options) -> dict[str, Any]:
-    """Everything, for a JSON file."""
+    """All results, for a JSON file."""
     return {
         "machine": {
             "device": str(bench.device),

@@ -1,11 +1,11 @@
-"""Stress maps: a patch slides over a person's crop, and at every place the person is recovered again.
+"""Stress maps: an occluding patch slides over a person's crop, and the person is recovered at every position.
 
-At each place a square patch hides a part of the input. In the image it is grey, in a depth map not known. In the
-heatmaps the joints whose peak lies under it are gone, as of an estimator that does not report what it does not see
-(which is what the synthetic estimator does most often, `hmdiff.data.synthetic.corruption`): their channels are zero
-and stay valid. Noise is the same at every place, so what changes is due to the patch. G places a side, M = G * G
-places, N hypotheses, V vertices. After the occlusion-sensitivity maps of Zeiler and Fergus (arXiv 1311.2901), applied
-to bodies; the measures are our choice.
+At each position a square patch hides part of the input. In the image it is grey, in a depth map unknown. In the
+heatmaps, joints with their peak under the patch are removed, as by an estimator that does not report occluded joints
+(the most common corruption in `hmdiff.data.synthetic.corruption`): their channels are zero and stay valid. The noise is
+the same at every position, so any change is due to the patch. G positions per side, M = G * G positions, N hypotheses,
+V vertices. After the occlusion sensitivity maps of Zeiler and Fergus (arXiv 1311.2901), applied to bodies; the measures
+are our choice.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
 
 GREY = 0.5
-_FAINT = 1e-6  # somebody of whom nothing is left is still a person: one faint pixel says no more
+_FAINT = 1e-6  # a person without any peak left still needs a valid heatmap: one faint pixel
 
 
 @dataclasses.dataclass(frozen=True)
 class Stress:
-    """What a patch at each of the M places does. Millimetres; means over the vertices."""
+    """Effect of a patch at each of the M positions. Millimetres; means over the vertices."""
 
-    centres: Tensor  # (M, 2) crop coordinates, row by row
-    half: float  # half the patch's side, crop coordinates: the share of the crop's side that it covers
-    moved: Tensor  # (M,) distance of the mean mesh from the one without a patch
-    spread: Tensor  # (M,) of the hypotheses about their mean, calibrated as `MeshOutput.spread`
-    hidden: Tensor  # (M, J) bool: joints that the patch takes from the heatmaps; all False without heatmaps
+    centres: Tensor  # (M, 2) crop coordinates, row-major
+    half: float  # half the patch's side in crop coordinates = the patch's fraction of the crop's side
+    moved: Tensor  # (M,) distance of the mean mesh to the mean mesh without a patch
+    spread: Tensor  # (M,) spread of the hypotheses about their mean, calibrated as in `MeshOutput.spread`
+    hidden: Tensor  # (M, J) bool: joints removed from the heatmaps; all False without heatmaps
     clear: MeshOutput  # without a patch, B = 1
     clear_spread: float
-    error: Tensor | None = None  # (M,) PVE of the mean mesh, roots at the middle of the hips; where the truth is known
+    error: Tensor | None = None  # (M,) PVE of the mean mesh, aligned at the pelvis; None without ground truth
     clear_error: float | None = None
 
     def map(
@@ -54,11 +54,11 @@ class Stress:
 def patch_grid(
     places: int,  # G
     half: float,  # half the patch's side, crop coordinates
-) -> Tensor:  # (G * G, 2) centres in crop coordinates, row by row from the upper left
-    """Evenly spaced, from one edge of the crop to the other, the patch always inside.
+) -> Tensor:  # (G * G, 2) centres in crop coordinates, row-major from the upper left
+    """An even grid from one edge of the crop to the other, with the patch always inside.
 
     Raises:
-        UserError: no place, or a patch that does not fit into the crop.
+        UserError: `places` below 1, or a patch that does not fit into the crop.
     """
     if places < 1:
         raise UserError(f"{places} places of the patch a side: at least 1 is needed")
@@ -74,16 +74,16 @@ def cover_image(
     centres: Tensor,  # (M, 2) crop coordinates
     half: float,
 ) -> Tensor:  # (M, 3, S, S)
-    """The image once for each place, grey where the patch lies over a pixel's centre."""
+    """A copy of the image for each position, grey where the patch covers a pixel's centre."""
     return torch.where(_under(image.shape[-1], centres.to(image.device), half)[:, None], GREY, image)
 
 
 def cover_depth(
-    depth: Tensor,  # (1, S, S) any scale, NaN = not known
+    depth: Tensor,  # (1, S, S) any scale, NaN = unknown
     centres: Tensor,  # (M, 2) crop coordinates
     half: float,
 ) -> Tensor:  # (M, S, S)
-    """The depth map once for each place, NaN under the patch."""
+    """A copy of the depth map for each position, NaN under the patch."""
     return torch.where(_under(depth.shape[-1], centres.to(depth.device), half), torch.nan, depth)
 
 
@@ -94,11 +94,11 @@ def _under(size: int, centres: Tensor, half: float) -> Tensor:  # (M, S, S) bool
 
 
 def cover_heatmaps(
-    heatmaps: Heatmaps,  # of one person
+    heatmaps: Heatmaps,  # one person
     centres: Tensor,  # (M, 2) crop coordinates
     half: float,
-) -> tuple[Heatmaps, Tensor]:  # of M people, (M, J) bool: which joints the patch took
-    """The heatmaps once for each place, without the joints whose highest peak is under the patch."""
+) -> tuple[Heatmaps, Tensor]:  # for M people; (M, J) bool: joints removed by the patch
+    """A copy of the heatmaps for each position, without the joints whose highest peak is under the patch."""
     count = len(centres)
     peaks, confidence = heatmap_peaks(heatmaps.values)  # (1, J, 2)
     under = ((peaks - centres.to(peaks)[:, None]).abs() <= half).all(-1) & (confidence > 0)
@@ -110,15 +110,15 @@ def cover_heatmaps(
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One person as the pipeline reads them. An image is only needed by a model that reads images."""
+    """Input of the pipeline for one person. The image is needed only by a model that reads images."""
 
     heatmaps: Heatmaps | None  # B = 1
     image: Tensor | None = None  # (1, 3, S, S) RGB 0..1
-    depth: Tensor | None = None  # (1, S, S) for a model that reads depth maps; None: nowhere known
-    number: int = 0  # among all: seeds the hypotheses
+    depth: Tensor | None = None  # (1, S, S) for a model that reads depth maps; None: unknown everywhere
+    number: int = 0  # index in the data set; seeds the hypotheses
     photo_size: Tensor | None = None  # (1, 2)
     focal: Tensor | None = None  # (1,)
-    vertices: Tensor | None = None  # (1, V, 3) the truth, metres, where it is known
+    vertices: Tensor | None = None  # (1, V, 3) ground truth, metres, if available
     keypoints: Tensor | None = None  # (1, J, 3)
 
 
@@ -128,10 +128,10 @@ def stress(
     centres: Tensor,  # (M, 2) crop coordinates
     half: float,
     sampling: SamplingConfig,
-    progress: Callable[[int], None] | None = None,  # told how many places are done
-    at_once: int | None = None,  # places in one call; None: what memory allows. Changes no result
+    progress: Callable[[int], None] | None = None,  # called with the number of positions done
+    at_once: int | None = None,  # positions per batch; None: as memory allows. Does not change results
 ) -> Stress:
-    """Recover the person without a patch, then with one at every place."""
+    """Recover the person without a patch, then with the patch at every position."""
     clear = recover(pipeline, subject, sampling)
     reference = clear.mean_vertices
     at_once = at_once or max(1, MESHES_AT_ONCE // sampling.num_hypotheses)
@@ -164,8 +164,8 @@ def recover_covered(
     centres: Tensor,  # (M, 2) crop coordinates
     half: float,
     sampling: SamplingConfig,
-) -> tuple[MeshOutput, Tensor]:  # of M people, (M, J) bool: which joints the patch took
-    """The same person under the patch at each place, with the same noise everywhere."""
+) -> tuple[MeshOutput, Tensor]:  # for M people; (M, J) bool: joints removed by the patch
+    """The same person with the patch at each position, with the same noise throughout."""
     count = len(centres)
     heatmaps, taken = None, torch.zeros(count, len(HALPE26), dtype=torch.bool)
     if subject.heatmaps is not None:
@@ -183,7 +183,7 @@ def recover_covered(
 
 
 def recover(pipeline: HMDiffPipeline, subject: Subject, sampling: SamplingConfig, count: int = 1) -> MeshOutput:
-    """One call of the pipeline; all `count` rows of the subject are the same person, so they share the noise."""
+    """One pipeline call on `count` copies of the person; all copies share the noise."""
     reads = pipeline.model.config.inputs
     depth = None
     if pipeline.model.config.depth_map:
@@ -203,5 +203,5 @@ def recover(pipeline: HMDiffPipeline, subject: Subject, sampling: SamplingConfig
 def _error(output: MeshOutput, subject: Subject) -> Tensor:  # (M,) mm
     assert output.keypoints is not None and subject.vertices is not None and subject.keypoints is not None
     vertices, keypoints = subject.vertices.to(output.vertices), subject.keypoints.to(output.vertices)
-    mean_root = root_of(output.keypoints, HALPE26, ROOT).mean(1)  # linear: the root of the mean is the mean of roots
+    mean_root = root_of(output.keypoints, HALPE26, ROOT).mean(1)  # linear: equals the mean of the roots
     return vertex_error(output.mean_vertices, vertices, mean_root, root_of(keypoints, HALPE26, ROOT)).cpu()

@@ -1,8 +1,8 @@
-"""A grid of settings over one split: all cells on the same people and the same noise, so that differences are paired.
+"""A grid of sampling settings over one split. All cells use the same people and noise, so differences are paired.
 
-A cell is a JSON file, named by its settings and the model's hash and written whole: what was done is not done again,
-and a grid may grow. It keeps the error of every person, from which paired intervals of differences come. Hypotheses are
-nested by seed, so that cells that differ in their number alone share one run. Our choice throughout.
+Each cell is a JSON file, named by its settings and the model's hash and written atomically: finished cells are reused,
+and a grid can grow. It stores the error of every person, from which paired intervals are computed. Hypotheses are
+nested by seed, so cells that differ only in the number of hypotheses share one run. Our choice throughout.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from hmdiff.lab.comparison import UNGUIDED
 from hmdiff.pipeline import HMDiffPipeline
 
 FORMAT = 1
-NO_SAMPLER = "none"  # of a model without diffusion
-REPEATS = 5  # timed calls a cell, at least
-# What a step costs beside an unguided one, about: DAT goes back through the denoiser.
+NO_SAMPLER = "none"  # sampler name of a model without diffusion
+REPEATS = 5  # minimum number of timed calls per cell
+# Approximate cost of a step relative to an unguided one: DAT backpropagates through the denoiser.
 _STEP_COST = {UNGUIDED: 1.0, "disrupted": 1.2, "dat": 3.0}
-_MESH_COST = 2.0  # unguided steps that upsampling and scoring a hypothesis are worth
+_MESH_COST = 2.0  # cost of upsampling and scoring one hypothesis, in unguided steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is asked of a pipeline."""
+    """A model and its sampling settings."""
 
-    model: str  # its label
+    model: str  # label
     sampling: SamplingConfig
 
     @property
@@ -59,13 +59,13 @@ class Setting:
 
 
 def resolved(setting: Setting, pipeline: HMDiffPipeline) -> Setting:
-    """The setting with nothing left open, and equal to any other that asks for the same.
+    """The setting with all defaults filled in, in a canonical form: equivalent settings become equal.
 
     Raises:
-        UserError: an unknown sampler, or a number of steps that the model does not have.
+        UserError: an unknown sampler, or more steps than the model has.
     """
     asked = setting.sampling
-    if pipeline.model.config.mode == "direct":  # one step, without noise: its hypotheses are all the same
+    if pipeline.model.config.mode == "direct":  # one deterministic step: all hypotheses are equal
         return Setting(setting.model, SamplingConfig(1, 1, asked.seed, NO_SAMPLER, 0.0))
     total = pipeline.scheduler.config.num_train_timesteps
     if asked.num_inference_steps is not None and not 1 <= asked.num_inference_steps <= total:
@@ -84,18 +84,19 @@ class Study:
     """The models, the people, and the folder of the cells."""
 
     pipelines: dict[str, HMDiffPipeline]
-    hashes: dict[str, str]  # of every model, as files
-    people_of: Callable[[HMDiffPipeline], PeopleSource]  # with the full mesh, and the pictures that it needs
+    hashes: dict[str, str]  # label -> hash of the model's files
+    people_of: Callable[[HMDiffPipeline], PeopleSource]  # with the full mesh and the inputs that the model reads
     folder: Path
     split: str = "val"
     people: int = 500
-    batch: int = 8  # people a call: changes the times alone
-    estimate: Callable[[Tensor], Tensor] | None = None  # a pose estimator in place of the split's own heatmaps
-    heatmaps: str = "synthetic"  # the name of that estimator, with its hash
+    batch: int = 8  # people per call; affects only the timing
+    estimate: Callable[[Tensor], Tensor] | None = None  # a pose estimator that replaces the split's heatmaps
+    heatmaps: str = "synthetic"  # name and hash of that estimator
     _estimated: dict[int, list[Sample]] = dataclasses.field(default_factory=dict, repr=False)  # by data set
 
     def samples(self, pipeline: HMDiffPipeline) -> Iterator[Sample]:
-        """The people. An estimator's heatmaps are kept in memory, 0.4 MB a person: it is slower than the data."""
+        """The people. Estimated heatmaps are kept in memory (0.4 MB per person), since estimation is slower than the
+        data."""
         data = self.people_of(pipeline)
         if not data.full_mesh:
             raise UserError("experiments need the full mesh of their people: build the data with full_mesh=True")
@@ -112,7 +113,7 @@ class Study:
             yield dataclasses.replace(sample, heatmaps=maps.heatmaps, heatmap_valid=maps.heatmap_valid)
 
     def settings(self, setting: Setting) -> dict[str, Any]:
-        """All that a cell's result depends on, as JSON; `setting` is resolved."""
+        """Everything that a cell's result depends on, as JSON; `setting` is resolved."""
         asked = setting.sampling
         values = {
             "format": FORMAT,
@@ -136,16 +137,16 @@ class Study:
         return self.folder / f"{setting.model}_{self.split}_{digest(self.settings(setting), 16)}.json"
 
     def stored(self, setting: Setting) -> dict[str, Any] | None:
-        """The cell's result; None where it is not there, or damaged."""
+        """The cell's stored result; None if missing or damaged."""
         return stored(self.path(setting), self.settings(setting), ("settings", "errors", "values", "time"))
 
 
 class Progress(NamedTuple):
-    """Told after every cell."""
+    """Passed to the callback after every cell."""
 
-    done: int  # cells, the stored ones included
+    done: int  # cells, including stored ones
     total: int
-    seconds_left: float  # by what a unit of work has taken so far
+    seconds_left: float  # estimated from the time per unit of work so far
     setting: Setting
     result: dict[str, Any]
 
@@ -154,10 +155,10 @@ def run_cells(
     study: Study,
     settings: Sequence[Setting],
     report: Callable[[Progress], None] | None = None,
-    bar: Callable[[Setting], AbstractContextManager[Callable[[int], None]]] | None = None,  # over the people of a run
+    bar: Callable[[Setting], AbstractContextManager[Callable[[int], None]]] | None = None,  # progress bar of a run
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:  # in the order of the settings
-    """Compute the cells that are not there yet, the cheap ones first, so that the time of the rest is soon known."""
+    """Compute the missing cells, cheapest first, so that the time estimate converges early."""
     wanted = [resolved(setting, study.pipelines[setting.model]) for setting in settings]
     cells = {setting: study.stored(setting) for setting in dict.fromkeys(wanted)}
     results = {setting: found for setting, found in cells.items() if found is not None}
@@ -166,7 +167,7 @@ def run_cells(
     warm: set[str] = set()
     for run in runs:
         pipeline, largest = study.pipelines[run[-1].model], run[-1]
-        if largest.model not in warm:  # a first call takes longer
+        if largest.model not in warm:  # the first call is slower
             timed_calls(study, largest, 1, clock, warm=False)
             warm.add(largest.model)
         counts = [setting.sampling.num_hypotheses for setting in run]
@@ -187,7 +188,7 @@ def run_cells(
 
 
 def _runs(settings: Sequence[Setting]) -> list[list[Setting]]:
-    """Settings that differ in their number of hypotheses alone: one run of the pipeline each, the largest last."""
+    """Group settings that differ only in the number of hypotheses: one pipeline run each, the largest last."""
     runs: dict[Setting, list[Setting]] = {}
     for setting in settings:
         alike = dataclasses.replace(setting, sampling=setting.sampling.but(num_hypotheses=1))
@@ -201,7 +202,7 @@ def cell(
     measured: Measured,
     clock: Callable[[], float],
 ) -> dict[str, Any]:
-    """A cell's JSON: settings, summary, the values of every person, milliseconds per image."""
+    """A cell's JSON: settings, summary, values of every person, milliseconds per image."""
     pipeline = study.pipelines[setting.model]
     diffusion = pipeline.model.config.mode == "diffusion"
     values: dict[str, Any] = {
@@ -211,7 +212,7 @@ def cell(
     if "coverage" in report:
         values["coverage"] = _rounded(covered(measured), 6)
     values |= {name: _rounded(numbers, 6) for name, numbers in measured.guidance.items()}
-    calls = [call for call in measured.calls if call[0] == measured.calls[0][0]]  # but for a last, smaller one
+    calls = [call for call in measured.calls if call[0] == measured.calls[0][0]]  # without a smaller last batch
     if len(calls) < REPEATS:
         calls += timed_calls(study, setting, REPEATS - len(calls), clock, warm=not calls)
     milliseconds = sorted(1000 * seconds / people for people, seconds in calls)
@@ -235,7 +236,7 @@ def cell(
 
 @functools.cache
 def code_digest() -> str:
-    """Of the code that draws people and samples them. Cells of older code are still used, but are told apart by it."""
+    """Digest of the data and sampling code. Cells of older code are still used; the digest identifies them."""
     found, package = hashlib.sha256(), Path(__file__).resolve().parents[1]
     folders = [package / name for name in ("data", "diffusion", "heatmaps", "models", "pipeline")]
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
@@ -248,9 +249,9 @@ def timed_calls(
     setting: Setting,  # resolved
     repeats: int,
     clock: Callable[[], float],
-    warm: bool,  # one call more before them, which does not count
-) -> list[tuple[int, float]]:  # people and seconds
-    """Further calls on the first people of the split."""
+    warm: bool,  # add an untimed warm-up call
+) -> list[tuple[int, float]]:  # number of people and seconds
+    """Timed calls on the first people of the split."""
     pipeline = study.pipelines[setting.model]
     sample = next(study.samples(pipeline))
     size = min(len(sample), study.batch, max(1, MESHES_AT_ONCE // setting.sampling.num_hypotheses))
@@ -264,7 +265,7 @@ def timed_calls(
 
 
 def _call(setting: Setting) -> SamplingConfig:
-    """What the pipeline is called with."""
+    """The sampling settings to call the pipeline with."""
     none = setting.sampling.scheduler == NO_SAMPLER
     return setting.sampling.but(scheduler=None) if none else setting.sampling
 
@@ -274,7 +275,7 @@ def _rounded(values: Tensor, digits: int = 4) -> list[float]:
 
 
 def work(setting: Setting) -> float:
-    """What a person costs, in unguided denoising steps of one hypothesis."""
+    """Cost per person in unguided denoising steps of one hypothesis."""
     asked = setting.sampling
     steps = (asked.num_inference_steps or 1) * (2 if asked.scheduler == "heun" else 1)
     return asked.num_hypotheses * (steps * _STEP_COST.get(setting.mode, 1.0) + _MESH_COST)

@@ -1,6 +1,6 @@
-"""Pictures of a sweep: error against steps and against milliseconds, the Pareto front drawn and labelled. Our choice.
+"""Plots of a sweep: error against steps and against milliseconds, with a labelled Pareto front. Our choice.
 
-matplotlib is loaded inside the functions and draws without a display.
+matplotlib is imported lazily and needs no display.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hmdiff.lab.comparison import UNGUIDED, difference, pareto_front
 from hmdiff.names import METRICS
 
 ECE = "calibration"
-RESOLUTION = 130  # dots an inch
+RESOLUTION = 130  # dpi
 _UNGUIDED = "unguided"
 _MARKERS = "osD^vP*Xph"
 _NAMES = {
@@ -27,14 +27,14 @@ _NAMES = {
 
 
 def plot_sweep(
-    results: Sequence[dict[str, Any]],  # cells of `experiments.run_cells`
+    results: Sequence[dict[str, Any]],  # cells of `sweep.run_cells`
     path: str | Path,  # .png, .svg or .pdf
     metric: str = "pve",
-    kinds: Sequence[str] = ("mean", "oracle", ECE),  # a row of pictures each; those that no cell has are left out
-    reference: dict[str, Any] | None = None,  # bars are paired intervals of the difference to this cell; None: no bars
+    kinds: Sequence[str] = ("mean", "oracle", ECE),  # one row of plots each; kinds that no cell has are left out
+    reference: dict[str, Any] | None = None,  # for paired error bars; None: no bars
     title: str = "",
 ) -> None:
-    """Rows: kinds of error. Left: against steps. Right: against milliseconds an image, with the front of that error."""
+    """Rows: kinds of error. Left: against steps. Right: against milliseconds per image, with the Pareto front."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -88,7 +88,7 @@ def plot_sweep(
 
 
 def error_of(result: dict[str, Any], metric: str, kind: str) -> float | None:
-    """What the picture's vertical axis shows; None where the cell has no such error."""
+    """The value on the vertical axis; None if the cell has no such error."""
     if kind == ECE:
         return result.get("expected_calibration_error")
     found = result["errors"][metric].get(kind)
@@ -96,14 +96,15 @@ def error_of(result: dict[str, Any], metric: str, kind: str) -> float | None:
 
 
 def in_series(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Cells that differ in their steps alone, by rising steps, under a name of what tells the series apart."""
+    """Group cells that differ only in their steps, sorted by steps; the key names the settings that differ between
+    groups."""
     found: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
     for result in results:
         found.setdefault(tuple(_parts(result["settings"]).items()), []).append(result)
     everywhere = [dict(key) for key in found]
     guided = [parts for parts in everywhere if parts["mode"] != _UNGUIDED]
     names = list(dict.fromkeys(name for parts in everywhere for name in parts))
-    # What only guidance has tells guided series apart; that others lack it is said by their mode.
+    # Guidance settings distinguish only the guided series; the mode separates those from the rest.
     among = {name: everywhere if name in ("model", "sampler", "eta", "N", "mode") else guided for name in names}
     telling = [name for name in names if len({parts.get(name) for parts in among[name]}) > 1] or ["model", "sampler"]
     return {
@@ -148,7 +149,7 @@ def _draw_front(axis: Any, results: Sequence[dict[str, Any]], metric: str, kind:
     line = {"color": "black", "alpha": 0.3, "zorder": 1, "marker": "o", "markersize": 11, "linewidth": 2.5}
     axis.plot(*zip(*[points[i] for i in front], strict=True), **line)
     names = {id(cell): number for number, cells in enumerate(in_series(results).values()) for cell in cells}
-    for place, i in enumerate(front):  # neighbours may be close: every other label stands above its point
+    for place, i in enumerate(front):  # alternate labels go above their points, since neighbours may be close
         steps = shown[i]["settings"]["steps"]
         axis.annotate(
             f"{steps} step{'' if steps == 1 else 's'}",
@@ -175,6 +176,6 @@ def _time_label(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _sparse(value: float, _: int) -> str:
-    """Labels of a log axis' minor ticks: 2 and 5 of each decade."""
+    """Label a log axis's minor ticks only at 2 and 5 of each decade."""
     digit = int(f"{value:e}"[0])
     return f"{value:g}" if digit in (2, 5) else ""

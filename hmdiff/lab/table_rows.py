@@ -1,10 +1,10 @@
-"""A comparison's rows from their cells: means over seeds, paired differences, bands of what is visible; text and CSV.
+"""Rows of a comparison table from its cells: means over seeds, paired differences, visibility bins; text and CSV.
 
-Errors in mm. A difference is taken person by person and seed by seed (seed i of a row against seed i of its reference:
-the same people were drawn, with the same noise), and averaged over the seeds; it is given in mm, or in percent of the
-reference's error. Its interval is a bootstrap over people (95 %, percentile): it says what other people would give.
-What another training would give is told by the seeds' own differences, which stand beside it: three are too few for an
-interval. A given checkpoint has one cell, that of the noise's seed. S seeds, P people. Our choice.
+Errors in mm. Differences are taken per person and seed (seed i of a row against seed i of its reference, with the same
+people and noise) and averaged over the seeds; they are given in mm or in percent of the reference's error. The 95 %
+interval is a percentile bootstrap over people: it covers the variation between people only. The variation between
+trainings shows in the differences per seed, listed separately: three seeds are too few for an interval. A given
+checkpoint has one cell, for the noise seed. S seeds, P people. Our choice.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from hmdiff.lab.ablations import Column, Comparison, Row
 from hmdiff.lab.comparison import check_same_people, other_numbers, put, settings_row
 from hmdiff.names import METRICS
 
-BandOf = Callable[[Tensor], Tensor]  # visible fractions (P,) -> number of the band (P,)
+BandOf = Callable[[Tensor], Tensor]  # visible fraction (P,) -> bin index (P,)
 _KINDS = ("first", "mean", "selected", "oracle")
 SPREAD = "spread"
 
 
 @dataclasses.dataclass(frozen=True)
 class RowCells:
-    """What is known of a row on one split: a cell of each seed that is trained, and its cost where it was measured."""
+    """The results of a row on one split: one cell per trained seed, and the cost if measured."""
 
     row: Row
     cells: Mapping[int, dict[str, Any]]  # seed -> cell
@@ -43,7 +43,7 @@ class RowCells:
         metric: str,
         kind: str = "mean",
         seeds: Sequence[int] | None = None,  # None: all
-    ) -> Tensor | None:  # (S, P); None where no cell has it
+    ) -> Tensor | None:  # (S, P); None if no cell has the value
         rows = []
         for seed in sorted(self.cells) if seeds is None else seeds:
             found = self.cells[seed]["values"].get(metric)
@@ -55,11 +55,11 @@ class RowCells:
 
     @property
     def tells_visibility(self) -> bool:
-        """Whether its people carry how much of them is visible: those with pictures or maps do."""
+        """Whether visible fractions are stored: those of people with images or maps are."""
         return self.values("visible_fraction") is not None
 
     def mask(self, number: int, band: BandOf) -> Tensor:  # (P,) bool
-        """Who is in a band. Raises `UserError` where the cells do not tell."""
+        """Membership in a visibility bin. Raises `UserError` if the cells store no visibility."""
         fractions = self.values("visible_fraction")
         if fractions is None:
             raise UserError(
@@ -73,7 +73,7 @@ def mean_of(
     cells: RowCells,
     metric: str,
     kind: str | None = None,  # None: the row's
-    mask: Tensor | None = None,  # (P,) bool, whom it is about
+    mask: Tensor | None = None,  # (P,) bool, selects people
 ) -> Number | None:
     """Mean over people and seeds, with its interval over people."""
     values = cells.values(metric, kind or cells.row.kind)
@@ -85,24 +85,24 @@ def mean_of(
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of a row to another. In mm, and as a share of the other's error."""
+    """Difference of a row to another, in mm and relative to the other row's error."""
 
     absolute: Number
     relative: Number
-    by_seed: dict[int, float]  # share
+    by_seed: dict[int, float]  # relative
 
 
 def difference_of(
     cells: RowCells,
     other: RowCells | None,
     metric: str,
-    kind: str | None = None,  # of both; None: each row's own
+    kind: str | None = None,  # of both rows; None: each row's own
     mask: Tensor | None = None,
 ) -> Difference | None:
-    """None where there is nothing to compare: no other row, no seed that both have.
+    """None if there is nothing to compare: no other row, or no common seed.
 
     Raises:
-        UserError: the cells are of other people, or other noise.
+        UserError: the cells cover different people or noise.
     """
     if other is None:
         return None
@@ -129,8 +129,8 @@ def texts(
     rows: Sequence[RowCells],
     mode: str = "diffusion",
     columns: Sequence[Column] | None = None,  # None: the table's
-) -> tuple[list[str], list[list[str]]]:  # titles, and a line a row
-    """The table as it is printed: value and 95 % interval; "-" for what a row does not have."""
+) -> tuple[list[str], list[list[str]]]:  # titles, and one line per row
+    """The table as printed: value and 95 % interval; "-" for missing values."""
     shown = [column for column in columns or table.columns if mode in column.modes]
     by_label = {cells.row.label: cells for cells in rows}
     lines = [[cells.row.label, *(_text(column, cells, by_label) for column in shown)] for cells in rows]
@@ -165,7 +165,7 @@ def _other(row: Row, rows: Mapping[str, RowCells], against: str) -> RowCells | N
 
 
 def number_of(cells: RowCells, name: str) -> Number | None:
-    """What is no error: a cost, the calibration, what guidance reports, RLE's rank correlation; of seeds the mean."""
+    """Values other than errors: cost, calibration, guidance statistics, rank correlation of RLE; means over seeds."""
     if cells.cost is not None and name in cells.cost:
         return {"value": cells.cost[name]}
     found = [numbers[name] for numbers in map(other_numbers, cells.cells.values()) if name in numbers]
@@ -180,9 +180,9 @@ def band_texts(
     kind: str = "mean",
     bands: Sequence[str] = BANDS,
     band: BandOf = band_of,
-    relative: bool = False,  # the difference to the reference instead
+    relative: bool = False,  # show the relative difference to the reference instead
 ) -> tuple[list[str], list[list[str]]]:
-    """A line a row, a column a band, how many people are in it in the titles."""
+    """One line per row, one column per bin; the titles give the number of people per bin."""
     with_people = [cells for cells in rows if cells.cells]
     counts = [int(with_people[0].mask(n, band).sum()) for n in range(len(bands))] if with_people else [0] * len(bands)
     by_label = {cells.row.label: cells for cells in rows}
@@ -205,10 +205,10 @@ def csv_rows(
     split: str,
     rows: Sequence[RowCells],
     mode: str = "diffusion",
-    bands: Sequence[str] = (),  # lines of these too
+    bands: Sequence[str] = (),  # also write a line for each bin
     band: BandOf = band_of,
 ) -> Iterator[dict[str, Any]]:
-    """Every number: a line for each row and, where bands are asked for, for each row and band."""
+    """Every number: a line for each row and, if `bands` are given, for each row and bin."""
     by_label = {cells.row.label: cells for cells in rows}
     for cells in filter(lambda each: each.cells, rows):
         for number, label in ((None, "all"), *enumerate(bands)):

@@ -1,4 +1,4 @@
-"""Does the data keep up with the training? People per second of each, measured apart on this machine."""
+"""Data loading against training speed: people per second of each, measured separately on this machine."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hmdiff.train.timing import timings
 
 def measure_throughput(
     config: Config,
-    device: torch.device | str | None = None,  # of the training; None: the GPU, if there is one
-    repeats: int = 3,  # of each timing; the fastest counts, since other programs only ever slow one down
+    device: torch.device | str | None = None,  # training device; None: the GPU, if available
+    repeats: int = 3,  # timings per measurement; the fastest counts, since other load only slows a run down
     clock: Callable[[], float] = time.perf_counter,  # time.process_time on a busy machine
 ) -> dict[str, Any]:
-    """Time batches of the config's data in one process, and its training step on a batch that is there already.
+    """Time the config's data loading in one process, and its training step on a preloaded batch.
 
-    Returns `data_people_per_second` (of one process), `step_people_per_second`, `data_share` (of the time, when the
-    training draws its own people: data.workers=0) and `workers_needed` for the training never to wait for its data.
-    A worker takes a processor core of its own. A config that asks for torch.compile is compiled.
+    Returns `data_people_per_second` (one process), `step_people_per_second`, `data_share` (fraction of the time spent
+    on data with data.workers=0) and `workers_needed` for training never to wait for data. Each worker needs a processor
+    core. A config with torch.compile is compiled.
     """
     values = config.training
     threads = torch.get_num_threads()

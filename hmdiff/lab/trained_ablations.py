@@ -1,8 +1,8 @@
-"""Ablations whose models are trained for the table, as data: a row is a label and values over one base config.
+"""Ablations that train their models, as data: a row is a label and overrides of one base config.
 
-All rows of a table have one budget and the same seeds, so that they see the same people and, but for what they add, the
-same noise. A new comparison is a new entry of TRAINED. The rows of D2A-HMR (arXiv 2403.09063) and JOTR (arXiv
-2307.16377) follow their papers' tables; sizes, weights, splits and the noise of labels are ours.
+All rows of a table have the same budget and seeds, and so the same people and, apart from what a row adds, the same
+noise. To add a comparison, add an entry to TRAINED. The rows of D2A-HMR (arXiv 2403.09063) and JOTR (arXiv 2307.16377)
+follow the tables of those papers; sizes, weights, splits and label noise are our choice.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ COSTS = (
     Column("ms/training step", "step_milliseconds"),
 )
 
-_DEGRADED = ("model.depth_map=true",)  # as an estimator would give it: the faults that the data has by itself
+_DEGRADED = ("model.depth_map=true",)  # as from a depth estimator: with the data's default corruption
 _DEPTH = (*_DEGRADED, "data.depth_faults.none=true")  # as rendered
-# composite: the variant whose sigma means something
+# composite: the variant with a meaningful sigma
 _RLE = ("model.rle=[joints,vertices]", "model.rle_variant=composite", "loss.rle=0.1")
 _SILHOUETTE = ("model.silhouette=true", "loss.silhouette=0.1")
-_MASKED = ("model.masked=0.3",)  # as METRO's: at most 30 % of the tokens
+_MASKED = ("model.masked=0.3",)  # as METRO: at most 30 % of the tokens
 _NOISY = ("data.label_noise=0.05",)
 _HEATMAPS = ("model.inputs=both",)
 _LIFTING = ("model.lifting=true", "loss.estimates=0.5")
-_CONTRAST = ("loss.joint_contrast=0.1", "loss.non_joint_contrast=0.1")  # JOTR's weights; here two thirds of the loss
+_CONTRAST = (
+    "loss.joint_contrast=0.1",
+    "loss.non_joint_contrast=0.1",
+)  # JOTR's; two thirds of the loss here
 _HEATMAP_VOLUME = (*_LIFTING, "model.volume_width=32", "model.volume_size=6", "model.volume_exponent=1.0")
 _JOTR_K = ("model.volume_exponent=3.0",)
-_LESS_CONTRAST = ("loss.joint_contrast=0.01", "loss.non_joint_contrast=0.01")  # about a fifth
+_LESS_CONTRAST = ("loss.joint_contrast=0.01", "loss.non_joint_contrast=0.01")  # about a fifth of the loss
 
 TRAINED: dict[str, Comparison] = {
     "depth_rle": Comparison(

@@ -1,9 +1,8 @@
-"""A trained run on a split: the errors of every person, stored; an ablation's tables are made of such cells.
+"""Evaluation of a trained run on a split. The stored cells hold the errors of every person; tables are built from them.
 
-A cell is a JSON file, keyed by the run's config, its weights and what is asked of it, and written whole. It holds
-person by person the errors of `hmdiff.evaluate.evaluation`, the spread of the hypotheses, how much of the person is
-visible, and how well RLE's scale, where the model has it, ranks the errors of the joints. A split named SPLIT_blur has
-motion blur.
+A cell is a JSON file, keyed by the run's config, weights and evaluation settings, and written atomically. Per person it
+holds the errors of `hmdiff.evaluate.evaluation`, the spread of the hypotheses, the visible fraction and, for models
+with RLE, the rank correlation between RLE's scale and the joint errors. A split named SPLIT_blur has motion blur.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
 
 FORMAT = 1
-NEEDS = ("settings", "values")  # of a whole cell, see `store.stored`
+NEEDS = ("settings", "values")  # keys of a complete cell, see `store.stored`
 _DIGITS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """How runs are evaluated, the same for all rows."""
+    """Evaluation settings, the same for all rows."""
 
     people: int = 200
-    num_hypotheses: int = 25  # of a diffusion model
-    steps: int | None = None  # of denoising; None: the config's
-    seed: int = 0  # of the noise
+    num_hypotheses: int = 25  # for diffusion models
+    steps: int | None = None  # denoising steps; None: the config's
+    seed: int = 0  # noise seed
 
     def settings(self, run: Run, row: Row, split: str, weights: str) -> dict[str, Any]:
-        """All that a cell depends on."""
+        """Everything that a cell depends on."""
         diffusion = run.config.model["mode"] == "diffusion"
         return {
             "format": FORMAT,
@@ -67,25 +66,25 @@ def cell_path(folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def tested_config(config: Config, row: Row, folder: Path) -> Config:
-    """The config of the people that a row is tested on: as trained, but for what the row says."""
+    """The evaluation data's config: the training config with the row's `tested` overrides."""
     if not row.tested:
         return config
     return load_config(folder / "config.yaml", row.tested)
 
 
 def people_of(config: Config, body: Body) -> PeopleSource:
-    """Every split, and its blurred twin, with what the config's model reads."""
+    """Every split and its blurred variant, with the inputs that the config's model reads."""
     return Blurred(build_source(config, body, build_mesh(config, body), full_mesh=True))
 
 
 def compute_cell(
-    folder: Path,  # of the cells
-    settings: dict[str, Any],  # of `Asked.settings`
+    folder: Path,  # folder of the cells
+    settings: dict[str, Any],  # from `Asked.settings`
     pipeline: HMDiffPipeline,
     data: PeopleSource,
-    progress: Callable[[int], None] | None = None,  # told how many people are done
+    progress: Callable[[int], None] | None = None,  # called with the number of people done
 ) -> dict[str, Any]:
-    """Measure, and write the cell. Raises `UserError` for a split that is not known."""
+    """Evaluate, and write the cell. Raises `UserError` for an unknown split."""
     watch = _Watch()
     count = settings["num_hypotheses"]
     sampling = SamplingConfig(count, settings["steps"], settings["seed"])
@@ -113,7 +112,7 @@ def spread_of(measured: Measured) -> Tensor:  # (P,) mm
 
 
 class _Watch:
-    """Looks on while people are measured, for what the errors alone do not tell."""
+    """Callback that collects visibility and RLE's scale with the joint errors during evaluation."""
 
     def __init__(self) -> None:
         self.fractions: list[Tensor] = []  # (B,)

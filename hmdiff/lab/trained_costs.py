@@ -1,8 +1,8 @@
-"""What a row costs: parameters, milliseconds an image, milliseconds a training step; measured, never read off.
+"""Measured cost of a row: parameters, milliseconds per image, milliseconds per training step.
 
-All rows in one run of the program and in turn (row 1, row 2, ..., row 1 again), so that whatever else the machine does
-falls on all alike; the medians count. A training step is the real one, without drawing its people: forward,
-backward, clipping, optimizer, EMA. An image is encoded and denoised, as many hypotheses as are asked for. Our choice.
+All rows are timed in one process and interleaved (row 1, row 2, ..., row 1 again), so that other load affects all rows
+alike; medians are reported. A training step is the real one without data: forward, backward, clipping, optimizer, EMA.
+An image is encoded and denoised with the requested number of hypotheses. Our choice.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from hmdiff.train.loop import Trainer
 from hmdiff.train.timing import timings
 
 REPEATS = 7
-IMAGES = 8  # a call
+IMAGES = 8  # per call
 
 
 def measure_costs(
-    configs: Sequence[Config],  # one a row; their weights do not matter, so they are those of the start
+    configs: Sequence[Config],  # one per row; timed at their initial weights
     num_hypotheses: int = 25,
-    steps: int | None = None,  # of denoising
+    steps: int | None = None,  # denoising steps
     repeats: int = REPEATS,
     clock: Callable[[], float] = time.perf_counter,
-    progress: Callable[[int], None] | None = None,  # told how many timings are done
-) -> list[dict[str, Any]]:  # parameters, milliseconds, step_milliseconds and under which conditions
+    progress: Callable[[int], None] | None = None,  # called with the number of timings done
+) -> list[dict[str, Any]]:  # parameters, milliseconds, step_milliseconds and the conditions
     with tempfile.TemporaryDirectory(prefix="hmdiff-costs-") as folder:
         timed = [_Timed(config, Path(folder) / str(number)) for number, config in enumerate(configs)]
-        for turn in range(repeats + 1):  # the first is slower and does not count
+        for turn in range(repeats + 1):  # the first turn is a warm-up
             for row in timed:
                 row.step(clock, turn > 0)
                 row.image(num_hypotheses, steps, clock, turn > 0)
@@ -48,7 +48,7 @@ def measure_costs(
 
 
 class _Timed:
-    """A row's trainer, and the batch that it is timed on."""
+    """A row's trainer, and the batch used for timing."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         folder.mkdir()

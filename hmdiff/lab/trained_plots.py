@@ -1,6 +1,6 @@
-"""Pictures of an ablation: every row's difference to its reference, and errors against how much is visible. Our choice.
+"""Plots of an ablation: each row's difference to its reference, and errors by visibility bin. Our choice.
 
-matplotlib is loaded inside the functions and draws without a display.
+matplotlib is imported lazily and needs no display.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from hmdiff.evaluate.visibility_bands import BANDS, band_of
 from hmdiff.files.storage import atomic_file
 from hmdiff.lab.table_rows import SPREAD, BandOf, RowCells, difference_of, mean_of
 
-RESOLUTION = 130  # dots an inch
+RESOLUTION = 130  # dpi
 
 
 def plot_differences(
-    splits: Mapping[str, Sequence[RowCells]],  # split -> its rows
+    splits: Mapping[str, Sequence[RowCells]],  # split -> rows
     path: str | Path,  # .png, .svg or .pdf
     metric: str = "pve",
     title: str = "",
-) -> bool:  # False: nothing to draw, and nothing written
-    """A panel a split: the paired difference in percent with its interval, and each seed's as a small dot."""
+) -> bool:  # False: nothing to draw, no file written
+    """One panel per split: the paired difference in percent with its interval, and a small dot for each seed."""
     panels: dict[str, list[tuple[str, Any]]] = {}
     for split, rows in splits.items():
         by_label = {cells.row.label: cells for cells in rows}
@@ -61,7 +61,7 @@ def plot_bands(
     band: BandOf = band_of,
     title: str = "",
 ) -> bool:
-    """A column a split; the error of the mean, and where there is one the spread, against the visible fraction."""
+    """One column per split: error of the mean and, if stored, the spread, against the visible fraction."""
     splits = {split: [cells for cells in rows if cells.cells] for split, rows in splits.items()}
     splits = {split: rows for split, rows in splits.items() if rows}
     if not splits:
@@ -77,7 +77,7 @@ def plot_bands(
                 there = [(n, each) for n, each in enumerate(found) if each is not None]
                 if not there:
                     continue
-                # Beside each other, or the intervals hide one another.
+                # Offset rows horizontally, so that the intervals do not overlap.
                 places = [n + 0.07 * (number - (len(rows) - 1) / 2) for n, _ in there]
                 values = [each["value"] for _, each in there]
                 bars = [

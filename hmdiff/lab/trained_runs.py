@@ -1,10 +1,10 @@
-"""The trainings of an ablation: each in a folder of its own, none done twice, a stopped one goes on.
+"""The trainings of an ablation: one folder each, finished ones are reused, interrupted ones resume.
 
-    OUTPUT/runs/MODE_WHAT_DIGEST/seed_N/    a training as `hmdiff train` writes it, and done.json when it is finished
+    OUTPUT/runs/MODE_WHAT_DIGEST/seed_N/    a training as `hmdiff train` writes it, and done.json once finished
 
-A folder is named by what is trained, so that rows of several tables that are the same model share it; its budget is
-held to that of the call. A run depends on its config alone, so the order, and what was trained before, change nothing.
-Several calls may train one table at once: a run that another process is at is left to it.
+Folders are named by the trained config, so rows of several tables with the same model share one; its budget must match
+the requested one. A run depends only on its config, not on the order of runs. Several processes may train one table at
+once: each skips runs that another process is training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hmdiff.files.storage import atomic_file, make_folder
 from hmdiff.lab.ablations import MODES, Comparison, Row, check_table
 
 DONE = "done.json"
-# What makes a run another one, beside its budget and its seed; the number of drawing processes changes nothing.
+# The config sections that identify a run, besides budget and seed; the number of data workers does not matter.
 _WHAT = ("body", "model", "diffusion", "data", "loss")
 _SAME_DATA = ("workers",)
 BUDGET = (
@@ -44,16 +44,16 @@ BUDGET = (
     "mixed_precision",
     "start_from",
 )
-Train = Callable[[Config], int]  # trains on from what is there; the step that it reached
+Train = Callable[[Config], int]  # trains or resumes; returns the step reached
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training."""
+    """One training run."""
 
     folder: Path
     config: Config = dataclasses.field(compare=False, hash=False)
-    label: str = dataclasses.field(default="", compare=False, hash=False)  # of the first row that needs it
+    label: str = dataclasses.field(default="", compare=False, hash=False)  # label of the first row that needs it
 
     @property
     def seed(self) -> int:
@@ -70,14 +70,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the tables need. `of[table][row]` are a row's runs, a seed each."""
+    """The runs that the tables need: `of[table][row]` lists a row's runs, one per seed."""
 
     of: dict[str, dict[str, list[Run]]]
     rows: dict[str, dict[str, Row]]
 
     @property
     def runs(self) -> list[Run]:
-        """Each once, all rows of the first seed first: an unfinished plan has whole tables of fewer seeds."""
+        """Every run once, ordered by seed: an unfinished plan has complete tables with fewer seeds."""
         every = [run for rows in self.of.values() for runs in rows.values() for run in runs]
         return sorted(dict.fromkeys(every), key=lambda run: run.seed)
 
@@ -87,14 +87,14 @@ def row_config(
     row: Row,
     seed: int,
     mode: str = "direct",
-    steps: int | None = None,  # of training; None: the base's
-    changes: Sequence[str] = (),  # key=value for all rows, under the row's own
-    base: str | None = None,  # another base config
+    steps: int | None = None,  # training steps; None: the base's
+    changes: Sequence[str] = (),  # key=value for all rows; a row's own overrides take precedence
+    base: str | None = None,  # replaces the table's base config
 ) -> Config:
-    """What is trained for a row, but for its folder. The warm-up keeps its share of the steps.
+    """The training config of a row, without its folder. The warm-up is scaled with the number of steps.
 
     Raises:
-        UserError: a mode or a base that is not known; a value that no config has.
+        UserError: an unknown mode or base config, or a key that the config does not have.
     """
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is not known; choose one of {', '.join(MODES)}")
@@ -110,7 +110,7 @@ def row_config(
         f"seed={seed}",
         f"training.steps={total}",
         f"training.warmup_steps={warmup}",
-        # Everything that is looked at is looked at when all are trained.
+        # No evaluation during training: all runs are evaluated once all are trained.
         f"training.evaluate_every={total}",
         f"training.picture_every={total + 1}",
         "evaluation.test_people=0",
@@ -119,9 +119,9 @@ def row_config(
 
 
 def essence(config: Config) -> dict[str, Any]:
-    """What a run is, without its budget, seed and place: the values that are not the defaults.
+    """The config values that differ from the defaults, without budget, seed and folder.
 
-    So a new entry of the config, which is off by default, leaves the runs of yesterday what they were.
+    New config entries that are off by default therefore do not change existing runs.
     """
     plain, found = Config(), {}
     for name in _WHAT:
@@ -146,7 +146,7 @@ def budget(config: Config) -> dict[str, Any]:
 
 
 def run_name(config: Config, overrides: Sequence[str]) -> str:
-    """The folder of a config's runs: the same for rows of several tables that are the same model."""
+    """Folder name of a config's runs, shared by rows of several tables with the same model."""
     told = sorted(text for text in overrides if not text.startswith("loss."))
     words = [re.sub(r"[^a-z0-9]+", "-", text.split(".", 1)[-1].lower()).strip("-") for text in told]
     words = [word.removesuffix("-true") for word in words]
@@ -162,7 +162,7 @@ def make_plan(
     changes: Sequence[str] = (),
     base: str | None = None,
 ) -> Plan:
-    """Resolve every row. Raises `UserError` for what a config does not have, and for a folder with another budget."""
+    """Resolve every row. Raises `UserError` for unknown config keys, and for a folder with another budget."""
     of: dict[str, dict[str, list[Run]]] = {}
     for name, table in tables.items():
         check_table(name, table)
@@ -181,7 +181,7 @@ def make_plan(
 
 
 def check_same(run: Run) -> None:
-    """Raises `UserError` where the folder holds a run with another budget, or of something else."""
+    """Raises `UserError` if the folder holds a run with another budget or config."""
     stored = run.folder / "config.yaml"
     if not stored.is_file():
         return
@@ -206,7 +206,7 @@ def is_done(run: Run) -> bool:
 
 
 def done_of(run: Run) -> dict[str, Any] | None:
-    """What was written when the run was finished; None where it is not, or was for fewer steps."""
+    """The contents of done.json; None if the run is unfinished or was finished with other steps."""
     try:
         found: dict[str, Any] = json.loads((run.folder / DONE).read_text())
         return found if found["step"] == run.config.training.steps and found["seconds"] >= 0 else None
@@ -215,7 +215,7 @@ def done_of(run: Run) -> dict[str, Any] | None:
 
 
 def reached(run: Run) -> int:
-    """The step of the last checkpoint, 0 where there is none."""
+    """The step of the last checkpoint, 0 without one."""
     if is_done(run):
         return run.config.training.steps
     found = [re.fullmatch(r"step_(\d+)", path.name) for path in (run.folder / "checkpoints").glob("step_*")]
@@ -223,7 +223,7 @@ def reached(run: Run) -> int:
 
 
 def seconds_left(runs: Sequence[Run]) -> float | None:
-    """Of what is not trained yet, by what the finished ones took a step; None: nothing to tell it by."""
+    """Estimated from the median time per step of finished runs; None if none is finished."""
     found = [done["seconds"] / done["step"] for run in runs if (done := done_of(run)) is not None and done["step"]]
     left = sum(run.config.training.steps - reached(run) for run in runs)
     return 0.0 if not left else statistics.median(found) * left if found else None
@@ -231,7 +231,7 @@ def seconds_left(runs: Sequence[Run]) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Told after every run."""
+    """Passed to the callback after every run."""
 
     run: Run
     done: int
@@ -245,8 +245,8 @@ def train_runs(
     train: Train,
     report: Callable[[Trained], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> list[Run]:  # those that are not finished: stopped, or in the hands of another process
-    """Train what is not trained yet, in the order given. Stops where a training was stopped."""
+) -> list[Run]:  # unfinished runs: interrupted, or held by another process
+    """Train the unfinished runs, in the given order. Stops after an interrupted training."""
     for run in runs:
         if is_done(run):
             continue
@@ -260,7 +260,7 @@ def train_runs(
             step, total = train(run.config), run.config.training.steps
             if step < total:
                 break
-            # A run that went on counts what the whole of it would have taken.
+            # Extrapolate a resumed run to its full duration.
             seconds = (clock() - started) * total / max(1, total - before)
             with atomic_file(run.folder / DONE) as temporary:
                 temporary.write_text(json.dumps({"step": step, "seconds": seconds}) + "\n")
@@ -271,7 +271,7 @@ def train_runs(
 
 
 def train_one(config: Config) -> int:
-    """By `hmdiff.train.loop`, in this process. It goes on from the folder's last checkpoint."""
+    """Train with `hmdiff.train.loop` in this process, resuming from the folder's last checkpoint."""
     from hmdiff.train.loop import Trainer
 
     trainer = Trainer(config)
