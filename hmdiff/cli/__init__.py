@@ -1,4 +1,4 @@
-"""The subcommands of `hmdiff`, one a file: `add_parser` says what it takes, `run` does it.
+"""The subcommands of `hmdiff`, one per file: `add_parser` defines the arguments, `run` executes the command.
 
-A command's file imports only the standard library at its top; what is heavy is imported when it runs.
+Command modules import only the standard library at the top; heavy imports happen in `run`.
 """

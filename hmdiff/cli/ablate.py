@@ -1,6 +1,6 @@
 """`hmdiff ablate`: the papers' comparisons as tables, over fixed splits, with bootstrap intervals.
 
-Of given checkpoints here; of models that are trained for a table in `ablate_trained`.
+This file compares given checkpoints; `ablate_trained` trains the models of a table first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hmdiff.lab.ablations import Comparison
 
 OUTPUT = Path("outputs/ablation")
-UNGUIDED = "none"  # a row's mode; `lab.comparison` takes a second to import
+UNGUIDED = "none"  # a row's mode; repeated here because importing `lab.comparison` takes a second
 
 
 def add_parser(subparsers: Any) -> None:
@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
     sampling = SamplingConfig(options.num_hypotheses, options.steps, options.seed)
     rows = {name: [row for row in table.rows if row.role in roles] for name, table in tables.items()}
     settings = {name: settings_of(rows[name], roles, guide, sampling) for name in tables}
-    # All tables at once: cells that several of them need are computed once, and the time that is left is of all.
+    # Compute all tables together: shared cells are computed once, and the remaining time covers all tables.
     results = studies.compute(study, [setting for each in settings.values() for setting in each])
     files = {name: options.output / f"{name}{_preset_suffix(options, table)}.csv" for name, table in tables.items()}
     for name, table in tables.items():
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _preset_suffix(options: argparse.Namespace, table: Comparison) -> str:
-    """The tables of two presets do not replace each other."""
+    """Suffix of the file names, so that tables of different presets do not overwrite each other."""
     return f"_{options.preset}" if options.preset != "ours" and any(row.mode != UNGUIDED for row in table.rows) else ""
 
 

@@ -1,4 +1,4 @@
-"""The tables of `hmdiff ablate` whose models are trained for them: plan, train, evaluate, print."""
+"""`hmdiff ablate` for tables whose models are trained first: plan, train, evaluate, print."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("runs/ablate")
 SEEDS = 3
-# Of no other table; None where they are not given.
+# Options of these tables only; None if not given.
 OPTIONS = ("train", "list", "mode", "seeds", "base", "set", "splits", "denoising_steps", "costs")
 
 
@@ -62,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_absent(options: argparse.Namespace) -> None:
-    """For the tables that compare given checkpoints."""
+    """Reject the options of trained tables for tables of given checkpoints."""
     for name in OPTIONS:
         if getattr(options, name) is not None:
             given = name.replace("_", "-")
@@ -106,7 +106,7 @@ def _check_given(options: argparse.Namespace) -> None:
 
 
 def _check_splits(options: argparse.Namespace, tables: dict[str, Comparison]) -> None:
-    """Before hours of training, not after."""
+    """Raises `UserError` for unknown splits, before hours of training."""
     from hmdiff.data.motion_blur import SUFFIX
 
     for table in tables.values():
@@ -141,7 +141,7 @@ def _print_plan(options: argparse.Namespace, plan: Plan) -> None:
 
 
 def _one_each(plan: Plan) -> list[Run]:
-    """A run of every model there is to train, of the first seed."""
+    """One run of each distinct model, with the first seed."""
     return [run for run in plan.runs if run.seed == plan.runs[0].seed]
 
 
@@ -213,7 +213,7 @@ def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, Compariso
 def _evaluate(
     options: argparse.Namespace, plan: Plan, name: str, table: Comparison, asked: Asked, costs: dict[str, Any]
 ) -> dict[str, list[RowCells]]:  # split -> rows
-    """Cells that are stored are read, the others computed, each row's people built once."""
+    """Read stored cells and compute the others; each row's people are built once."""
     from tqdm import tqdm
 
     from hmdiff.evaluate.store import digest, model_hash, stored
@@ -248,8 +248,8 @@ def _evaluate(
     return found
 
 
-def _costs(options: argparse.Namespace, plan: Plan, asked: Asked, mode: str) -> dict[str, Any]:  # by digest of a run
-    """Measured now, or read; all rows of a call at once, since times of two calls are not to be compared."""
+def _costs(options: argparse.Namespace, plan: Plan, asked: Asked, mode: str) -> dict[str, Any]:  # by the run's digest
+    """Measure or read the costs. All rows are timed in one call, since timings of separate calls are not comparable."""
     from tqdm import tqdm
 
     from hmdiff.evaluate.store import digest, save_report, stored

@@ -1,4 +1,4 @@
-"""`hmdiff prepare aggregator`: train the MLP that makes one mesh of N hypotheses, into a saved pipeline."""
+"""`hmdiff prepare aggregator`: train the MLP that combines N hypotheses into one mesh; add it to a saved pipeline."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _aggregator(options: argparse.Namespace) -> Mapping[str, Any]:
     arguments.check_sampling(pipeline, options)
     steps = options.steps or pipeline.num_inference_steps
     config = load_config(None, [f"seed={SEED + options.seed}"])
-    config.model = {name: pipeline.model.config[name] for name in DATA_KEYS}  # what decides which inputs are drawn
+    config.model = {name: pipeline.model.config[name] for name in DATA_KEYS}  # determines which inputs are generated
     data = build_data(config, pipeline.body, build_mesh(config, pipeline.body))
     drawn = []
     for stream, people in (("train", options.people), ("val", options.val_people)):

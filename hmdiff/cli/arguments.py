@@ -1,4 +1,4 @@
-"""Arguments that several commands share: how they are read, checked and turned into things. Our choice."""
+"""Arguments shared by several commands: definition, validation and conversion. Our choice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFAULT_CHECKPOINT = "hmdiff_small"
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `least`."""
+    """An argparse type: an integer of at least `least`."""
 
     def read(text: str) -> int:
         try:
@@ -41,7 +41,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def number(least: float, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number of at least `least`, or `above` it."""
+    """An argparse type: a finite number of at least `least`, or greater than it with `above`."""
 
     def read(text: str) -> float:
         try:
@@ -79,10 +79,10 @@ def pair(text: str) -> tuple[float, float]:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Ends the help of an option with its default, where the words do not say it."""
+    """Appends the default to an option's help unless the text already has it."""
 
     def add_argument(self, action: argparse.Action) -> None:
-        none = any(action.default is each for each in (None, False, argparse.SUPPRESS))  # 0 is a default
+        none = any(action.default is each for each in (None, False, argparse.SUPPRESS))  # `==` would drop the default 0
         said = none or "(default" in (action.help or "")
         if action.option_strings and not said:
             action.help = f"{action.help or ''} (default: %(default)s)".strip()
@@ -90,7 +90,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def new_parser(subparsers: Any, name: str, summary: str, example: str, details: str = "") -> argparse.ArgumentParser:
-    """A command's parser: what it does, its arguments with their defaults, an example."""
+    """A command's parser: summary, arguments with their defaults, an example."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=summary,
@@ -132,7 +132,7 @@ LAST = "guide in the last share of the steps alone: 0.34 keeps most of the gain 
 
 
 def add_guidance(parser: argparse.ArgumentParser, default: str = "dat") -> None:
-    """How the heatmaps steer the sampling."""
+    """Guidance by the heatmaps."""
     parser.add_argument(
         "--guidance",
         choices=("dat", "disrupted", "none"),
@@ -157,7 +157,7 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
 
 
 def check_guidance(options: argparse.Namespace) -> None:
-    """Raises `UserError` for what belongs to a guidance where none is asked for."""
+    """Raises `UserError` for guidance options without guidance."""
     for name in ("strength", "last"):
         if getattr(options, name) is not None and options.guidance == "none":
             raise UserError(f"--{name} is of a guidance: add --guidance dat (or disrupted)")
@@ -166,7 +166,7 @@ def check_guidance(options: argparse.Namespace) -> None:
 
 
 def guidance_of(options: argparse.Namespace, pipeline: HMDiffPipeline) -> Guidance | None:
-    """None where nothing can be steered: a model without steps, a body without keypoints."""
+    """None if guidance is off or impossible: a model without diffusion, a body without keypoints."""
     from hmdiff.diffusion.guidance import PRESETS
 
     if pipeline.model.config.mode == "direct" or pipeline.body.keypoint_regressor is None:
@@ -177,7 +177,7 @@ def guidance_of(options: argparse.Namespace, pipeline: HMDiffPipeline) -> Guidan
 
 
 def sampling_of(options: argparse.Namespace, pipeline: HMDiffPipeline) -> SamplingConfig:
-    """The settings of `add_sampling` and, where the command has them, of `add_guidance`, as a call takes them."""
+    """The `SamplingConfig` from the options of `add_sampling` and, if the command has them, of `add_guidance`."""
     from hmdiff.diffusion.sampling_config import SamplingConfig
 
     return SamplingConfig(
@@ -193,7 +193,7 @@ def sampling_of(options: argparse.Namespace, pipeline: HMDiffPipeline) -> Sampli
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, or what torch calls it. Raises `UserError` for a device that is unknown or not here."""
+    """`auto`, or a torch device name. Raises `UserError` for an unknown or unavailable device."""
     import torch
 
     if name == "auto":
@@ -204,13 +204,13 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"--device {name!r} is not a device; give auto, cpu, cuda or cuda:1") from None
     try:
         torch.zeros(1, device=device)
-    except Exception:  # torch has several, by device
+    except Exception:  # torch raises different types, depending on the device
         raise UserError(f"--device {name!r}: torch finds no such device here; give --device cpu or auto") from None
     return device
 
 
 def labels(names: list[str]) -> list[str]:
-    """A short name for each checkpoint: its folder's, or its training's where that is just 'pipeline'."""
+    """A short label for each checkpoint: its folder's name, or the parent's if that is just 'pipeline'."""
     result: list[str] = []
     for name in names:
         path = Path(name).resolve()
@@ -230,11 +230,11 @@ def load_pipeline(name: str, device: torch.device | str = "cpu") -> HMDiffPipeli
 
 class Checkpoint(NamedTuple):
     pipeline: HMDiffPipeline
-    model_hash: str  # of its files
+    model_hash: str  # hash of its files
 
 
-def load_checkpoints(options: argparse.Namespace, names: list[str]) -> dict[str, Checkpoint]:  # by their labels
-    """On the device asked for."""
+def load_checkpoints(options: argparse.Namespace, names: list[str]) -> dict[str, Checkpoint]:  # by label
+    """Load the checkpoints onto the requested device."""
     from hmdiff.evaluate.store import model_hash
 
     device = resolve_device(options.device)
@@ -245,7 +245,7 @@ def load_checkpoints(options: argparse.Namespace, names: list[str]) -> dict[str,
 
 
 def add_rewritten(parser: argparse.ArgumentParser, what: str) -> None:
-    """A saved pipeline that a command writes something into, or into a copy of it."""
+    """Options of commands that add something to a saved pipeline, in place or in a copy."""
     parser.add_argument("source", metavar="PIPELINE", help="a run, or a folder that save_pretrained wrote")
     parser.add_argument(
         "--output",
@@ -256,7 +256,7 @@ def add_rewritten(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def load_rewritten(options: argparse.Namespace) -> HMDiffPipeline:
-    """The pipeline of `add_rewritten`; `options.output` becomes the folder to write to. An installed one is refused."""
+    """The pipeline of `add_rewritten`; sets `options.output` to the target folder. Installed ones are refused."""
     folder = checkpoint_folder(options.source)
     if not Path(options.source).exists() and options.output is None:
         raise UserError(
@@ -267,7 +267,7 @@ def load_rewritten(options: argparse.Namespace) -> HMDiffPipeline:
 
 
 def check_sampling(pipeline: HMDiffPipeline, options: argparse.Namespace) -> None:
-    """Sampler and steps, before any work is done; also for the direct baseline, which has neither."""
+    """Check sampler and steps before any work. Also for the direct baseline, which uses neither."""
     from hmdiff.diffusion.schedule import change_scheduler
 
     if options.sampler is not None:
@@ -278,7 +278,7 @@ def check_sampling(pipeline: HMDiffPipeline, options: argparse.Namespace) -> Non
 
 
 def read_config(name: str, overrides: list[str]) -> Config:
-    """A YAML file, or the name of a shipped one such as quickstart, with key=value over it."""
+    """A YAML file, or the name of a shipped config such as quickstart, with key=value overrides."""
     from hmdiff.config import load_config
     from hmdiff.files.resources import config_path
 

@@ -1,4 +1,4 @@
-"""`hmdiff bench`: where the time of a result goes; or parameters, memory and time of a configuration, and more."""
+"""`hmdiff bench`: runtime of each pipeline stage; or parameters, memory and time of a configuration, and more."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
         for name, value in measure_throughput(config, device, options.repeats).items():
             print(f"{name:24} {f'{value:.4g}' if isinstance(value, float) else value}")
         return 0
-    config.model["pretrained"] = False  # nothing is downloaded to be timed
+    config.model["pretrained"] = False  # no download for timing only
     config.data.block_size = options.batch_size
     body = load_body(config.body)
     mesh = build_mesh(config, body)
@@ -158,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
     if options.no_sampling:
         return 0
     model.eval()
-    if sample.peaks is not None:  # what a training step reads in place of heatmaps; a sampling is given these
+    if sample.peaks is not None:  # training reads peaks instead of heatmaps; sampling needs heatmaps
         sample = source.block("val", 0)
     heatmaps = None if model.config.inputs == "image" else as_heatmaps(sample)
 

@@ -1,4 +1,4 @@
-"""The camera of photos and videos on the command line: --focal, --principal-point, --intrinsics."""
+"""Camera options for photos and videos: --focal, --principal-point, --intrinsics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def add_camera(parser: argparse.ArgumentParser) -> None:
 
 
 def cameras(options: argparse.Namespace) -> Callable[[Path], PhotoCamera]:
-    """The camera of each photo, as the options say; --focal and --principal-point win over a file."""
+    """The camera of each photo; --focal and --principal-point take precedence over a file."""
     from hmdiff.heatmaps.cameras import PhotoCamera, read_intrinsics
 
     def camera(photo: Path) -> PhotoCamera:

@@ -1,4 +1,4 @@
-"""`hmdiff card`: the model card of a checkpoint with the figures that were measured of it, and its way to the Hub."""
+"""`hmdiff card`: the model card of a checkpoint with its measured results, and upload to the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hmdiff demo`: the shipped checkpoint on a bare photo; says what to try next."""
+"""`hmdiff demo`: the shipped checkpoint on a photo without annotations; prints suggestions for next steps."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def demo_photo() -> tuple[Path, Path | None]:
-    """A real photo with nothing beside it (scikit-image's astronaut, public domain), else a render with keypoints.
+    """A real photo without keypoints (scikit-image's astronaut, public domain), else a rendered one with keypoints.
 
-    The packages are looked for, not imported.
+    Installed packages are located without importing them.
     """
     from hmdiff.estimators.landmark_files import installed
     from hmdiff.files.resources import asset_path

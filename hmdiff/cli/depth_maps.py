@@ -1,4 +1,4 @@
-"""`--depth` of the commands that read photos: a map beside each photo, named files, or a network by its name."""
+"""`--depth` of the commands that read photos: a map beside each photo, given files, or a depth network by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hmdiff.pipeline import HMDiffPipeline
 
 ESTIMATOR = "estimator:"
-SIZE = 64  # pixels a side of a person's map; a model resizes it to its own
+SIZE = 64  # side of a person's map in pixels; a model resizes it
 
 
 def add_depth(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_depth(parser: argparse.ArgumentParser) -> None:
 
 
 def check_depth(options: argparse.Namespace) -> None:
-    """What can be said before any work is done."""
+    """Validate the options before any work is done."""
     if not options.depth:
         if options.disparity:
             raise UserError("--disparity says what the maps of --depth are, and none is given; add --depth FILE")
@@ -53,8 +53,8 @@ def with_depth(
     people: Sequence[PhotoPeople],
     pipeline: HMDiffPipeline,
     options: argparse.Namespace,
-) -> tuple[list[PhotoPeople], list[str]]:  # those whose map is there or is not needed; what is wrong with the others
-    """The photos with their maps. Raises `UserError` when depth is given to a model that reads none."""
+) -> tuple[list[PhotoPeople], list[str]]:  # photos whose map was found or is not needed; error messages for the others
+    """Add depth maps to the photos. Raises `UserError` if depth is given to a model that does not read it."""
     if not pipeline.model.config.depth_map:
         if options.depth:
             raise UserError(f"--depth: checkpoint {options.checkpoint} reads no depth; leave --depth out")
@@ -65,7 +65,7 @@ def with_depth(
     files = pair_files("--depth", [] if estimator else [Path(name) for name in options.depth], options.photos)
     named = dict(zip(options.photos, files, strict=True))
     found, failures = [], []
-    hidden = True if estimator is None else None  # reading is quick, estimating is not
+    hidden = True if estimator is None else None  # show progress only for estimation, since reading is quick
     for photo in tqdm(people, "depth", disable=hidden, leave=False, unit="photo"):
         try:
             depth, source = _map_of(photo, estimator, named.get(photo.photo), options.disparity)
@@ -78,9 +78,9 @@ def with_depth(
 
 def depth_crops(
     people: Sequence[PhotoPeople],
-    batch: Sequence[tuple[int, int]],  # number of the photo, of the person in it
-) -> Tensor:  # (B, S, S), NaN = not known
-    """The maps of the people of a batch; NaN all over where a photo has none."""
+    batch: Sequence[tuple[int, int]],  # (photo index, person index)
+) -> Tensor:  # (B, S, S), NaN = unknown
+    """The depth maps of a batch's people; all NaN for a photo without one."""
     import torch
 
     from hmdiff.estimators.depth_sources import crop_depth
@@ -122,9 +122,9 @@ def _map_of(photo: PhotoPeople, estimator: Any, file: Path | None, disparity: bo
 
 def photo_depth(
     source: str | None,  # "files" beside the photos, a folder, or estimator:MODEL; None: no depth
-    gives: str = "depth",  # of files: or "disparity"
-) -> Callable[[Any, Path], Any] | None:  # of pixels (H, W, 3) uint8 and path to (h, w), larger = farther; None: no map
-    """What `hmdiff prepare DATASET --depth` takes a photo's depth from. Raises `UserError` for no such source."""
+    gives: str = "depth",  # content of the files: "depth" or "disparity"
+) -> Callable[[Any, Path], Any] | None:  # maps pixels (H, W, 3) uint8 and path to (h, w), larger = farther, or None
+    """The depth source of `hmdiff prepare DATASET --depth`. Raises `UserError` for an unknown source."""
     if source is None:
         return None
     import torch

@@ -1,4 +1,4 @@
-"""`hmdiff doctor`: what is installed, found and missing here, and what to do about it."""
+"""`hmdiff doctor`: what is installed, found and missing on this machine, and how to fix it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ASSETS = (
 
 
 class Finding(NamedTuple):
-    state: str  # "ok", "-" for something optional that is not there, "MISSING" for something needed
+    state: str  # "ok", "-" for something optional that is missing, "MISSING" for something required
     what: str
     remark: str
 
@@ -98,7 +98,7 @@ def _package(name: str, use: str, mend: str, needed: bool) -> Finding:
         return Finding("-", name, f"does not work without {', '.join(absent)} ({use}): {mend}")
     try:
         version = importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
-    except importlib.metadata.PackageNotFoundError:  # another distribution of the same module, as opencv has several
+    except importlib.metadata.PackageNotFoundError:  # installed by another distribution; opencv has several
         version = "installed"
     return Finding("ok", name, version)
 

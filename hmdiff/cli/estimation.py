@@ -1,4 +1,4 @@
-"""What looks at photos: the options of the pose estimator, and the source that they name, loaded when needed."""
+"""Options of the pose estimator, and the lazily loaded source that they select."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def add_estimation(parser: argparse.ArgumentParser) -> None:
 
 
 class Estimation:
-    """People of a photo, as a source sees them. The networks are loaded at the first photo that needs them."""
+    """People detected in a photo by a pose source. The networks are loaded at the first photo that needs them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -81,17 +81,17 @@ class Estimation:
     def see(
         self,
         photo: np.ndarray,  # (H, W, 3) uint8 RGB
-        boxes: Sequence[Box] | None = None,  # None: everybody who is found
+        boxes: Sequence[Box] | None = None,  # None: detect everybody
     ) -> SeenPeople:
         from hmdiff.estimators.source import check_boxes
 
-        if boxes is not None:  # a wrong one should not cost the seconds of loading a model
+        if boxes is not None:  # fail before the model is loaded, which takes seconds
             check_boxes(boxes, photo.shape[1], photo.shape[0])
         return self.source.see(photo, boxes)
 
 
 def estimation_of(options: argparse.Namespace) -> Estimation | None:
-    """None where the user wants none. Raises `UserError` for weights without a model."""
+    """None with `--pose none`. Raises `UserError` for weights without a model."""
     if options.pose_checkpoint is not None and options.pose in (NONE, EMBEDDED):
         path = Path(options.pose_checkpoint)
         raise UserError(f"--pose-checkpoint {path}: weights without a model; name its config or alias by --pose MODEL")

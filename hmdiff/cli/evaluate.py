@@ -1,6 +1,6 @@
-"""`hmdiff evaluate`: checkpoints over the synthetic splits, against the mean mesh; what is done is not done again.
+"""`hmdiff evaluate`: checkpoints and the mean mesh on the synthetic splits; finished results are reused.
 
-With --protocol: checkpoints or other people's predictions over a data set by a named protocol (`protocol_run`).
+With --protocol: checkpoints or predictions of other methods on a data set by a named protocol (`protocol_run`).
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def run(options: argparse.Namespace) -> int:
             path = folder / f"{label}_{split}{suffix(guided)}{raw}.json"
             found = stored(path, settings)
             if found is None or (options.bands and "bands" not in found):
-                people = splits.people_for(pipeline, maps=options.bands)  # made only when something must be computed
+                people = splits.people_for(pipeline, maps=options.bands)  # built only when something must be computed
                 with progress(f"{label} {split}", options.people) as update:
                     found = evaluate(pipeline, people, split, options.people, sampling, update, bands=options.bands)
                     found |= settings
@@ -209,7 +209,7 @@ def _mean_mesh(data: SyntheticHumans, settings: dict[str, Any], path: Path) -> d
 
 
 def _calibration_key(fitted: Temperature | None) -> dict[str, Any] | None:
-    """What of it the figures depend on."""
+    """The part of the calibration that affects the results."""
     if fitted is None:
         return None
     return {key: value for key, value in fitted.as_json().items() if key in ("temperature", "evidence")}

@@ -86,10 +86,10 @@ def run(options: argparse.Namespace) -> int:
 
 def clips_of(
     body: Body,
-    results: Sequence[Mapping[str, np.ndarray]],  # of `read_result`
+    results: Sequence[Mapping[str, np.ndarray]],  # from `read_result`
     frame_rate: float,
-) -> tuple[dict[str, Clip], Any, float]:  # by name; the betas (B,) of them all; mm from the meshes they are of
-    """One motion of several results' means; or of one result, a clip of every hypothesis from the mean to it."""
+) -> tuple[dict[str, Clip], Any, float]:  # clips by name; shared betas (B,); mm to the original meshes
+    """One motion through the means of several results; for one result, a clip from the mean to each hypothesis."""
     import torch
 
     from hmdiff.geometry import axis_angle_to_matrix
@@ -98,7 +98,7 @@ def clips_of(
     found = [_parameters(body, result, len(results) == 1) for result in results]
     meshes, poses, betas, places = zip(*found, strict=True)
     every = torch.cat(betas)
-    # The mean of hypotheses that differ much is thinner than a body: of one result the hypotheses give the shape.
+    # The mean of widely spread hypotheses is thinner than a body: for one result, the shape comes from the hypotheses.
     shape = every[1 if len(results) == 1 else 0 :].mean(0)
     clip = shared_shape(body, Clip(torch.cat(poses), torch.cat(places), frame_rate), every, shape)
     posed = body(shape, axis_angle_to_matrix(clip.pose), clip.translation).vertices
@@ -121,7 +121,7 @@ def clips_of(
 
 
 def _parameters(body: Body, result: Mapping[str, Any], hypotheses: bool) -> tuple[Any, Any, Any, Any]:
-    """Mesh, pose, betas and translation in the camera's frame: of the mean, then of the hypotheses if wanted."""
+    """Mesh, pose, betas and translation in the camera frame: of the mean and, if requested, of the hypotheses."""
     import torch
 
     vertices = torch.from_numpy(result["vertices"])
@@ -134,7 +134,7 @@ def _parameters(body: Body, result: Mapping[str, Any], hypotheses: bool) -> tupl
 
 
 def _stored(body: Body, result: Mapping[str, Any], count: int) -> tuple[Any, Any, Any] | None:
-    """Parameters that the result holds, the mean's first; None where they are not all there, or of another body."""
+    """Parameters stored in the result, the mean's first; None if incomplete or for another body."""
     import torch
 
     shapes = {"pose": (body.num_joints, 3), "betas": (body.num_betas,), "pose_translation": (3,)}
@@ -157,7 +157,7 @@ def _fitted(body: Body, meshes: Any) -> tuple[Any, Any, Any]:
 
 
 def _poses(clips: Mapping[str, Clip]) -> Clip:
-    """The mean, then the end of every clip, as frames of one: a hypothesis a second."""
+    """The mean and the last frame of every clip as one clip: one hypothesis per second."""
     import torch
 
     from hmdiff.viz.animation import Clip

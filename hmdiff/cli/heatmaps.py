@@ -1,4 +1,4 @@
-"""`hmdiff heatmaps`: photos in; for each an npz of everybody's heatmaps by mmpose, and a picture to check them by."""
+"""`hmdiff heatmaps`: heatmaps by mmpose for every person in a photo, as an npz, with a picture for checking."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def run(options: argparse.Namespace) -> int:
 
 def heat_picture(
     photo: np.ndarray,  # (H, W, 3) uint8
-    heatmaps: Heatmaps,  # of P people
+    heatmaps: Heatmaps,  # for P people
     boxes: Tensor,  # (P, 4) x1, y1, x2, y2 photo pixels
 ) -> np.ndarray:  # (H, W, 3) uint8
-    """The strongest joint's heat in every pixel, the peaks as keypoints, the boxes."""
+    """The maximum over joints per pixel, the peaks as keypoints, and the boxes."""
     import cv2
     import numpy as np
 
@@ -98,7 +98,7 @@ def heat_picture(
     height, width = photo.shape[:2]
     heat = np.zeros((height, width), np.float32)
     for index, person in enumerate(heatmaps.values):
-        # Photo index to heatmap index; both count from a pixel's centre here.
+        # Photo pixel index to heatmap index. Here both count from the centre of the first pixel.
         place = np.array(heatmaps.crop.affine(index, HEATMAP_SIZE))
         place[:, 2] += place[:, :2] @ [0.5, 0.5] - 0.5
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

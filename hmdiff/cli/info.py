@@ -1,4 +1,4 @@
-"""`hmdiff info`: what a checkpoint is."""
+"""`hmdiff info`: properties of a checkpoint."""
 
 from __future__ import annotations
 

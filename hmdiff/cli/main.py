@@ -1,7 +1,7 @@
-"""The command `hmdiff`: finds the subcommand, and turns what the user can mend into one line and exit code 2.
+"""The command `hmdiff`: runs a subcommand, and reports user errors as one line with exit code 2.
 
-Each subcommand is a file of `hmdiff.cli` with `add_parser` and `run`. Nothing heavy is imported before a
-subcommand runs, so that `hmdiff --help` is quick. Exit codes: 0 done, 2 bad input, 130 interrupted.
+Each subcommand is a file of `hmdiff.cli` with `add_parser` and `run`. Heavy imports wait until a subcommand runs, so
+that `hmdiff --help` is quick. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ COMMANDS = (
     "prepare",
     "doctor",
 )
-TRACEBACK_VARIABLE = "HMDIFF_TRACEBACK"  # any value: show where an error came from
+TRACEBACK_VARIABLE = "HMDIFF_TRACEBACK"  # any value: print tracebacks
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, its errors on one line, its help with defaults and with examples as they were written."""
+    """argparse with one-line errors, defaults in the help, and examples printed verbatim."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"hmdiff: error: {_one_line(message)} (see {self.prog} --help)\n")
@@ -60,7 +60,7 @@ def build_parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. `SystemExit` comes of argparse alone (--help, wrong arguments)."""
+    """Run one command and return the exit code. Only argparse raises `SystemExit` (--help, wrong arguments)."""
     parser = build_parser()
     arguments = _joined(sys.argv[1:] if arguments is None else arguments)
     for text in arguments:
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{text or 'an argument'} is empty; leave it out, or give a value")
     options, rest = parser.parse_known_args(arguments)
     if rest:
-        # key=value may also follow after options; argparse itself takes them in one place alone.
+        # Accept key=value after options too; argparse accepts positionals in one place only.
         if not hasattr(options, "overrides") or any(text.startswith("-") for text in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.overrides = [*options.overrides, *rest]
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why = "no space left on the disk; nothing already saved was touched: free some, run again"
             return _failed(f"{where}: {why}")
-        if error.errno is None or not error.filename:  # not about a file of the user's
+        if error.errno is None or not error.filename:  # not about a user's file
             raise
         from hmdiff.files.reading import read_failure
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """`--box -3,1,5,9` as `--box=-3,1,5,9`: argparse takes what starts with a minus for an option."""
+    """`--box -3,1,5,9` as `--box=-3,1,5,9`: argparse takes a leading minus for an option."""
     found: list[str] = []
     for text in arguments:
         if found and found[-1].startswith("--") and "=" not in found[-1] and _NEGATIVE.fullmatch(text):
@@ -129,12 +129,12 @@ def _failed(message: str) -> int:
 
 
 def report(message: str) -> None:
-    """An error as the user sees it: one line on stderr. A progress bar that is shown goes on below it."""
+    """Print an error: one line on stderr. An active progress bar continues below it."""
     _line(f"hmdiff: error: {_one_line(message)}")
 
 
 def warn(message: str) -> None:
-    """What was mended, left out or is doubtful: one line on stderr; the work goes on."""
+    """Print a warning about something fixed, skipped or doubtful: one line on stderr; the command continues."""
     _line(f"hmdiff: warning: {_one_line(message)}")
 
 

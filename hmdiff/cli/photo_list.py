@@ -1,7 +1,7 @@
-"""Which photos a command reads: files, folders and patterns; and `results.jsonl`, what is done of them.
+"""The photos that a command reads (files, folders, patterns), and the log of results, `results.jsonl`.
 
-One line of JSON a person (or a photo in which nothing could be recovered), written when their files are: a run that
-was stopped goes on where it was, and programs read one file in place of many.
+One line of JSON per person, or per photo without a result, written once their files are. Interrupted runs resume from
+it, and programs can read one file instead of many.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ RESULTS = "results.jsonl"
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def photos_of(places: Sequence[Path]) -> tuple[list[Path], bool]:  # photos; whether a folder or pattern named them
-    """Every photo and video once, in order; a folder's by name.
+def photos_of(places: Sequence[Path]) -> tuple[list[Path], bool]:  # photos; whether a folder or pattern was given
+    """Every photo and video once, in order; those of a folder by name.
 
     Raises:
-        UserError: a folder without any, a pattern that fits nothing.
+        UserError: a folder without photos, a pattern without matches.
     """
     from hmdiff.video.reading import is_clip
 
@@ -53,7 +53,7 @@ def photos_of(places: Sequence[Path]) -> tuple[list[Path], bool]:  # photos; whe
 
 
 def _written_by_us(path: Path) -> bool:
-    """A picture or overlay of an earlier result in the same folder."""
+    """Whether it is a picture or overlay of an earlier result in the same folder."""
     from hmdiff.files.outputs import OVERLAY, is_ours, tracks_of
 
     if path.name.endswith(OVERLAY):
@@ -63,16 +63,16 @@ def _written_by_us(path: Path) -> bool:
 
 @dataclasses.dataclass
 class Results:
-    """The lines of one output folder."""
+    """The lines of one output folder's `results.jsonl`."""
 
     path: Path
-    settings: dict[str, Any]  # of this run: lines of other settings are not this run's
+    settings: dict[str, Any]  # of this run; lines with other settings do not count as done
     lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    whole: bool = True  # the file holds these lines and nothing else
+    whole: bool = True  # whether the file holds exactly these lines
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any]) -> Results:
-        """Read what is there; a last line that was cut by a kill is left out."""
+        """Read the existing lines, without a truncated last one."""
         results = cls(folder / RESULTS, settings)
         if results.path.is_file():
             content = read_bytes(results.path, 1 << 32)
@@ -83,12 +83,12 @@ class Results:
                     continue
                 if isinstance(found, dict) and isinstance(found.get("photo"), str):
                     results.lines.append(found)
-            # The next line must not be written onto the end of one that was cut.
+            # Rewrite a file with a truncated line, so that the next one is not appended to it.
             results.whole = content == "".join(map(_line, results.lines)).encode()
         return results
 
     def done(self, photo: Path) -> bool:
-        """Whether every person of the photo was written with these settings, and is still there."""
+        """Whether every person of the photo was written with these settings and the files still exist."""
         mine = [each for each in self.lines if each["photo"] == str(photo)]
         if not mine or any("error" in each or each.get("settings") != self.settings for each in mine):
             return False
@@ -96,7 +96,7 @@ class Results:
         return len(mine) == mine[0].get("people") and all(path.is_file() for path in files)
 
     def restart(self, photos: Sequence[Path]) -> None:
-        """Forget the photos that are done anew."""
+        """Remove the lines of photos that will be redone."""
         from hmdiff.files.storage import atomic_file
 
         names = {str(photo) for photo in photos}
@@ -115,12 +115,12 @@ class Results:
 
     @property
     def names(self) -> set[str]:
-        """Names that people of other photos have."""
+        """Names used by people of other photos."""
         return {Path(str(each["npz"])).stem for each in self.lines if "npz" in each}
 
 
 def _line(values: dict[str, Any]) -> str:
-    """A name that is not UTF-8, as a file may have, is written in escapes."""
+    """A line of JSON. File names that are not UTF-8 are escaped."""
     text = json.dumps(values, ensure_ascii=False) + "\n"
     return json.dumps(values) + "\n" if _LONE.search(text) else text
 

@@ -1,4 +1,4 @@
-"""`hmdiff prepare`: data sets to shards that load fast; bodies, checkpoints, temperatures and pose estimators."""
+"""`hmdiff prepare`: data sets as shards, licensed bodies, checkpoints, temperatures and pose estimators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hmdiff evaluate --protocol`: who is scored on what, by which protocol; the numbers, and what was published by it."""
+"""`hmdiff evaluate --protocol`: checkpoints or predictions by a named protocol, beside published results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SYNTHETIC = "synthetic split"
 
 
 class Scored:
-    """What is scored: a checkpoint, or a folder of predictions."""
+    """What is evaluated: a checkpoint, or a folder of predictions."""
 
     def __init__(self, label: str, body: Body, identity: dict[str, Any], pipeline: HMDiffPipeline | None) -> None:
         self.label, self.body, self.identity, self.pipeline = label, body, identity, pipeline
@@ -80,7 +80,7 @@ def run_protocols(options: argparse.Namespace) -> int:
 
 
 def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
-    """The checkpoints, or the one folder of predictions."""
+    """The checkpoints, or the folder of predictions."""
     from hmdiff.body.body import load_body
     from hmdiff.evaluate.protocols import get_protocol
 
@@ -103,7 +103,7 @@ def everyone(options: argparse.Namespace, device: torch.device) -> list[Scored]:
 
 
 class Data:
-    """--data: a synthetic split, or a prepared data set."""
+    """`--data`: a synthetic split, or a prepared data set."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.split: str | None = options.data if options.data in SPLITS else None
@@ -125,8 +125,8 @@ class Data:
 
     def people(
         self, options: argparse.Namespace, scored: Scored, protocol: Protocol
-    ) -> tuple[People, Any, dict[str, Any]]:  # who is scored, their names by a call, the settings
-        """For one who is scored and one protocol."""
+    ) -> tuple[People, Any, dict[str, Any]]:  # people, a function that names them, settings
+        """The people to score for one checkpoint (or folder of predictions) and one protocol."""
         from hmdiff.evaluate.predictions import PredictionFiles
         from hmdiff.evaluate.scored_people import PipelinePeople, PredictedPeople
 
@@ -206,7 +206,7 @@ class Data:
 
 
 def data_folder(name: str) -> Path:
-    """A prepared folder by its path, or by its name in HMDIFF_DATA_DIR."""
+    """A prepared folder by path, or by name in HMDIFF_DATA_DIR."""
     place, root = Path(name), os.environ.get(DATA_VARIABLE)
     if place.is_dir():
         return place
@@ -217,7 +217,7 @@ def data_folder(name: str) -> Path:
 
 
 def bar(title: str, people: People, processes: Processes) -> Any:
-    """Of the first process, over its own share."""
+    """A progress bar in the first process, over its own part."""
     import contextlib
 
     if not processes.first:

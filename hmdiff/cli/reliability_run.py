@@ -1,4 +1,4 @@
-"""`hmdiff evaluate --reliability`: how often the confidence of checkpoints is right on the synthetic splits."""
+"""`hmdiff evaluate --reliability`: how well the confidence of checkpoints is calibrated on the synthetic splits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hmdiff.errors import UserError
 
 
 def run_reliability(options: argparse.Namespace) -> int:
-    """A table for each checkpoint, and reliability_NAME.json and .png in the output's folder."""
+    """A table for each checkpoint, and reliability_NAME.json and .png in the output folder."""
     from hmdiff.diffusion.temperature import Sampling
     from hmdiff.evaluate.reliability import COLUMNS, observe, reliability, reliability_picture, reliability_rows
     from hmdiff.evaluate.store import save_report

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hmdiff.heatmaps.cameras import PhotoCamera
     from hmdiff.pipeline import HMDiffPipeline
 
-PHOTOS_AT_ONCE = 16  # sampled together, while the next are read and looked at
+PHOTOS_AT_ONCE = 16  # sampled together, while the next ones are read and their poses estimated
 
 
 def add_parser(subparsers: Any) -> None:
@@ -96,7 +96,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def kinds_of_files(text: str) -> tuple[str, ...]:
-    """`glb,png` as a choice of `SAVED`, in its order."""
+    """`glb,png` as a subset of `SAVED`, in the order of `SAVED`."""
     asked = {part.strip() for part in text.split(",") if part.strip()}
     unknown = sorted(asked - set(SAVED))
     if unknown or not asked:
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
         protect_from_clip(options.output, name, path)
     make_folder(options.output)
     files = list(zip(options.photos, keypoints, heatmaps, photo_names(options.photos), strict=True))
-    # Two runs in one folder would forget each other's lines of results.jsonl.
+    # Two runs in one folder would overwrite each other's lines of results.jsonl.
     with claim(options.output, "wait for it, or give another --output", name=None):
         failures = _sampled(options, source, files, many, named_clips)
     for failure in failures:
@@ -144,9 +144,9 @@ def _sampled(
     options: argparse.Namespace,
     source: Estimation | None,
     files: list[tuple[Path, Path | None, Path | None, str]],  # photo, keypoints, heatmaps, name
-    many: bool,  # a folder or a pattern: what is done is not done again
+    many: bool,  # a folder or a pattern was given: skip finished photos
     named_clips: list[tuple[Path, str]],
-) -> list[str]:  # what went wrong
+) -> list[str]:  # error messages
     from tqdm import tqdm
 
     from hmdiff.cli.camera import cameras
@@ -172,7 +172,7 @@ def _sampled(
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What a result depends on beside the photo, as results.jsonl keeps it."""
+    """The settings that determine a result besides the photo, as stored in results.jsonl."""
     names = (
         "checkpoint",
         "num_hypotheses",
@@ -197,7 +197,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Run:
-    """Photos in batches through one pipeline, which is loaded at the first that has somebody in it."""
+    """Runs photos in batches through one pipeline, which is loaded at the first photo with a person."""
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class Run:
         files: Sequence[tuple[Path, Path | None, Path | None, str]],  # photo, keypoints, heatmaps, name
         progress: Callable[[int], Any],
     ) -> None:
-        """Some photos are sampled while a second thread reads and looks at the next."""
+        """Sample photos while a second thread reads the next ones and estimates their poses."""
         from concurrent.futures import ThreadPoolExecutor
 
         parts = [files[first : first + PHOTOS_AT_ONCE] for first in range(0, len(files), PHOTOS_AT_ONCE)]
@@ -231,7 +231,7 @@ class Run:
         self,
         files: Sequence[tuple[Path, Path | None, Path | None, str]],
     ) -> list[tuple[Path, str, PhotoPeople | UserError | OSError]]:
-        """What every photo shows, or why nothing of it can be read."""
+        """The people in each photo, or the error that prevented reading it."""
         found: list[tuple[Path, str, PhotoPeople | UserError | OSError]] = []
         for photo, keypoints, heatmaps, name in files:
             try:
@@ -242,7 +242,7 @@ class Run:
         return found
 
     def photos(self, read: Sequence[tuple[Path, str, PhotoPeople | UserError | OSError]]) -> None:
-        """Sample those who were found, and write their files."""
+        """Sample the detected people and write their files."""
         from hmdiff.cli.depth_maps import with_depth
         from hmdiff.cli.main import warn
 
@@ -270,7 +270,7 @@ class Run:
     def _failed(self, photo: Path, error: UserError) -> None:
         text = about(photo, error)
         self.failures.append(text)
-        if len(self.options.photos) > 1:  # one bad photo alone writes nothing
+        if len(self.options.photos) > 1:  # a single bad photo writes nothing
             self.results.add(photo, error=text)
 
 
@@ -282,7 +282,7 @@ def _read(
     source: Estimation | None,
     camera: PhotoCamera,
 ) -> PhotoPeople:
-    """One box also sets the crop of keypoints; several are people for the pose estimator."""
+    """Read one photo. A single box also sets the crop of keypoints; several boxes go to the pose estimator."""
     from hmdiff.estimators.people import read_people
 
     if boxes is not None and len(boxes) > 1 and source is None:
@@ -293,7 +293,7 @@ def _read(
 def inputs_of(
     options: argparse.Namespace, keypoints: Sequence[Path | None], heatmaps: Sequence[Path | None]
 ) -> list[Path | None]:
-    """Every file that is read, those found beside a photo too."""
+    """Every file that is read, including those found beside a photo."""
     from hmdiff.estimators.people import heatmaps_beside, keypoints_beside
 
     beside = [each for photo in options.photos for each in (keypoints_beside(photo), heatmaps_beside(photo))]

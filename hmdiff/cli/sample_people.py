@@ -1,4 +1,4 @@
-"""Everybody in some photos through the pipeline in batches, and their files written beside it."""
+"""Sample everybody in a set of photos in batches, and write their files in parallel."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from hmdiff.estimators.people import PhotoPeople
     from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
-PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; changes no result
+PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; does not change results
 
 
 def one_photo_s(error: UserError | OSError) -> UserError:
-    """An error that is about one photo, the others going on; a full disk is about all of them."""
+    """An error of one photo, after which the others continue. A full disk affects all photos and is raised."""
     from hmdiff.files.reading import read_failure
 
     if isinstance(error, UserError):
@@ -43,11 +43,11 @@ def sample_people(
     people: Sequence[PhotoPeople],
     options: argparse.Namespace,
     results: Results | None = None,
-    bases: Mapping[Path, str] | None = None,  # the photos' names among all photos of the run
+    bases: Mapping[Path, str] | None = None,  # names of the photos, unique in the run
 ) -> list[str]:
-    """Sample everyone in batches, write each as soon as their batch is done; returns what could not be written.
+    """Sample everyone in batches; returns an error message for each photo that could not be written.
 
-    A batch is written by a second thread while the next is sampled.
+    A second thread writes each batch while the next one is sampled.
     """
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -129,11 +129,11 @@ def sample_people(
 def sample_batch(
     pipeline: HMDiffPipeline,
     people: Sequence[PhotoPeople],
-    batch: Sequence[tuple[int, int]],  # number of the photo, of the person in it
+    batch: Sequence[tuple[int, int]],  # (photo index, person index)
     options: argparse.Namespace,
     progress: Any = None,
 ) -> MeshOutput:
-    """One call of the pipeline. A person's number in their photo seeds them, whoever else is in the batch."""
+    """One pipeline call. The seed depends on a person's index in the photo, not on the rest of the batch."""
     import torch
 
     from hmdiff.cli.depth_maps import depth_crops
@@ -157,7 +157,7 @@ def sample_batch(
 
 
 def _distance(output: MeshOutput, people: Sequence[PhotoPeople], batch: Sequence[tuple[int, int]]) -> Tensor | None:
-    """From the hypotheses' keypoints to the heatmaps' peaks, (B, N) pixels; None for a body without keypoints."""
+    """Distance of the hypotheses' keypoints to the heatmap peaks (B, N), pixels; None for a body without keypoints."""
     from hmdiff.heatmaps import concatenate_heatmaps
     from hmdiff.pipeline import keypoint_distance
 

@@ -1,4 +1,4 @@
-"""`hmdiff sample clip.mp4`: every person of a video as a track, an animation and an overlay."""
+"""`hmdiff sample clip.mp4`: a track, an animation and an overlay of every person in a video."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hmdiff.video.recover import Video
     from hmdiff.video.tracks import VideoTrack
 
-SMOOTHING = 0.06  # seconds; equal to `hmdiff.video.smoothing.SIGMA`, which --help need not wait for
+SMOOTHING = 0.06  # seconds; same as `hmdiff.video.smoothing.SIGMA`, without the import that would slow down --help
 
 
 def add_smoothing(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_smoothing(parser: argparse.ArgumentParser) -> None:
 
 
 def check_clips(options: argparse.Namespace, clips: Sequence[Path]) -> None:
-    """Raises `UserError` for what says something of photos alone, and for a video without a pose estimator."""
+    """Raises `UserError` for options that apply only to photos, and for a video without a pose estimator."""
     for name in ("keypoints", "heatmaps", "box", "depth"):
         if clips and getattr(options, name, None):
             raise UserError(f"--{name} is about photos, {clips[0]} is a video; leave it out, or sample them apart")
@@ -41,12 +41,12 @@ def check_clips(options: argparse.Namespace, clips: Sequence[Path]) -> None:
 
 def sample_clips(
     options: argparse.Namespace,
-    clips: Sequence[tuple[Path, str]],  # with the name of each one's results
+    clips: Sequence[tuple[Path, str]],  # paths and names of the results
     source: Estimation,
     camera_of: Callable[[Path], PhotoCamera],
     settings: dict[str, Any],
 ) -> list[str]:
-    """One after the other; a video that fails does not stop the rest. Returns what failed."""
+    """Recover the videos in turn; a failure does not stop the rest. Returns error messages."""
     from hmdiff.cli.photo_list import Results
 
     results = Results.open(options.output, {**settings, "pose": options.pose, "smoothing": options.smoothing})
@@ -137,9 +137,8 @@ def _sample(
 
 
 def _figures(track: VideoTrack) -> tuple[float, float, float | None]:
-    """Distance in pixels of the smoothed mean body's keypoints to those seen (NaN: no keypoints), spread in mm, and
-    confidence (None: uncalibrated): means over the frames in which the person was seen.
-    """
+    """Mean distance in pixels between the smoothed mean body's keypoints and the detected ones (NaN: no keypoints),
+    spread in mm, and confidence (None: uncalibrated): means over the frames in which the person was detected."""
     import numpy as np
 
     away, sure = track.keypoint_distance(), track.confidence

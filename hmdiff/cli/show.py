@@ -1,4 +1,4 @@
-"""What commands print on the way: a bar, on a terminal and in a file alike."""
+"""Progress output: a bar on a terminal, one line otherwise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class progress:
-    """A bar over people on a terminal, one line elsewhere; gives the function to tell how many are done."""
+    """Context manager: shows progress over people and yields a callback that takes the count."""
 
     def __init__(self, what: str, total: int) -> None:
         from tqdm import tqdm

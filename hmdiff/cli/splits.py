@@ -1,4 +1,4 @@
-"""The synthetic people that commands evaluate on."""
+"""The synthetic people used by the evaluation commands."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from hmdiff.data.synthetic.people import SyntheticHumans
     from hmdiff.pipeline import HMDiffPipeline
 
-PEOPLE = 500  # of a split
-MAP_SIZE = 64  # pixels of the maps that tell how much is visible, and of the depths that some models read
+PEOPLE = 500  # per split
+MAP_SIZE = 64  # side in pixels of the visibility maps, and of the depth maps that some models read
 _made: dict[tuple[str, int | None, int], SyntheticHumans] = {}
 
 
 def people_for(pipeline: HMDiffPipeline, maps: bool = False, picture: int | None = None) -> SyntheticHumans:
-    """The people of the splits with what a checkpoint reads: pictures, or depths; with `maps` those in any case.
+    """The people of the splits with the inputs that a checkpoint reads: images or depth; `maps` always adds maps.
 
-    `picture` is the side of pictures for a checkpoint that reads none.
+    `picture` is the image size for a checkpoint that does not read images.
     """
     model = pipeline.model.config
     size = picture if model.inputs == "heatmaps" else model.image_size
@@ -25,7 +25,7 @@ def people_for(pipeline: HMDiffPipeline, maps: bool = False, picture: int | None
 
 
 def test_people(body: Body, image_size: int | None = None, map_size: int = 0) -> SyntheticHumans:
-    """The people of the splits, the same for every checkpoint: the default data, with pictures where they are read."""
+    """The people of the splits, the same for every checkpoint: the default data, with images if requested."""
     from hmdiff.build import build_data, build_mesh
     from hmdiff.config import load_config
 

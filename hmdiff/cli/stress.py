@@ -1,4 +1,4 @@
-"""`hmdiff stress`: slides a patch over a person; maps of how far the mesh moves and how much the hypotheses spread."""
+"""`hmdiff stress`: slides a patch over a person; maps how far the mesh moves and how much the hypotheses spread."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from hmdiff.output import MeshOutput
     from hmdiff.pipeline import HMDiffPipeline
 
-SHOWN = 420  # pixels of a map's side
+SHOWN = 420  # side of a displayed map, pixels
 NUM_HYPOTHESES = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A person to test, and the crop to draw them on."""
+    """A person to test, and the crop on which the maps are drawn."""
 
     name: str
     subject: Subject
-    picture: np.ndarray  # (S, S, 3) uint8, of the crop
-    crop: Crop  # where it is in the photo, turned or not
+    picture: np.ndarray  # (S, S, 3) uint8, the crop
+    crop: Crop  # the crop's place in the photo, possibly rotated
 
 
 def add_parser(subparsers: Any) -> None:
@@ -90,7 +90,7 @@ def add_parser(subparsers: Any) -> None:
     )
     arguments.add_device(parser)
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER")
-    # Many places with few hypotheses; unguided, to see what the model itself makes of it.
+    # Many positions with few hypotheses; unguided, to show the behaviour of the model itself.
     parser.set_defaults(run=run, num_hypotheses=NUM_HYPOTHESES, guidance="none")
 
 
@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What can be told before anything is loaded."""
+    """Validate the options before anything is loaded."""
     from hmdiff.cli.estimation import EMBEDDED, estimation_of
 
     if (options.photo is None) == (options.synthetic is None):
@@ -196,7 +196,7 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
 
 
 def write(found: Stress, person: Shown, stem: Path) -> str:
-    """The npz and the png of one person; returns a line about them."""
+    """Write one person's npz and png; returns a one-line summary."""
     from hmdiff.body.skeletons import HALPE26
     from hmdiff.evaluate.uncertainty_metrics import rank_correlation
     from hmdiff.viz.canvas import save_picture
@@ -229,7 +229,7 @@ def write(found: Stress, person: Shown, stem: Path) -> str:
 
 
 def _joints(found: Stress, place: int) -> str:
-    """Which joints the patch hides there, in words."""
+    """The joints hidden by the patch at that position, as text."""
     from hmdiff.body.skeletons import HALPE26
 
     names = [HALPE26[joint].replace("_", " ") for joint in found.hidden[place].nonzero()[:, 0].tolist()]
@@ -240,7 +240,7 @@ def _joints(found: Stress, place: int) -> str:
 
 
 def write_picture(pipeline: HMDiffPipeline, found: Stress, person: Shown, sampling: SamplingConfig, path: Path) -> str:
-    """The hypotheses without the patch, and with it at the place where they spread most."""
+    """Draw the hypotheses without the patch, and with it at the position of the largest spread."""
     from hmdiff.lab.stress import recover_covered
     from hmdiff.viz.canvas import save_picture
     from hmdiff.viz.stress import draw_patch, hidden_sheet
@@ -264,12 +264,11 @@ def write_picture(pipeline: HMDiffPipeline, found: Stress, person: Shown, sampli
 
 
 def crop_camera(
-    crop: Crop,  # of one person
-    size: int,  # pixels a side of the crop's picture
+    crop: Crop,  # one person
+    size: int,  # side of the crop's picture, pixels
 ) -> tuple[Tensor, float, list[float]]:  # (3, 3), pixels, (2,) pixels
-    """The camera that sees a crop's picture, turned with it: ``x @ turn`` is a point of the photo's camera in its own
-    frame; its focal length and principal point are in pixels of the picture.
-    """
+    """The camera that renders a crop's picture, rotated with it: ``x @ turn`` maps a point from the photo's camera
+    frame to the crop's; focal length and principal point are in pixels of the picture."""
     upright = crop.upright()
     principal = (upright.from_photo(upright.principal_point[:, None])[0, 0] + 1) * size / 2
     return crop.turn_3d()[0], float(crop.focal[0] / crop.side[0]) * size, principal.tolist()

@@ -1,4 +1,4 @@
-"""What `hmdiff sweep` and `hmdiff ablate` share: their models and people, the guidance's options, progress, tables."""
+"""Shared parts of `hmdiff sweep` and `hmdiff ablate`: models, people, guidance options, progress, tables."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make_guidance(
     threshold: float | None = None,
     last: float | None = None,
 ) -> Any:
-    """A `Guidance` of the mode; what is not asked for is as in the preset."""
+    """A `Guidance` of the given mode; options that are not given keep the preset's values."""
     from hmdiff.diffusion.guidance import PRESETS
 
     values: dict[str, Any] = {"strength": strength, "threshold": threshold, "last": last}
@@ -71,7 +71,7 @@ def make_guidance(
 
 
 def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) -> Study:
-    """Load the checkpoints; their labels are the pipelines' keys, in order."""
+    """Load the checkpoints; the study's pipelines are keyed by label, in order."""
     from hmdiff.cli.splits import people_for
     from hmdiff.evaluate.store import model_hash
     from hmdiff.files.storage import make_folder
@@ -101,7 +101,7 @@ def make_study(options: argparse.Namespace, names: Sequence[str], folder: Path) 
 
 def load_estimator(
     folder: str, device: torch.device
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:  # and the side of the pictures that it reads
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:  # the estimator, and the size of the images that it reads
     from hmdiff.estimators.pose_network import SyntheticEstimator
 
     network = SyntheticEstimator.load(folder, device)
@@ -109,7 +109,7 @@ def load_estimator(
 
 
 def compute(study: Study, settings: Sequence[Setting]) -> list[dict[str, Any]]:
-    """Run the cells with bars and lines; what was there already is told in one line."""
+    """Run the cells with progress; stored cells are summarised in one line."""
     from hmdiff.lab.sweep import code_digest, resolved, run_cells
 
     cells = {resolved(setting, study.pipelines[setting.model]) for setting in settings}

@@ -1,4 +1,4 @@
-"""`hmdiff sweep`: steps x sampler x N x DAT's strength x threshold x last over a fixed split; CSV, and a picture."""
+"""`hmdiff sweep`: steps x sampler x N x DAT's strength x threshold x last over a fixed split; CSV and a plot."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def grid(label: str, options: argparse.Namespace) -> list[Setting]:
-    """Every combination; what has no guidance has no strength and no threshold either."""
+    """Every combination. Without guidance, strength and threshold are not varied."""
     from hmdiff.diffusion.sampling_config import SamplingConfig
     from hmdiff.lab.sweep import Setting
 
@@ -125,7 +125,7 @@ def grid(label: str, options: argparse.Namespace) -> list[Setting]:
 
 
 def reference_of(study: Study, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The cell of a pipeline's own sampling, unguided, if the grid has it; else the first."""
+    """The cell with the pipeline's own sampling settings, unguided, if the grid has it; else the first."""
     for label, pipeline in study.pipelines.items():
         for cell in cells:
             settings = cell["settings"]

@@ -1,4 +1,4 @@
-"""`hmdiff train`: train a config; the same command again goes on where it stopped."""
+"""`hmdiff train`: train a config; run the same command again to resume."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         done = trainer.step >= config.training.steps
         reached = f"stopped at step {trainer.step} of {config.training.steps}: the same command goes on"
         state = "trained" if done else reached
-        saved = (trainer.folder / "pipeline").is_dir()  # not where it was stopped before its first step
+        saved = (trainer.folder / "pipeline").is_dir()  # missing if stopped before the first step
         model = f"the model is in {config.output}/pipeline" if saved else "no model was saved yet"
         print(f"{state}; {model}, the losses are in {config.output}/log.csv")
         if done and saved:

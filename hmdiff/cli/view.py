@@ -1,4 +1,4 @@
-"""`hmdiff view`: the page of a result in the browser; makes it from the npz where it is not there."""
+"""`hmdiff view`: open a result's page in the browser; creates it from the npz if missing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def results_in(output: Path) -> list[Path]:
-    """The npz files that are meant; every one in a folder. Raises `UserError` where there is none."""
+    """The npz files to view; all of them for a folder. Raises `UserError` if there are none."""
     if output.is_dir():
         found = [path for path in sorted(output.glob("*.npz")) if _has_page(path)]
         if not found:
@@ -73,9 +73,8 @@ def write_page(result: Path, page: Path, photo: Path | None) -> None:
 
 
 def _has_page(path: Path) -> bool:
-    """Not heatmaps, a video's tracks or an export's parameters, which may lie beside results. Of a damaged file we
-    cannot tell: it is named where it is read.
-    """
+    """Whether a result has a page: excludes heatmaps, a video's tracks and an export's parameters, which may lie beside
+    results. A damaged file passes here and is reported when it is read."""
     import zipfile
 
     try:

@@ -16,8 +16,7 @@ from hmdiff.train.stream import TrainingStream
 
 
 class BareTraining:
-    """The components of a config's training and one training step. No downloads: a pretrained backbone gets random
-    weights."""
+    """A config's training components and one training step. Pretrained backbones get random weights (no download)."""
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)

@@ -95,8 +95,7 @@ class Study:
     _estimated: dict[int, list[Sample]] = dataclasses.field(default_factory=dict, repr=False)  # by data set
 
     def samples(self, pipeline: HMDiffPipeline) -> Iterator[Sample]:
-        """The people. Estimated heatmaps are kept in memory (0.4 MB per person), since estimation is slower than the
-        data."""
+        """The people. Estimated heatmaps (0.4 MB per person) are kept in memory, since estimation is slow."""
         data = self.people_of(pipeline)
         if not data.full_mesh:
             raise UserError("experiments need the full mesh of their people: build the data with full_mesh=True")

@@ -39,10 +39,7 @@ _MASKED = ("model.masked=0.3",)  # as METRO: at most 30 % of the tokens
 _NOISY = ("data.label_noise=0.05",)
 _HEATMAPS = ("model.inputs=both",)
 _LIFTING = ("model.lifting=true", "loss.estimates=0.5")
-_CONTRAST = (
-    "loss.joint_contrast=0.1",
-    "loss.non_joint_contrast=0.1",
-)  # JOTR's; two thirds of the loss here
+_CONTRAST = ("loss.joint_contrast=0.1", "loss.non_joint_contrast=0.1")  # JOTR's; two thirds of the loss here
 _HEATMAP_VOLUME = (*_LIFTING, "model.volume_width=32", "model.volume_size=6", "model.volume_exponent=1.0")
 _JOTR_K = ("model.volume_exponent=3.0",)
 _LESS_CONTRAST = ("loss.joint_contrast=0.01", "loss.non_joint_contrast=0.01")  # about a fifth of the loss
