@@ -1,11 +1,10 @@
-"""Confidence in 0..1: the calibrated probability that a point of the mean body is within 50 or 100 mm of the truth.
+"""Confidence in 0..1: calibrated probability that a point of the mean mesh is within 50 or 100 mm of the ground truth.
 
-P(|e| < r) = logistic(a + b log(s / UNIT) + c log(S / UNIT)): s the spread of the hypotheses at that point, S the
-person's mean spread. Platt scaling (Platt 1999) of what the hypotheses say of themselves; a, b, c are fitted for each
-radius, for joints and for vertices, on people whose bodies are known, and kept with the temperature of that way of
-sampling. Beside it the split conformal interval of the error scaled by its spread (Lei et al., JASA 2018, 5.2):
-|e| <= q s with a probability of at least the level, for people like those it was fitted on. Features are our choice.
-B people, K joints, V vertices.
+Platt scaling (Platt 1999) of the hypothesis spread: P(|e| < r) = logistic(a + b log(s / UNIT) + c log(S / UNIT)), where
+s is the spread at the point and S the mean spread of the person (features: our choice). a, b, c are fitted per radius,
+for joints and vertices, on people with ground truth, and saved with the temperature of the same sampling settings.
+Split conformal intervals of the error scaled by the spread (Lei et al., JASA 2018, sec. 5.2): |e| <= q s with
+probability >= level, for people exchangeable with those of the fit. B people, K joints, V vertices.
 """
 
 from __future__ import annotations
@@ -21,28 +20,28 @@ from torch import Tensor
 from hmdiff.errors import UserError
 
 RADII = (50, 100)  # mm
-LEVELS = (0.5, 0.9)  # of the conformal intervals
+LEVELS = (0.5, 0.9)  # coverage of the conformal intervals
 KINDS = ("joints", "vertices")
-UNIT = 60.0  # mm, so that logarithms are about 0
-LEAST = 1.0  # mm: the root's spread is 0
-LEAST_PEOPLE = 10  # that a probability can be fitted to
+UNIT = 60.0  # mm, centres the logarithms near 0
+LEAST = 1.0  # mm, lower bound on a spread: that of the root is 0
+LEAST_PEOPLE = 10  # needed for a fit
 _RIDGE = 1e-4
 
 
 class Within(NamedTuple):
-    """Probabilities of one radius."""
+    """Probabilities for one radius."""
 
     joints: Tensor  # (B, K) 0..1
     vertices: Tensor  # (B, V) 0..1
-    person: Tensor  # (B,) 0..1, the share of the surface that is expected to be within the radius
+    person: Tensor  # (B,) 0..1, expected fraction of the vertices within the radius
 
 
 @dataclasses.dataclass(frozen=True)
 class Confidence:
-    """What was fitted for one way of sampling. Raises `UserError` for what `fit_confidence` did not make."""
+    """The fit for one set of sampling settings. Raises `UserError` for missing kinds or non-finite numbers."""
 
     coefficients: dict[str, dict[int, tuple[float, float, float]]]  # kind -> radius in mm -> (a, b, c)
-    quantiles: dict[str, dict[float, float]]  # kind -> level -> q, the radius of the interval in spreads
+    quantiles: dict[str, dict[float, float]]  # kind -> level -> q, interval radius in multiples of the spread
 
     def __post_init__(self) -> None:
         numbers = [x for kind in self.coefficients.values() for three in kind.values() for x in three]
@@ -71,7 +70,7 @@ class Confidence:
         level: float,  # one of LEVELS
         spread: Tensor,  # (...) mm
         kind: str = "joints",
-    ) -> Tensor:  # (...) mm, the radius that holds the truth at least that often
+    ) -> Tensor:  # (...) mm, radius that contains the ground truth with probability >= level
         return self.quantiles[kind][level] * spread.clamp_min(LEAST)
 
     def as_json(self) -> dict[str, Any]:
@@ -79,7 +78,7 @@ class Confidence:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Confidence:
-        """Raises `KeyError`, `TypeError`, `ValueError`, `AttributeError` or `UserError` for anything else."""
+        """Inverse of `as_json`. Raises `KeyError`, `TypeError`, `ValueError`, `AttributeError` or `UserError`."""
         return cls(
             {
                 kind: {int(r): (float(a), float(b), float(c)) for r, (a, b, c) in radii.items()}
@@ -93,8 +92,8 @@ class Confidence:
 
 
 def fit_confidence(
-    joint_spread: Tensor,  # (P, K) mm, calibrated or not, but always as it will be
-    joint_error: Tensor,  # (P, K) mm, of the mean of the hypotheses; NaN = no label
+    joint_spread: Tensor,  # (P, K) mm, with or without temperature, as it will be at inference
+    joint_error: Tensor,  # (P, K) mm, error of the hypothesis mean; NaN = no label
     vertex_spread: Tensor,  # (P, V)
     vertex_error: Tensor,  # (P, V)
 ) -> Confidence:
@@ -104,7 +103,7 @@ def fit_confidence(
     person = vertex_spread.mean(-1, keepdim=True)
     given = {"joints": (joint_spread[:, 1:], joint_error[:, 1:]), "vertices": (vertex_spread, vertex_error)}
     coefficients, quantiles = {}, {}
-    for kind, (spread, error) in given.items():  # the root joint is right by definition
+    for kind, (spread, error) in given.items():  # without the root joint, whose root-relative error is 0
         known = error.isfinite()
         features = _features(spread, person)[known].double()
         coefficients[kind] = {r: _logistic_fit(features, (error[known] < r).double()) for r in RADII}
@@ -124,8 +123,8 @@ def _logistic_fit(
     features: Tensor,  # (M, 3)
     inside: Tensor,  # (M,) 0 or 1
 ) -> tuple[float, float, float]:
-    """The most likely coefficients; a slight ridge keeps them finite where all are inside."""
-    from scipy.optimize import minimize  # not at the top: loading a pipeline needs no fit
+    """Maximum-likelihood coefficients; a slight ridge keeps them finite when all points are inside."""
+    from scipy.optimize import minimize  # slow import, not needed to load a pipeline
     from scipy.special import expit
 
     x, y = features.numpy(), inside.numpy()

@@ -2,29 +2,29 @@
 
 Per reverse step k, for every hypothesis i of a person:
 
-    x̂_0          the clean mesh that the denoiser sees in x_k
-    D_k           = sum_j w_j |u_ij - f_j(x̂_0)|²       the distribution gap; u_i drawn from U, the estimator's heatmaps,
+    x̂_0          the x0 prediction of the denoiser at x_k
+    D_k           = sum_j w_j |u_ij - f_j(x̂_0)|²       distribution gap; u_i drawn from U, the estimator's heatmaps;
                                                         f: mesh -> its keypoints in the crop
-    R_k           = (D_k - floor) / (D_K - floor)       the relative gap; DAT is on while it exceeds a threshold, and
-                                                        then off for good
-    ĝ             = eps + s sqrt(1 - abar_k) grad_{x_k} D_k, the gradient going through x̂_0 and so the denoiser
+    R_k           = (D_k - floor) / (D_K - floor)       relative gap; DAT is on while it exceeds a threshold, then off
+                                                        for all later steps
+    ĝ             = eps + s sqrt(1 - alpha_bar_k) grad_{x_k} D_k, with the gradient through x̂_0 and the denoiser
 
-and the ordinary scheduler step follows with ĝ. The paper gives D_k, the gradient through x̂_0, that a relative gap
-switches DAT off, and the two comparisons (`none`, and `disrupted`: gap, gradient and length at x_k itself). `PAPER` is
-its form with what it leaves open filled in: R_k's formula and floor (what the draws of U themselves are off), s and the
-threshold. Our default differs, since it measures better (LOG.md): the mean of U in place of draws, the decision by
-hypothesis (one does not depend on how many others were asked for), nothing at the first step, and the length.
+The scheduler then steps with ĝ. The paper publishes D_k, the gradient through x̂_0, the switch by a relative gap, and
+two baselines: `none`, and `disrupted` (gap and gradient at x_k itself). `PAPER` is that form; the formula and the floor
+of R_k (the expected gap of the draws themselves), s and the threshold are ours. The default differs where it measures
+better (LOG.md): the mean of U instead of draws, R_k per hypothesis (independent of N), no guidance at the first step,
+and the step length.
 
-On that length: in terms of x̂_0 the formula for ĝ says x̂_0 - s (1 - abar)/sqrt(abar) grad_{x_k} D. Where abar is small,
-the factor is huge and the gradient a difference of small numbers. `step="line"` keeps the direction and takes the
-length that the residual asks for (Gauss-Newton along the line: <r, df> / |df|²), so that s = 1 means "as far as this
-direction explains". `step="gradient"` is the formula; its s has the unit of 1 / D, here of squared crop half-sides in
-the mean over joints, so s = 1 moves nothing that could be seen. `step="score"` is the formula over 2 sqrt(D_k).
+Step length: in terms of x̂_0, the formula for ĝ is x̂_0 - s (1 - alpha_bar)/sqrt(alpha_bar) grad_{x_k} D. At small
+alpha_bar the factor is huge and the gradient ill-conditioned. `step="line"` keeps the direction and takes the
+Gauss-Newton length along it, <r, df> / |df|²; s = 1 is the full step. `step="gradient"` is the paper's formula; s has
+the unit of 1 / D (squared crop half-sides), so that s = 1 has no visible effect. `step="score"` divides it by
+2 sqrt(D_k).
 
-And on its cost: going back through the denoiser is twice its price, and the late steps give most of the gain. `last`
-keeps DAT to the end of the process, where k/K <= last; 1 is the paper's form.
+Cost: backpropagation through the denoiser costs twice its forward pass, and the late steps give most of the gain.
+`last` restricts DAT to k/K <= last; 1 is the paper's form.
 
-M rows (a person's hypotheses side by side), P points, J keypoints, H x W heatmaps. 2D in crop coordinates, -1..1.
+M rows (the hypotheses of a person are adjacent), P points, J keypoints, H x W heatmaps. 2D in crop coordinates, -1..1.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from hmdiff.diffusion.sampling import Callback, Denoise, sample
 from hmdiff.errors import UserError
 from hmdiff.files.diffusers_parts import Scheduler
 
-_LEAST_SIGNAL = 0.1  # sqrt(abar) below which the score's factor grows no further
-_NO_SIGNAL = 1e-6  # abar of a terminal step: nothing is steered through the denoiser there
-_LONGEST = 2.0  # root mean square of a point's move, in units of the data
+_LEAST_SIGNAL = 0.1  # lower bound on sqrt(alpha_bar) in the score's factor
+_NO_SIGNAL = 1e-6  # alpha_bar of a terminal step: no gradient through the denoiser there
+_LONGEST = 2.0  # bound on the RMS displacement of the points, units of the diffusion
 
 
 class AlignedDenoiser:
-    """The denoiser with DAT around it, to be given to `sample` in its place. Keeps what happened, for the report."""
+    """Wraps a denoiser with DAT, for use in `sample`. Records the gap and the active steps for `GuidanceReport`."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class AlignedDenoiser:
         keypoints: Callable[[Tensor], Tensor],  # points of the diffusion (M, P, 3) -> keypoints (M, J, 3) metres
         target: Target,
         guidance: Guidance,
-        people: int = 1,  # B, of which the M rows are; for a decision by image
+        people: int = 1,  # B, for decision="image"
     ) -> None:
         self.people = people
         self.denoise, self.keypoints, self.target, self.guidance = denoise, keypoints, target, guidance
@@ -73,13 +73,13 @@ class AlignedDenoiser:
         number = (step[0] * len(self.shares)).round().long() - 1
         share = self.shares[number.cpu()].to(points)
         through = guidance.mode == "dat" and guidance.gradient == "denoiser"
-        if not self.on.any():  # off for good: nothing more than the denoiser is computed
+        if not self.on.any():
             self.steps.append(torch.zeros_like(self.on))
             return self.denoise(points, step)
-        # x_K is noise alone: x̂_0 does not depend on it, and the Jacobian of a trained network there means nothing.
+        # x_K is pure noise: x̂_0 does not depend on it, so the Jacobian of a trained network is meaningless there.
         no_signal = through and bool(share < _NO_SIGNAL)
         if no_signal and guidance.first:
-            no_signal = through = False  # steered at x̂_0 itself
+            no_signal = through = False  # gradient at x̂_0 itself
         if no_signal or float(step[0]) > guidance.last + 1e-4:
             prediction = self.denoise(points, step)
             if self.first_estimate is None:
@@ -107,8 +107,8 @@ class AlignedDenoiser:
         if guidance.step == "line":
             move = self._line(noisy.detach() if guidance.mode == "disrupted" else clean, gradient)
         else:
-            # The paper's ĝ in terms of x̂_0. Stopped at x̂_0, its gradient is that over sqrt(abar), and 1 is taken for
-            # it where there is no signal.
+            # The paper's ĝ in terms of x̂_0. If the gradient stops at x̂_0, grad_{x_k} = grad_{x̂_0} / sqrt(alpha_bar);
+            # the factor is 1 where alpha_bar is 0.
             signal = share.sqrt().clamp_min(_LEAST_SIGNAL)
             over = signal if leaf is noisy or bool(share < _NO_SIGNAL) else signal**2
             move = (1 - share) / over * gradient
@@ -120,7 +120,7 @@ class AlignedDenoiser:
         return torch.where(self.on[:, None, None], self._prediction(clean, points, share), prediction.detach())
 
     def _switch(self, gap: Tensor) -> None:  # (M,)
-        """On at the first step, and as long as the relative gap stays above the threshold."""
+        """Update `on`: True until the relative gap is at or below the threshold."""
         if self.first_gap is None:
             self.first_gap = gap
         excess, first = gap - self.target.floor, self.first_gap - self.target.floor
@@ -130,14 +130,14 @@ class AlignedDenoiser:
         self.on = self.on & (relative > self.guidance.threshold)
 
     def _of_images(self, values: Tensor) -> Tensor:  # (M,)
-        """The mean over the hypotheses of each image, for all of them."""
+        """Mean over the hypotheses of each image, repeated for each of them."""
         return values.unflatten(0, (self.people, -1)).mean(1).repeat_interleave(len(values) // self.people)
 
     def _line(self, clean: Tensor, direction: Tensor) -> Tensor:  # (M, P, 3)
-        """How far along -direction the residual asks to go: least squares on the linear part of f."""
+        """Gauss-Newton step along -direction: least squares on the linearisation of f."""
         norm = direction.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-20)
         unit = direction / norm
-        small = 0.03  # units of the data, about a centimetre: where f is still linear, and far above rounding
+        small = 0.03  # finite difference, about 1 cm: f is nearly linear over it, and rounding is negligible
         with torch.no_grad():
             here = project(self.guidance, self.keypoints(clean), self.target)
             there = project(self.guidance, self.keypoints(clean - small * unit), self.target)
@@ -148,7 +148,7 @@ class AlignedDenoiser:
         return unit * length.clamp_min(0)[:, None, None]
 
     def _prediction(self, clean: Tensor, points: Tensor, share: Tensor) -> Tensor:
-        """x̂_0 as what the network predicts."""
+        """x̂_0 converted to the prediction type."""
         if self.kind == "sample":
             return clean
         alpha, sigma = share.sqrt().clamp_min(1e-4), (1 - share).sqrt().clamp_min(1e-4)
@@ -157,22 +157,22 @@ class AlignedDenoiser:
 
     @torch.no_grad()
     def gap(self, points: Tensor) -> Tensor:  # (M,)
-        """D of a finished mesh, squared crop half-sides."""
+        """D of a mesh, squared crop half-sides."""
         return distribution_gap(self.guidance, project(self.guidance, self.keypoints(points), self.target), self.target)
 
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceReport:
-    """What guidance did. Gaps are D in squared crop half-sides, of the first estimate x̂_0 and of the finished mesh."""
+    """Effect of guidance. Gaps are D in squared crop half-sides, of the first x̂_0 and of the final mesh."""
 
     gap_before: Tensor  # (B, N)
     gap_after: Tensor  # (B, N)
-    active: Tensor  # (K, B) share of the person's hypotheses on which DAT acted at each step
-    fell_back: Tensor  # (B, N) bool: guidance raised the gap, so the unguided mesh was taken
+    active: Tensor  # (K, B) fraction of the hypotheses with DAT active at each step
+    fell_back: Tensor  # (B, N) bool: guidance raised the gap, so the unguided mesh is returned
 
     @classmethod
     def join(cls, parts: list[GuidanceReport]) -> GuidanceReport:
-        """Reports about further hypotheses of the same people, as one."""
+        """Concatenate reports on different hypotheses of the same people."""
         sizes = torch.tensor([part.gap_before.shape[1] for part in parts], dtype=torch.float32)
         active = torch.stack([part.active.cpu() for part in parts], -1) @ sizes / sizes.sum()
         names = ("gap_before", "gap_after", "fell_back")
@@ -183,20 +183,20 @@ class GuidanceReport:
 def aligned_sample(
     denoise: Denoise,
     scheduler: Scheduler,
-    start: tuple[Tensor, Sequence[torch.Generator]],  # x_K (M, P, 3), the rows' generators
+    start: tuple[Tensor, Sequence[torch.Generator]],  # x_K (M, P, 3); a generator per row
     num_inference_steps: int,
     eta: float,
     keypoints: Callable[[Tensor], Tensor],  # (M, P, 3) -> (M, J, 3) metres
     target: Target,
     guidance: Guidance,
     people: int,  # B; M = B * N
-    unguided: Callable[[Tensor], Tensor],  # numbers of rows (R,) -> their x_0 (R, P, 3) from the same x_K without DAT
+    unguided: Callable[[Tensor], Tensor],  # row indices (R,) -> their x_0 (R, P, 3) from the same x_K without DAT
     callback: Callback | None = None,
 ) -> tuple[Tensor, GuidanceReport]:  # x_0 (M, P, 3)
-    """The reverse process with DAT.
+    """The reverse process with DAT. Raises `UserError` for a scheduler without `alphas_cumprod`.
 
-    A hypothesis that ends with a larger gap than its first x̂_0 (the mean of all) is also drawn without, and the one
-    with the smaller gap is kept. They are few, so this costs little.
+    With `fall_back`, a hypothesis whose final gap exceeds that of its first x̂_0 is also sampled without guidance, and
+    the one with the smaller gap is returned. This is rare, so the cost is small.
     """
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"guidance needs a scheduler with a signal share; {type(scheduler).__name__} has none")

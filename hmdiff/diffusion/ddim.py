@@ -1,10 +1,10 @@
-"""DDIM (Song et al., arXiv 2010.02502, eq. 12 and 16) over diffusers' scheduler, for any number of steps.
+"""DDIM (Song et al., arXiv 2010.02502, eq. 12 and 16) on diffusers' scheduler, for any number of steps.
 
-diffusers' own step goes floor(K / n) back, while 'trailing' timesteps lie K / n apart: for an n that does not divide K
-the two drift, and the last step stops short of the clean mesh (n = 3 of K = 200 leaves 0.15 of a standard deviation of
-noise, some 4 cm). Here a step goes to the next timestep of the list, and at eta = 1 a rounding cannot make a root NaN.
+diffusers' step goes back by floor(K / n), but 'trailing' timesteps are K / n apart: if n does not divide K, the last
+step does not reach x_0 (n = 3 of K = 200 leaves noise of 0.15 standard deviations, about 4 cm). Here each step goes to
+the next entry of `timesteps`, and negative rounding errors under a root are clamped at eta = 1.
 
-abar_k: signal share, x_k: points; sigma: share of fresh noise.
+alpha_bar_k: `alphas_cumprod`; x_k: noisy points; sigma: standard deviation of the fresh noise.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from hmdiff.files.diffusers_parts import DDIMScheduler, DDIMSchedulerOutput, ran
 
 
 class ListedDDIMScheduler(DDIMScheduler):
-    """`DDIMScheduler` whose steps follow `timesteps`. For an n that divides K the two are equal."""
+    """`DDIMScheduler` whose steps follow `timesteps`. Equal to it if n divides K."""
 
     config: Any
     timesteps: Tensor
     alphas_cumprod: Tensor
     final_alpha_cumprod: Tensor
-    num_inference_steps: int | None  # type: ignore[assignment]  # None alone, to a checker
+    num_inference_steps: int | None  # type: ignore[assignment]  # inferred as None
 
-    def step(  # type: ignore[override]  # without diffusers' options for clipped pictures
+    def step(  # type: ignore[override]  # without diffusers' clipping options
         self,
         model_output: Tensor,  # (..., P, 3)
         timestep: int | Tensor,

@@ -1,7 +1,7 @@
-"""What DAT compares: samples u_i of the estimator's heatmaps U, and where the hypotheses' keypoints are seen.
+"""The distribution gap D_k of DAT: samples u_i of the heatmaps U against the projected keypoints of the hypotheses.
 
-HMDiff (arXiv 2308.13369): D_k = sum_i |u_i - f(x̂_0)|², u_i drawn from U, f from a mesh to its pose. M rows (a person's
-hypotheses side by side), J keypoints, H x W heatmaps. 2D in crop coordinates, -1..1.
+HMDiff (arXiv 2308.13369): D_k = sum_i |u_i - f(x̂_0)|², u_i drawn from U, f: mesh -> 2D pose. M rows (the hypotheses of
+a person are adjacent), J keypoints, H x W heatmaps. 2D in crop coordinates, -1..1.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from hmdiff.errors import UserError
 from hmdiff.geometry import fitted_projection, perspective_fit, weak_perspective_projection
 from hmdiff.heatmaps.distribution import draw_samples, normalised, soft_argmax
 
-_BACKGROUND = 0.1  # of the peak: what lies below is an estimator's background, wide and meaningless
+_BACKGROUND = 0.1  # fraction of the peak; lower values are the estimator's background
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What the hypotheses are compared with, one row each."""
+    """Target of the distribution gap, one row per hypothesis."""
 
     points: Tensor  # (M, J, 2) u_i, crop coordinates
-    weight: Tensor  # (M, J) w, sums to 1 a row; 0 for a joint that the estimator did not see
-    floor: Tensor  # (M,) what a mesh that is right leaves of D: the u_i's weighted squared distance to the mean of U
-    variance: Tensor  # (M,) weighted variance of U where the u_i are drawn of it; 0 where they are its mean
-    heatmaps: Tensor  # (B, J, H, W) U, each sums to 1, or is 0
-    camera: Tensor  # (M, 3) the head's weak perspective
+    weight: Tensor  # (M, J) w, rows sum to 1; 0 for a joint that was not detected
+    floor: Tensor  # (M,) D of a perfect mesh: weighted squared distance of the u_i to the mean of U
+    variance: Tensor  # (M,) weighted variance of U if the u_i are drawn; 0 if they are its mean
+    heatmaps: Tensor  # (B, J, H, W) U, each sums to 1 or is all 0
+    camera: Tensor  # (M, 3) weak perspective of the camera head
     principal_point: Tensor  # (M, 2) of the photo, crop coordinates
 
     @property
-    def known(self) -> Tensor:  # (M,) bool: whether there is anything to compare with
+    def known(self) -> Tensor:  # (M,) bool: any joint was detected
         return self.weight.sum(-1) > 0
 
 
 def make_target(
     guidance: Guidance,
     heatmaps: Tensor,  # (B, J, H, W) >= 0, the peak = confidence
-    camera: Tensor,  # (B, 3) the head's
-    generators: list[torch.Generator],  # M = B * N, a person's hypotheses side by side
+    camera: Tensor,  # (B, 3) of the camera head
+    generators: list[torch.Generator],  # M = B * N, the hypotheses of a person adjacent
     principal_point: Tensor | None = None,  # (B, 2) of the photo, crop coordinates; None: the crop's centre
 ) -> Target:
-    """Draw the u_i. Joints whose mass lies under the floor of `normalised` are left out.
+    """Draw the u_i. Joints with less heatmap mass than the threshold of `normalised` get weight 0.
 
     Raises:
-        UserError: `joint_weights` of another number than J.
+        UserError: the number of `joint_weights` is not J.
     """
     joints, count = heatmaps.shape[1], len(generators) // len(heatmaps)
     peak = heatmaps.flatten(2).amax(-1)
@@ -69,7 +69,7 @@ def make_target(
         points = torch.cat(
             [draw_samples(distribution[row // count], 1, generator) for row, generator in enumerate(generators)]
         )
-        # Of these draws, not the expected one: a single draw is off by as much as there is to be seen.
+        # Floor of these draws, not its expectation: the variation of single draws is as large as the gap itself.
         floor = (weight * (points - means).square().sum(-1)).sum(-1)
     else:
         points, floor, variance = means, torch.zeros_like(variance), torch.zeros_like(variance)
@@ -98,7 +98,7 @@ def project(
     keypoints: Tensor,  # (M, J, 3) metres
     target: Target,
 ) -> Tensor:  # (M, J, 2) crop coordinates
-    """f: the keypoints in the crop, by a camera fitted to the targets or by the head's."""
+    """f: keypoints in the crop, by a camera fitted to the u_i or by the camera head."""
     if guidance.projection == "camera":
         return weak_perspective_projection(keypoints, target.camera)
     fitted = perspective_fit(keypoints, target.points, target.weight, target.principal_point)
@@ -110,7 +110,7 @@ def distribution_gap(
     projected: Tensor,  # (M, J, 2)
     target: Target,
 ) -> Tensor:  # (M,) squared crop half-sides, a weighted mean over the joints
-    """D_k. By `likelihood`: -2 sigma² log U(f), sigma² the variance of a joint's peak, so that both have one unit."""
+    """D_k. `likelihood`: -2 sigma² log U(f), sigma² the variance of U, which has the same unit as `samples`."""
     if guidance.gap == "samples":
         return (target.weight * (projected - target.points).square().sum(-1)).sum(-1)
     people, joints = target.heatmaps.shape[:2]
@@ -119,7 +119,7 @@ def distribution_gap(
     maps = maps.flatten(0, 1)[:, None]
     values = torch.nn.functional.grid_sample(maps, grid, padding_mode="border", align_corners=False)
     values = values[:, 0, 0].unflatten(0, (people, joints)).transpose(1, 2).flatten(0, 1)  # (M, J)
-    # A map says nothing about the way to its peak from afar: there the distance to the target has to.
+    # Far from the peak the likelihood has no gradient: use the distance to the target there.
     far = (projected - target.points).square().sum(-1)
     variance = target.variance[:, None].clamp_min(1e-4)
     negative = -2 * variance * values.clamp_min(1e-6).log()

@@ -1,4 +1,4 @@
-"""How DAT works (`hmdiff.diffusion.dat`): its choices, our default, and its form in HMDiff (arXiv 2308.13369)."""
+"""Options of DAT (`hmdiff.diffusion.dat`), our default, and the preset of HMDiff (arXiv 2308.13369)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from hmdiff.errors import UserError
 
 MODES = ("none", "disrupted", "dat")
-CHOICES = {  # beside the mode; the first is our default
+CHOICES = {  # the first is the default
     "pairing": ("mean", "paired"),
     "gap": ("samples", "likelihood"),
     "gradient": ("denoiser", "estimate"),
@@ -19,23 +19,23 @@ CHOICES = {  # beside the mode; the first is our default
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How heatmaps steer the reverse process. Raises `UserError` for an unknown choice or a number out of range."""
+    """Heatmap guidance of the reverse process. Raises `UserError` for an unknown choice or a number out of range."""
 
-    mode: str = "dat"  # "none"; "disrupted", with gap and gradient at x_k itself; "dat"
-    strength: float = 1.0  # s; 0 is exactly "none"
-    threshold: float = 0.05  # of the relative gap R_k, below which DAT is off
-    last: float = 1.0  # share of the reverse process, from its end, in which DAT may act; 0.3 is three steps of ten
-    pairing: str = "mean"  # all compared with the mean of U, or "paired": u_i drawn from U for hypothesis i
-    gap: str = "samples"  # squared distance to u_i, or the "likelihood" of the keypoints under U
-    gradient: str = "denoiser"  # through the denoiser's Jacobian, or stopped at the "estimate" x̂_0
-    projection: str = "fit"  # the camera: closed-form fit of x̂_0 to u_i, differentiated through; or the head's "camera"
-    step: str = "line"  # length of the step, see above; or "score"; or the paper's "gradient"
-    decision: str = "hypothesis"  # R_k of each hypothesis, or the paper's, of the sum over an "image"'s hypotheses
-    first: bool = False  # also at the terminal step, where x_k holds no signal; the paper's DAT acts there
-    fall_back: bool = True  # take the unguided hypothesis where guidance raised the gap; the paper has no such guard
-    sharpness: float = 4.0  # U is raised to this power: an estimator's Gaussians are wider than its errors
-    peaks: float = 1.0  # share of the way left to the peaks, which "dat" goes at last (`pipeline/image_plane.py`); ours
-    joint_weights: tuple[float, ...] | None = None  # of the J keypoints, on top of the peaks' heights
+    mode: str = "dat"  # "none"; "disrupted": gap and gradient at x_k itself; "dat"
+    strength: float = 1.0  # s; 0 equals "none"
+    threshold: float = 0.05  # on the relative gap R_k; DAT is off at or below it
+    last: float = 1.0  # DAT acts in this last fraction of the reverse process: 0.3 is the last three of ten steps
+    pairing: str = "mean"  # compare with the mean of U; "paired": with u_i drawn from U for hypothesis i
+    gap: str = "samples"  # squared distance to u_i; "likelihood": of the keypoints under U
+    gradient: str = "denoiser"  # through the denoiser's Jacobian; "estimate": stopped at x̂_0
+    projection: str = "fit"  # differentiable closed-form fit of the camera to u_i; "camera": the camera head's
+    step: str = "line"  # Gauss-Newton length, see `dat`; "score"; "gradient": the paper's
+    decision: str = "hypothesis"  # R_k per hypothesis; "image": over all hypotheses of an image (paper)
+    first: bool = False  # guide the terminal step too, where x_k holds no signal (paper)
+    fall_back: bool = True  # return the unguided hypothesis where guidance raised the gap (not in the paper)
+    sharpness: float = 4.0  # exponent on U: the estimator's Gaussians are wider than its errors
+    peaks: float = 1.0  # final move to the heatmap peaks, 0 none, 1 full (`pipeline/image_plane.py`); not in the paper
+    joint_weights: tuple[float, ...] | None = None  # of the J keypoints, multiplied by the peak heights
 
     def __post_init__(self) -> None:
         for name, allowed in {"mode": MODES, **CHOICES}.items():
@@ -56,8 +56,8 @@ class Guidance:
         return self.mode != "none" and self.strength > 0
 
 
-# HMDiff's DAT as its paper describes it, beside our default. Strength and threshold are not published: those at which
-# its claims show on the shipped checkpoint, as far as they do (LOG.md). Its sampling: N = 25, 40 DDIM steps of K = 200.
+# DAT as in the HMDiff paper. Strength and threshold are not published; these reproduce its claims best on the shipped
+# checkpoint (LOG.md). The paper samples N = 25 hypotheses by 40 DDIM steps of K = 200.
 PAPER = Guidance(
     pairing="paired",
     step="gradient",

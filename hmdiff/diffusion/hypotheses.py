@@ -1,7 +1,7 @@
-"""Many hypotheses of one person: how well each fits the heatmaps, the one to show, the modes among them, the spread.
+"""Statistics of the hypotheses of a person: heatmap likelihood, selection, weighted mean, modes, spread.
 
-HMDiff (arXiv 2308.13369) turns its hypotheses into one mesh by an MLP (`models/aggregation.py`); all of this is ours.
-Pure functions, person by person: nobody's result depends on the batch. B people, N hypotheses, J keypoints, K joints.
+HMDiff (arXiv 2308.13369) aggregates by an MLP instead (`models/aggregation.py`). Pure functions; each person's result
+is independent of the batch. B people, N hypotheses, J keypoints, K joints, V vertices.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from torch import Tensor
 from hmdiff.errors import UserError
 from hmdiff.heatmaps.distribution import normalised
 
-_BACKGROUND = 0.1  # of the peak: what lies below is an estimator's background, wide and meaningless
-_SHARPNESS = 4.0  # power of U, as in DAT: an estimator's Gaussians are wider than its errors
-_BLUR = 1.0  # heatmap pixels, after the power: a peak between two pixels is a peak
-_FLOOR = 0.2  # share of a uniform density: a joint that the estimator misplaced costs so much and no more
-_LIKELIHOOD_WEIGHT = 0.25  # of one standard deviation of the likelihood against one of the distance: best on `val`
-_RLE_WEIGHT = 0.35  # the same of a regression's likelihood; not tuned
-_REACH = 0.06  # of a body's height: how far a keypoint's error says something of the surface
-_VERTEX_SCALE, _PERSON_SCALE = 0.01, 0.005  # of the crop's side: errors that cost a factor of e; best on `val`
-_LARGEST_ERROR = 0.1  # of the crop's side
+_BACKGROUND = 0.1  # fraction of the peak; lower values are the estimator's background
+_SHARPNESS = 4.0  # exponent on U, as in DAT: the estimator's Gaussians are wider than its errors
+_BLUR = 1.0  # sigma in heatmap pixels, after the exponent: keeps peaks between two pixels
+_FLOOR = 0.2  # mixture weight of a uniform density: bounds the cost of a false detection
+_LIKELIHOOD_WEIGHT = 0.25  # of the standardised likelihood against the standardised distance; best on `val`
+_RLE_WEIGHT = 0.35  # the same for the RLE likelihood; not tuned
+_REACH = 0.06  # fraction of the body height over which a keypoint's error weights the surface
+_VERTEX_SCALE, _PERSON_SCALE = 0.01, 0.005  # error per factor e of the weight, in crop sides; best on `val`
+_LARGEST_ERROR = 0.1  # crop sides
 
 
 @dataclasses.dataclass(frozen=True)
 class Modes:
-    """Groups of hypotheses that look alike, the largest first. C groups; where there are fewer, the last weigh 0."""
+    """C clusters of hypotheses, the largest first; surplus clusters are empty and have weight 0."""
 
-    index: Tensor  # (B, C) long: the hypothesis in the middle of each group (its medoid); of an empty one the first's
-    weights: Tensor  # (B, C) share of the hypotheses in it; a row sums to 1
-    label: Tensor  # (B, N) long: the group of each hypothesis
+    index: Tensor  # (B, C) long: the medoid of each cluster; for an empty one that of the first
+    weights: Tensor  # (B, C) fraction of the hypotheses in it; rows sum to 1
+    label: Tensor  # (B, N) long: cluster of each hypothesis
 
     def pick(
         self,
         values: Tensor,  # (B, N, ...) such as the vertices
     ) -> Tensor:  # (B, C, ...)
-        """What belongs to the representatives."""
+        """Values of the medoids."""
         return take(values, self.index)
 
 
 def take(
     values: Tensor,  # (B, N, ...)
-    index: Tensor,  # (B, ...) long, each entry one of N
-) -> Tensor:  # (B, ..., ...) the index's shape, then the values'
-    """Of each person those hypotheses."""
+    index: Tensor,  # (B, ...) long, in 0..N-1
+) -> Tensor:  # (B, ..., ...) shape of the index, then the trailing shape of the values
+    """Select hypotheses of each person by index."""
     people = torch.arange(len(index), device=index.device).reshape(-1, *(1,) * (index.dim() - 1))
     return values[people, index]
 
@@ -54,11 +54,11 @@ def take(
 def heatmap_log_likelihood(
     projected: Tensor,  # (B, N, J, 2) crop coordinates
     heatmaps: Tensor,  # (B, J, H, W) >= 0, the peak = confidence
-) -> Tensor:  # (B, N) nats over the uniform density; 0 for a person of whom nothing was seen
-    """sum_j c_j log((1 - f) U_j(x_j) + f), U_j a joint's density over the crop, c_j its peak, f the floor.
+) -> Tensor:  # (B, N) nats relative to the uniform density; 0 for a person without detected joints
+    """sum_j c_j log((1 - f) U_j(x_j) + f), U_j the density of joint j over the crop, c_j its peak, f = `_FLOOR`.
 
-    U_j is the heatmap without its background, to a power, slightly blurred, and sampled bilinearly. Joints whose mass
-    lies under the floor of `normalised` are left out; outside the crop the density is 0.
+    U_j is the heatmap less its background, raised to a power, blurred, and sampled bilinearly; 0 outside the crop.
+    Joints with less heatmap mass than the threshold of `normalised` are left out.
     """
     people, joints = heatmaps.shape[:2]
     peak = heatmaps.flatten(2).amax(-1)
@@ -84,38 +84,38 @@ def _blurred(values: Tensor) -> Tensor:  # (B, J, H, W)
 
 @dataclasses.dataclass(frozen=True)
 class Reprojection:
-    """How far hypotheses project from the heatmaps' peaks, and which vertices that says something of."""
+    """Reprojection errors of the hypotheses against the heatmap peaks."""
 
-    error: Tensor  # (B, N, J) share of the crop's side
+    error: Tensor  # (B, N, J) in crop sides
     confidence: Tensor  # (B, J) 0..1 of the peaks
-    nearness: Tensor  # (V, J) of every vertex to every keypoint; a row sums to 1 (`keypoint_nearness`)
+    nearness: Tensor  # (V, J) of vertices to keypoints; rows sum to 1 (`keypoint_nearness`)
 
     def first(self, count: int) -> Reprojection:
-        """Of the first hypotheses alone."""
+        """Keep the first `count` hypotheses."""
         return dataclasses.replace(self, error=self.error[:, :count])
 
 
 def keypoint_nearness(
-    vertices: Tensor,  # (V, 3) metres, of the body at rest
+    vertices: Tensor,  # (V, 3) metres, rest pose
     keypoints: Tensor,  # (J, 3)
-    reach: float = _REACH,  # of the body's height: 10 cm of a person, and less of a hand
+    reach: float = _REACH,  # fraction of the body's height: 10 cm for an adult, less for a hand
 ) -> Tensor:  # (V, J)
-    """A softmax of minus the distance, in reaches."""
+    """Softmax over keypoints of -distance / (reach * height)."""
     height = (vertices.amax(0) - vertices.amin(0)).amax()
     return (-torch.cdist(vertices, keypoints) / (reach * height)).softmax(-1)
 
 
 def weighted_mean(
-    points: Tensor,  # (B, N, V, 3) metres, such as vertices about their root
-    seen: Reprojection,  # of the same
+    points: Tensor,  # (B, N, V, 3) metres, such as root-relative vertices
+    seen: Reprojection,  # of the same hypotheses
 ) -> Tensor:  # (B, V, 3)
-    """The mean of the hypotheses in which those that agree with the photo count more, vertex by vertex.
+    """Mean of the hypotheses weighted per vertex by reprojection error.
 
-    The weight of a hypothesis at a vertex is a softmax of minus the error of the keypoints near it, times their
-    confidence, and of the person's mean error: FMPose3D's aggregation by reprojection, of a mesh and with confidences
-    (ours). What no confident keypoint is near has weights that differ by the person's error alone.
+    The weights are a softmax over the hypotheses of minus the confidence-weighted error of the keypoints near the
+    vertex, plus the hypothesis' mean error, which alone decides where no confident keypoint is near. Extends
+    FMPose3D's reprojection-based aggregation from joints to vertices and confidences.
     """
-    error = seen.error.clamp(max=_LARGEST_ERROR) * seen.confidence[:, None]  # one far peak is a false one
+    error = seen.error.clamp(max=_LARGEST_ERROR) * seen.confidence[:, None]  # a distant peak is a false detection
     of_person = error.sum(-1, keepdim=True) / seen.confidence.sum(-1)[:, None, None].clamp_min(1e-3)
     cost = error @ seen.nearness.mT / _VERTEX_SCALE + of_person / _PERSON_SCALE  # (B, N, V)
     return ((-cost).softmax(1)[..., None] * points).sum(1)
@@ -123,17 +123,17 @@ def weighted_mean(
 
 def select(
     vertices: Tensor,  # (B, N, V, 3) metres
-    root: Tensor,  # (B, N, 3) metres: what they are compared about
-    log_likelihood: Tensor | None = None,  # (B, N) of the heatmaps, or of anything else that was observed
-    rle_log_likelihood: Tensor | None = None,  # (B, N) of the model's own regression (`losses.rle`), where it has one
-    seen: Reprojection | None = None,  # None: close to the plain mean
+    root: Tensor,  # (B, N, 3) metres: origin for the comparison
+    log_likelihood: Tensor | None = None,  # (B, N) of the heatmaps, or of another observation
+    rle_log_likelihood: Tensor | None = None,  # (B, N) of the model's RLE regression (`losses.rle`)
+    seen: Reprojection | None = None,  # None: distance to the plain mean
 ) -> Tensor:  # (B,) long
-    """The hypothesis to show, chosen without the ground truth: close to the weighted mean of all, and likely.
+    """Select one hypothesis without ground truth: near the weighted mean, and likely.
 
-    The score is the mean distance of its vertices to that mean, less a share of its log-likelihoods, all in standard
-    deviations over the person's hypotheses. Of a posterior the mean has the least expected error, so its neighbour has
-    little; the likelihood alone knows nothing of depth and chooses worse, and joints a little worse than vertices
-    (measured: LOG.md).
+    The score is the mean vertex distance to the weighted mean minus weighted log-likelihoods, each standardised over
+    the person's hypotheses. The posterior mean minimises the expected squared error, so a hypothesis near it has a
+    small error. The 2D likelihood alone ignores depth and selects worse; joint distances are slightly worse than vertex
+    distances (LOG.md).
     """
     relative = vertices - root[:, :, None]
     centre = relative.mean(1) if seen is None else weighted_mean(relative, seen)
@@ -146,7 +146,7 @@ def select(
 
 
 def _standardised(values: Tensor, least: float) -> Tensor:  # (B, N)
-    """Over the hypotheses. What differs by less than `least` is rounding, and counts as equal."""
+    """Standardise over the hypotheses. Deviations up to `least` are rounding and give 0."""
     centred = values - values.mean(1, keepdim=True)
     deviation = centred.square().mean(1, keepdim=True).sqrt()
     return torch.where(deviation > least, centred / deviation.clamp_min(least), torch.zeros_like(centred))
@@ -158,8 +158,8 @@ def modes(
 ) -> Modes:
     """Cluster the hypotheses by their root-relative joints.
 
-    Ward's agglomeration (JASA 1963) joins the two groups that raise the within-group sum of squares, K-means' own
-    measure, the least. It has no random start.
+    Ward's method (JASA 1963) merges the two clusters that least raise the within-cluster sum of squares, the K-means
+    objective, without random initialisation.
 
     Raises:
         UserError: a count below 1.
@@ -173,18 +173,18 @@ def modes(
 
 
 def _person_modes(points: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:  # (N, D) -> (C,), (C,), (N,)
-    # A tenth of a millimetre is no difference: copies of one mesh are one mode.
+    # Rounded to 0.1 mm, so that copies of one mesh form one mode.
     points = (points * 1e4).round() / 1e4
     if len(points) == 1:
         groups = torch.ones(1, dtype=torch.long)
     else:
-        from scipy.cluster.hierarchy import fcluster, linkage  # slow to import, and modes are asked for late if at all
+        from scipy.cluster.hierarchy import fcluster, linkage  # slow import
 
         tree = linkage(points.numpy(), "ward")
         groups = torch.from_numpy(fcluster(tree, count, "maxclust")).long()
     distance = (points[:, None] - points[None]).norm(dim=-1)
     members = [(groups == group).nonzero()[:, 0] for group in groups.unique()]
-    # The largest first; among equals the one whose first hypothesis was drawn first.
+    # Ties are broken by the lowest hypothesis index.
     members.sort(key=lambda ids: (-len(ids), int(ids[0])))
     medoids = [int(ids[distance[ids][:, ids].sum(1).argmin()]) for ids in members]
     label = torch.empty(len(points), dtype=torch.long)
@@ -198,11 +198,12 @@ def _person_modes(points: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]: 
 
 def apply_temperature(
     points: Tensor,  # (B, N, ..., 3)
-    temperature: float | Tensor,  # of all, or (B,)
+    temperature: float | Tensor,  # scalar, or (B,)
 ) -> Tensor:  # (B, N, ..., 3)
-    """The hypotheses' deviations from their mean, times the temperature; the mean stays. Linear, so that it commutes
-    with joint regressors and with moving everybody to their root. Stretched far, meshes stop being people: this is for
-    points that are to be calibrated, not for meshes to look at.
+    """Temperature scaling: multiply the deviations of the hypotheses from their mean; the mean is unchanged.
+
+    Linear, so it commutes with joint regressors and root alignment. For calibration, not display: a scaled mesh is not
+    a plausible body.
     """
     mean = points.mean(1, keepdim=True)
     if isinstance(temperature, Tensor):
@@ -213,5 +214,5 @@ def apply_temperature(
 def spread(
     points: Tensor,  # (B, N, V, 3) metres
 ) -> Tensor:  # (B, V) metres
-    """Mean distance of the hypotheses' point to their mean."""
+    """Mean distance of the hypotheses to their mean, per point."""
     return (points - points.mean(1, keepdim=True)).norm(dim=-1).mean(1)

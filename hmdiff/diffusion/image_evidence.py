@@ -1,10 +1,9 @@
-"""What an image says of how far its hypotheses' spread can be trusted, and the factor on the temperature that follows.
+"""Per-person factor on the temperature, from three features of the image evidence.
 
-One temperature for everybody is too hot for a person who is seen well and too cold for one who is hidden or unlike
-the training people. Three numbers of a person say which: how far the hypotheses spread, how sure the heatmaps are of
-the limbs' joints, and how far the hypotheses project from the peaks. The temperature is multiplied by
-exp(w · (e - m)), e the three numbers, m their mean over the people it was fitted on (`hmdiff.evaluate.calibration`);
-what is not known counts as that mean. Our choice; which of the numbers help: LOG.md.
+One global temperature overestimates the error of a clearly visible person and underestimates that of an occluded or
+out-of-distribution one. Features e: log of the hypothesis spread, heatmap confidence of the limb joints, log of the
+reprojection distance to the peaks. The factor is exp(w · (e - m)), m the mean of e over the people of the fit
+(`hmdiff.evaluate.calibration`); an unknown feature counts as its mean. Which features help: LOG.md.
 B people, N hypotheses, K joints, J keypoints.
 """
 
@@ -23,19 +22,19 @@ from hmdiff.diffusion.hypotheses import spread
 from hmdiff.errors import UserError
 
 NAMES = ("log_spread", "confidence", "log_distance")
-LARGEST = 4.0  # of the factor, and its inverse the least: beyond the people it was fitted on it is a guess
+LARGEST = 4.0  # the factor is clamped to 1/4..4, against extrapolation
 _SIDES = ("left", "right")
 _LIMBS = tuple(f"{side}_{part}" for part in ("shoulder", "elbow", "wrist", "hip", "knee", "ankle") for side in _SIDES)
-_SPREAD_UNIT = 0.06  # metres, so that logarithms are about 0
-_LEAST_DISTANCE = 0.0025  # of the crop's side: below a heatmap's pixel distances say nothing
+_SPREAD_UNIT = 0.06  # metres, centres the logarithm near 0
+_LEAST_DISTANCE = 0.0025  # crop sides; shorter distances are below the heatmap's resolution
 
 
 def image_evidence(
-    joints: Tensor,  # (B, N, K, 3) metres of the body, the root at the origin
-    confidence: Tensor | None = None,  # (B, J) of the heatmaps' peaks in HALPE26's order; None: an image model without
-    distance: Tensor | None = None,  # (B,) of the projected keypoints to the peaks, mean, as a share of the crop's side
-) -> Tensor:  # (B, 3) as NAMES; NaN = not known
-    """The three numbers of each person."""
+    joints: Tensor,  # (B, N, K, 3) metres, root-relative
+    confidence: Tensor | None = None,  # (B, J) of the heatmap peaks, HALPE26's order; None: no heatmaps
+    distance: Tensor | None = None,  # (B,) mean distance of projected keypoints to the peaks, in crop sides
+) -> Tensor:  # (B, 3) in the order of NAMES; NaN = not known
+    """The three features of each person."""
     found = joints.new_full((len(joints), len(NAMES)), float("nan"))
     found[:, 0] = (spread(joints).mean(-1).clamp_min(1e-4) / _SPREAD_UNIT).log()
     if confidence is not None and confidence.shape[1] == len(HALPE26):
@@ -47,9 +46,9 @@ def image_evidence(
 
 @dataclasses.dataclass(frozen=True)
 class EvidenceFactor:
-    """The fitted factor. Raises `UserError` for numbers that are not finite."""
+    """The fitted factor. Raises `UserError` for a wrong count of numbers or non-finite ones."""
 
-    weights: tuple[float, ...]  # w, of NAMES
+    weights: tuple[float, ...]  # w, in the order of NAMES
     middle: tuple[float, ...]  # m
 
     def __post_init__(self) -> None:
@@ -61,13 +60,13 @@ class EvidenceFactor:
     def __call__(
         self,
         evidence: Tensor,  # (B, 3) of `image_evidence`
-    ) -> Tensor:  # (B,) by what the temperature is multiplied
+    ) -> Tensor:  # (B,) factor on the temperature
         away = (evidence - evidence.new_tensor(self.middle)).nan_to_num(0.0)
         return (away @ evidence.new_tensor(self.weights)).exp().clamp(1 / LARGEST, LARGEST)
 
     @classmethod
     def from_json(cls, found: dict[str, Sequence[float]]) -> EvidenceFactor:
-        """Raises `KeyError`, `TypeError`, `ValueError` or `UserError` for what was not written of one."""
+        """Raises `KeyError`, `TypeError`, `ValueError` or `UserError` for invalid JSON."""
         return cls(tuple(float(w) for w in found["weights"]), tuple(float(m) for m in found["middle"]))
 
 
@@ -76,10 +75,10 @@ def fit_evidence_factor(
     target: Tensor,  # (P, J, 3)
     evidence: Tensor,  # (P, 3)
 ) -> EvidenceFactor:
-    """The likeliest weights where a joint's error is Student-distributed about the mean of its samples.
+    """Maximum-likelihood weights for joint errors that are Student-t distributed about the sample mean.
 
-    Its scale is the samples' standard deviation, times exp(a + w · (e - m)); five degrees of freedom, since some are
-    far off. A ridge holds the weights small where few people say little. The common part a is left to the temperature.
+    The scale is the samples' standard deviation times exp(a + w · (e - m)); 5 degrees of freedom, for outliers. A ridge
+    shrinks w on small data sets. a is discarded: the temperature covers it.
     """
     from scipy.optimize import minimize
 

@@ -1,6 +1,6 @@
-"""The forward process in training: draw steps, add noise, and say what the network should have predicted.
+"""The forward process in training: timesteps, training targets, x0 predictions and loss weights.
 
-x_0 clean points, eps noise, x_k = sqrt(abar_k) x_0 + sqrt(1 - abar_k) eps (DDPM, arXiv 2006.11239, eq. 4).
+x_k = sqrt(alpha_bar_k) x_0 + sqrt(1 - alpha_bar_k) eps, x_0 clean points, eps noise (DDPM, arXiv 2006.11239, eq. 4).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def draw_steps(
     terminal_share: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # long, 0 .. K-1
-    """Uniform steps, but a share of them at the last one, where x̂_0 is the direct regression (ours, not ablated).
+    """Uniform timesteps, a fraction of them terminal, where x̂_0 is the direct regression (our choice, not ablated).
 
-    With two dimensions the steps of a row are stratified: M noise levels of one image spread over the whole process.
+    With a 2D shape each row is stratified: the M noise levels of an image cover the whole process.
     """
     uniform = torch.rand(shape, generator=generator)
     if len(shape) == 2:
@@ -34,17 +34,17 @@ def draw_steps(
 def signal_share(
     scheduler: Scheduler,
     steps: Tensor,  # (...) long
-) -> Tensor:  # (...) abar_k
+) -> Tensor:  # (...) alpha_bar_k
     return scheduler.alphas_cumprod.to(steps.device)[steps]
 
 
 def training_target(
     clean: Tensor,  # (..., P, 3) x_0
     noise: Tensor,  # (..., P, 3) eps
-    share: Tensor,  # (...) abar_k
+    share: Tensor,  # (...) alpha_bar_k
     prediction_type: str,
 ) -> Tensor:  # (..., P, 3)
-    """What the network should predict: eps, x_0, or v = sqrt(abar) eps - sqrt(1-abar) x_0 (arXiv 2202.00512)."""
+    """By prediction type: eps, x_0, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (arXiv 2202.00512)."""
     if prediction_type == "sample":
         return clean
     if prediction_type == "epsilon":
@@ -56,10 +56,10 @@ def training_target(
 def clean_estimate(
     prediction: Tensor,  # (..., P, 3)
     noisy: Tensor,  # (..., P, 3) x_k
-    share: Tensor,  # (...) abar_k
+    share: Tensor,  # (...) alpha_bar_k
     prediction_type: str,
 ) -> Tensor:  # (..., P, 3) x̂_0
-    """x̂_0 from whatever the network predicts. For eps: (x_k - sqrt(1-abar) eps) / sqrt(abar), HMDiff's estimate."""
+    """The x0 prediction. For eps: (x_k - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), as in HMDiff."""
     if prediction_type == "sample":
         return prediction
     alpha, sigma = share.sqrt()[..., None, None], (1 - share).sqrt()[..., None, None]
@@ -69,16 +69,16 @@ def clean_estimate(
 
 
 def loss_weight(
-    share: Tensor,  # (...) abar_k
+    share: Tensor,  # (...) alpha_bar_k
     prediction_type: str,
     weighting: str = "uniform",
     gamma: float = 5.0,
 ) -> Tensor:  # (...)
-    """Weight of the squared error of the *prediction*, so that the clean mesh's error is weighted as named.
+    """Weight on the squared error of the *prediction* that gives the named weight on the squared x_0 error.
 
-    min_snr: min(SNR, gamma) on x_0 (Hang et al., arXiv 2303.09556, eq. 7), nothing at the terminal step.
-    truncated_snr: SNR kept within 1..gamma on x_0 (after Salimans and Ho, arXiv 2202.00512), so that it still counts.
-    uniform: the prediction's own squared error.
+    min_snr: min(SNR, gamma) on x_0 (Hang et al., arXiv 2303.09556, eq. 7); 0 at the terminal step.
+    truncated_snr: SNR clamped to 1..gamma on x_0 (after Salimans and Ho, arXiv 2202.00512); 1 at the terminal step.
+    uniform: weight 1 on the prediction itself.
     """
     if weighting == "uniform":
         return torch.ones_like(share)
@@ -89,7 +89,7 @@ def loss_weight(
         on_clean = snr.clamp(min=1.0, max=gamma)
     else:
         raise ValueError(f"weighting {weighting!r} is none of {WEIGHTINGS}")
-    # |x_0 error|² = |eps error|² / SNR = |v error|² (1 - abar)
+    # |x_0 error|² = |eps error|² / SNR = |v error|² (1 - alpha_bar)
     if prediction_type == "epsilon":
         return on_clean / snr.clamp_min(1e-4)
     if prediction_type == "v_prediction":

@@ -1,7 +1,7 @@
 """The reverse process: a plain function of any denoiser and a diffusers scheduler.
 
-Guidance (DAT) wraps the denoiser, and this loop does not know. Every hypothesis has a generator of its own, so that its
-result depends on the seed, the person and its number, not on the batch it sat in.
+Guidance (DAT) wraps the denoiser. Each hypothesis has its own generator, so its result depends on the seed, the person
+and the hypothesis index, not on the batch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from hmdiff.errors import UserError
 from hmdiff.files.diffusers_parts import Scheduler
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x_k (M, P, 3), step as a fraction of K (M,) -> prediction (M, P, 3)
-Callback = Callable[[int, Tensor, Tensor], None]  # number of the step, x_k, prediction
+Callback = Callable[[int, Tensor, Tensor], None]  # step index, x_k, prediction
 
 
 def hypothesis_generators(
     seed: int,
-    people: Sequence[int],  # number of every person among all those asked for
+    people: Sequence[int],  # index of each person in the whole call, not in the batch
     hypotheses: int,
     first_hypothesis: int = 0,
 ) -> list[torch.Generator]:
-    """A generator per (person, hypothesis), in row order. The first n of N hypotheses are those of N = n.
+    """One generator per (person, hypothesis), in row order. The first n of N hypotheses equal those of N = n.
 
     Raises `UserError` for a negative seed.
     """
@@ -37,8 +37,8 @@ def hypothesis_generators(
     generators = []
     for person in people:
         for hypothesis in range(first_hypothesis, first_hypothesis + hypotheses):
-            # torch's CPU generator looks at 32 bits of its seed alone, so the three numbers are hashed, not packed.
-            # A seed beyond 32 bits is two words: its upper one comes last, or it would stand where a person does.
+            # torch's CPU generator uses only 32 bits of its seed, so the three numbers are hashed, not packed. The
+            # upper word of a seed over 32 bits comes last, so that it cannot be mistaken for a person's index.
             words = np.random.SeedSequence([seed % 2**32, person, hypothesis, seed >> 32]).generate_state(1)
             generators.append(torch.Generator().manual_seed(int(words[0])))
     return generators
@@ -49,7 +49,7 @@ def initial_noise(
     num_points: int,
     device: torch.device | str = "cpu",
 ) -> Tensor:  # (M, P, 3)
-    """Gaussian noise, drawn on the CPU so that a seed means the same on every device."""
+    """Gaussian noise, drawn on the CPU so that a seed gives the same noise on every device."""
     return torch.stack([torch.randn(num_points, 3, generator=generator) for generator in generators]).to(device)
 
 
@@ -58,14 +58,14 @@ def sample(
     scheduler: Scheduler,
     noise: Tensor,  # (M, P, 3) x_K
     num_inference_steps: int,
-    generators: Sequence[torch.Generator] | None = None,  # of the M rows, for stochastic samplers
-    eta: float = 0.0,  # DDIM's share of fresh noise: 0 deterministic, 1 as DDPM
-    clip: float = 6.0,  # bound on the clean estimate under noise prediction, in units of the data
+    generators: Sequence[torch.Generator] | None = None,  # one per row, for stochastic samplers
+    eta: float = 0.0,  # DDIM's fresh noise: 0 deterministic, 1 as DDPM
+    clip: float = 6.0,  # bound on |x̂_0| under epsilon prediction, units of the diffusion
     callback: Callback | None = None,
 ) -> Tensor:  # (M, P, 3) x_0
-    """Run the reverse process (DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502, by the scheduler that is given).
+    """Run the reverse process of the given scheduler (DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502; ...).
 
-    The scheduler is left as it was: its timesteps and history are those of a copy, so that threads can share it.
+    The scheduler is copied, not modified, so threads can share it.
     """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
@@ -95,7 +95,7 @@ def _step_options(scheduler: Scheduler, generators: Sequence[torch.Generator] | 
 
 
 def _bounded_noise(prediction: Tensor, points: Tensor, timestep: Tensor, scheduler: Scheduler, clip: float) -> Tensor:
-    """The noise whose clean estimate lies within the bound: at a small abar a small error in eps is a huge mesh."""
+    """Clamp x̂_0 under epsilon prediction: at small alpha_bar a small error in eps is a large one in x̂_0."""
     share = scheduler.alphas_cumprod.to(points.device)[timestep.long()]
     clean = (points - (1 - share).sqrt() * prediction) / share.sqrt()
     return (points - share.sqrt() * clean.clamp(-clip, clip)) / (1 - share).sqrt().clamp_min(1e-6)

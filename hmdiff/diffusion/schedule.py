@@ -1,15 +1,15 @@
-"""Noise schedules, handed to diffusers' schedulers as `trained_betas`.
+"""Noise schedules, given to diffusers' schedulers as `trained_betas`.
 
-Symbols: abar_k is the share of signal variance left at step k; SNR_k = abar_k / (1 - abar_k); K steps.
+Symbols: alpha_bar_k is the fraction of signal variance left at step k; SNR_k = alpha_bar_k / (1 - alpha_bar_k);
+K steps.
 
-The trap (METHOD: arithmetic): the linear schedule 1e-4..0.02 of DDPM over the paper's K = 200 ends at abar_K = 0.13,
-which is not Gaussian noise. Here abar_K is zero (Lin et al., arXiv 2305.08891), or a small floor where the network
-predicts the noise, which says nothing of the clean mesh at abar = 0.
+Terminal SNR: DDPM's linear schedule 1e-4..0.02 over the paper's K = 200 ends at alpha_bar_K = 0.13, which is not
+Gaussian noise. Here alpha_bar_K is 0 (Lin et al., arXiv 2305.08891), or a small positive number for epsilon
+prediction, which does not determine x_0 at alpha_bar = 0.
 
-The shift: a coarse mesh has hundreds of points that move together, so that at a middling SNR the pose can be read off
-by averaging. As for images of higher resolution (Hoogeboom et al., arXiv 2301.11093, sec. 3.1) the SNR is divided by
-shift², which spends the steps where the pose is still open. The value is ours; a short ablation showed no
-clear effect (LOG.md).
+Shift: the points of a mesh are correlated, so the pose can be recovered by averaging at a moderate SNR. As for
+high-resolution images (Hoogeboom et al., arXiv 2301.11093, sec. 3.1), the SNR is divided by shift² to spend more steps
+where the pose is still uncertain. The value is ours; a short ablation showed no clear effect (LOG.md).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from hmdiff.files.reading import read_json
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SCHEDULES = ("cosine", "linear")
-# A floor of abar_K for noise prediction: the first clean mesh is x / sqrt(abar_K), and still finite.
+# alpha_bar_K for epsilon prediction: keeps the first x̂_0 = (x - ...) / sqrt(alpha_bar_K) finite.
 EPSILON_TERMINAL = 1e-4
 
 _MOST_STEPS = 100_000  # of a saved schedule
 
-# By the name of the class: diffusers imports each from a file of its own, and some of these take scipy.stats along.
+# Class names, imported on use: some of diffusers' schedulers import scipy.stats.
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("ListedDDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
@@ -61,21 +61,21 @@ def signal_shares(
     schedule: str = "cosine",
     noise_shift: float = 1.0,
     terminal: float = 0.0,
-) -> np.ndarray:  # (K,) abar_1 .. abar_K, falling
-    """abar of every step, its last one equal to `terminal`."""
+) -> np.ndarray:  # (K,) alpha_bar_1 .. alpha_bar_K, decreasing
+    """alpha_bar of each step; the last equals `terminal`. Raises `UserError` for an unknown schedule."""
     steps = np.arange(1, num_train_timesteps + 1, dtype=np.float64)
     if schedule == "cosine":  # Nichol and Dhariwal, arXiv 2102.09672, eq. 17
         offset = 0.008
         shares = np.cos((steps / num_train_timesteps + offset) / (1 + offset) * np.pi / 2) ** 2
         shares = shares / np.cos(offset / (1 + offset) * np.pi / 2) ** 2
-    elif schedule == "linear":  # DDPM, arXiv 2006.11239; made Gaussian at its end below
+    elif schedule == "linear":  # DDPM, arXiv 2006.11239; rescaled to the terminal SNR below
         shares = np.cumprod(1 - np.linspace(1e-4, 0.02, num_train_timesteps))
     else:
         raise UserError(f"schedule {schedule!r} is not known; choose one of {', '.join(SCHEDULES)}")
     shares = np.clip(shares, 1e-12, 1 - 1e-9)
     snr = shares / (1 - shares) / noise_shift**2
     amplitude = np.sqrt(snr / (1 + snr))
-    # Lin et al., algorithm 1: shift and stretch sqrt(abar) so that it ends at the terminal, its first value kept.
+    # Lin et al., algorithm 1: shift and scale sqrt(alpha_bar) to end at sqrt(terminal), keeping its first value.
     first, last, wanted = amplitude[0], amplitude[-1], np.sqrt(terminal)
     amplitude = wanted + (amplitude - last) * (first - wanted) / (first - last)
     return amplitude**2
@@ -88,10 +88,10 @@ def make_scheduler(
     noise_shift: float = 1.0,
     prediction_type: str = "sample",
 ) -> Scheduler:
-    """A diffusers scheduler with our schedule. Raises `UserError` for an unknown name.
+    """A diffusers scheduler with the schedule of `signal_shares`. Raises `UserError` for an unknown name.
 
-    Steps are spaced 'trailing', so that sampling starts at the last training step whatever the number of steps. The
-    higher-order solvers work on log SNR and cannot start at zero: diffusers keeps a floor of 2^-24 for them.
+    Timesteps are 'trailing', so sampling always starts at the last training step. The higher-order solvers work on log
+    SNR, which must be finite: alpha_bar is at least 2^-24 for them, as in diffusers.
     """
     if name not in _SCHEDULERS:
         raise UserError(f"scheduler {name!r} is not known; choose one of {', '.join(SCHEDULER_NAMES)}")
@@ -118,7 +118,7 @@ def load_scheduler(
     path: Path,  # of the scheduler_config.json that `save_pretrained` wrote
     name: str,  # one of SCHEDULER_NAMES
 ) -> Scheduler:
-    """A saved scheduler: its schedule is the file's, all else is ours. Raises `UserError` for what is not one."""
+    """Load betas and prediction type from the file, other options from this module. Raises `UserError` if invalid."""
     mend = "save the pipeline again"
     config = read_json(path, 1 << 26, mend)
     betas = config.get("trained_betas") if isinstance(config, dict) else None
@@ -141,7 +141,7 @@ def load_scheduler(
 
 
 def sampler_name(scheduler: Scheduler) -> str:
-    """The name under which `make_scheduler` makes such a scheduler. Raises `UserError` for any other."""
+    """The scheduler's name in `make_scheduler`. Raises `UserError` for a scheduler of another class."""
     for name, (kind, options) in _SCHEDULERS.items():
         config = scheduler.config
         if type(scheduler).__name__ == kind and all(config[key] == options[key] for key in options):

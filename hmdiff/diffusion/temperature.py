@@ -1,9 +1,8 @@
-"""Temperatures of a saved pipeline: by what its hypotheses' spread is multiplied to be calibrated.
+"""Temperature scaling of the hypothesis spread of a saved pipeline.
 
-One scalar for each way of sampling (steps, sampler, eta, guidance), since each spreads the hypotheses differently;
-fitted by `hmdiff.evaluate.calibration` on people whose bodies are known, kept in the pipeline's hmdiff.json with what
-it was fitted on. With it comes a factor for each person, of what the image shows (`image_evidence.py`). A way of
-sampling that nothing was fitted for has temperature 1: the spread as it is. Our choice.
+One scalar per sampling settings (steps, sampler, eta, guidance), since each gives a different spread. Fitted by
+`hmdiff.evaluate.calibration` on people with ground truth, and saved in the pipeline's hmdiff.json with the data of the
+fit. A per-person factor can multiply it (`image_evidence.py`). Settings without a fit have temperature 1.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What the spread of hypotheses depends on, beside the model."""
+    """Settings that the spread depends on, besides the model."""
 
     num_inference_steps: int
     sampler: str
-    eta: float = 0.0  # of ddim alone: the other samplers have none
-    guidance: str = ""  # JSON of the guidance; empty without one
+    eta: float = 0.0  # of ddim only; 0 for other samplers
+    guidance: str = ""  # as JSON; empty without guidance
 
     @classmethod
     def of(cls, config: SamplingConfig) -> Sampling:
-        """Of settings without None, see `HMDiffPipeline.resolved`."""
+        """From settings without None, see `HMDiffPipeline.resolved`."""
         steps, sampler, eta, guidance = config.num_inference_steps, config.scheduler, config.eta, config.steered
         assert steps is not None and sampler is not None and eta is not None
         steered = "" if guidance is None else json.dumps(dataclasses.asdict(guidance), sort_keys=True)
@@ -47,13 +46,13 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Temperature:
-    """A fitted temperature and where it comes from. Raises `UserError` for one that is not a finite number above 0."""
+    """A fitted temperature. Raises `UserError` for one that is not a finite number above 0."""
 
     sampling: Sampling
     temperature: float
     fitted_on: dict[str, Any] = dataclasses.field(default_factory=dict)  # split, people, errors before and after
-    confidence: Confidence | None = None  # of the spread with this temperature; None in files of before it
-    evidence: EvidenceFactor | None = None  # of each person's evidence; None: one temperature for everybody
+    confidence: Confidence | None = None  # for the spread at this temperature; None in older files
+    evidence: EvidenceFactor | None = None  # per-person factor; None: one temperature for all
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -62,7 +61,7 @@ class Temperature:
     def of(
         self,
         evidence: Tensor,  # (B, 3), see `image_evidence`
-    ) -> Tensor:  # (B,) everybody's own temperature
+    ) -> Tensor:  # (B,) temperature of each person
         if self.evidence is None:
             return evidence.new_full((len(evidence),), self.temperature)
         return self.temperature * self.evidence(evidence)
@@ -79,7 +78,7 @@ class Temperature:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Temperature:
-        """Raises `KeyError`, `TypeError`, `ValueError` or `UserError` for what `as_json` did not write."""
+        """Inverse of `as_json`. Raises `KeyError`, `TypeError`, `ValueError` or `UserError`."""
         from hmdiff.diffusion.guidance import Guidance
 
         guidance = found.get("guidance")
@@ -87,7 +86,7 @@ class Temperature:
             int(found["num_inference_steps"]),
             str(found["sampler"]),
             float(found.get("eta", 0.0)),
-            # With the defaults of options that are younger than the file.
+            # Options that are newer than the file take their defaults.
             json.dumps({**dataclasses.asdict(Guidance()), **guidance}, sort_keys=True) if guidance else "",
         )
         confidence, evidence = found.get("confidence"), found.get("evidence")
