@@ -89,6 +89,12 @@ class Estimation:
             check_boxes(boxes, photo.shape[1], photo.shape[0])
         return self.source.see(photo, boxes)
 
+    def glance(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> SeenPeople:
+        """As the source does at the frames of a video."""
+        from hmdiff.estimators.source import glance_of
+
+        return glance_of(self.source)(photo, boxes)
+
 
 def estimation_of(options: argparse.Namespace) -> Estimation | None:
     """None with `--pose none`. Raises `UserError` for weights without a model."""

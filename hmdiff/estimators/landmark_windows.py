@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,9 @@ DETECTOR_SIZE = 224
 _LAYERS = ((28, 2), (14, 2), (7, 6))  # cells a side, anchors a cell
 _WINDOW = 1.25  # MediaPipe's enlargement of twice the distance of the two points
 _OVERLAP = 0.3  # IoU from which two boxes are of one face
+_SAME_PLACE = 0.5  # of the smaller one's reach from hips to head: hips that are nearer are one person's
+_SMALLER = 0.6  # of somebody's reach
+_SHARED = 0.3  # of a part's side that it has in common with the next, at least
 
 
 @functools.cache
@@ -40,18 +45,66 @@ def letterbox(
     return np.array([[scale, 0, (size - width * scale) / 2], [0, scale, (size - height * scale) / 2]])
 
 
+class Detections(NamedTuple):
+    points: np.ndarray  # (P, 4, 2) photo pixels
+    scores: np.ndarray  # (P,)
+    look: np.ndarray  # (P,) parts along the photo's longer side, see `parts`
+
+    def of(self, chosen: np.ndarray) -> Detections:  # of indices, or a mask
+        return Detections(*(values[chosen] for values in self))
+
+
+def merged(looks: Sequence[Detections]) -> Detections:
+    """Of several looks at one photo everybody once, surest first: by the look that comes first, then by the score.
+
+    The wider look comes first: in a part of the photo a body may be cut off, and a hand taken for a head. So what is
+    much smaller than somebody and lies on them is no person of its own, nor are hips near another's. Our choice.
+    """
+    sorted_looks = [look.of(np.argsort(-look.scores, kind="stable")) for look in looks]
+    every = Detections(*map(np.concatenate, zip(*sorted_looks, strict=True)))
+    hips, reach = every.points[:, 0], np.linalg.norm(every.points[:, 1] - every.points[:, 0], axis=-1)
+    kept: list[int] = []
+    for index in range(len(reach)):
+        apart = np.linalg.norm(hips[kept] - hips[index], axis=-1)
+        near = apart < _SAME_PLACE * np.minimum(reach[kept], reach[index])
+        on = (apart < reach[kept]) & (reach[index] < _SMALLER * reach[kept])
+        if not (near | on).any():
+            kept.append(index)
+    found = every.of(np.array(kept, int))
+    return found.of(np.argsort(-found.scores, kind="stable"))
+
+
+def parts(
+    width: int,  # of the photo
+    height: int,
+    count: int,  # along its longer side, if they had nothing in common; 1: all of it
+) -> list[np.ndarray]:  # each (2, 3), as `letterbox`: square parts of the photo, which overlap
+    """A person of a 4th to a 7th of the photo's height is too small for the detector in all of it, not in a part."""
+    if count == 1:
+        return [letterbox(width, height)]
+    side = max(width, height) / count
+
+    def starts(length: int) -> np.ndarray:
+        if length <= side:
+            return np.array([(length - side) / 2])
+        return np.linspace(0, length - side, math.ceil((length - side) / (side * (1 - _SHARED))) + 1)
+
+    scale = DETECTOR_SIZE / side
+    return [np.array([[scale, 0, -scale * x], [0, scale, -scale * y]]) for y in starts(height) for x in starts(width)]
+
+
 def detections(
     raw: np.ndarray,  # (2254, 12) the network's boxes: centre and size, four points
     logits: np.ndarray,  # (2254,)
-    width: int,  # of the photo
-    height: int,
+    affine: np.ndarray,  # (2, 3) photo pixels to pixels of the detector's input
     least: float = 0.5,  # score
-) -> tuple[np.ndarray, np.ndarray]:  # (P, 4, 2) points in photo pixels, (P,) scores, surest first
-    """Weighted non-maximum suppression: what overlaps the surest box is averaged into it by its score."""
+    look: int = 1,
+) -> Detections:
+    """Surest first. Weighted non-maximum suppression: what overlaps the surest box is averaged into it by its score."""
     score = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
     kept = np.flatnonzero(score >= least)
     if not len(kept):
-        return np.zeros((0, 4, 2)), np.zeros(0)
+        return Detections(np.zeros((0, 4, 2)), np.zeros(0), np.zeros(0, int))
     values, score = raw[kept] / DETECTOR_SIZE, score[kept]
     center = values[:, :2] + anchors()[kept]
     points = values[:, 4:].reshape(-1, 4, 2) + anchors()[kept][:, None]
@@ -66,9 +119,8 @@ def detections(
         found.append((points[same] * weight[:, None, None]).sum(0))
         scores.append(score[rest[0]])
         rest = rest[~np.isin(rest, same)]
-    affine = letterbox(width, height, DETECTOR_SIZE)
     pixels = (np.stack(found) * DETECTOR_SIZE - affine[:, 2]) / affine[0, 0]
-    return pixels, np.array(scores)
+    return Detections(pixels, np.array(scores), np.full(len(scores), look))
 
 
 def _iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:

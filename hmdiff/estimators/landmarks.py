@@ -10,7 +10,8 @@ compare with labels: docs/keypoints.md. P people, W = 256 pixels a side of a win
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from torch import Tensor
 from hmdiff.body.skeletons import HALPE26, shared_joints
 from hmdiff.errors import UserError
 from hmdiff.estimators.landmark_files import DETECTOR, INSTALL, LANDMARKS, read_networks
-from hmdiff.estimators.landmark_windows import DETECTOR_SIZE, detections, letterbox, window, window_of_box
+from hmdiff.estimators.landmark_windows import (
+    DETECTOR_SIZE,
+    Detections,
+    detections,
+    merged,
+    parts,
+    window,
+    window_of_box,
+)
 from hmdiff.estimators.source import Box, SeenPeople, check_boxes
 from hmdiff.heatmaps import HEATMAP_SIZE, Crop, Heatmaps, concatenate_heatmaps, crop_from_keypoints
 from hmdiff.heatmaps.distribution import pixel_coordinates
@@ -35,6 +44,10 @@ MOST_PEOPLE = 10
 _LEAST_SCORE = 0.5  # of a person in the window
 _LEAST_FACE = 0.5  # of a detection; 0.2 where that finds nobody
 _SECOND_LOOK = 0.2
+_CLOSER = (2, 4)  # parts along the photo's longer side: looks closer than at all of it
+_ALONE = 0.24  # of the photo's longer side: nobody else is looked for about one who reaches that far, hips to head
+_LEAST_MEDIAN = 0.5  # of the joints' confidences, of one seen in a part: 0.6 and more of people, below 0.4 of others
+_LEAST_PART = 160  # photo pixels: the side of a part that is worth a look
 _PRESENT = 0.5  # probability of being in the picture from which a joint's peak, not its landmark, sets the crop
 _PASSES = 2
 _SAME_PERSON = 0.25  # mean distance of two people's joints, as a share of their extent, under which they are one
@@ -67,23 +80,37 @@ class LandmarkEstimator:
         photo: np.ndarray,  # (H, W, 3) uint8 RGB
         boxes: Sequence[Box] | None = None,
     ) -> SeenPeople:
-        """Everybody, the surest first. Raises `UserError` where nobody is seen."""
+        """Everybody, the surest first. Raises `UserError` where nobody is seen.
+
+        But where one person fills the photo, it is looked at in parts too: the detector overlooks who is small in it.
+        """
+        return self._seen(photo, boxes, _CLOSER)
+
+    def glance(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> SeenPeople:
+        """As `see`, without the closer looks: for the frames of a video, where they would be dear."""
+        return self._seen(photo, boxes, ())
+
+    def _seen(self, photo: np.ndarray, boxes: Sequence[Box] | None, closer: Sequence[int]) -> SeenPeople:
         height, width = photo.shape[:2]
         if boxes is not None:
-            windows = [window_of_box(box) for box in check_boxes(boxes, width, height).tolist()]
+            starts = [(window_of_box(box), False) for box in check_boxes(boxes, width, height).tolist()]
         else:
-            windows = self._windows(photo)
+            seen = self._detections(photo, closer)
+            both = zip(seen.points, seen.look > 1, strict=True)
+            starts = [(each, part) for points, part in both if (each := window(points[0], points[1])) is not None]
         found: list[_Person] = []
         more = 0
-        for number, each in enumerate(windows):
-            person = self._person(photo, each)
+        for number, (start, part) in enumerate(starts):
+            person = self._person(photo, start)
+            if person is not None and part and float(person.confidence.median()) < _LEAST_MEDIAN:
+                continue
             if boxes is None and (person is None or any(_same(person, other) for other in found)):
                 continue
             if person is None:
                 raise UserError("no person is seen in the given box; give the box of a whole person, or none")
             found.append(person)
             if boxes is None and len(found) == self.most_people:
-                more = len(windows) - number - 1
+                more = len(starts) - number - 1
                 break
         if not found:
             raise UserError(
@@ -94,16 +121,24 @@ class LandmarkEstimator:
         masks = tuple(each.silhouette for each in found)
         return SeenPeople(heatmaps, torch.stack([_box(person) for person in found]), more, masks)
 
-    def _windows(self, photo: np.ndarray) -> list[Crop]:
+    def _detections(self, photo: np.ndarray, closer: Sequence[int]) -> Detections:
         height, width = photo.shape[:2]
-        affine = letterbox(width, height)
-        picture = _warp(photo, affine, DETECTOR_SIZE).astype(np.float32) / 127.5 - 1
-        outputs = self._detector(picture)
-        points, scores = detections(outputs[2254 * 12], outputs[2254].ravel(), width, height, _SECOND_LOOK)
-        sure = scores >= _LEAST_FACE
-        chosen = points[sure] if sure.any() else points
-        windows = [window(each[0], each[1]) for each in chosen]
-        return [each for each in windows if each is not None]
+        whole = self._detected(photo, 1)
+        sure = whole.of(whole.scores >= _LEAST_FACE)
+        if len(sure.scores) == 1:
+            (hips, above) = sure.points[0, :2]
+            if np.linalg.norm(above - hips) > _ALONE * max(width, height):
+                closer = ()
+        looks = [self._detected(photo, count) for count in closer if max(width, height) >= count * _LEAST_PART]
+        return merged([sure if len(sure.scores) else whole, *(look.of(look.scores >= _LEAST_FACE) for look in looks)])
+
+    def _detected(self, photo: np.ndarray, count: int) -> Detections:
+        found = []
+        for affine in parts(photo.shape[1], photo.shape[0], count):
+            picture = _warp(photo, affine, DETECTOR_SIZE).astype(np.float32) / 127.5 - 1
+            outputs = self._detector(picture)
+            found.append(detections(outputs[2254 * 12], outputs[2254].ravel(), affine, _SECOND_LOOK, count))
+        return merged([Detections(*map(np.concatenate, zip(*found, strict=True)))])
 
     def _person(self, photo: np.ndarray, start: Crop) -> _Person | None:
         """The landmark network's outputs over the window that its own first pass chose."""
@@ -121,7 +156,7 @@ class LandmarkEstimator:
                 current = window(middle, above) or current
         values = _sigmoid(outputs[HEATMAP_SIZE**2 * 39].reshape(HEATMAP_SIZE, HEATMAP_SIZE, 39)[..., :33])
         mask = _sigmoid(outputs[WINDOW * WINDOW].reshape(WINDOW, WINDOW))
-        silhouette = _over_photo(mask, affine, photo.shape[:2])
+        silhouette = functools.partial(_over_photo, mask, affine, photo.shape[:2])
         return _Person(current, values.transpose(2, 0, 1), landmarks[:33], silhouette)
 
 
@@ -147,7 +182,7 @@ class _Person:
         window: Crop,
         heat: np.ndarray,  # (33, 64, 64) 0..1 over the window
         landmarks: np.ndarray,  # (33, 5) x, y, z pixels of the window, logits of visibility and presence
-        silhouette: np.ndarray,  # (H, W) 0..1 over the photo
+        silhouette: Callable[[], np.ndarray],  # (H, W) 0..1 over the photo
     ) -> None:
         self.window, self.silhouette = window, silhouette
         presence = _sigmoid(landmarks[:, 4])

@@ -65,7 +65,7 @@ class EmbeddedSilhouettes:
                 seen = self._estimator.see(photo, [box])
             except UserError:  # nobody is seen in the box
                 return None
-        mask: np.ndarray = seen.silhouettes[0] > 0.5
+        mask: np.ndarray = seen.silhouettes[0]() > 0.5
         return mask if mask.any() else None
 
 

@@ -7,7 +7,7 @@ The embedded estimator, mmpose and transformers' ViTPose are sources; keypoint f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +27,8 @@ class SeenPeople:
     heatmaps: Heatmaps  # of P people, surest first; their crops know nothing of the photo's camera yet
     boxes: Tensor  # (P, 4) x1, y1, x2, y2 photo pixels
     more: int = 0  # detections that were not looked at, since as many people as were asked for had been found
-    silhouettes: tuple[np.ndarray, ...] = ()  # of each, where the source has them: (H, W) 0..1 over the photo
+    # Of each, where the source has them: (H, W) 0..1 over the photo, made when it is asked for
+    silhouettes: tuple[Callable[[], np.ndarray], ...] = ()
 
 
 class PoseSource(Protocol):
@@ -43,6 +44,12 @@ class PoseSource(Protocol):
     ) -> SeenPeople:
         """Raises `UserError` where nobody is seen, or a box is none."""
         ...
+
+
+def glance_of(source: PoseSource) -> Callable[..., SeenPeople]:
+    """How a source sees the frames of a video: its `glance`, a quicker `see`, where it has one."""
+    found: Callable[..., SeenPeople] = getattr(source, "glance", source.see)
+    return found
 
 
 def check_boxes(

@@ -13,7 +13,16 @@ import torch
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.errors import UserError
 from hmdiff.estimators import landmark_files, landmarks
-from hmdiff.estimators.landmark_windows import DETECTOR_SIZE, anchors, detections, letterbox, window
+from hmdiff.estimators.landmark_windows import (
+    DETECTOR_SIZE,
+    Detections,
+    anchors,
+    detections,
+    letterbox,
+    merged,
+    parts,
+    window,
+)
 from hmdiff.heatmaps import Crop, gaussian_heatmaps, heatmap_peaks, soft_argmax
 
 NETWORKS = pytest.mark.skipif(not landmark_files.installed(), reason="the photo extra is not installed")
@@ -68,11 +77,38 @@ def test_boxes_of_the_detector_come_back_in_photo_pixels(width: int, height: int
             raw[index, :4] = *shift, 30, 30
             raw[index, 4:] = np.tile(shift, 4)
             logits[index] = 3.0 - person
-    points, scores = detections(raw, logits, width, height)
+    points, scores, _ = detections(raw, logits, affine)
     assert len(points) == 2 and scores[0] > scores[1] > 0.8
     np.testing.assert_allclose(points[0], np.tile([0.3 * width, 0.4 * height], (4, 1)), atol=1e-6)
     np.testing.assert_allclose(points[1], np.tile([0.8 * width, 0.5 * height], (4, 1)), atol=1e-6)
-    assert len(detections(raw, np.full_like(logits, -9.0), width, height)[0]) == 0
+    assert len(detections(raw, np.full_like(logits, -9.0), affine)[0]) == 0
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 900), (3000, 200)])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_parts_cover_the_photo_and_overlap(width: int, height: int, count: int) -> None:
+    """Whoever is no larger than three tenths of a part is whole in one of them."""
+    side = max(width, height) / count
+    corners = [-affine[:, 2] / affine[0, 0] for affine in parts(width, height, count)]
+    assert all(affine[0, 0] == pytest.approx(DETECTOR_SIZE / side) for affine in parts(width, height, count))
+    size = 0.3 * side
+    for x in np.linspace(0, max(width - size, 0), 23):
+        for y in np.linspace(0, max(height - size, 0), 23):
+            low, high = np.array([x, y]), np.minimum([x + size, y + size], [width, height])
+            assert any((low >= each - 1e-6).all() and (high <= each + side + 1e-6).all() for each in corners)
+
+
+def test_one_person_of_several_looks_is_one() -> None:
+    def look(*people: tuple[float, float, float, float], count: int = 1) -> Detections:  # x, y, reach, score
+        points = np.array([[[x, y], [x, y - reach], [x, y], [x, y]] for x, y, reach, _ in people]).reshape(-1, 4, 2)
+        return Detections(points, np.array([each[3] for each in people]), np.full(len(people), count))
+
+    wide = look((100, 100, 80, 0.6), (400, 100, 80, 0.9))
+    close = look((105, 98, 85, 0.95), (130, 60, 30, 0.9), (250, 100, 75, 0.7), count=4)
+    found = merged([wide, close])
+    assert found.points[:, 0, 0].tolist() == [400, 250, 100], "the same again, and a hand on somebody, are left out"
+    assert found.look.tolist() == [1, 4, 1]
+    assert len(merged([look(), look(count=2)]).scores) == 0
 
 
 # -- the networks themselves
@@ -156,6 +192,23 @@ def test_legs_below_the_photos_edge_are_no_evidence(estimator: landmarks.Landmar
     assert before[ankles].min() > 0.5 and after[ankles].max() < 0.25 < 0.4 < after[shoulders].min()
     bottom = [float(each.center[0, 1] + each.side[0] / 2) for each in (whole, seen)]
     assert bottom[1] > 300  # the crop has room for the legs that the photo does not show
+
+
+@NETWORKS
+def test_a_crowd_of_thirty_is_seen_in_parts(estimator: landmarks.LandmarkEstimator, shared_data: Path) -> None:
+    """Each too small for the detector in all of the photo, which is where a video's frames end."""
+    from hmdiff.viz.canvas import read_picture
+
+    person = read_picture(shared_data / "photos" / "skier.jpg")[:, 220:560]
+    crowd = np.tile(person, (5, 6, 1))
+    crowds = landmarks.LandmarkEstimator(threads=1, most_people=40)
+    with pytest.raises(UserError, match="no person was found"):
+        crowds.glance(crowd)
+    seen = crowds.see(crowd)
+    cells = {(int(x // 340), int(y // 425)) for x, y in seen.heatmaps.crop.center.tolist()}
+    assert len(cells) >= 28 and len(seen.heatmaps) == len(cells)
+    limited = estimator.see(crowd)
+    assert len(limited.heatmaps) == landmarks.MOST_PEOPLE and limited.more >= 18
 
 
 @NETWORKS
