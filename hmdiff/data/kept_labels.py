@@ -1,7 +1,7 @@
-"""A source of which only some labels are trained on: people as a set of 2D keypoints, or of 3D joints, labels them.
+"""A source of which only some labels are trained on: like a data set with only 2D keypoints or 3D joints.
 
-For a set whose fitted bodies are worse than its keypoints, and to see what such people teach (`loss.keypoints_2d`,
-`loss.keypoints_3d`).
+For a data set whose fitted bodies are worse than its keypoints, and to measure what such labels teach
+(`loss.keypoints_2d`, `loss.keypoints_3d`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.errors import UserError
 
-KEPT = ("all", "keypoints", "keypoints_2d")  # the last two without a mesh, body joints and a camera
+KEPT = ("all", "keypoints", "keypoints_2d")  # the last two have no mesh, body joints and camera
 
 
 class KeptLabels:
-    """The source's training people with these labels alone; its other streams are as they were."""
+    """The source's training people with only these labels; its other streams are unchanged."""
 
     def __init__(self, source: PeopleSource, labels: str) -> None:
         if labels not in KEPT:

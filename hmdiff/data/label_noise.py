@@ -1,10 +1,10 @@
-"""Noisy training labels: the 3D labels of the stream `train` are displaced, smoothly over the body. Our choice.
+"""Noisy training labels: the 3D labels of the stream `train` are displaced smoothly over the body. Our choice.
 
-Every joint but the root is displaced by a Gaussian of its own, and a vertex by its joints' displacements in the shares
-of its skinning weights: limbs move about rigidly, the skin stays smooth, labels stay relative to the pelvis. How badly
-a person is labelled is lognormal, so that a few are labelled much worse than most: what a likelihood with a learned
-error (RLE) is said to forgive. The 2D labels, the inputs and all other streams are untouched. C coarse vertices, K
-joints, J keypoints.
+Every joint but the root gets an independent Gaussian displacement; a vertex gets its joints' displacements blended by
+its skinning weights. So limbs move almost rigidly, the skin stays smooth and labels stay relative to the pelvis. The
+noise level of a person is lognormal: a few are labelled much worse than most, which a likelihood with a learned error
+(RLE) is said to tolerate. 2D labels, inputs and all other streams are unchanged. C coarse vertices, K joints, J
+keypoints.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.data.synthetic.people import block_generator
 from hmdiff.errors import UserError
 
-_UNEVEN = 0.5  # standard deviation of the logarithm of a person's level, as of the estimator's jitter
-MOST = 0.5  # metres: beyond half a body nothing of the label is left
+_UNEVEN = 0.5  # standard deviation of the log noise level over people, the same as of the estimator's jitter
+MOST = 0.5  # metres: larger noise would leave nothing of the label
 
 
 class NoisyLabels:
-    """A source whose training labels are displaced. Block i is a function of (the source's block i, seed, i) alone.
+    """A source with displaced training labels. Block i is a function of (the source's block i, seed, i) alone.
 
     Raises:
-        UserError: a noise that is not a length from 0 to 0.5 metres; a source with the full mesh, which is for
-            evaluation.
+        UserError: a noise outside 0 to 0.5 metres; a source with the full mesh, which is for evaluation.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class NoisyLabels:
         )
 
     def displacements(self, count: int, generator: torch.Generator) -> Tensor:  # (count, K, 3) metres, 0 at the root
-        # E[exp(2 (s z - s^2))] = 1, so that the root mean square over people is the noise asked for.
+        # E[exp(2 (s z - s^2))] = 1, so that the root mean square over people is `noise`.
         level = (_UNEVEN * torch.randn(count, 1, 1, generator=generator) - _UNEVEN**2).exp()
         moved = self.noise * level * torch.randn(count, self._coarse.shape[1], 3, generator=generator)
         moved[:, self._root] = 0

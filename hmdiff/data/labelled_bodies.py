@@ -1,4 +1,4 @@
-"""Which body a record's pose and shape are about, posed: the model's own, or the gendered twin of its topology.
+"""The posed body of a record: the model's own, or the gendered variant of the same topology.
 
 C coarse vertices, V vertices, K joints, J keypoints (HALPE26).
 """
@@ -21,24 +21,24 @@ from hmdiff.geometry import axis_angle_to_matrix
 
 @dataclasses.dataclass(frozen=True)
 class PosedBodies:
-    """Bodies of n records, about the root joint."""
+    """Bodies of n records, relative to the root joint."""
 
-    vertices: Tensor | None  # (n, V, 3), where the whole mesh was asked for
+    vertices: Tensor | None  # (n, V, 3), with `full_mesh` only
     coarse: Tensor  # (n, C, 3)
     joints: Tensor  # (n, K, 3)
     keypoints: Tensor | None  # (n, J, 3); None for a body without a keypoint regressor
-    root: Tensor  # (n, 3) the root joint in the frame of the record's translation, before the change
+    root: Tensor  # (n, 3) the root joint in the frame of the record's translation, before the augmentation
 
 
 class LabelledBodies:
-    """Poses records. Loads the gendered bodies that they name when they are first met."""
+    """Poses records. Loads a gendered body when the first record needs it."""
 
     def __init__(
         self,
-        body: Body,  # the model's
+        body: Body,  # the model's body
         coarse_ids: Tensor,  # (C,)
         full_mesh: bool = False,
-        same_body: bool = False,  # records are about the model's body, whatever they say (stand-in data)
+        same_body: bool = False,  # treat records as labels of the model's body, whatever body they name (stand-in data)
     ) -> None:
         self.body, self.coarse_ids, self.full_mesh, self.same_body = body, coarse_ids, full_mesh, same_body
         self.has_keypoints = body.keypoint_regressor is not None
@@ -46,7 +46,7 @@ class LabelledBodies:
         self._posed: dict[str, Body] = {}
 
     def key(self, record: Record) -> str:
-        """`load_body`'s name for the body of a record. Raises `UserError` where it is not of the model's topology."""
+        """The name, for `load_body`, of a record's body. Raises `UserError` if its topology is not the model's."""
         mine = licensed_kind(self.body.name)
         own = self.body.name
         if self.same_body:
@@ -56,15 +56,15 @@ class LabelledBodies:
                 f"its labels are of the body {record.body!r}, and the model's is {own!r}; give body={record.body}, or, "
                 "if the labels were made with the model's own body, same_body: true for this source"
             )
-        if record.body == "mano" or record.gender == mine[1]:  # a hand is mirrored to the model's side
+        if record.body == "mano" or record.gender == mine[1]:  # hands are mirrored to the model's side
             return own
         return record.body if record.gender == "neutral" else f"{record.body}_{record.gender}"
 
     def pose(
         self,
         key: str,
-        poses: Sequence[np.ndarray],  # n of (J, 3) axis-angle, changed already
-        betas: Sequence[np.ndarray],  # n of (B,); what the body has not is left out, what is missing is 0
+        poses: Sequence[np.ndarray],  # n of (J, 3) axis-angle, already augmented
+        betas: Sequence[np.ndarray],  # n of (B,); cropped or padded with 0 to the body's number of betas
     ) -> PosedBodies:
         body = self._body(key)
         rotations = axis_angle_to_matrix(torch.from_numpy(np.stack([self._full_pose(body, pose) for pose in poses])))
@@ -87,7 +87,7 @@ class LabelledBodies:
         self,
         vertices: Tensor,  # (n, V, 3) metres, camera frame
     ) -> PosedBodies:
-        """Bodies that a data set gives as meshes; their joints are regressed."""
+        """Bodies from meshes of a data set; their joints are regressed."""
         regressor = self.body.J_regressor
         if regressor is None:
             raise UserError(f"body {self.body.name!r} has no joint regressor, so joints of given meshes are unknown")
@@ -104,7 +104,7 @@ class LabelledBodies:
             raise UserError(f"body {body.name!r}: a pose of {len(pose)} joints for its {body.num_joints}")
         full = np.zeros((body.num_joints, 3), np.float32)
         full[: len(pose)] = pose
-        if body.mean_pose is not None and body.num_joints == 16:  # MANO's labels are about its mean hand
+        if body.mean_pose is not None and body.num_joints == 16:  # MANO labels are relative to the mean hand
             full += body.mean_pose.numpy()
         return full
 

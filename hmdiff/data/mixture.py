@@ -1,8 +1,8 @@
-"""A weighted mixture of data sets, and a training stream with its own splits: both are sources of blocks themselves.
+"""A weighted mixture of data sets, and a training stream with separate splits: both are sources of blocks themselves.
 
-Blocks are the unit that is mixed: every block comes of one source, in a fixed order that spreads each source evenly
-and keeps its exact share. So a mixture's block is a function of its number, as anybody's, and each source still gives
-its own blocks one after the other: none is skipped, its epochs stay whole.
+Each block comes from one source, in a fixed order that spreads the sources evenly and keeps their exact weights. So a
+mixture's block is a function of its number, and each source gives its blocks in sequence without gaps: its epochs stay
+complete.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.errors import UserError
 
-PERIOD = 1000  # blocks after which the order repeats: weights count to a tenth of a percent
+PERIOD = 1000  # blocks after which the order repeats: weights are resolved to 0.1 %
 
 
 class Mixture:
-    """Several sources as one, by weight. What one has no label for, `sample.concatenate` marks as missing."""
+    """Several sources as one, by weight. `sample.concatenate` masks the labels that a source lacks."""
 
     def __init__(
         self,
@@ -40,24 +40,24 @@ class Mixture:
         counts = np.zeros((len(sources), PERIOD), np.int64)
         counts[self._turn, np.arange(PERIOD)] = 1
         self._total = counts.sum(1)
-        self._before = counts.cumsum(1) - counts  # blocks of each source before a place of the period
+        self._before = counts.cumsum(1) - counts  # blocks of each source before each place of the period
 
     def block(self, stream: str, number: int) -> Sample:
         source, own = self.turn(number)
         return self.sources[source].block(stream, own)
 
     def turn(self, number: int) -> tuple[int, int]:
-        """Which source gives this block, and the number that it has there."""
+        """The index of the source that gives this block, and the block's number in that source."""
         period, place = divmod(number, PERIOD)
         source = int(self._turn[place])
         return source, int(period * self._total[source] + self._before[source, place])
 
 
 def schedule(weights: Sequence[float]) -> np.ndarray:  # (PERIOD,) int
-    """Whose turn it is: always that of the source that is furthest behind its share. Each has at least one turn."""
+    """Source index of each block: always the source furthest behind its weight. Each source occurs at least once."""
     share = np.asarray(weights, np.float64) / np.sum(weights)
     turns = np.maximum(1, np.floor(share * PERIOD).astype(np.int64))
-    while turns.sum() != PERIOD:  # the rest goes to those that lost most by rounding
+    while turns.sum() != PERIOD:  # the rest goes to the sources with the largest rounding error
         step = 1 if turns.sum() < PERIOD else -1
         behind = step * (share * PERIOD - turns)
         behind[turns + step < 1] = -np.inf
@@ -72,14 +72,14 @@ def schedule(weights: Sequence[float]) -> np.ndarray:  # (PERIOD,) int
 
 
 class WithSplits:
-    """A source for the stream `train`, and one for each split by name."""
+    """A source for the stream `train`, and one for each named split."""
 
     def __init__(self, train: PeopleSource, splits: Mapping[str, PeopleSource]) -> None:
         self.train, self.splits = train, dict(splits)
         self.block_size, self.image_size, self.full_mesh = train.block_size, train.image_size, train.full_mesh
 
     def block(self, stream: str, number: int) -> Sample:
-        """Raises `UserError` for a split that is not there."""
+        """Raises `UserError` for an unknown split."""
         if stream == "train":
             return self.train.block(stream, number)
         if stream not in self.splits:

@@ -1,9 +1,9 @@
-"""Motion blur of a model's inputs, for evaluation: pictures and heatmaps smeared along a line, each person his own.
+"""Motion blur of a model's inputs, for evaluation: images and heatmaps are blurred along a line, one line per person.
 
-The camera shakes while the shutter is open: one direction and one length for the whole crop, the exposure centred on
-the label. A heatmap is smeared by the same line, so its peak sinks and its tails grow, as an estimator's do that
-hesitates along the smear. Depth maps stay as they are: what a depth network makes of a blurred picture is another
-fault (`data.depth_faults`). Our choice throughout. `Blurred` gives every split a twin, `test_blur` beside `test`.
+Models a camera that shakes during the exposure: one direction and one length for the whole crop, centred on the label.
+A heatmap is blurred along the same line, so its peak sinks and its tails grow, as for an estimator that is uncertain
+along the blur. Depth maps are unchanged: a depth network's errors on blurred images are another corruption
+(`data.depth_faults`). Our choice throughout. `Blurred` adds a blurred twin to every split, `test_blur` to `test`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.data.synthetic.people import block_generator
 
 SUFFIX = "_blur"
-LENGTHS = (0.1, 0.4)  # of the smear, crop half-sides: 5 to 20 % of the crop's side
+LENGTHS = (0.1, 0.4)  # blur length, crop half-sides: 5 to 20 % of the crop's side
 
 
 def line_kernels(
@@ -27,7 +27,7 @@ def line_kernels(
     angle: Tensor,  # (B,) radians
     size: int,  # S, odd
 ) -> Tensor:  # (B, S, S), each sums to 1
-    """Segments through the middle, a pixel wide. Length 0 is a single 1."""
+    """Line segments through the centre, a pixel wide. Length 0 is a single 1."""
     offset = torch.arange(size, dtype=length.dtype, device=length.device) - size // 2
     direction = torch.stack([angle.cos(), angle.sin()], -1)[:, None, None]  # (B, 1, 1, 2)
     place = torch.stack(torch.meshgrid(offset, offset, indexing="xy"), -1)[None]  # (1, S, S, 2)
@@ -42,9 +42,9 @@ def smear(
     maps: Tensor,  # (B, C, H, W)
     length: Tensor,  # (B,) crop half-sides
     angle: Tensor,  # (B,) radians, 0 along x
-    padding: str = "constant",  # what lies outside: nothing ("constant"), or more of the edge ("replicate")
+    padding: str = "constant",  # outside the map: zeros ("constant"), or the edge repeated ("replicate")
 ) -> Tensor:  # (B, C, H, W)
-    """Every person's maps averaged along his own line."""
+    """Each person's maps averaged along their own line."""
     pixels = length * (maps.shape[-1] / 2)
     reach = math.ceil(float(pixels.max()) / 2) + 1 if len(pixels) else 1
     kernels = line_kernels(pixels, angle, 2 * reach + 1).to(maps)
@@ -58,7 +58,7 @@ def motion_blur(
     generator: torch.Generator,  # CPU
     lengths: tuple[float, float] = LENGTHS,  # crop half-sides; uniform between
 ) -> Sample:
-    """The sample with its picture and its heatmaps smeared by the same lines; labels untouched."""
+    """The sample with its image and its heatmaps blurred along the same lines; labels are unchanged."""
     draw = torch.rand(len(sample), 2, generator=generator)
     length, angle = lengths[0] + (lengths[1] - lengths[0]) * draw[:, 0], math.pi * draw[:, 1]
     changed = {}
@@ -70,7 +70,7 @@ def motion_blur(
 
 
 class Blurred:
-    """A source whose splits have twins by the name of SPLIT_blur: the same people, their inputs smeared."""
+    """Adds the split SPLIT_blur to every split of a source: the same people with blurred inputs."""
 
     def __init__(self, source: PeopleSource, lengths: tuple[float, float] = LENGTHS) -> None:
         self.source, self.lengths = source, lengths

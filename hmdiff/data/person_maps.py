@@ -1,8 +1,8 @@
-"""A person's depth map and mask, as they are stored with a record, and cut to a crop as its picture is.
+"""A person's depth map and mask: as stored with a record, and cropped like its image.
 
-D2A-HMR (arXiv 2403.09063) reads a pseudo-depth and learns a silhouette. A map is kept of the same part of the photo as
-the picture. Depth is a 16-bit png, 0 = not known, its own range over 1..65535: its unit and origin are gone, which the
-model does not read either. A mask is an 8-bit png.
+D2A-HMR (arXiv 2403.09063) reads pseudo-depth and learns a silhouette. A map covers the same part of the photo as the
+image. Depth is a 16-bit png, 0 = unknown, its range scaled to 1..65535: models normalise unit and origin anyway. A mask
+is an 8-bit png.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Region = tuple[float, float, float, float]  # x0, y0, x1, y1 photo pixels
 
 
 def encode_depth(
-    depth: np.ndarray,  # (h, w) of the whole photo, larger = farther, NaN or infinite = not known
+    depth: np.ndarray,  # (h, w) of the whole photo, larger = farther, NaN or infinite = unknown
     photo_size: tuple[int, int],  # width, height
     region: Region,
-    size: tuple[int, int],  # width, height of what is stored
-) -> bytes | None:  # None: nothing is known in the region
-    """The region of a depth map, as a png."""
+    size: tuple[int, int],  # width, height of the stored map
+) -> bytes | None:  # None: no known depth in the region
+    """The region of a depth map as a png."""
     known = np.isfinite(depth)
     middle = np.median(depth[known]) if known.any() else 0.0
     layers = np.stack([np.where(known, depth - middle, 0), known], -1).astype(np.float32)
@@ -49,16 +49,16 @@ def encode_mask(
     region: Region,
     size: tuple[int, int],
 ) -> bytes:
-    """The region of a mask, as a png of the covered share of each pixel."""
+    """The region of a mask as a png of each pixel's coverage."""
     return _png((255 * _cut(mask.astype(np.float32), photo_size, region, size)).round().astype(np.uint8))
 
 
 def crop_depth(
     stored: np.ndarray,  # bytes of `encode_depth`
     region: Region,
-    affine: np.ndarray,  # (2, 3) photo pixels to crop coordinates, turned and mirrored with the picture
+    affine: np.ndarray,  # (2, 3) photo pixels to crop coordinates, with the image's rotation and flip
     size: int,  # S
-) -> np.ndarray:  # (S, S) float32, NaN = not known
+) -> np.ndarray:  # (S, S) float32, NaN = unknown
     values = _decoded(stored).astype(np.float32)
     known = values > 0
     layers = np.stack([values, known], -1).astype(np.float32)
@@ -76,11 +76,11 @@ def crop_mask(
 
 
 def map_fields(
-    depths: Sequence[np.ndarray | None],  # (S, S) of every person
+    depths: Sequence[np.ndarray | None],  # (S, S) for each person
     masks: Sequence[np.ndarray | None],
     size: int,  # S
 ) -> dict[str, Tensor]:
-    """A sample's `depth_input`, `silhouette` and `has_silhouette`; a field is left out where nobody has it."""
+    """A sample's `depth_input`, `silhouette` and `has_silhouette`; a field that no person has is left out."""
     fields = {}
     if any(depth is not None for depth in depths):
         nothing = np.full((size, size), np.nan, np.float32)
@@ -93,11 +93,11 @@ def map_fields(
 
 
 def read_mask(
-    mask: Any,  # COCO's polygons or RLE, or the path of a picture that is not black on the person
+    mask: Any,  # COCO polygons or RLE, or the path of an image that is nonzero on the person
     photo_size: tuple[int, int],  # width, height
     source: str,  # for error messages
 ) -> np.ndarray:  # (H, W) bool
-    """A data set's own mask. Raises `UserError` for one that is damaged, or of another photo's size."""
+    """A data set's mask. Raises `UserError` if it is damaged or its size is not the photo's."""
     width, height = photo_size
     if isinstance(mask, str | Path):
         with open_image(Path(mask)) as opened:
@@ -111,7 +111,7 @@ def read_mask(
         drawn = np.zeros((height, width), np.uint8)
         for polygon in mask:
             points = np.asarray(polygon, np.float64).reshape(-1, 2)
-            # COCO's points count from a pixel's corner, OpenCV's from its centre; in 1/256 of a pixel.
+            # COCO's origin is a pixel's corner, OpenCV's its centre; units of 1/256 pixel.
             cv2.fillPoly(drawn, [((points - 0.5) * 256).round().astype(np.int32)], 1, shift=8)
         return drawn > 0
     except (ValueError, TypeError, KeyError, IndexError, cv2.error) as error:
@@ -119,7 +119,7 @@ def read_mask(
 
 
 def _runs(rle: dict[str, Any], width: int, height: int) -> np.ndarray:  # (H, W) bool
-    """COCO's RLE: lengths of 0s, 1s, 0s ... down the columns, as a list or packed to text, 5 bits a character."""
+    """COCO's RLE: run lengths of 0s, 1s, 0s ... in column order, as a list or as text with 5 bits a character."""
     if [int(value) for value in rle["size"]] != [height, width]:
         raise ValueError(f"a mask of {rle['size']} in a photo of {[height, width]}")
     counts = rle["counts"]
@@ -133,8 +133,9 @@ def _runs(rle: dict[str, Any], width: int, height: int) -> np.ndarray:  # (H, W)
 
 
 def _unpacked(text: bytes) -> list[int]:
-    """Characters from 48 on: 5 bits each, the lowest first, bit 6 = one more follows; from the third run on, the
-    difference to the run two before; the last character's bit 5 is the sign."""
+    """Decode COCO's RLE text: 5 bits a character from code 48 on, lowest first, bit 6 = more follows; from the third
+    run on, the difference to the run two before; bit 5 of the last character is the sign.
+    """
     counts: list[int] = []
     place = 0
     while place < len(text):
@@ -151,9 +152,9 @@ def _unpacked(text: bytes) -> list[int]:
 
 
 def _cut(values: np.ndarray, photo_size: tuple[int, int], region: Region, size: tuple[int, int]) -> np.ndarray:
-    """A region of a map of the whole photo, whatever the map's size, at another size; smoothed where it is coarser."""
+    """A region of a map of the whole photo, resized from any map resolution; low-pass filtered where it shrinks."""
     x0, y0, x1, y1 = region
-    stretch = np.array([photo_size[0] / values.shape[1], photo_size[1] / values.shape[0]])  # photo pixels a map's
+    stretch = np.array([photo_size[0] / values.shape[1], photo_size[1] / values.shape[0]])  # photo pixels per map pixel
     scale = np.array([size[0] / (x1 - x0), size[1] / (y1 - y0)])
     linear = np.diag(stretch * scale)
     offset = -np.array([x0, y0]) * scale + linear @ np.array([0.5, 0.5]) - 0.5

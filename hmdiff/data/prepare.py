@@ -1,10 +1,10 @@
-"""A data set's own files to prepared shards: read once, checked, cut around the person, and written to be loaded fast.
+"""Convert a data set's original files to prepared shards: checked, cropped around each person, fast to load.
 
-Of each photo is kept the square about the person, `margin` times the crop's side, so that every augmentation (scale
-1.25, any rotation: 1.25 * sqrt 2) still finds its context; brought to at most `resolution` pixels a crop's side, which
-is a half more than a model of 256 pixels reads; as a jpg. Photos that lie inside it whole, and need no scaling, keep
-their own bytes. Our choice, size against speed: of 1920 x 1080 frames of 391 KB 65 KB a person are left, and a crop of
-224 pixels is read 5 times as fast (243 against 46 a second of one core's time).
+Each photo is cropped to a square around the person of `margin` times the crop's side, so that every augmentation (scale
+1.25, any rotation: 1.25 * sqrt 2) still finds image content. It is scaled down to at most `resolution` pixels a crop
+side, 1.5 times the input of a 256-pixel model, and stored as jpg. A photo that lies wholly inside the square and needs
+no scaling keeps its original bytes. Size against speed (our choice): of 1920 x 1080 frames of 391 KB, 65 KB a person
+remain, and a crop of 224 pixels is read 5 times as fast (243 against 46 a second on one core).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ QUALITY = 92
 
 
 class Kept(NamedTuple):
-    """What is stored of a photo for one person."""
+    """What is stored for one person of a photo."""
 
     picture: bytes | None  # None: the record has no photo
     region: tuple[float, float, float, float] | None  # x0, y0, x1, y1 photo pixels
@@ -46,9 +46,9 @@ class Kept(NamedTuple):
     mask: bytes | None = None
 
 
-# Of the pixels (H, W, 3) of a photo and where it lies: its depth (h, w), larger = farther, NaN = not known; None: none.
+# From a photo's pixels (H, W, 3) and path to its depth (h, w), larger = farther, NaN = unknown; None: no depth.
 DepthOf = Callable[[np.ndarray, Path], np.ndarray | None]
-# Of the pixels, the path and a person's box (x1, y1, x2, y2 photo pixels): their mask (H, W) bool; None: nobody there.
+# From the pixels, the path and a person's box (x1, y1, x2, y2 photo pixels) to a mask (H, W) bool; None: no person.
 MaskOf = Callable[[np.ndarray, Path, tuple[float, float, float, float]], np.ndarray | None]
 
 
@@ -56,23 +56,23 @@ def prepare_dataset(
     reader: Reader,
     folder: str | Path,
     margin: float = MARGIN,
-    resolution: int = RESOLUTION,  # pixels of the crop's side, at most
-    quality: int = QUALITY,  # of the jpgs
+    resolution: int = RESOLUTION,  # maximum pixels of the crop's side
+    quality: int = QUALITY,  # jpg quality
     shard_records: int = 1000,
-    workers: int = 2,  # threads that read, cut and encode
-    name: str = "",  # of `hmdiff.data.readers.READERS`, kept in the index with the next two
-    source: str | Path = "",  # the folder that the reader reads
+    workers: int = 2,  # threads that read, crop and encode
+    name: str = "",  # key of `hmdiff.data.readers.READERS`, kept in the index with the next two
+    source: str | Path = "",  # the reader's folder
     split: str = "",
     depth: DepthOf | None = None,  # D2A-HMR's pseudo-depth
-    depth_name: str = "",  # where it comes from, kept in the index
-    masks: bool = True,  # keep masks: the data set's own, where it has some
-    mask_of: MaskOf | None = None,  # and whose they are where it has none
-    mask_name: str = "",  # where those come from, kept in the index
+    depth_name: str = "",  # source of the depth, kept in the index
+    masks: bool = True,  # keep the data set's masks, where it has them
+    mask_of: MaskOf | None = None,  # makes a mask where the data set has none
+    mask_name: str = "",  # source of those masks, kept in the index
 ) -> dict[str, Any]:
-    """Write every record of a reader. Killed at any moment, the same call goes on after the last whole shard.
+    """Write every record of a reader. If interrupted, the same call continues after the last complete shard.
 
     Raises:
-        UserError: a fault of the source, by file and row; more or fewer records than promised; two of one name; the
+        UserError: a fault in the source, by file and row; more or fewer records than announced; a duplicate name; the
             folder holds another data set, or the source has changed since it was begun.
     """
     started = time.perf_counter()
@@ -84,7 +84,7 @@ def prepare_dataset(
         "resolution": resolution,
         "quality": quality,
     }
-    if depth_name or not masks:  # folders begun before there were maps go on
+    if depth_name or not masks:  # so that folders begun by versions without maps can be continued
         settings |= {"depth": depth_name, "masks": masks}
     if mask_name:
         settings["masks of"] = mask_name
@@ -119,7 +119,7 @@ def prepare_dataset(
 
 
 def _write(reader: Reader, writer: ShardWriter, promised: int, cutter: _Cutter, workers: int) -> dict[str, int]:
-    """How many have depth, and a mask."""
+    """Number of written records with depth and with a mask."""
     counts = {"depth": 0, "masks": 0}
     with tqdm(total=promised, initial=writer.records, desc=reader.name, unit="record") as bar:
         for record, kept in _encoded(_remaining(reader, writer), cutter, workers):
@@ -131,7 +131,7 @@ def _write(reader: Reader, writer: ShardWriter, promised: int, cutter: _Cutter, 
 
 
 def _remaining(reader: Reader, writer: ShardWriter) -> Iterator[Record]:
-    """The records that are not written yet. Those that are must be the same as before; no name may come twice."""
+    """The records that are not written yet. Checks that written ones are unchanged and that names are unique."""
     borders, names, number = writer.borders(), set[str](), -1
     for number, record in enumerate(reader.records()):
         if record.name in names:
@@ -149,8 +149,8 @@ def _remaining(reader: Reader, writer: ShardWriter) -> Iterator[Record]:
 
 
 def _encoded(records: Iterable[Record], cutter: _Cutter, workers: int) -> Iterator[tuple[Record, Kept]]:
-    """In order, a few at once: PIL and OpenCV let go of Python's lock."""
-    read = lru_cache(maxsize=2 * workers)(_read_photo)  # people of one photo follow each other
+    """Encode in threads (PIL and OpenCV release the GIL); results in order."""
+    read = lru_cache(maxsize=2 * workers)(_read_photo)  # people of one photo are consecutive
     waiting: deque[tuple[Record, Future[Kept]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -174,16 +174,16 @@ class _Photo(NamedTuple):
 
 
 def _read_photo(path: Path) -> _Photo:
-    """A photo as its labels were made on it: no EXIF orientation. Raises `UserError`."""
+    """A photo in the orientation of its labels: EXIF orientation is ignored. Raises `UserError`."""
     original = read_bytes(path)
     with open_image(io.BytesIO(original), path) as opened:
-        opened.load()  # notices a file that ends early, which OpenCV fills with grey
+        opened.load()  # detects truncated files, which OpenCV fills with grey
         pixels = np.asarray(opened.convert("RGB"))
         return _Photo(pixels, original, opened.format == "JPEG" and opened.mode == "RGB")
 
 
 class _Cutter:
-    """What is kept of a photo for one of its people."""
+    """Cuts the stored crop and maps of one person from a photo."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class _Cutter:
     ) -> None:
         self.margin, self.resolution, self.quality, self.masks = margin, resolution, quality, masks
         self.depth, self.mask_of, self._lock = depth, mask_of, threading.Lock()
-        self._last: tuple[Path, np.ndarray | None] | None = None  # people of one photo follow each other
+        self._last: tuple[Path, np.ndarray | None] | None = None  # people of one photo are consecutive
 
     def __call__(self, record: Record, read: Any) -> Kept:
         if record.image is None:
@@ -241,7 +241,7 @@ class _Cutter:
         self, record: Record, photo: _Photo, region: tuple[float, float, float, float], size: tuple[int, int]
     ) -> tuple[bytes | None, bytes | None]:  # depth, mask
         height, width = photo.pixels.shape[:2]
-        size = (max(2, size[0] // 2), max(2, size[1] // 2))  # a model reads them at a third of a picture's size
+        size = (max(2, size[0] // 2), max(2, size[1] // 2))  # models read maps at a third of the image's resolution
         mask = None
         found = None
         if self.masks and record.mask is not None:
@@ -255,13 +255,13 @@ class _Cutter:
 
     def _depth_of(self, record: Record, photo: _Photo) -> np.ndarray | None:
         assert record.image is not None and self.depth is not None
-        with self._lock:  # a network is one at a time
+        with self._lock:  # one network call at a time
             if self._last is None or self._last[0] != record.image:
                 self._last = (record.image, self.depth(photo.pixels, record.image))
             return self._last[1]
 
 
 def _box(record: Record, width: int, height: int) -> tuple[float, float, float, float]:
-    """About a person, within the photo: the crop without its padding."""
+    """The person's box, clipped to the photo: the crop without its padding."""
     (x, y), half = record.center.tolist(), record.side / BOX_PADDING / 2
     return max(0.0, x - half), max(0.0, y - half), min(float(width), x + half), min(float(height), y + half)

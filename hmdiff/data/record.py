@@ -1,8 +1,8 @@
-"""Records: what every reader of a real data set yields, one labelled person in one image, before any crop.
+"""Records: one labelled person in one image, before any crop, as yielded by the reader of a real data set.
 
-A label that a data set does not have is None. Units are the photo's pixels (the first pixel's centre is at 0.5, 0.5)
-and metres in the camera frame (x right, y down, z forward). J joints of the pose, B betas, V vertices, K named 3D
-joints, P named 2D keypoints. `hmdiff.data.shards` stores records, `hmdiff.data.recorded` makes samples of them.
+A label that a data set does not have is None. Units are photo pixels (the first pixel's centre is at 0.5, 0.5) and
+metres in the camera frame (x right, y down, z forward). J joints of the pose, B betas, V vertices, K named 3D joints, P
+named 2D keypoints. `hmdiff.data.shards` stores records, `hmdiff.data.recorded` makes samples from them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from hmdiff.errors import UserError
 BODIES = ("smpl", "smplx", "mano")
 GENDERS = ("neutral", "male", "female")
 HANDS = ("left", "right")
-LARGEST = 1e6  # of any number in a record: metres and pixels beyond it overflow further on
+LARGEST = 1e6  # limit on any number in a record: larger metres or pixels overflow later on
 
-# Every array of a record with its shape; a letter is a length that must agree where it occurs again.
+# Shape of every array of a record; a letter is a length that must be the same wherever it occurs.
 SHAPES: dict[str, tuple[int | str, ...]] = {
     "center": (2,),
     "pose": ("J", 3),
@@ -48,12 +48,12 @@ class Record:
     image: Path | None = None
     group: str = ""  # the sequence, by which named sub-splits are chosen
     gender: str = "neutral"
-    body: str = "smpl"  # what pose, betas and vertices are about
-    hand: str | None = None  # left or right, of a MANO record
-    pose: np.ndarray | None = None  # (J, 3) axis-angle; the root's is in the camera frame
+    body: str = "smpl"  # the body model of pose, betas and vertices
+    hand: str | None = None  # left or right, for a MANO record
+    pose: np.ndarray | None = None  # (J, 3) axis-angle; the root's rotation is in the camera frame
     betas: np.ndarray | None = None  # (B,)
-    translation: np.ndarray | None = None  # (3,) metres, of the body model's output in the camera frame
-    vertices: np.ndarray | None = None  # (V, 3) metres, camera frame, where a data set gives them directly
+    translation: np.ndarray | None = None  # (3,) metres, of the body model's output, camera frame
+    vertices: np.ndarray | None = None  # (V, 3) metres, camera frame, where a data set has meshes
     joints_3d: np.ndarray | None = None  # (K, 3) metres, camera frame
     joints_3d_valid: np.ndarray | None = None  # (K,) bool; None: all
     joint_names: tuple[str, ...] = ()  # K
@@ -61,10 +61,10 @@ class Record:
     keypoints_2d_confidence: np.ndarray | None = None  # (P,) 0..1, 0 = not labelled; None: all 1
     keypoint_names: tuple[str, ...] = ()  # P
     intrinsics: np.ndarray | None = None  # (3, 3) of the photo's camera
-    mask: Any = None  # its own: COCO's polygons or RLE, or a picture's path; not in prepared records
+    mask: Any = None  # the data set's mask: COCO polygons or RLE, or an image path; not in prepared records
 
     def check(self) -> Record:
-        """The record itself, when everything in it is possible. Raises `UserError` naming `source` and the field."""
+        """The record itself if it is valid. Raises `UserError` naming `source` and the field."""
         self._check_words()
         lengths: dict[str, int] = {}
         for field, shape in SHAPES.items():
@@ -83,7 +83,7 @@ class Record:
             raise self.error("a confidence below 0; expected 0..1, 0 for a keypoint that is not labelled")
         if (self.pose is None) != (self.betas is None):
             raise self.error("pose and betas go together; one of them is missing")
-        if self.image is not None and not os.path.isfile(self.image):  # False for a name no file system takes, too
+        if self.image is not None and not os.path.isfile(self.image):  # False for an impossible name too
             raise self.error(f"its image {self.image!s:.400} is missing; complete the data set's images")
         return self
 
@@ -97,7 +97,7 @@ class Record:
                 raise self.error(f"{field} is {value!r}, expected one of {', '.join(str(word) for word in known)}")
         if not self.name:
             raise self.error("a record without a name")
-        if ".." in self.name.split("/") or self.name.startswith("/"):  # files are named by it
+        if ".." in self.name.split("/") or self.name.startswith("/"):  # the name becomes a file name
             raise self.error(f"a record of the name {self.name!r:.80}; a relative path was expected")
         if self.body == "mano" and self.hand is None and self.pose is not None:
             raise self.error("a MANO pose that does not say which hand it is")
@@ -107,9 +107,8 @@ class Record:
         field: str,
         value: np.ndarray,
         shape: tuple[int | str, ...],
-        lengths: dict[str, int],  # what the letters stand for so far; added to
+        lengths: dict[str, int],  # lengths bound to the letters so far; updated
     ) -> None:
-        # A letter stands for any length the first time, and for that length from then on.
         wanted = [lengths.get(size, size) if isinstance(size, str) else size for size in shape]
         fits = value.ndim == len(wanted) and all(
             isinstance(want, str) or have == want for have, want in zip(value.shape, wanted, strict=True)
@@ -127,7 +126,7 @@ class Record:
             raise self.error(f"{field} has {np.abs(labelled).max():.3g} in it, at most {LARGEST:g} is possible")
 
     def _labelled(self, field: str, value: np.ndarray) -> np.ndarray:
-        """The rows that count: an unlabelled joint may hold anything."""
+        """The labelled rows: an unlabelled joint may hold any value."""
         mask = {"joints_3d": self.joints_3d_valid, "keypoints_2d": self.keypoints_2d_confidence}.get(field)
         if mask is None or len(np.asarray(mask)) != len(value):
             return value
@@ -139,12 +138,12 @@ class Record:
 
 
 class Reader(Protocol):
-    """A data set's own files, as records. A reader promises a number of records, and `hmdiff prepare` checks it."""
+    """Reads a data set's original files as records; `hmdiff prepare` checks their announced number."""
 
     name: str
 
     @property
-    def summary(self) -> list[str]: ...  # lines about what was found, for the user: splits, people, what was left out
+    def summary(self) -> list[str]: ...  # for the user: splits, people, what was left out
 
     def count(self) -> int: ...  # the number of records that `records` yields
 

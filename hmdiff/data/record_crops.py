@@ -1,6 +1,6 @@
-"""What of a record lies in the plane of its crop: the picture, named points, a pose estimator's heatmaps.
+"""What a record has in the image plane of its crop: the image, named points, a pose estimator's heatmaps.
 
-J keypoints in our order (HALPE26; of a hand, HAND21), S pixels a side.
+J keypoints (HALPE26; HAND21 for a hand), S pixels a side.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def by_name(
     wanted: Sequence[str],  # J
     dimensions: int,  # D
 ) -> tuple[np.ndarray, np.ndarray]:  # (J, D), (J,): 0 where not labelled
-    """A data set's points in our order. Of several of one name the surest counts, the first of equals."""
+    """A data set's points in the order of `wanted`. Of several with one name, the most confident counts."""
     found, sure = np.zeros((len(wanted), dimensions)), np.zeros(len(wanted))
     if values is None:
         return found, sure
@@ -47,10 +47,10 @@ def read_crop(
     size: int,  # S
     change: Change = NO_CHANGE,
 ) -> np.ndarray:  # (S, S, 3) uint8 RGB
-    """The crop of a record's picture. Raises `UserError` naming the record's source where there is none."""
+    """The crop of a record's image. Raises `UserError` naming the record's source where it has none."""
     if stored.picture is None:
         raise stored.record.error("it has no picture, and the model reads pictures; give inputs=heatmaps")
-    # As the labels were made, an EXIF orientation is not followed.
+    # Labels are made without following the EXIF orientation.
     picture = cv2.imdecode(stored.picture, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if picture is None:
         raise stored.record.error("its picture cannot be decoded; prepare the data set again")
@@ -65,7 +65,7 @@ def read_heatmaps(
     affine: np.ndarray,  # (2, 3) photo pixels to crop coordinates
     change: Change,
 ) -> tuple[Tensor, Tensor]:  # (1, J, 64, 64), (1, J) bool
-    """An estimator's own, from FOLDER/NAME.npz, in this crop. Raises `UserError` where the file is missing or bad."""
+    """An estimator's heatmaps from FOLDER/NAME.npz, resampled to this crop. Raises `UserError` if missing or bad."""
     path = folder / f"{record.name}.npz"
     if not path.is_file():
         raise record.error(f"its heatmaps {path} are missing; give heatmaps: labels, or make them")

@@ -1,8 +1,8 @@
-"""Recorded people: prepared records as blocks of samples, cropped, augmented, with an estimator's heatmaps.
+"""Recorded people: prepared records as blocks of samples, cropped and augmented, with an estimator's heatmaps.
 
-The stream `train` goes through all records in a new order every epoch, for ever; any other name is the records in their
-order, unchanged. Block i of a stream is a function of (seed, stream, i) alone, as of the synthetic people. n people a
-block, C coarse vertices, K joints, J keypoints (HALPE26; of a hand, HAND21), S pixels a side.
+The stream `train` repeats all records without end, in a new order every epoch; any other stream gives the records in
+order, without augmentation. Block i of a stream is a function of (seed, stream, i) alone. n people a block, C coarse
+vertices, K joints, J keypoints (HALPE26; HAND21 for a hand), S pixels a side.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from hmdiff.heatmaps.distribution import gaussian_heatmaps
 
 _SIGMA = 2.0  # heatmap pixels of a labelled keypoint
 _LEAST_TO_FIT = 6  # keypoints known in 2D and in 3D from which a weak-perspective camera is fitted
-_NEAREST = 0.1  # metres: nobody stands nearer to the lens
+_NEAREST = 0.1  # metres: minimum depth for a camera label and for projected keypoints
 
 
 @dataclasses.dataclass(frozen=True)
 class _Person:
-    """A record on its way to a sample: everything of the picture's plane."""
+    """A record after the crop: everything in the image plane."""
 
     record: Record
     change: Change
@@ -59,33 +59,33 @@ class _Person:
     image: np.ndarray | None  # (S, S, 3) uint8 RGB
     points: np.ndarray  # (J, 2) crop coordinates
     confidence: np.ndarray  # (J,) 0..1, 0 = not labelled
-    depth: np.ndarray | None = None  # (s, s) NaN = not known; None: none is stored, or none is read
+    depth: np.ndarray | None = None  # (s, s) NaN = unknown; None: not stored or not read
     mask: np.ndarray | None = None  # (s, s) 0..1
 
 
 class RecordedPeople:
-    """Blocks of recorded people. `coarse_vertices` and `joints_3d` are always there, with their masks.
+    """Blocks of recorded people. `coarse_vertices` and `joints_3d` are always set, with their masks.
 
-    A keypoint counts as `visible` when it is labelled and inside the crop: real data sets say no more. Where no 2D
-    keypoint is labelled, they are projected from the labelled body, if the camera is known; heatmaps made of those know
-    the truth, so an evaluation on them compares with nothing published. Betas beyond the body's are left out.
+    A keypoint is `visible` when labelled and inside the crop: real data sets do not label occlusion. Without labelled
+    2D keypoints they are projected from the labelled body, if the camera is known; heatmaps of these contain ground
+    truth, so results on them are not comparable with published ones. Betas beyond the body's are dropped.
     """
 
     def __init__(
         self,
         store: RecordStore,
-        body: Body,  # the model's
+        body: Body,  # the model's body
         coarse_ids: Tensor,  # (C,)
         block_size: int = 32,
         seed: int = 0,
         full_mesh: bool = False,
-        image_size: int | None = None,  # S of the pictures; None: none are read
-        augment: Augment | None = None,  # of the stream train
+        image_size: int | None = None,  # S of the images; None: images are not read
+        augment: Augment | None = None,  # for the stream `train`
         faults: EstimatorFaults | None = None,
         heatmaps: str | Path = "faults",  # "faults", "labels" (as they are), "none", or a folder of NAME.npz
         same_body: bool = False,  # see LabelledBodies
-        numbers: np.ndarray | None = None,  # (N,) which records of the store; None: all
-        map_size: int | None = None,  # s of depth maps and silhouettes; None: none are read
+        numbers: np.ndarray | None = None,  # (N,) selected records of the store; None: all
+        map_size: int | None = None,  # s of depth maps and silhouettes; None: not read
     ) -> None:
         self.store, self.body, self.map_size = store, body, map_size
         self.block_size, self.seed, self.full_mesh, self.image_size = block_size, seed, full_mesh, image_size
@@ -117,7 +117,7 @@ class RecordedPeople:
         stream: str,  # "train", or the name of a split
         number: int,
     ) -> Sample:
-        """The people of one block; a split's last block may be smaller. Raises `UserError` beyond a split's end."""
+        """The people of one block; a split's last block may be smaller. Raises `UserError` past the end of a split."""
         positions = range(number * self.block_size, (number + 1) * self.block_size)
         if stream != "train":
             positions = range(positions.start, min(positions.stop, len(self)))
@@ -152,10 +152,10 @@ class RecordedPeople:
             change = draw_change(self.augment, np.random.default_rng(words))
         stored = self.store[int(self.numbers[chosen])]
         record = stored.record
-        if record.body == "mano":  # a hand's mirror image is the other hand: mirrored to the model's, and only then
+        if record.body == "mano":  # MANO models one hand: the other is mirrored, and hands are not flipped otherwise
             change = dataclasses.replace(change, flip=record.hand is not None and record.hand != self._side)
         elif record.vertices is not None and record.pose is None:
-            change = dataclasses.replace(change, flip=False)  # the mirror image of a bare mesh has other vertices
+            change = dataclasses.replace(change, flip=False)  # the topology of a bare mesh is not mirror symmetric
         affine = crop_map(record.center, record.side, change)
         image = None if self.image_size is None else read_crop(stored, affine, self.image_size, change)
         points, confidence = by_name(
@@ -176,8 +176,8 @@ class RecordedPeople:
         self,
         people: list[_Person],
         index: Tensor,
-        generator: torch.Generator,  # of the heatmaps
-        occluders: torch.Generator | None = None,  # of what is put in front; None: nothing is
+        generator: torch.Generator,  # for the heatmaps
+        occluders: torch.Generator | None = None,  # for the occluders; None: no occluders
     ) -> Sample:
         n, joints = len(people), len(self.names)
         fields: dict[str, Tensor] = {
@@ -220,12 +220,12 @@ class RecordedPeople:
                 fields["image"] = front.paint(fields["image"])
         if self.map_size is not None:
             fields |= map_fields([p.depth for p in people], [p.mask for p in people], self.map_size)
-        if self.heatmaps != "none" and (self.names == HALPE26 or self.heatmaps != "faults"):  # faults are of bodies
+        if self.heatmaps != "none" and (self.names == HALPE26 or self.heatmaps != "faults"):  # made for bodies
             fields["heatmaps"], fields["heatmap_valid"] = self._heatmaps(people, fields, generator, covered)
         return Sample(index=index, **fields)
 
     def _posed(self, people: list[_Person]) -> list[tuple[list[int], PosedBodies]]:
-        """The bodies of those who have one, in as few batches as there are bodies."""
+        """Pose the records that have body parameters, in one batch per body model."""
         by_key: dict[str, list[int]] = {}
         for row, person in enumerate(people):
             if person.record.pose is not None:
@@ -264,9 +264,9 @@ class RecordedPeople:
         fields.setdefault("root", torch.full((len(fields["focal"]), 3), torch.nan))[rows] = posed.root
 
     def _fill_joints(self, fields: dict[str, Tensor], row: int, person: _Person) -> np.ndarray | None:
-        """Labelled 3D joints: the keypoints that they name, and, of a full set of the body's own joints, those.
+        """Fill 3D labels from named joints: keypoints, and the body's joints where all of them are named.
 
-        Returns the joint (3,) that they are about, in the camera frame; None where they were not used.
+        Returns the root joint (3,) that they are relative to, in the camera frame; None where they were not used.
         """
         record, change = person.record, person.change
         if record.joints_3d is None or fields["has_keypoints_3d"][row].any():
@@ -278,7 +278,7 @@ class RecordedPeople:
         if root is None and {"left_hip", "right_hip"} <= places.keys():
             root = (places["left_hip"] + places["right_hip"]) / 2
         if root is None:
-            return None  # relative to nothing, they say nothing
+            return None  # without a root joint they cannot be made relative
         known, valid = by_name(joints - root, there.astype(np.float64), record.joint_names, self.names, 3)
         fields["keypoints_3d"][row] = torch.from_numpy(mirrored(known, self.names, change)).float()
         fields["has_keypoints_3d"][row] = torch.from_numpy(mirrored(valid, self.names, change) > 0)
@@ -289,7 +289,7 @@ class RecordedPeople:
         return root
 
     def _fill_camera(self, fields: dict[str, Tensor], row: int, person: _Person, root: np.ndarray) -> None:
-        """Where the pelvis is and what camera sees it, where both are labelled."""
+        """Pelvis position and intrinsics, where both are labelled."""
         record = person.record
         if record.intrinsics is None or not np.isfinite(root).all():
             return
@@ -304,7 +304,7 @@ class RecordedPeople:
         fields["principal_point"][row], fields["has_perspective"][row] = torch.from_numpy(principal).float(), True
 
     def _fill_projections(self, fields: dict[str, Tensor]) -> None:
-        """2D keypoints of those who have none labelled, through the camera."""
+        """Project 2D keypoints for people without labelled ones."""
         unlabelled = ~(fields["joints_2d_confidence"] > 0).any(-1)
         rows = (unlabelled & fields["has_perspective"] & fields["has_keypoints_3d"].any(-1)).nonzero()[:, 0]
         if not len(rows):
@@ -331,7 +331,7 @@ class RecordedPeople:
         people: list[_Person],
         fields: dict[str, Tensor],
         generator: torch.Generator,
-        covered: Tensor,  # (n, J) bool: behind something that was put in front
+        covered: Tensor,  # (n, J) bool: behind an added occluder
     ) -> tuple[Tensor, Tensor]:  # (n, J, 64, 64), (n, J) bool
         points, confidence = fields["joints_2d"], fields["joints_2d_confidence"]
         if self.heatmaps == "labels":
@@ -346,5 +346,5 @@ class RecordedPeople:
             return values * labelled[..., None, None], valid & labelled
         read = [read_heatmaps(Path(self.heatmaps), p.record, p.affine, p.change) for p in people]
         values = torch.cat([values for values, _ in read])
-        # As of an estimator that does not report what it does not see.
+        # Covered joints get no peak: files of heatmaps are assumed to come from an estimator that omits unseen joints.
         return torch.where(covered[..., None, None], 0.0, values), torch.cat([valid for _, valid in read])

@@ -1,8 +1,8 @@
-"""The sample contract: what every data set, real or synthetic, hands to training and evaluation.
+"""The sample contract: what every data set, real or synthetic, provides for training and evaluation.
 
-One frozen dataclass serves single samples and batches (a leading B on every field). A missing label is None, or, where
-only some samples of a batch have it, marked by its mask (`MASKS`): never a zero that counts. Frames and units are those
-of `hmdiff.geometry`: metres relative to the pelvis in the camera frame, crop coordinates -1..1.
+One frozen dataclass serves single samples and batches (a leading B on every field). A missing label is None; where only
+some samples of a batch have it, its mask (`MASKS`) marks them, so that a placeholder zero never counts as a label.
+Frames and units as in `hmdiff.geometry`: metres relative to the pelvis in the camera frame, crop coordinates -1..1.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class Sample:
 
     image: Tensor | None = None  # (B, 3, H, W) RGB, 0..1
     heatmaps: Tensor | None = None  # (B, J, h, w) >= 0, peak = confidence
-    heatmap_valid: Tensor | None = None  # (B, J) bool: the estimator has this joint at all
-    peaks: Tensor | None = None  # (B, J, 2, 4) x, y, height, sigma: Gaussians that add up to the heatmaps
+    heatmap_valid: Tensor | None = None  # (B, J) bool: the estimator's joint set includes this joint
+    peaks: Tensor | None = None  # (B, J, 2, 4) x, y, height, sigma: Gaussians whose sum is the heatmap
     vertices: Tensor | None = None  # (B, V, 3)
     coarse_vertices: Tensor | None = None  # (B, C, 3): a subset of the vertices, for training without the full mesh
     has_vertices: Tensor | None = None  # (B,) bool
     joints_3d: Tensor | None = None  # (B, K, 3)
     has_joints_3d: Tensor | None = None  # (B,) bool
     keypoints_3d: Tensor | None = None  # (B, J, 3)
-    has_keypoints_3d: Tensor | None = None  # (B, J) bool: real data sets have some of them each
+    has_keypoints_3d: Tensor | None = None  # (B, J) bool: real data sets label a subset of them
     joints_2d: Tensor | None = None  # (B, J, 2) crop coordinates of the keypoints
     joints_2d_confidence: Tensor | None = None  # (B, J) 0..1, 0 = not labelled
     visible: Tensor | None = None  # (B, J) bool: not hidden by an occluder, inside the crop
@@ -37,7 +37,7 @@ class Sample:
     has_silhouette: Tensor | None = None  # (B,) bool
     depth: Tensor | None = None  # (B, h, w) metres from the camera; 0 where there is no body
     has_depth: Tensor | None = None  # (B,) bool
-    depth_input: Tensor | None = None  # (B, s, s) what a model reads: larger = farther, any unit, NaN = not known
+    depth_input: Tensor | None = None  # (B, s, s) the model's input: larger = farther, any unit, NaN = unknown
     camera: Tensor | None = None  # (B, 3) weak-perspective scale, tx, ty in the crop
     has_camera: Tensor | None = None  # (B,) bool
     pelvis: Tensor | None = None  # (B, 3) metres, pelvis in the camera frame
@@ -45,11 +45,11 @@ class Sample:
     principal_point: Tensor | None = None  # (B, 2) crop coordinates
     has_perspective: Tensor | None = None  # (B,) bool: pelvis, focal and principal_point are known
     visible_fraction: Tensor | None = None  # (B,) visible part of the body in the crop, 0..1
-    occlusion: Tensor | None = None  # (B, h, w) bool: pixels covered by something in front, on the person or beside
-    index: Tensor | None = None  # (B,) position in the split: the seed of what is random about this sample
+    occlusion: Tensor | None = None  # (B, h, w) bool: pixels covered by an occluder, on the person or beside
+    index: Tensor | None = None  # (B,) position in the split: seeds this sample's randomness
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Sample:
-        """The same sample with `function` applied to every tensor that is there."""
+        """The same sample with `function` applied to every field that is not None."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Sample(**{name: None if value is None else function(value) for name, value in values.items()})
 
@@ -57,14 +57,14 @@ class Sample:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def silenced(self) -> Sample:
-        """The same sample with 0 wherever a mask says 'not labelled': what stood there, even NaN, is gone.
+        """The same sample with 0 (also in place of NaN) wherever a mask marks the label as missing.
 
-        A loss must not only multiply by its mask: NaN times 0 is NaN, in the value or in the gradient.
+        Multiplying a loss by its mask is not enough: NaN times 0 is NaN, in the value or in the gradient.
         """
         changed = {}
         for name, mask_name in MASKS.items():
             value, mask = getattr(self, name), getattr(self, mask_name)
-            if value is not None and mask is not None and name not in ("heatmaps", "peaks"):  # inputs
+            if value is not None and mask is not None and name not in ("heatmaps", "peaks"):  # inputs, not labels
                 there = (mask > 0).reshape(*mask.shape, *(1,) * (value.dim() - mask.dim()))
                 changed[name] = torch.where(there, value, torch.zeros_like(value))
         return dataclasses.replace(self, **changed)
@@ -77,7 +77,7 @@ class Sample:
         return 0
 
 
-# What says that a field is there. None as a mask means that all of them are.
+# The mask of each field. A mask of None means that every sample has the field.
 MASKS = {
     "heatmaps": "heatmap_valid",
     "peaks": "heatmap_valid",
@@ -100,22 +100,22 @@ _PER_KEYPOINT = {"heatmaps", "peaks", "keypoints_3d", "joints_2d", "visible"}  #
 
 
 class PeopleSource(Protocol):
-    """Where blocks of people come from: synthetic people, a prepared data set, a mixture of several."""
+    """A source of blocks of people: synthetic people, a prepared data set, or a mixture of several."""
 
     block_size: int
-    full_mesh: bool  # its samples have `vertices`
-    image_size: int | None  # S of its pictures; None: it has none
+    full_mesh: bool  # whether its samples have `vertices`
+    image_size: int | None  # S of its images; None: it has none
 
     def block(self, stream: str, number: int) -> Sample: ...  # a function of (the source, stream, number) alone
 
-    def __hash__(self) -> int: ...  # by identity: what was computed of a source is kept with it
+    def __hash__(self) -> int: ...  # by identity: results computed from a source are cached per source
 
 
 def concatenate(samples: list[Sample]) -> Sample:
-    """Batches joined along B. Where only some have a label, the others get zeros there, and False in its mask.
+    """Concatenate batches along B. Samples without a label get zeros for it, and False in its mask.
 
     Raises:
-        ValueError: a field without a mask (the image) is there in some only; or a mask promises what is not there.
+        ValueError: a field without a mask (the image) is missing in some batches; or a mask marks a missing field.
     """
     merged: dict[str, Tensor | None] = {}
     for field in dataclasses.fields(Sample):
@@ -135,7 +135,7 @@ def concatenate(samples: list[Sample]) -> Sample:
             else:
                 raise ValueError(f"field {field.name!r} is there in {len(present)} of {len(values)} batches")
         merged[field.name] = torch.cat(values) if present else None
-    for name, mask_name in MASKS.items():  # a mask that nobody had, because each batch alone was whole
+    for name, mask_name in MASKS.items():  # a mask that no batch had, because each one alone was complete
         if merged[mask_name] is None and any(getattr(sample, name) is None for sample in samples):
             value = merged[name]
             if value is not None:
@@ -145,7 +145,7 @@ def concatenate(samples: list[Sample]) -> Sample:
 
 
 def _blank(sample: Sample, name: str, like: Tensor) -> Tensor:
-    """The field, or zeros in its place."""
+    """The field, or zeros of its shape where it is None."""
     value = getattr(sample, name)
     if value is not None:
         return value
@@ -156,7 +156,7 @@ def _blank(sample: Sample, name: str, like: Tensor) -> Tensor:
 
 
 def _mask(sample: Sample, mask_name: str, like: Tensor) -> Tensor:
-    """The mask, or one that says of all people whether the fields it is about are there."""
+    """The mask; where it is None, one that is True for all people if the masked fields are present, else False."""
     mask = getattr(sample, mask_name)
     if mask is not None:
         return mask

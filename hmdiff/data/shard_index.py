@@ -1,4 +1,4 @@
-"""The index of a prepared folder, read with nothing in it trusted; sizes and checksums of its shards.
+"""The index of a prepared folder (fully validated when read), and sizes and checksums of its shards.
 
 {"version": 1, "complete": true, "records": 6, "groups": {"sequence": 6}, "settings": {...}, "shards": [
   {"file": "shard_00000.arrow", "records": 6, "bytes": 9000, "sha256": "...", "first": NAME, "last": NAME,
@@ -19,7 +19,7 @@ from hmdiff.files.reading import read_failure, read_json
 INDEX = "index.json"
 VERSION = 1
 MAX_INDEX = 1 << 30  # bytes
-# Fields of the index and of a shard in it; numbers are from 0 on.
+# Fields of the index and of each shard in it; numbers must be >= 0.
 _FIELDS: dict[str, type] = {
     "version": int,
     "complete": bool,
@@ -71,7 +71,7 @@ def verify_shard(path: Path, shard: Mapping[str, Any]) -> None:
 
 
 def check_sizes(folder: Path, index: dict[str, Any]) -> None:
-    """What a copy that broke off looks like."""
+    """Detect an incomplete copy by its file sizes."""
     for shard in index["shards"]:
         path = folder / shard["file"]
         if not path.is_file():

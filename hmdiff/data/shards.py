@@ -1,14 +1,14 @@
-"""Prepared data sets: records and their pictures in Arrow IPC files, memory-mapped, written once and never changed.
+"""Prepared data sets: records and their images in memory-mapped Arrow IPC files, written once.
 
-    FOLDER/index.json          what is there: counts, sizes and checksums of the shards, how it was made
-    FOLDER/shard_00000.arrow   one record batch, a row a record, its picture as encoded bytes
+    FOLDER/index.json          counts, sizes and checksums of the shards, and the settings they were made with
+    FOLDER/shard_00000.arrow   one record batch, one row per record, its image as encoded bytes
 
-Arrow by pyarrow alone, our choice: random access without reading anything else, the same pages for all workers of a
-machine, and a file that pandas, polars and datasets read too. A webdataset's tar is read in order only.
+Arrow by pyarrow alone (our choice): random access without reading anything else, memory pages shared by all workers of
+a machine, and files that pandas, polars and datasets can read. A webdataset tar allows sequential reads only.
 
-A shard is not trusted: Arrow takes a file's offsets for pointers. When it is opened it is validated in full, and each
-record is held against the checksum that the index has of it when it is read. Of folders prepared before there were
-checksums of records, the whole shard's is verified when it is opened.
+Shards are not trusted, because Arrow uses a file's offsets as pointers: a shard is fully validated when it is opened,
+and each record is checked against its checksum in the index when it is read. Folders prepared before there were
+checksums of records have the checksum of the whole shard verified on opening.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ _SCHEMA = pa.schema(
         ("mask", pa.large_binary()),
     ]
 )
-_BEFORE_MAPS = pa.schema(list(_SCHEMA)[:-2])  # of folders prepared before depth and masks were kept
+_BEFORE_MAPS = pa.schema(list(_SCHEMA)[:-2])  # folders prepared before depth and masks were stored
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A record and its picture, still encoded."""
+    """A record and its encoded image."""
 
     record: Record
     picture: np.ndarray | None  # bytes of a jpg or png, or None
-    region: tuple[float, float, float, float] | None  # x0, y0, x1, y1 photo pixels that it shows; None: the whole photo
-    depth: np.ndarray | None = None  # bytes of `person_maps.encode_depth`, of the same region
-    mask: np.ndarray | None = None  # bytes of `person_maps.encode_mask`
+    region: tuple[float, float, float, float] | None  # x0, y0, x1, y1 photo pixels of the image; None: the whole photo
+    depth: np.ndarray | None = None  # bytes from `person_maps.encode_depth`, of the same region
+    mask: np.ndarray | None = None  # bytes from `person_maps.encode_mask`
 
 
 class RecordStore(Protocol):
-    """Records by number: prepared ones, or raw files."""
+    """Records by number: prepared, or read from the original files."""
 
     def __len__(self) -> int: ...
 
@@ -67,7 +67,7 @@ class RecordStore(Protocol):
 
 
 class RecordFiles:
-    """Records whose pictures are read from their own files, each time."""
+    """Records whose images are read from their original files on every access."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = list(records)
@@ -82,16 +82,16 @@ class RecordFiles:
 
 
 class ShardWriter:
-    """Writes a prepared folder; started again after a kill it goes on after the last whole shard.
+    """Writes a prepared folder; after an interruption it continues after the last complete shard.
 
     Raises:
-        UserError: the folder was prepared from something else, or with other settings.
+        UserError: the folder was prepared from another source, or with other settings.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        settings: Mapping[str, Any],  # whatever decides what is written: another call must give the same
+        settings: Mapping[str, Any],  # all settings that affect the output: a later call must give the same
         shard_records: int = 1000,
     ) -> None:
         self.folder = make_folder(folder)
@@ -124,7 +124,7 @@ class ShardWriter:
 
     @property
     def records(self) -> int:
-        """Records that lie in whole shards."""
+        """Number of records in complete shards."""
         return self.index["records"]
 
     @property
@@ -132,7 +132,7 @@ class ShardWriter:
         return self.index["complete"]
 
     def borders(self) -> dict[int, str]:
-        """The names of each shard's first and last record, by their number: what a changed source would not match."""
+        """Names of each shard's first and last record by record number, to detect a changed source."""
         names, start = {}, 0
         for shard in self.index["shards"]:
             names[start], names[start + shard["records"] - 1] = shard["first"], shard["last"]
@@ -147,7 +147,7 @@ class ShardWriter:
         depth: bytes | None = None,
         mask: bytes | None = None,
     ) -> None:
-        """Take one more record; a full shard is written at once."""
+        """Add one record; a full shard is written at once."""
         row: dict[str, Any] = {
             **{field: getattr(record, field) for field in (*_WORDS, *_NAMES)},
             "side": float(record.side),
@@ -164,7 +164,7 @@ class ShardWriter:
             self._flush()
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> None:
-        """Write what is left, and say that it is all."""
+        """Write the remaining records and mark the folder as complete."""
         if self._rows:
             self._flush()
         self.index.update({**(facts or {}), "complete": True})
@@ -201,10 +201,10 @@ class ShardWriter:
 
 
 class PreparedShards:
-    """A prepared folder, by random access. Nothing but the index is read at first; it may be sent to other processes.
+    """Random access to a prepared folder. Reads only the index at first; can be sent to other processes.
 
     Raises:
-        UserError: no such folder, not a prepared one, not finished, or its files are not those that were written.
+        UserError: the folder is missing, not prepared, incomplete, or its files are not those that were written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -243,7 +243,7 @@ class PreparedShards:
         return self._words("group")
 
     def names(self) -> np.ndarray:  # (len,) of str
-        """The name of every record; no picture is read for it."""
+        """The name of every record, without reading its image."""
         return self._words("name")
 
     def _words(self, column: str) -> np.ndarray:  # (len,) of str
@@ -251,7 +251,7 @@ class PreparedShards:
         return np.array([word for words in columns for word in words], dtype=str)
 
     def numbers_of(self, patterns: Sequence[str]) -> np.ndarray:  # (N,) ascending
-        """The records whose group is one of these, or matches one (`*` for anything). Raises `UserError` for none."""
+        """The records whose group matches a pattern (`*` for anything). Raises `UserError` if one matches none."""
         groups = self.groups()
         chosen = np.zeros(len(groups), bool)
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -264,7 +264,7 @@ class PreparedShards:
         return np.flatnonzero(chosen)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
-        """Read every byte. Raises `UserError` naming the first shard that is not what was written."""
+        """Read every byte. Raises `UserError` naming the first shard whose content has changed."""
         for number, shard in enumerate(self.index["shards"]):
             verify_shard(self.folder / shard["file"], shard)
             self._batch(number)
@@ -280,7 +280,7 @@ class PreparedShards:
             try:
                 reader = pa.ipc.open_file(pa.memory_map(str(path)))
                 batch = reader.get_batch(0)
-                # Offsets, lengths and UTF-8: a file that lies about them would be read beyond its end.
+                # Checks offsets, lengths and UTF-8: a file with wrong ones would be read beyond its end.
                 batch.validate(full=True)
             except (OSError, MemoryError, pa.ArrowException) as error:
                 reason = " ".join(str(error).split())[:200]
@@ -298,7 +298,7 @@ def _stored(batch: pa.RecordBatch, row: int) -> Stored:
     arrays: dict[str, Any] = {}
     for field, shape in SHAPES.items():
         value = batch.column(field)[row].values
-        # Copied: the file's pages are read-only, and a caller may write into an array of its own.
+        # Copied: the mapped pages are read-only, and a caller may write into its array.
         arrays[field] = None if value is None else np.array(value.to_numpy()).reshape(_sizes(shape))
     if arrays["joints_3d_valid"] is not None:
         arrays["joints_3d_valid"] = arrays["joints_3d_valid"] > 0
@@ -317,12 +317,12 @@ def _bytes(value: pa.LargeBinaryScalar) -> np.ndarray | None:
     if not value.is_valid:
         return None
     content = np.frombuffer(value.as_buffer(), np.uint8)
-    content.flags.writeable = False  # it is the file's own page
+    content.flags.writeable = False  # a page of the mapped file
     return content
 
 
 def _row_checksum(batch: pa.RecordBatch, row: int) -> int:
-    """CRC-32 over every field of a record, each behind its length, so that no byte can change its field."""
+    """CRC-32 over every field of a record, each preceded by its length, so that no byte can move between fields."""
     checksum = 0
     for column in batch.columns:
         value = column[row]

@@ -1,10 +1,10 @@
-"""The square crop of a photo, and augmentation: one affine map for the picture, its points, its camera and its 3D.
+"""The square crop of a photo and its augmentation: one affine map for the image, its points, its camera and its 3D.
 
-A photo pixel p lands at crop coordinates u = 2 / (scale * side) F R(angle) (p - center): turned about the crop's
-centre, then mirrored where F says so. With 3D turned by the same F R about the optical axis, the focal length divided
+A photo pixel p maps to crop coordinates u = 2 / (scale * side) F R(angle) (p - center): a rotation about the crop's
+centre, then a mirroring if F is a flip. With 3D turned by the same F R about the optical axis, the focal length divided
 by the same half-side and the principal point mapped like any point, the pinhole projection holds exactly, wherever the
-crop lies in the photo. Figures: SPIN's and FastMETRO's (flip, channel noise, rotation, scale). V points, J joints, S
-pixels a side.
+crop lies. Magnitudes follow SPIN and FastMETRO (flip, channel noise, rotation, scale). V points, J joints, S pixels a
+side.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Change:
     """One crop's augmentation. The default changes nothing."""
 
     flip: bool = False
-    angle: float = 0.0  # radians; positive turns the picture's x axis towards its y axis, clockwise to the eye
-    scale: float = 1.0  # of the crop's side: over 1 the person is smaller
+    angle: float = 0.0  # radians; positive turns the image's x axis towards its y axis (clockwise on screen)
+    scale: float = 1.0  # of the crop's side: above 1 the person becomes smaller
     gains: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of red, green, blue
 
     @property
     def plane(self) -> np.ndarray:  # (2, 2)
-        """F R: what happens to directions in the picture."""
+        """F R, applied to directions in the image plane."""
         cosine, sine = math.cos(self.angle), math.sin(self.angle)
         mirror = -1.0 if self.flip else 1.0
         return np.array([[mirror * cosine, -mirror * sine], [sine, cosine]])
 
     @property
     def space(self) -> np.ndarray:  # (3, 3) orthogonal, of determinant -1 with a flip
-        """The same about the optical axis."""
+        """F R about the optical axis, in 3D."""
         matrix = np.eye(3)
         matrix[:2, :2] = self.plane
         return matrix
@@ -50,7 +50,7 @@ NO_CHANGE = Change()
 
 
 def draw_change(options: Augment, generator: np.random.Generator) -> Change:
-    """Always the same number of draws, so that one option does not change what another gives."""
+    """Uses a fixed number of draws, so that one option does not change the values of another."""
     flip, upright, angle, scale = generator.random(), generator.random(), generator.normal(), generator.normal()
     gains = 1 + options.noise * (2 * generator.random(3) - 1)
     turned = 0.0 if upright < options.upright else options.rotation * float(np.clip(angle, -2, 2))
@@ -90,7 +90,7 @@ def mirrored(
     names: Sequence[str],  # J
     change: Change,
 ) -> np.ndarray:
-    """A value a joint in the order of the mirrored person: the left wrist's is the right wrist's now, with a flip."""
+    """Per-joint values of the mirrored person: with a flip, left and right joints are exchanged."""
     return values[mirror_permutation(names)] if change.flip else values
 
 
@@ -99,9 +99,9 @@ def turn_pose(
     names: Sequence[str],  # J
     change: Change,
 ) -> np.ndarray:  # (J, 3)
-    """The pose of the turned, then mirrored person. A reflection R -> F R F turns the axis (x, y, z) to (x, -y, -z).
+    """The pose of the turned, then mirrored person. A reflection R -> F R F maps the axis (x, y, z) to (x, -y, -z).
 
-    Exact for a body that is its own mirror image; SMPL's is so within a few millimetres, as everywhere in the field.
+    Exact for a mirror-symmetric body; SMPL's template is symmetric within a few millimetres.
     """
     pose = np.array(pose, np.float64)
     turn = axis_angle_to_matrix(torch.tensor([0.0, 0.0, change.angle], dtype=torch.float64))
@@ -114,7 +114,7 @@ def crop_camera(
     intrinsics: np.ndarray,  # (3, 3) photo pixels
     affine: np.ndarray,  # (2, 3) of `crop_map`
 ) -> tuple[float, np.ndarray]:  # focal length in crop half-sides, principal point (2,) in crop coordinates
-    """The photo's camera as the crop's. fx and fy, which differ by under 1 % in real cameras, are averaged."""
+    """The photo's camera for the crop. fx and fy, which differ by under 1 % in real cameras, are averaged."""
     magnification = math.sqrt(abs(np.linalg.det(affine[:, :2])))
     focal = (intrinsics[0, 0] + intrinsics[1, 1]) / 2 * magnification
     return float(focal), map_points(intrinsics[:2, 2], affine)
@@ -122,17 +122,17 @@ def crop_camera(
 
 def crop_picture(
     picture: np.ndarray,  # (H, W, 3) uint8
-    region: Sequence[float],  # x0, y0, x1, y1: the part of the photo that it shows, photo pixels
+    region: Sequence[float],  # x0, y0, x1, y1 photo pixels: the part of the photo that `picture` shows
     affine: np.ndarray,  # (2, 3) of `crop_map`
     size: int,  # S
 ) -> np.ndarray:  # (S, S, 3) uint8, black outside the picture
-    """The crop, warped once from the picture; smoothed first where it is coarser, so that nothing aliases."""
+    """The crop by a single warp; low-pass filtered first where it is coarser than the image, to avoid aliasing."""
     height, width = picture.shape[:2]
     x0, y0, x1, y1 = region
-    stretch = np.array([(x1 - x0) / width, (y1 - y0) / height])  # photo pixels a stored pixel
+    stretch = np.array([(x1 - x0) / width, (y1 - y0) / height])  # photo pixels per stored pixel
     linear = affine[:, :2] * stretch * (size / 2)
     offset = (map_points(np.array([x0, y0]), affine) + 1) * (size / 2)
-    # OpenCV counts from the centre of the first pixel, we from its corner.
+    # OpenCV's origin is the centre of the first pixel, ours its corner.
     offset = offset + linear @ np.array([0.5, 0.5]) - 0.5
     scale = math.sqrt(abs(np.linalg.det(linear)))
     if scale < 0.7:
@@ -144,7 +144,7 @@ def change_colours(
     picture: np.ndarray,  # (H, W, 3) uint8 RGB
     change: Change,
 ) -> np.ndarray:  # (H, W, 3) uint8 RGB
-    """The channels multiplied by the change's gains, cut at white."""
+    """The channels multiplied by the change's gains, clipped at white."""
     if change.gains == NO_CHANGE.gains:
         return picture
     table = np.clip(np.arange(256)[:, None] * np.array(change.gains), 0, 255).round().astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Readers of published data sets: each turns a data set's own files, as its authors hand them out, into `Record`s.
+"""Readers of published data sets: each yields a data set's original files as `Record`s.
 
-A reader is looked up by name and its module loaded only then. Nothing is downloaded: every data set below has its own
-licence and its own place to register; a reader reads the copy that its user has.
+A reader is looked up by name and its module imported only then. Nothing is downloaded: every data set below has its own
+licence and registration, and a reader reads the user's copy.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _TABLE = "one or several label files *.npz (also in dataset_extras/), and the im
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a reader is, and what it reads."""
+    """Where a reader is implemented, and what it reads."""
 
-    function: str  # module:function of (folder, split), which returns a Reader
-    splits: tuple[str, ...]  # the first is the default; empty: the names of the label files
-    needs: str  # what the source folder must contain
+    function: str  # module:function of (folder, split) -> Reader
+    splits: tuple[str, ...]  # the first is the default; empty: splits are named by the label files
+    needs: str  # required content of the source folder
 
 
 READERS: dict[str, Source] = {
@@ -71,12 +71,12 @@ READERS: dict[str, Source] = {
 def open_reader(
     name: str,  # one of READERS
     source: str | Path,  # the folder of the data set
-    split: str | None = None,  # None: the reader's first
+    split: str | None = None,  # None: the reader's default
 ) -> Reader:
-    """The reader of a data set's folder.
+    """Open a data set's folder.
 
     Raises:
-        UserError: no such reader, folder or split; or what the reader finds wrong with the files that it reads at once.
+        UserError: no such reader, folder or split; or a fault in the files that are read at once.
     """
     if name not in READERS:
         nearest = difflib.get_close_matches(name, READERS, 1, cutoff=0)[0]

@@ -1,15 +1,15 @@
-"""BEDLAM (Black et al., CVPR 2023): rendered people with SMPL-X, cameras known; the published training npz, one a
-scene.
+"""BEDLAM (Black et al., CVPR 2023): rendered people with SMPL-X and known cameras; the published npz, one a scene.
 
 One row a person: imgname, center (2,), scale (side / 200), pose_cam (165,), shape (11,), trans_cam, cam_ext (4, 4),
-cam_int (3, 3), gtkps (127, 3), gender. The body stands at trans_cam + cam_ext[:3, 3]: pose_cam's root is in the camera
-already. SOURCE/training_labels/all_npz_12_training/SCENE.npz with SOURCE/training_images/SCENE/png/, as their training
-script lays them out, or SOURCE/processed_labels/ with SOURCE/images/SCENE/png/, as their processing writes them (SMPL
-too: 72 of pose).
+cam_int (3, 3), gtkps (127, 3), gender. The body's translation is trans_cam + cam_ext[:3, 3]; pose_cam's root is already
+in the camera frame. Either SOURCE/training_labels/all_npz_12_training/SCENE.npz with SOURCE/training_images/SCENE/png/
+(the layout of BEDLAM's training script), or SOURCE/processed_labels/ with SOURCE/images/SCENE/png/ (that of its
+processing script; also SMPL, 72 of pose).
 
-Two traps. Shapes of 11 numbers are the neutral body's, whatever `gender` says of the person. The labels of close-up
-scenes are of the upright image, while the stored one lies on its side: here the labels are laid down with it. Their
-translation needs the body file (HMDIFF_BODY_DIR), since a body turns about its root joint; without one it is left out.
+Two pitfalls. Shapes of 11 numbers are the neutral body's, whatever the person's `gender`. Labels of close-up scenes
+refer to the upright image, but the stored image is turned by 90 degrees: here the labels are turned to match it.
+Turning the translation needs the body file (HMDIFF_BODY_DIR), since a body turns about its root joint; without it the
+translation is omitted.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from hmdiff.errors import UserError
 from hmdiff.files.images import open_image
 
 _LABELS = ("training_labels/all_npz_12_training", "processed_labels", ".")
-_LEFT = np.array([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0]])  # the camera turned: upright to lying, x' = y, y' = -x
-# gtkps of SMPL-X begin with SMPLX76; the smplx package's SMPL gives 24 joints, then the same points of face and limbs.
+_LEFT = np.array([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0]])  # upright to stored camera frame: x' = y, y' = -x
+# gtkps of SMPL-X start with SMPLX76; the smplx package's SMPL has 24 joints, then the same face and limb points.
 _POINTS = {55: SMPLX76, 24: (*SMPL24, *SMPLX76[55:])}
 
 
@@ -86,15 +86,15 @@ class _Scene:
         self.scene = path.stem
         places = (f"training_images/{self.scene}/png", f"images/{self.scene}/png", f"{self.scene}/png")
         self.images = table.image_folder([*(source / place for place in places), source / "training_images/images"])
-        self._bodies: dict[str, Body | None] = {}  # by gender; only lying scenes need them
+        self._bodies: dict[str, Body | None] = {}  # by gender; only turned scenes need them
         self.lying = bool(len(table)) and self._lies()
 
     def _lies(self) -> bool:
-        """Whether the stored image is the labels' image turned on its side: told by its width and height."""
+        """Whether the stored image is turned by 90 degrees against its labels, judged by its width and height."""
         path = self.images / self.table.names[0]
         with open_image(path) as image:
             width, height = image.size
-        upright = 2 * self.columns["cam_int"][0, :2, 2]  # their principal points are the middles
+        upright = 2 * self.columns["cam_int"][0, :2, 2]  # principal points are at the centres
         return width != height and np.allclose(upright, (height, width), atol=2)
 
     def record(self, row: int) -> Record:
@@ -105,7 +105,7 @@ class _Scene:
         points = labels["gtkps"][: len(self.names), :2]
         translation = labels["trans_cam"] + labels["cam_ext"][:3, 3]
         if self.lying:
-            width = 2 * intrinsics[0, 2]  # of the upright image: the stored one's height
+            width = 2 * intrinsics[0, 2]  # of the upright image: the stored image's height
             if gender not in self._bodies:
                 self._bodies[gender] = body_if_there(kind, gender)
             body = self._bodies[gender]
@@ -134,5 +134,5 @@ class _Scene:
 
 
 def _laid(points: np.ndarray, width: float) -> np.ndarray:  # (..., 2)
-    """Points of the upright image on the stored one, which a clockwise quarter turn makes upright."""
+    """Map points of the upright image to the stored one, which a clockwise quarter turn makes upright."""
     return np.stack([points[..., 1], width - points[..., 0]], -1)

@@ -1,15 +1,15 @@
-"""Square crops from boxes and keypoints, in photo pixels, as the field cuts them: centre, and side = padding x longest.
+"""Square crops from boxes and keypoints, in photo pixels, by the field's convention: side = padding x longest side.
 
-Pixel coordinates are taken as each data set gives them. Whether a pixel's centre is at 0 or at 0.5 is not stated by
-most of them, and half a pixel is below what any of them is labelled to.
+Pixel coordinates are used as each data set gives them. Most do not state whether a pixel's centre is at 0 or at 0.5,
+and half a pixel is below their labels' accuracy.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-PADDING = 1.2  # SPIN's, and with it the field's
-PIXELS_PER_SCALE = 200.0  # a `scale` of HMR's lineage is the crop's side over 200 pixels
+PADDING = 1.2  # SPIN's value, used throughout the field
+PIXELS_PER_SCALE = 200.0  # HMR and its successors store `scale` = crop side / 200 pixels
 
 
 def square_of_box(
@@ -19,7 +19,7 @@ def square_of_box(
     y1: float,
     padding: float = PADDING,
 ) -> tuple[np.ndarray, float]:  # centre (2,), side
-    """The square about a box. A box without size gives side 0, which `Record.check` refuses."""
+    """The square around a box. A box without size gives side 0, which `Record.check` rejects."""
     return np.array([(x0 + x1) / 2, (y0 + y1) / 2]), padding * max(x1 - x0, y1 - y0)
 
 
@@ -28,7 +28,7 @@ def square_of_points(
     labelled: np.ndarray,  # (P,) bool, at least one
     padding: float = PADDING,
 ) -> tuple[np.ndarray, float]:  # centre (2,), side
-    """The square about the labelled points; a NaN among them is not the box's to tell, unless there is nothing else."""
+    """The square around the labelled points. NaN points are ignored unless there are no others."""
     kept = labelled & np.isfinite(points).all(1)
     if not kept.any():
         return np.full(2, np.nan), float("nan")

@@ -1,8 +1,8 @@
-"""COCO person keypoints (Lin et al., ECCV 2014): 2D alone, of people in the wild.
+"""COCO person keypoints (Lin et al., ECCV 2014): 2D labels only, of people in the wild.
 
-SOURCE/annotations/person_keypoints_SPLIT.json and SOURCE/SPLIT/*.jpg (or SOURCE/images/SPLIT/). Taken is everybody who
-has keypoints and is no crowd. The crop is the square about the box, times 1.2. A keypoint that was labelled and not
-seen (1) has confidence 0.5, one that was seen (2) has 1, as everywhere here.
+SOURCE/annotations/person_keypoints_SPLIT.json and SOURCE/SPLIT/*.jpg (or SOURCE/images/SPLIT/). Reads every person with
+keypoints who is not marked as a crowd. The crop is the square around the box, times 1.2. A labelled but occluded
+keypoint (1) has confidence 0.5, a visible one (2) has 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hmdiff.data.readers.tables import image_folder, read_json, rows_of, stem_na
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 
-VISIBILITY = np.array([0.0, 0.5, 1.0])  # not labelled, labelled but hidden, seen: our choice
+VISIBILITY = np.array([0.0, 0.5, 1.0])  # unlabelled, labelled but occluded, visible: our choice
 
 
 def read(source: Path, split: str) -> RowReader:
@@ -32,7 +32,7 @@ def read(source: Path, split: str) -> RowReader:
 def read_file(
     name: str,
     path: Path,  # a COCO annotation file
-    places: Sequence[Path],  # where its images may be
+    places: Sequence[Path],  # possible image folders
 ) -> RowReader:
     """Records of one annotation file, whose categories' keypoints are COCO17."""
     data = read_json(path)

@@ -1,14 +1,14 @@
-"""FreiHAND (Zimmermann et al., ICCV 2019): right hands with MANO's mesh, 224 x 224 pixels, a camera each.
+"""FreiHAND (Zimmermann et al., ICCV 2019): right hands with MANO meshes, 224 x 224 pixels, one camera per image.
 
 SOURCE/{training,evaluation}_{K,xyz}.json, training_mano.json, training_verts.json (version 2), evaluation_verts.json
 (and evaluation_xyz.json: FreiHAND_pub_v2_eval.zip), SOURCE/{training,evaluation}/rgb/00000000.jpg. The training images
-come in four versions of the background, one after the other: image = row + version * rows, with the same labels.
+come in four background versions, one after the other: image = row + version * rows, with the same labels.
 
-xyz (21, 3) and verts (778, 3) are metres in the camera frame; mano is 48 pose, relative to MANO's mean pose, 10 betas,
-2 uv root, 1 scale. The translation is where the wrist is less where MANO's is; uv and scale are not needed for it.
-Training hands come as poses, with a MANO file (HMDIFF_BODY_DIR); without one as the vertices of training_verts.json,
-1.5 GB of text. Evaluation hands come as vertices. The crop is the whole image, our choice: the evaluation images have
-no box, and one made of their labels would tell the hand's size.
+xyz (21, 3) and verts (778, 3) are metres in the camera frame; mano is 48 pose relative to MANO's mean pose, 10 betas, 2
+uv root, 1 scale. The translation is the labelled wrist minus MANO's wrist; uv and scale are not needed. Training hands
+are read as poses with a MANO file (HMDIFF_BODY_DIR), otherwise as the vertices of training_verts.json (1.5 GB of text).
+Evaluation hands are read as vertices. The crop is the whole image (our choice): the evaluation images have no box, and
+a box from their labels would reveal the hand's size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read(source: Path, split: str) -> RowReader:
     """Records of the training images, version after version, or of the evaluation images."""
     hand = None
     if split == "training":
-        # Without the vertices nothing but MANO gives a mesh: then its absence is the user's to mend.
+        # Without the vertices file, MANO is required, so its absence is an error.
         with_vertices = (source / "training_verts.json").is_file()
         hand = body_if_there("mano", "right") if with_vertices else load_body("mano", "right")
     columns = {key: _column(source, split, key) for key in ("K", "xyz", "verts" if hand is None else "mano")}
@@ -90,7 +90,7 @@ def _column(source: Path, split: str, key: str) -> np.ndarray:
     if not path.is_file():
         archive = "FreiHAND_pub_v2_eval.zip" if split == "evaluation" and key != "K" else "FreiHAND_pub_v2.zip"
         raise UserError(f"{path}: missing; it is in {archive} of FreiHAND's page: unpack it in {source}")
-    # float32, as the data set was made: the mesh of 32,560 hands is 300 MB then.
+    # float32, the precision of the data set: the meshes of 32,560 hands then take 300 MB.
     rows = [row.astype(np.float32 if key == "verts" else np.float64) for row in json_rows(path, _SHAPES[key])]
     return np.stack(rows) if rows else np.zeros((0, *_SHAPES[key]))
 

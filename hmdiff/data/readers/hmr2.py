@@ -1,10 +1,10 @@
 """ProHMR's and HMR 2.0's npz (Kolotouros et al., ICCV 2021; Goel et al., ICCV 2023), training and evaluation files.
 
-One row a person: imgname, center (2,), scale (pixels, or width and height), body_pose (72,) with the root,
-has_body_pose, betas (10,), has_betas, body_keypoints_2d (25, 3), extra_keypoints_2d (19, 3), body_keypoints_3d (25,
-4), extra_keypoints_3d (19, 4), gender; all but the first three may be missing. The 19 are the first of SPIN24. Scale
-is the side itself: their loaders divide it by 200. As there, the 3D limbs of the OpenPose set are not used. HMR 2.0
-widens the box to its crop's shape, which is the model's affair and not the label's. There is no camera in it.
+One row a person: imgname, center (2,), scale (pixels, or width and height), body_pose (72,) including the root,
+has_body_pose, betas (10,), has_betas, body_keypoints_2d (25, 3), extra_keypoints_2d (19, 3), body_keypoints_3d (25, 4),
+extra_keypoints_3d (19, 4), gender; all but the first three may be missing. The 19 extra keypoints are the first of
+SPIN24. `scale` is the side itself: their loaders divide it by 200. As in their code, 3D limb joints of the OpenPose set
+are not used. HMR 2.0's widening of the box to its input's aspect ratio is not applied. The files contain no camera.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from hmdiff.data.readers.tables import Table, label_files, stem_name
 from hmdiff.data.record import Record
 
 EXTRA19 = SPIN24[:19]
-_UNUSED = slice(1, 15)  # OPENPOSE25's neck to left ankle: SMPL's joints under other joints' names
+_UNUSED = slice(1, 15)  # OPENPOSE25's neck to left ankle: SMPL's joints under OpenPose names
 
 
 def read(source: Path, split: str) -> RowReader:
-    """Records of one label file, which the split names."""
+    """Records of one label file, named by the split."""
     (path,) = label_files(source, split)
     table = Table(path)
     center, scale = table.column("center", (2,)), table.column("scale", (), (2,))

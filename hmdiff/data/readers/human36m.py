@@ -1,14 +1,13 @@
-"""Human3.6M (Ionescu et al., PAMI 2014) in the three layouts in which the field keeps it; 17 joints by motion capture.
+"""Human3.6M (Ionescu et al., PAMI 2014) in three layouts common in the field; 17 joints from motion capture.
 
 SPIN: SOURCE/h36m_valid_protocol{1,2}.npz, h36m_train*.npz (or in dataset_extras/),
 images/S9_Directions_1.60457274_000001.jpg; S (24, 4) relative to the pelvis, no camera. mmpose:
 SOURCE/annotation_body3d/cameras.pkl and fps10/ or fps50/h36m_*.npz with part and S (17, 3 and 4),
-images/S9/S9_Directions_1.60457274/....jpg, lenses with distortion. The JSON of I2L-MeshNet and Pose2Mesh: see
+images/S9/S9_Directions_1.60457274/....jpg, cameras with lens distortion. The JSON of I2L-MeshNet and Pose2Mesh: see
 `hmdiff.data.readers.human36m_json`.
 
-Splits: p2 = S9 and S11, camera 60457274, every fifth frame; p1 = all cameras; train = S1, S5, S6, S7, S8, all rows.
-Which a row is in is told by its image's name, whose frames are counted from 1. The 14 joints of protocols are H36M17's
-by name.
+Splits: p2 = S9 and S11, camera 60457274, every fifth frame; p1 = all cameras; train = S1, S5, S6, S7, S8, all rows. The
+image name determines a row's split; its frames are counted from 1. The protocols' 14 joints are selected by name.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from hmdiff.files.unpickling import load_pickle
 
 _SPIN24_ROWS = joint_indices(SPIN24_H36M17, SPIN24)
 _LENS = {"R": (3, 3), "T": (3,), "f": (2,), "c": (2,), "k": (3,), "p": (2,)}  # of one camera in cameras.pkl
-_AGREEMENT = 3.0  # pixels that 3D joints may miss their 2D ones by, for the camera to be thought theirs
+_AGREEMENT = 3.0  # pixels: maximum reprojection error at which 3D joints and a camera are taken to belong together
 
 
 def read(source: Path, split: str) -> RowReader:
-    """Records of p2, p1 or train, from whichever layout the folder has."""
+    """Records of p2, p1 or train, from whichever layout is found."""
     if list(source.glob("annotations/Human36M_subject*_data.json")):
         return read_annotations(source, split)
     stem = "train" if split == "train" else "test"
@@ -55,7 +54,7 @@ def read(source: Path, split: str) -> RowReader:
 
 
 def _frames(table: Table, split: str) -> list[tuple[int, Frame]]:
-    """Rows of the split with what their names say."""
+    """Rows of the split with the frame parsed from their image names."""
     chosen = []
     for row, name in enumerate(table.names):
         if (frame := frame_of(name)) is None:
@@ -120,7 +119,7 @@ def _mmpose(source: Path, path: Path, split: str) -> RowReader:
         if key not in lenses:
             raise UserError(f"{table.place(row)}: camera {frame.camera} of S{frame.subject} is not in cameras.pkl")
         lens, points = lenses[key], part[row, :, :2]
-        # The converter's S is in the camera's frame; some copies have it in the world's. The 2D joints tell which.
+        # The converter's S is in the camera frame, in some copies in the world frame: the 2D joints decide.
         frames = (joints[row, :, :3], lens.to_camera(joints[row, :, :3]))
         misses = [lens.miss(places, points) for places in frames]
         best = int(np.argmin(misses))
@@ -164,7 +163,7 @@ def _lenses(path: Path) -> dict[tuple[str, str], Lens]:
                 found[field] = np.asarray(value, np.float64).reshape(shape)
                 if not np.isfinite(found[field]).all():
                     raise ValueError("not finite")
-        # Theirs is applied to row vectors, so its transpose takes the world to the camera.
+        # Theirs multiplies row vectors, so its transpose maps world to camera.
         lenses[str(key[0]), str(key[1])] = Lens(
             found["R"].T, found["T"], found["f"], found["c"], found["k"], found["p"]
         )

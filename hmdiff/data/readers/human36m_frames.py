@@ -1,4 +1,4 @@
-"""Human3.6M's splits, and what the name of an image says of its frame: shared by the layouts.
+"""Human3.6M's splits, and the frame that an image name encodes: shared by the layouts.
 
 p2 = S9 and S11, camera 60457274, every fifth frame; p1 = all cameras; train = S1, S5, S6, S7, S8, all rows.
 """
@@ -18,11 +18,11 @@ class Frame(NamedTuple):
     subject: int
     action: str
     camera: str
-    number: int  # from 0
+    number: int  # counted from 0
 
 
 def frame_of(image: str) -> Frame | None:
-    """What an image's name says, or None where it is not one of Human3.6M's."""
+    """The frame that an image name encodes; None if it is not a Human3.6M name."""
     match = _NAME.search(image)
     return None if match is None else Frame(int(match[1]), match[2], match[3], int(match[4]) - 1)
 

@@ -2,11 +2,11 @@
 
 SOURCE/annotations/Human36M_subjectN_data.json (COCO-like: images with subject, action_idx, subaction_idx, cam_idx,
 frame_idx; boxes x, y, width, height), _camera.json (cameras 1 to 4: R, t, f, c; millimetres), _joint_3d.json (action,
-subaction, frame: 17 joints in the world, millimetres) and perhaps _smpl_param.json or _SMPL_NeuralAnnot.json (pose and
-shape, and trans, in the world), images in SOURCE/images/s_09_act_02_subact_01_ca_04/. No distortion is in it.
+subaction, frame: 17 joints, world frame, millimetres) and optionally _smpl_param.json or _SMPL_NeuralAnnot.json (pose,
+shape and trans, world frame), images in SOURCE/images/s_09_act_02_subact_01_ca_04/. No lens distortion.
 
-Copies differ in t: of x = R X + t, or of x = R (X - t). The one that puts the person in front of the camera and nearest
-to the box is taken. The crop is about the joints, times 1.2, as mmpose's: copies differ in the boxes' padding too.
+Copies differ in t: x = R X + t or x = R (X - t). The variant that puts the person in front of the camera and closest to
+the box is used. The crop is computed from the joints, times 1.2, like mmpose's: copies also differ in box padding.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Subject:
         self.fits = fits[0] if fits else None
         self.smpl = read_json(fits[0]) if fits else None
         self._smpl = None if self.smpl is None else body_if_there("smpl", "neutral")
-        self._inverse: dict[int, bool] = {}  # per camera: t is the camera's place
+        self._inverse: dict[int, bool] = {}  # by camera: whether t is the camera's position
 
     def record(self, row: int) -> Record:
         image, item = self.rows[row]
@@ -146,7 +146,7 @@ class _Subject:
         return both[self._inverse[number]]
 
     def _body(self, where: tuple[str, str, str], extrinsics: np.ndarray) -> dict[str, Any]:
-        """Pose and shape, where they were fitted; the translation needs SMPL's file, for the root joint at rest."""
+        """Fitted pose and shape, if present; the translation needs SMPL's file, for the root joint of the rest pose."""
         if self.smpl is None:
             return {}
         with naming(f"{self.fits}, action {where[0]}, subaction {where[1]}, frame {where[2]}"):

@@ -1,4 +1,4 @@
-"""Small arithmetic on labels that several readers share: rotations of the root, genders, keypoints of two sources."""
+"""Label handling shared by several readers: rotations of the root, genders, keypoints from two sources."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _GENDERS = {"m": "male", "f": "female", "n": "neutral"}
 
 
 def naming(
-    place: str,  # file, row and, where it is known, field
+    place: str,  # file, row and, if known, field
 ) -> contextlib.AbstractContextManager[None]:
-    """Whatever damaged labels raise in the block, as a `UserError` that names the place."""
+    """Re-raise any error from damaged labels in the block as a `UserError` that names the place."""
     return reading.naming(place, "download it again")
 
 
 class RowReader:
-    """A `Reader` over a list of rows and a function that makes the record of one."""
+    """A `Reader` over a list of rows and a function that makes one record from a row."""
 
     def __init__(
         self,
         name: str,
         rows: Sequence[Any],
         make: Callable[[Any], Record],
-        notes: Sequence[str] = (),  # for the user: what was left out, and why
+        notes: Sequence[str] = (),  # for the user: what was left out and why
         *,
-        place: Callable[[Any], str],  # of a row: its file and number, for messages
+        place: Callable[[Any], str],  # file and number of a row, for messages
     ) -> None:
         self.name, self.rows, self.make, self.notes, self.place = name, rows, make, notes, place
 
@@ -56,10 +56,10 @@ def turned_root(
     pose: np.ndarray,  # (J, 3) axis-angle
     rotation: np.ndarray,  # (3, 3)
 ) -> np.ndarray:  # (J, 3)
-    """The pose with its root turned by a rotation, such as a camera's: R_ext R."""
+    """The pose with its root multiplied by a rotation, such as a camera's: R_ext R."""
     turned = np.array(pose, np.float64)
     if not (np.isfinite(turned[0]).all() and np.isfinite(rotation).all()):
-        turned[0] = np.nan  # `Record.check` names the row; scipy would only say that a matrix is bad
+        turned[0] = np.nan  # so that `Record.check` names the row; scipy's error would not
         return turned
     turned[0] = (Rotation.from_matrix(rotation) * Rotation.from_rotvec(pose[0])).as_rotvec()
     return turned
@@ -70,12 +70,12 @@ def moved_translation(
     root: np.ndarray,  # (3,) the root joint of the shaped body at rest
     extrinsics: np.ndarray,  # (>= 3, 4) world to camera
 ) -> np.ndarray:  # (3,)
-    """The translation that goes with `turned_root`: a body model turns about its root joint, not about the origin."""
+    """The translation matching `turned_root`: a body model turns about its root joint, not about the origin."""
     return extrinsics[:3, :3] @ (root + translation) + extrinsics[:3, 3] - root
 
 
 def body_if_there(kind: str, gender: str) -> Body | None:
-    """A licensed body, or None where its file is not installed: readers need it for a root joint at rest alone."""
+    """A licensed body, or None if its file is not installed: readers need only its root joint in the rest pose."""
     try:
         return load_body(kind, gender)
     except UserError:
@@ -84,34 +84,34 @@ def body_if_there(kind: str, gender: str) -> Body | None:
 
 def root_at_rest(
     body: Body,
-    betas: np.ndarray,  # (B,); what the body has not is left out
+    betas: np.ndarray,  # (B,); those beyond the body's number are dropped
 ) -> np.ndarray:  # (3,) metres
-    """The root joint of the shaped body, about which its root rotation turns it."""
+    """The root joint of the shaped body in the rest pose: the centre of its root rotation."""
     shift = body.joint_shapedirs[0].double().numpy()
     count = min(len(betas), shift.shape[-1])
     return body.joint_template[0].double().numpy() + shift[:, :count] @ betas[:count]
 
 
 def plain_text(value: object) -> str:
-    """Text from a string, bytes, or numpy's array of one of them."""
+    """Text from a string, bytes, or a numpy array of one of them."""
     item: object = np.asarray(value).reshape(-1)[0]
     return item.decode("latin1") if isinstance(item, bytes) else str(item)
 
 
 def gender_word(value: object) -> str:
-    """neutral, male or female from any spelling; any other word as it is, for `Record.check` to name."""
+    """neutral, male or female from any spelling; other words unchanged, for `Record.check` to report."""
     text = plain_text(value)
     return _GENDERS.get(text[:1].lower(), text)
 
 
 def merged_points(
-    *sources: tuple[np.ndarray, Sequence[str]],  # (J, D + 1) points with a confidence, and their names; the best first
+    *sources: tuple[np.ndarray, Sequence[str]],  # points (J, D + 1) with confidence, and names; best source first
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:  # (P, D), confidence (P,) 0..1, P names
-    """Points of several joint sets by name; a name that is in two sets is taken from the first that has it labelled."""
+    """Merge points of several joint sets by name; of duplicates, the first source that has it labelled counts."""
     chosen: dict[str, np.ndarray] = {}
     for points, names in sources:
         for point, name in zip(np.asarray(points, np.float64), names, strict=True):
-            # NaN is neither labelled nor unlabelled: it stays, for `Record.check` to find.
+            # NaN confidence is kept, so that `Record.check` reports it.
             if name not in chosen or (chosen[name][-1] <= 0 and not point[-1] <= 0):
                 chosen[name] = point
     together = np.stack(list(chosen.values()))

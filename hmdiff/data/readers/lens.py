@@ -1,8 +1,8 @@
-"""A calibrated lens with distortion, and the pinhole that comes nearest to it about one person.
+"""A calibrated lens with distortion, and the best pinhole approximation for one person.
 
-Radial and tangential distortion as Human3.6M gives them (and OpenCV, whose order of coefficients is k1 k2 p1 p2 k3):
-with (x, y) = (X, Y) / Z and r^2 = x^2 + y^2, (x, y) (1 + k1 r^2 + k2 r^4 + k3 r^6 + 2 p1 y + 2 p2 x) + (p2, p1) r^2.
-OpenCV's differs in nothing: 2 p1 x y + p2 (r^2 + 2 x^2) is the same sum.
+Radial and tangential distortion in Human3.6M's form: with (x, y) = (X, Y) / Z and r^2 = x^2 + y^2, (x, y) (1 + k1 r^2 +
+k2 r^4 + k3 r^6 + 2 p1 y + 2 p2 x) + (p2, p1) r^2. Equal to OpenCV's (coefficients in the order k1 k2 p1 p2 k3), since 2
+p1 x y + p2 (r^2 + 2 x^2) is the same sum.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 @dataclasses.dataclass(frozen=True)
 class Lens:
     rotation: np.ndarray  # (3, 3) world to camera
-    position: np.ndarray  # (3,) metres, of the camera in the world
+    position: np.ndarray  # (3,) metres, of the camera, world frame
     focal: np.ndarray  # (2,) pixels
     principal: np.ndarray  # (2,) pixels
     radial: np.ndarray  # (3,)
@@ -23,7 +23,7 @@ class Lens:
 
     def to_camera(
         self,
-        points: np.ndarray,  # (P, 3) metres, in the world
+        points: np.ndarray,  # (P, 3) metres, world frame
     ) -> np.ndarray:  # (P, 3)
         return (points - self.position) @ self.rotation.T
 
@@ -43,7 +43,7 @@ class Lens:
         points: np.ndarray,  # (P, 3) metres, camera frame
         target: np.ndarray,  # (P, 2) pixels
     ) -> float:
-        """Median distance in pixels; infinite where the points are not all in front of the camera."""
+        """Median reprojection error in pixels; infinite unless all points are in front of the camera."""
         if not (points[:, 2] > 0.1).all():
             return float("inf")
         return float(np.median(np.linalg.norm(self.project(points) - target, axis=1)))
@@ -51,14 +51,14 @@ class Lens:
 
 def pinhole_about(
     points: np.ndarray,  # (P, 3) metres, camera frame
-    pixels: np.ndarray,  # (P, 2) where the lens shows them
+    pixels: np.ndarray,  # (P, 2) their distorted projections
     lens: Lens,
 ) -> np.ndarray:  # (3, 3)
-    """A magnification of the lens's focal lengths and a principal point, of least squares on one person's points.
+    """Least-squares fit of a magnification of the lens's focal lengths and a principal point to one person's points.
 
-    Our choice: a record has no distortion, which over one person is nearly a magnification and a shift. So it goes into
-    his pinhole, and the picture and the 2D labels stay as they are. The lens's own camera is returned where the points
-    do not span anything.
+    Our choice: a record has no distortion, and over one person distortion is nearly a magnification and a shift. So the
+    person's pinhole absorbs it, and the image and the 2D labels stay unchanged. Degenerate points return the lens's own
+    camera.
     """
     rays = points[:, :2] / points[:, 2:] * lens.focal
     scale, principal = 1.0, lens.principal

@@ -1,8 +1,8 @@
 """SPIN's npz (Kolotouros et al., ICCV 2019): boxes, 2D and 3D joints and SMPL of COCO, MPII, LSP, MPI-INF-3DHP, 3DPW.
 
-One row a person: imgname, center (2,), scale (side / 200), part (24, 3), openpose (25, 3), S (24, 4), pose (72,),
-shape (10,), has_smpl, gender; all but the first three may be missing. S is relative to the pelvis, in the camera's
-orientation. SOURCE holds the npz, or dataset_extras/*.npz, and the images, or images/. There is no camera in it.
+One row a person: imgname, center (2,), scale (side / 200), part (24, 3), openpose (25, 3), S (24, 4), pose (72,), shape
+(10,), has_smpl, gender; all but the first three may be missing. S is relative to the pelvis, in the camera's
+orientation. SOURCE holds the npz, or dataset_extras/*.npz, and the images, or images/. The files contain no camera.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hmdiff.data.record import Record
 
 
 class SpinTable:
-    """The columns of such a file, checked."""
+    """The validated columns of one file."""
 
     def __init__(self, path: Path) -> None:
         self.table = table = Table(path)
@@ -33,7 +33,7 @@ class SpinTable:
         return len(self.table)
 
     def body(self, row: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Pose (24, 3) and betas (10,), or two Nones."""
+        """Pose (24, 3) and betas (10,), or (None, None)."""
         fitted = self.has_smpl is None or self.has_smpl[row] > 0
         if self.pose is None or self.shape is None or not fitted:
             return None, None
@@ -47,7 +47,7 @@ class SpinTable:
 
 
 def read(source: Path, split: str) -> RowReader:
-    """Records of one label file, which the split names."""
+    """Records of one label file, named by the split."""
     (path,) = label_files(source, split)
     data = SpinTable(path)
     images = data.table.image_folder((source, source / "images", source / path.stem))

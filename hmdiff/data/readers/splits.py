@@ -1,9 +1,9 @@
-"""Named parts of 3DPW that the occlusion papers report: lists of sequences and frames.
+"""Subsets of 3DPW that occlusion papers report: lists of sequences and frames.
 
-3DPW-OC: Zhang et al., CVPR 2020 (sequences in which things hide people); 3DPW-PC: Sun et al. (ROMP), ICCV 2021 (frames
-in which people hide each other), both over all three splits; 3DPW-Crowd: Choi et al. (3DCrowdNet), CVPR 2022, of the
-validation split. As ROMP's and JOTR's code select them: a frame range holds its first frame and not its last. OC and
-PC hold sequences of the training split: a model that was trained on 3DPW's training split has seen them.
+3DPW-OC: Zhang et al., CVPR 2020 (sequences with occluding objects); 3DPW-PC: Sun et al. (ROMP), ICCV 2021 (frames in
+which people occlude each other), both over all three splits; 3DPW-Crowd: Choi et al. (3DCrowdNet), CVPR 2022, from the
+validation split. Selected as in ROMP's and JOTR's code: a frame range includes its first frame and excludes its last.
+OC and PC contain training sequences, which a model trained on 3DPW has seen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PC_FRAMES = {
 }
 CROWD_SEQUENCES = frozenset({"courtyard_hug_00", "courtyard_dancing_00"})
 
-# Which of 3DPW's own splits a named part is taken from.
+# The 3DPW splits that a subset is taken from.
 SPLITS_OF = {
     **{split: (split,) for split in SPLITS},
     "all": SPLITS,
@@ -41,7 +41,7 @@ def has_sequence(
     split: str,  # a key of SPLITS_OF
     sequence: str,  # downtown_bus_00
 ) -> bool:
-    """Whether the part may hold frames of that sequence."""
+    """Whether the subset may contain frames of that sequence."""
     if split == "3dpw_oc":
         return sequence.rpartition("_")[0] in OC_SEQUENCES
     if split == "3dpw_pc":
@@ -52,9 +52,9 @@ def has_sequence(
 def has_frame(
     split: str,  # a key of SPLITS_OF
     sequence: str,
-    frame: int,  # position in the sequence, which is the image's number
+    frame: int,  # position in the sequence, equal to the image's number
 ) -> bool:
-    """Whether the part holds that frame of that sequence."""
+    """Whether the subset contains that frame of that sequence."""
     if not has_sequence(split, sequence):
         return False
     first, end = PC_FRAMES[sequence] if split == "3dpw_pc" else (0, frame + 1)

@@ -1,18 +1,18 @@
-"""Frames of sports in a layout of our own: MLBPitchDB, which D2A-HMR uses, has no public release to read.
+"""Frames of sports in hmdiff's own layout: MLBPitchDB, which D2A-HMR uses, has no public release.
 
-SOURCE/frames.csv, UTF-8, a header and one row a person:
+SOURCE/frames.csv, UTF-8, a header (line 1) and one row a person:
     image          path below SOURCE/images/ (or SOURCE/)
-    split          train, val or test; the column may be missing, then every row is in each of them
-    group          the clip, the game or the pitcher: people of one group are never to be divided between splits
-    frame, person  whole numbers that make the row's name unique in its group; may be missing
-    x0,y0,x1,y1    the box, pixels; may be empty: then it is made of the keypoints, and the crop is 1.2 times it
+    split          train, val or test; without the column every split has all rows
+    group          the clip, game or pitcher: a group must not be divided between splits
+    frame, person  whole numbers that make the row's name unique in its group; optional
+    x0,y0,x1,y1    the box, pixels; if empty it is computed from the keypoints; the crop is 1.2 times the box
     NAME_x,NAME_y,NAME_c   a keypoint, NAME of any joint set (`hmdiff.body.skeletons`): pixels, confidence 0..1
     NAME_X,NAME_Y,NAME_Z   a 3D joint: metres, camera frame (x right, y down, z forward)
     fx,fy,cx,cy    the camera, pixels; may be missing or empty
-A joint whose cells are empty (or c = 0) is not labelled.
+A joint with empty cells (or c = 0) is unlabelled.
 
-Or SOURCE/annotations.json, a COCO keypoint file of all frames (17 keypoints), images in SOURCE/images/; all of it is in
-each split. A row of the CSV begins on line 2.
+Or SOURCE/annotations.json, a COCO keypoint file of all frames (17 keypoints), images in SOURCE/images/; every split has
+all frames.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _JOINTS = sorted({name for names in JOINT_SETS.values() for name in names})
 
 
 def read(source: Path, split: str) -> RowReader:
-    """Records of one split, or of all."""
+    """Records of one split, or of all rows."""
     path = source / "frames.csv"
     if not path.is_file() and (source / "annotations.json").is_file():
         return read_file("sports", source / "annotations.json", (source / "images", source))
@@ -70,7 +70,7 @@ def read(source: Path, split: str) -> RowReader:
 
 
 def _columns(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
-    """Names of the 2D and of the 3D joints. Raises `UserError` naming a column that is not known, or one that lacks."""
+    """Names of the 2D and the 3D joints. Raises `UserError` naming an unknown or missing column."""
     if "image" not in header:
         raise UserError(f"{path}: no column 'image' in its header; see hmdiff/data/readers/sports.py for the layout")
     found: dict[str, list[str]] = {"2": [], "3": []}
@@ -98,7 +98,7 @@ def _record(
     place = f"{path}, line {line}"
 
     def numbers(names: list[str]) -> np.ndarray | None:
-        """None where any of the cells is empty or missing."""
+        """None if any of the cells is empty or missing."""
         cells = [values.get(name, "") for name in names]
         try:
             return np.array([float(cell) for cell in cells]) if all(cells) else None

@@ -1,7 +1,6 @@
-"""Label files as tables of rows: npz archives (SPIN's lineage) and JSON, checked, with faults named by file and row.
+"""Label files as validated tables of rows: npz archives (SPIN's format) and JSON. Errors name file and row.
 
-Nothing in an npz is unpickled by numpy: an object array, which some were saved with, is read by the restricted
-unpickler.
+numpy never unpickles: object arrays, as in some npz, are read by the restricted unpickler.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from hmdiff.files import reading
 from hmdiff.files.reading import ArrayArchive
 from hmdiff.files.unpickling import unpickle
 
-_MAX_BYTES = 8 << 30  # of a table's arrays, which are read one by one
+_MAX_BYTES = 8 << 30  # of a table's arrays; they are read one at a time
 _MAX_JSON = 1 << 30  # bytes of a label file
 
 
 class Table:
-    """The arrays of an npz that have one entry a row: each checked for number of rows and its shape when read."""
+    """The arrays of an npz with one entry a row; number of rows and shape are checked on reading."""
 
     def __init__(
         self,
         path: Path,
-        key: str = "imgname",  # the column that every table has, and that says how many rows there are
+        key: str = "imgname",  # a column that every table has; it defines the number of rows
     ) -> None:
         self.path = path
         self.archive = ArrayArchive(path, _MAX_BYTES, "download it again")
@@ -45,9 +44,9 @@ class Table:
     def column(
         self,
         key: str,
-        *shapes: tuple[int, ...],  # of one row, any of these; empty: not checked. Axes of length 1 do not count
+        *shapes: tuple[int, ...],  # allowed shapes of one row; empty: unchecked. Axes of length 1 are ignored
     ) -> np.ndarray:  # (rows, *shape) float64, or text
-        """Raises `UserError`: there is no such array; it has another number of rows, or rows of another shape."""
+        """Raises `UserError` if the array is missing, or has another number of rows, or rows of another shape."""
         if key not in self.keys:
             raise UserError(f"{self.path}: no array {key!r}; it has {', '.join(sorted(self.keys))}")
         value = self._read(key)
@@ -68,7 +67,7 @@ class Table:
         return value.astype(np.float64)
 
     def _as_numbers(self, key: str, value: np.ndarray) -> np.ndarray:
-        """An array of objects, as some copies were saved, as numbers."""
+        """Convert an array of objects, as saved in some copies, to numbers."""
         rows: list[np.ndarray] = []
         for number, row in enumerate(value):
             try:
@@ -96,20 +95,20 @@ class Table:
         content, shape = pickled
         try:
             return np.asarray(unpickle(content, f"{self.path}, array {key}")).reshape(shape)
-        except ValueError as error:  # a ragged list, or another shape than the header's
+        except ValueError as error:  # a ragged list, or a shape that differs from the header's
             raise UserError(f"{self.path}: array {key!r} is damaged ({error}); download the file again") from None
 
 
 def _text(value: object) -> str:
-    """A path with forward slashes, from text or bytes: files written on Windows have the other kind."""
+    """A path with forward slashes, from text or bytes: files written on Windows have backslashes."""
     return (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).replace("\\", "/")
 
 
 def label_files(
     source: Path,
-    split: str,  # the name of a file without .npz; "": there must be one file alone
+    split: str,  # a file name without .npz; "": the folder must hold exactly one file
 ) -> list[Path]:
-    """The npz files of a folder, or of its `dataset_extras`. Raises `UserError` naming those that are there."""
+    """The npz files of a folder, or of its `dataset_extras`. Raises `UserError` listing those that exist."""
     found = {path.stem: path for folder in (source / "dataset_extras", source) for path in sorted(folder.glob("*.npz"))}
     if not found:
         raise UserError(f"{source}: no label file *.npz in it, nor in its dataset_extras/; put them there")
@@ -125,28 +124,28 @@ def label_files(
 def image_folder(
     places: Sequence[Path],
     first: str | None,  # the first image; None: there is none
-    where: str,  # it is named, for the error
+    where: str,  # named in the error
 ) -> Path:
-    """The first of the places in which the image is. Raises `UserError` naming all of them."""
+    """The first of the places that contains the image. Raises `UserError` naming all of them."""
     if first is None:
         return places[0]
     for place in places:
-        if os.path.isfile(place / first):  # False for a name that no file system takes, too
+        if os.path.isfile(place / first):  # False for an impossible name too
             return place
     raise UserError(f"{where}: its image {first} is in none of {', '.join(map(str, places))}; put the images there")
 
 
 def read_json(path: Path) -> Any:
-    """Raises `UserError` naming the file: missing, cut short, not JSON."""
+    """Raises `UserError` naming the file: missing, truncated, not JSON."""
     return reading.read_json(path, _MAX_JSON, "download it again")
 
 
 def rows_of(
     path: Path,
-    data: dict[str, Any],  # of the file
+    data: dict[str, Any],  # the file's content
     key: str,
 ) -> list[Any]:
-    """A list of the file. Raises `UserError` naming file and key where there is something else."""
+    """A list of the file. Raises `UserError` naming file and key if it is anything else."""
     value = data.get(key)
     if not isinstance(value, list):
         raise UserError(f"{path}: {key} is {value!r:.60}, a list was expected; download it again")
@@ -162,12 +161,12 @@ def _json_text(path: Path) -> str:
 
 def json_rows(
     path: Path,
-    shape: tuple[int, ...],  # of one row; axes of length 1 do not count
+    shape: tuple[int, ...],  # of one row; axes of length 1 are ignored
 ) -> Iterator[np.ndarray]:  # float64
-    """The rows of a JSON list of number arrays, one after the other: FreiHAND's files are too large for Python's lists.
+    """Iterate over a JSON list of number arrays, without holding it as Python lists: FreiHAND's files are too large.
 
     Raises:
-        UserError: not a list, cut short, or a row of another shape; names the row.
+        UserError: not a list, truncated, or a row of another shape; names the row.
     """
     text, decoder = _json_text(path), json.JSONDecoder()
     position, row = _skip(text, 0), 0

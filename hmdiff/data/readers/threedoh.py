@@ -1,13 +1,12 @@
-"""3DOH50K (Zhang et al., CVPR 2020): people behind things, SMPL (neutral) and a camera each.
+"""3DOH50K (Zhang et al., CVPR 2020): people behind objects, with SMPL (neutral) and a camera each.
 
-SOURCE/{train,test}set/annots.json (or {train,test}/annots.json): by number '00000', img_path, bbox ((x0, y0), (x1,
-y1)), pose (1, 72), betas (1, 10), trans (1, 3), scale (1,), extri (4, 4), intri (3, 3), smpl_joints_2d (24, 2),
+SOURCE/{train,test}set/annots.json (or {train,test}/annots.json), keyed by number '00000': img_path, bbox ((x0, y0),
+(x1, y1)), pose (1, 72), betas (1, 10), trans (1, 3), scale (1,), extri (4, 4), intri (3, 3), smpl_joints_2d (24, 2),
 smpl_joints_3d (24, 3), lsp_joints_2d (14, 2), lsp_joints_3d (14, 3).
 
-Lengths are in a unit of their own: the body is `scale` times SMPL's (about 7). Everything is divided by it, which
-projects to the same pixels, so that a record is in metres. Public readers disagree on whether smpl_joints_3d are the
-camera's or the world's; the 2D joints tell. The translation is given only where the root joint at rest comes out about
-where SMPL's is.
+Lengths are not in metres: the body is `scale` times SMPL's (about 7). All lengths are divided by `scale`, which leaves
+the projection unchanged. Public readers disagree on whether smpl_joints_3d are in the camera or the world frame; the 2D
+joints decide. The translation is given only if the implied rest-pose root joint is close to SMPL's.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ _SHAPES = {
     "smpl_joints_2d": (24, 2),
     "smpl_joints_3d": (24, 3),
 }
-_AGREEMENT = 5.0  # pixels, in the median, between the projected 3D joints and the 2D ones
-_ROOT, _REACH = np.array([0.0, -0.23, 0.03]), 0.4  # metres: about where SMPL's root is at rest, and how near to it
+_AGREEMENT = 5.0  # pixels: maximum median reprojection error
+_ROOT, _REACH = np.array([0.0, -0.23, 0.03]), 0.4  # metres: SMPL's rest-pose root, about, and the allowed distance
 
 
 def read(source: Path, split: str) -> RowReader:
@@ -100,7 +99,7 @@ def _miss(points: np.ndarray, intrinsics: np.ndarray, pixels: np.ndarray) -> flo
 
 
 def _translation(pelvis: np.ndarray, scale: float, camera: np.ndarray, trans: np.ndarray) -> np.ndarray | None:
-    """Where the body model's origin is. The pelvis in the world is scale root + trans, or scale (root + trans)."""
+    """The body model's translation. The pelvis in the world is scale root + trans, or scale (root + trans)."""
     world = camera[:3, :3].T @ (pelvis - camera[:3, 3])
     roots = ((world - trans) / scale, world / scale - trans)
     root = min(roots, key=lambda place: float(np.linalg.norm(place - _ROOT)))

@@ -1,12 +1,12 @@
-"""3DPW (von Marcard et al., ECCV 2018): people outdoors, SMPL in the world, a moving camera; sequence pickles.
+"""3DPW (von Marcard et al., ECCV 2018): people outdoors, SMPL in the world frame, a moving camera; sequence pickles.
 
 SOURCE/sequenceFiles/{train,validation,test}/SEQUENCE.pkl, SOURCE/imageFiles/SEQUENCE/image_00000.jpg. A pickle holds,
-p the person and F frames: poses[p] (F, 72), betas[p], trans[p] (F, 3), poses2d[p] (F, 3, 18), jointPositions[p] (F,
-72), campose_valid[p] (F,), genders[p], cam_poses (F, 4, 4) world to camera, cam_intrinsics (3, 3), sequence. An
-image's number is its position in the sequence, not its entry of img_frame_ids, which counts the IMUs' 60 Hz.
+for person p and F frames: poses[p] (F, 72), betas[p], trans[p] (F, 3), poses2d[p] (F, 3, 18), jointPositions[p] (F,
+72), campose_valid[p] (F,), genders[p], cam_poses (F, 4, 4) world to camera, cam_intrinsics (3, 3), sequence. An image's
+number is its position in the sequence, not its entry of img_frame_ids, which counts the IMUs' 60 Hz.
 
-As SPIN reads it: frames whose camera pose is valid, the box about poses2d with confidence > 0, times 1.2, the root
-turned into the camera. The pickles are read by the restricted unpickler.
+As in SPIN: frames with a valid camera pose, the box around poses2d with confidence > 0, times 1.2, the root rotated
+into the camera frame. The pickles are read by the restricted unpickler.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 from hmdiff.files.unpickling import load_pickle
 
-# Rows of one frame: the arrays that have one entry a frame for each person.
+# Arrays with one entry per frame for each person.
 _PER_PERSON = {"poses": (72,), "poses2d": (3, 18), "campose_valid": ()}
 _OPTIONAL = {"trans": (3,), "jointPositions": (72,)}
-_STEADY = 0.02  # metres that the root joint at rest may differ between frames of one person
+_STEADY = 0.02  # metres: maximum variation of a person's rest-pose root joint between frames
 
 
 class _Sequence(NamedTuple):
     path: Path
     name: str
     images: Path
-    people: list[dict[str, np.ndarray]]  # the arrays above, betas, and root (3,) where it is known
+    people: list[dict[str, np.ndarray]]  # the arrays above, betas, and root (3,) where known
     genders: list[str]
     cameras: np.ndarray  # (F, 4, 4)
     intrinsics: np.ndarray  # (3, 3)
 
 
 def read(source: Path, split: str) -> RowReader:
-    """Records of one split, of all, or of a named part (`hmdiff.data.readers.splits`)."""
+    """Records of one split, of all, or of a named subset (`hmdiff.data.readers.splits`)."""
     sequences: list[_Sequence] = []
     rows: list[tuple[int, int, int]] = []
     without = 0
@@ -106,7 +106,7 @@ def _load(path: Path, source: Path) -> _Sequence:
         if _OPTIONAL.keys() <= arrays.keys():
             root = arrays["jointPositions"][:, :3] - arrays["trans"]
             valid = arrays["campose_valid"] > 0
-            # jointPositions[0] = root at rest + trans: the same root in every frame, or the two do not belong together.
+            # jointPositions[0] = rest-pose root + trans: if the root varies between frames, the two are inconsistent.
             if valid.any() and np.ptp(root[valid], 0).max() < _STEADY:
                 arrays["root"] = np.median(root[valid], 0)
         people.append(arrays)
@@ -133,7 +133,7 @@ def _numbers(path: Path, data: dict[str, Any], key: str, shape: tuple[int, ...])
         value = np.asarray(data[key], np.float64)
     if value.ndim != len(shape) or any(want not in (-1, have) for have, want in zip(value.shape, shape, strict=True)):
         words = ", ".join("frames" if size == -1 else str(size) for size in shape)
-        given = " ".join(repr(data[key]).split())  # numpy writes matrices in lines
+        given = " ".join(repr(data[key]).split())  # numpy prints matrices on several lines
         raise UserError(f"{path}: {key} is {given:.40} of shape {value.shape}, ({words}) expected; download it again")
     return value
 

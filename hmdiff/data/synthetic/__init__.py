@@ -1,1 +1,1 @@
-"""Synthetic people: poses, looks, occluders, cameras, and the faults of the estimators that look at them."""
+"""Synthetic people: poses, appearance, occluders, cameras, and corruptions as of 2D pose and depth estimators."""

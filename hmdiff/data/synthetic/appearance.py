@@ -1,8 +1,8 @@
-"""Synthetic photos: a dressed, lit body before a background, behind an occluder, through a camera.
+"""Synthetic photos: a dressed, lit body before a background, behind an occluder, with camera effects.
 
-Torch only, on any device, vectorised over the batch, all of it our choice. Nothing here aims at realism for its own
-sake: what matters is that colour, texture, light and background tell nothing about pose, while the outline and the
-shading do. Randomness: see `hmdiff.data.synthetic.draws`.
+Torch only, on any device, vectorised over the batch; our choice. The goal is not realism: colour, texture, light and
+background must carry no information about the pose, while the outline and the shading do. Randomness: see
+`hmdiff.data.synthetic.draws`.
 
 Symbols: B images of H x W pixels, V vertices. Colours are RGB 0..1; crop coordinates -1..1; metres.
 """
@@ -23,7 +23,7 @@ from hmdiff.viz.renderer import Fragments, Lights, rasterize, shade, silhouette
 
 
 class Wardrobe:
-    """Dresses a body: which vertices a garment may cover is read once, from the template and its skinning weights."""
+    """Dresses a body. What a garment may cover is computed once, from the template and its skinning weights."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Wardrobe:
         generator: Generators,
         count: int,
     ) -> Tensor:  # (B, V, 3) RGB 0..1
-        """Skin, hair, a top, trousers or shorts, shoes: each with its own colours and texture."""
+        """Skin, hair, a top, trousers or shorts, shoes, each with random colours and texture."""
         device = self.template.device
         tone = uniform(generator, count, 3, device=device)
         pale, deep = (torch.tensor(rgb, device=device) for rgb in ([0.96, 0.80, 0.69], [0.28, 0.17, 0.11]))
@@ -73,12 +73,12 @@ class Wardrobe:
         colour = skin[:, None].expand(count, len(self.template), 3)
 
         cut = uniform(generator, count, 6, device=device)
-        hem = torch.where(cut[:, 0] < 0.35, 0.25 + 0.45 * cut[:, 1], 1.1)  # shorts or trousers: how far down the leg
+        hem = torch.where(cut[:, 0] < 0.35, 0.25 + 0.45 * cut[:, 1], 1.1)  # where shorts or trousers end along the leg
         sleeve = torch.where(cut[:, 2] < 0.5, 0.1 + 0.4 * cut[:, 3], torch.where(cut[:, 2] < 0.85, 1.1, -0.1))
         hairline = 0.45 + 0.6 * cut[:, 4]  # above 1 is bald
         trousers = (self.hips | self.shins | self.legs) & (self.down_leg < hem[:, None])
         top = self.torso | (self.arms & (self.down_arm < sleeve[:, None]))
-        # Hair sits higher over the face than at the back of the head.
+        # The hairline is higher over the face than at the back of the head.
         hair = self.up_head > hairline[:, None] + 0.35 * (self.front_head - 0.5)
         barefoot = cut[:, 5:] < 0.1
 
@@ -93,14 +93,14 @@ class Wardrobe:
             (hair, hair_colour[:, None]),
         ):
             colour = torch.where(mask[..., None], cloth, colour)
-        # A little unevenness everywhere, fixed to the body: low-frequency waves of its own coordinates.
+        # A slight unevenness fixed to the body: low-frequency waves of the canonical coordinates.
         wave = gaussian(generator, count, 3, 4, device=device) * 9
         phase = uniform(generator, count, 1, 4, device=device, high=6.3)
         shade_ = (torch.einsum("vc,bcw->bvw", self.template, wave) + phase).sin().mean(-1, keepdim=True)
         return (colour * (1 + 0.12 * shade_)).clamp(0, 1)
 
     def _cloth(self, generator: Generators, count: int) -> Tensor:  # (B, V, 3)
-        """Two colours mixed by one of: nothing, stripes, checks, blotches; a pattern lives on the canonical body."""
+        """Two colours mixed by stripes, checks, blotches or nothing; the pattern is defined on the canonical body."""
         device = self.template.device
         first, second = any_colour(generator, count, 2, device=device).unbind(1)
         kind = uniform(generator, count, 1, device=device)
@@ -124,7 +124,7 @@ def random_lights(
     count: int,
     device: torch.device | str = "cpu",
 ) -> Lights:
-    """A key light from above, a weaker fill from anywhere on the viewer's side, and an ambient of a near colour."""
+    """A key light from above, a weaker fill light from the viewer's side, and an ambient light of a similar colour."""
     raw = uniform(generator, count, 8, device=device)
     azimuth = (raw[:, 0:2] - 0.5) * 2 * torch.pi * 0.75
     height = torch.stack([0.25 + 1.0 * raw[:, 2], -0.3 + 1.2 * raw[:, 3]], 1)
@@ -138,10 +138,10 @@ def random_lights(
 
 @dataclasses.dataclass(frozen=True)
 class Photo:
-    """A synthetic photo with the labels only its maker knows."""
+    """A synthetic photo with its labels."""
 
     image: Tensor  # (B, 3, H, W) RGB 0..1
-    silhouette: Tensor  # (B, H, W) 0..1: the whole person, also behind occluders
+    silhouette: Tensor  # (B, H, W) 0..1: the whole person, including parts behind occluders
     occlusion: Tensor  # (B, H, W) bool: pixels of the occluder, on the person or beside it
     fragments: Fragments
 
@@ -154,12 +154,12 @@ def compose_rgb(
     focal: Tensor,  # (B,) crop half-sides
     principal_point: Tensor,  # (B, 2) crop coordinates
     size: int | tuple[int, int],  # H = W, or (H, W)
-    occluder: Tensor | None = None,  # (B, H, W) 0..1: what is in front; None: nothing
+    occluder: Tensor | None = None,  # (B, H, W) 0..1 coverage by an occluder; None: no occluder
     strength: float = 1.0,  # of the camera effects
-    fragments: Fragments | None = None,  # of `rasterize` at the same size, when it was drawn before
-    cull: bool = True,  # the body is closed: its far side need not be drawn
+    fragments: Fragments | None = None,  # from `rasterize` at the same size, if already computed
+    cull: bool = True,  # back-face culling; the body is closed
 ) -> Photo:
-    """A dressed, lit person before a background, behind an occluder, through a camera."""
+    """Render a dressed, lit person before a background, behind an occluder, with camera effects."""
     height, width = (size, size) if isinstance(size, int) else size
     count, device = len(vertices), vertices.device
     if fragments is None:

@@ -1,6 +1,6 @@
-"""Backgrounds for synthetic photos: gradients, noise, things, rooms. Our choice.
+"""Backgrounds for synthetic photos: gradients, noise, objects, rooms. Our choice.
 
-B pictures of H x W pixels, RGB 0..1, crop coordinates -1..1.
+B images of H x W pixels, RGB 0..1, crop coordinates -1..1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def random_backgrounds(
     size: tuple[int, int],  # (H, W)
     device: torch.device | str = "cpu",
 ) -> Tensor:  # (B, 3, H, W)
-    """A gradient, smooth noise, rectangles and ellipses, or a room."""
+    """A gradient, smooth noise or a room, most with rectangles and ellipses on top."""
     height, width = size
     x, y = grid(height, width, device)
     kind = uniform(generator, count, device=device)[:, None, None, None]
@@ -35,7 +35,7 @@ def random_backgrounds(
     floor_x, floor_z = (x - raw[:, 2] + 0.5) / below, 1 / below
     tiles = 1.5 + 4 * raw[:, 3]
     checker = ((floor_x * tiles).floor() + (floor_z * tiles * (raw[:, 4] > 0.5)).floor()) % 2
-    fade = (below * 2).clamp(0, 1)  # far tiles are finer than pixels
+    fade = (below * 2).clamp(0, 1)  # far tiles are smaller than a pixel
     floor = colours[:, 0] * (1 - 0.35 * (checker * fade)[:, None])
     corner = 2 * raw[:, 5] - 1
     panels = ((x * (2 + 6 * raw[:, 6])).floor() % 2) * (raw[:, 7] > 0.6)
@@ -44,7 +44,7 @@ def random_backgrounds(
 
     picture = torch.where(kind < 0.25, gradient, torch.where(kind < 0.5, colours[:, 2].expand_as(smooth), room))
     picture = picture + smooth * torch.where((kind >= 0.25) & (kind < 0.5), 0.9, 0.15)
-    # Things: rectangles and ellipses on most of them.
+    # Objects: rectangles and ellipses on most backgrounds.
     things = 6
     place = uniform(generator, count, things, 6, device=device)[..., None, None]
     tint = any_colour(generator, count, things, device=device)[..., None, None]

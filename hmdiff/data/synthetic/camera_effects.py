@@ -1,6 +1,6 @@
-"""What a camera and a file format do to a picture: colour cast, contrast, gamma, blur, noise, JPEG. Our choice.
+"""Effects of a camera and of JPEG on an image: colour cast, contrast, gamma, blur, noise, quantisation. Our choice.
 
-B pictures of H x W pixels, RGB 0..1.
+B images of H x W pixels, RGB 0..1.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ def camera_effects(
     image: Tensor,  # (B, 3, H, W) RGB 0..1
     strength: float = 1.0,  # 0 changes nothing
 ) -> Tensor:  # (B, 3, H, W) RGB 0..1
-    """What a camera and a file format do: colour cast, contrast, gamma, blur, noise, JPEG's quantisation."""
+    """Colour cast, contrast, gamma, blur, noise and JPEG quantisation, each of random strength."""
     if strength == 0:
         return image
     count, _, height, width = image.shape
     device = image.device
     raw = uniform(generator, count, 10, device=device)[:, :, None, None, None]
     signed = (raw * 2 - 1) * strength
-    image = image * (1 + 0.15 * signed[:, 0:3, 0])  # a cast on each channel
+    image = image * (1 + 0.15 * signed[:, 0:3, 0])  # colour cast, by channel
     grey = image.mean(1, keepdim=True)
     image = grey + (image - grey) * (1 + 0.4 * signed[:, 3])
     middle = image.mean((1, 2, 3), keepdim=True)
@@ -44,7 +44,7 @@ def _blur(
     radius = 4
     offset = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
     kernel = torch.exp(-0.5 * (offset / sigma[:, None].clamp_min(1e-3)).square())
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None]  # (3B, 1, 9): each image its own
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None]  # (3B, 1, 9): one per image
     flat = F.pad(image.flatten(0, 1)[None], (radius,) * 4, mode="reflect")
     flat = F.conv2d(flat, kernel[:, :, None], groups=len(kernel))
     return F.conv2d(flat, kernel[..., None], groups=len(kernel))[0].view_as(image)

@@ -1,8 +1,8 @@
-"""Do the limbs of a pose pass through the body? A test on capsules around the bones; and draws that pass it.
+"""Self-collision test of a pose, on capsules around the bones; and rejection of colliding samples.
 
-A rough adult of our own figures (metres) stands for every body: the question is whether a pose is a person's, not
-whether one stout person's arm touches the belly. Capsules of neighbours on the skeleton are not compared.
-Distance of two segments: Ericson, Real-Time Collision Detection (2004), section 5.1.9.
+One average adult (our figures, metres) is used for every body: the test is about the pose, not about whether a stout
+person's arm touches the belly. Capsules adjacent on the skeleton are not compared. Segment distance: Ericson, Real-Time
+Collision Detection (2004), section 5.1.9.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from hmdiff.body.anatomy import angles_to_rotations, clamp_angles, reach_excess
 from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS
 
-# From parent to joint in the T-pose; the free body's mean shape, rounded.
+# Parent to joint in the T-pose; the free body's mean shape, rounded.
 OFFSETS = torch.tensor(
     [
         [0, 0, 0],
@@ -48,7 +48,7 @@ OFFSETS = torch.tensor(
     ]
 )
 
-# Points that move with a joint: name -> (joint, offset). Together with the joints they are the capsules' ends.
+# Points that move with a joint: name -> (joint, offset). With the joints they are the ends of the capsules.
 _POINTS: dict[str, tuple[str, tuple[float, float, float]]] = {
     "crown": ("head", (0, 0.12, 0.02)),
     "brow": ("head", (0, 0.04, 0.03)),
@@ -101,7 +101,7 @@ def _pairs() -> list[tuple[str, str]]:
         legs = [f"{s}_{part}" for s in (side, other) for part in ("upper_leg", "lower_leg", "foot")]
         for part in ("forearm", "hand"):
             pairs += [(f"{side}_{part}", target) for target in (*trunk, *legs, f"{other}_upper_arm")]
-        # A hanging upper arm lies against the chest: it is held out of the ribs alone.
+        # A hanging upper arm touches the chest, so it is tested against the ribs only.
         pairs += [(f"{side}_upper_arm", target) for target in ("head", "ribs", "waist", *legs[::3])]
         pairs += [(f"{side}_hand", f"{side}_upper_arm"), (f"{side}_hand", f"{other}_forearm")]
         pairs += [(f"{side}_{part}", "chest") for part in ("upper_leg", "lower_leg", "foot")]
@@ -124,14 +124,14 @@ _SECOND = torch.tensor([_ORDER[b] for _, b in _PAIRS])
 _ENDS = torch.tensor([[_NAMES.index(a), _NAMES.index(b)] for a, b, _ in _CAPSULES.values()])
 _RADII = torch.tensor([radius for *_, radius in _CAPSULES.values()])
 _REACH = _RADII[_FIRST] + _RADII[_SECOND]
-SLACK = 0.015  # metres: touching skin gives way, and so does cloth
+SLACK = 0.015  # metres: tolerated penetration, as skin and cloth are soft
 
-# Joints by depth, so that the kinematics take one matrix product a level instead of one a joint.
+# Joints by depth, so that forward kinematics take one matrix product per level instead of one per joint.
 _DEPTH = [0] * len(SMPL24)
 for _joint, _parent in enumerate(SMPL24_PARENTS[1:], start=1):
     _DEPTH[_joint] = _DEPTH[_parent] + 1
 _BY_DEPTH = [[joint for joint in range(24) if _DEPTH[joint] == depth] for depth in range(max(_DEPTH) + 1)]
-_LEVELS = [  # joints of a depth, and their parents' rows in the depth above
+_LEVELS = [  # joints of each depth, and their parents' rows in the depth above
     (level, [above.index(SMPL24_PARENTS[joint]) for joint in level]) for above, level in itertools.pairwise(_BY_DEPTH)
 ]
 _ORDERED = [joint for level in _BY_DEPTH for joint in level]
@@ -143,7 +143,7 @@ def joints_of_pose(
     offsets: Tensor = OFFSETS,  # (24, 3) metres
 ) -> tuple[Tensor, Tensor]:  # joints (N, 24, 3) metres, pelvis at 0; world rotations (N, 24, 3, 3)
     """Forward kinematics of the 24 joints."""
-    # (R | offset) of each joint, so that one product a level turns both.
+    # (R | offset) of each joint, so that one product a level transforms both.
     local = torch.cat([rotations, offsets.to(rotations)[:, :, None].expand(len(rotations), -1, -1, -1)], -1)
     placed = [F.pad(rotations[:, :1], (0, 1))]
     for level, parents in _LEVELS:
@@ -161,7 +161,7 @@ def segment_distance(
     start_b: Tensor,  # (..., 3)
     end_b: Tensor,  # (..., 3)
 ) -> Tensor:  # (...) metres
-    """Shortest distance of two segments."""
+    """Shortest distance between two segments."""
     u, v, w = end_a - start_a, end_b - start_b, start_a - start_b
     a, b, c = (u * u).sum(-1).clamp_min(1e-9), (u * v).sum(-1), (v * v).sum(-1).clamp_min(1e-9)
     d, e = (u * w).sum(-1), (v * w).sum(-1)
@@ -174,7 +174,7 @@ def segment_distance(
 def capsule_penetration(
     rotations: Tensor,  # (N, 24, 3, 3) local rotations; the root's does not matter
 ) -> Tensor:  # (N,) metres
-    """How deep the capsules of limbs lie in others, summed over pairs; 0 for a pose that no limb blocks."""
+    """Penetration depth summed over capsule pairs; 0 for a collision-free pose."""
     joints, world = joints_of_pose(rotations)
     carried = joints[:, _CARRIER] + (world[:, _CARRIER] @ _CARRIED.to(rotations)[..., None])[..., 0]
     ends = torch.cat([joints, carried], 1)[:, _ENDS.to(rotations.device)]  # (N, C, 2, 3)
@@ -183,30 +183,30 @@ def capsule_penetration(
     return (_REACH.to(rotations) - SLACK - distance).clamp_min(0).sum(-1)
 
 
-ROUNDS = 3  # of drawing: a quarter of the raw draws collide, a fiftieth of what is left
+ROUNDS = 3  # a quarter of the first samples collide, and a fiftieth after these rounds
 
 
 def penalty(
     rotations: Tensor,  # (N, 24, 3, 3)
-) -> Tensor:  # (N,) 0 for a pose whose limbs are free and whose joints are inside their limits
-    """Metres that capsules lie in each other plus radians that arms point out of reach: what the samplers avoid.
+) -> Tensor:  # (N,) 0 for a collision-free pose inside the joint limits
+    """Capsule penetration in metres plus the arms' violation of their reach in radians, which the samplers minimise.
 
-    For poses whose angles were clamped: the limits that are boxes are met already.
+    For clamped angles: box-shaped limits are then met already.
     """
     reach = reach_excess(rotations)
     return capsule_penetration(rotations) + torch.where(reach < 1e-4, torch.zeros_like(reach), reach)
 
 
 def least_blocked(
-    draw: Callable[[int, Tensor | None], Tensor],  # (how many, which slots; None: all in order) -> angles
+    draw: Callable[[int, Tensor | None], Tensor],  # (number, slots; None: all in order) -> angles
     count: int,
-    score: Callable[[Tensor], Tensor] | None = None,  # of rotations; None: `penalty`
+    score: Callable[[Tensor], Tensor] | None = None,  # of rotations, lower is better; None: `penalty`
     rounds: int = ROUNDS,
-    share: float = 0.25,  # of the slots, the worst, drawn again each round
+    share: float = 0.25,  # fraction of the slots, the worst, resampled in each round
 ) -> Tensor:  # (count, 24, 3, 3)
-    """Poses drawn, then the worst share of them drawn again and kept where better.
+    """Sample poses, then resample the worst fraction in several rounds and keep the better of each slot.
 
-    The number of draws is fixed, so the generator ends in the same state whatever was drawn.
+    The number of draws is fixed, so the generator's final state does not depend on the values drawn.
     """
     score = score or penalty
     poses = angles_to_rotations(clamp_angles(draw(count, None)))

@@ -1,14 +1,14 @@
-"""The faults of a 2D pose estimator, as a random process: true keypoints in, heatmaps out (our choice throughout).
+"""Corruptions as of a 2D pose estimator, as a random process: true keypoints in, heatmaps out (our choice throughout).
 
-jitter, wider on hips and on hidden joints; missing joints; confidence; blur; second peaks; left-right swaps; the face
-of somebody who looks away; joints that the estimator's joint set does not have; guesses of hidden joints. All draws
-come from one CPU generator, so that a seed means the same data on every device. n people, J keypoints of HALPE26.
+Jitter, larger on hips and on hidden joints; missing joints; confidence; blur; second peaks; left-right swaps; face
+keypoints of a head turned away; joints missing from the estimator's joint set; guesses of hidden joints. All draws come
+from one CPU generator, so that a seed gives the same data on every device. n people, J keypoints of HALPE26.
 
-A guess (`hidden`): by itself a hidden joint's heatmap is hardly farther off or wider than a seen one's, as where
-somebody labelled it. A network that was trained on heatmaps answers with the mean of what may be: off, and as wide and
-low as it is unsure; ours is off by 0.31 in the median and 0.30 wide on `test_occluded` (LOG.md), which a normal density
-of 0.26 would be. A file of keypoints has such a guess as a point of low confidence. Half of the people have maps of the
-one kind, half of the other; those who were labelled by hand (`exact`) have neither.
+Guesses (`hidden`): by default a hidden joint's heatmap is hardly less accurate or wider than a visible one's, as in
+labelled data. A network trained on heatmaps instead predicts the mean of a broad posterior: off, and as wide and low as
+it is uncertain. Ours is off by 0.31 in the median and 0.30 wide on `test_occluded` (LOG.md), as for a normal density of
+0.26. In a file of keypoints such a guess is a point of low confidence. Half of the people get one kind of map, half the
+other; people with `exact` labels get neither.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _ARMS = torch.tensor([any(part in name for part in ("shoulder", "elbow", "wrist"
 _LEGS = torch.tensor([any(part in name for part in ("hip", "knee", "ankle", "toe", "heel")) for name in _NAMES])
 _HIPS = torch.tensor(["hip" in name for name in _NAMES])
 _FACE = {name: _NAMES.index(name) for name in ("nose", "left_eye", "right_eye", "left_ear", "right_ear")}
-# Which joints an estimator has, and how often it is met.
+# Joint sets of estimators, and their frequency.
 _SOURCES = ((COCO17, 0.5), (OPENPOSE25, 0.2), (LSP14, 0.15), (HALPE26, 0.15))
 _LIMBS12 = tuple(name for name in LSP14 if name in COCO17)
-_BLAZEPOSE = tuple(n for n in HALPE26 if n in COCO17 or n.endswith(("heel", "big_toe")))  # of its 33, those of HALPE26
+_BLAZEPOSE = tuple(n for n in HALPE26 if n in COCO17 or n.endswith(("heel", "big_toe")))  # those of its 33 in HALPE26
 _WIDE_SOURCES = (
     (COCO17, 0.33),
     (OPENPOSE25, 0.15),
@@ -43,7 +43,7 @@ _WIDE_SOURCES = (
 def face_visibility(
     keypoints_3d: Tensor,  # (n, J, 3) camera frame
 ) -> Tensor:  # (n, J) bool: False for face points on the far side of the head
-    """Nose and eyes are hidden when the head looks away, an ear when it is on the far side."""
+    """False for nose and eyes when the head is turned away, and for the ear on the far side."""
     ears = (keypoints_3d[:, _FACE["left_ear"]] + keypoints_3d[:, _FACE["right_ear"]]) / 2
     forward = torch.nn.functional.normalize(keypoints_3d[:, _FACE["nose"]] - ears, dim=-1)[:, 2]
     outward = keypoints_3d[:, _FACE["left_ear"]] - keypoints_3d[:, _FACE["right_ear"]]
@@ -63,7 +63,7 @@ def estimate_heatmaps(
     faults: EstimatorFaults,
     generator: torch.Generator,  # CPU
 ) -> tuple[Tensor, Tensor]:  # heatmaps (n, J, 64, 64), valid (n, J) bool
-    """What an estimator might say of these people: the peaks of `estimate_peaks`, drawn as heatmaps."""
+    """The peaks of `estimate_peaks`, drawn as heatmaps."""
     peaks, confidence, valid = estimate_peaks(points, visible, face_visible, faults, generator)
     heatmaps = two_peaks(peaks[..., :2], peaks[..., 2], peaks[..., 0, 3])
     heatmaps = heatmaps * (confidence / heatmaps.amax((-2, -1)).clamp_min(1e-6))[..., None, None]
@@ -77,9 +77,9 @@ def estimate_peaks(
     faults: EstimatorFaults,
     generator: torch.Generator,  # CPU
 ) -> tuple[Tensor, Tensor, Tensor]:  # peaks (n, J, 2, 4), confidence (n, J), valid (n, J) bool
-    """The same heatmaps as sums of two Gaussians: x, y (crop), height relative to the other, sigma (heatmap pixels).
+    """Heatmaps as sums of two Gaussians: x, y (crop), height relative to the other, sigma (heatmap pixels).
 
-    The sum is scaled so that its highest value is the confidence; a second height of 0 is no second peak.
+    The sum is scaled so that its maximum is the confidence; a second height of 0 means no second peak.
     """
     n, joints, _ = points.shape
     device = points.device
@@ -94,7 +94,7 @@ def estimate_peaks(
     level = faults.jitter * (0.5 * normal(n, 1)).exp()
     level = torch.where(exact, 0.3 * level, level)
     level = level * torch.where(_HIPS.to(device), 1.8, 1.0) * torch.where(visible & face_visible, 1.0, 2.5)
-    # Student-like tails: a few joints are far off.
+    # Heavy tails: a few joints are far off.
     heavy = torch.where(uniform(n, joints) < 0.04, 3.0, 1.0)
     first = points + (level * torch.where(exact, 1.0, heavy))[..., None] * normal(n, joints, 2)
 
@@ -106,7 +106,7 @@ def estimate_peaks(
     second = torch.where(has_second[..., None], elsewhere, second)
     share = torch.where(has_second, 0.2 + 0.8 * uniform(n, joints), share)
 
-    # Left-right confusion of arms, legs or both: as a swap, or as two peaks.
+    # Left-right confusion of arms, legs or both: swapped, or as two peaks.
     kind = uniform(n, 1)
     arms, legs = _ARMS.to(device), _LEGS.to(device)
     limb = torch.where(kind < 0.4, legs, torch.where(kind < 0.7, arms, arms | legs))
@@ -123,7 +123,7 @@ def estimate_peaks(
     missing = uniform(n, joints) < torch.where(exact, 0.0, torch.tensor(faults.missing, device=device))
     missing |= (uniform(n, joints) < faults.missing_hidden) & ~visible
     missing |= (uniform(n, joints) < 0.75) & ~face_visible
-    missing |= (first.abs() > 1.0).any(-1)  # an estimator sees nothing outside the crop
+    missing |= (first.abs() > 1.0).any(-1)  # an estimator does not see outside the crop
     confidence = torch.where(missing, 0.0, confidence)
 
     sources = _WIDE_SOURCES if faults.few_joints else _SOURCES
@@ -133,7 +133,7 @@ def estimate_peaks(
 
     width = faults.narrowest + (faults.widest - faults.narrowest) * uniform(n, 1)
     sigma = width * (0.1 * normal(n, joints)).exp()
-    if faults.hidden > 0:  # drawn last: without guesses everything is as it was before there were any
+    if faults.hidden > 0:  # drawn last, so that without guesses the random numbers are unchanged
         unsure = faults.hidden * (0.3 * normal(n, joints)).exp()
         guessed = ~visible & ~exact
         wide = (uniform(n, 1) < 0.5) & guessed
@@ -141,7 +141,7 @@ def estimate_peaks(
         first, second = (torch.where(guessed[..., None], guess, place) for place in (first, second))
         confidence = torch.where(guessed & (guess.abs() > 1.0).any(-1), 0.0, confidence)
         broad = (sigma**2 + (unsure * (HEATMAP_SIZE / 2)) ** 2).sqrt()
-        # The mass stays what it was, so the peak sinks.
+        # The mass is kept, so the peak sinks.
         confidence = confidence * torch.where(wide, (sigma / broad) ** 2, 1.0)
         sigma = torch.where(wide, broad, sigma)
     places, heights = torch.stack([first, second], 2), torch.stack([torch.ones_like(share), share], 2)
@@ -150,14 +150,14 @@ def estimate_peaks(
 
 
 def scaled_peaks(
-    peaks: Tensor,  # (n, J, 2, 4) of `estimate_peaks`
+    peaks: Tensor,  # from `estimate_peaks`
     confidence: Tensor,  # (n, J)
 ) -> Tensor:  # (n, J, 2, 4) x, y (crop), height, sigma (heatmap pixels)
-    """The peaks with the heights that they have in the heatmap, whose highest value is the confidence."""
+    """The peaks with their heights in the heatmap, whose maximum is the confidence."""
     x, y, height, sigma = peaks.unbind(-1)
     pixels = HEATMAP_SIZE / 2
     distance = ((x[..., 0] - x[..., 1]).square() + (y[..., 0] - y[..., 1]).square()) * pixels**2
-    # A maximum of the sum lies close to one of the two places: exactly there when they are apart, or one.
+    # The maximum of the sum lies close to one of the two peaks: exactly there if they are far apart or coincide.
     overlap = torch.exp(-0.5 * distance / sigma[..., 0].square())[..., None]
     highest = (height + height.flip(-1) * overlap).amax(-1, keepdim=True)
     height = height * confidence[..., None] / highest.clamp_min(1e-6)
@@ -165,7 +165,7 @@ def scaled_peaks(
 
 
 def two_peaks(
-    points: Tensor,  # (n, J, 2, 2) two places, crop coordinates
+    points: Tensor,  # (n, J, 2, 2) positions of two peaks, crop coordinates
     share: Tensor,  # (n, J, 2) their heights
     sigma: Tensor,  # (n, J) heatmap pixels
 ) -> Tensor:  # (n, J, 64, 64)

@@ -1,6 +1,6 @@
-"""Cut-outs: pictures of things, transparent about them, from a folder of the user's, to be pasted in front of people.
+"""Cut-outs: images of objects with transparent surroundings, from a user's folder, pasted in front of people.
 
-Such as the objects of Pascal VOC that are pasted in the field (Sarandi et al., arXiv 1808.09316); none are shipped. M
+Like the Pascal VOC objects commonly pasted in the field (Sarandi et al., arXiv 1808.09316); none are shipped. M
 cut-outs, A pixels a side.
 """
 
@@ -16,16 +16,16 @@ from torch import Tensor
 from hmdiff.errors import UserError
 from hmdiff.files.images import open_image
 
-SIZE = 96  # A: what is pasted is drawn from this, so that a folder of thousands stays small
+SIZE = 96  # A: stored resolution, small so that thousands fit in memory
 SUFFIXES = (".png", ".webp", ".tif", ".tiff")
-_LEAST = 16  # of 255: fainter pixels do not count as part of the thing
+_LEAST = 16  # of 255: fainter pixels do not count as the object
 
 
 class Cutouts:
-    """The cut-outs of a folder, each cut to its thing and fitted into a square.
+    """The cut-outs of a folder, each cropped to its object and fitted into a square.
 
     Raises:
-        UserError: no such folder; no picture with transparency in it; one that is damaged, opaque or empty.
+        UserError: no such folder; no image with transparency in it; one that is damaged, opaque or empty.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -39,16 +39,16 @@ class Cutouts:
                 "expected, transparent about the thing"
             )
         self.folder, self.files = folder, files
-        self.pictures = torch.stack([_read(path) for path in files])  # (M, 4, A, A) uint8, colours times alpha
+        self.pictures = torch.stack([_read(path) for path in files])  # (M, 4, A, A) uint8, premultiplied alpha
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def sampled(
         self,
-        index: Tensor,  # (n,) which one, 0 .. M - 1
-        points: Tensor,  # (n, P, 2) its own coordinates, -1..1 over the square
-    ) -> Tensor:  # (n, 4, P) colours times alpha, and alpha, 0..1; 0 outside
+        index: Tensor,  # (n,) cut-out, 0 .. M - 1
+        points: Tensor,  # (n, P, 2) coordinates in the cut-out, -1..1 over the square
+    ) -> Tensor:  # (n, 4, P) premultiplied RGB and alpha, 0..1; 0 outside
         chosen = self.pictures.to(points.device)[index].float() / 255
         return F.grid_sample(chosen, points[:, None].float(), padding_mode="zeros", align_corners=False)[:, :, 0]
 
@@ -63,7 +63,7 @@ def _read(path: Path) -> Tensor:  # (4, A, A) uint8
     if not len(rows):
         raise UserError(f"{path}: a cut-out that is transparent everywhere; take it out of the folder")
     values = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
-    values[..., :3] *= values[..., 3:] / 255  # or the colour of what is transparent would bleed in
+    values[..., :3] *= values[..., 3:] / 255  # premultiplied, so that transparent pixels' colours do not bleed in
     height, width = values.shape[:2]
     side = max(height, width)
     square = np.zeros((side, side, 4), np.float32)

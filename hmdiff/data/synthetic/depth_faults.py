@@ -1,8 +1,8 @@
-"""The faults of a monocular depth network, as a random process: a scene's depth in, an estimate out (our choice).
+"""Corruptions as of a monocular depth network, as a random process: a scene's depth in, an estimate out (our choice).
 
-disparity instead of depth, bent surfaces, edges in the wrong place, blur, grain, missing regions, a missing map, and an
-unknown scale and shift, which D2A-HMR's (arXiv 2403.09063) input has too. All draws come from one CPU generator and
-their number does not depend on the options. n people, S pixels a side.
+Disparity instead of depth, bent surfaces, displaced edges, blur, grain, missing regions, a missing map, and the unknown
+scale and shift that D2A-HMR's (arXiv 2403.09063) input has too. All draws come from one CPU generator, and their number
+does not depend on the options. n people, S pixels a side.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from hmdiff.config import DepthFaults
 from hmdiff.data.synthetic.draws import gaussian, grid, uniform
 
-_SPOTS = 3  # missing regions of a person who has any, at most
+_SPOTS = 3  # maximum number of missing regions of a person
 
 
 def estimate_depth(
-    depth: Tensor,  # (n, S, S) metres, NaN = nothing there
+    depth: Tensor,  # (n, S, S) metres, NaN = empty
     faults: DepthFaults,
     generator: torch.Generator,  # CPU
-) -> Tensor:  # (n, S, S) larger = farther, in no unit, NaN = not known
-    """What a network might say of these scenes."""
+) -> Tensor:  # (n, S, S) larger = farther, arbitrary unit, NaN = unknown
+    """A network's possible prediction for these scenes."""
     if faults.none:
         return depth
     n, size = depth.shape[:2]
@@ -40,14 +40,14 @@ def estimate_depth(
     count = known.flatten(1).sum(1).clamp_min(1)[:, None, None]
     turned = (draw[:, 0] < faults.disparity)[:, None, None] & known
     values = torch.where(turned, -1 / torch.where(turned, values, 1.0), values)
-    # Of the map's own spread, and about its mean: so faults mean the same in depth and in disparity.
+    # Relative to the map's mean and spread, so that corruptions are the same in depth and in disparity.
     mean = values.sum((1, 2), keepdim=True) / count
     values = torch.where(known, values - mean, 0.0)
     spread = (values.square().sum((1, 2), keepdim=True) / count).sqrt()
     bent = F.interpolate(smooth[:, :1], (size, size), mode="bicubic", align_corners=False)[:, 0]
     values = values + faults.bend * spread * bent
 
-    # A pixel reads its value a little elsewhere, smoothly so: where depth jumps, the edge is in the wrong place.
+    # A smooth displacement field: where depth is discontinuous, the edge moves.
     x, y = grid(size, size, device)
     shift = 0.5 * F.interpolate(smooth[:, 1:], (size, size), mode="bicubic", align_corners=False)
     shift = faults.edges * (shift + 0.9 * F.interpolate(fine, (size, size), mode="bicubic", align_corners=False))
@@ -58,7 +58,7 @@ def estimate_depth(
     known = layers[:, 1] >= 0.5
     values = layers[:, 0] / layers[:, 1].clamp_min(1e-6) + faults.grain * draw[:, 2, None, None] * spread * grain
 
-    # Unknown ellipses, where a real map has glass, sky or nothing that two networks agree on.
+    # Unknown ellipses: a real map is unknown on glass, in the sky, or where two networks disagree.
     wanted = (draw[:, 3] < faults.missing)[:, None] & (torch.arange(_SPOTS, device=device) < _SPOTS * draw[:, 4, None])
     middle, half = 2 * spots[..., :2] - 1, 0.08 + 0.4 * spots[..., 2:]
     across = ((x[:, None] - middle[..., 0, None, None]) / half[..., 0, None, None]).square()
@@ -77,7 +77,7 @@ def _blurred(
     maps: Tensor,  # (n, C, S, S)
     sigma: Tensor,  # (n,) pixels
 ) -> Tensor:
-    """Each person's own blur. OpenCV's is several times faster than a grouped convolution on a CPU."""
+    """Gaussian blur with one sigma per person. OpenCV's is several times faster than a grouped convolution on a CPU."""
     layers = maps.permute(0, 2, 3, 1).cpu().numpy()
     found = [
         cv2.GaussianBlur(layer, (0, 0), width, borderType=cv2.BORDER_REPLICATE) if width > 0.2 else layer

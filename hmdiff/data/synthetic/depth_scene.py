@@ -1,7 +1,7 @@
-"""What a depth camera sees of a synthetic person: the body, the box in front of it, a wall and a floor behind it.
+"""The depth map of a synthetic person: the body, the box in front of it, a wall and a floor behind it.
 
-A real estimator's map has no silhouette for free, so the body stands in a scene (our choice): two random planes, all of
-the body on their near side. n people, V vertices, S pixels a side. Metres, camera frame.
+A real estimator's map does not reveal the silhouette, so the body is placed in a scene (our choice): two random planes
+with the whole body in front of them. n people, V vertices, S pixels a side. Metres, camera frame.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from hmdiff.data.synthetic.draws import gaussian, grid, uniform
 
-FARTHEST = 60.0  # metres: nothing is farther
+FARTHEST = 60.0  # metres: largest depth
 _WALL = (0.05, 20.0)  # metres behind the body's farthest point, log-uniform
 _FLOOR = (0.0, 0.3)  # metres under its lowest point
 
 
 def compose_depth(
     body: Tensor,  # (n, S, S) metres, 0 where there is no body
-    covered: Tensor,  # (n, S, S) bool: a box is in front
+    covered: Tensor,  # (n, S, S) bool: behind a box
     vertices: Tensor,  # (n, V, 3) metres, camera frame
     focal: Tensor,  # (n,) crop half-sides
     principal_point: Tensor,  # (n, 2) crop coordinates
     generator: torch.Generator,  # CPU
     scene: bool = True,  # False: the body alone, NaN elsewhere and behind boxes
 ) -> Tensor:  # (n, S, S) metres
-    """The nearest thing of every pixel. What a box covers is the box: the body behind it does not show through."""
+    """The nearest surface of every pixel. A box is opaque: the body behind it does not appear."""
     n, size = body.shape[:2]
     device = body.device
     draw = uniform(generator, n, 4, device=device)
@@ -41,7 +41,7 @@ def compose_depth(
     ray_y = (y - principal_point[:, 1, None, None]) / focal[:, None, None]
     rays = torch.stack(torch.broadcast_tensors(ray_x, ray_y, torch.ones_like(ray_x)), -1)  # (n, S, S, 3)
 
-    def plane(normal: Tensor, margin: Tensor) -> Tensor:  # normals (n, 3) that point away from the body -> (n, S, S) z
+    def plane(normal: Tensor, margin: Tensor) -> Tensor:  # normals (n, 3) away from the body -> (n, S, S) z
         normal = F.normalize(normal, dim=-1)
         reach = (vertices @ normal[:, :, None])[..., 0].amax(1) + margin
         slope = (rays @ normal[:, None, :, None])[..., 0]
@@ -53,7 +53,7 @@ def compose_depth(
         torch.stack([0.3 * tilt[:, 0], 0.1 * tilt[:, 1], torch.ones(n, device=device)], -1),
         torch.exp(low + (high - low) * draw[:, 0]),
     )
-    # Cameras look down a little more often than up: the floor then rises with the distance.
+    # Cameras look down slightly more often than up: the floor then rises with the distance.
     floor = plane(
         torch.stack([0.03 * tilt[:, 1], torch.ones(n, device=device), 0.1 + 0.15 * tilt[:, 2]], -1),
         _FLOOR[0] + (_FLOOR[1] - _FLOOR[0]) * draw[:, 1],

@@ -1,7 +1,7 @@
-"""Random numbers, colours and noise fields for synthetic photos: what the other makers of looks draw from.
+"""Random numbers, colours and noise fields shared by the modules of synthetic photos. Our choice.
 
-Every function takes one `torch.Generator` for the batch, or a list of B, one a person. With a list, what a person gets
-does not depend on the batch they sit in. Draws are made on the generator's device and moved. Our choice.
+Every function takes one `torch.Generator` for the batch, or a list of B, one per person. With a list, a person's values
+do not depend on the batch. Values are drawn on the generator's device and then moved.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def gaussian(
     device: torch.device | str = "cpu",
 ) -> Tensor:  # (B, *shape)
     """Standard normal numbers, one row per person."""
-    # Box-Muller: torch.randn would need its own list branch.
+    # Box-Muller, so that lists of generators need no second branch.
     pair = uniform(generator, count, 2, *shape, device=device)
     return (-2 * (1 - pair[:, 0]).log()).sqrt() * torch.cos(2 * torch.pi * pair[:, 1])
 
@@ -48,7 +48,7 @@ def gaussian(
 def hsv_to_rgb(
     hsv: Tensor,  # (..., 3) each 0..1
 ) -> Tensor:  # (..., 3)
-    """The usual hexcone model."""
+    """The hexcone model."""
     hue, saturation, value = hsv.unbind(-1)
     sector = (hue[..., None] * 6 + torch.tensor([5.0, 3.0, 1.0], device=hsv.device)) % 6
     ramp = torch.minimum(sector, 4 - sector).clamp(0, 1)
@@ -61,9 +61,9 @@ def any_colour(
     *shape: int,
     device: torch.device | str,
 ) -> Tensor:  # (B, *shape, 3) RGB 0..1
-    """Colours of things."""
+    """Random colours of objects."""
     raw = uniform(generator, count, *shape, 3, device=device)
-    # Cloth and walls are greyer than a uniform saturation, and dark ones are as frequent as bright ones.
+    # Cloth and walls are less saturated than a uniform draw, and dark ones are as frequent as bright ones.
     return hsv_to_rgb(torch.stack([raw[..., 0], raw[..., 1].square(), 0.08 + 0.9 * raw[..., 2]], -1))
 
 
@@ -85,7 +85,7 @@ def noise(
     width: int,
     device: torch.device | str,
 ) -> Tensor:  # (B, 3, H, W) about -0.5..0.5
-    """Smooth noise: octaves of random grids, each half as strong as the coarser one, more grey than coloured."""
+    """Smooth noise: octaves of random grids, amplitude halved per octave, more grey than coloured."""
     fine = 24
     total = torch.zeros(count, 3, fine, fine, device=device)
     for octave, cells in enumerate((3, 6, 12, fine)):
@@ -97,10 +97,10 @@ def noise(
 
 def paint_occluder(
     generator: Generators,
-    shape: Tensor,  # (B, H, W) long: which thing a pixel belongs to, 0 .. things - 1
+    shape: Tensor,  # (B, H, W) long: the occluder of each pixel, 0 .. things - 1
     things: int,
 ) -> Tensor:  # (B, 3, H, W)
-    """Colour, stripes and grain for the things in front, one set of colours a thing."""
+    """Colour, stripes and grain for occluders, one set of colours each."""
     count, height, width = shape.shape
     device = shape.device
     x, y = grid(height, width, device)

@@ -1,8 +1,8 @@
-"""Things put in front of people in training: shapes, another person, pasted cut-outs; and which points they cover.
+"""Occluders added in training: shapes, another person, pasted cut-outs; and which points they cover.
 
-Everything has a place in the crop, so the same thing answers for a point (is this joint hidden?), as a mask (how much
-of the silhouette is left?) and as a picture. Another person is a stick figure of thick limbs through the keypoints of
-the next person of the block, moved and scaled: cheap, and of a person's outline. All of it is our choice. n people, J
+Each occluder is defined in crop coordinates, so that it can be evaluated at a point (is this joint hidden?), as a mask
+(how much of the silhouette is left?) and as an image. Another person is a stick figure of thick limbs through the
+keypoints of the next person of the block, moved and scaled: cheap, with a person's outline. Our choice. n people, J
 keypoints (HALPE26), P points, K shapes, L limbs, S pixels a side. Crop coordinates -1..1.
 """
 
@@ -23,10 +23,10 @@ from hmdiff.data.synthetic.rendering import OccluderBoxes
 from hmdiff.errors import UserError
 
 NOTHING, OBJECTS, PERSON, CUTOUT = range(4)
-SHAPES = 2  # K at most
-_LEAST_KEYPOINTS = 8  # of the person in front: fewer are no outline
+SHAPES = 2  # maximum K
+_LEAST_KEYPOINTS = 8  # of the person in front: fewer give no outline
 _SIDES = ("left", "right")
-# Ends, radius as a share of the person's extent, and which colour: head 0, upper body 1, legs 2.
+# Ends, radius relative to the person's extent, and colour index: head 0, upper body 1, legs 2.
 _LIMBS: tuple[tuple[str, str, float, int], ...] = (
     ("neck", "top_head", 0.055, 0),
     ("neck", "mid_hip", 0.075, 1),
@@ -42,22 +42,22 @@ _LIMBS: tuple[tuple[str, str, float, int], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class InFront:
-    """What stands in front of n people, nothing or one kind of thing each."""
+    """Occluders of n people: nothing or one kind each."""
 
     kind: Tensor  # (n,) long
-    shapes: Tensor  # (n, K, 6) 0 ellipse, 1 box or 2 bar; x, y, half width, half height (0: not there), angle
-    limbs: Tensor  # (n, L, 5) x and y of both ends, radius (0: not there)
-    cutout: Tensor  # (n,) long: which one
-    pose: Tensor  # (n, 5) of the cut-out: x, y, half its side, angle, and 1 or -1 where it is mirrored
+    shapes: Tensor  # (n, K, 6) 0 ellipse, 1 box or 2 bar; x, y, half width, half height (0: absent), angle
+    limbs: Tensor  # (n, L, 5) x and y of both ends, radius (0: absent)
+    cutout: Tensor  # (n,) long: index of the cut-out
+    pose: Tensor  # (n, 5) of the cut-out: x, y, half its side, angle, 1 or -1 (mirrored)
     cutouts: Cutouts | None
     looks: int  # seed of the textures
 
     def alpha(
         self,
         points: Tensor,  # (n, P, 2)
-        pixel: float = 1e-6,  # what an edge is soft over
-    ) -> tuple[Tensor, Tensor]:  # (n, P) 0..1; (n, P) long: which of the thing's colours
-        """How much of what lies at the points is covered."""
+        pixel: float = 1e-6,  # width of soft edges
+    ) -> tuple[Tensor, Tensor]:  # (n, P) 0..1; (n, P) long: the occluder's colour index
+        """Coverage at the points."""
         alpha = points.new_zeros(points.shape[:2])
         part = torch.zeros(points.shape[:2], dtype=torch.long, device=points.device)
         for kind, depth_of in ((OBJECTS, _inside_shapes), (PERSON, _inside_limbs)):
@@ -76,7 +76,7 @@ class InFront:
         self,
         points: Tensor,  # (n, P, 2)
     ) -> Tensor:  # (n, P) bool
-        """Which points are hidden."""
+        """Whether each point is hidden."""
         return self.alpha(points)[0] > 0.5
 
     def mask(
@@ -89,7 +89,7 @@ class InFront:
         self,
         image: Tensor,  # (n, 3, S, S) RGB 0..1
     ) -> Tensor:  # (n, 3, S, S)
-        """The picture with the things in front."""
+        """The image with the occluders painted over it."""
         size = image.shape[-1]
         points, pixel = self._pixels(size)
         alpha, part = (each.unflatten(1, (size, size)) for each in self.alpha(points, pixel))
@@ -102,7 +102,7 @@ class InFront:
             painted[rows] = image[rows] * (1 - pasted[:, 3:]) + pasted[:, :3]
         return painted
 
-    def _pixels(self, size: int) -> tuple[Tensor, float]:  # (n, S * S, 2), one pixel's width
+    def _pixels(self, size: int) -> tuple[Tensor, float]:  # (n, S * S, 2), a pixel's width
         x, y = grid(size, size, self.kind.device)
         centres = torch.stack([x.expand(1, size, size), y.expand(1, size, size)], -1).flatten(1, 2)
         return centres.expand(len(self.kind), -1, -1), 2 / size
@@ -115,7 +115,7 @@ class InFront:
 
 
 class FrontDrawer:
-    """Draws what is in front of the people of a block. Raises `UserError` for shares that are over 1 together."""
+    """Samples occluders for the people of a block. Raises `UserError` for shares that sum to more than 1."""
 
     def __init__(self, options: Augment) -> None:
         self.shares = (options.objects, options.people, options.pasted if options.cutouts else 0.0)
@@ -130,12 +130,12 @@ class FrontDrawer:
 
     def __call__(
         self,
-        points: Tensor,  # (n, J, 2) the people's own keypoints, crop coordinates
-        known: Tensor,  # (n, J) bool: the others may be anything
+        points: Tensor,  # (n, J, 2) the people's keypoints, crop coordinates
+        known: Tensor,  # (n, J) bool: labelled; other points are ignored
         generator: torch.Generator,  # CPU
-        names: Sequence[str] = HALPE26,  # J; of others than HALPE26 (a hand) nobody is a person to stand in front
+        names: Sequence[str] = HALPE26,  # J; without HALPE26 (hands) no person is put in front
     ) -> InFront:
-        """All draws are made for everybody, so that a share changes nothing but who is behind what."""
+        """Draws the same numbers for everybody, so that a share changes only who is occluded by what."""
         n, device = len(points), points.device
         draw = torch.rand(n, 8 + 8 * SHAPES, generator=generator)
         looks = int(torch.randint(2**31, (1,), generator=generator))
@@ -179,7 +179,7 @@ class FrontDrawer:
 
 @dataclasses.dataclass(frozen=True)
 class BoxesAndFront(OccluderBoxes):
-    """A synthetic block's boxes together with what else is in front: wherever boxes are asked for."""
+    """A synthetic block's boxes combined with the added occluders, in the interface of the boxes."""
 
     front: InFront
 
@@ -199,7 +199,7 @@ def _turned(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _one_of(points: Tensor, seen: Tensor, draw: Tensor) -> Tensor:  # (n, J, 2), (n, J), (n,) -> (n, 2)
-    """A keypoint that is seen; the crop's centre of somebody without any."""
+    """A random visible keypoint; the crop's centre if there is none."""
     order = seen.long().cumsum(1)
     rank = (draw * order[:, -1]).long() + 1
     chosen = torch.searchsorted(order, rank[:, None]).clamp_max(points.shape[1] - 1)[:, 0]
@@ -207,7 +207,7 @@ def _one_of(points: Tensor, seen: Tensor, draw: Tensor) -> Tensor:  # (n, J, 2),
 
 
 def _shape(points: Tensor, seen: Tensor, draw: Tensor, first: bool) -> Tensor:  # draw (n, 8) -> (n, 6)
-    """Ellipse, box or bar about a keypoint; the second one is there half of the time."""
+    """Ellipse, box or bar around a keypoint; the second one is present half of the time."""
     kind = (draw[:, 0] * 3).floor()
     bar = kind == 2
     middle = _one_of(points, seen, draw[:, 1]) + 0.3 * (draw[:, 2:4] - 0.5)
@@ -219,14 +219,14 @@ def _shape(points: Tensor, seen: Tensor, draw: Tensor, first: bool) -> Tensor:  
 
 
 def _next_person(points: Tensor, known: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:  # draw (n, 4)
-    """The limbs (n, L, 5) of the block's next person, moved in front of this one; who has enough keypoints (n,)."""
+    """Limbs (n, L, 5) of the block's next person, moved in front of this one; who has enough keypoints (n,)."""
     other, there = points.roll(-1, 0), known.roll(-1, 0)
     far = torch.tensor(1e9)
     low = torch.where(there[..., None], other, far).amin(1)
     high = torch.where(there[..., None], other, -far).amax(1)
     own = (points * known[..., None]).sum(1) / known.sum(1).clamp_min(1)[:, None]
     size = 0.7 + 0.6 * draw[:, 0]
-    # Beside this person more often than squarely before: a shift to the left or right.
+    # Beside this person more often than centred on them: a shift to the left or right.
     aside = torch.where(draw[:, 1] < 0.5, -1.0, 1.0) * (0.15 + 0.6 * draw[:, 2])
     place = own + torch.stack([aside, 0.5 * (draw[:, 3] - 0.5)], -1)
     moved = (other - (low + high)[:, None] / 2) * size[:, None, None] + place[:, None]

@@ -1,4 +1,4 @@
-"""Poses from what joints can do, not from what people were recorded doing. Styles and figures are our choice."""
+"""Poses sampled from joint limits instead of recorded motion. Styles and figures are our choice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hmdiff.data.synthetic.collision import least_blocked
 
 _Styles = dict[str, tuple[tuple[float, ...], float, float]]
 
-# Styles of a leg, degrees: hip flexion (-), abduction, turn; knee; each as low, high. Weights: ordinary, extreme.
+# Leg styles, degrees: hip flexion (-), abduction, rotation; knee; each as low, high. Weights: ordinary, extreme.
 LEG_STYLES: _Styles = {
     "stand": ((-20, 10, -3, 12, -10, 20, 0, 20), 0.24, 0.0),
     "behind": ((5, 32, -3, 15, -10, 25, 5, 90), 0.10, 0.10),
@@ -25,7 +25,7 @@ LEG_STYLES: _Styles = {
     "aside": ((-80, 0, 35, 62, -10, 50, 0, 100), 0.04, 0.20),
     "kneel": ((-35, 15, -3, 20, -20, 20, 85, 150), 0.08, 0.05),
 }
-# Styles of an arm, degrees: azimuth, elevation; turn in half widths of its range; elbow.
+# Arm styles, degrees: azimuth, elevation; rotation in half widths of its range; elbow.
 ARM_STYLES: _Styles = {
     "hang": ((-20, 90, -85, -60, -0.5, 0.5, 0, 80), 0.22, 0.0),
     "akimbo": ((-25, 25, -65, -40, 0.2, 0.9, 60, 125), 0.08, 0.05),
@@ -49,17 +49,17 @@ _ARM_RANGES, _ARM_WEIGHTS = _style_table(ARM_STYLES)
 
 
 class JointLimitSampler:
-    """Crouches, kicks, bends, raised arms: poses that walking people do not make.
+    """Crouches, kicks, bends, raised arms: poses that are rare in recordings of walking.
 
-    Hips, knees, shoulders and elbows are uniform inside a style drawn for each limb (a third of the poses use one style
-    and one draw for both sides); spine and neck bend as a chain. `extreme` leaves the ordinary styles out.
+    Hips, knees, shoulders and elbows are uniform within a style drawn per limb (a third of the poses use the same style
+    and values on both sides); spine and neck bend as a chain. `extreme` drops the ordinary styles.
     """
 
     def __init__(self, extreme: bool = False) -> None:
         self.extreme = extreme
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:  # (count, 24, 3) radians
-        """Anatomical angles: not yet clamped to the limits, limbs may collide."""
+        """Anatomical angles, before clamping to the limits; limbs may collide."""
         device = generator.device
         normal = torch.randn(count, 40, generator=generator, device=device)
         uniform = torch.rand(count, 20, generator=generator, device=device)
@@ -75,7 +75,7 @@ class JointLimitSampler:
         return angles * (math.pi / 180)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:  # (count, 24, 3, 3)
-        """Poses inside the limits, the colliding ones drawn again."""
+        """Poses inside the limits; colliding ones are resampled."""
         return least_blocked(lambda number, _: self.draw(number, generator), count)
 
     def _limbs(
@@ -92,11 +92,11 @@ class JointLimitSampler:
 
     def _trunk(self, angles: Tensor, normal: Tensor, uniform: Tensor) -> None:
         scale = 1.5 if self.extreme else 1.0
-        # A third bend far, the rest stand about upright: forwards reaches further than back.
+        # A third bend far, the others are almost upright; forward bends reach further than backward ones.
         far = uniform[:, 0] < (0.6 if self.extreme else 0.3)
         bend = torch.where(far, -25 + 115 * uniform[:, 1], 8 + 12 * normal[:, 0])
         spine = torch.stack([bend, 12 * scale * normal[:, 1], 14 * scale * normal[:, 2]], -1)  # (count, 3)
-        # The head stays level when the trunk bends, most of the time and in part.
+        # The head often stays partly level when the trunk bends.
         level = -0.4 * uniform[:, 2] * bend
         head = torch.stack([level + 14 * normal[:, 3], 10 * normal[:, 4], 24 * normal[:, 5]], -1)
         jitter = 2.5 * normal[:, 6:18].unflatten(-1, (4, 3))

@@ -1,10 +1,9 @@
-"""Synthetic people, drawn on the fly: shape, pose, camera, crop, keypoints, an estimator's heatmaps, and pictures.
+"""Synthetic people, generated on the fly: shape, pose, camera, crop, keypoints, an estimator's heatmaps, and images.
 
-Nothing is stored: people come in blocks, and block i of a stream is a function of (seed, stream, i) alone. So a resumed
-training sees the data it would have seen, several processes share a stream without overlap, and a split is fixed by its
-name. All figures of the process are our choice. The looks of pictures, and the scene and the faults of depth maps, are
-drawn from generators of their own, so that people are the same with them as without. n people a block, V vertices, C
-coarse vertices, J keypoints (HALPE26).
+Nothing is stored: block i of a stream is a function of (seed, stream, i) alone. So a resumed training sees the same
+data, several processes share a stream without overlap, and a split is fixed by its name. All figures of the process are
+our choice. The appearance in images, and the scene and corruptions of depth maps, use separate generators, so that
+people are the same with and without them. n people a block, V vertices, C coarse vertices, J keypoints (HALPE26).
 """
 
 from __future__ import annotations
@@ -32,30 +31,30 @@ from hmdiff.data.synthetic.rendering import MapDrawer, OccluderBoxes, Photograph
 from hmdiff.errors import UserError
 from hmdiff.names import SPLITS
 
-# Crop half-sides: how far off a trained network's guess of a hidden joint is (top of corruption.py).
+# Crop half-sides: error of a trained network's guess of a hidden joint (see corruption.py).
 GUESS = 0.26
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneOptions:
-    """The camera, the crop and the occluders of a stream. Angles as tangents, lengths in metres or crop half-sides."""
+    """Camera, crop and occluders of a stream. Angles as tangents, lengths in metres or crop half-sides."""
 
     distance: tuple[float, float] = (2.0, 10.0)  # metres to the pelvis, log-uniform
-    off_axis: float = 0.2  # standard deviation of the pelvis' place in the photo, as a tangent
+    off_axis: float = 0.2  # standard deviation of the pelvis position in the photo, as a tangent
     padding: tuple[float, float] = (1.08, 1.45)  # crop side over the longer side of the body's box
-    shift: float = 0.05  # standard deviation of the crop's displacement, of its side
-    truncated: float = 0.12  # share of people cut by the crop: a portrait, an upper body
-    truncation: tuple[float, float] = (0.45, 0.85)  # of their crops' sides, of the whole body's
-    occluded: float = 0.3  # share of people behind something
-    occluder_size: tuple[float, float] = (0.15, 0.45)  # of the crop's side
-    occluders: int = 1  # boxes in front of each of them
+    shift: float = 0.05  # standard deviation of the crop's displacement, relative to its side
+    truncated: float = 0.12  # share of people truncated by the crop: a portrait, an upper body
+    truncation: tuple[float, float] = (0.45, 0.85)  # their crop sides, relative to the whole body's
+    occluded: float = 0.3  # share of people behind an occluder
+    occluder_size: tuple[float, float] = (0.15, 0.45)  # relative to the crop's side
+    occluders: int = 1  # boxes in front of each occluded person
     tail: bool = False  # out-of-distribution poses and orientations
     postures: float = 0.0  # share of people who sit, lie, kneel, ... (`postures.py`)
     wide: bool = False  # any elevation of the camera, rolled photos, estimators of few joints
-    guess: float | None = None  # `hidden` of the estimator's faults; None: as the data has it
+    guess: float | None = None  # overrides `hidden` of the estimator's faults; None: no override
 
 
-# Wider than `val` and `test`, whose people stay those of earlier figures: what photos have, and the tail alone had.
+# Wider than `val` and `test`, which stay unchanged for comparability: covers photos and the tail.
 TRAIN_SCENE = SceneOptions(postures=0.25, wide=True, truncated=0.18, truncation=(0.3, 0.85))
 _SPLIT_SCENES = {
     "val": SceneOptions(),
@@ -65,26 +64,27 @@ _SPLIT_SCENES = {
     "test_ood": SceneOptions(tail=True),
     "test_postures": SceneOptions(postures=1.0, wide=True),
 }
-# `calibration` takes them in turn, block by block, with people of its own: what a spread is worth has to be learned
+# `calibration` alternates between these scenes by block, with separate people: the spread must be calibrated on all
+# kinds of photos, but not on test people.
 # from every kind of photo, and from nobody who is tested on.
 _CALIBRATION = tuple(_SPLIT_SCENES[split] for split in SPLITS if split.startswith("test"))
 _PEOPLE_OF = {"test_guessed": "test_occluded"}  # the same people behind the same occluders
 
 
 def block_generator(seed: int, stream: str, number: int) -> torch.Generator:
-    """The generator of a block. torch looks at 32 bits of a seed alone, so the three parts are hashed."""
+    """The generator of a block. torch uses only 32 bits of a seed, so the three parts are hashed."""
     if seed < 0:
         raise UserError(f"seed {seed}: a whole number from 0 on is needed")
-    # A seed beyond 32 bits is two words: its upper one comes last, or it would stand where the stream does.
+    # The upper word of a seed beyond 32 bits comes last, or it would take the position of the stream.
     words = np.random.SeedSequence([seed % 2**32, zlib.crc32(stream.encode()), number, seed >> 32]).generate_state(1)
     return torch.Generator().manual_seed(int(words[0]))
 
 
 class SyntheticHumans:
-    """Blocks of synthetic people. `coarse_ids` restricts skinning to what a training needs.
+    """Blocks of synthetic people. `coarse_ids` restricts skinning to the vertices that training needs.
 
-    A keypoint is `visible` when it lies inside the crop and behind no occluder, which is what a picture of the block
-    shows of it, except that a body also hides parts of itself: for that see `hmdiff.viz.renderer.visible_vertices`.
+    A keypoint is `visible` when it lies inside the crop and behind no occluder. Self-occlusion is not considered: for
+    that see `hmdiff.viz.renderer.visible_vertices`.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class SyntheticHumans:
         faults: EstimatorFaults | None = None,
         device: torch.device | str = "cpu",
         image_size: int | None = None,  # S: also image, silhouette, depth (each S x S) and visible_fraction
-        map_size: int | None = None,  # draw silhouette, depth and depth_input at this size, with pictures or without
-        depth_faults: DepthFaults | None = None,  # of depth_input
-        in_front: FrontDrawer | None = None,  # what more is put in front of the people of the stream train
-        training_poses: PoseMixture | None = None,  # of the stream train, from more recordings; None: `poses`
-        peaks: bool = False,  # give the heatmaps of the stream train as `Sample.peaks`: most of the time went to pixels
+        map_size: int | None = None,  # size of silhouette, depth and depth_input, drawn with or without images
+        depth_faults: DepthFaults | None = None,  # corruption of depth_input
+        in_front: FrontDrawer | None = None,  # additional occluders in the stream `train`
+        training_poses: PoseMixture | None = None,  # for the stream `train`, from more recordings; None: `poses`
+        peaks: bool = False,  # stream `train`: `Sample.peaks` instead of heatmaps, whose drawing dominated the time
     ) -> None:
         self.block_size, self.seed, self.full_mesh = block_size, seed, full_mesh
         self.faults = faults or EstimatorFaults()
@@ -111,7 +111,7 @@ class SyntheticHumans:
         self.device = torch.device(device)
         if body.keypoint_regressor is None:
             raise UserError(f"body {body.name!r} has no keypoint regressor: synthetic heatmaps need one, as free has")
-        body.from_smpl(torch.eye(3).expand(24, 3, 3))  # a body without SMPL's joints is refused now, not in a worker
+        body.from_smpl(torch.eye(3).expand(24, 3, 3))  # reject a body without SMPL's joints now, not in a worker
         self.coarse_ids = coarse_ids
         self.image_size = image_size
         self._photographer = None if image_size is None else Photographer(body, image_size, self.device)
@@ -218,7 +218,7 @@ class SyntheticHumans:
         scene: SceneOptions,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, Tensor]:  # pelvis (n, 3) metres; crop centre (n, 2) and side (n,) on the plane z = 1
-        """Where the person stands, and the square that a detector would cut out."""
+        """The person's position, and a detector's square crop."""
         n = len(coarse)
         draw = torch.rand(n, 6, generator=generator).to(self.device)
         normal = torch.randn(n, 4, generator=generator).to(self.device)
@@ -226,7 +226,7 @@ class SyntheticHumans:
         distance = low * (high / low) ** draw[:, 0]
         off_axis = (scene.off_axis * normal[:, :2] * torch.tensor([1.0, 0.5], device=self.device)).clamp(-0.5, 0.5)
         place = torch.cat([off_axis, torch.ones_like(distance)[:, None]], -1) * distance[:, None]
-        # Nobody stands in the lens: at least half a metre between it and the nearest point of the body.
+        # At least half a metre between the camera and the nearest point of the body.
         nearest = coarse[..., 2].amin(-1) + place[:, 2]
         place = place * (1 + (0.5 - nearest).clamp_min(0) / place[:, 2])[:, None]
 
@@ -254,6 +254,6 @@ class SyntheticHumans:
         n, (small, large) = self.block_size, scene.occluder_size
         behind = torch.rand(n, 1, generator=generator)[:, 0] < scene.occluded
         draw = torch.stack([torch.rand(n, 4, generator=generator) for _ in range(scene.occluders)], 1)
-        half = small + (large - small) * draw[..., 2:]  # of the crop's half-side: a box of that share of the side
+        half = small + (large - small) * draw[..., 2:]  # in crop half-sides, so equal to the fraction of the side
         middle = 1.6 * draw[..., :2] - 0.8
         return OccluderBoxes(middle.to(self.device), half.to(self.device), behind.to(self.device))

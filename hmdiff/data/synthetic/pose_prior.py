@@ -1,4 +1,4 @@
-"""The learned pose prior: a mixture of Gaussians over axis-angles, tied to its own mirror image.
+"""The learned pose prior: a mixture of Gaussians over axis-angles, symmetric under mirroring.
 
 p(x) = sum_k w_k (N(x; m_k, S_k) + N(Mx; m_k, S_k)) / 2, where x are the axis-angles of the 21 joints between pelvis and
 hands and M exchanges left and right. Fitted to motion capture by tools/build/poses.py; the form is our choice.
@@ -39,7 +39,7 @@ def mirror_features(
 def pose_features(
     rotations: Tensor,  # (N, 24, 3, 3)
 ) -> Tensor:  # (N, 63)
-    """Axis-angles of the modelled joints, one after the other."""
+    """Axis-angles of the modelled joints, concatenated."""
     return matrix_to_axis_angle(rotations[:, 1:22]).flatten(1)
 
 
@@ -73,7 +73,7 @@ class PosePrior:
         )
 
     def draw(self, count: int, generator: torch.Generator, spread: float = 1.0) -> Tensor:  # (count, 24, 3) radians
-        """Anatomical angles as the mixture gives them: not yet clamped to the limits, limbs may collide."""
+        """Anatomical angles from the mixture, before clamping to the limits; limbs may collide."""
         device = self.means.device
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         noise = torch.randn(count, _FEATURES, 1, generator=generator, device=device)
@@ -85,13 +85,13 @@ class PosePrior:
         return rotations_to_angles(rotations)
 
     def sample(self, count: int, generator: torch.Generator, spread: float = 1.0) -> Tensor:  # (count, 24, 3, 3)
-        """Poses of the prior, the colliding ones drawn again. `spread` scales the standard deviations."""
+        """Poses of the prior; colliding ones are resampled. `spread` scales the standard deviations."""
         return least_blocked(lambda number, _: self.draw(number, generator, spread), count)
 
     def log_prob(
         self,
-        rotations: Tensor,  # (N, 24, 3, 3); the root and the hands do not count
-    ) -> Tensor:  # (N,) nats, of the density over axis-angles, before limits and collisions are cut off
+        rotations: Tensor,  # (N, 24, 3, 3); the root and the hands are ignored
+    ) -> Tensor:  # (N,) nats, density over axis-angles, ignoring limits and collisions
         """Log density of poses under the mixture."""
         features = pose_features(rotations).to(self.means)
         both = torch.stack([features, mirror_features(features)])  # (2, N, F)

@@ -1,8 +1,8 @@
-"""Where training poses come from: the learned prior, the joint-limit sampler, their blends; and the root's orientation.
+"""Training poses from the learned prior, the joint-limit sampler and their blends; and the root's orientation.
 
-Poses are (N, 24, 3, 3) local rotations of the SMPL-named joints, the root the identity; `sample_orientation` draws the
-root's. Everything is drawn from one torch.Generator, whose device must be the tensors': same seed and count, same
-poses. Blends and orientations are our choice.
+Poses are (N, 24, 3, 3) local rotations of the SMPL joints with an identity root; `sample_orientation` draws the root's
+rotation. All draws come from one torch.Generator on the tensors' device: same seed and count, same poses. Blends and
+orientations are our choice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
     "sample_orientation",
 ]
 
-# Parts that a blend takes from one sampler or the other. The trunk carries neck and head.
+# Body parts that a blend takes from one sampler or the other. The trunk includes neck and head.
 _LEG = ("hip", "knee", "ankle", "foot")
 _PART_OF_JOINT = torch.tensor(
     [0 if joint == kind(joint) else (1 if kind(joint) in _LEG else 3) + joint.startswith("right_") for joint in SMPL24]
@@ -37,14 +37,14 @@ _PART_OF_JOINT = torch.tensor(
 
 
 class PoseMixture:
-    """Poses of the prior, of the limits, and blends: some limbs of one and the rest of the other, as gestures are."""
+    """Poses from the prior, from the joint limits, and blends: some limbs from one and the rest from the other."""
 
     def __init__(
         self,
         prior_share: float = 0.4,
         limit_share: float = 0.2,
         blend_share: float = 0.4,
-        prior: PosePrior | None = None,  # None: the shipped one
+        prior: PosePrior | None = None,  # None: the shipped prior
         spread: float = 1.0,
     ) -> None:
         shares = torch.tensor([prior_share, limit_share, blend_share])
@@ -56,14 +56,14 @@ class PoseMixture:
         self.limits, self.extremes = JointLimitSampler(), JointLimitSampler(extreme=True)
 
     def to(self, device: torch.device | str) -> PoseMixture:
-        """The same mixture drawing on a device, from a generator of that device."""
+        """The same mixture on another device; its generator must be on that device."""
         prior_share, limit_share, blend_share = self.shares.tolist()
         return PoseMixture(prior_share, limit_share, blend_share, self.prior.to(device), self.spread)
 
     def sample(self, count: int, generator: torch.Generator, tail: bool = False) -> Tensor:  # (count, 24, 3, 3)
-        """Poses in the given shares; `tail`: only ones far from the prior, yet inside the limits, hardly colliding."""
+        """Poses in the given shares; `tail`: only poses far from the prior, inside the limits, with few collisions."""
         if tail:
-            # A collision outweighs any density: of the free poses, the one least likely under the prior is kept.
+            # Collisions dominate the score: among collision-free poses, the least likely under the prior is kept.
             return least_blocked(
                 lambda number, _: self.extremes.draw(number, generator),
                 count,
@@ -74,7 +74,7 @@ class PoseMixture:
         device = generator.device
         source = torch.multinomial(self.shares.to(device), count, replacement=True, generator=generator)
         coin = torch.rand(count, 7, generator=generator, device=device)
-        # A blend takes the arms from the limits half of the time, the legs a quarter, else each part as its coin falls.
+        # Blends take the arms from the limits in half of the cases, the legs in a fifth, else random parts.
         which, parts = coin[:, :1], coin[:, 1:6] < 0.4
         arms = torch.tensor([False, False, False, True, True], device=device)
         legs = torch.tensor([False, True, True, False, False], device=device)
@@ -84,7 +84,7 @@ class PoseMixture:
         def draw(number: int, slots: Tensor | None) -> Tensor:
             from_prior = self.prior.draw(number, generator, self.spread)
             from_limits = self.limits.draw(number, generator)
-            chosen = limit if slots is None else limit[slots]  # a slot keeps its kind, so the shares are exact
+            chosen = limit if slots is None else limit[slots]  # a slot keeps its source, so the shares are exact
             return torch.where(chosen[..., None], from_limits, from_prior)
 
         return least_blocked(draw, count)
@@ -94,15 +94,15 @@ def sample_orientation(
     count: int,
     generator: torch.Generator,
     tail: bool = False,  # also lying, upside down, strongly tilted
-    leaning: Tensor | None = None,  # (k, 3, 3) the tilts of the first k, such as a posture's
-    wide: bool = False,  # any elevation of the camera, and photos that are rolled, up to upside down
+    leaning: Tensor | None = None,  # (k, 3, 3) given tilts of the first k, such as a posture's
+    wide: bool = False,  # any camera elevation, and rolled photos, up to upside down
 ) -> Tensor:  # (count, 3, 3) the root's rotation, SMPL's canonical frame -> camera (OpenCV)
-    """Root rotations as photos have them: any yaw, the body's tilt, the camera's elevation and roll.
+    """Root rotations as in photos: any yaw, the body's tilt, the camera's elevation and roll.
 
-    Yaw has more mass on facing the camera; tilt has the standard deviations of the motion capture's pelvis (18 degrees
+    Facing the camera is more frequent; tilt has the standard deviations of the motion capture's pelvis (18 degrees
     forwards and back, 6 sideways); the camera looks down by -10 to 35 degrees and rolls by 3. `tail`: half of the poses
-    are tilted by anything from 40 degrees to upside down about any level axis. `wide`: a quarter of the cameras look
-    from -45 to 85 degrees, a tenth of the photos are rolled by 35 degrees and a tenth by anything.
+    are tilted by 40 degrees to upside down about any level axis. `wide`: a quarter of the cameras look from -45 to 85
+    degrees, a tenth of the photos are rolled by 35 degrees and a tenth by any angle.
     """
     device = generator.device
     normal = torch.randn(count, 4, generator=generator, device=device)
@@ -112,7 +112,7 @@ def sample_orientation(
     degree = math.pi / 180
     zero = torch.zeros_like(yaw)
     tilt = torch.stack([18 * degree * normal[:, 1], zero, 6 * degree * normal[:, 2]], -1)
-    # Low elevations are the commoner: people are photographed from eye height.
+    # Low elevations are more frequent: most people are photographed from eye height.
     elevation = (-10 + 45 * uniform[:, 2] ** 1.5) * degree
     roll = 3 * degree * normal[:, 3]
     if tail:
@@ -125,7 +125,7 @@ def sample_orientation(
         elevation = torch.where(more[:, 0] < 0.25, (-45 + 130 * more[:, 1]) * degree, elevation)
         rolled = torch.where(more[:, 2] < 0.1, (2 * more[:, 3] - 1) * math.pi, roll * (35 / 3))
         roll = torch.where(more[:, 2] < 0.2, rolled, 1.7 * roll)
-    # The body faces the camera when turned by half a turn about x: up becomes -y, its front -z.
+    # A half turn about x makes the body face the camera: up becomes -y, its front -z.
     camera = torch.stack([elevation + math.pi, zero, zero], -1)
     turns = axis_angle_to_matrix(
         torch.stack([torch.stack([zero, zero, roll], -1), camera, torch.stack([zero, yaw, zero], -1), tilt])

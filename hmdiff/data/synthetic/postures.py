@@ -1,9 +1,9 @@
-"""Whole-body postures that nobody recorded, together with how the body lies to gravity: sitting, lying, kneeling, ...
+"""Whole-body postures missing from recordings, with the body's orientation to gravity: sitting, lying, kneeling, ...
 
-A posture names ranges for each leg and arm (the styles of `limit_sampler`, or its own), the bend of the trunk, and the
-tilt of the pelvis out of the upright. The motion capture has people who walk, run and play; photos have people on
-chairs and floors, in beds, on walls and bars. All figures are our choice, in degrees, in the conventions of
-`hmdiff/body/anatomy.py`. Contact is by construction (level thighs on a seat, knees and hands on a floor), not solved.
+A posture gives ranges for each leg and arm (those of `limit_sampler` or additional ones), the bend of the trunk and the
+tilt of the pelvis. The motion capture has walking, running and playing; photos also show people on chairs, floors,
+beds, walls and bars. All figures are our choice, in degrees, in the conventions of `hmdiff/body/anatomy.py`. Contact is
+by construction (level thighs on a seat, knees and hands on a floor), not solved for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hmdiff.geometry import axis_angle_to_matrix
 _INDEX = {name: index for index, name in enumerate(SMPL24)}
 _SPINE = (("spine1", 0.45), ("spine2", 0.33), ("spine3", 0.22))
 
-# Legs, degrees: hip flexion (-), abduction, turn; knee; each as low, high.
+# Legs, degrees: hip flexion (-), abduction, rotation; knee; each as low, high.
 _LEGS = {
     "stand": LEG_STYLES["stand"][0],
     "step": LEG_STYLES["step"][0],
@@ -47,7 +47,7 @@ _LEGS = {
     "climb": (-120, -60, 5, 50, -10, 50, 50, 125),
     "split": (-110, -75, -3, 30, -15, 30, 0, 15),
 }
-# Arms, degrees: azimuth, elevation; turn in half widths of its range; elbow.
+# Arms, degrees: azimuth, elevation; rotation in half widths of its range; elbow.
 _ARMS = {
     **{name: values for name, (values, *_) in ARM_STYLES.items()},
     "support_front": (70, 110, -35, 5, -0.4, 0.4, 0, 25),  # hands on the floor under the shoulders
@@ -64,10 +64,10 @@ _ARMS = {
 class _Posture(NamedTuple):
     share: float
     legs: tuple[tuple[str, str], ...]  # pairs of styles for (one, the other) leg
-    arms: tuple[str, ...]  # each arm takes one of them
-    bend: tuple[float, float]  # of the spine, forwards
-    pitch: tuple[float, float]  # of the pelvis, forwards: 90 is face down, -90 on the back
-    roll: tuple[float, float] = (-6, 6)  # of the pelvis to a side
+    arms: tuple[str, ...]  # choices for each arm
+    bend: tuple[float, float]  # forward bend of the spine
+    pitch: tuple[float, float]  # forward pitch of the pelvis: 90 is prone, -90 supine
+    roll: tuple[float, float] = (-6, 6)  # sideways roll of the pelvis
 
 
 _FREE = ("hang", "akimbo", "before", "aside", "up", "across")
@@ -157,7 +157,7 @@ _POSTURES: dict[str, _Posture] = {
 
 
 def _tables() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weights (P,); legs (P, L, 2, 4, 2) and how many; arms (P, A, 4, 2) and how many: padded with the first."""
+    """Weights (P,); legs (P, L, 2, 4, 2) with counts; arms (P, A, 4, 2) with counts: padded with the first entry."""
     legs, arms = [], []
     most_legs = max(len(p.legs) for p in _POSTURES.values())
     most_arms = max(len(p.arms) for p in _POSTURES.values())
@@ -182,14 +182,14 @@ _WEIGHTS, _LEG_RANGES, _ARM_RANGES, _COUNTS, _LEAN = _tables()
 
 
 class PostureSampler:
-    """Poses with the tilt that goes with them."""
+    """Samples poses with the tilt that belongs to them."""
 
     def sample(
         self,
         count: int,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:  # poses (count, 24, 3, 3), tilts (count, 3, 3) of the upright body
-        """Postures by their shares; the colliding ones are drawn again within their posture."""
+        """Postures by their shares; colliding ones are resampled within their posture."""
         device = generator.device
         which = torch.multinomial(_WEIGHTS.to(device), count, replacement=True, generator=generator)
 
@@ -215,7 +215,7 @@ class PostureSampler:
         swapped = uniform[:, 1] < 0.5
         legs = torch.where(swapped[:, None, None, None], legs.flip(1), legs)
         one, other = ((uniform[:, 2 + k] * counts[:, 1]).long() for k in (0, 1))
-        other = torch.where(uniform[:, 4] < 0.5, one, other)  # half of the time both arms do the same
+        other = torch.where(uniform[:, 4] < 0.5, one, other)  # in half of the cases both arms have the same style
         arms = _ARM_RANGES.to(device)[which[:, None], torch.stack([one, other], 1)]
         place = uniform[:, 8:24].unflatten(-1, (4, 4))
         alike = (uniform[:, 5] < 0.4)[:, None]
@@ -229,7 +229,7 @@ class PostureSampler:
         spine = torch.stack([bend, 8 * normal[:, 0], 10 * normal[:, 1]], -1)
         for position, (joint, share) in enumerate(_SPINE):
             angles[:, _INDEX[joint]] = share * spine + 2.5 * normal[:, 6 + 3 * position : 9 + 3 * position]
-        # The face looks up from a bent trunk most of the time, and around.
+        # The head partly compensates the trunk's bend, and turns.
         head = torch.stack([-0.5 * uniform[:, 7] * bend + 14 * normal[:, 2], 9 * normal[:, 3], 22 * normal[:, 4]], -1)
         angles[:, _INDEX["neck"]] = angles[:, _INDEX["head"]] = 0.5 * head
         sampler = JointLimitSampler()

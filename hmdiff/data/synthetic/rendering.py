@@ -1,9 +1,8 @@
-"""Pictures of synthetic people: the same bodies, cameras and occluders as their keypoints, rendered (our choice).
+"""Rendered images of synthetic people, with the same bodies, cameras and occluders as their keypoints (our choice).
 
-What is drawn is a coarser mesh of the body, 3,000 vertices of its hierarchy: at 128 pixels 1.7 times as fast as the
-free body's 12,410, and within a pixel of it. The looks are those of `hmdiff.data.synthetic.appearance`. Where only
-silhouette and depth are wanted, `MapDrawer` draws them without the picture, at a size of their own. n people, O boxes,
-S pixels a side.
+Draws a coarser mesh of the body, 3,000 vertices of its hierarchy: at 128 pixels 1.7 times as fast as the free body's
+12,410, and within a pixel of it. Appearance: `hmdiff.data.synthetic.appearance`. Where only silhouette and depth are
+needed, `MapDrawer` draws them without the image, at a separate size. n people, O boxes, S pixels a side.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ RENDERED_VERTICES = 3000
 
 @dataclasses.dataclass(frozen=True)
 class OccluderBoxes:
-    """Boxes in front of people, upright in the crop. Who is not behind anything has boxes too, which do not count."""
+    """Axis-aligned boxes in front of people. `behind` masks them: unoccluded people have boxes that do not count."""
 
     middle: Tensor  # (n, O, 2) crop coordinates
     half: Tensor  # (n, O, 2) half their sides
-    behind: Tensor  # (n,) bool: whether this person's boxes are there
+    behind: Tensor  # (n,) bool: whether this person's boxes count
 
     def cover(
         self,
         points: Tensor,  # (n, J, 2) crop coordinates
     ) -> Tensor:  # (n, J) bool
-        """Which points lie behind a box."""
+        """Whether each point lies behind a box."""
         inside = ((points[:, :, None] - self.middle[:, None]).abs() < self.half[:, None]).all(-1).any(-1)
         return inside & self.behind[:, None]
 
@@ -48,7 +47,7 @@ class OccluderBoxes:
         self,
         size: int,  # S
     ) -> Tensor:  # (n, S, S) 0..1, over 0.5 exactly where `cover` holds for the pixel's centre
-        """The boxes as a picture, their edges one pixel soft."""
+        """The boxes as a mask with edges one pixel soft."""
         x, y = grid(size, size, self.middle.device)
         centre, half = self.middle[..., None, None], self.half[..., None, None]
         margin = torch.minimum(half[:, :, 0] - (x - centre[:, :, 0]).abs(), half[:, :, 1] - (y - centre[:, :, 1]).abs())
@@ -58,16 +57,16 @@ class OccluderBoxes:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Rendered people. The labels are the body's alone: what an occluder hides is still in them."""
+    """Rendered people. The labels are the whole body's, including parts hidden by an occluder."""
 
     image: Tensor  # (n, 3, S, S) RGB 0..1
     silhouette: Tensor  # (n, S, S) 0 or 1
     depth: Tensor  # (n, S, S) metres along the optical axis, 0 where there is no body
-    visible_fraction: Tensor  # (n,) share of the silhouette in the crop that no occluder covers; 0 where it is empty
+    visible_fraction: Tensor  # (n,) fraction of the silhouette in the crop that no occluder covers; 0 where it is empty
 
 
 class Photographer:
-    """Renders people that are given by shape, pose and camera.
+    """Renders people from shape, pose and camera.
 
     Raises:
         UserError: the body has no faces.
@@ -97,7 +96,7 @@ class Photographer:
         focal: Tensor,  # (n,) crop half-sides
         principal_point: Tensor,  # (n, 2) crop coordinates
         boxes: OccluderBoxes,
-        generator: torch.Generator,  # CPU, of the looks alone
+        generator: torch.Generator,  # CPU, for the appearance only
     ) -> Pictures:
         output = self.body(betas, rotations)
         vertices = output.vertices + (pelvis - output.joints[:, 0])[:, None]
@@ -118,17 +117,17 @@ class Photographer:
 
 @dataclasses.dataclass(frozen=True)
 class Maps:
-    """Silhouette and depth without the picture. The labels are the body's alone, the input is all that is seen."""
+    """Silhouette and depth without the image. Labels are the whole body's; the input shows the occluded scene."""
 
     silhouette: Tensor  # (n, S, S) 0 or 1
     depth: Tensor  # (n, S, S) metres along the optical axis, 0 where there is no body
-    visible_fraction: Tensor  # (n,) share of the silhouette in the crop that no occluder covers; 0 where it is empty
+    visible_fraction: Tensor  # (n,) fraction of the silhouette in the crop that no occluder covers; 0 where it is empty
     occlusion: Tensor  # (n, S, S) bool: covered by a box, on the person or beside
-    depth_input: Tensor  # (n, S, S) a depth network's estimate, NaN = not known
+    depth_input: Tensor  # (n, S, S) a depth network's estimate, NaN = unknown
 
 
 class MapDrawer:
-    """Draws the silhouettes and depths of people that are given by shape, pose and camera, and estimates the depths.
+    """Draws silhouette and depth from shape, pose and camera, and a corrupted estimate of the depth.
 
     Raises:
         UserError: the body has no faces, or a size under 16.
@@ -158,7 +157,7 @@ class MapDrawer:
         focal: Tensor,  # (n,) crop half-sides
         principal_point: Tensor,  # (n, 2) crop coordinates
         boxes: OccluderBoxes,
-        generator: torch.Generator,  # CPU, of the scene and the faults alone
+        generator: torch.Generator,  # CPU, for the scene and the corruptions only
     ) -> Maps:
         output = self.body(betas, rotations)
         vertices = output.vertices + (pelvis - output.joints[:, 0])[:, None]
@@ -172,5 +171,5 @@ class MapDrawer:
 
 @functools.lru_cache(maxsize=2)
 def _drawn_mesh(body: Body) -> MeshSampler:
-    """A second or more of work, that training and validation data share."""
+    """Cached: takes a second or more, and training and validation data share it."""
     return load_mesh(body, min(RENDERED_VERTICES, body.num_vertices), fitted=False)
