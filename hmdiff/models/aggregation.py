@@ -1,8 +1,8 @@
-"""N hypotheses to one mesh by an MLP, as HMDiff (arXiv 2308.13369) ends; beside the mean and the selected hypothesis.
+"""MLP that aggregates N hypotheses into one mesh, the last stage of HMDiff (arXiv 2308.13369).
 
-The paper gives no more than "an MLP". Ours sees every hypothesis alike and takes any number of them: coordinates c_i of
-hypothesis i in the LBS basis (`hmdiff/body/lbs_basis.py`), h = mean_i f(c_i - c̄, c̄), and the mesh is the mean of the
-hypotheses plus the basis times g(h, c̄), with g zero at the start: an untrained head is the mean.
+The paper only states that it is an MLP. This one is permutation-invariant and accepts any N (DeepSets): with c_i the
+coordinates of hypothesis i in the LBS basis (`hmdiff/body/lbs_basis.py`), h = mean_i f(c_i - c̄, c̄), and the mesh is the
+mean of the hypotheses plus basis * g(h, c̄). g is zero-initialised: an untrained head returns the mean.
 B people, N hypotheses, P points (coarse vertices, then joints), D = 12 J coordinates.
 """
 
@@ -22,12 +22,12 @@ from hmdiff.models.saved import check_state
 
 WEIGHTS, CONFIG = "aggregator.safetensors", "config.json"
 _MEND = "train it again with hmdiff prepare aggregator"
-_LARGEST = 4096  # of any of its sizes
+_LARGEST = 4096  # bound on `hidden`
 
 
 @dataclasses.dataclass(frozen=True)
 class AggregatorSizes:
-    """What an aggregator's weights are shaped by."""
+    """Sizes that determine the shapes of the weights."""
 
     num_points: int  # P
     num_joints: int  # J
@@ -35,14 +35,14 @@ class AggregatorSizes:
 
 
 class HypothesisAggregator(nn.Module):
-    """The MLP. `basis` comes from the body (`set_basis`) and is never saved."""
+    """The MLP. `basis` comes from the body (`set_basis`) and is not saved."""
 
     basis: Tensor
 
     def __init__(self, sizes: AggregatorSizes) -> None:
         super().__init__()
         self.sizes = sizes
-        self.fitted_on: dict[str, Any] = {}  # how it was trained, and what it gave on val
+        self.fitted_on: dict[str, Any] = {}  # training settings and validation results
         coordinates, hidden = 12 * sizes.num_joints, sizes.hidden
         self.register_buffer("basis", torch.zeros(sizes.num_points, 4 * sizes.num_joints), persistent=False)
         self.each = nn.Sequential(nn.Linear(2 * coordinates, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
@@ -70,7 +70,7 @@ class HypothesisAggregator(nn.Module):
         self,
         coordinates: Tensor,  # (B, N, D)
     ) -> Tensor:  # (B, P, 3)
-        """What is added to the mean of the hypotheses' points."""
+        """Correction added to the mean of the hypotheses."""
         mean = coordinates.mean(1, keepdim=True)
         seen = torch.cat([coordinates - mean, mean.expand_as(coordinates)], -1)
         summary = self.each(seen).mean(1)
@@ -85,7 +85,7 @@ class HypothesisAggregator(nn.Module):
 
 
 def save_aggregator(aggregator: HypothesisAggregator, folder: Path) -> None:
-    """Sizes and how it was trained as JSON, weights as safetensors, in a folder that is not there yet."""
+    """Write sizes and `fitted_on` as JSON, weights as safetensors, into a new folder."""
     from safetensors.torch import save_file
 
     folder.mkdir()
@@ -97,10 +97,10 @@ def save_aggregator(aggregator: HypothesisAggregator, folder: Path) -> None:
 
 def load_aggregator(
     folder: Path,
-    num_points: int,  # of the model whose hypotheses it reads
+    num_points: int,  # of the model that samples the hypotheses
     num_joints: int,
 ) -> HypothesisAggregator:
-    """Raises `UserError` naming the file, and the value or the weight that is wrong."""
+    """Raises `UserError` naming the file and the invalid value or weight."""
     about = read_json(folder / CONFIG, 1 << 20, _MEND)
     if not isinstance(about, dict):
         raise UserError(f"{folder / CONFIG}: a {type(about).__name__}, a mapping was expected; {_MEND}")
@@ -120,7 +120,7 @@ def load_aggregator(
         from safetensors.torch import load_file
 
         state = load_file(path)
-    except Exception as error:  # safetensors has errors of its own
+    except Exception as error:  # safetensors raises its own error types
         raise UserError(f"{path}: cannot be read ({str(error)[:120]}); {_MEND}") from None
     check_state(path, aggregator.state_dict(), state)
     aggregator.load_state_dict(state, strict=True)

@@ -1,7 +1,7 @@
-"""Image and heatmaps to context tokens.
+"""Backbones: image and heatmaps to context tokens.
 
-`ImageBackbone`: any timm network by name, its last feature map flattened to tokens. HMDiff's backbone is unknown;
-HRNet-W64 is the lineage's (METRO, FastMETRO). Heatmaps may be fused early (JOTR, arXiv 2307.16377).
+`ImageBackbone`: any timm network by name, its last feature map flattened to tokens, optionally with early fusion of
+heatmaps (JOTR, arXiv 2307.16377). HMDiff's backbone is not published; METRO and FastMETRO use HRNet-W64.
 `ConvHeatmapBackbone`: a small convolutional network for heatmaps alone (our choice).
 `JointHeatmapBackbone`: one token per joint, from the characteristic function of its heatmap (our choice).
 
@@ -22,26 +22,26 @@ from hmdiff.models.layers import sinusoidal_position_2d
 
 
 class GridBackbone(nn.Module):
-    """One whose tokens are the cells of a square grid over the crop."""
+    """Backbone whose tokens are the cells of a square grid over the crop."""
 
-    grid: int  # cells a side
+    grid: int  # cells per side
 
     def look(
         self,
         maps: Tensor,  # (B, K, S, S) over the crop
         heatmaps: Tensor | None = None,
         heatmap_valid: Tensor | None = None,
-    ) -> Tensor:  # (B, L, K): the mean over each token's cell
-        """What each token sees of a map."""
+    ) -> Tensor:  # (B, L, K): mean over each token's cell
+        """Pool maps at the tokens."""
         return nn.functional.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)
 
 
 class ImageBackbone(GridBackbone):
     """A timm network; the deepest feature map gives the tokens.
 
-    With `heatmap_channels` the heatmaps, enlarged to the image, are further input channels. JOTR joins them behind
-    ResNet's stem; at the input the same idea serves every timm network (ours). Weights that were trained on pictures
-    alone see the pictures alone at first: those of the heatmaps' channels start at zero.
+    With `heatmap_channels` the heatmaps are upsampled to the image and concatenated as input channels, which works with
+    any timm network; JOTR concatenates them after ResNet's stem. With pretrained weights, the heatmap channels of the
+    first layer start at zero.
     """
 
     pixel_mean: Tensor
@@ -49,14 +49,14 @@ class ImageBackbone(GridBackbone):
 
     def __init__(
         self,
-        name: str,  # of timm, such as hrnet_w64 or resnet18
+        name: str,  # in timm, such as hrnet_w64 or resnet18
         image_size: int,
         width: int,  # channels of the tokens
         heatmap_channels: int = 0,
-        pretrained: bool | str = False,  # True: ImageNet's weights, downloaded by timm; or a file, `initial_weights`
+        pretrained: bool | str = False,  # True: ImageNet weights, downloaded by timm; or a file, see `initial_weights`
     ) -> None:
         super().__init__()
-        import timm  # seconds to import, and heatmap-only models do not need it
+        import timm  # slow import, not needed by heatmap models
 
         def build(channels: int, download: bool) -> Any:
             return timm.create_model(
@@ -96,14 +96,14 @@ class ImageBackbone(GridBackbone):
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
 
 
-_STARTS = ("", "backbone.", "model.")  # of the names in a network's own file, in a pose network's, in a wrapper's
+_STARTS = ("", "backbone.", "model.")  # prefixes in checkpoints of a network, a pose network, a wrapper
 
 
 def initial_weights(network: nn.Module, path: str) -> dict[str, Tensor]:
-    """What a file has for a timm network, under the network's names.
+    """Read the weights of a timm network from a checkpoint file, with the network's names.
 
-    Of timm, torchvision, or a pose network of mmpose with the same backbone: ResNets have the same names in all three,
-    and JOTR and its lineage start from a ResNet trained for 2D pose. What else is in the file (a head) is left out.
+    Accepts checkpoints of timm, torchvision, or an mmpose pose network with the same backbone: ResNets have the same
+    names in all three, and JOTR starts from a ResNet trained for 2D pose. Other weights, such as a head, are ignored.
 
     Raises:
         UserError: the file cannot be read, or lacks weights of the network.
@@ -123,7 +123,7 @@ def initial_weights(network: nn.Module, path: str) -> dict[str, Tensor]:
 
 
 def _widened(stored: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With zeros for the input channels that only `wanted` has."""
+    """Zero-pad the input channels that only `wanted` has."""
     result = dict(stored)
     for name, value in stored.items():
         target = wanted[name]
@@ -133,13 +133,12 @@ def _widened(stored: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, 
 
 
 def _without_dust(maps: Tensor) -> Tensor:
-    """The tails of Gaussians run out in numbers below 1e-38, on which a processor's convolutions take three times as
-    long: what nobody can see is 0."""
+    """Set values below 1e-6 to 0: denormal floats in Gaussian tails make CPU convolutions three times slower."""
     return torch.where(maps < 1e-6, torch.zeros_like(maps), maps)
 
 
 class ConvHeatmapBackbone(GridBackbone):
-    """Heatmaps (and which of them are there) to an 8 x 8 grid of tokens by strided convolutions."""
+    """Heatmaps and their validity mask to an 8 x 8 grid of tokens by strided convolutions."""
 
     def __init__(
         self,
@@ -174,10 +173,10 @@ class ConvHeatmapBackbone(GridBackbone):
 
 
 class JointHeatmapBackbone(nn.Module):
-    """One token per joint: E[exp(i w·x)] under its heatmap for a fixed set of frequencies w, its peak and its mass.
+    """One token per joint: E[exp(i w·x)] under its heatmap for fixed frequencies w, its peak and its mass.
 
-    The expectation is linear in the heatmap, so that several peaks, blur and tails are kept, and costs one matrix
-    product. A joint without a heatmap (or with an empty one) is a masked token.
+    The expectation is linear in the heatmap, so multiple peaks, blur and tails are represented, and it is one matrix
+    product. A joint with a missing or empty heatmap is a masked token.
     """
 
     basis: Tensor
@@ -190,7 +189,7 @@ class JointHeatmapBackbone(nn.Module):
         heatmap_size: int,
         width: int,
         frequencies: int = 8,  # along each axis, geometric from half a turn to eight turns across the crop
-        products: int = 4,  # the lowest ones also in pairs (x and y together), which marginals would lose
+        products: int = 4,  # products of the lowest x and y frequencies, which marginals do not determine
     ) -> None:
         super().__init__()
         coordinates = (torch.arange(heatmap_size) + 0.5) * (2 / heatmap_size) - 1
@@ -229,15 +228,15 @@ class JointHeatmapBackbone(nn.Module):
 
     def from_peaks(
         self,
-        peaks: Tensor,  # (B, J, 2, 4) x, y (crop), height, sigma (heatmap pixels); a height of 0: no such peak
+        peaks: Tensor,  # (B, J, 2, 4) x, y (crop), height, sigma (heatmap pixels); height 0: no peak
         heatmap_valid: Tensor,  # (B, J) bool
     ) -> tuple[Tensor, Tensor]:  # tokens (B, J, C), mask (B, J) bool
-        """`forward` of the heatmaps that these Gaussians add up to, without drawing them.
+        """`forward` for heatmaps that are sums of these Gaussians, without rendering them.
 
-        A Gaussian of variance s², cut at a tenth of the heatmap's peak, is nearly a Gaussian of variance s² N / D and
-        of mass 2 pi s² D times its height, with t = 0.1 peak / height, D = 1 - t + t log t and
-        N = 1 - t (1 - log t) - t (log t)² / 2. Its expectations are products of sums over 64 rows and 64 columns. Where
-        two peaks overlap in part this is an approximation, held to the drawn heatmaps by the tests.
+        A Gaussian of variance s², less a tenth of the heatmap's peak, is nearly a Gaussian of variance s² N / D and
+        mass 2 pi s² D times its height, with t = 0.1 peak / height, D = 1 - t + t log t and
+        N = 1 - t (1 - log t) - t (log t)² / 2. Its expectations are products of sums over 64 rows and 64 columns. For
+        partly overlapping peaks this is an approximation; the tests bound its error.
         """
         place, height, sigma = peaks[..., :2].float(), peaks[..., 2].float(), peaks[..., 3].float()
         size = self.line.shape[0]
@@ -267,7 +266,7 @@ class JointHeatmapBackbone(nn.Module):
 
     @staticmethod
     def _above(heatmaps: Tensor, share: float) -> tuple[Tensor, Tensor]:  # (B, J, h w), and the peaks (B, J, 1)
-        """What exceeds a share of the peak: a real network's background is faint, but 4,096 pixels wide."""
+        """Subtract a fraction of the peak: the background of a real estimator is weak but covers 4,096 pixels."""
         flat = heatmaps.flatten(2).float()
         peak = flat.amax(-1, keepdim=True)
         return (flat - share * peak).relu(), peak
@@ -277,8 +276,8 @@ class JointHeatmapBackbone(nn.Module):
         maps: Tensor,  # (B, K, S, S) over the crop
         heatmaps: Tensor,  # (B, J, h, w)
         heatmap_valid: Tensor,  # (B, J) bool
-    ) -> Tensor:  # (B, J, K): the mean about each joint's peak, down to half of it; 0 where the joint is missing
-        """What each token sees of a map."""
+    ) -> Tensor:  # (B, J, K): mean weighted by the heatmap above half its peak; 0 for a missing joint
+        """Pool maps at the tokens."""
         flat, _ = self._above(heatmaps, 0.5)
         weight = flat * heatmap_valid[..., None] / flat.sum(-1, keepdim=True).clamp_min(1e-6)
         if maps.shape[-2:] != heatmaps.shape[-2:]:

@@ -1,4 +1,4 @@
-"""Which values of a model's hyperparameters are possible, and which go together."""
+"""Valid values and combinations of a model's hyperparameters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TOKENS = ("patches", "parts")
 
 
 def check_choices(
-    config: Any,  # the arguments of `MeshRecoveryModel`, as its `config` has them
+    config: Any,  # `MeshRecoveryModel.config`
 ) -> None:
-    """Raises `ValueError` for the first value that is not possible."""
+    """Raises `ValueError` for the first invalid value."""
     encoder_type, tokens, backbone = config.encoder_type, config.tokens, config.backbone
     for name, value, allowed in (
         ("mode", config.mode, MODES),

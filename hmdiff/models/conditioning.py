@@ -1,4 +1,4 @@
-"""What the denoiser is told of the image, computed once per image, shared by all hypotheses and all steps."""
+"""The denoiser's conditioning, computed once per image and shared by all hypotheses and steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hmdiff.models.layers import KeysValues
 
 @dataclasses.dataclass(frozen=True)
 class LiftedVolume:
-    """JOTR's volume of 3D features, and what maps a joint into it."""
+    """JOTR's volume of 3D features, with the camera and exponent that map joints into it."""
 
     features: Tensor  # (B, V, D, H, W)
     camera: Tensor  # (B, 3) scale, tx, ty
@@ -23,18 +23,18 @@ class LiftedVolume:
 
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
-    """Context tokens of B images, and their volume where the model lifts."""
+    """Context tokens of B images, and their volume if the model has lifting."""
 
     tokens: Tensor  # (B, L, C)
     mask: Tensor  # (B, L) bool, True = real token
-    keys_values: tuple[KeysValues, ...] = ()  # of every cross-attention of the denoiser, once they are computed
+    keys_values: tuple[KeysValues, ...] = ()  # of each cross-attention of the denoiser; () before they are computed
     volume: LiftedVolume | None = None
 
     def rows(
         self,
         index: Tensor,  # (M,) long
     ) -> Conditioning:
-        """Conditioning of some of the images, in the order of `index`."""
+        """Select images by index."""
         keys_values = tuple((keys[index], values[index]) for keys, values in self.keys_values)
         volume = None if self.volume is None else self.volume.rows(index)
         return Conditioning(self.tokens[index], self.mask[index], keys_values, volume)

@@ -1,11 +1,11 @@
 """The denoiser of HMDiff (arXiv 2308.13369): vertex self-attention, vertex-image cross-attention, linear.
 
-x_k is a noisy mesh of P points: C coarse vertices, then K body joints. The points become tokens, one per patch of p
-neighbouring vertices (p = 1 is the paper's lineage) and one per joint; the joint tokens and the patches are ours.
+x_k is a noisy mesh of P points: C coarse vertices, then K body joints. There is one token per patch of p neighbouring
+vertices (p = 1 in METRO) and one per joint; patches and joint tokens are ours.
 
-Optional, and without a parameter when off: RLE's scale heads and masked modelling (D2A-HMR, arXiv 2403.09063), joints
-that look into the image's volume after each block (JOTR, arXiv 2307.16377).
-B images, N hypotheses of each, T tokens, L context tokens, C coarse vertices, K joints.
+Optional modules, without parameters when off: RLE's scale heads and masked modelling (D2A-HMR, arXiv 2403.09063),
+2D-3D fusion at the joints after each block (JOTR, arXiv 2307.16377).
+B images, N hypotheses per image, T tokens, L context tokens, C coarse vertices, K joints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hmdiff.models.fusion import JointFusion
 from hmdiff.models.layers import Attention, FeedForward, KeysValues, StepModulation, modulated
 from hmdiff.models.prediction import Denoised
 
-SCALED = ("joints", "vertices", "joints_2d")  # what RLE's σ̂ can be of
+SCALED = ("joints", "vertices", "joints_2d")  # quantities that RLE can predict σ̂ for
 
 
 class DenoiserBlock(nn.Module):
@@ -40,7 +40,7 @@ class DenoiserBlock(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # (B*N, T, C)
-        step: Tensor,  # (B*N, C), or (1, C) for all alike
+        step: Tensor,  # (B*N, C), or (1, C): the same for all
         keys_values: KeysValues,  # of the image, (B, H, L, C/H)
         context_mask: Tensor,  # (B, 1, 1, L) bool
         neighbours: Tensor | None,  # (T, T) bool or None for all
@@ -49,7 +49,7 @@ class DenoiserBlock(nn.Module):
         first, second, third = self.modulation(step)
         changed = self.self_attention(modulated(self.norm, tokens, first), mask=neighbours)
         tokens = tokens + first.gate * changed
-        # The hypotheses of an image are more queries to the same keys, so that these are neither copied nor recomputed.
+        # The hypotheses of an image are queries to the same keys, which need not be copied.
         images = len(keys_values[0])
         queries = modulated(self.norm, tokens, second).reshape(images, -1, tokens.shape[-1])
         attended = self.cross_attention(queries, keys_values, context_mask).reshape(tokens.shape)
@@ -60,7 +60,7 @@ class DenoiserBlock(nn.Module):
 
 
 class MeshDenoiser(nn.Module):
-    """x_k, k, image -> the prediction (noise, clean mesh or velocity: the scheduler's `prediction_type` decides)."""
+    """x_k, k, image -> prediction (noise, x_0 or velocity, by the scheduler's `prediction_type`)."""
 
     patches: Tensor
     place: Tensor
@@ -69,26 +69,26 @@ class MeshDenoiser(nn.Module):
 
     def __init__(
         self,
-        patches: Tensor,  # (T_v, p) long: coarse vertex ids of every patch, a partition
+        patches: Tensor,  # (T_v, p) long: coarse vertex indices of each patch, a partition
         num_joints: int,
         width: int,
         depth: int,
         heads: int,
         context_width: int,
         ratio: float = 4.0,
-        neighbours: Tensor | None = None,  # (T_v, T_v) bool: FastMETRO's mask between vertex tokens; joints see all
-        scaled: Sequence[str] = (),  # of SCALED: predict RLE's σ̂ of them
-        maskable: bool = False,  # tokens can be hidden
-        volume_width: int = 0,  # channels of the image's volume; 0: there is none
-        mesh_scale: float = 0.3,  # metres that make one unit; where the joints are in the volume
-        coarse_to_fine: bool = False,  # with a volume: joints and mesh accumulate from block to block
+        neighbours: Tensor | None = None,  # (T_v, T_v) bool: FastMETRO's attention mask; joint tokens attend to all
+        scaled: Sequence[str] = (),  # subset of SCALED: predict RLE's σ̂ for these
+        maskable: bool = False,  # has a mask token
+        volume_width: int = 0,  # channels of the image's volume; 0: none
+        mesh_scale: float = 0.3,  # metres per unit, to place joints in the volume
+        coarse_to_fine: bool = False,  # with a volume: joints and mesh are refined from block to block
         qk_norm: bool = False,  # queries and keys of unit length (arXiv 2010.04245)
     ) -> None:
         super().__init__()
         self.num_patches, patch_size = patches.shape
         num_patches = self.num_patches
         self.num_vertices, self.num_joints = patches.numel(), num_joints
-        self.register_buffer("patches", patches.long().clone())  # of its own: safetensors saves no shared memory
+        self.register_buffer("patches", patches.long().clone())  # safetensors does not save shared memory
         self.register_buffer("place", patches.flatten().argsort())
         mask = None
         if neighbours is not None:
@@ -101,14 +101,14 @@ class MeshDenoiser(nn.Module):
         self.embed_step = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(DenoiserBlock(width, heads, context_width, ratio, qk_norm) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        # Every token has its own bias: the mean mesh, found in the first steps of a training.
+        # A bias per token represents the mean mesh, learned in the first training steps.
         self.to_patch = nn.Linear(width, 3 * patch_size, bias=False)
         self.to_joint = nn.Linear(width, 3, bias=False)
         self.patch_bias = nn.Parameter(torch.zeros(num_patches, 3 * patch_size))
         self.joint_bias = nn.Parameter(torch.zeros(num_joints, 3))
         for layer in (self.to_patch, self.to_joint):
             nn.init.zeros_(layer.weight)
-        # What is optional comes last: without it the first weights are those of a model that knows nothing of it.
+        # Optional modules come last, so that they do not change the initial weights of the others.
         self.gradient_checkpointing = False
         self.mesh_scale = mesh_scale
         self.mask_token = nn.Parameter(torch.zeros(width)) if maskable else None
@@ -128,22 +128,26 @@ class MeshDenoiser(nn.Module):
         for head in heads.values():
             assert isinstance(head, nn.Linear)
             nn.init.zeros_(head.weight)
-            nn.init.constant_(head.bias, -1.0)  # σ̂ = 0.27 units at first: 8 cm where a unit is 0.3 m
+            nn.init.constant_(head.bias, -1.0)  # initial σ̂ = 0.27 units: 8 cm for a unit of 0.3 m
         return heads
 
     def keys_values(self, context: Tensor) -> tuple[KeysValues, ...]:
-        """Keys and values of every block's cross-attention, once per image. context: (B, L, C)."""
+        """Keys and values of each block's cross-attention, once per image. context: (B, L, C)."""
         return tuple(block.cross_attention.keys_values(context) for block in self.blocks)  # type: ignore
 
     def forward(
         self,
         points: Tensor,  # (B, N, P, 3) x_k, about unit variance
-        step: Tensor,  # (B, N) the step as a fraction of K, 0..1; or (1, 1): all at the same, which is embedded once
-        conditioning: Conditioning,  # of the B images, with keys and values
+        step: Tensor,  # (B, N) timestep as a fraction of K, 0..1; or (1, 1): the same for all, embedded once
+        conditioning: Conditioning,  # of the B images
         keys_values: tuple[KeysValues, ...],
-        hidden: Tensor | None = None,  # (B, N, T) bool: tokens replaced by the mask token, that may not read the image
+        hidden: Tensor | None = None,  # (B, N, T) bool token mask: True = mask token, no cross-attention
     ) -> Denoised:
-        """Masked modelling, as in METRO (arXiv 2012.09760): a hidden token has its place but neither x_k nor image."""
+        """Raises `ValueError` for a wrong number of points, or a token mask without a mask token.
+
+        Masked modelling follows METRO (arXiv 2012.09760): a masked token keeps its identity embedding, but reads
+        neither x_k nor the image.
+        """
         images, hypotheses, num_points, _ = points.shape
         if num_points != self.num_vertices + self.num_joints:
             raise ValueError(f"x has {num_points} points, not {self.num_vertices} vertices + {self.num_joints} joints")
@@ -194,8 +198,8 @@ class MeshDenoiser(nn.Module):
     def decode(
         self,
         tokens: Tensor,  # (M, T, width)
-        mesh: Tensor | None,  # (T_v, 3 p) or (M, T_v, 3 p): what the patches are added to
-        joints: Tensor | None,  # (K, 3) or (M, K, 3): what the joints are added to
+        mesh: Tensor | None,  # (T_v, 3 p) or (M, T_v, 3 p): added to the patches
+        joints: Tensor | None,  # (K, 3) or (M, K, 3): added to the joints
     ) -> Tensor:  # (M, P, 3)
         """Tokens to points."""
         patches = self.to_patch(tokens[:, : self.num_patches]) + mesh
@@ -207,13 +211,13 @@ class MeshDenoiser(nn.Module):
         tokens: Tensor,  # (M, T, width)
         context: Tensor,  # (B, L, context width), M = B N
     ) -> Tensor:  # (M, T, width)
-        """What the tokens take from the context before any attention: nothing here."""
+        """Hook to add context to the tokens before the blocks; the identity here."""
         return tokens
 
     def _look(
         self, number: int, tokens: Tensor, previous: Tensor | None, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor]:  # tokens (B*N, T, C), joints (B*N, K, 3)
-        """The joint tokens look into the volume, where they believe their joints to be."""
+        """2D-3D fusion: the joint tokens sample the volume at their estimated joints."""
         volume, count = conditioning.volume, self.num_patches
         if volume is None:
             raise ValueError("this denoiser looks into a volume: give a conditioning that has one")
@@ -223,7 +227,7 @@ class MeshDenoiser(nn.Module):
         return torch.cat([tokens[:, :count], joint_tokens], 1), found
 
     def _scale(self, tokens: Tensor) -> dict[str, Tensor]:  # (B*N, K or C, 3 or 2)
-        """RLE's σ̂ = sigmoid(linear), as in the authors' code of RLE, in units of the diffusion."""
+        """RLE's σ̂ = sigmoid(linear), as in RLE's code, in units of the diffusion."""
         found, count = {}, len(self.patches)
         for name, head in self.to_scale.items():
             part = tokens[:, :count] if name == "vertices" else tokens[:, count:]
@@ -235,7 +239,7 @@ class MeshDenoiser(nn.Module):
 def _step_waves(
     step: Tensor,  # (M,) 0..1
 ) -> Tensor:  # (M, 64)
-    """Sines and cosines of the step, geometric from one radian to 1,000 across the process."""
+    """Sinusoidal timestep features, frequencies geometric from 1 to 1,000 radians over the process."""
     frequency = torch.exp(torch.linspace(0, math.log(1000.0), 32, device=step.device))
     angle = step[:, None].float() * frequency
     return torch.cat([angle.sin(), angle.cos()], -1)

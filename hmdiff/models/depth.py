@@ -1,13 +1,11 @@
-"""Depth tokens: a person's depth map as tokens, fused with the image tokens by cross- and self-attention.
+"""Depth tokens: the depth map of a person as tokens, fused with the image tokens by cross- and self-attention.
 
-D2A-HMR (arXiv 2403.09063): pseudo-depth is tokenised and fused with the image tokens by a transformer encoder, under a
-hybrid positional encoding (a sinusoidal 2D code plus a learned table). Which of the two is the query is unknown; that
-the image tokens are, and the normalisation, are our choices.
+D2A-HMR (arXiv 2403.09063): pseudo-depth is tokenised and fused with the image tokens by a transformer encoder, with a
+hybrid positional encoding (sinusoidal 2D plus learned). Which of the two is the query is not published: here the image
+tokens are. The normalisation is ours. Since attention learns locality slowly, each image token also reads the map
+pooled at its own location (a joint's under its heatmap, a cell's over the cell), which is our addition.
 
-Attention finds out only slowly where a token should look. So each image token also reads the map at its own place (a
-joint's under its heatmap, a cell's over the cell), which is our addition.
-
-B people, L image tokens, M depth tokens, C channels, S pixels a side of the map, p pixels a side of a patch.
+B people, L image tokens, M depth tokens, C channels, S pixels per side of the map, p pixels per side of a patch.
 """
 
 from __future__ import annotations
@@ -20,16 +18,16 @@ from torch import Tensor, nn
 
 from hmdiff.models.layers import Attention, EncoderBlock, sinusoidal_position_2d
 
-FLAT = 1e-5  # of the map's largest value: deviations below are rounding, and the map is constant
+FLAT = 1e-5  # fraction of the map's largest value; smaller deviations are rounding: the map is constant
 
 
 def resize_depth(
     depth: Tensor,  # (B, h, w) larger = farther, NaN or infinite = not known
     size: int,  # S
 ) -> tuple[Tensor, Tensor]:  # (B, S, S) 0 where not known; (B, S, S) bool: known
-    """The map at another size: the mean of the known values that a new pixel covers, known where half of it was.
+    """Resize by the mean of the known values in each new pixel; known if at least half of the pixel is.
 
-    A smaller map is enlarged by repeating its pixels. Both commute with a change of units and of the origin.
+    A smaller map is enlarged by repeating its pixels. Both commute with a change of scale and shift.
     """
     known = depth.isfinite()
     values = torch.where(known, depth, torch.zeros_like(depth))
@@ -45,14 +43,14 @@ def normalise_depth(
     values: Tensor,  # (B, S, S)
     known: Tensor,  # (B, S, S) bool
 ) -> Tensor:  # (B, S, S) 0 where not known
-    """Less the median, over the mean absolute deviation from it, of each map's known pixels.
+    """Subtract the median and divide by the mean absolute deviation, over the known pixels of each map.
 
-    The same for depth and a * depth + b with a > 0, which is all that a monocular estimator leaves unknown (MiDaS,
-    arXiv 1907.01341). A constant map is all 0.
+    Invariant to a * depth + b with a > 0, the ambiguity of a monocular estimator (MiDaS, arXiv 1907.01341). A constant
+    map gives 0.
     """
     flat = torch.where(known, values, torch.nan).flatten(1)
     largest = torch.where(known, values.abs(), 0.0).flatten(1).amax(1, keepdim=True)
-    # In units of the largest value first, so that no sum overflows.
+    # Divide by the largest value first, against overflow of the sums.
     flat = flat / torch.where(largest > 0, largest, torch.ones_like(largest))
     shifted = (flat - flat.nanmedian(1, keepdim=True).values).nan_to_num(0.0)
     count = known.flatten(1).sum(1, keepdim=True).clamp_min(1)
@@ -65,10 +63,10 @@ def near_relief(
     normalised: Tensor,  # (B, S, S) of `normalise_depth`
     known: Tensor,  # (B, S, S) bool
 ) -> Tensor:  # (B, S, S) -1..1, 0 where not known
-    """The relief of what stands in the middle of the crop, enlarged; what is far behind it saturates.
+    """Depth relief of the person in the middle of the crop, amplified; a distant background saturates.
 
-    A wall ten metres behind a person leaves them a few hundredths of the normalised range. The person is taken to be at
-    the nearer quartile of the middle half of the crop (our choice).
+    With a wall 10 m behind, a person covers only a few hundredths of the normalised range. The person's depth is taken
+    to be the nearer quartile of the middle half of the crop (our choice).
     """
     size = normalised.shape[-1]
     middle = slice(size // 4, size - size // 4)
@@ -78,15 +76,15 @@ def near_relief(
 
 
 class DepthAtTokens(nn.Module):
-    """What each image token sees of the depth map at its own place. It adds nothing before it has learned."""
+    """The depth map pooled at each image token. Zero-initialised: adds nothing at the start."""
 
     def __init__(self, width: int, map_size: int = 64, nearness: float = 5.0, limit: float = 4.0) -> None:
         super().__init__()
         self.map_size = map_size
-        # How much more a near pixel counts: a limb is thin, and what is beside it is behind it. Without it what is read
-        # hardly correlates with the joints' depths (tests/models/test_depth.py has both).
+        # Weight on near pixels: a limb is thin, and its surroundings are behind it. Without it the pooled depth hardly
+        # correlates with that of the joints (tests/models/test_depth.py).
         self.nearness = nearness
-        self.limit = limit  # of the profile: a limb's depth beside a wall's
+        self.limit = limit  # clamp of the profile, against outliers such as a wall
         self.embed = nn.Sequential(nn.Linear(3, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width))
         for parameter in self.embed[2].parameters():
             nn.init.zeros_(parameter)
@@ -94,9 +92,9 @@ class DepthAtTokens(nn.Module):
     def profile(
         self,
         depth: Tensor,  # (B, h, w) larger = farther, in any unit, NaN or infinite = not known
-        look: Callable[[Tensor], Tensor],  # maps (B, K, S, S) to what each token sees of them, (B, L, K)
-    ) -> Tensor:  # (B, L, 3): depth among the tokens' depths, relief, the share that is known; 0 where nothing is
-        """The same for any a * depth + b with a > 0."""
+        look: Callable[[Tensor], Tensor],  # pools maps (B, K, S, S) at the tokens, (B, L, K)
+    ) -> Tensor:  # (B, L, 3): depth normalised over the tokens, relief, known fraction; 0 if nothing is known
+        """Invariant to a * depth + b with a > 0."""
         values, known = resize_depth(depth.detach().float(), self.map_size)
         normalised = normalise_depth(values, known)
         relief, there = near_relief(normalised, known), known.to(normalised.dtype)
@@ -105,7 +103,7 @@ class DepthAtTokens(nn.Module):
         share = seen[..., 3]
         some = share > 1e-3
         mean = seen[..., :2] / seen[..., 2:3].clamp_min(1e-12) * some[..., None]
-        # The wall behind a person is most of the map's range: once more, among the places that tokens look at.
+        # The background takes most of the map's range: normalise again, over the tokens.
         among = normalise_depth(mean[..., 0, None], some[..., None])[..., 0].clamp(-self.limit, self.limit)
         return torch.stack([among, mean[..., 1], torch.where(some, share, 0.0)], -1)
 
@@ -113,21 +111,21 @@ class DepthAtTokens(nn.Module):
         self,
         depth: Tensor,  # (B, h, w)
         look: Callable[[Tensor], Tensor],
-    ) -> Tensor:  # (B, L, C), to add to the tokens; 0 for a token that sees nothing known
+    ) -> Tensor:  # (B, L, C), to add to the tokens; 0 for a token without known depth
         seen = self.profile(depth, look)
         read: Tensor = self.embed(seen.to(next(self.embed.parameters()).dtype))
         return read * (seen[..., 2:] > 0)
 
 
 class DepthLayer(nn.Module):
-    """Image tokens ask the depth tokens, then each other; both with a residual, pre-norm as everywhere here."""
+    """Cross-attention from image to depth tokens, then self-attention of the image tokens; residual, pre-norm."""
 
     def __init__(self, width: int, heads: int, ratio: float = 4.0) -> None:
         super().__init__()
         self.norm_image = nn.LayerNorm(width)
         self.cross_attention = Attention(width, heads)
         self.block = EncoderBlock(width, heads, ratio)
-        # It adds nothing at the start, so that depth can join a model that is trained already (training.start_from).
+        # Zero-initialised: adds nothing at the start, so it can be added to a trained model (training.start_from).
         for last in (self.cross_attention.to_out, self.block.attention.to_out, self.block.feed_forward[-1]):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
@@ -145,10 +143,9 @@ class DepthLayer(nn.Module):
 
 
 class DepthFusion(nn.Module):
-    """A depth map into the image tokens.
+    """Fuse a depth map into the image tokens.
 
-    Patches of the normalised map, of its relief and of which pixels are known become tokens; a patch with nothing known
-    is masked.
+    Depth tokens are patches of the normalised map, its relief and its validity; a patch without known pixels is masked.
     """
 
     position: Tensor
@@ -177,8 +174,8 @@ class DepthFusion(nn.Module):
     def tokens(
         self,
         depth: Tensor,  # (B, h, w) larger = farther, in any unit, NaN or infinite = not known
-    ) -> tuple[Tensor, Tensor]:  # (B, M, C); (B, M) bool: something of the patch is known
-        """The depth tokens. The same for any a * depth + b with a > 0."""
+    ) -> tuple[Tensor, Tensor]:  # (B, M, C); (B, M) bool: the patch has known pixels
+        """Depth tokens, invariant to a * depth + b with a > 0."""
         values, known = resize_depth(depth.detach().float(), self.map_size)
         normalised = normalise_depth(values, known)
         maps = torch.stack([normalised, near_relief(normalised, known), known.float()], 1)
@@ -192,10 +189,10 @@ class DepthFusion(nn.Module):
         mask: Tensor,  # (B, L) bool, True = real token
         depth: Tensor,  # (B, h, w) larger = farther, in any unit, NaN or infinite = not known
     ) -> Tensor:  # (B, L, C)
-        """The fused image tokens; of a person with no known depth, the very tokens that were given.
+        """The fused image tokens; unchanged for a person without known depth.
 
         Raises:
-            ValueError: the map has another shape.
+            ValueError: the map has the wrong shape or dtype.
         """
         if depth.dim() != 3 or len(depth) != len(tokens) or 0 in depth.shape:
             found, wanted = tuple(depth.shape), f"({len(tokens)}, {self.map_size}, {self.map_size})"
@@ -206,7 +203,8 @@ class DepthFusion(nn.Module):
             raise ValueError(f"depth: {depth.dtype} found; floating-point numbers are expected, NaN where not known")
         read, there = self.tokens(depth)
         someone = there.any(1, keepdim=True)
-        # Attention to nothing is undefined: who has no depth attends to all of his empty patches, and it is dropped.
+        # Attention over an empty set is undefined: a person without depth attends to all patches, and the result is
+        # discarded below.
         there = there | ~someone
         attended = mask | ~mask.any(1, keepdim=True)
         fused = tokens

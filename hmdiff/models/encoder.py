@@ -1,9 +1,9 @@
-"""The context encoders by name: a transformer over the backbone's tokens, or a residual MLP over all of them at once.
+"""Context encoders: a transformer over the backbone's tokens, or a residual MLP over their concatenation.
 
-"transformer": pre-norm blocks over [camera | backbone tokens], which any backbone and any path (depth, lifting) has.
-"mlp": the tokens of a fixed, short list (one a joint) side by side through a wide residual network (after Martinez et
-al., arXiv 1705.03098), and out again as one token for the camera and one a body part. Cheap: a person costs one pass of
-a few large matrix products. Both are our choice. B images, L tokens, C channels, J parts.
+"transformer": pre-norm blocks over [camera | backbone tokens], for any backbone and component (depth, lifting).
+"mlp": a fixed number of tokens (one per joint), concatenated, through a wide residual MLP (after Martinez et al., arXiv
+1705.03098) that outputs a camera token and one token per body part. Cheap: a few large matrix products per image. Both
+are our choice. B images, L tokens, C channels, J parts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ResidualBlock(nn.Module):
 
 
 class MLPEncoder(nn.Module):
-    """L tokens of a fixed order -> 1 + J tokens."""
+    """L tokens in a fixed order -> 1 + J tokens."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""RealNVP: the learned density G of a normalised residual, by which RLE multiplies Laplace's; and the scale σ̂.
+"""RealNVP (Dinh et al., arXiv 1605.08803): RLE's learned density G of the normalised residual; and the scale σ̂.
 
-RealNVP: Dinh et al., arXiv 1605.08803. Sizes, masks and first weights are those of the authors' code of RLE (Li et al.,
-arXiv 2107.11291), which has D = 2 and 3; every other D is ours. Training and log-likelihoods only: no mesh needs it.
+Sizes, masks and initialisation follow the code of RLE (Li et al., arXiv 2107.11291), which has D = 2 and 3; other D are
+ours. Used for training and log-likelihoods, not for prediction.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-SCALE_FLOOR = 1e-3  # of the unit of the points: no residual counts a million times, whatever a head says
+SCALE_FLOOR = 1e-3  # lower bound on σ̂, units of the diffusion: bounds the weight of a residual
 
 
 class RealNVP(nn.Module):
-    """An invertible map between x and a standard normal latent, so that the density of x is known.
+    """Invertible map between x and a standard normal latent, so that the density of x is known.
 
-    In each coupling the coordinates where its mask is 1 stay, and say by how much the others are stretched and moved:
-    x = z exp(s) + t. The first mask keeps the last ⌊D/2⌋ coordinates, the second all but these, and so on in turn:
-    [0, 1], [1, 0] for D = 2 and [0, 0, 1], [1, 1, 0] for D = 3, as in the authors' code. A stretch is within exp(±1).
-    For D = 1 nothing can say anything of anything: the map is affine, and G a normal density of learned mean and width.
+    Each coupling keeps the coordinates whose mask is 1 and applies x = z exp(s) + t to the others; s, within ±1, and t
+    are functions of the kept ones. The first mask keeps the last ⌊D/2⌋ coordinates, the second the others, alternating:
+    [0, 1], [1, 0] for D = 2 and [0, 0, 1], [1, 1, 0] for D = 3, as in RLE's code. For D = 1 the map is affine, and G a
+    normal density of learned mean and width.
 
-    Sharp residuals must not be rounded: inside autocast everything here still runs in the precision of the weights.
+    Runs in the precision of the weights even under autocast.
     """
 
     masks: Tensor
@@ -42,7 +42,7 @@ class RealNVP(nn.Module):
         self,
         latent: Tensor,  # (..., D)
     ) -> Tensor:  # (..., D) x
-        """From the latent to x: of a standard normal latent it makes a sample of G."""
+        """Latent to x: maps a standard normal sample to a sample of G."""
         with torch.autocast(latent.device.type, enabled=False):
             x = latent.to(self.masks.dtype)
             for index in range(len(self.masks)):
@@ -54,7 +54,7 @@ class RealNVP(nn.Module):
         self,
         x: Tensor,  # (..., D)
     ) -> tuple[Tensor, Tensor]:  # latent (..., D); log |det ∂latent/∂x| (...)
-        """From x back to the latent."""
+        """x to latent."""
         with torch.autocast(x.device.type, enabled=False):
             latent = x.to(self.masks.dtype)
             log_determinant = latent.new_zeros(latent.shape[:-1])
@@ -68,7 +68,7 @@ class RealNVP(nn.Module):
         self,
         x: Tensor,  # (..., D)
     ) -> Tensor:  # (...) log G(x), nats
-        """The latent's standard normal log-density, plus the logarithm of how volumes change on the way to it."""
+        """Change of variables: the latent's log-density plus log |det ∂latent/∂x|."""
         latent, log_determinant = self.inverse(x)
         return log_determinant - 0.5 * latent.square().sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
 
@@ -81,13 +81,13 @@ class RealNVP(nn.Module):
 def scale_of(
     raw: Tensor,  # (...) a linear layer's output
 ) -> Tensor:  # (...) σ̂, SCALE_FLOOR..1, float32
-    """The authors' sigmoid, kept off zero (ours). A clamp would have no gradient where σ̂ must grow again."""
+    """RLE's sigmoid with a lower bound (ours). A clamp would have no gradient below the bound."""
     raw = raw if raw.dtype == torch.float64 else raw.float()
     return SCALE_FLOOR + (1 - SCALE_FLOOR) * raw.sigmoid()
 
 
 def _network(dim: int, hidden: int, *last: nn.Module) -> nn.Sequential:
-    """Almost zero at the start, so that G begins close to a standard normal."""
+    """Initialised near zero, so that G starts close to a standard normal."""
     linear = [nn.Linear(dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, dim)]
     for layer in linear:
         nn.init.xavier_uniform_(layer.weight, gain=0.01)

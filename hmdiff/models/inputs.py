@@ -1,6 +1,6 @@
-"""What a call of the pipeline may be given, and what it may give back: finite numbers in ranges that do not overflow.
+"""Validation of a pipeline call's inputs and results: finite numbers in ranges that do not overflow.
 
-NaN and 1e30 go through a network without an error and come out as a body, or as NaN with exit code 0. Our choice.
+Without it, NaN or 1e30 would pass through the network silently and give a wrong body, or NaN.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 
-MAX_HYPOTHESES = 10_000  # of a person: 25 are the paper's, and each takes 150 KB of vertices
-_COLOURS = (-0.5, 1.5)  # RGB is 0..1; resizing by a cubic goes a little beyond
+MAX_HYPOTHESES = 10_000  # per person; each takes 150 KB of vertices
+_COLOURS = (-0.5, 1.5)  # RGB is 0..1; bicubic resizing overshoots
 _DEEPEST = 1e9  # of a depth map, any unit
 _LARGEST_SEED = 2**63 - 1
 _PIXELS = (1.0, 1e6)  # of a photo's side
@@ -27,7 +27,7 @@ def check_call(
     eta: Any,
     people: Sequence[Any] | None,
 ) -> None:
-    """The plain numbers of a call. Raises `UserError` naming the first that is of another type or out of range."""
+    """Check the scalars of a call. Raises `UserError` naming the first of a wrong type or out of range."""
     for name, value, least, most in (
         ("num_hypotheses", num_hypotheses, 1, MAX_HYPOTHESES),
         ("seed", seed, 0, _LARGEST_SEED),
@@ -46,7 +46,7 @@ def check_call(
 
 
 def check_pictures(images: Tensor) -> None:
-    """Raises `UserError` for NaN, and for colours of 0..255."""
+    """Raises `UserError` for NaN, infinity, and colours in 0..255."""
     low, high = _COLOURS
     if not bool(((images >= low) & (images <= high)).all()):
         bad = "NaN or infinity" if not bool(images.isfinite().all()) else f"{float(images.abs().max()):.4g}"
@@ -54,7 +54,7 @@ def check_pictures(images: Tensor) -> None:
 
 
 def check_depth(depth: Tensor) -> None:
-    """Raises `UserError` for infinity and the like; NaN is what is not known."""
+    """Raises `UserError` for infinite or huge values; NaN means unknown."""
     if bool((depth.abs() > _DEEPEST).any()):
         raise UserError(f"depth: {float(depth.nan_to_num(0).abs().max()):.4g} found; put NaN where it is not known")
 
@@ -64,7 +64,7 @@ def check_camera(
     focal: Tensor | None,  # (B,) pixels
     count: int,  # B
 ) -> None:
-    """Raises `UserError` for a photo of size 0, a focal length of 0 or NaN, or another number of people."""
+    """Raises `UserError` for a wrong shape, or a photo size or focal length out of range."""
     for name, values, shape, (least, most) in (
         ("photo_sizes", photo_sizes, (count, 2), _PIXELS),
         ("focal", focal, (count,), _FOCAL),
@@ -88,7 +88,7 @@ def check_weights(dtype: torch.dtype) -> None:
 
 
 def check_result(tensors: Iterable[Tensor]) -> None:
-    """Raises `UserError` where a result is not finite: no body is better than one that is none."""
+    """Raises `UserError` for a result that is not finite."""
     for tensor in tensors:
         if not bool(tensor.isfinite().all()):
             raise UserError(

@@ -1,7 +1,7 @@
-"""Building blocks of the transformers: attention, feed-forward, and a norm modulated by the diffusion step.
+"""Transformer building blocks: attention, feed-forward, and a norm modulated by the timestep.
 
-B images, N hypotheses, T queries, L context tokens, C channels, H heads. The papers leave their blocks' inside unknown;
-pre-norm blocks with adaptive norms (adaLN-Zero, Peebles and Xie, arXiv 2212.09748) are our choice.
+B images, N hypotheses, T queries, L context tokens, C channels, H heads. The papers do not publish the inside of their
+blocks; pre-norm blocks with adaptive norms (adaLN-Zero, Peebles and Xie, arXiv 2212.09748) are our choice.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ def attend(
 ) -> Tensor:  # (B, H, T, c)
     """Scaled dot-product attention.
 
-    On the CPU the backward pass of torch's fused kernel dominates a whole training step at our sizes (short sequences,
-    many of them); two matrix products and a softmax are far quicker there. Elsewhere the fused kernel is the right one.
+    Uses torch's fused kernel except on the CPU, where its backward pass is slow for large batches of short sequences.
     """
     if queries.device.type != "cpu":
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
@@ -35,7 +34,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values can be computed ahead and shared by many queries."""
+    """Multi-head attention whose keys and values can be precomputed and shared."""
 
     def __init__(self, width: int, heads: int, context_width: int | None = None, qk_norm: bool = False) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class Attention(nn.Module):
         self.to_query = nn.Linear(width, width)
         self.to_keys_values = nn.Linear(context_width or width, 2 * width)
         self.to_out = nn.Linear(width, width)
-        # Queries and keys of unit root mean square, with one learned temperature a head.
+        # RMS-normalised queries and keys, with a learned temperature per head.
         self.sharpness = nn.Parameter(torch.ones(heads, 1, 1)) if qk_norm else None
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ class Attention(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # (B, T, C)
-        keys_values: KeysValues | None = None,  # of a context; None attends to the tokens themselves
+        keys_values: KeysValues | None = None,  # of a context; None: self-attention
         mask: Tensor | None = None,  # broadcasts to (B, H, T, L) bool, True = may be attended to
     ) -> Tensor:  # (B, T, C)
         if keys_values is None:
@@ -76,7 +75,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with a GELU between: the block's 'linear' of HMDiff's figure."""
+    """Two linear layers with a GELU between: 'linear' in HMDiff's figure of the block."""
 
     def __init__(self, width: int, ratio: float = 4.0) -> None:
         hidden = int(width * ratio)
@@ -84,19 +83,19 @@ class FeedForward(nn.Sequential):
 
 
 class Modulation(NamedTuple):
-    """What the step does to one sub-layer."""
+    """adaLN-Zero parameters of one sub-layer."""
 
-    scale: Tensor  # (B, 1, C) or (1, 1, C), as the two others
+    scale: Tensor  # (B, 1, C) or (1, 1, C), likewise shift and gate
     shift: Tensor
     gate: Tensor
 
 
 def modulated(
-    norm: nn.LayerNorm,  # without weights of its own
+    norm: nn.LayerNorm,  # without affine parameters
     tokens: Tensor,  # (B, T, C)
     by: Modulation,
 ) -> Tensor:  # (B, T, C)
-    """norm(tokens) * scale + shift; in one pass where all tokens have the same scale and shift."""
+    """norm(tokens) * scale + shift; fused if all rows have the same scale and shift."""
     if len(by.scale) == 1:
         scale, shift = by.scale.flatten().to(tokens.dtype), by.shift.flatten().to(tokens.dtype)
         return F.layer_norm(tokens, norm.normalized_shape, scale, shift, norm.eps)
@@ -104,7 +103,7 @@ def modulated(
 
 
 class StepModulation(nn.Module):
-    """Scale, shift and gate of `branches` sub-layers from the embedded diffusion step; all zero at the start."""
+    """Scale, shift and gate of `branches` sub-layers from the timestep embedding; zero-initialised."""
 
     def __init__(self, width: int, branches: int) -> None:
         super().__init__()
@@ -116,7 +115,7 @@ class StepModulation(nn.Module):
     def forward(
         self,
         step: Tensor,  # (B, C)
-    ) -> list[Modulation]:  # one a branch
+    ) -> list[Modulation]:  # one per branch
         parts = self.project(F.silu(step)).unsqueeze(-2).chunk(3 * self.branches, dim=-1)
         return [Modulation(1 + parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.branches)]
 
@@ -132,7 +131,7 @@ class EncoderBlock(nn.Module):
         self.feed_forward = FeedForward(width, ratio)
 
     def silence(self) -> None:
-        """Make it the identity, as a block is that joins a trained encoder: it learns from there."""
+        """Zero-initialise the outputs: a block added to a trained encoder starts as an identity."""
         for layer in (self.attention.to_out, self.feed_forward[-1]):
             assert isinstance(layer, nn.Linear)
             nn.init.zeros_(layer.weight)
@@ -149,7 +148,7 @@ class EncoderBlock(nn.Module):
 
 
 def sinusoidal_position_2d(height: int, width: int, channels: int) -> Tensor:  # (height * width, channels)
-    """The fixed 2D code of DETR (arXiv 2005.12872): half the channels for y, half for x, sines and cosines."""
+    """2D sinusoidal positional encoding of DETR (arXiv 2005.12872): half the channels for y, half for x."""
     if channels % 4:
         raise ValueError(f"a 2D code needs channels divisible by 4, not {channels}")
     frequency = torch.exp(torch.linspace(0, -9.21, channels // 4))  # 1 to 1/10,000
@@ -161,7 +160,7 @@ def sinusoidal_position_2d(height: int, width: int, channels: int) -> Tensor:  #
 
 
 def sinusoidal_position_1d(count: int, channels: int) -> Tensor:  # (count, channels)
-    """The fixed code of "Attention is all you need" (arXiv 1706.03762): sines, then cosines."""
+    """1D sinusoidal positional encoding (Vaswani et al., arXiv 1706.03762): sines, then cosines."""
     if channels % 2:
         raise ValueError(f"a 1D code needs channels divisible by 2, not {channels}")
     frequency = torch.exp(torch.linspace(0, -9.21, channels // 2))  # 1 to 1/10,000

@@ -1,6 +1,6 @@
-"""What a model's hyperparameters may be: types, and sizes that can be built. Our choice.
+"""Type and size limits of a model's hyperparameters.
 
-A config comes from whoever wrote the checkpoint or the YAML: a depth of 10^9 would build layers until the memory ends.
+Configs come from untrusted checkpoints and YAML files: a depth of 10^9 would exhaust the memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from hmdiff.errors import UserError
 
-# The largest that is built, by the last part of the name.
+# Upper bounds, by the last part of the name.
 _LARGEST = {
     "stack": 16,
     "depth": 64,
@@ -34,7 +34,7 @@ _LARGEST = {
     "volume_size": 64,
 }
 _MAY_BE_ZERO = {"depth", "encoder_depth", "depth_layers"}
-_ABSURD = 1e6  # of any other number
+_ABSURD = 1e6  # bound on any other number
 _NESTED = 8
 _KINDS: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 
@@ -42,9 +42,9 @@ _KINDS: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: 
 def check_hyperparameters(
     found: Mapping[str, Any],
     where: str,  # for the message: a file, or a section of a config
-    defaults: Mapping[str, Any],  # of the constructor: their types are those that are expected
+    defaults: Mapping[str, Any],  # of the constructor; values must have their types
 ) -> None:
-    """Raises `UserError` naming the first value of another type, or out of range."""
+    """Raises `UserError` naming the first value of a wrong type or out of range."""
     for name, value in found.items():
         default = defaults.get(name)
         kinds = _KINDS.get(type(default))

@@ -1,7 +1,6 @@
-"""Masked modelling: which vertex and joint tokens are hidden in training, as METRO does it (arXiv 2012.09760).
+"""Masked modelling of vertex and joint tokens in training, as in METRO (arXiv 2012.09760).
 
-METRO hides up to 30 % of the tokens of a person, so that the rest must tell where they are. D2A-HMR (arXiv 2403.09063)
-masks too, and does not say how much; the same share is ours.
+METRO masks up to 30 % of the tokens of a sample. D2A-HMR (arXiv 2403.09063) masks too, but does not publish the ratio.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from torch import Tensor
 
 def draw_hidden(
     shape: tuple[int, ...],  # (..., T), such as (B, N, T): N hypotheses of B people, T tokens
-    most: float,  # 0..1: the largest share of a row's tokens; METRO: 0.3
+    most: float,  # 0..1: largest masking ratio; METRO: 0.3
     generator: torch.Generator | None = None,
-) -> Tensor:  # (..., T) bool, True = hidden, on the generator's device
-    """Per row a share uniform in 0..most, and so many of its tokens (rounded down), every choice equally likely.
+) -> Tensor:  # (..., T) bool token mask, True = masked, on the generator's device
+    """Per row, draw a ratio uniform in 0..most, then a uniform subset of that many tokens (rounded down).
 
-    The rows are drawn in order: those of a smaller batch are the first of a larger one.
+    Rows are drawn in order: a smaller batch gives the first rows of a larger one. Raises `ValueError` for a ratio
+    outside 0..1.
     """
     if not 0 <= most <= 1:
         raise ValueError(f"the share of hidden tokens is {most}: 0 to 1 is needed")

@@ -1,4 +1,4 @@
-"""What the network's points are: coarse vertices and joints in metres, and the full mesh that follows from them.
+"""Conversion between the points of the diffusion, coarse vertices and joints in metres, and the full mesh.
 
 P points = C coarse vertices, then K body joints, in units of `mesh_scale`; V vertices of the full mesh.
 """
@@ -19,25 +19,25 @@ from hmdiff.models.part_denoiser import PartDenoiser
 
 
 class MeshPoints:
-    """The mesh of `MeshRecoveryModel`, whose constructor makes these."""
+    """Mesh methods of `MeshRecoveryModel`, whose constructor sets these attributes."""
 
     config: Any
     denoisers: nn.ModuleList
-    coarse_ids: Tensor  # (C,) full vertices that are kept in the coarse mesh
-    upsample_index: Tensor  # (V, k) coarse vertices, where tokens are patches
+    coarse_ids: Tensor  # (C,) full vertices in the coarse mesh
+    upsample_index: Tensor  # (V, k) coarse vertices, with patch tokens
     upsample_weight: nn.Parameter | None
-    basis_full: Tensor  # where tokens are parts
+    basis_full: Tensor  # with part tokens
     basis_from_coarse: Tensor
 
     def set_topology(
         self,
-        coarse_ids: Tensor,  # (C,) full vertices that are kept in the coarse mesh
+        coarse_ids: Tensor,  # (C,) full vertices in the coarse mesh
         patches: Tensor,  # (T_v, p) partition of the coarse vertices
         adjacency: Tensor,  # (C, C) bool
         upsample_index: Tensor,  # (V, k) coarse vertices
-        upsample_weight: Tensor,  # (V, k) rows sum to 1: where learning starts from
+        upsample_weight: Tensor,  # (V, k) rows sum to 1: initial weights
     ) -> None:
-        """Take over a body's mesh. A loaded checkpoint has it already."""
+        """Set the mesh topology of a body, with patch tokens. Saved in checkpoints."""
         self.coarse_ids.copy_(coarse_ids)
         assert self.upsample_weight is not None
         self.upsample_index.copy_(upsample_index)
@@ -53,7 +53,7 @@ class MeshPoints:
                 denoiser.neighbours[: len(patches), : len(patches)] = between
 
     def set_basis(self, basis: LBSBasis) -> None:
-        """Take over a body's LBS basis, where tokens are parts. It is never saved: the body determines it."""
+        """Set the LBS basis of a body, with part tokens. Not saved: the body determines it."""
         for denoiser in self.denoisers:
             assert isinstance(denoiser, PartDenoiser)
             denoiser.set_basis(basis.points)
@@ -83,12 +83,12 @@ class MeshPoints:
         self,
         coarse: Tensor,  # (..., C, 3)
     ) -> Tensor:  # (..., V, 3)
-        """Every full vertex is a learned blend of near coarse ones; kept vertices stay where they are.
+        """Coarse mesh to full mesh: by the LBS basis (parts), or a weighted sum of near coarse vertices (patches).
 
-        The weights are normalised to sum to 1, so that a translated coarse mesh gives the translated full mesh.
+        Vertices of the coarse mesh are copied. Weights sum to 1, so upsampling commutes with translation.
         """
         if self.config.tokens == "parts":
-            # Coordinates as rows: one matrix product for all meshes, in place of one of three columns for each.
+            # Transposed, so that it is one matrix product for all meshes.
             coordinates = coarse.to(self.basis_full.dtype).mT @ self.basis_from_coarse.mT
             return F.linear(coordinates, self.basis_full).mT
         assert self.upsample_weight is not None
@@ -101,9 +101,9 @@ class MeshPoints:
         self,
         body: Body,  # with keypoints
     ) -> Tensor:  # (J, C)
-        """Upsampling and the body's keypoint regressor as one matrix: both are linear in the coarse mesh.
+        """Upsampling and the body's keypoint regressor as one matrix, from the coarse mesh.
 
-        Only the vertices that the regressor reads are upsampled.
+        Only vertices with a regressor weight are upsampled.
         """
         support, device = body.keypoint_support().to(self.coarse_ids.device), self.coarse_ids.device
         if self.config.tokens == "parts":
@@ -114,6 +114,6 @@ class MeshPoints:
             weight = weight / weight.sum(-1, keepdim=True)
             rows = weight.new_zeros(len(support), self.config.num_coarse)
             rows.scatter_add_(1, self.upsample_index[support], weight)
-            kept = support[:, None] == self.coarse_ids  # a kept vertex stays where it is
+            kept = support[:, None] == self.coarse_ids  # vertices of the coarse mesh are copied
             rows = torch.where(kept.any(1, keepdim=True), kept.to(rows), rows)
         return body.support_weights.to(device, rows.dtype) @ rows

@@ -1,10 +1,9 @@
-"""The denoiser with one token a body part: its coarse vertices and its joint, read and written through the LBS basis.
+"""Denoiser with one token per body part (its coarse vertices and its joint), which reads and writes the LBS basis.
 
-The state is the same as with patches, x_k of P points (C coarse vertices, then J joints), and so is the block (vertex
-self-attention, vertex-image cross-attention, linear). A part's token reads the four coordinates (x 3 axes) that x_k has
-in the part's columns of the basis (`hmdiff/body/lbs_basis.py`), and writes four: x̂_0 lies in the basis by construction.
-Outside the basis x_k holds noise alone, so nothing is lost by not reading it. Part tokens and basis are our choice; the
-affine form suits every noise level, since the mean of a rigid part of uncertain rotation is an affine image of it.
+State and blocks are those of `MeshDenoiser`. The token of a part reads the four coordinates (x 3 axes) of x_k in the
+part's columns of the basis (`hmdiff/body/lbs_basis.py`) and writes four, so x̂_0 lies in the basis by construction.
+Outside the basis x_k is pure noise, so no information is lost. Part tokens and basis are our choice; affine parts suit
+every noise level, since the posterior mean of a rigid part with an uncertain rotation is an affine image of it.
 B images, N hypotheses, J parts (tokens, bones, joints).
 """
 
@@ -21,7 +20,7 @@ from hmdiff.models.flow import scale_of
 
 
 class PartLinear(nn.Module):
-    """A linear layer of its own for every part."""
+    """A separate linear layer for each part."""
 
     def __init__(self, parts: int, inputs: int, outputs: int, zero: bool = False) -> None:
         super().__init__()
@@ -37,7 +36,7 @@ class PartLinear(nn.Module):
 
 
 class PartDenoiser(MeshDenoiser):
-    """`MeshDenoiser` whose tokens are body parts. `basis` comes from the body (`set_basis`), and is never saved."""
+    """`MeshDenoiser` whose tokens are body parts. `basis` comes from the body (`set_basis`) and is not saved."""
 
     basis: Tensor
     owner: Tensor
@@ -57,7 +56,7 @@ class PartDenoiser(MeshDenoiser):
         volume_width: int = 0,
         mesh_scale: float = 0.3,
         qk_norm: bool = False,
-        aligned_context: bool = False,  # context tokens 1 to J are of the parts: each is added to its part's token
+        aligned_context: bool = False,  # context tokens 1 to J correspond to the parts and are added to their tokens
     ) -> None:
         super().__init__(
             torch.zeros(0, 1, dtype=torch.long),
@@ -84,14 +83,14 @@ class PartDenoiser(MeshDenoiser):
         self.read = PartLinear(num_parts, 12, width)
         self.write = PartLinear(num_parts, width, 12, zero=True)
         self.from_context = PartLinear(num_parts, context_width, width) if aligned_context else None
-        sizes = {"joints": 3, "vertices": 3, "joints_2d": 2}  # of a part's vertices one σ̂
+        sizes = {"joints": 3, "vertices": 3, "joints_2d": 2}  # the vertices of a part share one σ̂
         self.to_scale = self._scale_heads({name: sizes[name] for name in scaled}, width)
 
     def set_basis(
         self,
         basis: Tensor,  # (P, 4 J) orthonormal
     ) -> None:
-        """Take over a body's basis."""
+        """Set the LBS basis; each vertex belongs to the part with the most energy in its row."""
         self.basis.copy_(basis)
         energy = basis[: self.num_vertices].square().unflatten(1, (-1, 4)).sum(-1)
         self.owner.copy_(energy.argmax(-1))
@@ -110,7 +109,7 @@ class PartDenoiser(MeshDenoiser):
         mesh: Tensor | None,
         joints: Tensor | None,
     ) -> Tensor:  # (M, P, 3)
-        """Tokens to points of the basis; nothing is added to them."""
+        """Tokens to points in the span of the basis; `mesh` and `joints` are ignored."""
         with torch.autocast(tokens.device.type, enabled=False):
             coordinates = self.write(tokens.float()).unflatten(2, (4, 3)).flatten(1, 2)
             return F.linear(coordinates.mT, self.basis).mT
@@ -126,7 +125,7 @@ class PartDenoiser(MeshDenoiser):
         return tokens + added.repeat_interleave(len(tokens) // len(added), 0)
 
     def _scale(self, tokens: Tensor) -> dict[str, Tensor]:
-        """σ̂ of the joints, each by its part's token; of the vertices, one for all that a part moves most."""
+        """σ̂ of each joint from its part's token; the vertices that belong to a part share one."""
         found = {name: scale_of(head(tokens)) for name, head in self.to_scale.items()}
         if "vertices" in found:
             found["vertices"] = found["vertices"][:, self.owner]

@@ -1,4 +1,4 @@
-"""What one forward pass gives. The optional paths fill their own fields, and leave them empty when they are off."""
+"""Outputs of a forward pass. Fields of optional modules keep their defaults when these are off."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ NO_SCALE: Mapping[str, Tensor] = {}
 
 
 class Denoised(NamedTuple):
-    """Of the denoiser. B images, N hypotheses, P points, K joints, E estimates on the way."""
+    """Output of the denoiser. B images, N hypotheses, P points, K joints, C coarse vertices, E blocks but the last."""
 
-    points: Tensor  # (B, N, P, 3) noise, clean mesh or velocity
-    scale: Mapping[str, Tensor] = NO_SCALE  # RLE's σ̂ by what it is of: (B, N, K or C, 3 or 2), 0..1
-    estimates: Tensor | None = None  # (B, N, E, K, 3) lifting's joints after each block but the last
-    meshes: Tensor | None = None  # (B, N, E, C, 3) and its vertices, where they are refined from block to block
+    points: Tensor  # (B, N, P, 3) noise, x_0 or velocity
+    scale: Mapping[str, Tensor] = NO_SCALE  # RLE's σ̂ by quantity: (B, N, K or C, 3 or 2), 0..1
+    estimates: Tensor | None = None  # (B, N, E, K, 3) intermediate joints, with lifting
+    meshes: Tensor | None = None  # (B, N, E, C, 3) intermediate vertices, with coarse_to_fine
 
 
 class Prediction(NamedTuple):
-    """Of the whole model."""
+    """Output of the whole model."""
 
     points: Tensor  # (B, N, P, 3)
     camera: Tensor  # (B, 3) scale (crop half-sides per metre), tx, ty
@@ -28,5 +28,5 @@ class Prediction(NamedTuple):
     silhouette: Tensor | None = None  # (B, S, S) logits
     estimates: Tensor | None = None  # (B, N, E, K, 3)
     volume: Tensor | None = None  # (B, V, D, H, W)
-    exponent: Tensor | None = None  # () of the volume's depth
+    exponent: Tensor | None = None  # () k of the volume
     meshes: Tensor | None = None  # (B, N, E, C, 3)

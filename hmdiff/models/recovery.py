@@ -6,11 +6,11 @@
 
     optional: depth map -> fused into the context tokens before the encoder        D2A-HMR (arXiv 2403.09063)
               context tokens -> silhouette; denoiser's tokens -> RLE's scale       D2A-HMR, in training
-              feature map -> volume, which joints look into between blocks         JOTR (arXiv 2307.16377)
+              feature map -> volume, sampled at the joints between blocks          JOTR (arXiv 2307.16377)
 
-Source: HMDiff (arXiv 2308.13369) for the split, the block order and the direct baselines; what its paper leaves open
+Source: HMDiff (arXiv 2308.13369) for the split, the block order and the direct baselines; what is not published there
 (backbone, sizes, camera head, joint tokens, patches) is ours. P points = C coarse vertices, then K body joints.
-A path that is off has no parameter, and leaves every number of the others as it is.
+A module that is off has no parameters and does not change the numbers of the others.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
     _gradient_checkpointing_func: Any
     config: Any  # the constructor's arguments as attributes; diffusers calls it a dict
 
-    if TYPE_CHECKING:  # the decorator that diffusers puts on it loses its signature
+    if TYPE_CHECKING:  # diffusers' decorator loses the signature
 
         def to(self, *args: Any, **kwargs: Any) -> MeshRecoveryModel: ...  # type: ignore[override]
 
@@ -55,12 +55,12 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
     def __init__(
         self,
         mode: str = "diffusion",  # "direct": one step from a constant input, the paper's baseline A
-        stack: int = 1,  # denoisers one after the other with weights of their own, the paper's baseline B when direct
+        stack: int = 1,  # consecutive denoisers without shared weights; with "direct" the paper's baseline B
         inputs: str = "heatmaps",  # "heatmaps", "image", or "both" fused early
-        backbone: str = "joints",  # "joints" or "conv" for heatmaps alone; a timm name where there is an image
-        pretrained: bool | str = False,  # weights that a timm backbone starts from: ImageNet's, or a file's; not saved
+        backbone: str = "joints",  # "joints" or "conv" for heatmaps alone; a timm name with images
+        pretrained: bool | str = False,  # initial weights of a timm backbone: ImageNet, or a file; not saved
         image_size: int = 224,
-        num_keypoints: int = 26,  # heatmap channels, in the order of HALPE26
+        num_keypoints: int = 26,  # heatmap channels, in HALPE26 order
         heatmap_size: int = 64,
         encoder_width: int = 192,
         encoder_depth: int = 3,
@@ -69,38 +69,38 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         depth: int = 4,
         heads: int = 6,
         feed_forward_ratio: float = 4.0,
-        body: str = "free",  # name of the body whose mesh this predicts; a licensed body itself is never saved
+        body: str = "free",  # name of the predicted body model; a licensed body itself is not saved
         num_vertices: int = 0,  # of the full mesh
         num_coarse: int = 432,
         num_joints: int = 24,
-        patch_size: int = 8,  # coarse vertices a token, where tokens are patches
-        neighbour_mask: bool = False,  # vertex tokens attend to mesh neighbours alone, as in FastMETRO
-        upsample_neighbours: int = 12,  # coarse vertices that a full vertex is blended from
-        mesh_scale: float = 0.3,  # metres that make one unit inside the diffusion
-        frame: str = "camera",  # of the predicted mesh; "crop" looks along the ray through the crop's centre
+        patch_size: int = 8,  # coarse vertices per patch token
+        neighbour_mask: bool = False,  # vertex tokens attend to mesh neighbours only, as in FastMETRO
+        upsample_neighbours: int = 12,  # coarse vertices that a full vertex is interpolated from
+        mesh_scale: float = 0.3,  # metres per unit of the diffusion
+        frame: str = "camera",  # of the predicted mesh; "crop": its z axis is the ray through the crop's centre
         depth_map: bool = False,  # D2A-HMR: read a (pseudo-)depth map
         depth_layers: int = 2,  # of its fusion
-        depth_size: int = 64,  # pixels of its side
+        depth_size: int = 64,  # pixels per side
         rle: Sequence[str] = (),  # D2A-HMR: RLE's σ̂ and flow, of "joints", "vertices", "joints_2d"
         rle_variant: str = "exact",  # of hmdiff/losses/rle.py
-        silhouette: bool = False,  # D2A-HMR: decode the silhouette, in training
-        masked: float = 0.0,  # D2A-HMR: at most this share of the denoiser's tokens is hidden, in training
-        lifting: bool = False,  # JOTR: lift the feature map (tokens of joints: the heatmaps) to a volume of features
+        silhouette: bool = False,  # D2A-HMR: silhouette decoder, in training
+        masked: float = 0.0,  # D2A-HMR: largest masking ratio of the denoiser's tokens, in training
+        lifting: bool = False,  # JOTR: lift the feature map (backbone "joints": the heatmaps) to a feature volume
         volume_width: int = 128,
         volume_size: int = 8,
-        volume_exponent: float = 3.0,  # k at the start, JOTR's; 1 gives all depths the same layers (see LOG.md)
-        coarse_to_fine: bool = False,  # JOTR: joints and mesh refined from block to block, the last one the result
-        hybrid_position: bool = False,  # D2A-HMR: a learned code on the image tokens, beside their sinusoidal one
+        volume_exponent: float = 3.0,  # initial k, 3 in JOTR; 1: layers of equal depth (see LOG.md)
+        coarse_to_fine: bool = False,  # JOTR: joints and mesh are refined from block to block
+        hybrid_position: bool = False,  # D2A-HMR: learned besides sinusoidal positional encoding of the image tokens
         tokens: str = "patches",  # of the denoiser: "patches" of vertices and joints, or "parts" in the LBS basis
-        encoder_type: str = "transformer",  # or "mlp", for the backbone "joints" and part tokens alone
+        encoder_type: str = "transformer",  # or "mlp", which needs backbone "joints" and part tokens
         encoder_hidden: int = 1024,  # width of the "mlp"
         encoder_ratio: float = 4.0,  # of the transformer's feed-forward layers
-        qk_norm: bool = False,  # normalised queries and keys in every attention
+        qk_norm: bool = False,  # normalise queries and keys in every attention
     ) -> None:
         super().__init__()
         check_choices(self.config)
-        self.register_to_config(rle=list(rle), pretrained=False)  # a list, as JSON gives it back
-        self.feature_backbone: nn.Module  # not "backbone": ModelMixin would answer with the config entry
+        self.register_to_config(rle=list(rle), pretrained=False)  # a list, as JSON returns
+        self.feature_backbone: nn.Module  # not "backbone": ModelMixin would return the config entry
         if inputs == "heatmaps":
             kind = {"joints": JointHeatmapBackbone, "conv": ConvHeatmapBackbone}[backbone]
             self.feature_backbone = kind(num_keypoints, heatmap_size, encoder_width)
@@ -176,7 +176,7 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
             self.upsample_weight = nn.Parameter(torch.zeros(num_vertices, upsample_neighbours))
 
         self.gradient_checkpointing = False
-        # The optional paths come last: without them the first weights are those of a model that knows nothing of them.
+        # Optional modules come last, so that they do not change the initial weights of the others.
         self.depth_fusion: DepthFusion | None = None
         self.depth_at_tokens: DepthAtTokens | None = None
         if depth_map:
@@ -186,14 +186,14 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
             self.depth_at_tokens = DepthAtTokens(width=encoder_width, map_size=depth_size)
         self.flows = nn.ModuleDict({name: RealNVP(2 if name == "joints_2d" else 3) for name in rle})
         self.silhouette_decoder = SilhouetteDecoder(encoder_width, encoder_heads) if silhouette else None
-        self.volume_lifting: Lifting | None = None  # not "lifting": ModelMixin would answer with the config entry
+        self.volume_lifting: Lifting | None = None  # not "lifting": ModelMixin would return the config entry
         if lifting:
-            # Tokens of joints are no map: then it is the heatmaps themselves (ours) that are lifted.
+            # Joint tokens are not a feature map: lift the heatmaps instead (ours).
             features = encoder_width if hasattr(self.feature_backbone, "grid") else num_keypoints
             self.volume_lifting = Lifting(
                 feature_width=features, volume_width=volume_width, size=volume_size, exponent=volume_exponent
             )
-        self.image_place: nn.Parameter | None = None  # zero at the start, so that it can join a trained model
+        self.image_place: nn.Parameter | None = None  # zero-initialised, so it can be added to a trained model
         if hybrid_position:
             if not hasattr(self.feature_backbone, "grid"):
                 raise ValueError(f"hybrid_position is of a grid of image tokens, which backbone {backbone!r} has not")
@@ -208,7 +208,7 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         depth: Tensor | None = None,  # (B, h, w) larger = farther, any scale and shift, NaN = not known; None: no map
         peaks: Tensor | None = None,  # (B, J, 2, 4) in place of heatmaps, see `JointHeatmapBackbone.from_peaks`
     ) -> tuple[Conditioning, Tensor]:  # and the camera (B, 3): scale (crop half-sides per metre), tx, ty
-        """Run the heavy part, once per image."""
+        """Encode the image, once for all hypotheses and steps."""
         if peaks is not None:
             assert isinstance(self.feature_backbone, JointHeatmapBackbone) and heatmap_valid is not None
             tokens, mask = self.feature_backbone.from_peaks(peaks, heatmap_valid)
@@ -230,7 +230,7 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
             tokens, mask = self._encoded(tokens, mask, depth)
         tokens = self.norm_context(tokens)
         camera = self.to_camera(tokens[:, 0]).float()
-        # A person fills about the crop: one metre is about one half-side. exp keeps the scale positive.
+        # The initial scale is 1: a person about fills the crop, so one metre is about one half-side.
         camera = torch.cat([camera[:, :1].clamp(-3, 3).exp(), camera[:, 1:]], -1)
         volume = None
         if self.volume_lifting is not None:
@@ -241,14 +241,14 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
                 assert heatmaps is not None and heatmap_valid is not None
                 features = heatmaps * heatmap_valid[..., None, None]
             lifted = self.volume_lifting(features)
-            # Where a joint is seen is the camera head's to learn from its own loss, not from what a volume holds there.
+            # Detached: the camera head learns from its own loss only.
             volume = LiftedVolume(lifted, camera.detach(), self.volume_lifting.exponent)
         return self.with_keys_values(Conditioning(tokens, mask, volume=volume)), camera
 
     def _encoded(
         self, tokens: Tensor, mask: Tensor, depth: Tensor | None
     ) -> tuple[Tensor, Tensor]:  # (B, 1 + L, C), (B, 1 + L)
-        """The camera's token before the others; depth fused; the transformer's blocks."""
+        """Prepend the camera token, fuse depth, run the transformer blocks."""
         assert self.camera_token is not None and isinstance(self.encoder, nn.ModuleList)
         tokens = torch.cat([self.camera_token.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], 1)
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1)
@@ -262,7 +262,7 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         return tokens, mask
 
     def with_keys_values(self, conditioning: Conditioning) -> Conditioning:
-        """Compute the denoisers' keys and values once, so that no hypothesis and no step does it again."""
+        """Compute the denoisers' keys and values once for all hypotheses and steps."""
         pairs = sum((denoiser.keys_values(conditioning.tokens) for denoiser in self.denoisers), ())  # type: ignore
         return dataclasses.replace(conditioning, keys_values=pairs)
 
@@ -271,9 +271,9 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         points: Tensor,  # (B, N, P, 3)
         step: Tensor,  # (B, N) fraction of the process, 1 = pure noise
         conditioning: Conditioning,
-        hidden: Tensor | None = None,  # (B, N, T) bool: masked modelling's tokens
+        hidden: Tensor | None = None,  # (B, N, T) bool token mask
     ) -> Denoised:
-        """One evaluation of the denoiser(s), with all that the optional paths say."""
+        """One evaluation of the denoiser(s), with the outputs of optional modules."""
         depth = self.config.depth
         found = Denoised(points)
         for index, denoiser in enumerate(self.denoisers):
@@ -287,34 +287,34 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         step: Tensor,  # (B, N) fraction of the process, 1 = pure noise; or (1, 1), the same for all
         conditioning: Conditioning,
     ) -> Tensor:  # (B, N, P, 3)
-        """One evaluation of the denoiser(s): what a sampler calls."""
+        """One evaluation of the denoiser(s), for a sampler."""
         return self.predict(points, step, conditioning).points
 
     @property
     def num_tokens(self) -> int:
-        """T, of the denoiser."""
+        """T, tokens of the denoiser."""
         if self.config.tokens == "parts":
             return self.config.num_joints
         return self.config.num_coarse // self.config.patch_size + self.config.num_joints
 
     def flow_log_probs(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """RLE's log G by what it is of."""
+        """RLE's log G by quantity."""
         return {name: flow.log_prob for name, flow in self.flows.items() if isinstance(flow, RealNVP)}
 
     def regress(
         self,
         conditioning: Conditioning,  # of B images
     ) -> Tensor:  # (B, 1, P, 3)
-        """The direct baseline: one evaluation at the last step, from a constant input."""
+        """The direct baseline: one evaluation at k = K, from a constant input."""
         return self.at_last_step(conditioning).points
 
     def at_last_step(
         self,
         conditioning: Conditioning,  # of B images
     ) -> Denoised:  # N = 1
-        """One evaluation where only the image is known: its x̂_0 is a regressor, RLE's σ̂ that of p(x_0 | image).
+        """One evaluation at k = K, where x̂_0 is a direct regressor and RLE's σ̂ that of p(x_0 | image).
 
-        From a constant input, the mean of the noise, so that it is the same for every hypothesis and every seed.
+        The input is the mean of the noise, 0, so that the result does not depend on a seed.
         """
         constant = conditioning.tokens.new_zeros((len(conditioning.tokens), 1, self.num_points, 3), dtype=torch.float32)
         return self.predict(constant, constant.new_ones(len(constant), 1), conditioning)
@@ -330,7 +330,7 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         hidden: Tensor | None = None,  # (B, N, T) bool
         peaks: Tensor | None = None,  # (B, J, 2, 4)
     ) -> Prediction:
-        """Encode and denoise in one call: what a training step runs (and torch.compile compiles)."""
+        """Encode and denoise in one call, for training and torch.compile."""
         conditioning, camera = self.encode(image, heatmaps, heatmap_valid, depth, peaks)
         found = self.predict(points, step, conditioning, hidden)
         silhouette = None

@@ -1,7 +1,7 @@
-"""A saved model, read with nothing in it believed: config.json and the safetensors beside it.
+"""Safe loading of a saved model: config.json and safetensors, both untrusted.
 
-The weights are held against the model that the config describes: names, shapes, kinds of number, finite values, indices
-within the mesh. What is wrong would otherwise be a body that looks like one, or a model that takes minutes to build.
+The weights are checked against the model that the config describes: names, shapes, dtypes, finite values, and mesh
+indices in range. Unchecked, a corrupt file could give a plausible but wrong body, or exhaust the memory.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from hmdiff.models.recovery import MeshRecoveryModel
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
 _MEND = "save or copy the checkpoint again"
-_BACKBONE = re.compile(r"[\w.\-]{1,100}")  # of timm's registry: a prefix such as hf-hub: would go to the network
-_SUM = 0.02  # that the weights of a blended vertex may differ from 1: in half precision they do by 0.001
+_BACKBONE = re.compile(r"[\w.\-]{1,100}")  # timm names without a prefix such as hf-hub:, which would download
+_SUM = 0.02  # tolerance on the sum of interpolation weights; half precision rounds it by 0.001
 
 
 def load_model(folder: Path) -> MeshRecoveryModel:
-    """The model, on the CPU, to be evaluated. Raises `UserError` naming the file, and the value or the weight."""
+    """The model in eval mode, on the CPU. Raises `UserError` naming the file and the invalid value or weight."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing; the checkpoint is not whole, {_MEND}")
@@ -39,7 +39,7 @@ def load_model(folder: Path) -> MeshRecoveryModel:
         state = load_file(folder / WEIGHTS)
     except UserError:
         raise
-    except Exception as error:  # safetensors, timm and torch each raise their own
+    except Exception as error:  # safetensors, timm and torch raise their own error types
         reason = str(error).split("\n")[0][:160] or type(error).__name__
         raise UserError(f"{folder}: cannot be read as a model ({reason}); {_MEND}") from None
     check_state(folder / WEIGHTS, model.state_dict(), state)
@@ -57,7 +57,7 @@ def _read_config(path: Path, size: int) -> dict[str, Any]:
     check_hyperparameters(config, str(path), {name: about.default for name, about in signature.items()})
     if not _BACKBONE.fullmatch(str(config.get("backbone", "joints"))):
         raise UserError(f"{path}: backbone {config['backbone']!r:.80} is not a name of timm's own; {_MEND}")
-    # The least that such transformers weigh, a byte a weight: else building them takes what the file never held.
+    # A lower bound on the size of such a model at one byte a weight, checked before building it.
     wide, deep = config.get("width", 0), config.get("depth", 0) * config.get("stack", 1)
     if 4 * (deep * wide**2 + config.get("encoder_depth", 0) * config.get("encoder_width", 0) ** 2) > size:
         raise UserError(f"{path}: describes a larger model than {WEIGHTS} holds ({size:,} bytes); {_MEND}")
@@ -65,7 +65,7 @@ def _read_config(path: Path, size: int) -> dict[str, Any]:
 
 
 def check_state(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raises `UserError` naming the first weight that is missing, of another shape or kind, or not finite."""
+    """Raises `UserError` naming the first weight that is missing, unknown, of a wrong shape or dtype, or not finite."""
     for name in [*wanted, *found]:
         if name not in found or name not in wanted:
             what = "lacks" if name not in found else "has, and the model has not,"
@@ -91,7 +91,7 @@ def check_topology(
     state: dict[str, Tensor],
     num_coarse: int,  # C
 ) -> None:
-    """The indices of the mesh: within it, each coarse vertex used. Raises `UserError` naming the first that are not."""
+    """Check that mesh indices are in range and use every coarse vertex. Raises `UserError` naming the first fault."""
 
     def refuse(name: str, what: str) -> UserError:
         return UserError(f"{path}: {name} {what}; {_MEND}")
@@ -103,7 +103,7 @@ def check_topology(
         if int(index.min()) < 0 or int(index.max()) >= num_coarse or len(index.unique()) != num_coarse:
             raise refuse("upsample_index", f"does not point to each of the {num_coarse} coarse vertices")
     if ids is not None and index is None and (len(ids.unique()) != num_coarse or int(ids.min()) < 0):
-        raise refuse("coarse_ids", f"are not {num_coarse} different vertices")  # body parts: the body has the rest
+        raise refuse("coarse_ids", f"are not {num_coarse} different vertices")  # part tokens: no upsample_index
     if weight is not None and not bool(((weight.double().sum(-1) - 1).abs() < _SUM).all()):
         raise refuse("upsample_weight", "has rows that do not sum to 1")
     for name, value in state.items():

@@ -1,7 +1,6 @@
-"""The silhouette decoder of D2A-HMR (arXiv 2403.09063), which makes the context tokens know the person's outline.
+"""The silhouette decoder of D2A-HMR (arXiv 2403.09063), an auxiliary task on the context tokens, in training only.
 
-The paper has a decoder and leaves its inside unknown: learned queries, one cross-attention and deconvolutions are ours.
-Training only: no mesh needs it.
+Its architecture is not published: learned queries, one cross-attention and deconvolutions are ours.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 
 from hmdiff.models.layers import Attention, FeedForward, sinusoidal_position_2d
 
-GRID = 8  # queries a side
+GRID = 8  # queries per side
 
 
 class SilhouetteDecoder(nn.Module):
-    """Context tokens of any kind, grid or not, -> an 8x8 map that queries them -> deconvolutions -> logits.
+    """Context tokens -> cross-attention from an 8 x 8 grid of queries -> deconvolutions -> logits.
 
-    A query knows its place and asks the tokens about it, so that pictures, heatmaps' joints and depth all do.
+    Queries with positional encoding let the tokens be of any kind: image cells, joints or depth patches.
     """
 
     def __init__(self, width: int, heads: int, size: int = 64) -> None:
@@ -31,7 +30,7 @@ class SilhouetteDecoder(nn.Module):
         self.attention = Attention(width, heads)
         self.norm_feed_forward = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, 2.0)
-        # Few channels: the maps are large, and a step must not be the decoder's.
+        # Few channels: the maps are large, and the decoder should not dominate the cost of a training step.
         channels = min(width, 64)
         self.to_map = nn.Linear(width, channels)
         layers: list[nn.Module] = []
@@ -46,7 +45,7 @@ class SilhouetteDecoder(nn.Module):
         self,
         tokens: Tensor,  # (B, L, C)
         mask: Tensor | None = None,  # (B, L) bool, True = real token
-    ) -> Tensor:  # (B, size, size) logits of "the person is here", over the crop, row by row from its top
+    ) -> Tensor:  # (B, size, size) logits of the silhouette over the crop
         context = self.norm_context(tokens)
         queries = self.queries.expand(len(tokens), -1, -1)
         key_mask = None if mask is None else mask[:, None, None, :]
@@ -59,6 +58,6 @@ class SilhouetteDecoder(nn.Module):
 
 
 def _grid_code(width: int) -> Tensor:  # (64, width)
-    """Where the queries begin: a 2D code of their places, then they are learned."""
+    """Initial queries: a 2D positional encoding plus noise."""
     code = sinusoidal_position_2d(GRID, GRID, -(-width // 4) * 4)[:, :width]
     return code + 0.02 * torch.randn(GRID * GRID, width)
