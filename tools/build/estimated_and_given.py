@@ -1,12 +1,11 @@
-"""The embedded estimator against what is given of the same photos: `python -m tools.build.estimated_and_given PHOTOS`.
+"""The embedded estimator compared with given labels: `python -m tools.build.estimated_and_given PHOTOS`.
 
-PHOTOS is a folder of pictures with keypoints or, where there are none, heatmaps beside them (`NAME.json`,
-`NAME_heatmaps.npz`); of the latter the highest peak of a joint is taken as given. Two tables: for each photo, how far
-the estimator's peaks lie from the given ones, and how far apart the recovered bodies are; for each kind of joint, the
-figures that the synthetic faults (`hmdiff/data/synthetic/corruption.py`) are set by: `jitter` is a Gaussian's standard
-deviation along an axis, as theirs is, and sigma the width of a peak (`narrowest` and `widest`). With `--recordings` a
-rendered clip of known motion joins the second, whose labels are exact. Given keypoints are an annotator's or another
-network's, with faults of their own.
+PHOTOS is a folder of photos with keypoints (`NAME.json`) or heatmaps (`NAME_heatmaps.npz`; the highest peak of a joint
+is its label) beside them. Two tables. Per photo: the distance of the estimator's peaks to the labels, and the distance
+between the recovered bodies. Per joint type: the statistics behind the synthetic corruption
+(`hmdiff/data/synthetic/corruption.py`): `jitter` is a Gaussian's standard deviation along an axis and sigma the width
+of a peak (`narrowest` and `widest`). `--recordings` adds a rendered clip of known motion, with exact labels, to the
+second table. The labels of photos come from an annotator or another network and have errors of their own.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.viz.canvas import read_picture
 
 KINDS = ("nose", "eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle", "heel", "toe")
-_SURE = 0.1  # confidence of a keypoint that counts as given
-_FAR = 0.15  # crop half-sides: a joint that is not where it should be, not one that is a little off
-_CUT = 0.777  # the standard deviation that is measured of a Gaussian of 1, when what is under a tenth is cut off
-_MEDIAN = 1.1774  # distance of half of the points of a Gaussian in the plane, in its standard deviations
-_WINDOW = 6  # heatmap pixels about a peak in which its width is measured
+_SURE = 0.1  # minimum confidence of a labelled keypoint
+_FAR = 0.15  # crop half-sides: counts as a wrong location rather than jitter
+_CUT = 0.777  # measured standard deviation of a unit Gaussian that is truncated at a tenth of its peak
+_MEDIAN = 1.1774  # median distance of a 2D Gaussian, in standard deviations
+_WINDOW = 6  # half-size in heatmap pixels of the window around a peak for its width
 
 
 def widths(heatmaps: Heatmaps) -> Tensor:  # (P, J) heatmap pixels: standard deviation of a peak along an axis
-    """From the second moments of what is above a tenth of the peak, near it."""
+    """From the second moments of the values above a tenth of the peak, within the window."""
     values, size = heatmaps.values, heatmaps.values.shape[-1]
     places, height = heatmap_peaks(values)
     grid = torch.arange(size) + 0.5
@@ -50,9 +49,9 @@ def widths(heatmaps: Heatmaps) -> Tensor:  # (P, J) heatmap pixels: standard dev
 
 
 def compared(
-    heatmaps: Heatmaps,  # of one person, as estimated
+    heatmaps: Heatmaps,  # estimated, one person
     given: Tensor,  # (26, 3) photo pixels and confidence
-) -> dict[str, Tensor]:  # of the joints that both have: joint, pixels, half_sides, confidence, width
+) -> dict[str, Tensor]:  # joints present in both: joint, pixels, half_sides, confidence, width
     ((points, _),) = peaks(heatmaps)
     both = (given[:, 2] >= _SURE) & heatmaps.valid[0]
     pixels = (points[:, :2] - given[:, :2]).norm(dim=-1)
@@ -68,7 +67,7 @@ def compared(
 
 def of_photo(
     pipe: HMDiffPipeline, source: PoseSource, photo: Path, hypotheses: int
-) -> tuple[list[str], dict[str, Tensor]]:  # a row of the first table; rows of the second
+) -> tuple[list[str], dict[str, Tensor]]:  # row of the first table; rows of the second
     beside = keypoints_beside(photo)
     known = read_people(photo, beside if beside is not None and has_keypoints(beside) else None)
     box = peaks(known.heatmaps[0])[0][0]
@@ -101,7 +100,7 @@ def of_photo(
 
 
 def of_clip(pipe: HMDiffPipeline, source: PoseSource, recordings: Path, clip: Path) -> list[dict[str, Tensor]]:
-    """The rendered walk of `tools.build.jitter`: labels are projected from the known body."""
+    """The rendered walk of `tools.build.jitter`: labels are projections of the known body."""
     from hmdiff.errors import UserError
     from hmdiff.video.reading import clip_info, read_frames
     from tools.build.known_clip import recorded_motion, render_clip

@@ -1,7 +1,7 @@
-"""Draws docs/frames.png, the frames of what comes out: `python -m tools.build.frames --output docs/frames.png`.
+"""Draws docs/frames.png, the coordinate frames of the outputs: `python -m tools.build.frames --output docs/frames.png`.
 
-Three panels: the photo's camera with a body before it; the photo with its pixels and a person's turned crop; the frame
-of OBJ, GLB and BVH. The bodies are projected by the code that is documented, so the picture cannot lie about a sign.
+Three panels: the photo camera's frame with a body; the photo with its pixels and a person's rotated crop; the frame of
+OBJ, GLB and BVH. The bodies are projected by the documented code, so the figure's signs match it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _PLACE = torch.tensor([0.35, 0.1, 3.2])  # metres
 _AXES = (("x", "#c0392b"), ("y", "#1e8449"), ("z", "#2456a6"))
 
 
-def standing() -> np.ndarray:  # (V, 3) metres, the camera's axes, the pelvis at 0, facing the camera
+def standing() -> np.ndarray:  # (V, 3) metres, camera axes, pelvis at 0, facing the camera
     body = load_body("free")
     rotations = torch.eye(3).repeat(1, body.num_joints, 1, 1)
     rotations[:, 0] = axis_angle_to_matrix(torch.tensor([[np.pi, 0.0, 0.0]]))
-    for joint, angle in ((16, -1.0), (17, 1.0)):  # the arms down
+    for joint, angle in ((16, -1.0), (17, 1.0)):  # lower the arms
         rotations[:, joint] = axis_angle_to_matrix(torch.tensor([[0.0, 0.0, angle]]))
     posed = body(torch.zeros(1, body.num_betas), rotations)
     found: np.ndarray = (posed.vertices[0] - posed.joints[0, 0]).numpy()
@@ -37,7 +37,7 @@ def standing() -> np.ndarray:  # (V, 3) metres, the camera's axes, the pelvis at
 
 
 def _arrows(axes: Any, origin: np.ndarray, length: float, turned: np.ndarray, labels: bool = True) -> None:
-    """x, y, z of a frame whose rows in the camera's axes are `turned`; plotted as (x, z, -y), so that up is up."""
+    """Draw the axes of a frame whose rows in camera axes are `turned`, plotted as (x, z, -y), so that up is up."""
     for (name, colour), direction in zip(_AXES, turned, strict=True):
         start, step = origin[[0, 2, 1]] * [1, 1, -1], length * direction[[0, 2, 1]] * [1, 1, -1]
         axes.quiver(*start, *step, color=colour, linewidth=2, arrow_length_ratio=0.2)

@@ -1,7 +1,7 @@
-"""How much of a posed mesh lies inside itself: one number a body, to compare pose samplers with. Our choice throughout.
+"""Self-intersection of a posed mesh as one number per body, for comparing pose samplers. Our choice throughout.
 
-A vertex counts when the nearest vertex of the rest of the body turns its back on it: (x - v) · n_v < -DEPTH. The rest
-of the body is what is not within two bones along the same limb, nor near at rest, since skin folds there anyway.
+A vertex counts if the nearest vertex of the rest of the body faces away from it: (x - v) · n_v < -DEPTH. The rest of
+the body excludes vertices within two bones along the same limb or close at rest, where skin folds anyway.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from torch import Tensor
 from hmdiff.body.body import Body
 from hmdiff.viz.renderer import vertex_normals
 
-DEPTH = 0.015  # metres inside before it counts: soft tissue gives way
+DEPTH = 0.015  # metres: minimum depth, since soft tissue deforms
 NEAR_AT_REST = 0.10  # metres
-REACH = 0.10  # metres; a nearest vertex farther than this says nothing about inside and outside
+REACH = 0.10  # metres; farther nearest vertices do not determine inside and outside
 
 
 def self_intersection(
     body: Body,
     rotations: Tensor,  # (N, 24, 3, 3)
     betas: Tensor | None = None,  # (N, B); None: the mean shape
-    stride: int = 5,  # every so many vertices are tested, and tested against
-) -> Tensor:  # (N,) share of the vertices that lie inside another part of the body, 0..1
-    """Share of a posed body's vertices that lie inside another part of it."""
+    stride: int = 5,  # test only every stride-th vertex
+) -> Tensor:  # fraction of the vertices inside another body part, 0..1
+    """Fraction of a posed body's vertices that lie inside another body part."""
     if body.faces is None:
         raise ValueError("the body has no faces, so no inside")
     betas = torch.zeros(len(rotations), body.num_betas) if betas is None else betas
@@ -44,13 +44,13 @@ def self_intersection(
 def _apart(
     body: Body,
     chosen: Tensor,  # (M,)
-) -> Tensor:  # (M, M) bool: these two vertices have no business inside each other
+) -> Tensor:  # (M, M) bool: pairs of vertices that should not intersect
     part = body.lbs_weights[chosen].argmax(-1)
     bone = torch.eye(body.num_joints)
     for joint, parent in enumerate(body.parents):
         if parent >= 0:
             bone[joint, parent] = bone[parent, joint] = 1
-    # Left and right never fold into each other, though thighs are but two bones apart.
+    # Left and right do not fold into each other, even for the thighs, which are two bones apart.
     side = torch.tensor([name.startswith("left_") - name.startswith("right_") for name in body.joint_names])
     folding = (bone @ bone > 0) & (side[:, None] * side != -1)
     rest = body.v_template[chosen]

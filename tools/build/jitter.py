@@ -1,12 +1,12 @@
-"""Jitter and error over a rendered clip of known motion, with and without what makes hypotheses agree over time.
+"""Jitter and error on a rendered clip of known motion, with and without temporal consistency of the hypotheses.
 
-`python -m tools.build.jitter RECORDINGS`, or `... --photo FILE` for a camera that pans over a real photo, in which
-nobody moves, or `... --video FILE` for a real video of which no truth is known: its acceleration holds the motion too.
-
-The clip goes the whole way: frames of a video, embedded pose estimator, tracker, pipeline. Three rows: other noise in
-every frame; noise shared along the track; shared noise and smoothing. Acceleration is that of the joints relative to
-the pelvis, by second differences (mm/s^2, mean over joints and frames), as the field's 'Accel' is but in SI units; the
-truth's own is printed beside. Frames that nobody was seen in count as they were filled in. F frames, N hypotheses.
+`python -m tools.build.jitter RECORDINGS`; or `... --photo FILE` for a camera panning over a real photo with static
+people; or `... --video FILE` for a real video without ground truth, whose acceleration includes the motion. The clip
+passes through the whole pipeline: video frames, embedded pose estimator, tracker, recovery. Three rows: independent
+noise per frame; noise shared along the track; shared noise and smoothing. Acceleration is that of the root-relative
+joints, from second differences (mm/s^2, mean over joints and frames): the field's 'Accel' in SI units. The ground
+truth's acceleration is printed beside it. Frames without a detection count with their interpolation. F frames, N
+hypotheses.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def posed_joints(body: Body, track: VideoTrack) -> Tensor:  # (N, F, K, 3) metre
 
 def row(
     estimated: Tensor,  # (N, F, K, 3) metres
-    truth: Tensor,  # (F, K, 3); NaN: only known not to move
+    truth: Tensor,  # (F, K, 3) ground truth; NaN: known only to be static
     frame_rate: float,
 ) -> list[float]:  # in the order of COLUMNS
     mean, known = acceleration(estimated.mean(0), frame_rate), acceleration(truth, frame_rate)
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for smoothing in smoothings:
                 rows, seen = [], []
                 for seed in options.noise_seeds:
-                    kept = Path(temporary) / f"chunks_{shared}_{seed}"  # a second smoothing recovers nothing anew
+                    kept = Path(temporary) / f"chunks_{shared}_{seed}"  # a second smoothing reuses the recovered chunks
                     found = recover_video(
                         pipe, clip, options.num_hypotheses, seed, smoothing, folder=kept, share_noise=shared
                     )

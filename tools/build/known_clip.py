@@ -1,7 +1,7 @@
-"""A rendered clip of known motion: a recording of motion capture, worn by the free body, before a camera that stands.
+"""A rendered clip of known motion: a motion capture recording on the free body, in front of a static camera.
 
-What is known is exact: pose, shape, joints in the camera's frame. Looks, shape and place come from one seed and stay
-the same in all frames; the background is plain. Our choice.
+Pose, shape and the joints in the camera frame are exact. Appearance, shape and position come from one seed and are
+constant over the clip; the background is plain. Our choice.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from hmdiff.viz.overlays import overlay
 from tools.build.acclaim import read_recordings, world_rotations
 from tools.build.mocap import retarget
 
-RECORDED = 120.0  # frames a second
-_DRAWN = 3000  # vertices
+RECORDED = 120.0  # frames per second
+_DRAWN = 3000  # number of drawn vertices
 
 
 @dataclasses.dataclass(frozen=True)
 class KnownMotion:
-    rotations: Tensor  # (F, 24, 3, 3) local; the root's in the camera's frame
+    rotations: Tensor  # (F, 24, 3, 3) local; the root's in the camera frame
     betas: Tensor  # (1, B)
-    place: Tensor  # (3,) metres: the pelvis in the camera's frame, the same in all frames
+    place: Tensor  # (3,) metres: the pelvis in the camera frame, constant over the clip
     frame_rate: float
 
     def joints(self, body: Body) -> Tensor:  # (F, 24, 3) metres, relative to the pelvis
@@ -48,12 +48,12 @@ def recorded_motion(
     body: Body,
     frames: int,
     frame_rate: float = 30.0,
-    first: int = 0,  # frame of the recording
+    first: int = 0,  # first frame of the recording
     seed: int = 0,
-    yaw: float = 25.0,  # degrees that the person's first direction is turned from the camera's
+    yaw: float = 25.0,  # degrees between the person's initial direction and the camera
     distance: float = 3.5,  # metres
 ) -> KnownMotion:
-    """Raises `UserError` for an unknown name, or a recording that is too short."""
+    """Load a recording as `KnownMotion`. Raises `UserError` for an unknown name, or a recording that is too short."""
     stride = round(RECORDED / frame_rate)
     for found, skeleton, motion in read_recordings(recordings):
         if found == name:
@@ -67,7 +67,7 @@ def recorded_motion(
     rotations[:, 1:] = angles_to_rotations(clamp_angles(rotations_to_angles(rotations)))[:, 1:]
     ahead = rotations[0, 0, :, 2]
     facing = math.atan2(float(ahead[0]), float(ahead[2]))
-    # The recording's frame is y up; half a turn about x brings it before the camera, which looks a little down.
+    # The recording is y up: rotate by half a turn about x into the camera frame, with the camera looking slightly down.
     turn = torch.tensor([[math.pi + 0.12, 0.0, 0.0], [0.0, math.radians(yaw) - facing, 0.0]])
     around = axis_angle_to_matrix(turn)
     rotations[:, 0] = around[0] @ around[1] @ rotations[:, 0]
@@ -84,7 +84,7 @@ def render_clip(
     size: tuple[int, int] = (384, 384),  # height, width
     seed: int = 0,
 ) -> None:
-    """Every frame drawn with the same looks; the focal length is the diagonal, as the pipeline assumes."""
+    """Draw every frame with the same appearance; the focal length is the diagonal, the pipeline's default."""
     mesh = load_mesh(body, _DRAWN, fitted=False)
     small = body.select(mesh.coarse_ids)
     wardrobe = Wardrobe(small.v_template, small.lbs_weights, body.joint_names)
@@ -108,9 +108,9 @@ def pan_clip(
     photo: np.ndarray,  # (H, W, 3) uint8 RGB
     frames: int,
     frame_rate: float = 30.0,
-    height: int = 480,  # pixels of the clip; its width has the photo's proportions
+    height: int = 480,  # clip height in pixels; the aspect ratio is the photo's
 ) -> None:
-    """A camera that pans and zooms over a real photo: whoever is in it holds still, so what moves fast is jitter."""
+    """A camera that pans and zooms over a real photo: the people are static, so fast motion is jitter."""
     scale = height / photo.shape[0]
     size = (2 * round(photo.shape[1] * scale / 2), height)
     base = cv2.GaussianBlur(photo, (0, 0), 0.4 / scale) if scale < 0.7 else photo
@@ -118,11 +118,11 @@ def pan_clip(
     with atomic_file(path) as temporary:
         writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), frame_rate, size)
         for frame in range(frames):
-            phase = 2 * math.pi * frame / (2 * frame_rate)  # once to and fro in two seconds
+            phase = 2 * math.pi * frame / (2 * frame_rate)  # one period in two seconds
             zoom = scale * (1.0 - 0.04 * math.cos(phase))
             at = middle * [1 + 0.06 * math.sin(phase), 1 + 0.03 * math.sin(phase)]
             affine = np.array([[zoom, 0, size[0] / 2 - zoom * at[0]], [0, zoom, size[1] / 2 - zoom * at[1]]])
-            affine[:, 2] += 0.5 * zoom - 0.5  # OpenCV counts from the centre of the first pixel, we from its corner
+            affine[:, 2] += 0.5 * zoom - 0.5  # OpenCV's origin is the centre of the first pixel, ours its corner
             picture = cv2.warpAffine(base, affine, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
             writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         writer.release()

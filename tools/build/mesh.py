@@ -1,7 +1,7 @@
-"""Makes `assets/body_mesh.npz`: the mesh hierarchy of a body and the upsampling fitted at 432 vertices.
+"""Builds `assets/body_mesh.npz`: the mesh hierarchy of a body and the upsampling fitted at 432 vertices.
 
-`python -m tools.build.mesh --output assets/body_mesh.npz`. The poses that the upsampling is fitted on are wider than
-people's on purpose (our choice): every joint turns about every axis, elbows and knees fold besides, shapes vary.
+`python -m tools.build.mesh --output assets/body_mesh.npz`. The upsampling is fitted on poses with a deliberately larger
+range than real ones (our choice): every joint rotates about every axis, elbows and knees also flex, shapes vary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hmdiff.body.mesh_cache import random_bodies
 from hmdiff.body.surface import partition_patches, surface_distances
 from hmdiff.errors import UserError
 
-NUM_COARSE = 432  # the lineage has 431; 432 divides into patches of 2, 3, 4, 6, 8, 9 and 12
+NUM_COARSE = 432  # the METRO lineage has 431; 432 divides into patches of 2, 3, 4, 6, 8, 9 and 12
 
 
 def prepare_mesh(
@@ -28,7 +28,7 @@ def prepare_mesh(
     num_coarse: int = NUM_COARSE,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Decimate the body's mesh, fit the upsampling, write both; some 15 s. Returns what was measured on unseen poses.
+    """Decimate the body's mesh, fit the upsampling and write both; takes about 15 s. Returns errors on unseen poses.
 
     Raises:
         UserError: the body cannot be read or has no faces; the output cannot be written.
@@ -69,7 +69,7 @@ def _diameter_mm(
     patches: Tensor,  # (P, p)
     distance: Tensor,  # (C, C) metres
 ) -> float:
-    """Mean over the patches of the longest way along the surface between two of their vertices."""
+    """Mean over the patches of the largest geodesic distance between two of their vertices."""
     return 1000 * distance[patches[:, :, None], patches[:, None, :]].amax((1, 2)).mean().item()
 
 

@@ -1,8 +1,8 @@
-"""Retargeting of Acclaim recordings to the local rotations of the 24 SMPL-named joints of a T-pose body.
+"""Retargeting of Acclaim recordings to local rotations of a T-pose body with 24 SMPL-named joints.
 
-The ASF rest pose (legs spread by 20 degrees, elbows' hinge turned by 30) is not a T-pose, so each SMPL joint takes a
-bone's W_b · A_b, where the constant A_b turns the T-pose's (bone direction, hinge axis) to the bone's. Our choice, as
-are the forearm's shared twist and the collars that follow raised arms.
+The ASF rest pose (legs spread by 20 degrees, elbow hinges rotated by 30) is not a T-pose, so each SMPL joint uses a
+bone's W_b · A_b, where the constant A_b rotates the T-pose's (bone direction, hinge axis) to the bone's. Our choice, as
+are the distributed forearm twist and the collars that follow raised arms.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from hmdiff.body.skeletons import SMPL24, SMPL24_PARENTS
 from hmdiff.data.synthetic.collision import OFFSETS
 from tools.build.acclaim import AcclaimSkeleton, Array, bone_ends
 
-MAX_SPEED = 25.0  # degrees per recorded frame (120 Hz): no joint of a person turns at 3,000 degrees a second
+MAX_SPEED = 25.0  # degrees per recorded frame (120 Hz): 3,000 degrees per second is beyond human joints
 MEAN_OFFSETS: Array = OFFSETS.double().numpy()  # (24, 3) metres, from parent to joint in the T-pose
 
-# SMPL joint -> ASF bone whose orientation it takes. The wrist takes the hand's, hands and the neck are made below.
+# SMPL joint -> ASF bone that provides its orientation. The wrist uses the hand's; hands and neck are set below.
 _SOURCE = {
     "pelvis": "root",
     "spine1": "lowerback",
@@ -43,8 +43,8 @@ _SOURCE = {
     "right_elbow": "rradius",
     "right_wrist": "rhand",
 }
-# Joints whose bone (joint -> child) must point as the ASF bone does. The others (pelvis, spine, neck, collars, feet)
-# correspond at rest instead: there the two rest poses are the same posture, but the joints are not the same points.
+# Joints whose bone (joint -> child) must point like the ASF bone. The others (pelvis, spine, neck, collars, feet) are
+# matched at rest instead: the two rest poses agree there, but the joints are not at the same points.
 DIRECTED = {
     "left_hip": "left_knee",
     "right_hip": "right_knee",
@@ -78,7 +78,7 @@ def rest_alignment(
     skeleton: AcclaimSkeleton,
     offsets: Array,  # (24, 3) T-pose
 ) -> dict[str, Array]:  # SMPL joint -> (3, 3) A: from the T-pose to the ASF rest pose
-    """The constant turn of every joint between the two rest poses."""
+    """The constant rotation of every joint between the two rest poses."""
     alignment = {}
     for joint, source in _SOURCE.items():
         bone = skeleton.bones[source]
@@ -87,8 +87,8 @@ def rest_alignment(
             child = offsets[SMPL24.index(DIRECTED[joint])]
             alignment[joint] = _frame(bone.offset, hinge) @ _frame(child, tpose_hinge(joint)).T
         elif joint.endswith(("ankle", "foot")):
-            # Soles are flat in both rest poses: only the spread of the leg above is taken along, which is the frame's
-            # turn about z, whatever the slope of the line from the ankle to the ball of the foot.
+            # Soles are flat in both rest poses: apply only the spread of the leg above, a rotation of the frame about z
+            # that is independent of the slope from the ankle to the ball of the foot.
             hinge = bone.frame[:, 0]
             alignment[joint] = _frame(hinge, np.array([0.0, 0.0, 1.0]))[:, [0, 2, 1]] * np.array([1.0, -1.0, 1.0])
         else:
@@ -101,19 +101,20 @@ def retarget(
     world: dict[str, Array],  # bone -> (F, 3, 3)
     offsets: Array = MEAN_OFFSETS,  # (24, 3) metres, T-pose, parent to joint
 ) -> Array:  # (F, 24, 3, 3) local rotations of the T-pose body; the first is the root's in the world; hands are 0
-    """Local rotations that give a T-pose body the pose of the recording."""
+    """Local rotations that put a T-pose body into the recorded pose."""
     alignment = rest_alignment(skeleton, offsets)
     glob = {joint: world[bone] @ alignment[joint] for joint, bone in _SOURCE.items()}
-    # Three ASF neck bones, one SMPL neck: the middle of the lower two.
+    # ASF has three neck bones, SMPL one: use the middle of the lower two.
     glob["neck"] = halfway(world["lowerneck"], world["upperneck"])
     for side in ("left", "right"):
-        # The ASF forearm twists at its lower half alone, skin all along: half of the twist is the elbow's.
+        # The ASF forearm twists only in its lower half, skin along its whole length: give half of the twist to the
+        # elbow.
         elbow, wrist = f"{side}_elbow", f"{side}_wrist"
         axis = offsets[SMPL24.index(wrist)]
         twist = _twist_angle(np.swapaxes(glob[elbow], -1, -2) @ glob[wrist], axis)
         glob[elbow] = glob[elbow] @ _axis_rotation(axis, twist / 2)
         glob[f"{side}_hand"] = glob[wrist]
-        # The recordings at hand hold the clavicles still; a raised arm without its shoulder blade tears the skin.
+        # The recordings have static clavicles; raising an arm without the shoulder blade tears the skin.
         chest, sign = glob["spine3"], np.array([1.0 if side == "left" else -1.0, 1.0, 1.0])
         arm = (np.swapaxes(chest, -1, -2) @ glob[f"{side}_shoulder"])[..., 0] * sign[0] * sign
         glob[f"{side}_collar"] = glob[f"{side}_collar"] @ _collar(arm, sign)
@@ -138,7 +139,7 @@ def _axis_rotation(axis: Array, angle: Array) -> Array:  # (3,), (F,) -> (F, 3, 
 
 
 def _twist_angle(rotation: Array, axis: Array) -> Array:  # (F, 3, 3), (3,) -> (F,) radians in -pi..pi
-    # The twist part of the quaternion (w, v): 2 atan2(v · axis, w), both over the same positive factor.
+    # The twist of the quaternion (w, v) is 2 atan2(v · axis, w); both arguments carry the same positive factor.
     axis = axis / np.linalg.norm(axis)
     sine = (
         np.stack(
@@ -176,12 +177,12 @@ def joint_positions(
 def direction_error(
     skeleton: AcclaimSkeleton,
     world: dict[str, Array],
-    local: Array,  # (F, 24, 3, 3) of `retarget`
+    local: Array,  # (F, 24, 3, 3) from `retarget`
     offsets: Array = MEAN_OFFSETS,
 ) -> dict[str, float]:  # degrees, mean over frames; by limb, and 'trunk' for the line from pelvis to neck
-    """How far the retargeted bones point from the recorded ones.
+    """Angle between the retargeted and the recorded bones.
 
-    Limbs: 0 up to rounding. Trunk, neck and feet correspond at rest instead, so they differ by what the rest poses do.
+    Limbs: 0 up to rounding. Trunk, neck and feet are matched at rest and differ by the difference of the rest poses.
     """
     joints, _ = joint_positions(local, offsets)
     ends = bone_ends(skeleton, world)
@@ -209,9 +210,9 @@ def _angle(a: Array, b: Array) -> Array:
 
 def bad_frames(
     local: Array,  # (F, 24, 3, 3) at the recorded rate
-    fastest: float = MAX_SPEED,  # degrees a frame
+    fastest: float = MAX_SPEED,  # degrees per frame
 ) -> NDArray[np.bool_]:  # (F,)
-    """Frames beside a jump that no body makes, or with a number that is not finite."""
+    """Frames next to an impossibly fast jump, or with a non-finite value."""
     bad: NDArray[np.bool_] = np.logical_not(np.isfinite(local).reshape(len(local), -1).all(-1))
     step = np.swapaxes(local[:-1], -1, -2) @ local[1:]
     cosine = (np.trace(step, axis1=-2, axis2=-1) - 1) / 2

@@ -1,4 +1,4 @@
-"""A sheet of people of a split, to look at: the truth in grey, beside it the selected hypothesis.
+"""A contact sheet of a split's people: the ground truth in grey, beside it the selected hypothesis.
 
 python -m tools.build.people_sheet --checkpoint hmdiff_small --split test_ood --people 32 --output sheet.jpg
 """
@@ -25,10 +25,10 @@ def people_sheet(
     people: int,
     output: Path,
     num_hypotheses: int = 25,
-    pairs: int = 8,  # in a row
+    pairs: int = 8,  # per row
     size: int = 150,
 ) -> None:
-    """Draw the first people of a split, without guidance, from the camera."""
+    """Draw the first people of a split from the camera, sampled without guidance."""
     config = Config()
     data = build_data(config, pipeline.body, build_mesh(config, pipeline.body), full_mesh=True)
     cells = []

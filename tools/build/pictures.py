@@ -1,7 +1,7 @@
-"""The README's pictures of a bare photo: `python -m tools.build.pictures`.
+"""The README's result images: `python -m tools.build.pictures`.
 
-What `hmdiff demo` writes of scikit-image's astronaut (public domain), at the size of a page: assets/demo.jpg, the
-hypotheses, and assets/spread.jpg, how much they differ. To be run again with every new checkpoint.
+Output of `hmdiff demo` for scikit-image's astronaut (public domain), resized: assets/demo.jpg, the hypotheses, and
+assets/spread.jpg, their spread. Run again for every new checkpoint.
 """
 
 from __future__ import annotations

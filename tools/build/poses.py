@@ -1,9 +1,9 @@
-"""Fits the pose priors to motion capture: `python -m tools.build.poses RECORDINGS --output assets/pose_prior.npz`, and
-with `--clips CLIPS.npz --output assets/pose_prior_train.npz` that of the training people, from more recordings.
+"""Fits the pose priors to motion capture: `python -m tools.build.poses RECORDINGS --output assets/pose_prior.npz`;
+adding `--clips CLIPS.npz --output assets/pose_prior_train.npz` fits the training people's prior, from more recordings.
 
-Recordings (ASF/AMC, and clips of a BVH skeleton) are retargeted, cleaned and thinned to 10 Hz; a mirror-tied Gaussian
-mixture is fitted by expectation maximisation; the number of components is the one with the best likelihood on whole
-recordings held out. Only the mixture's figures are written, never a recording.
+Recordings (ASF/AMC, and clips of a BVH skeleton) are retargeted, cleaned and thinned to 10 Hz. A mirror-symmetric
+Gaussian mixture is fitted by expectation maximisation; the number of components maximises the likelihood of held-out
+recordings. Only the mixture's parameters are written, never a recording.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ CREDIT = (
     "The database was created with funding from NSF EIA-0196217."
 )
 RECORDED, KEPT = 120.0, 10.0  # Hz
-HELD_OUT = ("01_04", "01_10", "02_03", "02_06", "03_02")  # whole recordings; the rest is fitted
+HELD_OUT = ("01_04", "01_10", "02_03", "02_06", "03_02")  # whole recordings; the others are used for the fit
 COMPONENTS = (8, 16, 24, 32, 48)
-FLOOR = 0.04  # radians: standard deviation added to every coordinate; some joints of the recordings are hinges or fixed
-TOLERANCE = 25.0  # degrees beyond a joint limit at which a frame is a marker fault rather than a person's
+FLOOR = 0.04  # radians: standard deviation added to every coordinate, since some joints are hinges or fixed
+TOLERANCE = 25.0  # degrees beyond a joint limit above which a frame is a marker error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PoseFrames:
     """Cleaned, thinned frames."""
 
     train: Tensor  # (N, 24, 3, 3) local rotations, the root's in the world
-    test: Tensor  # (M, 24, 3, 3) of the recordings held out
+    test: Tensor  # (M, 24, 3, 3) of the held-out recordings
     counts: dict[str, int]  # frames read, jumps dropped, frames thinned, beyond limits dropped
     direction_error: dict[str, float]  # degrees by limb
 
@@ -62,13 +62,13 @@ class PoseFrames:
 def read_frames(
     source: str | Path,
     offsets: np.ndarray = MEAN_OFFSETS,  # (24, 3) metres
-    clips: str | Path | None = None,  # an archive (`bvh_clips`); those whose names end in _test are held out
+    clips: str | Path | None = None,  # an archive (`bvh_clips`); clips whose names end in _test are held out
 ) -> PoseFrames:
     """Recordings as poses of the T-pose body. Raises `UserError` for a source without recordings."""
     kept: dict[str, list[Tensor]] = {"train": [], "test": []}
     counts = {"recordings": 0, "read": 0, "jumps": 0, "thinned": 0, "beyond limits": 0}
     errors: list[dict[str, float]] = []
-    tolerated = torch.tensor(["wrist" not in joint for joint in SMPL24])  # wrists are clamped: their markers are poor
+    tolerated = torch.tensor(["wrist" not in joint for joint in SMPL24])  # wrist markers are unreliable: clamp instead
     recordings = (
         (name, skeleton, world_rotations(skeleton, motion), RECORDED)
         for name, skeleton, motion in read_recordings(source)
@@ -95,7 +95,7 @@ def read_frames(
         ):
             counts[key] += value
     mean_error = {limb: float(np.mean([error[limb] for error in errors])) for limb in errors[0]}
-    # Without the usual names there is still a share to judge by: the last tenth.
+    # Without the usual names, hold out the last tenth.
     train, test = (torch.cat(part) if part else torch.zeros(0, 24, 3, 3) for part in kept.values())
     if not len(test):
         cut = max(1, len(train) // 10)
@@ -110,7 +110,7 @@ def fit_mixture(
     seed: int = 0,
     floor: float = FLOOR,  # radians
 ) -> PosePrior:
-    """Expectation maximisation of the mirror-tied mixture; starts from k-means++ seeds. Deterministic by seed."""
+    """Expectation maximisation of the mirror-symmetric mixture, initialised by k-means++. Deterministic for a seed."""
     both = torch.cat([features, mirror_features(features)]).double()
     generator = torch.Generator().manual_seed(seed)
     identity = torch.eye(both.shape[1], dtype=torch.float64)
@@ -122,7 +122,7 @@ def fit_mixture(
         torch.linalg.cholesky(pooled).repeat(components, 1, 1),
     )
     for _ in range(iterations):
-        # One recording frame is one datum, seen through its two mirror images: 2K responsibilities that sum to 1.
+        # A frame and its mirror image share one datum: its 2K responsibilities sum to 1.
         log_joint = _log_components(prior, both).unflatten(1, (2, -1))  # (K, 2, N)
         share = (log_joint - log_joint.logsumexp((0, 1))).exp().flatten(1)  # (K, 2N)
         mass = share.sum(1)
@@ -135,7 +135,8 @@ def fit_mixture(
             covariances.append(scatter)
             pooled = pooled + scatter
         pooled = pooled / mass.sum()
-        # A component of few frames leans on the covariance within all of them (an inverse-Wishart prior of 2 F frames).
+        # Components with few frames are regularised by the covariance within all (an inverse-Wishart prior of 2 F
+        # frames).
         strength = 2.0 * both.shape[1]
         factors = torch.stack(
             [
@@ -166,10 +167,10 @@ def _spread_seeds(features: Tensor, count: int, generator: torch.Generator) -> T
 
 def prepare_poses(
     source: str | Path,  # folder or archive of ASF and AMC files
-    output: str | Path,  # the .npz to write
+    output: str | Path,  # .npz
     components: tuple[int, ...] = COMPONENTS,
     clips: str | Path | None = None,  # more recordings, see `read_frames`
-) -> dict[str, object]:  # the metadata that was written
+) -> dict[str, object]:  # the written metadata
     """Fit the prior and write it.
 
     Raises:
@@ -208,7 +209,7 @@ def write_prior(path: str | Path, prior: PosePrior, metadata: dict[str, object])
 
 
 def draw_sheet(path: str | Path, seed: int = 0, columns: int = 8) -> None:
-    """A picture of sampled bodies: a row each of the prior, blends, the joint limits and the tail."""
+    """A picture of sampled bodies: one row each for the prior, blends, the joint limits and the tail."""
     body = load_body("free")
     assert body.faces is not None
     generator = torch.Generator().manual_seed(seed)
@@ -231,11 +232,11 @@ def draw_sheet(path: str | Path, seed: int = 0, columns: int = 8) -> None:
 
 
 def intersection_report(
-    source: str | Path | None = None,  # recordings, to compare with
+    source: str | Path | None = None,  # recordings for comparison
     count: int = 100,
     seed: int = 0,
-) -> dict[str, dict[str, float]]:  # sampler -> percent of the vertices inside the body: mean, 90 % quantile, worst
-    """`self_intersection` of the samplers' bodies of mean shape, and of the held-out recordings when given."""
+) -> dict[str, dict[str, float]]:  # sampler -> percent of the vertices inside the body: mean, 90 % quantile, maximum
+    """`self_intersection` of the samplers' bodies with mean shape, and of the held-out recordings if given."""
     body = load_body("free")
     generator = torch.Generator().manual_seed(seed)
     mixture, limits = PoseMixture(), JointLimitSampler()

@@ -1,8 +1,8 @@
-"""Stand-ins for a recorded data set with depth and masks: `python -m tools.build.recorded OUT --people 512`.
+"""Stand-in for a recorded data set with depth and masks: `python -m tools.build.recorded OUT --people 512`.
 
-Synthetic people as `hmdiff prepare` stores recorded ones (a mesh, 2D keypoints, a camera, a depth map with the faults
-of a monocular network, a mask; no picture), for what is to be measured on recorded people where no data set is at
-hand: `data.sources=[{path: OUT, same_body: true}]`, with and without `model.depth_map`. A photo is the crop alone.
+Synthetic people in the format of `hmdiff prepare` (a mesh, 2D keypoints, a camera, a depth map corrupted like a
+monocular network's, a mask; no image), for experiments on recorded people without a data set: `data.sources=[{path:
+OUT, same_body: true}]`, with and without `model.depth_map`. A photo is the crop only.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from hmdiff.data.sample import Sample
 from hmdiff.data.shards import ShardWriter
 from hmdiff.names import SPLITS
 
-SIDE = 256  # pixels of the photo
+SIDE = 256  # photo size in pixels
 _REGION = (0.0, 0.0, float(SIDE), float(SIDE))
 
 
 def write_recorded(
     folder: Path, people: int, stream: str = "train", seed: int = 0, map_size: int = 64, first: int = 0
 ) -> None:
-    """The people of the stream from `first` on: those before it are left for a test.
+    """Write the people of the stream starting at `first`; the earlier ones are reserved for testing.
 
-    Raises `UserError` where the folder holds other people, or cannot be written."""
+    Raises `UserError` if the folder holds other people, or cannot be written.
+    """
     config = load_config(None, [f"seed={seed}", f"data.map_size={map_size}", "data.block_size=16"])
     body = load_body(config.body)
     data = build_data(config, body, build_mesh(config, body), full_mesh=True)
@@ -51,7 +52,7 @@ def write_recorded(
 def stored(
     sample: Sample, row: int, name: str
 ) -> tuple[Record, None, tuple[float, float, float, float], bytes | None, bytes]:
-    """One person as `ShardWriter.add` takes them."""
+    """One person in the form that `ShardWriter.add` takes."""
     assert sample.vertices is not None and sample.pelvis is not None and sample.joints_2d is not None
     assert sample.focal is not None and sample.principal_point is not None and sample.visible is not None
     assert sample.depth_input is not None and sample.silhouette is not None

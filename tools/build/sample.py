@@ -1,8 +1,7 @@
-"""Makes `assets/sample.jpg` and `assets/sample.json`: a rendered person in an everyday pose, with COCO-17 keypoints.
+"""Builds `assets/sample.jpg` and `assets/sample.json`: a rendered person in an everyday pose, with COCO-17 keypoints.
 
-`python -m tools.build.sample --output assets`.
-A stand-in for a photo, which could not be shipped. All our choice: pose, clothes and place come from one seed, the
-camera is the one the pipeline assumes of a photo (focal length = diagonal).
+`python -m tools.build.sample --output assets`. Replaces a photo, which could not be shipped. Our choice: pose, clothes
+and position come from one seed; the camera is the pipeline's default for a photo (focal length = diagonal).
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix, perspective_projection
 from hmdiff.viz.canvas import save_picture
 
-SEED = 28  # looked at, and found good
+SEED = 28  # chosen by eye
 SIZE = (640, 480)  # height, width
-_FINER = 2  # samples a pixel's side
-_HIDDEN = 0.12  # metres that a keypoint may lie below the visible surface before it counts as hidden
+_FINER = 2  # supersampling per pixel side
+_HIDDEN = 0.12  # metres below the visible surface at which a keypoint counts as occluded
 
 
 def prepare_sample(
-    folder: str | Path,  # where sample.jpg and sample.json are written
+    folder: str | Path,  # output folder of sample.jpg and sample.json
     seed: int = SEED,
 ) -> dict[str, float]:
-    """Render the sample in some 5 s; returns it in numbers. Raises `UserError` where it cannot be written."""
+    """Render the sample in about 5 s; returns its figures. Raises `UserError` if it cannot be written."""
     folder = Path(folder)
     height, width = SIZE
     picture, points, silhouette_share = render_person(seed)
     shown = points[points[:, 2] > 0, :2]
     low, high = shown.amin(0), shown.amax(0)
-    # The keypoints end at eyes and ankles: the box reaches a little further, as a detector's does.
+    # The keypoints end at eyes and ankles: enlarge the box to match a detector's.
     margin = 0.12 * float((high - low).max())
     low, high = (low - margin).clamp_min(0), torch.minimum(high + margin, torch.tensor([width, height]))
     about = {
@@ -63,13 +62,14 @@ def prepare_sample(
 
 @torch.no_grad()
 def render_person(seed: int) -> tuple[Tensor, Tensor, float]:
-    """The picture (3, H, W) 0..1; COCO-17 keypoints (17, 3) pixels and visibility 1, 2; the person's share of it."""
+    """Image (3, H, W) 0..1; COCO-17 keypoints (17, 3) pixels, visibility 1 or 2; fraction of the image covered."""
     generator = torch.Generator().manual_seed(seed)
     body = load_body("free")
     betas = 0.7 * torch.randn(1, body.num_betas, generator=generator).clamp(-1.5, 1.5)
-    rotations = PoseMixture(1.0, 0.0, 0.0).sample(1, generator).clone()  # the prior alone: as in motion capture
+    rotations = PoseMixture(1.0, 0.0, 0.0).sample(1, generator).clone()  # the prior only: poses as in motion capture
     yaw, lean = (float(torch.rand((), generator=generator)) for _ in range(2))
-    # Half a turn about x brings the body upright into the camera's frame, facing it; then up to 50 degrees aside.
+    # Half a turn about x puts the body upright in the camera frame, facing the camera; then rotate up to 50 degrees
+    # sideways.
     turn = torch.tensor([[math.pi + 0.08 + 0.12 * lean, 0.0, 0.0], [0.0, math.radians(100 * yaw - 50), 0.0]])
     around = axis_angle_to_matrix(turn)
     rotations[:, 0] = around[0] @ around[1]

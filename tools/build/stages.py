@@ -1,9 +1,8 @@
-"""Where the time of a bare photo goes, stage by stage: `python -m tools.build.stages PHOTO`.
+"""Time per stage for a photo without annotations: `python -m tools.build.stages PHOTO`.
 
-`hmdiff sample` runs in this process under Python's profiler; of every stage the share of the processor's time is
-printed, of which a busy machine takes nothing; files are written in turn, not beside the sampling. Imports are done
-before. The profiler slows what is many small calls, so
-shares are a guide to a few per cent.
+`hmdiff sample` runs in this process under Python's profiler, and the fraction of CPU time per stage is printed, which
+does not depend on other load. Files are written sequentially, not in parallel with sampling. Imports are excluded.
+Profiling slows down small calls, so the fractions are accurate to a few per cent.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from unittest import mock
 
 from hmdiff.cli.main import main as hmdiff
 
-# Function and end of its file's name; a stage's share is of all calls that do not come from an earlier one of the list.
+# Function name and end of its file's name; a stage's time excludes calls from an earlier stage in the list.
 STAGES = (
     ("loading the checkpoint", "load_pipeline", "arguments.py"),
     ("reading the photo", "read_picture", "canvas.py"),
@@ -40,7 +39,7 @@ STAGES = (
 
 
 class Inline(Executor):
-    """Runs what is submitted at once: a profiler sees one thread."""
+    """Runs submitted tasks immediately, because the profiler sees only one thread."""
 
     def __init__(self, max_workers: int | None = None) -> None:
         pass
@@ -55,7 +54,7 @@ class Inline(Executor):
 
 
 def shares(stats: pstats.Stats) -> list[tuple[str, float]]:
-    """Of the processor's time; the rest is everything that no stage names."""
+    """Fractions of CPU time; the rest belongs to no stage."""
     total: float = stats.total_tt  # type: ignore[attr-defined]
     found = []
     for name, function, file in STAGES:
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         command = ["sample", str(options.photo), "--num-hypotheses", options.num_hypotheses, "--output"]
-        if hmdiff([*command, f"{folder}/first"]):  # imports, caches
+        if hmdiff([*command, f"{folder}/first"]):  # warm-up: imports, caches
             raise SystemExit(2)
         profile = cProfile.Profile(time.process_time)
         with mock.patch("concurrent.futures.ThreadPoolExecutor", Inline):

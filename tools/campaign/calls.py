@@ -1,7 +1,7 @@
 """Many calls of one pipeline: `python -m tools.campaign.calls --count 1000 --output FOLDER`.
 
-Memory: after the first calls the process must not grow. Threads: calls of every sampler, with other numbers of steps,
-seeds and etas at once on one shared pipeline, give what they give one after the other.
+Memory: after warm-up the process must not grow. Threads: concurrent calls on one shared pipeline, with different
+samplers, step counts, seeds and etas, must give the same results as sequential calls.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from hmdiff.heatmaps.crop import Crop
 from hmdiff.pipeline import HMDiffPipeline
 from tools.campaign.family import SMALL
 
-_WARM = 20  # calls before memory is counted
-_GROWS = 32.0  # MB over all calls beyond which memory is not flat
+_WARM = 20  # warm-up calls before memory is measured
+_GROWS = 32.0  # MB of growth over all calls above which the check fails
 
 
 def people(count: int = 1) -> Heatmaps:
@@ -38,7 +38,7 @@ def people(count: int = 1) -> Heatmaps:
 
 
 def call(pipeline: HMDiffPipeline, number: int) -> torch.Tensor:
-    """Call `number`: its sampler, steps, seed and eta."""
+    """Call `number`, which determines sampler, steps, seed and eta."""
     name = SCHEDULER_NAMES[number % len(SCHEDULER_NAMES)]
     steps, eta = 2 + number % 4, (number % 3) / 2
     output = pipeline(
@@ -48,7 +48,7 @@ def call(pipeline: HMDiffPipeline, number: int) -> torch.Tensor:
 
 
 def memory() -> float:
-    """Megabytes that the process holds now."""
+    """Current memory of the process in megabytes."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 

@@ -1,9 +1,9 @@
-"""Attempts in a process of their own: how each ended, within bounds on time and memory, and what it tried to do.
+"""Runs attempts in child processes: the outcome of each, limits on time and memory, and forbidden side effects.
 
-A child is forked from a parent that has imported everything and makes one attempt after another, so that one costs
-what its reading costs; where an attempt kills it (a crash, or too much time) another child goes on with the next. An
-audit hook in it notes what no reading of a file may do: start a program, open a connection, or change anything outside
-its folder. What was in the folder before must be there afterwards, unchanged.
+Children are forked from a parent that has imported everything and run attempts in sequence, so an attempt costs only
+the reading itself. If an attempt kills the child (a crash, a timeout), a new child continues with the next attempt. An
+audit hook records what reading a file must never do: start a program, open a connection, or modify anything outside its
+folder. The folder's original files must still be there afterwards, unchanged.
 """
 
 from __future__ import annotations
@@ -45,37 +45,37 @@ _ATTEMPTS_A_CHILD = 100
 
 
 class Wrong(Exception):
-    """The attempt ended well and its result is not right: NaN, say."""
+    """The attempt finished without an error but its result is invalid, e.g. NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """What is tried. The folder is the only place that may be written."""
+    """One attempt. Only its folder may be written to."""
 
     folder: Path
-    read: Callable[[], None]  # raises `UserError` to refuse, `Wrong` where its result is not right
-    prepare: Callable[[], None] = lambda: None  # fills the folder; within no bounds
+    read: Callable[[], None]  # raises `UserError` to refuse the file, `Wrong` for an invalid result
+    prepare: Callable[[], None] = lambda: None  # fills the folder; without limits
     clear: Callable[[], None] = lambda: None
-    keeps: bool = True  # the files that are there before must be there afterwards, as they were
+    keeps: bool = True  # the folder's original files must stay unchanged
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    seconds: float = 10  # of the processor; twelve times that on the clock, for machines that do much else
-    megabytes: int = 2048  # of memory beyond what the child has
+    seconds: float = 10  # CPU time; wall time is limited to twelve times that, for busy machines
+    megabytes: int = 2048  # memory beyond what the child starts with
 
 
 BOUNDS = Bounds()
 
 
 def attempt(read: Callable[[], None], folder: Path, bounds: Bounds = BOUNDS) -> tuple[str, str]:
-    """One attempt: one of OUTCOMES, and a line about it."""
+    """Run one attempt; returns one of OUTCOMES and a one-line description."""
     (found,) = attempts([Attempt(folder, read)], bounds)
     return found
 
 
 def attempts(todo: Sequence[Attempt], bounds: Bounds = BOUNDS) -> Iterator[tuple[str, str]]:
-    """The outcome of each, in order, as soon as it is known."""
+    """The outcome of each attempt, in order, as soon as it is known."""
     done = 0
     while done < len(todo):
         batch = todo[done : done + _ATTEMPTS_A_CHILD]
@@ -92,7 +92,7 @@ def attempts(todo: Sequence[Attempt], bounds: Bounds = BOUNDS) -> Iterator[tuple
             yield outcome, about
         os.close(reader)
         status = _ended(child)
-        if done - answered < len(batch):  # the child did not survive the next attempt
+        if done - answered < len(batch):  # the next attempt killed the child
             done += 1
             if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF):
                 yield "hung", f"more than {bounds.seconds} s of the processor, or {12 * bounds.seconds} s"
@@ -102,7 +102,7 @@ def attempts(todo: Sequence[Attempt], bounds: Bounds = BOUNDS) -> Iterator[tuple
 
 
 def _lines(reader: int, seconds: float) -> Iterator[bytes]:
-    """Lines until the end, or until none came for so long."""
+    """Lines until the end, or until none arrives for the given time."""
     buffer = b""
     while select.select([reader], [], [], seconds)[0]:
         content = os.read(reader, 65536)
@@ -113,7 +113,7 @@ def _lines(reader: int, seconds: float) -> Iterator[bytes]:
 
 
 def _ended(child: int) -> int | None:
-    """The status of a child that closed its pipe; None where it still runs, and is killed."""
+    """Exit status of a child that closed its pipe; a child that still runs is killed and gives None."""
     for _ in range(500):
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
@@ -125,10 +125,10 @@ def _ended(child: int) -> int | None:
 
 
 def _child(batch: Sequence[Attempt], bounds: Bounds, writer: int) -> NoReturn:
-    """Never returns: whatever happens here must not go on as a second parent."""
+    """Runs the batch in the child and never returns, so that the child cannot continue as a second parent."""
     try:
-        gc.freeze()  # what the parent had is not looked through again and again
-        faulthandler.disable()  # a crash is counted, not printed
+        gc.freeze()  # exclude the parent's objects from garbage collection
+        faulthandler.disable()  # crashes are counted, not printed
         sink = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(sink, stream)
@@ -140,7 +140,7 @@ def _child(batch: Sequence[Attempt], bounds: Bounds, writer: int) -> NoReturn:
                 each.prepare()
                 found = _bounded(each, bounds, watch)
                 each.clear()
-            except BaseException as error:  # of the campaign itself
+            except BaseException as error:  # a bug in the campaign itself
                 found = ("traceback", f"not in the reading: {error!r}"[:300])
             os.write(writer, json.dumps(found).encode()[:60000] + b"\n")
     finally:
@@ -148,10 +148,10 @@ def _child(batch: Sequence[Attempt], bounds: Bounds, writer: int) -> NoReturn:
 
 
 class _Watch:
-    """What an attempt did that no reading may do."""
+    """Records forbidden side effects of an attempt."""
 
     def __init__(self) -> None:
-        self.allowed: tuple[str, ...] | None = None  # None: nothing is watched
+        self.allowed: tuple[str, ...] | None = None  # None: recording is off
         self.notes: list[tuple[str, str]] = []
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -162,7 +162,7 @@ class _Watch:
         elif event == "open":
             if isinstance(arguments[2], int) and arguments[2] & _WRITES:
                 self._changed(arguments[0])
-        elif event in _CHANGES and (event == "os.truncate" or arguments[-1] in (-1, None)):  # not below an open folder
+        elif event in _CHANGES and (event == "os.truncate" or arguments[-1] in (-1, None)):  # only without dir_fd
             ends = {"os.rename": arguments[:2], "os.link": arguments[1:2], "os.symlink": arguments[1:2]}
             for name in ends.get(event, arguments[:1]):
                 self._changed(name)
@@ -181,7 +181,7 @@ def _bounded(each: Attempt, bounds: Bounds, watch: _Watch) -> tuple[str, str]:
     most = resource.getrlimit(resource.RLIMIT_AS)[1]
     watch.notes, watch.allowed = [], (str(each.folder), *_SCRATCH)
     resource.setrlimit(resource.RLIMIT_AS, (used + bounds.megabytes * 2**20, most))
-    signal.setitimer(signal.ITIMER_PROF, bounds.seconds)  # its signal ends a process that does not handle it
+    signal.setitimer(signal.ITIMER_PROF, bounds.seconds)  # the default action of its signal ends the process
     try:
         found = _ending(each.read)
     finally:
@@ -196,7 +196,7 @@ def _bounded(each: Attempt, bounds: Bounds, watch: _Watch) -> tuple[str, str]:
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file."""
+    """Size and modification time of every file."""
     names = [os.path.join(place, name) for place, _, files in os.walk(folder) for name in files]
     return {name: (about.st_size, about.st_mtime_ns) for name in names for about in [os.lstat(name)]}
 
@@ -225,7 +225,7 @@ def _ending(work: Callable[[], None]) -> tuple[str, str]:
 
 
 class Notebook:
-    """A line of JSON an attempt, appended at once: a campaign that is started again goes on after the last."""
+    """One JSON line per attempt, appended at once: a restarted campaign continues after the last line."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ class Notebook:
             for text in path.read_text().splitlines():
                 try:
                     self.lines.append(json.loads(text))
-                except ValueError:  # the last, cut by a kill
+                except ValueError:  # the last line, truncated by a kill
                     continue
             path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.known = {(line["family"], line["number"]) for line in self.lines}

@@ -1,4 +1,4 @@
-"""Data sets: prepared shards, and the label files of every reader as its authors lay them out."""
+"""Data sets: prepared shards, and the label files of every reader in their original layouts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _shards(folder: Path) -> None:
 
 
 def _plain_shards(folder: Path) -> None:
-    """Of which neither the checksums of records nor those of shards are asked: Arrow's own reading is what is tried."""
+    """Shards without record or shard checksums, so that Arrow's own reading is tested."""
     _shards(folder)
     path = folder / "data" / INDEX
     index = json.loads(path.read_text())
@@ -93,7 +93,7 @@ def _read_table(folder: Path, name: str) -> None:
 
 
 def _labels(reader: str, split: str | None = None) -> Callable[[Path, str], None]:
-    """Every record of a data set's folder."""
+    """Reads every record of a data set folder."""
 
     def read(folder: Path, name: str) -> None:
         licensed = folder / "bodies"
@@ -106,7 +106,7 @@ def _labels(reader: str, split: str | None = None) -> Callable[[Path, str], None
                 for points, certain in (
                     (record.joints_3d, record.joints_3d_valid),
                     (record.keypoints_2d, record.keypoints_2d_confidence),
-                ):  # an unlabelled joint may hold anything
+                ):  # unlabelled joints may hold any value
                     finite(points if points is None or certain is None else points[np.nan_to_num(certain) > 0])
 
     return read
@@ -126,7 +126,7 @@ def _bedlam(folder: Path) -> None:
     tables.make_bedlam(folder, load_body(bodies / "SMPLX_NEUTRAL.npz"))
 
 
-# Family: reader, split, maker, the label files
+# Family: reader, split, writer, label files
 _READERS: dict[str, tuple[str, str | None, Callable[[Path], Any], tuple[str, ...]]] = {
     "3DPW": ("3dpw", "test", s.make_3dpw, ("sequenceFiles/test/downtown_bus_00.pkl",)),
     "Human3.6M, SPIN's": (

@@ -1,11 +1,10 @@
-"""Disks that fail: `python -m tools.campaign.disks --count 10 --output FOLDER`.
+"""Failing disks: `python -m tools.campaign.disks --count 10 --output FOLDER`.
 
-A training, a preparation and `hmdiff sample FOLDER` write to a small file system of memory, of which each run has its
-own: of a size drawn at random, up to what the uninterrupted run needs (full); turned read-only at a random instant
-(read-only); or with a limit on the size of a file (limit). The run must end by itself, in one line and exit code 2
-where it was hit. Then the disk is whole again, and the same command must leave what the uninterrupted run left.
-
-Needs the right to make user namespaces; exits with 3 where there is none.
+A training, a data set preparation and `hmdiff sample FOLDER` write to a small in-memory file system, a new one per run.
+Faults: a random size up to what the uninterrupted run needs (full); remounted read-only at a random time (read-only); a
+limit on the file size (limit). A run that hits the fault must exit by itself with one line and exit code 2. On a
+repaired disk, the same command must then produce the output of an uninterrupted run. Needs the right to create user
+namespaces; exits with 3 without it.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _READ_ONLY, _REMOUNT = 1, 32
 
 
 def _new_namespace() -> None:
-    """Mounts of our own, as a user that may make them."""
+    """Enter a mount namespace in which an unprivileged user may mount."""
     user, group = os.getuid(), os.getgid()
     _call("unshare", _NEW_USER | _NEW_MOUNTS)
     Path("/proc/self/setgroups").write_text("deny")
@@ -59,7 +58,7 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def _hit(scenario: Scenario, folder: Path, fault: str, share: float, lasted: float, needs: tuple[int, int]) -> Any:
-    """Exit codes of the run on a failing disk and of the one after it."""
+    """Exit codes of the run on a failing disk and of the run after it."""
     total, largest = needs  # bytes of the uninterrupted run, and of its largest file
     if fault == "full":
         _mount(folder, max(4096, int(share * total)))
@@ -78,7 +77,7 @@ def _hit(scenario: Scenario, folder: Path, fault: str, share: float, lasted: flo
         turner = os.fork()
         if turner == 0:
             time.sleep(share * lasted)
-            while True:  # busy as long as a file is open for writing
+            while True:  # remounting fails while a file is open for writing
                 with contextlib.suppress(OSError):
                     _mount(folder, 4 * total, _REMOUNT | _READ_ONLY)
                     os._exit(0)
@@ -92,7 +91,7 @@ def _hit(scenario: Scenario, folder: Path, fault: str, share: float, lasted: flo
 
 
 def _attempt(scenario: Scenario, folder: Path, expected: dict[str, Any], *about: Any) -> dict[str, str]:
-    """In a process of its own, with which its file system goes."""
+    """Run in a child process; its file system disappears with it."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -121,12 +120,12 @@ def _attempt(scenario: Scenario, folder: Path, expected: dict[str, Any], *about:
 
 def run(
     seed: int,
-    count: int,  # of each kind and fault
+    count: int,  # per scenario and fault
     output: Path,
     kinds: Sequence[str] = KINDS,
     faults: Sequence[str] = FAULTS,
 ) -> dict[str, Any]:
-    """The summary."""
+    """Run the campaign; returns the summary."""
     notebook = Notebook(output / "disks.jsonl")
     for kind in kinds:
         scenario, whole = SCENARIOS[kind], output / f"{kind}_whole"
@@ -143,7 +142,7 @@ def run(
                 share = random.Random(f"{seed} {kind} {fault} {number}").random()
                 line = _attempt(scenario, folder, expected, fault, share, lasted, (sum(sizes), max(sizes)))
                 notebook.add(family=f"{kind}, {fault}", number=number, **line)
-                folder.rmdir()  # the mount was seen by the child alone
+                folder.rmdir()  # only the child saw the mount
                 if line["outcome"] in ("same", "refused, then same"):
                     folder.with_suffix(".txt").unlink(missing_ok=True)
     return notebook.summary(output / "disks.json", seed=seed, count=count)

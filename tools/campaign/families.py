@@ -1,4 +1,4 @@
-"""All families of files that the mutant campaign damages."""
+"""All file families of the mutant campaign."""
 
 from tools.campaign import data_families, model_families, photo_families
 from tools.campaign.family import Family

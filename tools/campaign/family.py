@@ -1,4 +1,4 @@
-"""A family of files that the mutant campaign damages: how to write good ones, and how the package reads one."""
+"""A file family of the mutant campaign: how to write valid files, and how the package reads one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from tools.campaign.children import Wrong
 from tools.campaign.mutations import MUTATIONS, mutate_bytes
 
-# A model of milliseconds.
+# A model that runs in milliseconds.
 SMALL = (
     "model.width=32",
     "model.heads=2",
@@ -22,23 +22,23 @@ SMALL = (
     "model.encoder_width=32",
     "model.encoder_depth=1",
     "model.encoder_heads=2",
-    "model.tokens=parts",  # to divide a mesh into patches takes seconds
+    "model.tokens=parts",  # dividing a mesh into patches takes seconds
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Good files in a folder, and the reading of one of them; each may be the one that is damaged."""
+    """Valid files in a folder, and how to read one of them; any of them may be damaged."""
 
     name: str
     write: Callable[[Path], None]
-    read: Callable[[Path, str], None]  # folder, the damaged file's name; raises UserError, or Wrong
-    files: tuple[str, ...]  # relative names; of several one is drawn, as often as it stands here
-    share: float = 1.0  # how many mutants of it, where another family has one
-    keeps: bool = True  # reading leaves all files of the folder as they were
+    read: Callable[[Path, str], None]  # arguments: folder, the damaged file's name; raises UserError, or Wrong
+    files: tuple[str, ...]  # relative names; one is drawn, repeated names more often
+    share: float = 1.0  # number of mutants relative to other families
+    keeps: bool = True  # reading does not modify the folder's files
 
     def mutate(self, folder: Path, draw: random.Random) -> str:
-        """Damage one file; its name."""
+        """Damage one file; returns its name."""
         name = draw.choice(self.files)
         path = folder / name
         path.write_bytes(MUTATIONS.get(path.suffix, mutate_bytes)(path.read_bytes(), draw))
@@ -46,7 +46,7 @@ class Family:
 
 
 def finite(*values: Any) -> None:
-    """Raises `Wrong` where a result holds NaN or infinity. None is passed over."""
+    """Raises `Wrong` if a result holds NaN or infinity. Ignores None."""
     for value in values:
         array = np.asarray(value.detach() if isinstance(value, torch.Tensor) else value)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -54,7 +54,7 @@ def finite(*values: Any) -> None:
 
 
 def support() -> None:
-    """Puts the makers of stand-in data sets of tests/support on the path: they are written once."""
+    """Put tests/support on the path, to reuse its writers of stand-in data sets."""
     import sys
 
     folder = str(Path(__file__).resolve().parents[2] / "tests" / "support")

@@ -1,4 +1,4 @@
-"""What is killed in `tools.campaign.kills`: how each is run in a folder, and what of it must not depend on kills."""
+"""The scenarios of `tools.campaign.kills`: how each runs in a folder, and which results must not depend on kills."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS, RECORDS, PHOTOS = 6, 60, 4
 
 
 def train(folder: Path, steps: int = STEPS) -> Any:
-    """Returns the `Trainer`."""
+    """Train in this process; returns the `Trainer`."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     from hmdiff.train import loop
 
@@ -52,7 +52,7 @@ def train(folder: Path, steps: int = STEPS) -> Any:
         "evaluation.test_people=0",
         "training.picture_every=1000",
     )
-    # The error of the mean mesh of 512 people, beside which the log holds the model's, costs more than the training.
+    # The log's mean mesh error over 512 people would take longer than the training.
     loop.mean_mesh_error = lambda *about: 0.0
     trainer = loop.Trainer(load_config(None, values))
     trainer.run()
@@ -60,13 +60,13 @@ def train(folder: Path, steps: int = STEPS) -> Any:
 
 
 def train_two(folder: Path) -> None:
-    """The same in two processes that share the work; where one ends badly the other is ended, as torchrun does."""
-    import hmdiff.train.loop  # noqa: F401  once, and not by each
+    """The same training in two processes; if one fails the other is terminated, as torchrun does."""
+    import hmdiff.train.loop  # noqa: F401  import once, before forking
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks: dict[int, int] = {}  # by process
+    ranks: dict[int, int] = {}  # by process id
     for rank in range(2):
         if (process := os.fork()) == 0:
             _be_rank(rank, port, folder)
@@ -86,7 +86,7 @@ def train_two(folder: Path) -> None:
 def _be_rank(rank: int, port: int, folder: Path) -> NoReturn:
     code = 1
     try:
-        Path("/proc/self/comm").write_text(f"rank{rank}")  # by which the campaign finds it
+        Path("/proc/self/comm").write_text(f"rank{rank}")  # so that the campaign can find the process
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
         train(folder)
@@ -106,7 +106,7 @@ def prepare(folder: Path) -> None:
 
 
 def sample(folder: Path) -> None:
-    """`hmdiff sample FOLDER` of a few photos with keypoints, by a small pipeline that is not trained."""
+    """`hmdiff sample FOLDER` for a few photos with keypoints, with a small untrained pipeline."""
     from hmdiff.cli.main import main
 
     torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def sample(folder: Path) -> None:
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """Grey photos, with the keypoints of a person beside each."""
+    """Grey photos, each with a person's keypoints beside it."""
     folder.mkdir(exist_ok=True)
     for number in range(count):
         draw = np.random.default_rng(number)
@@ -130,7 +130,7 @@ def write_photos(folder: Path, count: int) -> None:
 
 
 def sample_words(photos: Path, pipeline: Path, output: Path) -> list[str]:
-    """A command of the least work: two hypotheses in one step."""
+    """The cheapest command: two hypotheses in one step."""
     given = ["sample", str(photos), "--checkpoint", str(pipeline), "--output", str(output)]
     return [*given, *"--num-hypotheses 2 --steps 1 --guidance none --device cpu".split()]
 
@@ -156,15 +156,14 @@ def prepared(folder: Path) -> dict[str, Any]:
 
 
 def sampled(folder: Path) -> dict[str, Any]:
-    """The arrays of every npz, the photos of results.jsonl; of other files that they are there and whole, hidden ones
-    too. Not their bytes: photos are sampled in batches, and a matrix product rounds by the batch's size.
-    """
+    """The arrays of every npz and the photos of results.jsonl; of other files, including hidden ones, that they exist
+    and are complete. Not their bytes: photos are sampled in batches, and rounding depends on the batch size."""
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         if path.suffix == ".npz":
             with np.load(io.BytesIO(content)) as arrays:
-                # Millimetres as metres, so that rounding is one size.
+                # Millimetres to metres, so that one rounding tolerance fits all.
                 found[path.name] = {
                     n: np.asarray(arrays[n] / 1000) if n.endswith("_mm") else arrays[n] for n in arrays.files
                 }
@@ -178,10 +177,10 @@ def sampled(folder: Path) -> dict[str, Any]:
 
 
 def same(expected: Any, found: Any, name: str = "") -> bool:
-    """Equal, arrays of fractions within rounding.
+    """Equal, float arrays up to rounding.
 
-    A photo that is sampled alone after the kill, and was in a batch before, is rounded otherwise; the untrained
-    network's crumpled meshes are badly conditioned, and their places in a photo more so.
+    A photo sampled alone after the kill instead of in a batch is rounded differently; the untrained network's crumpled
+    meshes are ill-conditioned, and even more so their positions in a photo.
     """
     if isinstance(expected, dict):
         return (
@@ -192,7 +191,7 @@ def same(expected: Any, found: Any, name: str = "") -> bool:
     if isinstance(expected, np.ndarray):
         if expected.dtype.kind != "f":
             return np.array_equal(expected, found)
-        off = 1.0 if name == "keypoints_2d" else 1e-3  # pixels, else metres
+        off = 1.0 if name == "keypoints_2d" else 1e-3  # pixels; otherwise metres
         return expected.shape == found.shape and np.allclose(expected, found, rtol=1e-3, atol=off, equal_nan=True)
     return bool(expected == found)
 
@@ -203,11 +202,11 @@ def _bits(array: np.ndarray) -> tuple[str, tuple[int, ...], str]:
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """Work that is killed and started again until it ends."""
+    """Work that is killed and restarted until it completes."""
 
     work: Callable[[Path], None]
-    left: Callable[[Path], dict[str, Any]]  # what must not depend on kills
-    ranks: int = 1  # more: one of so many processes is killed, and their parent then ends by itself
+    left: Callable[[Path], dict[str, Any]]  # results that must not depend on kills
+    ranks: int = 1  # number of processes; if more than one, one is killed and their parent then exits
 
 
 SCENARIOS: dict[str, Scenario] = {

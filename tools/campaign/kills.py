@@ -1,11 +1,10 @@
-"""SIGKILL at random instants: `python -m tools.campaign.kills --kills 50 --output FOLDER`.
+"""SIGKILL at random times: `python -m tools.campaign.kills --kills 50 --output FOLDER`.
 
-A training, the preparation of a data set, `hmdiff sample FOLDER`, and a training in two processes of which one is
-killed: each is run whole once; then again and again killed at instants drawn from (seed, number) and started again by
-the same command until it ends. Two instants of three are anywhere; the third waits until something is being written
-under a temporary name, such as a checkpoint. What is left must be the uninterrupted run's: the weights, the averaged
-weights and the optimiser's moments bit for bit, the losses of log.csv; shards byte for byte; of photos the arrays
-within rounding.
+Scenarios: a training, a data set preparation, `hmdiff sample FOLDER`, and a training in two processes of which one is
+killed. Each runs once uninterrupted; then it is repeatedly killed at times drawn from (seed, number) and restarted with
+the same command until it completes. Two of three kills come at a uniformly random time; the third waits until a
+temporary file is being written, such as a checkpoint. The result must match the uninterrupted run: weights, EMA weights
+and optimiser state bit-exactly, and the losses of log.csv; shards byte for byte; for photos, the arrays up to rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from hmdiff.errors import UserError
 from tools.campaign.children import Notebook
 from tools.campaign.kill_scenarios import SCENARIOS, Scenario, same
 
-_MOST_STARTS = 12  # of one run, the last of which is left alone
+_MOST_STARTS = 12  # per run; the last start is not killed
 
 
 def in_a_child(
@@ -40,9 +39,9 @@ def in_a_child(
     folder: Path,
     kill_after: float | None,  # seconds
     rank: int | None = None,  # of several processes, the one to kill; None: the child itself
-    writing: bool = False,  # wait, after that, until something below the folder is being written
+    writing: bool = False,  # then wait until a file in the folder is being written
 ) -> int | None:
-    """The exit code, None where something was killed."""
+    """The exit code, or None if a process was killed."""
     child = os.fork()
     if child == 0:
         with open(folder.with_suffix(".txt"), "a") as log:
@@ -77,12 +76,12 @@ def in_a_child(
 
 
 def half_written(folder: Path) -> bool:
-    """Whether something stands under a temporary name, see `hmdiff.files.storage` and `hmdiff.train.checkpoint`."""
+    """Whether a temporary file exists, see `hmdiff.files.storage` and `hmdiff.train.checkpoint`."""
     return any(".part" in name for _, folders, files in os.walk(folder) for name in (*folders, *files))
 
 
 def _process_of(parent: int, rank: int) -> int | None:
-    """The process below `parent` that is called after this rank; None where it is not there yet, or no more."""
+    """Process id of the given rank below `parent`; None if it has not started or has exited."""
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):
             name, _, state = (place / "stat").read_text().partition("(")[2].rpartition(")")
@@ -92,7 +91,7 @@ def _process_of(parent: int, rank: int) -> int | None:
 
 
 def run(seed: int, wanted: int, output: Path, kinds: Sequence[str] = tuple(SCENARIOS)) -> dict[str, Any]:
-    """The summary; runs of each kind are interrupted until there were `wanted` kills of it."""
+    """Run the campaign; returns the summary. Each scenario is interrupted until it has been killed `wanted` times."""
     notebook = Notebook(output / "kills.jsonl")
     for kind in kinds:
         scenario = SCENARIOS[kind]
@@ -121,7 +120,7 @@ def run(seed: int, wanted: int, output: Path, kinds: Sequence[str] = tuple(SCENA
 
 
 def uninterrupted(scenario: Scenario, folder: Path) -> float:  # seconds
-    """Run the work whole, twice: its modules are then imported here, once, and the time is without imports."""
+    """Run twice without interruption; the first run imports the modules in this process, the second is timed."""
     for _ in range(2):
         shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
@@ -139,8 +138,8 @@ def _interrupted(
     folder: Path,
     draw: random.Random,
     lasted: float,  # seconds of the uninterrupted run
-    expected: dict[str, Any],  # what that left
-) -> dict[str, Any]:  # outcome, about, kills, and how many of them came while something was written
+    expected: dict[str, Any],  # results of the uninterrupted run
+) -> dict[str, Any]:  # outcome, description, kills, and kills while a file was being written
     shutil.rmtree(folder, ignore_errors=True)
     code, kills, halves = None, 0, 0
     while code is None:

@@ -1,4 +1,4 @@
-"""What hmdiff itself writes or is configured by: bodies, pipelines, trainings, configs; and whole commands."""
+"""hmdiff's own files and configs: bodies, pipelines, trainings, configs; and whole commands."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _pipeline(folder: Path) -> None:
 
 
 def _plain_pipeline(folder: Path) -> None:
-    """As one of before there were checksums, which would find every change at once."""
+    """A pipeline in the format before checksums, which would detect every change."""
     _pipeline(folder)
     path = folder / "pipeline" / "hmdiff.json"
     about = json.loads(path.read_text())
@@ -100,14 +100,14 @@ def _training(folder: Path) -> None:
     from tools.campaign.kill_scenarios import train
 
     train(folder / "run", steps=2)
-    # As those of before there were checksums, which would find every change at once.
+    # In the format before checksums, which would detect every change.
     (folder / "run" / "checkpoints" / "step_00000002" / checkpoint.CHECKSUMS).unlink()
 
 
 def _resume(folder: Path, name: str) -> None:
     from tools.campaign.kill_scenarios import train
 
-    # The config as it was before the damage names the folder that it was written in: the same values are given anew.
+    # The stored config names the folder that it was written in: write the same values anew.
     trainer = train(folder / "run", steps=2)
     finite(*trainer.plain.parameters(), *trainer.ema.shadow_params)
 
@@ -142,7 +142,7 @@ def _commands(folder: Path) -> None:
 
 
 def _sample(folder: Path, name: str) -> None:
-    """`hmdiff sample FOLDER`: exit 0, or 2 and one line an error on stderr; the photo that is whole is not lost."""
+    """`hmdiff sample FOLDER`: exit code 0, or 2 with one stderr line per error; valid photos are still written."""
     from hmdiff.cli.main import main
     from tools.campaign.kill_scenarios import sample_words
 

@@ -1,8 +1,8 @@
 """Damaged and hostile files of every kind: `python -m tools.campaign.mutants --count 100 --output FOLDER`.
 
-Mutant i of a family is a function of (seed, family, i). Each is read within bounds (`tools.campaign.children`): right,
-refused by one line, or one of the outcomes that must not be. Started again it goes on; mutants.json holds the figures.
-Exit code 1 where one is bad.
+Mutant i of a family is a function of (seed, family, i). Each is read within limits (`tools.campaign.children`), with
+one of the outcomes: right, refused in one line, or a failure. A restarted campaign continues; mutants.json holds the
+counts. Exit code 1 if any mutant fails.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tools.campaign.family import Family
 
 def run(
     seed: int,
-    count: int,  # of each family
+    count: int,  # per family
     output: Path,
     families: Sequence[Family] = FAMILIES,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The summary."""
+    """Run the campaign; returns the summary."""
     torch.set_num_threads(1)
     notebook = Notebook(output / "mutants.jsonl")
     with tempfile.TemporaryDirectory() as scratch:
@@ -58,7 +58,7 @@ def _draw(seed: int, family: Family, number: int) -> random.Random:
 
 
 def _whole(family: Family, good: Path, scratch: str, name: str) -> Attempt:
-    """The reading of files that nobody damaged."""
+    """Reading of the undamaged files."""
     place = Path(scratch, "whole")
     return Attempt(
         place,
@@ -70,7 +70,7 @@ def _whole(family: Family, good: Path, scratch: str, name: str) -> Attempt:
 
 
 def _mutant(family: Family, good: Path, scratch: str, seed: int, number: int) -> Attempt:
-    place = Path(scratch, f"mutant_{number}")  # another name each time: what the package remembers is of that name
+    place = Path(scratch, f"mutant_{number}")  # a new name each time, since the package caches by file name
     draw = _draw(seed, family, number)
     name: list[str] = []
 

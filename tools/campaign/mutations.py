@@ -1,6 +1,5 @@
-"""Damage and malice for files: bytes flipped, cut, doubled; values replaced by what nobody expects, in JSON, YAML,
-npz, safetensors and pickles; pickles that call what must not be called.
-"""
+"""Damage and attacks for files: bytes flipped, cut, doubled; unexpected values in JSON, YAML, npz, safetensors and
+pickles; pickles with forbidden calls."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.randint(1, 4)):
         if not data:
             break
-        # The beginning, where headers are, as often as all the rest.
+        # Half of the changes hit the beginning, where headers are.
         place = draw.randrange(min(len(data), 512)) if draw.random() < 0.5 else draw.randrange(len(data))
         length = draw.randint(1, 16)
         match draw.randrange(7):
@@ -69,7 +68,7 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_json(content: bytes, draw: random.Random) -> bytes:
-    """One to three values replaced, keys taken away, entries doubled; or, one time in six, bytes."""
+    """One to three values replaced, keys removed, entries doubled; one time in six, byte damage."""
     if draw.random() < 1 / 6:
         return mutate_bytes(content, draw)
     value = json.loads(content)
@@ -79,7 +78,7 @@ def mutate_json(content: bytes, draw: random.Random) -> bytes:
 
 
 def _changed(value: Any, draw: random.Random) -> Any:
-    """A copy with one change somewhere below."""
+    """A copy with one change at a random depth."""
     if isinstance(value, dict) and value and draw.random() < 0.9:
         key = draw.choice(sorted(value))
         if draw.random() < 0.1:
@@ -96,7 +95,7 @@ def _changed(value: Any, draw: random.Random) -> Any:
 
 
 def mutate_text(content: bytes, draw: random.Random) -> bytes:
-    """For YAML: a value of a line replaced, a line taken away or doubled; or bytes."""
+    """For YAML: the value of a line replaced, a line removed or doubled; or byte damage."""
     if draw.random() < 1 / 4:
         return mutate_bytes(content, draw)
     lines = content.decode().splitlines()
@@ -116,25 +115,25 @@ def mutate_text(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_pickle(content: bytes, draw: random.Random) -> bytes:
-    """A value inside replaced; a call, a deep or a huge structure put between two opcodes; or bytes."""
+    """A value replaced; a call, a deep or a huge structure inserted between two opcodes; or byte damage."""
     kind = draw.random()
     if kind < 1 / 3:
         return mutate_bytes(content, draw)
     if kind < 2 / 3:
         try:
             value = pickle.loads(content, encoding="latin1")  # our own file
-        except pickle.UnpicklingError:  # torch's, which refers to storages beside it
+        except pickle.UnpicklingError:  # written by torch, with external storages
             return mutate_bytes(content, draw)
         return pickle.dumps(_changed_object(value, draw), draw.choice([0, 2, 4]))
     try:
         places = [place for _, _, place in pickletools.genops(content) if place]
-    except ValueError:  # a zip of torch's
+    except ValueError:  # a zip archive of torch
         return mutate_bytes(content, draw)
     place = draw.choice(places)
     return content[:place] + draw.choice(HOSTILE) + content[place:]
 
 
-# Calls leave their result on the stack, so that what follows may still run; the last ones ask for memory or depth.
+# Calls leave their result on the stack, so that the following code can run; the last ones exhaust memory or depth.
 HOSTILE: tuple[bytes, ...] = (
     b"cposix\nsystem\n(S'true'\ntR",
     b"cos\nsystem\n(S'true'\ntR0",
@@ -164,7 +163,7 @@ HOSTILE: tuple[bytes, ...] = (
 
 
 def _changed_object(value: Any, draw: random.Random) -> Any:
-    """A copy with one entry replaced, at any depth, arrays too."""
+    """A copy with one entry replaced, at any depth, including inside arrays."""
     if isinstance(value, dict) and value and draw.random() < 0.95:
         key = draw.choice(sorted(value, key=str))
         if draw.random() < 0.1:
@@ -179,7 +178,7 @@ def _changed_object(value: Any, draw: random.Random) -> Any:
 
 
 def changed_array(array: np.ndarray, draw: random.Random) -> np.ndarray:
-    """Other values, another shape or another kind; as it was where numpy does not convert it."""
+    """Other values, another shape or another dtype; unchanged if numpy cannot convert it."""
     try:
         return _changed_array(array, draw)
     except (ValueError, TypeError):
@@ -199,7 +198,7 @@ def _changed_array(array: np.ndarray, draw: random.Random) -> np.ndarray:
         case 4:
             return np.zeros_like(array)
         case _:
-            # Indices keep their kind, fractions may become anything.
+            # Indices keep their dtype, floats may become anything.
             number = draw.choice([-1, 2**31 - 1, -(2**31)] if array.dtype.kind in "iu" else _NUMBERS)
             with np.errstate(all="ignore"):
                 changed = array.copy() if array.dtype.kind in "iuf" else np.full(array.shape, np.nan)
@@ -213,7 +212,7 @@ _NUMBERS = (float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 1e308, 0.0, 
 
 
 def mutate_npz(content: bytes, draw: random.Random) -> bytes:
-    """An array changed, taken away or pickled; or bytes, most of which the archive's own checksums notice."""
+    """An array changed, removed or pickled; or byte damage, most of which the archive's own checksums detect."""
     if draw.random() < 1 / 4:
         return mutate_bytes(content, draw)
     with np.load(io.BytesIO(content), allow_pickle=True) as found:  # our own file
@@ -223,7 +222,7 @@ def mutate_npz(content: bytes, draw: random.Random) -> bytes:
         array = arrays[name]
         if draw.random() < 0.1 and len(arrays) > 1:
             del arrays[name]
-        elif draw.random() < 0.3:  # a column of objects, one of them strange
+        elif draw.random() < 0.3:  # an object column with one unexpected entry
             rows = list(array) if array.ndim else [array]
             column = np.empty(len(rows), object)
             for row, value in enumerate(rows):
@@ -239,7 +238,7 @@ def mutate_npz(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_npy(content: bytes, draw: random.Random) -> bytes:
-    """Bytes, mostly of the header; or the array changed."""
+    """Byte damage, mostly in the header; or the array changed."""
     if draw.random() < 1 / 2:
         return mutate_bytes(content, draw)
     output = io.BytesIO()
@@ -248,7 +247,7 @@ def mutate_npy(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_safetensors(content: bytes, draw: random.Random) -> bytes:
-    """The header, as JSON; weights that are not finite or huge; or bytes."""
+    """Damage in the JSON header; non-finite or huge weights; or byte damage."""
     kind = draw.random()
     if kind < 1 / 3:
         return mutate_bytes(content, draw)
@@ -266,7 +265,7 @@ def mutate_safetensors(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_csv(content: bytes, draw: random.Random) -> bytes:
-    """A cell replaced, a row doubled or taken away; or bytes."""
+    """A cell replaced, a row doubled or removed; or byte damage."""
     if draw.random() < 1 / 3:
         return mutate_bytes(content, draw)
     rows = [line.split(b",") for line in content.splitlines()]
@@ -285,7 +284,7 @@ def mutate_csv(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_zip(content: bytes, draw: random.Random) -> bytes:
-    """For what torch saves: bytes, or its pickle with another program, in an archive whose checksums are right."""
+    """For files of torch.save: byte damage, or its pickle replaced in an archive with valid checksums."""
     import zipfile
 
     if draw.random() < 1 / 3:

@@ -1,7 +1,7 @@
 """The test suite without a network: `python -m tools.campaign.offline [PYTEST ARGUMENTS]`.
 
-In a network namespace of its own, which has no interface: whatever asks for a host fails at once. Needs `unshare` of
-util-linux and the right to make user namespaces; exits with 3 where there is none.
+It runs in a network namespace without interfaces, where every connection fails at once. Needs `unshare` (util-linux)
+and the right to create user namespaces; exits with 3 without it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNSHARE = ("unshare", "--user", "--map-root-user", "--net")
 
 
 def available() -> bool:
-    """Whether this machine lets us have a namespace."""
+    """Whether this machine allows creating a network namespace."""
     if shutil.which("unshare") is None:
         return False
     return subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0

@@ -1,4 +1,4 @@
-"""What a user brings: photos, clips, keypoint files of every kind, heatmaps, depth maps, and results of before."""
+"""User inputs: photos, clips, keypoint files of every kind, heatmaps, depth maps, and results of earlier runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _read_clip(folder: Path, name: str) -> None:
 
 
 def _file(row: str) -> str:
-    """Of a row of docs/keypoints.md."""
+    """The file name for a row of docs/keypoints.md."""
     suffix = ".txt" if isinstance(ROWS[row][0], str) else ".json"
     return re.sub(r"\W+", "_", row) + suffix
 
@@ -99,7 +99,7 @@ def _depth(folder: Path) -> None:
 
 
 def _read_depth(folder: Path, name: str) -> None:
-    if np.isinf(np.asarray(read_depth(folder / name))).any():  # NaN: not known
+    if np.isinf(np.asarray(read_depth(folder / name))).any():  # NaN means unknown
         raise Wrong("an infinite depth")
 
 
