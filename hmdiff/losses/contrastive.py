@@ -1,16 +1,13 @@
-"""JOTR's contrastive losses (arXiv 2307.16377): 3D features of a joint are alike in all images, and unlike all else.
+"""JOTR's contrastive losses (arXiv 2307.16377) on the 3D features of joints.
 
 InfoNCE on cosines: for an anchor a, each positive p and the negatives n, -log[e^{a·p/τ} / (e^{a·p/τ} + Σ_n e^{a·n/τ})],
-then the mean over anchors and positives. `joint_to_joint` tells joints apart, `joint_to_non_joint` joints from voxels
-without one.
+then the mean over anchors and positives. `joint_to_joint` contrasts a joint, in all images, with other joints;
+`joint_to_non_joint` contrasts joints with voxels without a joint. A joint whose ground truth lies outside the crop is
+not a positive (infonce.py's validity mask): the volume has only border values there.
 
-A joint whose true place lies outside the crop is nobody's positive (infonce.py's validity mask): the volume holds the
-border there.
-
-The pool is that of all processes, and only of people with 3D labels. With the generator in the same state everywhere
-(seed it by the step), P processes with B people each give the value, and after DDP's averaging the gradient, of one
-process with their P·B people in the order of the ranks. How the counts are drawn is ours: without replacement, all
-where there are fewer. Every process must call with as many people.
+The pool spans all processes and only people with 3D labels. If the generators are in the same state in all processes,
+P processes of B people give the value, and after DDP's averaging the gradient, of one process with their P·B people in
+rank order. Sampling without replacement, or taking all if there are fewer, is ours. All processes need the same B.
 
 B people, K joints, V channels, L voxels.
 """
@@ -27,16 +24,16 @@ from hmdiff.losses.processes import processes
 
 def joint_to_joint(
     predicted: Tensor,  # (B, K, V) features at the predicted joints: anchors and negatives
-    truth: Tensor,  # (B, K, V) features at the true joints: positives
+    truth: Tensor,  # (B, K, V) features at the ground-truth joints: positives
     has_joints: Tensor | None,  # (B,) bool, 3D labels; None = all
     generator: torch.Generator,  # on the CPU, in the same state in every process
     anchors: int = 100,
     positives: int = 128,  # of the anchor's joint, in any image
     negatives: int = 256,  # of other joints, in any image
     temperature: float = 0.07,
-    valid: Tensor | None = None,  # (B, K) bool: the true place is inside the crop; None = all
+    valid: Tensor | None = None,  # (B, K) bool: the ground truth is inside the crop; None = all
 ) -> Tensor:  # ()
-    """An anchor joint against the same joint's true places and other joints' predicted places; 0 without labels."""
+    """Anchor joints against ground-truth features of the same joint and predicted ones of others; 0 without labels."""
     people = _labelled(predicted, has_joints)
     rows = _rows(people, predicted.shape[1])
     joint = rows % predicted.shape[1]
@@ -54,16 +51,16 @@ def joint_to_joint(
 def joint_to_non_joint(
     predicted: Tensor,  # (B, K, V) features at the predicted joints: anchors and positives
     voxels: Tensor,  # (B, L, V) features of the voxels
-    away: Tensor,  # (B, L) or (B, D, H, W) bool, voxels with no predicted joint near: negatives
+    away: Tensor,  # (B, L) or (B, D, H, W) bool, voxels away from predicted joints: negatives
     has_joints: Tensor | None,  # (B,) bool, 3D labels; None = all
     generator: torch.Generator,  # on the CPU, in the same state in every process
     anchors: int = 100,
     positives: int = 1024,  # other predicted joints, of any kind
     negatives: int = 2048,
     temperature: float = 0.07,
-    valid: Tensor | None = None,  # (B, K) bool: the true place is inside the crop; None = all
+    valid: Tensor | None = None,  # (B, K) bool: the ground truth is inside the crop; None = all
 ) -> Tensor:  # ()
-    """An anchor joint against other joints and voxels without one; 0 without labels. That anchors are 100 is ours."""
+    """Anchor joints against other joints and voxels without a joint; 0 without labels. 100 anchors are ours."""
     people = _labelled(predicted, has_joints)
     rows = _rows(people, predicted.shape[1])
     found = _take(predicted, rows)
@@ -86,7 +83,7 @@ def _info_nce(
     drawn: Tensor,  # (A, P) bool: the positives that count
 ) -> Tensor:  # ()
     if not positive.numel() or not negative.numel() or not drawn.any():
-        return positive.sum() * 0 + negative.sum() * 0  # in the graph, for DDP
+        return positive.sum() * 0 + negative.sum() * 0  # keeps the graph connected for DDP
     error = F.softplus((negative / temperature).logsumexp(1, keepdim=True) - positive / temperature)
     return error.mean() if drawn.all() else error[drawn.to(error.device)].mean()
 
@@ -95,7 +92,7 @@ def _cosines(
     first: Tensor,  # (A, V) unit length
     second: Tensor,  # (R, V)
 ) -> Tensor:  # (A, R)
-    with torch.autocast(first.device.type, enabled=False):  # bf16 would be off by 0.05 once divided by τ
+    with torch.autocast(first.device.type, enabled=False):  # bf16 gives an error of 0.05 after division by τ
         return first @ second.mT
 
 
@@ -104,7 +101,7 @@ def _draw(
     count: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:  # (A, at most count) long, and bool: False where a row has fewer
-    """Some of the allowed of every row, none of them twice."""
+    """Per row, draw up to `count` allowed columns without replacement."""
     most = int(allowed.sum(1).max()) if len(allowed) else 0
     value, index = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1).topk(min(count, most))
     return index, value >= 0
@@ -121,7 +118,7 @@ def _valid(
 def _gather(
     mask: Tensor,  # (B, ...) bool
 ) -> Tensor:  # (P*B, ...) bool, on the CPU
-    """Everybody's, in the order of the ranks."""
+    """Gather from all processes, in rank order."""
     _, count = processes()
     if count > 1:
         parts = [torch.empty_like(mask, dtype=torch.uint8) for _ in range(count)]
@@ -131,7 +128,7 @@ def _gather(
 
 
 def _labelled(predicted: Tensor, has_joints: Tensor | None) -> Tensor:  # (n,) long, on the CPU
-    """The people of the whole pool that have 3D labels."""
+    """Indices in the pool of people with 3D labels."""
     if has_joints is None:
         has_joints = torch.ones(len(predicted), dtype=torch.bool, device=predicted.device)
     return _gather(has_joints).nonzero()[:, 0]
@@ -145,9 +142,9 @@ def _take(
     features: Tensor,  # (B, R, V) of this process
     index: Tensor,  # (n,) rows of the pool (P*B*R, V), on the CPU, the same in every process
 ) -> Tensor:  # (n, V) float32 or float64, unit length
-    """Rows of the pool as unit vectors. Only a process's own rows carry its gradient, P times: DDP takes the mean of P.
+    """Rows of the pool as unit vectors. Gradients flow only into a process's own rows, times P since DDP averages.
 
-    The rows that were drawn travel, not the pool: a volume has hundreds.
+    Only the drawn rows are communicated, not the pool.
     """
     own = features.flatten(0, 1)
     rank, count = processes()

@@ -1,8 +1,8 @@
-"""L_2D and L_3D: labelled keypoints teach the mesh, of people whose mesh nobody knows (COCO's, MPII's, a mocap set's).
+"""L_2D and L_3D: keypoint losses, for data without mesh ground truth (COCO, MPII, mocap).
 
-METRO's lineage (arXiv 2012.09760, 2207.13820) and D2A-HMR (arXiv 2403.09063, eq. 2: λ_2D, λ_3D) compare two sets with
-the labels, and so does this: keypoints regressed from the predicted mesh, and the predicted joints that are keypoints.
-In a diffusion model both are of x̂_0, weighted by noise level as the point loss is.
+As in METRO (arXiv 2012.09760), FastMETRO (2207.13820) and D2A-HMR (arXiv 2403.09063, eq. 2: λ_2D, λ_3D), the labels
+supervise both the keypoints regressed from the predicted mesh and the predicted joints that are keypoints. Both are of
+x̂_0, with the noise-level weight of the point loss.
 B people, M noise levels, J keypoints, C coarse vertices, K joints.
 """
 
@@ -18,18 +18,18 @@ from hmdiff.config import LossConfig
 from hmdiff.data.sample import Sample
 from hmdiff.geometry import crop_rotation, perspective_projection, weak_perspective_projection
 
-SAME_PLACE = 0.02  # metres: a joint and the keypoint of its name, as close on the template, are taken for one
-_NEAREST = 0.1  # metres from the lens
+SAME_PLACE = 0.02  # metres on the template within which a joint and the keypoint of the same name are identified
+_NEAREST = 0.1  # metres, near plane of the camera
 
 
 @dataclasses.dataclass(frozen=True)
 class KeypointMap:
-    """From a coarse mesh and its joints to the keypoints that labels name."""
+    """From a coarse mesh and joints to the labelled keypoints."""
 
-    regressor: Tensor  # (J, C) rows sum to 1: of the coarse mesh
+    regressor: Tensor  # (J, C) from the coarse mesh; rows sum to 1
     joints: Tensor  # (S,) long: body joints that are keypoints
-    places: Tensor  # (S,) long: which keypoints they are
-    root: Tensor  # (1 or 2,) long: the keypoints whose mean 3D labels are compared about
+    places: Tensor  # (S,) long: the corresponding keypoints
+    root: Tensor  # (1 or 2,) long: 3D labels are relative to the mean of these keypoints
 
     @classmethod
     def of(
@@ -37,7 +37,7 @@ class KeypointMap:
         body: Body,
         regressor: Tensor,  # (J, C) as `MeshRecoveryModel.keypoint_regressor` gives it
     ) -> KeypointMap:
-        """Of a body with keypoints: HALPE26, about the middle of the hips, or a hand's, about the wrist."""
+        """For a body with keypoints: HALPE26, relative to the mid-hip, or a hand's, relative to the wrist."""
         names = body.keypoint_names or ()
         template = body.keypoints(body.v_template)
         pairs = [
@@ -55,17 +55,17 @@ class KeypointMap:
 
 def keypoint_terms(
     config: LossConfig,
-    sample: Sample,  # silenced
+    sample: Sample,  # with unlabelled entries zeroed
     keypoints: KeypointMap,
     coarse: Tensor,  # (B, M, C, 3) metres, of x̂_0, the model's frame
     joints: Tensor,  # (B, M, K, 3) metres
-    camera: Tensor,  # (B, 3) the head's: scale (crop half-sides per metre), tx, ty
-    weight: Tensor,  # (B, M) of an error of x̂_0
+    camera: Tensor,  # (B, 3) of the camera head: scale (crop half-sides per metre), tx, ty
+    weight: Tensor,  # (B, M) on an error of x̂_0
     frame: str = "camera",  # of coarse and joints: "camera", or "crop" (see `geometry.crop_rotation`)
-    unit: float = 1.0,  # metres that L_3D counts as 1
-    shares: dict[str, Tensor] | None = None,  # gets the share of the batch that has such labels of each
+    unit: float = 1.0,  # metres per unit of L_3D
+    shares: dict[str, Tensor] | None = None,  # filled with the labelled fraction of the batch for each term
 ) -> dict[str, Tensor]:  # scalars, weighted
-    """`keypoints_2d` and `keypoints_3d`, each a mean over the people who have such labels; 0 where nobody has."""
+    """`keypoints_2d` and `keypoints_3d`, each a mean over the people with such labels; 0 without any."""
     terms: dict[str, Tensor] = {}
     regressed, chosen = keypoints.regressor @ coarse, joints[..., keypoints.joints, :]
     if config.keypoints_2d and sample.joints_2d is not None:
@@ -82,7 +82,7 @@ def keypoint_terms(
         known = torch.ones_like(target[..., 0], dtype=torch.bool) if known is None else known
         if frame == "crop" and sample.focal is not None and sample.principal_point is not None:
             target = target @ crop_rotation(sample.principal_point, sample.focal)
-        # Data sets differ in what they call the pelvis, and agree about the hips.
+        # Data sets differ in their definition of the pelvis, but agree on the hips.
         rooted = known[:, keypoints.root].all(-1)
         origin = torch.where(rooted[:, None, None], target[:, keypoints.root].mean(1, keepdim=True), 0.0)
         own = torch.where(rooted[:, None, None, None], regressed[..., keypoints.root, :].mean(-2, keepdim=True), 0.0)
@@ -94,18 +94,18 @@ def keypoint_terms(
 
 
 def project_to_crop(
-    points: Tensor,  # (B, M, P, 3) metres, relative to the pelvis, the model's frame
+    points: Tensor,  # (B, M, P, 3) metres, pelvis at 0, the model's frame
     camera: Tensor,  # (B, 3) scale, tx, ty
     focal: Tensor | None,  # (B,) crop half-sides
     principal_point: Tensor | None,  # (B, 2) crop coordinates
-    known: Tensor | None,  # (B,) bool: the two are known; None: of all
+    known: Tensor | None,  # (B,) bool: focal and principal point are known; None: for all
     frame: str = "camera",
 ) -> Tensor:  # (B, M, P, 2) crop coordinates
-    """Where the predicted camera sees the points.
+    """Project by the predicted camera.
 
-    With the photo's pinhole known, as inference projects: the mesh turned from the crop's frame to the camera's, put
-    where the head's camera sees the pelvis (`geometry.weak_to_full_camera`), seen through the pinhole. Otherwise by the
-    weak perspective of the crop alone, which looks along the ray that the crop's frame is about.
+    With known intrinsics, as at inference: rotate from the crop's frame to the camera's, translate by the predicted
+    camera (`geometry.weak_to_full_camera`), project by the pinhole. Otherwise weak perspective, along the z axis of the
+    crop's frame.
     """
     weak = weak_perspective_projection(points, camera[:, None])
     if focal is None or principal_point is None:
@@ -127,9 +127,9 @@ def labelled_mean(
     confidence: Tensor,  # (B, P) >= 0, 0 = not labelled
     weight: Tensor,  # (B, M)
     name: str = "",  # of the term
-    shares: dict[str, Tensor] | None = None,  # gets the share of the batch that has a label, see `processes`
+    shares: dict[str, Tensor] | None = None,  # filled with the labelled fraction of the batch, see `processes`
 ) -> Tensor:  # ()
-    """Each person's mean, weighted by confidence; then the mean over the people who have a label at all."""
+    """Confidence-weighted mean per person, then the mean over the people with any label."""
     confidence = confidence.to(error)
     error = torch.where(confidence[:, None] > 0, error, 0.0)
     total = confidence.sum(-1)
@@ -141,5 +141,5 @@ def labelled_mean(
 
 
 def _with_joints(values: Tensor, keypoints: KeypointMap, dim: int = -2) -> Tensor:
-    """The keypoints' labels, and again those of the predicted joints."""
+    """Labels of the regressed keypoints, then of the predicted joints."""
     return torch.cat([values, values.index_select(dim, keypoints.places)], dim)

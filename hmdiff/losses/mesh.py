@@ -1,7 +1,7 @@
-"""Errors of points, edges and projections: pure functions, unreduced over the batch: no weight depends on its size.
+"""Errors of points, edges and projections: pure functions, unreduced over the batch.
 
-The lineage (METRO, FastMETRO) takes L1 throughout; a diffusion model that predicts the clean mesh needs the squared
-error, whose minimiser is the posterior mean that the samplers assume.
+METRO and FastMETRO use L1; a diffusion model with x0 prediction needs the squared error, whose minimiser is the
+posterior mean that samplers assume.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def edge_error(
     target: Tensor,  # (..., C, 3)
     edges: Tensor,  # (E, 2) long
 ) -> Tensor:  # (...)
-    """Mean absolute difference of edge lengths (Pixel2Mesh's idea, as the METRO lineage uses it)."""
+    """Mean absolute difference of edge lengths (after Pixel2Mesh)."""
 
     def lengths(points: Tensor) -> Tensor:
         return ((points[..., edges[:, 0], :] - points[..., edges[:, 1], :]).square().sum(-1) + 1e-10).sqrt()
@@ -51,7 +51,7 @@ def reprojection_error(
     target: Tensor,  # (..., J, 2)
     confidence: Tensor,  # (..., J) 0..1, 0 = not labelled
 ) -> Tensor:  # (...)
-    """Mean absolute 2D distance, weighted by confidence; 0 where nothing is labelled."""
+    """Mean absolute 2D distance, weighted by confidence; 0 without labels."""
     error = (projected - target).abs().sum(-1) * confidence
     return error.sum(-1) / confidence.sum(-1).clamp_min(1.0)
 
@@ -60,7 +60,7 @@ def camera_error(
     predicted: Tensor,  # (..., 3) scale, tx, ty
     target: Tensor,  # (..., 3)
 ) -> Tensor:  # (...)
-    """Absolute error of the log scale and of the pelvis' place in the crop."""
+    """Absolute error of the log scale plus that of the translation in the crop."""
     scale = (predicted[..., 0].clamp_min(1e-4).log() - target[..., 0].clamp_min(1e-4).log()).abs()
     return scale + (predicted[..., 1:] - target[..., 1:]).abs().sum(-1)
 
@@ -69,7 +69,7 @@ def silence(
     error: Tensor,  # (B, ...)
     labelled: Tensor | None,  # (B,) bool, None = all
 ) -> Tensor:
-    """Zero where a sample has no such label, so that a missing label never contributes."""
+    """Zero the errors of samples without this label."""
     if labelled is None:
         return error
     shape = (-1,) + (1,) * (error.dim() - 1)
@@ -80,11 +80,11 @@ def mean_over_labelled(
     error: Tensor,  # (B, ...)
     labelled: Tensor | None,  # (B,) bool, None = all
     name: str = "",  # of the term
-    shares: dict[str, Tensor] | None = None,  # gets the share of the batch that has the label, see `processes`
+    shares: dict[str, Tensor] | None = None,  # filled with the labelled fraction of the batch, see `processes`
 ) -> Tensor:  # ()
-    """The mean over the people who have such a label; 0 where nobody has.
+    """Mean over the people with this label; 0 without any.
 
-    Not over the batch: in a mixture, people without a mesh would make the mesh term of the others weigh less.
+    A mean over the batch would down-weight the mesh term in a mixture with people without mesh labels.
     """
     mean = silence(error, labelled).mean()
     share = mean.new_ones(()) if labelled is None else labelled.to(mean).mean()
@@ -92,5 +92,5 @@ def mean_over_labelled(
         shares[name] = share.detach()
     if labelled is None:
         return mean
-    # The share is exactly 1 where all are labelled: the term is then as without masks
+    # The fraction is exactly 1 if all are labelled: the term then equals that without masks.
     return mean / torch.where(share > 0, share, 1.0)

@@ -1,8 +1,8 @@
-"""The training objective: named terms, each weighted, each a plain mean over the people who have its label.
+"""The training objective: named, weighted terms, each a mean over the people with its label.
 
-L = L_points (on what the network predicts, weighted by noise level) + w_cam L_camera + w_e L_edges, the two of labelled
-keypoints (`losses/keypoints.py`), and the terms of the optional paths (`losses/paths.py`). L_points is one mean over
-vertices and joints, or, as in D2A-HMR's eq. 2, λ_v L_v + λ_3D L_3D. Which terms HMDiff has is unknown; the sum is ours.
+L = L_points (on the prediction, weighted by noise level) + w_cam L_camera + w_e L_edges + keypoint terms
+(`losses/keypoints.py`) + terms of optional modules (`losses/paths.py`). L_points is one mean over vertices and joints,
+or λ_v L_v + λ_3D L_3D as in D2A-HMR's eq. 2. HMDiff's terms are not published.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from hmdiff.losses.processes import over_processes
 def objective(
     config: LossConfig,
     sample: Sample,
-    prediction: Tensor,  # (B, M, P, 3) of the network, for M noise levels
+    prediction: Tensor,  # (B, M, P, 3) network output at M noise levels
     target: Tensor,  # (B, M, P, 3)
     level_weight: Tensor,  # (B, M)
     clean: Tensor,  # (B, M, P, 3) x̂_0
     truth: Tensor,  # (B, 1, P, 3) x_0
-    share: Tensor,  # (B, M) abar, how much of x_k was signal
+    share: Tensor,  # (B, M) alpha_bar
     camera: Tensor,  # (B, 3)
     num_coarse: int,
     edges: Tensor | None = None,  # (E, 2) of the coarse mesh
     paths: PathOutputs | None = None,
     more: Mapping[str, Tensor] | None = None,  # further terms, weighted
-    shares: dict[str, Tensor] | None = None,  # of the batch that has the label of those terms
-) -> dict[str, Tensor]:  # scalars: every term, weighted, and their sum as "loss"
-    """Sum the terms. A sample without a label adds nothing to that label's term, whatever stands in its place."""
+    shares: dict[str, Tensor] | None = None,  # labelled fraction of the batch for those terms
+) -> dict[str, Tensor]:  # scalars: the weighted terms, and their sum as "loss"
+    """Sum the terms. A sample without a label does not contribute to that label's term."""
     sample = sample.silenced()
     weight = torch.ones(prediction.shape[-2], device=prediction.device)
     weight[num_coarse:] = config.joints
@@ -45,7 +45,7 @@ def objective(
         weight = weight * _labelled_points(sample, len(prediction), len(weight), num_coarse)  # (B, 1, P)
         target, truth = (torch.where(weight[..., None] > 0, points, 0.0) for points in (target, truth))
         labelled = (weight > 0).any(-1)[:, 0]
-        weight = torch.where(labelled[:, None, None], weight, 1.0)  # its mean over no point would be 0 / 0
+        weight = torch.where(labelled[:, None, None], weight, 1.0)  # avoids 0 / 0 for samples without labels
     terms: dict[str, Tensor] = {}
     shares = {} if shares is None else shares
     if config.vertices or config.joints_3d:
@@ -56,7 +56,7 @@ def objective(
     if config.camera:
         terms["camera"] = config.camera * mean_over_labelled(*_camera_term(sample, camera), "camera", shares)
     if config.edges and edges is not None:
-        # Only where the noise is low: the mean of several poses, which is right at high noise, has short edges.
+        # Weighted to low noise: at high noise the optimal x̂_0 is a mean over poses, which has short edges.
         error = edge_error(clean[..., :num_coarse, :], truth[..., :num_coarse, :], edges) * share
         terms["edges"] = config.edges * mean_over_labelled(error, sample.has_vertices, "edges", shares)
     if paths is not None:
@@ -73,9 +73,9 @@ def _terms_apart(
     target: Tensor,  # (B, M, P, 3)
     level_weight: Tensor,  # (B, M)
     num_coarse: int,
-    shares: dict[str, Tensor],  # gets those of the two
+    shares: dict[str, Tensor],  # filled with the labelled fraction for each term
 ) -> dict[str, Tensor]:
-    """λ_v L_v and λ_3D L_3D: vertices and joints, each with a mean and a weight of its own."""
+    """λ_v L_v and λ_3D L_3D: separate means and weights for vertices and joints."""
     terms = {}
     for name, weight, part, labelled in (
         ("vertices", config.vertices, slice(num_coarse), sample.has_vertices),
@@ -88,7 +88,7 @@ def _terms_apart(
 
 
 def _labelled_points(sample: Sample, people: int, points: int, num_coarse: int) -> Tensor:  # (B, 1, P) bool
-    """Which points of which people are labelled: the coarse vertices, then the joints."""
+    """Label mask of the points: coarse vertices, then joints."""
     parts = []
     for has, count in ((sample.has_vertices, num_coarse), (sample.has_joints_3d, points - num_coarse)):
         given = next(mask for mask in (has, sample.has_vertices, sample.has_joints_3d) if mask is not None)
@@ -97,8 +97,8 @@ def _labelled_points(sample: Sample, people: int, points: int, num_coarse: int) 
     return torch.cat(parts, -1)
 
 
-def _camera_term(sample: Sample, camera: Tensor) -> tuple[Tensor, Tensor | None]:  # (B,), (B,) bool: who has a label
-    """Against the true camera where it is known, else through the projected keypoints."""
+def _camera_term(sample: Sample, camera: Tensor) -> tuple[Tensor, Tensor | None]:  # (B,), (B,) bool: labelled
+    """Error against the ground-truth camera if known, else the reprojection error of 3D keypoint labels."""
     known = camera.new_zeros(len(camera))
     has_camera = torch.zeros_like(known, dtype=torch.bool)
     if sample.camera is not None:

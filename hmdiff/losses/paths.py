@@ -1,11 +1,11 @@
-"""The terms of the optional paths, each named and weighted; a path that is off, or a weight of 0, has none.
+"""Loss terms of the optional modules, named and weighted. A module that is off, or a weight of 0, has no term.
 
 D2A-HMR (arXiv 2403.09063, poster eq. 2): L = λ_d L_RLE + λ_v L_v + λ_3D L_3D + λ_2D L_2D + λ_s L_silh. L_v and L_3D are
-the point error of `objective`; all λ are unknown. JOTR (arXiv 2307.16377): two contrastive terms, 0.1 each, and the
-joints after every layer supervised as the last ones are. B people, M noise levels, K joints, C coarse vertices.
+the point error of `objective`; the λ are not published. JOTR (arXiv 2307.16377): two contrastive terms, 0.1 each, and
+supervision of the joints after every layer. B people, M noise levels, K joints, C coarse vertices.
 
-How RLE applies in a diffusion model, and why, is said in `losses/rle.py`: on x̂_0 at every level with σ̂ of that level;
-below the last step the mean is detached, so that there the squared error alone trains it.
+RLE in a diffusion model (see `losses/rle.py`): on x̂_0 at every noise level with the σ̂ of that level; the mean is
+detached except at the terminal step, so that elsewhere only the squared error trains it.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from hmdiff.losses.silhouette import silhouette_error
 
 @dataclasses.dataclass(frozen=True)
 class PathOutputs:
-    """What the optional paths of a model said in one step."""
+    """Outputs of a model's optional modules in one training step."""
 
-    mesh_scale: float = 1.0  # metres of one unit of the points
+    mesh_scale: float = 1.0  # metres per unit of the points
     scale: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # RLE's σ̂: (B, M, K or C, 3 or 2)
-    flows: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)  # log G of each of them
+    flows: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)  # log G for each
     rle_variant: str = "exact"
     silhouette: Tensor | None = None  # (B, S, S) logits
     estimates: Tensor | None = None  # (B, M, E, K, 3) joints after each block but the last
-    meshes: Tensor | None = None  # (B, M, E, C, 3) and vertices
+    meshes: Tensor | None = None  # (B, M, E, C, 3) vertices, likewise
     contrast: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # by name, unweighted
-    vertices: Tensor | None = None  # (v,) long: the coarse vertices whose likelihood is taken in this step; None: all
-    regressed: Tensor | None = None  # (B, M) bool: x_k says nothing of x_0, so x̂_0 is a regressor; None: all
+    vertices: Tensor | None = None  # (v,) long: coarse vertices in RLE's term in this step; None: all
+    regressed: Tensor | None = None  # (B, M) bool: x_k is pure noise, so x̂_0 is a direct regression; None: all
 
 
 def path_terms(
     config: LossConfig,
-    sample: Sample,  # silenced
+    sample: Sample,  # with unlabelled entries zeroed
     paths: PathOutputs,
     clean: Tensor,  # (B, M, P, 3) x̂_0
     truth: Tensor,  # (B, 1, P, 3)
     level_weight: Tensor,  # (B, M)
     camera: Tensor,  # (B, 3) predicted
     num_coarse: int,
-    shares: dict[str, Tensor] | None = None,  # gets the share of the batch that has the label of each
+    shares: dict[str, Tensor] | None = None,  # filled with the labelled fraction of the batch for each term
 ) -> dict[str, Tensor]:  # scalars, weighted
-    """Every term of a path that is on. A sample without a label adds nothing to that label's term."""
+    """The terms of all active modules. A sample without a label does not contribute to that label's term."""
     terms: dict[str, Tensor] = {}
     joints, true_joints = clean[..., num_coarse:, :], truth[..., num_coarse:, :]
     if config.projection:
@@ -100,7 +100,7 @@ def _projected(
     camera: Tensor,  # (B, 3)
     mesh_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # predicted (B, M, K, 2), true (B, M, K, 2), counted (B, M, K) 0 or 1
-    """The joints in the crop: predicted ones by the predicted camera, true ones by the true one where it is known."""
+    """Project predicted joints by the predicted camera, ground-truth joints by the ground-truth camera if known."""
     predicted = weak_perspective_projection(joints * mesh_scale, camera[:, None])
     known = torch.zeros(len(camera), device=camera.device)
     true_camera = torch.zeros_like(camera)

@@ -1,6 +1,6 @@
-"""Losses over several processes: the gradient that DDP averages is that of one process with the whole batch.
+"""Multi-process losses: DDP's averaged gradient equals that of one process with the whole batch.
 
-A term that is a mean over labelled people needs how many all processes have of them, not how many its own batch has.
+A mean over labelled people must be normalised by their number in all processes, not in the local batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-# Every term that is such a mean, in one order for all processes: which of them a batch has depends on its data.
+# All such terms, in a fixed order: which of them are present depends on each process's data.
 LABELLED_TERMS = (
     *("points", "vertices", "joints_3d", "camera", "edges", "projection", "silhouette", "estimates", "mesh_estimates"),
     *("rle_joints", "rle_vertices", "rle_joints_2d", "keypoints_2d", "keypoints_3d"),
@@ -26,11 +26,11 @@ def processes() -> tuple[int, int]:  # rank, count
 
 def over_processes(
     terms: Mapping[str, Tensor],  # scalars, means over this process's labelled people
-    shares: Mapping[str, Tensor],  # of its batch that has the label, 0..1, of every such term
+    shares: Mapping[str, Tensor],  # 0..1, labelled fraction of this process's batch, for each such term
 ) -> dict[str, Tensor]:
-    """Weighted so that their mean over the processes is the mean over everybody's labelled people.
+    """Reweight the terms so that their mean over processes is the mean over all labelled people.
 
-    Every process must call it in every step; a term that one of them has not counts as nobody labelled there.
+    A collective: every process must call it in every step. A missing term counts as no labelled people.
     """
     if processes()[1] == 1:
         return dict(terms)
