@@ -1,1 +1,1 @@
-"""The body: skinning, its files, joints and keypoints, the coarse mesh and its upsampling."""
+"""The body model: skinning, file formats, joints and keypoints, the coarse mesh and its upsampling."""

@@ -1,4 +1,4 @@
-"""Joint angles in anatomical terms, and how far people can bend: rotations <-> angles, limits, violation.
+"""Anatomical joint angles and joint limits: conversion from and to rotations, clamping, violation.
 
 Every joint has three angles (a, b, c). Left and right share one convention: right joints are mirrored first.
   legs, spine, neck, head   R = Rx(a) Rz(b) Ry(c)   a bends forwards (+) or back (hip: flexion is negative), b is
@@ -7,7 +7,7 @@ Every joint has three angles (a, b, c). Left and right share one convention: rig
                             c = pronation; collar a = forwards, b = up; wrist a = towards the thumb, b = hand up
   shoulder                  upper arm in the chest's frame (collar and shoulder together): a = azimuth from sideways
                             forwards, b = elevation above horizontal, c = turn about the bone from the shortest swing
-The limits are round figures near those of clinical tables (AAOS normal ranges), widened to hold the motion capture; the
+The limits are rounded values near clinical tables (AAOS normal ranges), widened to include the motion capture; the
 dependence of the shoulder's turn on its elevation is our choice.
 """
 
@@ -52,15 +52,15 @@ _ARM = torch.tensor([kind(joint) in ("collar", "shoulder", "elbow", "wrist", "ha
 _COLLARS = [SMPL24.index("left_collar"), SMPL24.index("right_collar")]
 _SHOULDERS = [SMPL24.index("left_shoulder"), SMPL24.index("right_shoulder")]
 _FLIP = torch.tensor([-1.0, 1.0, 1.0])
-_SIDE = torch.where(_RIGHT[:, None, None], _FLIP[:, None] * _FLIP, torch.ones(3, 3))  # R -> M R M, element by element
-# R' = P R P^T: the axes renamed, after right joints were mirrored. M R M and P R P^T are one change of basis.
+_SIDE = torch.where(_RIGHT[:, None, None], _FLIP[:, None] * _FLIP, torch.ones(3, 3))  # R -> M R M, element-wise
+# R' = P R P^T: axes renamed after mirroring right joints. M R M and P R P^T are one change of basis.
 _BASIS = torch.where(_ARM[:, None, None], torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]), torch.eye(3))
 
 
 def mirror_pose(
     rotations: Tensor,  # (..., 24, 3, 3)
 ) -> Tensor:  # (..., 24, 3, 3)
-    """The same pose seen in a mirror: left and right exchanged, an involution."""
+    """The mirror image of a pose: left and right exchanged, an involution."""
     flip = _FLIP.to(rotations)
     return rotations[..., MIRROR.to(rotations.device), :, :] * (flip[:, None] * flip)
 
@@ -68,7 +68,7 @@ def mirror_pose(
 def angles_to_rotations(
     angles: Tensor,  # (..., 24, 3) radians
 ) -> Tensor:  # (..., 24, 3, 3) local rotations, the root's the identity
-    """Local rotations with these anatomical angles."""
+    """Local rotations from anatomical angles."""
     sine, cosine = angles.sin(), angles.cos()
     (sa, sb, sc), (ca, cb, cc) = sine.unbind(-1), cosine.unbind(-1)
     cb_cc, sb_cc, cb_sc, sb_sc = cb * cc, sb * cc, cb * sc, sb * sc
@@ -88,7 +88,7 @@ def angles_to_rotations(
     ).unflatten(-1, (3, 3))
     basis = _BASIS.to(angles)
     rotations = basis.mT @ turned @ basis
-    # Shoulders: swing to the direction by the shortest way, after a turn about the bone; then into the collar's frame.
+    # Shoulders: a turn about the bone, then the shortest swing to the direction; then into the collar's frame.
     a, b, c = angles[..., _SHOULDERS, :].unbind(-1)
     direction = upper_arm_direction(a, b)
     chest = _swing(direction) @ _turn_x(c)
@@ -101,7 +101,7 @@ def angles_to_rotations(
 def rotations_to_angles(
     rotations: Tensor,  # (..., 24, 3, 3)
 ) -> Tensor:  # (..., 24, 3) radians
-    """Inverse of `angles_to_rotations`; the angles of the root are 0 whatever its rotation."""
+    """Inverse of `angles_to_rotations`; the root's angles are always 0."""
     plain = rotations * _SIDE.to(rotations)
     basis = _BASIS.to(rotations)
     turned = basis @ plain @ basis.mT
@@ -128,9 +128,9 @@ def rotations_to_angles(
     return angles
 
 
-def _swing(direction: Tensor) -> Tensor:  # (..., 3) unit -> (..., 3, 3) the shortest rotation that takes x to it
+def _swing(direction: Tensor) -> Tensor:  # (..., 3) unit -> (..., 3, 3) the shortest rotation from x to it
     x, y, z = direction.unbind(-1)
-    inverse = 1 / (1 + x).clamp_min(1e-4)  # only an arm that points through the chest comes near it
+    inverse = 1 / (1 + x).clamp_min(1e-4)  # only reached by an arm that points through the chest
     across = -y * z * inverse
     rows = [x, -y, -z, y, 1 - y * y * inverse, across, z, across, 1 - z * z * inverse]
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
@@ -145,10 +145,10 @@ def _turn_x(angle: Tensor) -> Tensor:
 def scapular_rhythm(
     direction: Tensor,  # (..., 3) of the left upper arm in the chest's frame, unit length
 ) -> Tensor:  # (..., 2) radians: the collar's (a, b)
-    """How the collar follows the arm: up by a fifth of its elevation beyond 30 degrees from hanging, and forwards.
+    """Scapulohumeral rhythm: the collar rises by a fifth of the arm's angle over 30 degrees from hanging, and advances.
 
-    After the 2:1 rhythm of shoulder and shoulder blade (Inman et al., 1944); less, since the skin of a raised arm is
-    also the shoulder joint's.
+    Less than the 2:1 rhythm of shoulder and shoulder blade (Inman et al., 1944), since the skinning of a raised arm
+    depends on the shoulder joint too.
     """
     elevation = torch.asin(direction[..., 1].clamp(-1, 1))
     up = (elevation + math.radians(60)).clamp_min(0) * 0.2
@@ -159,9 +159,9 @@ def scapular_rhythm(
 def shoulder_turn_center(
     direction: Tensor,  # (..., 3) of the left upper arm in the chest's frame
 ) -> tuple[Tensor, Tensor]:  # (...) centre, (...) half width of the range of c, radians
-    """Range of the upper arm's turn about itself. Hanging it may turn either way; overhead it is turned outwards."""
+    """Range of the upper arm's axial rotation: both ways for a hanging arm, outwards for a raised one."""
     elevation = torch.asin(direction[..., 1].clamp(-1, 1))
-    # The motion capture's own medians: -8 degrees hanging, -70 level, -115 at 60 degrees up (outwards is negative).
+    # Medians of the motion capture: -8 degrees hanging, -70 level, -115 at 60 degrees up (outwards is negative).
     center = -math.radians(70) - torch.where(elevation < 0, 0.69 * elevation, 0.75 * elevation)
     width = math.radians(80) - elevation.clamp_min(0) * 0.2
     return center, width
@@ -171,13 +171,13 @@ def upper_arm_direction(
     a: Tensor,  # (...) radians, azimuth
     b: Tensor,  # (...) radians, elevation
 ) -> Tensor:  # (..., 3) unit length, in the chest's frame, mirrored to the left
-    """Where an upper arm with these two angles of the shoulder points."""
+    """Direction of an upper arm from two angles of the shoulder."""
     return torch.stack([b.cos() * a.cos(), b.sin(), b.cos() * a.sin()], -1)
 
 
 def _reach_excess(direction: Tensor) -> Tensor:  # (..., 3) -> (...) radians, above 0 outside
     x, y, z = direction.clamp(-1, 1).unbind(-1)
-    # Behind the chest: 60 degrees for a hanging arm, 40 level, 20 overhead. Across it: 55 in front, 15 behind.
+    # Reach behind the chest: 60 degrees hanging, 40 level, 20 overhead. Across it: 55 in front, 15 behind.
     behind = torch.asin(-z) - (40 - 20 * y) * (math.pi / 180)
     across = torch.asin(-x) - (15 + 40 * (z / 0.5).clamp(0, 1)) * (math.pi / 180)
     return torch.maximum(behind, across)
@@ -186,7 +186,7 @@ def _reach_excess(direction: Tensor) -> Tensor:  # (..., 3) -> (...) radians, ab
 def reach_excess(
     rotations: Tensor,  # (N, 24, 3, 3)
 ) -> Tensor:  # (N,) radians
-    """How far the upper arms point beyond what shoulders allow, summed: the one limit that `clamp_angles` leaves."""
+    """How far the upper arms exceed the shoulders' reach, summed: the limit that `clamp_angles` does not enforce."""
     chest = rotations[:, _COLLARS] @ rotations[:, _SHOULDERS]
     # The right arm rests along -x, so its image of x, mirrored, is -x' -> (x', -y', -z').
     signs = rotations.new_tensor([[1.0, 1.0, 1.0], [1.0, -1.0, -1.0]])
@@ -207,7 +207,7 @@ def _wrapped(angle: Tensor) -> Tensor:  # to -pi..pi
 def clamp_angles(
     angles: Tensor,  # (..., 24, 3) radians
 ) -> Tensor:  # (..., 24, 3)
-    """The nearest angles inside the boxes of `LIMITS` (shoulders: the turn alone)."""
+    """The nearest angles inside the boxes of `LIMITS` (shoulders: only the axial rotation)."""
     low, high = LIMITS.to(angles).unbind(-1)
     middle = (low + high) / 2
     clamped = middle + torch.minimum(torch.maximum(_wrapped(angles - middle), low - middle), high - middle)
@@ -221,14 +221,14 @@ def clamp_angles(
 def within_reach(
     angles: Tensor,  # (..., 24, 3) radians
 ) -> Tensor:  # (..., 24, 3)
-    """Upper arms that point out of the shoulders' reach, brought back to its edge along the way to its middle.
+    """Upper arms outside the shoulders' reach, moved towards its centre until they are inside.
 
-    `clamp_angles` bounds a shoulder's turn alone. The middle is forwards, sideways and down: inside for either side.
+    `clamp_angles` bounds only a shoulder's axial rotation. The centre points forwards, sideways and down.
     """
     a, b, c = angles[..., _SHOULDERS, :].unbind(-1)
     direction = upper_arm_direction(a, b)
     middle = torch.nn.functional.normalize(angles.new_tensor([0.7, -0.4, 0.6]), dim=0)
-    inside, outside = torch.ones_like(a), torch.zeros_like(a)  # shares of the middle
+    inside, outside = torch.ones_like(a), torch.zeros_like(a)  # interpolation weights of the centre
 
     def towards(share: Tensor) -> Tensor:
         mixed = direction * (1 - share[..., None]) + middle * share[..., None]
@@ -248,8 +248,8 @@ def within_reach(
 
 def limit_excess(
     angles: Tensor,  # (..., 24, 3) radians
-) -> Tensor:  # (..., 24) radians: how far each joint is outside its limits
-    """Largest excess of a joint's angles, 0 inside. Angles wrap: a knee at 200 degrees is 45 beyond its 155."""
+) -> Tensor:  # (..., 24) radians: each joint's excess over its limits
+    """Largest excess of a joint's angles, 0 inside. Angles wrap: a knee at 200 degrees exceeds its 155 by 45."""
     low, high = LIMITS.to(angles).unbind(-1)
     excess = (_wrapped(angles - (low + high) / 2).abs() - (high - low) / 2).clamp_min(0).amax(-1)
     excess[..., _SHOULDERS] = _shoulder_excess(angles[..., _SHOULDERS, :])
@@ -259,7 +259,7 @@ def limit_excess(
 def joint_limit_violation(
     rotations: Tensor,  # (..., 24, 3, 3) local rotations
 ) -> Tensor:  # (...) degrees
-    """Excess of the worst joint over what a person can bend; 0 when all are inside. The root does not count."""
+    """Excess of the worst joint over its limits; 0 when all are inside. The root is ignored."""
     excess = limit_excess(rotations_to_angles(rotations)).amax(-1) * (180 / math.pi)
-    # A degree's ten-thousandth is float32's rounding of asin and atan2, not a pose.
+    # Smaller values are float32 rounding of asin and atan2.
     return torch.where(excess < 1e-3, torch.zeros_like(excess), excess)

@@ -1,9 +1,9 @@
-"""Body: shape and pose to vertices, by linear blend skinning; and `load_body`, which finds one.
+"""Body: shape and pose to vertices by linear blend skinning; and `load_body`.
 
-Loper et al., SMPL, SIGGRAPH Asia 2015, eq. 2-10: v(beta, R) = sum_j w_j G_j(R, J(beta)) (T + S beta + P (R - I)).
-One implementation serves the free body (no pose blend shapes P) and a user's SMPL, SMPL-X or MANO file: any number of
-vertices and joints. Frame: SMPL's (y up, facing +z, the left at +x), metres; a root rotation takes it to a camera.
-Symbols: V vertices, J joints, B shape coefficients, K keypoints.
+Loper et al., SMPL, SIGGRAPH Asia 2015, eq. 2-10: v(beta, R) = sum_j w_j G_j(R, J(beta)) (T + S beta + P (R - I)). One
+implementation serves the free body (without pose blend shapes P) and a user's SMPL, SMPL-X or MANO file, with any
+number of vertices and joints. Frame: SMPL's (y up, facing +z, the left at +x), metres; the root rotation maps it to a
+camera. Symbols: V vertices, J joints, B shape coefficients, K keypoints.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BodyOutput(NamedTuple):
 
 
 class Body(nn.Module):
-    """A skinned body. Its arrays are buffers that are never saved with a model: they follow `.to()` alone."""
+    """A skinned body. Its arrays are non-persistent buffers: they follow `.to()` and are not saved with a model."""
 
     v_template: Tensor
     shapedirs: Tensor
@@ -62,7 +62,7 @@ class Body(nn.Module):
         v_template: Array,  # (V, 3) metres
         shapedirs: Array,  # (V, 3, B) metres per standard deviation
         lbs_weights: Array,  # (V, J) rows sum to 1
-        parents: Sequence[int],  # J, -1 at the root; a parent comes before its children
+        parents: Sequence[int],  # J, -1 at the root; parents precede their children
         joint_names: Sequence[str],  # J
         J_regressor: Array | None = None,  # (J, V) rows sum to 1; may be None when the next two are given
         joint_template: Array | None = None,  # (J, 3) joints of the template
@@ -71,9 +71,9 @@ class Body(nn.Module):
         faces: Array | None = None,  # (F, 3)
         keypoint_names: Sequence[str] | None = None,  # K
         keypoint_regressor: Array | None = None,  # (K, V) rows sum to 1
-        mean_pose: Array | None = None,  # (J, 3) axis-angles to add to a published label's (MANO's and SMPL-X's hands)
-        expression_dirs: Array | None = None,  # (V, 3, E) metres per unit, SMPL-X's face
-        joint_expression_dirs: Array | None = None,  # (J, 3, E); None: by J_regressor
+        mean_pose: Array | None = None,  # (J, 3) axis-angles added to published labels (hands of MANO, SMPL-X)
+        expression_dirs: Array | None = None,  # (V, 3, E) metres per unit, SMPL-X's facial expressions
+        joint_expression_dirs: Array | None = None,  # (J, 3, E); None: from J_regressor
     ) -> None:
         super().__init__()
         self.name = name
@@ -104,7 +104,7 @@ class Body(nn.Module):
         self.register_buffer("joint_expression_dirs", found, persistent=False)
         self.register_buffer("joint_template", _floating(joint_template), persistent=False)
         self.register_buffer("joint_shapedirs", _floating(joint_shapedirs), persistent=False)
-        # Joints of equal depth are moved together: the chain costs its depth, not its length.
+        # Joints of equal depth are processed together: forward kinematics takes as many steps as the tree is deep.
         self._levels = _depth_levels(self.parents)
         if self.keypoint_regressor is not None:
             support = self.keypoint_regressor.ne(0).any(0).nonzero()[:, 0]
@@ -138,7 +138,7 @@ class Body(nn.Module):
 
     @property
     def num_expressions(self) -> int:
-        """E, of SMPL-X; 0 for other bodies."""
+        """E of SMPL-X; 0 for other bodies."""
         return 0 if self.expression_dirs is None else self.expression_dirs.shape[-1]
 
     @property
@@ -152,11 +152,11 @@ class Body(nn.Module):
     def forward(
         self,
         betas: Tensor,  # (..., B) in standard deviations
-        rotations: Tensor,  # (..., J, 3, 3) relative to the parent; the first is the root's
+        rotations: Tensor,  # (..., J, 3, 3) relative to the parent; the root's first
         translation: Tensor | None = None,  # (..., 3) metres
-        expression: Tensor | None = None,  # (..., E) of SMPL-X's face; None: 0
+        expression: Tensor | None = None,  # (..., E) for SMPL-X; None: 0
     ) -> BodyOutput:
-        """Vertices and joints of the posed body; leading dimensions broadcast. The root turns about its own joint."""
+        """Vertices and joints of the posed body; leading dimensions broadcast. The root rotates about its joint."""
         if betas.shape[-1] != self.num_betas or rotations.shape[-3:] != (self.num_joints, 3, 3):
             raise UserError(
                 f"body {self.name!r}: betas {tuple(betas.shape)} and rotations {tuple(rotations.shape)}, expected "
@@ -184,7 +184,7 @@ class Body(nn.Module):
             shaped = torch.addmm(shaped, feature, self.posedirs.flatten(0, 1).mT)
         posed_joints, columns = self._chain(rotations, joints.unflatten(-1, (-1, 3)))
         first, second, third, vertices = (self.lbs_weights @ columns.flatten(2)).unflatten(-1, (4, 3)).unbind(-2)
-        # Fused multiply-adds: on a CPU the skinning is bound by memory, and the temporaries were half its time.
+        # Fused multiply-adds: on a CPU skinning is memory-bound, and temporaries took half of its time.
         for column, coordinate in zip((first, second, third), shaped.unflatten(-1, (-1, 3)).split(1, -1), strict=True):
             vertices = torch.addcmul(vertices, column, coordinate)
         vertices = vertices.reshape(*batch, self.num_vertices, 3)
@@ -196,8 +196,8 @@ class Body(nn.Module):
     def _chain(
         self,
         rotations: Tensor,  # (N, J, 3, 3)
-        joints: Tensor,  # (N, J, 3) at rest
-    ) -> tuple[Tensor, Tensor]:  # posed joints (N, J, 3); G as (N, J, 4, 3): its rotation's columns, its translation
+        joints: Tensor,  # (N, J, 3) rest pose
+    ) -> tuple[Tensor, Tensor]:  # posed joints (N, J, 3); G (N, J, 4, 3): columns of the rotation, translation
         turned, placed = [rotations[:, :1]], [joints[:, :1]]
         for children, parent_rows, parents in self._levels:
             turn = turned[-1][:, parent_rows]
@@ -214,19 +214,19 @@ class Body(nn.Module):
         self,
         vertices: Tensor,  # (..., V, 3)
     ) -> Tensor:  # (..., K, 3)
-        """The named keypoints of a posed mesh, in `keypoint_names`' order."""
+        """The keypoints of a posed mesh, in the order of `keypoint_names`."""
         support = self.keypoint_support()
         return self._support_weights.to(vertices.dtype) @ vertices[..., support, :]
 
     def keypoint_support(self) -> Tensor:  # (S,) int64, ascending
-        """The vertices that the keypoint regressor reads."""
+        """The vertices with nonzero weight in the keypoint regressor."""
         if self.keypoint_regressor is None:
             raise UserError(f"body {self.name!r} has no keypoint regressor; use the free body, or its joints")
         return self._support
 
     @property
     def support_weights(self) -> Tensor:  # (K, S)
-        """The keypoint regressor of those vertices alone."""
+        """The keypoint regressor restricted to those vertices."""
         self.keypoint_support()
         return self._support_weights
 
@@ -236,12 +236,12 @@ class Body(nn.Module):
     ) -> Body:
         """The same body with only these vertices, in this order: its joints stay exact, its faces are dropped.
 
-        The keypoint regressor is kept when all the vertices it reads are among them.
+        The keypoint regressor is kept if all vertices of its support are included.
         """
         ids = torch.as_tensor(vertex_ids, dtype=torch.long, device=self.v_template.device)
         regressor = None
         if self.keypoint_regressor is not None and torch.isin(self.keypoint_support(), ids).all():
-            # A vertex named twice must count once.
+            # A duplicated vertex must count once.
             first = torch.zeros_like(ids, dtype=torch.bool)
             first[np.unique(ids.cpu().numpy(), return_index=True)[1]] = True
             regressor = self.keypoint_regressor[:, ids] * first
@@ -266,10 +266,10 @@ class Body(nn.Module):
         self,
         rotations: Tensor,  # (..., 24, 3, 3) of SMPL's joints
     ) -> Tensor:  # (..., J, 3, 3) of this body's joints
-        """A pose of SMPL's 24 joints for this body. SMPL-X's jaw, eyes and fingers rest; SMPL's two hands go.
+        """A pose of SMPL's 24 joints for this body. SMPL-X's jaw, eyes and fingers rest; SMPL's hands are dropped.
 
         Raises:
-            UserError: this body has not SMPL's joints, as a hand has not.
+            UserError: this body lacks SMPL's joints (a hand).
         """
         if self.joint_names == SMPL24:
             return rotations
@@ -299,16 +299,16 @@ def _depth_levels(parents: Sequence[int]) -> list[tuple[list[int], list[int], li
 
 
 def load_body(
-    name_or_path: str | Path = "free",  # free, smpl, smpl_female, smplx, mano_left, ..., or the path of a .npz or .pkl
-    gender: str = "neutral",  # of a named SMPL or SMPL-X without one; right or left for MANO
+    name_or_path: str | Path = "free",  # free, smpl, smpl_female, smplx, mano_left, ..., or a path of a .npz or .pkl
+    gender: str = "neutral",  # if a named SMPL or SMPL-X has none; right or left for MANO
 ) -> Body:
-    """A body in float32. Named ones but the free one are looked for in the folder HMDIFF_BODY_DIR, and below it.
+    """Load a body in float32. Named bodies other than the free one are searched for in HMDIFF_BODY_DIR and below.
 
-    A loaded body's `name` is what was asked for (a path's stem), so that a checkpoint can name it without holding it;
-    a file of that name in HMDIFF_BODY_DIR is then found by it.
+    The body's `name` is the requested name (or the path's stem), so that a checkpoint can refer to it without storing
+    it; a file of that name in HMDIFF_BODY_DIR is then found.
 
     Raises:
-        UserError: no such file; says which file, where to register for it and where to put it.
+        UserError: no such file; names the file, where to register for it and where to put it.
     """
     name = str(name_or_path)
     named = None if name != "free" and os.path.isfile(name) else _named_body(name, gender)
@@ -316,12 +316,12 @@ def load_body(
 
 
 def load_named_body(name: str) -> Body:
-    """The body that a checkpoint names: `load_body`'s names, or a file of that name in HMDIFF_BODY_DIR; never a path.
+    """The body named in a checkpoint: a name of `load_body`, or of a file in HMDIFF_BODY_DIR; never a path.
 
-    A checkpoint comes from somebody else: it may not say which file of this machine is read.
+    Checkpoints are untrusted: they must not choose which file of this machine is read.
 
     Raises:
-        UserError: a path, or no such body here.
+        UserError: a path, or a body that is not installed.
     """
     if not name or name != Path(name).name or "\\" in name or "\0" in name:
         raise UserError(f"the checkpoint's body {name!r:.80} is not a name; give body=load_body(PATH)")

@@ -1,10 +1,10 @@
-"""The least-squares solver under `fitting.py`: Procrustes for every bone, then Levenberg-Marquardt for all together.
+"""The least-squares solver of `fitting.py`: per-bone Procrustes, then Levenberg-Marquardt on all parameters.
 
-min over R, beta, t of sum_v |x_v - v|^2 + sigma^2 |beta|^2, and where keypoints are watched + c sum_j |P_j (k_j(x) -
-k_j(v))|^2: keypoints k are sums of vertices, and P_j removes what lies along the line of sight, of which the photo
-says nothing. Each bone's rotation starts from an orthogonal Procrustes fit of its own vertices (Kabsch, Acta Cryst.
-1976), which no large pose traps. Symbols: N bodies, P points (vertices that are fitted), J joints, B shape
-coefficients, U = 3 J turns (x of all joints first) + B + 3 unknowns, K keypoints. The method is our choice.
+min over R, beta, t of sum_v |x_v - v|^2 + sigma^2 |beta|^2, and with keypoints + c sum_j |P_j (k_j(x) - k_j(v))|^2:
+keypoints k are linear in the vertices, and P_j removes the component along the line of sight, which a photo does not
+determine. Each bone's rotation is initialised by an orthogonal Procrustes fit of its vertices (Kabsch, Acta Cryst.
+1976), so that large poses do not end in local minima. Symbols: N bodies, P points (fitted vertices), J joints, B shape
+coefficients, U = 3 J rotations (x of all joints first) + B + 3 unknowns, K keypoints. The method is our choice.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor
 from hmdiff.body.body import Body
 from hmdiff.geometry import axis_angle_to_matrix
 
-POINTS = 640  # vertices that are fitted, spread over the surface
-POINTS_A_BONE = 12  # at least, of those that a bone moves most
+POINTS = 640  # number of fitted vertices, spread over the surface
+POINTS_A_BONE = 12  # minimum number of points with the largest weights of each bone
 NOISE = 0.005  # sigma, metres
-HELD = 1e6  # square metres, added to the diagonal of a held joint; its vertices are worth a few
+HELD = 1e6  # square metres, added to the diagonal of a held joint; its vertices contribute only a few
 
 
 class Sight(NamedTuple):
-    """Keypoints that a fit keeps where they are seen."""
+    """Keypoints whose projection the fit preserves."""
 
-    regressor: Tensor  # (K, P) keypoints as sums of the fitted points
-    across: Tensor  # (N, K, 3, 3) projector across the line of sight, times the square root of a keypoint's weight
+    regressor: Tensor  # (K, P) keypoints as weighted sums of the fitted points
+    across: Tensor  # (N, K, 3, 3) projector across the line of sight, times sqrt(weight)
 
     @classmethod
     def along(
         cls,
         regressor: Tensor,  # (K, P)
         lines: Tensor,  # (N, K, 3) from the camera to every keypoint, any length
-        weight: float,  # of a keypoint, in vertices
+        weight: float,  # of a keypoint, relative to a vertex
     ) -> Sight:
         line = torch.nn.functional.normalize(lines, dim=-1)
         across = torch.eye(3).to(line) - line[..., None] * line[..., None, :]
@@ -54,20 +54,20 @@ class Placement(NamedTuple):
 
 
 class _Placed(NamedTuple):
-    """N bodies at their parameters, and how far they are from the target."""
+    """N bodies at their parameters, with residuals to the target."""
 
     rotations: Tensor  # (N, J, 3, 3) relative to the parent
     betas: Tensor  # (N, B)
     translation: Tensor  # (N, 3)
-    world: Tensor  # (N, J, 3, 3) rotations in the world
+    world: Tensor  # (N, J, 3, 3) global rotations
     joints: Tensor  # (N, J, 3, 1 + B): joints are linear in the betas
-    moved: Tensor  # (N, P, 3, J) every vertex as every bone places it, by its weight
+    moved: Tensor  # (N, P, 3, J) each vertex transformed by each bone, times its weight
     residual: Tensor  # (N, P, 3)
     cost: Tensor  # (N,)
 
 
 class BodyFitter:
-    """What of a body does not change from fit to fit."""
+    """Precomputed quantities of a body that all fits share."""
 
     def __init__(self, body: Body, ids: Tensor | None = None, noise: float = NOISE) -> None:
         self.ids = _spread_vertices(body) if ids is None else ids
@@ -78,11 +78,11 @@ class BodyFitter:
         self.joint_basis = torch.cat([body.joint_template[..., None], body.joint_shapedirs], -1)  # (J, 3, 1 + B)
         self.parents = body.parents
         self.above = torch.tensor([max(parent, 0) for parent in body.parents], device=self.template.device)
-        below = torch.eye(body.num_joints)  # below[j, k]: joint k hangs on j, or is j
+        below = torch.eye(body.num_joints)  # below[j, k]: joint k is j or its descendant
         for joint in range(body.num_joints - 1, 0, -1):
             below[body.parents[joint]] += below[joint]
         self.below = below.to(self.weights)
-        self.moved = self.weights @ self.below.T  # (P, J) how much of a vertex turns with a joint
+        self.moved = self.weights @ self.below.T  # (P, J) how much each vertex rotates with each joint
         depth = [0] * body.num_joints
         for joint in range(1, body.num_joints):
             depth[joint] = depth[body.parents[joint]] + 1
@@ -94,7 +94,7 @@ class BodyFitter:
         rounds: int,
         sight: Sight | None = None,
     ) -> Placement:
-        """Procrustes for every bone, then so many rounds for all together."""
+        """Per-bone Procrustes, then the given number of rounds on all parameters."""
         centre = target.mean(1)
         rotations = self._bone_rotations(target - centre[:, None])
         betas = target.new_zeros(len(target), self.shapedirs.shape[-1])
@@ -106,10 +106,10 @@ class BodyFitter:
         target: Tensor,  # (N, P, 3)
         rounds: int,
         sight: Sight | None = None,
-        held: Tensor | None = None,  # (N, J) bool: joints that keep their rotation to the parent
+        held: Tensor | None = None,  # (N, J) bool: joints whose relative rotation is fixed
     ) -> Placement:
-        """Levenberg-Marquardt from a placement."""
-        centre = target.mean(1)  # far from the origin float32 would lose the millimetres
+        """Levenberg-Marquardt from a given placement."""
+        centre = target.mean(1)  # centred: float32 would lose millimetres far from the origin
         target = target - centre[:, None]
         best = self._place(start.rotations, start.betas, start.translation - centre, target, sight)
         damping = torch.full_like(best.cost, 1e-4)
@@ -118,7 +118,7 @@ class BodyFitter:
             normal, slope = self._normal_equations(best, sight)
             diagonal = normal.diagonal(dim1=-2, dim2=-1)
             added = damping[:, None] * diagonal + 1e-7
-            if held is not None:  # as if something very heavy hung on them
+            if held is not None:  # fixed by a large damping
                 added[:, : 3 * joints] += HELD * held.repeat(1, 3)
             damped = (normal + torch.diag_embed(added)).double()
             step = torch.linalg.solve_ex(damped, slope.double())[0].to(target)
@@ -146,14 +146,14 @@ class BodyFitter:
         self,
         target: Tensor,  # (N, P, 3)
     ) -> Tensor:  # (N, J, 3, 3) relative to the parent
-        """Each bone's own Procrustes fit, from the root outwards, with a slight pull towards its parent's rotation."""
+        """Procrustes fit of each bone, from the root outwards, slightly regularised towards the parent's rotation."""
         weight = self.weights.square()
         weight = weight / weight.sum(0).clamp_min(1e-9)  # (P, J)
         rest = self.template - self.template.mean(0)
         middle = (weight.T @ rest)[None, :, :, None] * (weight.T @ target)[:, :, None]  # (N, J, 3, 3), rest by target
         design = (weight[:, :, None] * rest[:, None]).flatten(1)  # (P, J * 3)
         covariance = (design.T @ target).unflatten(1, (-1, 3)) - middle
-        pull = 1e-4  # square metres: a bone of a few centimetres follows its own vertices
+        pull = 1e-4  # square metres: small, so that even a bone of a few centimetres follows its vertices
         turned: list[Tensor | None] = [None] * len(self.parents)
         identity = torch.eye(3).to(target).expand(len(target), 1, 3, 3)
         for level in self.levels:
@@ -168,7 +168,7 @@ class BodyFitter:
         world = torch.stack(turned, 1)  # type: ignore[arg-type]
         return torch.cat([world[:, :1], world[:, self.above[1:]].mT @ world[:, 1:]], 1)
 
-    def _chain(self, rotations: Tensor) -> Tensor:  # (N, J, 3, 3) -> in the world
+    def _chain(self, rotations: Tensor) -> Tensor:  # (N, J, 3, 3) -> global
         turned: list[Tensor] = []
         for joint, parent in enumerate(self.parents):
             turned.append(rotations[:, joint] if joint == 0 else turned[parent] @ rotations[:, joint])
@@ -209,9 +209,9 @@ class BodyFitter:
     ) -> tuple[Tensor, Tensor]:  # J^T J (N, U, U), J^T r (N, U)
         """From one Gram matrix.
 
-        A turn w of joint j, in the world, moves a vertex by w x d_vj, with d_vj = sum_{k at or below j} W_vk (G_k v -
-        p_j). So every block of J^T J is a sum of products of d, of the posed shape directions and of the residual. The
-        pose blend shapes' own dependence on the pose is small, and left out of J alone.
+        A rotation w of joint j (global frame) moves a vertex by w x d_vj, with d_vj = sum_{k at or below j} W_vk (G_k v
+        - p_j). So every block of J^T J is a sum of products of d, the posed shape directions and the residual. J
+        ignores the dependence of the pose blend shapes on the pose, which is small.
         """
         world, joints, betas, moved, residual = at.world, at.joints, at.betas, at.moved, at.residual
         count, points, num_betas = len(moved), len(self.template), betas.shape[1]
@@ -234,7 +234,7 @@ class BodyFitter:
         trace = among.diagonal(dim1=1, dim2=3).sum(-1)  # (N, J, J)
         turn_turn = identity[None, :, None, :, None] * trace[:, None, :, None] - among.transpose(1, 3)
         cross = gram[:, :turns, turns:].unflatten(1, (3, num_joints)).unflatten(3, (3, columns))  # c j d l
-        # (arm x column)_a = arm_b column_c - arm_c column_b for a, b, c in turn
+        # (arm x column)_a = arm_b column_c - arm_c column_b for cyclic a, b, c
         turn_linear = torch.cat(
             [
                 cross[:, 1, :, 2] - cross[:, 2, :, 1],
@@ -267,7 +267,7 @@ class BodyFitter:
         self,
         sight: Sight,
         everything: Tensor,  # (N, P, 3 J + 3 L) arms; shape directions, translation and residual
-    ) -> Tensor:  # (N, K * 3, U + 1) how every unknown moves the keypoints across the line of sight; their residual
+    ) -> Tensor:  # (N, K * 3, U + 1) Jacobian of the keypoints across the line of sight, and their residual
         seen = torch.matmul(sight.regressor, everything)
         arm, others = seen.split([3 * len(self.parents), seen.shape[-1] - 3 * len(self.parents)], -1)
         x, y, z = arm.unflatten(-1, (3, -1)).unbind(2)  # (N, K, J)
@@ -285,7 +285,7 @@ class BodyFitter:
 
 
 def _spread_vertices(body: Body) -> Tensor:  # (P,) ascending
-    """Vertices spread over the surface by farthest-point sampling, and of every bone those that it moves most."""
+    """Vertices from farthest-point sampling of the surface, and each bone's vertices of largest weight."""
     points = body.v_template.detach().cpu().numpy().astype(np.float64)
     weights = body.lbs_weights.detach().cpu().numpy()
     chosen = [int(points[:, 1].argmax())]

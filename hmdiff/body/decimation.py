@@ -1,11 +1,11 @@
-"""Quadric-error decimation of a triangle mesh by half-edge collapses, and the hierarchy of meshes it leaves behind.
+"""Quadric-error decimation of a triangle mesh by half-edge collapses, and the resulting hierarchy of meshes.
 
-Every collapse u -> v removes vertex u and hands its triangles to the *existing* neighbour v, so a coarse mesh is a
-selection of the full mesh's vertices (as in the SMPL 6890 -> 1723 -> 431 lineage of METRO, arXiv 2012.09760).
+Every collapse u -> v removes vertex u and assigns its triangles to the *existing* neighbour v, so a coarse mesh is a
+selection of the full mesh's vertices (as in the SMPL 6890 -> 1723 -> 431 hierarchy of METRO, arXiv 2012.09760).
 
-Q_u(x) = sum_i area_i (n_i.x + d_i)^2 + fairness sum_j area_j |x - p_j|^2: the planes i and the vertices j that u stands
-for. First sum: Garland and Heckbert, SIGGRAPH 1997. Second: our choice; alone it is the energy of a k-means of the
-surface, so it spreads vertices evenly over area and keeps fingers and face from taking them all.
+Q_u(x) = sum_i area_i (n_i.x + d_i)^2 + fairness sum_j area_j |x - p_j|^2, over the planes i and the vertices j that u
+represents. First sum: Garland and Heckbert, SIGGRAPH 1997. Second: our choice; alone it is the k-means energy of the
+surface, so it spreads vertices evenly over the area, instead of concentrating them on fingers and face.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import math
 
 import numpy as np
 
-# Geometric tests of the first pass (our choice); a second pass, with the topological ones alone, then goes on as far
-# as the topology lets it, so that every level exists.
+# Geometric tests of the first pass (our choice). A second pass with only the topological tests continues as far as the
+# topology allows, so that every level exists.
 _MIN_NORMAL_COSINE = 0.2
-_MIN_QUALITY = 0.1  # 1 for an equilateral triangle, 0 for a needle
+_MIN_QUALITY = 0.1  # 1 for an equilateral triangle, 0 for a degenerate one
 _MAX_VALENCE = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshHierarchy:
-    """All coarse versions of one mesh at once: level(n) has n vertices and is nested in level(n + 1)."""
+    """All coarse versions of one mesh: level(n) has n vertices and is nested in level(n + 1)."""
 
     faces: np.ndarray  # (F, 3) int64, of the full mesh
     order: np.ndarray  # (V,) int64: vertices in the order of their removal; the last `num_minimal` are never removed
-    target: np.ndarray  # (V,) int64: the vertex each collapses to; a vertex that is never removed is its own target
+    target: np.ndarray  # (V,) int64: the vertex each collapses to; vertices never removed map to themselves
     num_minimal: int  # vertices of the coarsest level
 
     @property
@@ -41,7 +41,7 @@ class MeshHierarchy:
         self,
         num_coarse: int,
     ) -> np.ndarray:  # (V,) int64 vertex of the full mesh, one of level(num_coarse)
-        """The vertex of the coarse level that stands for each vertex of the full mesh.
+        """The vertex of the coarse level that represents each vertex of the full mesh.
 
         Raises:
             ValueError: the hierarchy has no such level.
@@ -53,7 +53,7 @@ class MeshHierarchy:
         ancestor = np.arange(self.num_vertices)
         removed = self.order[: self.num_vertices - num_coarse]
         ancestor[removed] = self.target[removed]
-        while True:  # pointer jumping: doubles the length of the path at each turn
+        while True:  # pointer jumping: doubles the path length in each iteration
             further = ancestor[ancestor]
             if np.array_equal(further, ancestor):
                 return ancestor
@@ -63,7 +63,7 @@ class MeshHierarchy:
         self,
         num_coarse: int,
     ) -> tuple[np.ndarray, np.ndarray]:  # coarse_ids (n,) ascending, coarse_faces (F', 3) into coarse_ids
-        """The mesh with `num_coarse` vertices: which they are, and its triangles.
+        """The mesh with `num_coarse` vertices: its vertex ids and triangles.
 
         Raises:
             ValueError: the hierarchy has no such level.
@@ -75,7 +75,7 @@ class MeshHierarchy:
         return coarse_ids, np.searchsorted(coarse_ids, faces)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What has to be stored beside the faces, which the body has already; `from_arrays` is the inverse."""
+        """Everything but the faces, which the body stores already; `from_arrays` is the inverse."""
         dtype = np.uint16 if self.num_vertices < 2**16 else np.uint32
         return {
             "faces_digest": np.array(faces_digest(self.faces)),
@@ -90,7 +90,7 @@ class MeshHierarchy:
         arrays: dict[str, np.ndarray],
         faces: np.ndarray,  # (F, 3)
     ) -> MeshHierarchy:
-        """Raises ValueError when the arrays were made of other faces."""
+        """Raises ValueError if the arrays were computed from other faces."""
         if str(arrays["faces_digest"]) != faces_digest(faces):
             raise ValueError("the stored hierarchy is of another mesh: its faces differ")
         order, target = (np.asarray(arrays[name]).astype(np.int64) for name in ("order", "target"))
@@ -100,22 +100,22 @@ class MeshHierarchy:
 def faces_digest(
     faces: np.ndarray,  # (F, 3)
 ) -> str:  # 64 hexadecimal digits
-    """SHA-256 of a topology: equal for equal faces in equal order, whatever integers hold them."""
+    """SHA-256 of a topology: equal for equal faces in equal order, of any integer type."""
     return hashlib.sha256(np.ascontiguousarray(faces, dtype="<i8").tobytes()).hexdigest()
 
 
 def decimate(
     vertices: np.ndarray,  # (V, 3) metres
     faces: np.ndarray,  # (F, 3) vertex indices
-    fairness: float = 0.03,  # weight of the even spread (top of the file); chosen by the fitted upsampling's error
+    fairness: float = 0.03,  # weight of the second sum of Q (top of the file); chosen by the fitted upsampling's error
 ) -> MeshHierarchy:
     """Collapse edges, cheapest first, until the topology forbids more. Closed and open meshes, of any number of parts.
 
-    Kept: the topology (the link condition: Dey et al., 1999), boundaries as boundaries, and, in the first pass, the
-    side that triangles face. Under 2 s for 12,400 vertices; deterministic.
+    Preserves the topology (link condition: Dey et al., 1999) and boundaries, and in the first pass the orientation of
+    triangles. Under 2 s for 12,400 vertices; deterministic.
 
     Raises:
-        ValueError: faces that are no (F, 3), or that name a vertex which is not there.
+        ValueError: faces are not (F, 3), or refer to a missing vertex.
     """
     vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces, dtype=np.int64)
     if faces.ndim != 2 or faces.shape[1] != 3 or len(faces) == 0:
@@ -125,7 +125,7 @@ def decimate(
     order: list[int] = []
     target = np.arange(len(vertices))
     used = np.unique(faces)
-    for stray in np.setdiff1d(np.arange(len(vertices)), used):  # in no triangle, so no edge could remove it
+    for stray in np.setdiff1d(np.arange(len(vertices)), used):  # in no triangle, so no collapse can remove it
         order.append(int(stray))
         target[stray] = used[np.square(vertices[used] - vertices[stray]).sum(-1).argmin()]
 
@@ -143,7 +143,7 @@ def vertex_quadrics(
     faces: np.ndarray,  # (F, 3)
     fairness: float,
 ) -> np.ndarray:  # (V, 10): xx xy xz yy yz zz of A, b, c; Q(x) = x.A.x + 2 b.x + c
-    """The quadric of every vertex (top of the file). Boundary edges add the plane that stands upright on them."""
+    """The quadric of every vertex (top of the file). Boundary edges add a plane perpendicular to their triangle."""
     corners = vertices[faces]
     normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     double_area = np.linalg.norm(normal, axis=-1)
@@ -179,26 +179,26 @@ def vertex_quadrics(
 
 
 class _Collapser:
-    """The mesh while it shrinks, and the queue of its half-edges. Plain Python: each step touches a dozen numbers."""
+    """The mesh during decimation, and the queue of half-edges. Plain Python: each step touches a dozen numbers."""
 
     def __init__(self, vertices: np.ndarray, faces: np.ndarray, fairness: float) -> None:
-        # About the middle of the mesh: far from the origin the quadrics' terms would cancel.
+        # Centred: far from the origin the terms of the quadrics would cancel.
         vertices = vertices - vertices[np.unique(faces)].mean(0)
         self.points: list[tuple[float, float, float]] = [tuple(p) for p in vertices.tolist()]  # type: ignore[misc]
         self.quadrics: list[list[float]] = vertex_quadrics(vertices, faces, fairness).tolist()
         self.faces: list[list[int]] = faces.tolist()
-        self.star: list[set[int]] = [set() for _ in vertices]  # triangles at each vertex
+        self.star: list[set[int]] = [set() for _ in vertices]  # triangles of each vertex
         self.ring: list[set[int]] = [set() for _ in vertices]  # neighbours of each vertex
         for index, (a, b, c) in enumerate(self.faces):
             for u, v, w in ((a, b, c), (b, c, a), (c, a, b)):
                 self.star[u].add(index)
                 self.ring[u].update((v, w))
-        self.version = [0] * len(vertices)  # queue entries of an older version are void
-        self.refused: list[set[int]] = [set() for _ in vertices]  # targets refused for u, to be tried again
+        self.version = [0] * len(vertices)  # queue entries of an older version are stale
+        self.refused: list[set[int]] = [set() for _ in vertices]  # rejected targets of u, retried later
         self.queue: list[tuple[float, int, int, int, int]] = []
 
     def run(self, strict: bool):
-        """Yield (u, v) for every collapse made, until none is allowed."""
+        """Yield (u, v) for every collapse, until none is allowed."""
         self.strict = strict
         self.queue = []
         for u, ring in enumerate(self.ring):
@@ -225,13 +225,13 @@ class _Collapser:
         star_u, ring_u = self.star[u], self.ring[u]
         shared = star_u & self.star[v]
         boundary = len(ring_u) != len(star_u)
-        if len(shared) != (1 if boundary else 2):  # a boundary vertex moves along its boundary only
+        if len(shared) != (1 if boundary else 2):  # a boundary vertex collapses along its boundary only
             return False
         common = ring_u & self.ring[v]
-        if len(common) != len(shared):  # the link condition: else a handle would be pinched off
+        if len(common) != len(shared):  # link condition: otherwise a handle would be pinched off
             return False
         for w in common:
-            # No triangle may be left without a neighbour across the edge that it hung on, and no vertex without one.
+            # No triangle may lose its only neighbour, and no vertex its last triangle.
             if len(self.star[w]) == 1 or (len(star_u) == 1 and len(self.star[w] & self.star[v]) == 1):
                 return False
         if len(star_u) == len(shared) and len(self.star[v]) == len(shared):
@@ -241,7 +241,7 @@ class _Collapser:
             if any(u in self.faces[f] for f in self.star[w1] & self.star[w2]) and any(
                 v in self.faces[f] for f in self.star[w1] & self.star[w2]
             ):
-                return False  # a tetrahedron would fold flat
+                return False  # a tetrahedron would become flat
         if not self.strict:
             return True
         if len(ring_u) + len(self.ring[v]) - len(common) - 2 > max(_MAX_VALENCE, len(self.ring[v])):
@@ -289,7 +289,7 @@ class _Collapser:
         for w in sorted(ring_v):
             self._push(w, v)
             self._push(v, w)
-            # What was refused before the neighbourhood changed may be allowed now.
+            # Collapses rejected before may be allowed now that the neighbourhood has changed.
             for x in sorted(self.refused[w]):
                 if x in self.ring[w] and x != v:
                     self._push(w, x)

@@ -1,8 +1,8 @@
-"""Finding and reading body files: the free body, and a user's own SMPL, SMPL-X or MANO file.
+"""Finding and reading body files: the free body, and a user's SMPL, SMPL-X or MANO file.
 
-Published layouts (SMPL v1.0.0 and v1.1.0, SMPL-X v1.1, MANO v1.2, SMPL+H): a pickle or npz of v_template (V, 3),
-shapedirs (V, 3, >= 10), posedirs (V, 3, 9 (J - 1)), weights (V, J), J_regressor (J, V), kintree_table (2, J) and f
-(F, 3). The free body's npz holds the same, its weights and regressors sparse. The smplx package is not needed.
+Published formats (SMPL v1.0.0 and v1.1.0, SMPL-X v1.1, MANO v1.2, SMPL+H): a pickle or npz of v_template (V, 3),
+shapedirs (V, 3, >= 10), posedirs (V, 3, 9 (J - 1)), weights (V, J), J_regressor (J, V), kintree_table (2, J) and f (F,
+3). The free body's npz has the same, with sparse weights and regressors. The smplx package is not needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hmdiff.files.unpickling import load_pickle
 FOLDER_VARIABLE = "HMDIFF_BODY_DIR"
 NUM_BETAS = 10
 NUM_EXPRESSIONS = 10
-_GENDERS = {"neutral": "neutral", "female": "f", "male": "m"}  # and how SMPL's published files name them
+_GENDERS = {"neutral": "neutral", "female": "f", "male": "m"}  # and their names in SMPL's published files
 _SIDES = {"right": "RIGHT", "neutral": "RIGHT", "left": "LEFT"}
 _SITES = {
     "smpl": "https://smpl.is.tue.mpg.de",
@@ -31,19 +31,19 @@ _SITES = {
     "mano": "https://mano.is.tue.mpg.de",
 }
 LICENSED = tuple(_SITES)
-_LARGEST = 1e4  # of any number in a body: metres, weights, and posedirs in metres
+_LARGEST = 1e4  # limit on any number in a body: metres, weights, and posedirs in metres
 _MAX_BYTES = 1 << 30  # of a body's arrays
-_DEPTH = 4  # folders below HMDIFF_BODY_DIR that are looked into: the published archives need three
+_DEPTH = 4  # levels below HMDIFF_BODY_DIR that are searched: the published archives need three
 
 
 def body_folder() -> Path | None:
-    """The folder HMDIFF_BODY_DIR, or None where it is not set."""
+    """The folder HMDIFF_BODY_DIR, or None if it is not set."""
     folder = os.environ.get(FOLDER_VARIABLE)
     return Path(folder).expanduser() if folder else None
 
 
 def files_by_name(folder: Path) -> dict[str, Path]:
-    """Files of bodies and regressors in a folder and below it, by their lower-case names; a shallower one wins."""
+    """Body and regressor files in and below a folder, by lower-case name; shallower files take precedence."""
     found: dict[str, Path] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
         depth = len(Path(place).relative_to(folder).parts)
@@ -61,7 +61,7 @@ def find_body_file(
     kind: str,  # one of LICENSED
     gender: str = "neutral",  # neutral, female, male; for MANO right (also for neutral) or left
 ) -> Path:
-    """The user's file of that kind in the folder HMDIFF_BODY_DIR or below it, under any of its published names.
+    """The user's file of that kind in or below HMDIFF_BODY_DIR, under any of its published names.
 
     Raises:
         UserError: it is not there; names the file, where to register for it and where to put it.
@@ -70,7 +70,7 @@ def find_body_file(
     folder = body_folder()
     if folder:
         there = files_by_name(folder)
-        for name in (own_name(kind, gender), *names):  # what `hmdiff prepare licensed` wrote is read the faster
+        for name in (own_name(kind, gender), *names):  # the output of `hmdiff prepare licensed` first: it loads faster
             if (path := there.get(name.lower())) is not None:
                 return path
     place_text = f"not in {folder} ({FOLDER_VARIABLE})" if folder else f"{FOLDER_VARIABLE} is not set"
@@ -85,7 +85,7 @@ def own_name(
     kind: str,  # one of LICENSED
     gender: str,
 ) -> str:
-    """The name under which `hmdiff prepare licensed` keeps such a body."""
+    """The file name that `hmdiff prepare licensed` gives to such a body."""
     return f"{Path(_published_names(kind, gender)[0]).stem}.npz"
 
 
@@ -94,12 +94,12 @@ def published_rank(
     gender: str,
     file: str,
 ) -> int:
-    """Place of a file among the published ones of its kind: of two, the one that comes first is read."""
+    """Rank of a file among the published ones of its kind: the lowest is read."""
     return [name.lower() for name in _published_names(kind, gender)].index(file.lower())
 
 
 def _published_names(kind: str, gender: str) -> list[str]:
-    """Names under which the file was published or is commonly kept, in any mixture of cases; the first is ours."""
+    """Names under which the file was published or is commonly stored, in any case; the first is ours."""
     if kind == "mano":
         if gender not in _SIDES:
             raise UserError(f"MANO is right or left, not {gender!r}")
@@ -123,7 +123,7 @@ def _published_names(kind: str, gender: str) -> list[str]:
 def licensed_kind(
     name: str,  # a body's name or a file's: smpl, smpl_female, mano_left, SMPLX_MALE.npz, basicmodel_m_lbs_...pkl
 ) -> tuple[str, str] | None:
-    """Which licensed body a name means, as (kind, gender); None for any other name."""
+    """The licensed body that a name refers to, as (kind, gender); None for any other name."""
     for kind in LICENSED:
         for gender in _SIDES if kind == "mano" else _GENDERS:
             names = [Path(file) for file in _published_names(kind, gender)]
@@ -135,7 +135,7 @@ def licensed_kind(
 
 
 def read_body_file(path: str | Path) -> dict[str, Any]:
-    """Arguments of `hmdiff.body.body.Body`, but for the name, read from a body file of either kind.
+    """Arguments of `hmdiff.body.body.Body`, except the name, from a free or licensed body file.
 
     Raises:
         UserError: the file is missing, damaged, or not a body.
@@ -150,7 +150,7 @@ def read_body_file(path: str | Path) -> dict[str, Any]:
 
 
 def _check_values(arrays: dict[str, Any]) -> None:
-    """Raises ValueError naming what is not finite, absurd, or points beyond the mesh."""
+    """Raises ValueError naming values that are not finite, too large, or out of the mesh's range."""
     vertices = len(arrays["v_template"])
     for name, value in arrays.items():
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -164,7 +164,7 @@ def _check_values(arrays: dict[str, Any]) -> None:
 
 
 def raw_arrays(path: str | Path) -> dict[str, Any]:
-    """What a body file holds, under the names it was published with.
+    """The content of a body file under its published names.
 
     Raises:
         UserError: the file is missing, damaged, or not a body.
@@ -188,13 +188,13 @@ def raw_arrays(path: str | Path) -> dict[str, Any]:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     archive = ArrayArchive(path, _MAX_BYTES, "download it again")
-    # SMPL-X carries pickled dictionaries beside its arrays: they are not needed.
+    # SMPL-X's files also contain pickled dictionaries, which are not needed.
     return {name: archive.read(name) for name in archive.names if not archive.holds_objects(name)}
 
 
 def _parents(kintree_table: np.ndarray) -> list[int]:
     parents = np.asarray(kintree_table)[0].astype(np.int64)
-    # The root's parent is -1, or 2**32 - 1 where it was written unsigned.
+    # The root's parent is -1, or 2**32 - 1 if written as unsigned.
     return [-1 if joint == 0 else int(parent) for joint, parent in enumerate(parents)]
 
 
@@ -220,21 +220,21 @@ def _smpl_arrays(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def shape_components(
-    shapedirs: np.ndarray,  # (V, 3, >= 10) as published, or (V, 3, 11) as `hmdiff prepare licensed` keeps them
+    shapedirs: np.ndarray,  # (V, 3, >= 10) as published, or (V, 3, 11) from `hmdiff prepare licensed`
     joints: int,
 ) -> np.ndarray:  # (V, 3, B)
-    """Ten, and eleven of SMPL-X v1.1, whose files hold 300 before its expressions: BEDLAM's labels are of eleven.
+    """Ten shape components, eleven for SMPL-X v1.1 (of 300 before the expressions), as in BEDLAM's labels.
 
-    SMPL-X v1.0 has ten, then ten expressions: of such a file the eleventh label is left out.
+    SMPL-X v1.0 has ten shapes, then ten expressions: there an eleventh label is dropped.
     """
     eleven = joints == 55 and (shapedirs.shape[2] >= 300 or shapedirs.shape[2] == NUM_BETAS + 1)
     return shapedirs[:, :, : NUM_BETAS + eleven]
 
 
 def expression_components(data: dict[str, Any], joints: int) -> np.ndarray | None:  # (V, 3, 10)
-    """SMPL-X's first ten expressions, which follow 300 shapes in v1.1 and ten in v1.0 (as smplx reads them).
+    """SMPL-X's first ten expressions, which follow 300 shapes in v1.1 and ten in v1.0 (as in smplx).
 
-    `hmdiff prepare licensed` keeps them as expressiondirs. None for other bodies, and for files without any.
+    `hmdiff prepare licensed` stores them as expressiondirs. None for other bodies, and for files without expressions.
     """
     if joints != 55:
         return None
@@ -248,7 +248,7 @@ def expression_components(data: dict[str, Any], joints: int) -> np.ndarray | Non
 
 
 def _mean_pose(data: dict[str, Any], joints: int) -> np.ndarray | None:  # (J, 3)
-    """The hands' mean pose, which published labels are relative to; the hands' joints come last."""
+    """The hands' mean pose, to which published labels are relative; the hands' joints come last."""
     hands = [np.asarray(data[key], np.float32).reshape(-1, 3) for key in ("hands_meanl", "hands_meanr") if key in data]
     if not hands and joints == 16 and "hands_mean" in data:
         hands = [np.asarray(data["hands_mean"], np.float32).reshape(-1, 3)]
@@ -275,19 +275,19 @@ def _free_arrays(data: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _dense_rows(data: dict[str, np.ndarray], name: str, rows: int, columns: int) -> np.ndarray:
-    """A sparse matrix kept as `<name>_row`, `<name>_column`, `<name>_value`; each row is made to sum to one exactly."""
+    """A sparse matrix stored as `<name>_row`, `<name>_column`, `<name>_value`; each row is normalised to sum to one."""
     dense = np.zeros((rows, columns), np.float32)
     dense[data[f"{name}_row"], data[f"{name}_column"]] = data[f"{name}_value"]
     return dense / dense.sum(1, keepdims=True)
 
 
 def _joint_names(parents: Sequence[int]) -> list[str]:
-    """Names for SMPL's 24 joints; for other trees, which are told by their size, generated ones."""
+    """Names of SMPL's 24 joints; for other trees, identified by their size, generated names."""
     if len(parents) == len(SMPL24):
         return list(SMPL24)
-    if len(parents) == 16:  # MANO: the wrist, then three joints a finger
+    if len(parents) == 16:  # MANO: the wrist, then three joints per finger
         return ["wrist", *_finger_names("")]
-    body = list(SMPL24[:22])  # SMPL+H and SMPL-X: SMPL without its hand joints, then the hands
+    body = list(SMPL24[:22])  # SMPL+H and SMPL-X: SMPL without its hand joints, then the fingers
     hands = [*_finger_names("left_"), *_finger_names("right_")]
     if len(parents) == 52:
         return body + hands

@@ -1,7 +1,7 @@
-"""Pose and shape of a body model from its vertices, so that a recovered mesh can be animated.
+"""Fit pose and shape of a body model to vertices, so that a recovered mesh can be animated.
 
-The most likely body, betas being standard normal and a vertex as noisy as is expected; the solver is
-`hmdiff/body/body_fitter.py`. Symbols: N bodies, V and C vertices, J joints, B shape coefficients, K keypoints.
+Maximum a posteriori with standard normal betas and Gaussian vertex noise; the solver is `hmdiff/body/body_fitter.py`.
+Symbols: N bodies, V and C vertices, J joints, B shape coefficients, K keypoints.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from hmdiff.body.skeletons import SMPL24
 from hmdiff.errors import UserError
 from hmdiff.geometry import matrix_to_axis_angle
 
-_COLLARS = [SMPL24.index(f"{side}_collar") - 1 for side in ("left", "right")]  # the root left out
+_COLLARS = [SMPL24.index(f"{side}_collar") - 1 for side in ("left", "right")]  # without the root
 _SHOULDERS = [SMPL24.index(f"{side}_shoulder") - 1 for side in ("left", "right")]
-AT_ONCE = 32  # bodies: bounds the memory, changes no result
-# Metres: a predicted vertex is off by about 2 cm, and together with its neighbours, so that they say less than as many
-# independent ones.
+AT_ONCE = 32  # bodies per batch: bounds the memory, does not affect results
+# Metres. A predicted vertex is off by about 2 cm, but errors of neighbours are correlated: the larger value compensates
+# for treating them as independent.
 PREDICTION_NOISE = 0.05
-KEYPOINT_WEIGHT = 30.0  # of a keypoint's place across the line of sight, in vertices
-LARGEST_BETA = 4.0  # of a fitted prediction, standard deviations
+KEYPOINT_WEIGHT = 30.0  # of a keypoint's position across the line of sight, relative to a vertex
+LARGEST_BETA = 4.0  # bound of a fitted prediction, standard deviations
 ROUNDS = 4
 
 
 class FittedBodies(NamedTuple):
-    pose: Tensor  # (N, J, 3) axis-angles, relative to the parent; the root's first; a hand's mean pose included
+    pose: Tensor  # (N, J, 3) axis-angles, relative to the parent; root first; includes a hand's mean pose
     betas: Tensor  # (N, B)
     translation: Tensor  # (N, 3) metres; body(betas, axis_angle_to_matrix(pose), translation) is the fitted mesh
-    error_mm: Tensor  # (N,) mean distance of the given vertices to the fitted ones, over all vertices
+    error_mm: Tensor  # (N,) mean distance of the given vertices to the fitted ones
 
 
 @torch.no_grad()
 def fit_parameters(
     body: Body,
-    vertices: Tensor,  # (N, V, 3) metres, in any upright or turned frame: the root's rotation takes it up
+    vertices: Tensor,  # (N, V, 3) metres, any orientation: the root rotation absorbs it
     rounds: int = ROUNDS,
 ) -> FittedBodies:
-    """Fit every mesh on its own: a result does not depend on the batch, but for rounding. Pose blend shapes count.
+    """Fit each mesh independently: up to rounding, results do not depend on the batch. Includes pose blend shapes.
 
-    The body's own sex and hand are fitted, whatever the mesh's: load the body that the mesh is of. A mesh that is no
-    body of the model's (a mirror image, noise) gets the nearest one found, and its `error_mm` says so.
+    Fits the given body's gender and hand, whatever the mesh's: load the matching body. For a mesh that is not a body of
+    the model (a mirror image, noise) the nearest one found is returned, with a large `error_mm`.
 
     Raises:
-        UserError: vertices of another shape than the body's, or that are not finite.
+        UserError: vertices of another shape than the body's, or not finite.
     """
     if vertices.dim() != 3 or vertices.shape[1:] != (body.num_vertices, 3):
         raise UserError(
@@ -78,16 +78,16 @@ def fit_coarse(
     body: Body,
     coarse_ids: Tensor,  # (C,) vertices of the coarse mesh
     coarse: Tensor,  # (N, C, 3) metres, any frame
-    rounds: int = 1,  # free, and as many with the joints that were beyond their limits held at them
-    keypoints: Tensor | None = None,  # (K, C) regressor: these stay where a camera sees them
-    translation: Tensor | None = None,  # (N, 3) metres: of the meshes before that camera, whose axes are the frame's
+    rounds: int = 1,  # unconstrained, then as many with the joints beyond their limits held at them
+    keypoints: Tensor | None = None,  # (K, C) regressor: their projections are preserved
+    translation: Tensor | None = None,  # (N, 3) metres: from mesh to camera frame, whose axes are parallel
 ) -> FittedBodies:
-    """The bodies nearest to predicted coarse meshes: what `surface=body` of the pipeline shows.
+    """The bodies nearest to predicted coarse meshes, as used by `surface=body` of the pipeline.
 
-    A prediction is off by centimetres where it is unsure, so the prior of the betas is that of such noise, and the
-    joints of a body with SMPL's skeleton are brought inside their limits (`hmdiff/body/anatomy.py`). `error_mm` is of
-    the coarse vertices. With `keypoints`, what a camera sees of the mesh weighs more than its depth, which a photo
-    tells less of. Raises `UserError` as `fit_parameters` does.
+    Predictions are off by centimetres where they are uncertain, so betas are regularised for such noise, and joints of
+    a body with SMPL's skeleton are kept inside their limits (`hmdiff/body/anatomy.py`). `error_mm` is over the coarse
+    vertices. With `keypoints`, their image positions weigh more than depth, which a photo determines less well. Raises
+    `UserError` as `fit_parameters` does.
     """
     if coarse.dim() != 3 or coarse.shape[1:] != (len(coarse_ids), 3):
         raise UserError(f"coarse {tuple(coarse.shape)} found, (N, {len(coarse_ids)}, 3) expected")
@@ -105,7 +105,7 @@ def fit_coarse(
             sight = Sight.along(keypoints, lines, KEYPOINT_WEIGHT)
         free = fitter.fit(group, rounds, sight)
         limited = within_limits(body, free.rotations)
-        # A joint that was brought back takes along what hangs on it: the other joints make up for it.
+        # Clamping a joint moves its descendants: the other joints are refitted to compensate.
         held = (limited != free.rotations).flatten(2).any(-1)
         start = free._replace(rotations=limited, betas=free.betas.clamp(-LARGEST_BETA, LARGEST_BETA))
         rotations, betas, place = fitter.refine(start, group, rounds, sight, held)
@@ -121,7 +121,7 @@ def within_limits(
     body: Body,
     rotations: Tensor,  # (N, J, 3, 3) relative to the parent
 ) -> Tensor:  # (N, J, 3, 3)
-    """The nearest pose within joint limits, for a body whose first 22 joints are SMPL's; any other pose as it is."""
+    """The nearest pose within joint limits, for a body whose first 22 joints are SMPL's; other poses are unchanged."""
     if body.joint_names[:22] != SMPL24[:22]:
         return rotations
     names = len(SMPL24)
@@ -132,9 +132,9 @@ def within_limits(
     angles = rotations_to_angles(shown)
     limited = angles_to_rotations(clamp_angles(within_reach(angles)))
     count = names if body.joint_names == SMPL24 else 22
-    # The root has no limit; what is inside its limits stays as it is, unrounded.
+    # The root has no limit; joints inside their limits are returned without rounding.
     outside = limit_excess(angles)[:, 1:count] > 1e-3
-    outside[:, _SHOULDERS] |= outside[:, _COLLARS]  # a shoulder's angles are those of collar and shoulder together
+    outside[:, _SHOULDERS] |= outside[:, _COLLARS]  # a shoulder's angles depend on collar and shoulder
     joints = torch.where(outside[..., None, None], limited[:, 1:count], rotations[:, 1:count])
     return torch.cat([rotations[:, :1], joints, rotations[:, count:]], 1)
 
@@ -148,5 +148,5 @@ def _selected(body: Body, ids: tuple[int, ...], device: torch.device, dtype: tor
 def _fitter(
     body: Body, device: torch.device, dtype: torch.dtype, ids: tuple[int, ...] | None = None, noise: float = NOISE
 ) -> BodyFitter:
-    # Of the body as it is now: `.to()` changes a body in its place.
+    # Not keyed by the body alone: `.to()` modifies a body in place.
     return BodyFitter(body, None if ids is None else torch.tensor(ids, device=device), noise)

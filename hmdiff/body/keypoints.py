@@ -1,11 +1,11 @@
-"""Keypoint regressors for licensed bodies, made from their own arrays: HALPE26 for SMPL and SMPL-X, HAND21 for MANO.
+"""Keypoint regressors for licensed bodies, computed from their arrays: HALPE26 for SMPL and SMPL-X, HAND21 for MANO.
 
-Nose, eyes, ears and feet are single vertices: facts of smplx's `vertex_ids.py`. So are fingertips, by FreiHAND's
-`mano_utils.py` (kpId2vertices), since HAND21 is its order and its labels are scored: ring 555 and pinky 672, where
-smplx has their neighbours 554 and 671. FreiHAND's hands are right ones; a left MANO gets the same numbers, as in smplx.
-The highest vertex is the top of the head. Limbs are SMPL's joints, as in SPIN's and smplx's use, hips included; since a
-keypoint is read off the posed mesh, `joint_row` makes a row of vertices that follows its joint. That, and the top of
-the head, are our choice. MANO's joints are its own J_regressor's rows, as FreiHAND's evaluation takes them.
+Nose, eyes, ears and feet are single vertices, as in smplx's `vertex_ids.py`. Fingertips are the vertices of FreiHAND's
+`mano_utils.py` (kpId2vertices), since HAND21 follows its order and its labels are evaluated: ring 555 and pinky 672,
+where smplx has the neighbours 554 and 671. FreiHAND's hands are right hands; a left MANO gets the same numbers, as in
+smplx. The top of the head is the highest vertex. Limbs are SMPL's joints including hips, as in SPIN and smplx; since
+keypoints are regressed from the posed mesh, `joint_row` computes vertex weights that follow the joint. That and the top
+of the head are our choice. MANO's joints are rows of its J_regressor, as in FreiHAND's evaluation.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 
 from hmdiff.body.skeletons import FACE_AND_FEET, HALPE26, HAND21
 
-# By the number of vertices, which tells the topology.
+# By number of vertices, which identifies the topology.
 LANDMARKS: dict[int, dict[str, int]] = {
     6890: dict(zip(FACE_AND_FEET, (332, 6260, 2800, 4071, 583, 3216, 3226, 3387, 6617, 6624, 6787), strict=True)),
     10475: dict(zip(FACE_AND_FEET, (9120, 9929, 9448, 616, 6, 5770, 5780, 8846, 8463, 8474, 8635), strict=True)),
     778: {"thumb4": 744, "index4": 320, "middle4": 443, "ring4": 555, "pinky4": 672},
 }
-_CANDIDATES = 200  # vertices about a joint that its row may read
+_CANDIDATES = 200  # vertices around a joint that its row may use
 _KEPT = 24
-_REACH = 0.3  # metres that a bone which is none of the joint's own moves a vertex, about
+_REACH = 0.3  # metres: typical displacement of a vertex by a bone that does not meet the joint
 
 
 def licensed_keypoints(
@@ -35,7 +35,7 @@ def licensed_keypoints(
     parents: Sequence[int],
     joint_names: Sequence[str],
 ) -> tuple[tuple[str, ...], np.ndarray] | None:
-    """Names and regressor (K, V) of a SMPL, SMPL+H, SMPL-X or MANO mesh; None for another one."""
+    """Names and regressor (K, V) for a SMPL, SMPL+H, SMPL-X or MANO mesh; None for another one."""
     vertices = len(v_template)
     landmarks, position = LANDMARKS.get(vertices), {name: index for index, name in enumerate(joint_names)}
     if landmarks is None:
@@ -69,14 +69,14 @@ def joint_row(
     parents: Sequence[int],
     joint: int,
 ) -> np.ndarray:  # (V,) >= 0, summing to 1, few non-zero
-    """Weights r of vertices that stay at a joint in every pose and shape of linear blend skinning.
+    """Vertex weights r whose weighted sum stays at a joint for every pose and shape of linear blend skinning.
 
-    sum_v r_v sum_k W_vk G_k v is the joint c when, for each of the two bones meeting there, sum_v r_v W_vk (v - c) = 0
-    (both bones leave c where it is), and no other bone counts: sum_v r_v W_vk = 0. The same holds of the shape
-    directions. Non-negative least squares, once on all candidates and again on the largest weights.
+    sum_v r_v sum_k W_vk G_k v is the joint c if, for both bones that meet there, sum_v r_v W_vk (v - c) = 0 (both bones
+    keep c fixed), and no other bone contributes: sum_v r_v W_vk = 0. The same holds for the shape directions.
+    Non-negative least squares, first on all candidates and then on the largest weights.
     """
     centre, drift = J_regressor[joint] @ v_template, np.einsum("v,vcb->cb", J_regressor[joint], shapedirs)
-    from scipy.spatial import cKDTree  # needed where a regressor is made, not where one is read
+    from scipy.spatial import cKDTree  # slow to import, and only needed to compute a regressor
 
     near = cKDTree(v_template).query(centre, min(_CANDIDATES, len(v_template)))[1]
     bones = np.flatnonzero(weights[near].max(0) > 1e-3)
@@ -88,7 +88,7 @@ def joint_row(
         (share[:, None] * offset).reshape(-1, len(near)),
         (share[:, None] * growth).reshape(-1, len(near)),
         _REACH * share[~own],
-        np.full((1, len(near)), 10.0),  # the sum to one, held far harder than a millimetre
+        np.full((1, len(near)), 10.0),  # sum to one, weighted much more than a millimetre
     ]
     design = np.concatenate(pieces)
     target = np.zeros(len(design))

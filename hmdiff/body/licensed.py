@@ -1,8 +1,8 @@
-"""A user's own SMPL, SMPL-X and MANO files to plain npz, once: no pickle is read again, and loading takes a tenth.
+"""Convert a user's SMPL, SMPL-X and MANO files to plain npz once: pickles are read once, and loading takes a tenth.
 
-`hmdiff prepare licensed SOURCE`. The npz holds the arrays that skinning needs under their published names, in float32,
-with the shape components that `load_body` takes, so that other programs read it too. Regressors are copied beside it.
-Nothing else ever writes a licensed body to a disk.
+`hmdiff prepare licensed SOURCE`. The npz has the arrays for skinning under their published names, in float32, with the
+shape components that `load_body` uses, so that other programs can read it. Regressors are copied next to it. Nothing
+else writes a licensed body to disk.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file, make_folder
 
 _NEEDED = ("v_template", "shapedirs", "posedirs", "weights", "J_regressor")
-_MARK = "converted_from"  # in what is written here: the name of the file it came from
+_MARK = "converted_from"  # key in converted files: the name of the original file
 _HANDS = ("hands_mean", "hands_meanl", "hands_meanr", "hands_components", "hands_componentsl", "hands_componentsr")
 
 
 def prepare_licensed(
     source: str | Path,  # a body file, a folder of them, or a zip archive as published
     output: str | Path | None = None,  # None: the folder HMDIFF_BODY_DIR
-    tell: Callable[[str], None] = print,  # of each file, when it is done
-) -> dict[str, str]:  # name of what was written -> what it came from
-    """Convert every licensed body and copy every regressor found in the source; each body's mesh is decimated and kept.
+    tell: Callable[[str], None] = print,  # called for each finished file
+) -> dict[str, str]:  # written name -> source
+    """Convert every licensed body and copy every regressor in the source; decimate each body's mesh and cache it.
 
-    An npz that did not come from here is its user's own, and is never overwritten.
+    An npz that was not written by this function belongs to the user, and is never overwritten.
 
     Raises:
-        UserError: there is none, one is damaged, or the output may not be written.
+        UserError: nothing found, a file is damaged, or the output cannot be written.
     """
     source, output = Path(source), Path(output) if output is not None else body_folder()
     if output is None:
@@ -77,8 +77,8 @@ def convert_body(
     source: Path,  # .pkl or .npz as published
     output: Path,  # .npz
 ) -> Body:
-    """One file; returns the body that the new one gives. Raises `UserError` for a file that is not a body."""
-    body = load_body(source)  # its shapes are checked before anything is written
+    """Convert one file; returns the body loaded from the result. Raises `UserError` for a file that is not a body."""
+    body = load_body(source)  # validated before anything is written
     data = raw_arrays(source)
     arrays: dict[str, Any] = {name: np.asarray(data[name], np.float32) for name in _NEEDED if name in data}
     arrays["shapedirs"] = arrays["shapedirs"][:, :, : body.num_betas]
@@ -133,7 +133,7 @@ def _regressor_files() -> dict[str, str]:
 
 
 def _unpack(source: Path, scratch: Path) -> dict[str, Path]:
-    """Only files of known names, each under its own name: no path of the archive is followed."""
+    """Extracts only files of known names, each under that name: paths in the archive are not followed."""
     found = {}
     try:
         with zipfile.ZipFile(source) as archive:

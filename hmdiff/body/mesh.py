@@ -1,8 +1,8 @@
-"""The coarse mesh that the diffusion works on: full <-> coarse, and its edges (patches: `surface.partition_patches`).
+"""The coarse mesh of the diffusion: full <-> coarse, and its edges (patches: `surface.partition_patches`).
 
-V vertices of the full mesh, C coarse ones. Downsampling selects (METRO's and SMPL's lineage, arXiv 2012.09760);
-upsampling is one weighted sum of coarse vertices per full vertex, with weights that sum to 1, so it commutes with
-rotations, translations and scalings. Down(Up(x)) = x exactly. The fitted weights are our choice.
+V vertices of the full mesh, C coarse ones. Downsampling selects vertices (as in METRO, arXiv 2012.09760); upsampling is
+a weighted sum of coarse vertices per full vertex, with weights that sum to 1, so it commutes with rotations,
+translations and scalings. Down(Up(x)) = x exactly. The fitted weights are our choice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hmdiff.files.storage import atomic_file
 
 
 class TemplateMesh(Protocol):
-    """What is needed of a body model: its mesh at rest."""
+    """The required part of a body model: its template mesh."""
 
     @property
     def v_template(self) -> Tensor: ...  # (V, 3) metres
@@ -37,10 +37,10 @@ def blend(
     index: Tensor,  # (V, k) int64 into C
     weight: Tensor,  # (V, k)
 ) -> Tensor:  # (..., V, 3)
-    """Weighted sums of coarse vertices, differentiable (once) in `coarse` and in `weight`.
+    """Weighted sums of coarse vertices, once differentiable in `coarse` and in `weight`.
 
-    An embedding bag with the bodies side by side as features: at 64 bodies of 10,000 vertices and k = 12 it took 7 ms
-    forward and 22 ms backward on one core, a sum of k gathers 355 and 110 ms.
+    An embedding bag with the bodies concatenated as features: at 64 bodies of 10,000 vertices and k = 12, 7 ms forward
+    and 22 ms backward on one core; a sum of k gathers took 355 and 110 ms.
     """
     batch = coarse.shape[:-2]
     bodies = coarse.reshape(-1, *coarse.shape[-2:])
@@ -50,17 +50,17 @@ def blend(
 
 
 class MeshSampler(nn.Module):
-    """Full <-> coarse mesh for one topology. Holds no parameters; its buffers follow `.to()` and are not saved.
+    """Full <-> coarse mesh for one topology. Has no parameters; its buffers follow `.to()` and are not saved.
 
-    They are not saved because the body determines them; `signature` is the short string that a checkpoint can keep to
-    make sure that it still does.
+    The body determines the buffers; `signature` is a short string that a checkpoint can store to check that they still
+    match.
 
     Attributes:
         coarse_ids: (C,) vertices of the full mesh that are kept, ascending.
         coarse_faces: (F', 3) into them.
-        up_index, up_weight: (V, 3): the closest point of the coarse surface, barycentric; kept vertices are themselves.
-        fitted_index, fitted_weight: (V, k): the same, corrected on posed bodies by `fit_upsampling`; where nobody has
-            fitted, equal to `up_index`, `up_weight`.
+        up_index, up_weight: (V, 3): the closest point of the coarse surface, barycentric; kept vertices: themselves.
+        fitted_index, fitted_weight: (V, k): the same, corrected on posed bodies by `fit_upsampling`; if not fitted,
+            equal to `up_index`, `up_weight`.
     """
 
     coarse_ids: Tensor
@@ -109,18 +109,18 @@ class MeshSampler(nn.Module):
         self,
         coarse: Tensor,  # (..., C, 3)
     ) -> Tensor:  # (..., V, 3)
-        """Three non-zeros a row: a point of the coarse surface for every vertex. Loses volume on curved parts."""
+        """Three non-zeros per row: each vertex is a point of the coarse surface. Loses volume on curved parts."""
         return blend(coarse, self.up_index, self.up_weight)
 
     def upsample_fitted(
         self,
         coarse: Tensor,  # (..., C, 3)
     ) -> Tensor:  # (..., V, 3)
-        """As `upsample`, with the weights of `fit_upsampling`, which can leave the coarse surface."""
+        """Like `upsample` with the weights of `fit_upsampling`, which can leave the coarse surface."""
         return blend(coarse, self.fitted_index, self.fitted_weight)
 
     def adjacency(self) -> Tensor:  # (C, C) bool
-        """Which coarse vertices share an edge, each with itself too."""
+        """Whether two coarse vertices share an edge; true on the diagonal."""
         adjacent = torch.eye(self.num_coarse, dtype=torch.bool, device=self.coarse_faces.device)
         for start, end in ((0, 1), (1, 2), (2, 0)):
             adjacent[self.coarse_faces[:, start], self.coarse_faces[:, end]] = True
@@ -128,7 +128,7 @@ class MeshSampler(nn.Module):
 
     @property
     def signature(self) -> str:
-        """Sixteen characters that change with the choice of coarse vertices."""
+        """Sixteen characters that identify the choice of coarse vertices."""
         ids = self.coarse_ids.cpu().numpy().astype("<i8")
         return hashlib.sha256(ids.tobytes() + str(self.num_vertices).encode()).hexdigest()[:16]
 
@@ -139,13 +139,13 @@ def build_mesh_sampler(
     hierarchy: MeshHierarchy,
     num_coarse: int,
 ) -> MeshSampler:
-    """The sampler of one level of a hierarchy, its upsampling by the closest point of the coarse surface at rest.
+    """The sampler for one level of a hierarchy, upsampling by the closest point of the template's coarse surface.
 
-    The search walks over the surface from the vertex that the decimation put in each vertex's place, and so does not
-    jump from a finger to the next one or from thigh to thigh.
+    The search walks over the surface from the vertex's representative in the decimation, so it does not jump between
+    fingers or thighs.
 
     Raises:
-        ValueError: the hierarchy is another mesh's, or has no such level.
+        ValueError: the hierarchy belongs to another mesh, or has no such level.
     """
     points = np.asarray(template.detach().cpu(), dtype=np.float64)
     if len(points) != hierarchy.num_vertices or not np.array_equal(np.asarray(faces.cpu()), hierarchy.faces):
@@ -167,17 +167,17 @@ def fit_upsampling(
     sampler: MeshSampler,
     meshes: Tensor,  # (S, V, 3) metres, posed bodies
     neighbours: int = 12,  # k, at least 3
-    ridge: float = 3e-3,  # pull towards the three-weight solution, as a share of the neighbours' mean square spread
+    ridge: float = 3e-3,  # towards the three-weight solution, relative to the neighbours' mean square spread
 ) -> tuple[Tensor, Tensor]:  # index (V, k) int64, weight (V, k) float32, rows sum to 1
-    """Upsampling weights that best reproduce posed bodies, one ridge regression per full vertex, in closed form.
+    """Upsampling weights that best reproduce posed bodies: one closed-form ridge regression per full vertex.
 
-    w = w0 + delta with the barycentric w0; minimise sum_s |x_s - sum_j w_j c_sj|^2 + lambda |delta|^2 subject to
-    sum_j delta_j = 0. With the neighbours centred on their mean in every pose the constraint holds by itself: the
-    columns of the design then sum to zero, and the solution of (A + lambda I) delta = b lies in the span of b and A.
+    w = w0 + delta with the barycentric w0; minimise sum_s |x_s - sum_j w_j c_sj|^2 + lambda |delta|^2 subject to sum_j
+    delta_j = 0. With the neighbours centred on their mean in every pose the constraint is satisfied automatically: the
+    columns of the design matrix sum to zero, and the solution of (A + lambda I) delta = b lies in the span of b and A.
     Neighbours are the k coarse vertices nearest along the surface, never across a gap. Kept vertices stay one-hot.
 
     Raises:
-        ValueError: k is under 3 or over C.
+        ValueError: k is below 3 or above C.
     """
     if not 3 <= neighbours <= sampler.num_coarse:
         raise ValueError(f"neighbours is {neighbours}; 3 to {sampler.num_coarse} (the coarse vertices) was expected")
@@ -185,7 +185,7 @@ def fit_upsampling(
     coarse = sampler.downsample(meshes)
     index, start = _surface_neighbours(sampler, meshes, neighbours)
     weight = start.clone()
-    for rows in torch.arange(sampler.num_vertices).split(512):  # a few hundred MB at once
+    for rows in torch.arange(sampler.num_vertices).split(512):  # a few hundred MB at a time
         near = coarse[:, index[rows]]  # (S, R, k, 3)
         error = meshes[:, rows] - (start[rows][..., None] * near).sum(-2)
         design = (near - near.mean(-2, keepdim=True)).permute(1, 0, 3, 2).flatten(1, 2)  # (R, 3S, k)
@@ -210,10 +210,10 @@ def _surface_neighbours(
     for corner in range(3):
         step = (meshes - coarse[:, corners[:, corner]]).norm(dim=-1).mean(0).numpy()
         np.minimum(distance, step[:, None] + between[corners[:, corner]], out=distance)
-    distance[np.arange(len(distance))[:, None], corners] = -1.0  # the three that carry w0 come first
+    distance[np.arange(len(distance))[:, None], corners] = -1.0  # the three of w0 come first
     order = np.argsort(distance, axis=1, kind="stable")[:, :neighbours]
     reachable = np.isfinite(np.take_along_axis(distance, order, 1))
-    order = np.where(reachable, order, order[:, :1])  # a small separate part has fewer: repeat one, its delta is shared
+    order = np.where(reachable, order, order[:, :1])  # a small separate part has fewer: repeats share a delta
     index = torch.from_numpy(order)
     weight = torch.zeros(order.shape, dtype=meshes.dtype)
     for corner in range(3):
@@ -226,13 +226,13 @@ def read_mesh(
     path: str | Path,
     faces: Tensor,  # (F, 3) of the full mesh
 ) -> MeshSampler:
-    """The sampler that `save_mesh` wrote. Raises ValueError: made of other faces; UserError: damaged."""
+    """The sampler written by `save_mesh`. Raises ValueError: other faces; UserError: damaged."""
     stored = read_npz(path)
     return stored_sampler(stored, MeshHierarchy.from_arrays(stored, faces.numpy()))
 
 
 def stored_sampler(stored: dict[str, np.ndarray], hierarchy: MeshHierarchy) -> MeshSampler:
-    """The sampler among the arrays that `save_mesh` wrote."""
+    """The sampler from the arrays of `save_mesh`."""
     coarse_ids, coarse_faces = map(torch.from_numpy, hierarchy.level(int(stored["num_coarse"])))
     return MeshSampler(coarse_ids, coarse_faces, *_unpack(stored, "up"), fitted=_unpack(stored, "fitted"))
 
@@ -242,7 +242,7 @@ def save_mesh(
     hierarchy: MeshHierarchy,
     sampler: MeshSampler,
 ) -> None:
-    """Write what `read_mesh` reads: the hierarchy, and one level's sampler, so that it is there at once."""
+    """Write the hierarchy and one level's sampler for `read_mesh`."""
     arrays = {
         **hierarchy.arrays(),
         "num_coarse": np.array(sampler.num_coarse),
@@ -269,4 +269,4 @@ def _unpack(
 ) -> tuple[Tensor, Tensor]:  # index (V, k) int64, weight (V, k) float32
     index = torch.from_numpy(stored[f"{name}_index"].astype(np.int64))
     weight = torch.from_numpy(stored[f"{name}_weight"].astype(np.float32))
-    return index, weight / weight.sum(-1, keepdim=True)  # float16 rows sum to 1 only nearly
+    return index, weight / weight.sum(-1, keepdim=True)  # float16 rows sum to 1 only approximately

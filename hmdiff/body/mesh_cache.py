@@ -1,8 +1,8 @@
-"""The coarse mesh of a body: shipped (the free body), from a cache folder, or made: decimated, its upsampling fitted.
+"""The coarse mesh of a body: shipped (the free body), from the cache folder, or computed by decimation and fitting.
 
-A file of the cache is named by a digest of the mesh (triangles and vertices at rest), so that each body, and each sex
-of it, gets its own, the same on every machine. It holds which vertices are kept and how the others are blended from
-them, and no vertex itself.
+A cache file is named by a digest of the mesh (triangles and template vertices), so each body and gender has its own,
+the same on every machine. It stores which vertices are kept and the blend weights of the others, but no vertex
+positions.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from hmdiff.geometry import axis_angle_to_matrix
 
 ASSET = "body_mesh.npz"  # hierarchy and fitted upsampling of the free body, made by tools/build/mesh.py
 FOLDER_VARIABLE = "HMDIFF_CACHE_DIR"
-# Levels of the METRO lineage (arXiv 2012.09760), by the number of vertices. The default of 432 splits into patches.
+# Levels of METRO (arXiv 2012.09760), by the number of vertices. The default of 432 is divisible into patches.
 LEVELS = {6890: (1723, 431), 10475: (2619, 655), 778: (195,)}
-FITTED_ON = 320  # bodies
+FITTED_ON = 320  # number of posed bodies
 
 
 def load_mesh(
@@ -46,10 +46,10 @@ def load_mesh(
     num_coarse: int = 432,
     fitted: bool = True,
 ) -> MeshSampler:
-    """The sampler of a body: from the shipped asset for the free body, else from the cache folder, or made.
+    """The sampler of a body: the shipped asset for the free body, else from the cache folder, or computed.
 
-    At other numbers of the free body's vertices than the asset's (432) nothing has been fitted: `fitted_*` are then
-    `up_*`. They are that too with `fitted` false, and for a template that has no pose.
+    For the free body, only the asset's number of vertices (432) has fitted weights: at others `fitted_*` equal `up_*`,
+    as they do with `fitted` false, and for a template without a pose.
 
     Raises:
         UserError: the mesh has no level of `num_coarse` vertices, or the body has no faces.
@@ -75,7 +75,7 @@ def load_mesh(
 def _read_asset(
     faces: np.ndarray,  # (F, 3)
 ) -> dict[str, np.ndarray] | None:
-    """The shipped arrays, if they were made of these faces."""
+    """The shipped arrays, if they were computed from these faces."""
     try:
         path = asset_path(ASSET)
     except UserError:
@@ -87,7 +87,7 @@ def _read_asset(
 
 
 def cache_folder() -> Path:
-    """HMDIFF_CACHE_DIR, or hmdiff/ in the user's own cache folder."""
+    """HMDIFF_CACHE_DIR, or hmdiff/ in the user's cache folder."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
         return Path(folder).expanduser()
@@ -95,7 +95,7 @@ def cache_folder() -> Path:
 
 
 def mesh_digest(body: Body) -> str:  # 16 hexadecimal digits
-    """Changes with the triangles and with any vertex at rest."""
+    """Changes with the triangles and with any template vertex."""
     assert body.faces is not None
     template = np.ascontiguousarray(body.v_template.detach().cpu().numpy(), dtype="<f4")
     return hashlib.sha256(faces_digest(body.faces.cpu().numpy()).encode() + template.tobytes()).hexdigest()[:16]
@@ -104,14 +104,14 @@ def mesh_digest(body: Body) -> str:  # 16 hexadecimal digits
 def load_hierarchy(
     body: Body,  # with faces
 ) -> MeshHierarchy:
-    """The body's hierarchy from the cache, or decimated (some seconds) and put there."""
+    """The body's hierarchy from the cache, or computed (some seconds) and cached."""
     assert body.faces is not None
     faces = body.faces.cpu().numpy()
     path = cache_folder() / f"hierarchy_{mesh_digest(body)}.npz"
     try:
         if path.exists():
             return MeshHierarchy.from_arrays(read_npz(path), faces)
-    except Exception as error:  # what the damage brings out in the hierarchy
+    except Exception as error:  # whatever error the damage causes in the hierarchy
         print(f"{path}: damaged ({error}); making it again", file=sys.stderr)
     hierarchy = decimate(body.v_template.detach().cpu().numpy(), faces)
     try:
@@ -125,9 +125,9 @@ def load_hierarchy(
 def cached_mesh(
     body: Body,  # with faces
     num_coarse: int,
-    fitted: bool = True,  # False: by the closest point of the coarse surface alone, which is quicker and coarser
+    fitted: bool = True,  # False: closest point of the coarse surface only; faster, less accurate
 ) -> MeshSampler:
-    """The body's sampler from the cache, or made (a quarter of a minute where it is fitted) and put there.
+    """The body's sampler from the cache, or computed (a quarter of a minute if fitted) and cached.
 
     Raises:
         UserError: the mesh has no level of `num_coarse` vertices.
@@ -137,7 +137,7 @@ def cached_mesh(
     if fitted and path.is_file():
         try:
             return read_mesh(path, body.faces.cpu())
-        except Exception as error:  # a damaged zip can fail in any way
+        except Exception as error:  # a damaged zip can raise any error
             print(f"{path}: damaged ({error}); making it again", file=sys.stderr)
     hierarchy = load_hierarchy(body)
     try:
@@ -151,7 +151,7 @@ def cached_mesh(
     sampler.fitted_index, sampler.fitted_weight = fit_upsampling(sampler, meshes, min(12, num_coarse))
     try:
         save_mesh(path, hierarchy, sampler)
-        return read_mesh(path, body.faces.cpu())  # as every later call: the weights are stored in half precision
+        return read_mesh(path, body.faces.cpu())  # the same as later calls: weights are stored in half precision
     except UserError as error:
         _tell_not_kept(error)
     return sampler
@@ -168,7 +168,7 @@ def random_bodies(
     seed: int,
     spread: float = 0.5,  # radians, standard deviation per axis of every joint
 ) -> Tensor:  # (count, V, 3) metres, relative to the root joint
-    """Bodies in poses no person need be able to take, elbows and knees folded by up to 2 radians."""
+    """Bodies in random poses beyond joint limits, elbows and knees bent by up to 2 radians."""
     generator = torch.Generator().manual_seed(seed)
     axis_angle = spread * torch.randn(count, body.num_joints, 3, generator=generator)
     for name, axis, sign in (("left_elbow", 1, -1), ("right_elbow", 1, 1), ("left_knee", 0, 1), ("right_knee", 0, 1)):

@@ -1,9 +1,9 @@
-"""Published joint regressors for SMPL's mesh, the user's own files: found by name, checked, never shipped.
+"""Published joint regressors for SMPL's mesh: the user's files, found by name and validated, never shipped.
 
 h36m: `J_regressor_h36m.npy` of HMR and SPIN (arXiv 1909.12828), rows in the order of `skeletons.SPIN_H36M17`.
 h36m_correct: `J_regressor_h36m_correct.npy` of METRO (arXiv 2012.09760), in the order of `skeletons.H36M17`.
 extra: `J_regressor_extra.npy` of SPIN, nine joints of LSP, MPII and Human3.6M.
-The first two are not interchangeable: each goes with the maps of its own protocol (`hmdiff.evaluate.protocols`).
+The first two are not interchangeable: each belongs to the joint maps of its protocol (`hmdiff.evaluate.protocols`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMPL_VERTICES = 6890
 class Regressor(NamedTuple):
     file: str
     joints: int
-    source: str  # where its authors hand it out
+    source: str  # where its authors publish it
 
 
 REGRESSORS = {
@@ -42,10 +42,10 @@ REGRESSORS = {
 def find_regressor_file(
     name: str,  # h36m, h36m_correct or extra
 ) -> Path:
-    """The user's file in the folder HMDIFF_BODY_DIR, or below it.
+    """The user's file in or below HMDIFF_BODY_DIR.
 
     Raises:
-        UserError: an unknown name, or the file is not there; says where it comes from and where to put it.
+        UserError: an unknown name, or the file is not there; says where to get it and where to put it.
     """
     if name not in REGRESSORS:
         raise UserError(f"regressor {name!r} is not known; there are {', '.join(REGRESSORS)}")
@@ -61,12 +61,12 @@ def find_regressor_file(
 
 def load_regressor(
     name: str,  # h36m, h36m_correct or extra
-    num_vertices: int = SMPL_VERTICES,  # of the mesh it is wanted for
+    num_vertices: int = SMPL_VERTICES,  # of the target mesh
 ) -> Tensor:  # (J, V) float32: joints = regressor @ vertices
-    """A published regressor from the user's file of that name.
+    """A published regressor from the user's file.
 
     Raises:
-        UserError: it is not there, not an npy file of numbers, or not of the shape that was published.
+        UserError: missing, not an npy file of numbers, or not of the published shape.
     """
     path = find_regressor_file(name)
     archive = ArrayArchive(path, mend="download it again")

@@ -1,9 +1,9 @@
-"""Parameters of another body, such as a user's SMPL or SMPL-X file, for poses of this one.
+"""Retarget poses of one body to another, such as a user's SMPL or SMPL-X.
 
-Both bodies have SMPL's joints and rest in a T-pose. The other body's betas are fitted to this one's shaped surface at
-rest, by nearest points (ICP) with a standard-normal prior on the betas; rotations are the joints' own, as bodies of one
-skeleton share them; the root joint stays where it was. Shapes that the other body cannot take, and the rest poses'
-small differences, remain: `error_mm` says how far the joints are. All of it is our choice.
+Both bodies have SMPL's joints and a T-pose as rest pose. The target's betas are fitted to the shaped rest surface by
+nearest points (ICP) with a standard normal prior; rotations are copied, as both share the skeleton; the root joint
+keeps its position. Shapes outside the target's shape space and small differences of the rest poses remain: `error_mm`
+is the joints' distance. Our choice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hmdiff.body.body import Body
 from hmdiff.errors import UserError
 from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
 
-ROUNDS = 12  # of nearest points
-PRIOR = 1e-5  # square metres, of one standard deviation of a shape against the mean squared distance
+ROUNDS = 12  # ICP iterations
+PRIOR = 1e-5  # square metres: weight of one standard deviation of a beta against the mean squared distance
 SHARED = 22  # the joints that SMPL, SMPL-X and the free body have in common
 
 
@@ -32,16 +32,16 @@ class Retargeted(NamedTuple):
 
 @torch.no_grad()
 def retarget(
-    body: Body,  # of SMPL's 24 joints
+    body: Body,  # with SMPL's 24 joints
     target: Body,
     pose: Tensor,  # (F, J, 3) axis-angles of `body`
     betas: Tensor,  # (B,)
     translation: Tensor,  # (F, 3) metres
 ) -> Retargeted:
-    """The same motion of the target body.
+    """The same motion for the target body.
 
     Raises:
-        UserError: a target without SMPL's joints, as a hand is.
+        UserError: a target without SMPL's joints, such as a hand.
     """
     if target.joint_names[:SHARED] != body.joint_names[:SHARED]:
         raise UserError(f"body {target.name!r} has not the joints of {body.name!r}; give an SMPL or SMPL-X file")
@@ -56,7 +56,7 @@ def retarget(
 
 
 def fit_rest_shape(body: Body, target: Body, betas: Tensor) -> Tensor:  # (B',)
-    """Betas of the target whose resting surface and joints are nearest to those of the shaped body at rest."""
+    """Betas of the target whose rest-pose surface and joints are nearest to those of the shaped body."""
     rest = torch.eye(3).expand(body.num_joints, 3, 3).to(body.v_template)
     posed = body(betas.to(body.v_template), rest)
     middle = posed.joints[:SHARED].mean(0)
@@ -64,7 +64,7 @@ def fit_rest_shape(body: Body, target: Body, betas: Tensor) -> Tensor:  # (B',)
     joints = (posed.joints[:SHARED] - middle).double().cpu()
     tree = cKDTree(surface.numpy())
     joint_basis = target.joint_shapedirs[:SHARED].double().cpu()  # (22, 3, B')
-    drift = joint_basis.mean(0)  # of the joints' middle, which stays at the origin
+    drift = joint_basis.mean(0)  # of the joints' centroid, which stays at the origin
     joint_basis = joint_basis - drift
     joint_rest = target.joint_template[:SHARED].double().cpu()
     template = target.v_template.double().cpu() - joint_rest.mean(0)
@@ -73,7 +73,7 @@ def fit_rest_shape(body: Body, target: Body, betas: Tensor) -> Tensor:  # (B',)
     shape = basis.new_zeros(target.num_betas)
     for _ in range(ROUNDS):
         _, nearest = tree.query((template + basis @ shape).numpy())
-        # Vertices fix the girth, joints the lengths that nearest points slide along: both as mean squares.
+        # Vertices determine the girth, joints the lengths, along which nearest points slide: both as mean squares.
         normal, slope = PRIOR * torch.eye(len(shape), dtype=torch.float64), torch.zeros_like(shape)
         for design, residual in ((basis, surface[nearest] - template), (joint_basis, joints - joint_rest)):
             flat = design.flatten(0, 1)

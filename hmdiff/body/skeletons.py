@@ -1,4 +1,4 @@
-"""Named joint sets and the maps between them. Joints have names; an index is looked up, never written down.
+"""Named joint sets and the maps between them. Joints are looked up by name; indices are never hard-coded.
 
 SMPL24: Loper et al., SIGGRAPH Asia 2015. COCO17: Lin et al., ECCV 2014. HALPE26: AlphaPose, arXiv 2211.03375 (COCO17,
 then head top, neck, hip and six points of the feet). OPENPOSE25: BODY_25, OPENPOSE18: OpenPose's older COCO output,
@@ -27,8 +27,8 @@ COCO17 = tuple(
     """.split()
 )
 
-# `neck` of HALPE26, OPENPOSE25 and LSP14 is the middle of the shoulders, `mid_hip` the middle of the hips: neither is
-# SMPL's joint of a similar name.
+# `neck` of HALPE26, OPENPOSE25 and LSP14 is the midpoint of the shoulders, `mid_hip` that of the hips: neither is the
+# SMPL joint of a similar name.
 HALPE26 = (
     *COCO17,
     *"top_head neck mid_hip left_big_toe right_big_toe left_small_toe right_small_toe left_heel right_heel".split(),
@@ -64,21 +64,21 @@ H36M17 = tuple(
     """.split()
 )
 
-# A hand from the wrist outwards, finger by finger, 4 at the tip: OpenPose's and FreiHAND's order (MANO's is another).
+# From the wrist outwards, finger by finger, 4 at the tip: OpenPose's and FreiHAND's order (MANO's differs).
 HAND21 = (
     "wrist",
     *(f"{finger}{joint}" for finger in ("thumb", "index", "middle", "ring", "pinky") for joint in (1, 2, 3, 4)),
 )
 
-# The 14 joints that papers report, by name: limbs, neck and head. On bodies without H36M's regressor they are taken
-# from HALPE26, where all of them exist.
+# The 14 joints reported in papers, by name: limbs, neck and head. Bodies without H36M's regressor take them from
+# HALPE26, which contains all of them.
 J14 = LSP14
 
-# The same fourteen as JOTR (arXiv 2307.16377) lists them, in H36M17's order.
+# The same fourteen in H36M17's order, as in JOTR (arXiv 2307.16377).
 H36M14 = tuple(name for name in H36M17 if name not in ("pelvis", "spine", "jaw"))
 
-# The left leg first: the rows of SPIN's J_regressor_h36m. `joint_indices(J14, SPIN_H36M17)` is SPIN's H36M_TO_J14, and
-# `joint_indices(J14, H36M17)` is METRO's H36M_J17_TO_J14: by name the two cannot be mixed up.
+# The left leg first: the rows of SPIN's J_regressor_h36m. `joint_indices(J14, SPIN_H36M17)` is SPIN's H36M_TO_J14,
+# `joint_indices(J14, H36M17)` METRO's H36M_J17_TO_J14: names prevent mixing them up.
 SPIN_H36M17 = tuple(
     """
     pelvis left_hip left_knee left_ankle right_hip right_knee right_ankle spine neck jaw top_head left_shoulder
@@ -86,13 +86,13 @@ SPIN_H36M17 = tuple(
     """.split()
 )
 
-# `top_head` is LSP's; Human3.6M's own is `head_h36m`, which is what H36M17 calls top_head. SPIN evaluates J24_TO_J14 =
-# 0 to 11, neck and head_h36m; `SPIN24_H36M17` takes all of H36M17 out of it.
+# `top_head` is LSP's; Human3.6M's is `head_h36m`, which H36M17 calls top_head. SPIN evaluates J24_TO_J14 = 0 to 11,
+# neck and head_h36m; `SPIN24_H36M17` selects all of H36M17.
 SPIN24 = (
     *LSP14,
     *"pelvis thorax spine jaw head_h36m nose left_eye right_eye left_ear right_ear".split(),
 )
-SPIN24_H36M17 = tuple("head_h36m" if name == "top_head" else name for name in H36M17)  # H36M17, as SPIN24 names it
+SPIN24_H36M17 = tuple("head_h36m" if name == "top_head" else name for name in H36M17)  # H36M17 in SPIN24's names
 SPIN24_J14 = tuple("head_h36m" if name == "top_head" else name for name in J14)
 
 _FINGERS = ("index", "middle", "pinky", "ring", "thumb")
@@ -104,7 +104,7 @@ SMPLX55 = (
     "right_eye_smplhf",
     *(f"{side}_{finger}{joint}" for side in ("left", "right") for finger in _FINGERS for joint in (1, 2, 3)),
 )
-# Of SMPL and SMPL-X alike: single vertices, in smplx's order.
+# For SMPL and SMPL-X: single vertices, in smplx's order.
 FACE_AND_FEET = tuple(
     """
     nose right_eye left_eye right_ear left_ear left_big_toe left_small_toe left_heel right_big_toe right_small_toe
@@ -137,10 +137,10 @@ JOINT_SETS: dict[str, tuple[str, ...]] = {
 
 
 def joint_indices(
-    names: Sequence[str],  # what is wanted
-    within: Sequence[str],  # what is there
+    names: Sequence[str],  # wanted joints
+    within: Sequence[str],  # available joints
 ) -> list[int]:
-    """Index of every wanted joint; raises `KeyError` naming the first that is missing."""
+    """Index of every wanted joint; raises `KeyError` naming the first missing one."""
     position = {name: index for index, name in enumerate(within)}
     for name in names:
         if name not in position:
@@ -152,7 +152,7 @@ def shared_joints(
     source: Sequence[str],
     target: Sequence[str],
 ) -> tuple[list[int], list[int]]:
-    """Indices (into source, into target) of the joints that both sets name, in the target's order."""
+    """Indices (into source, into target) of the joints in both sets, in the target's order."""
     position = {name: index for index, name in enumerate(source)}
     pairs = [(position[name], index) for index, name in enumerate(target) if name in position]
     return [a for a, _ in pairs], [b for _, b in pairs]

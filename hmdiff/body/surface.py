@@ -1,6 +1,6 @@
-"""Ways along, closest points on, and patches of a surface of triangles: never across a gap, as between two fingers.
+"""Geodesic distances, closest points and patches on a triangle mesh: never across a gap, such as between two fingers.
 
-All our choice. C vertices, p of them in a patch.
+Our choice. C vertices, p vertices per patch.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def mesh_edges(
-    faces: Tensor,  # (F, 3) vertices, from 0 on
+    faces: Tensor,  # (F, 3) vertices, from 0
 ) -> Tensor:  # (E, 2) ascending, each once
     """The edges of a triangle mesh."""
     pairs = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values
     count = int(faces.max()) + 1 if len(faces) else 1
-    key = (pairs[:, 0] * count + pairs[:, 1]).unique()  # of one number: rows are sorted much more slowly
+    key = (pairs[:, 0] * count + pairs[:, 1]).unique()  # as single numbers: sorting rows is much slower
     return torch.stack([key // count, key % count], -1)
 
 
@@ -24,8 +24,8 @@ def surface_distances(
     vertices: Tensor,  # (..., C, 3)
     faces: Tensor,  # (F, 3)
 ) -> np.ndarray:  # (C, C) metres, inf between separate parts
-    """Shortest ways along edges between all pairs of vertices, the edges' lengths averaged over the batch."""
-    from scipy.sparse import coo_array  # a second to import, for what is made once a body
+    """Shortest paths along edges between all pairs of vertices; edge lengths are averaged over the batch."""
+    from scipy.sparse import coo_array  # slow to import, and needed once per body
     from scipy.sparse.csgraph import dijkstra
 
     pairs = mesh_edges(faces)
@@ -41,11 +41,11 @@ def closest_on_surface(
     points: np.ndarray,  # (P, 3)
     vertices: np.ndarray,  # (C, 3)
     faces: np.ndarray,  # (F, 3)
-    start: np.ndarray,  # (P,) the vertex from which each point's search starts
+    start: np.ndarray,  # (P,) start vertex of each point's search
 ) -> tuple[np.ndarray, np.ndarray]:  # index (P, 3) into C, barycentric weight (P, 3)
-    """The closest point of a surface, searched by walking over it, so that it is not found across a gap.
+    """The closest point of a surface, found by walking over it, so that the result is not across a gap.
 
-    Closest point among the triangles around the current vertex and its neighbours; move there; until it stays.
+    Each iteration finds the closest point of the triangles around the vertex and its neighbours, and moves there.
     """
     around: list[set[int]] = [set() for _ in vertices]
     for face, corners in enumerate(faces.tolist()):
@@ -81,7 +81,7 @@ def _closest_barycentric(
     point: np.ndarray,  # (..., 3)
     triangle: np.ndarray,  # (..., 3, 3) corners
 ) -> np.ndarray:  # (..., 3) >= 0, sum 1
-    """Barycentric coordinates of a triangle's closest point: its plane's if inside, else the best of its edges."""
+    """Barycentric coordinates of a triangle's closest point: on its plane if inside, else the best of its edges."""
     a, b, c = (triangle[..., corner, :] for corner in range(3))
     ab, ac, ap = b - a, c - a, point - a
     d00, d01, d11 = (ab * ab).sum(-1), (ab * ac).sum(-1), (ac * ac).sum(-1)
@@ -110,11 +110,11 @@ def partition_patches(
     faces: Tensor,  # (F, 3)
     patch_size: int,  # p
 ) -> Tensor:  # (C / p, p) int64, every vertex once
-    """Equal patches of vertices that are neighbours along the surface. Deterministic; our choice.
+    """Partition into equal patches of vertices that are neighbours along the surface. Deterministic; our choice.
 
-    Recursive bisection: a set is cut in two along its longest geodesic extent (the first axis of classical
-    multidimensional scaling) at a multiple of p. Then pairs of vertices swap patches while that lowers the sum of
-    squared geodesic distances inside patches.
+    Recursive bisection: a set is split along its longest geodesic extent (the first axis of classical multidimensional
+    scaling) at a multiple of p. Then pairs of vertices swap patches while that lowers the sum of squared geodesic
+    distances within patches.
 
     Raises:
         ValueError: p does not divide C.
@@ -154,7 +154,7 @@ def _swap_between_patches(
     towards = np.stack([squared[:, patch].sum(1) for patch in patches], 1)  # (C, P): cost of joining each patch
     own = towards[np.arange(count), label]
     for _ in range(20 * count):
-        # gain[i, j] of swapping i and j: each leaves its patch and joins the other's, less the other, who left it.
+        # gain[i, j] of swapping i and j: each leaves its patch for the other's; corrected for the pair's own distance.
         to_other = towards[:, label]
         gain = own[:, None] + own[None, :] - to_other - to_other.T + 2 * squared
         gain[label[:, None] == label[None, :]] = 0

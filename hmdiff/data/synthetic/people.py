@@ -66,7 +66,6 @@ _SPLIT_SCENES = {
 }
 # `calibration` alternates between these scenes by block, with separate people: the spread must be calibrated on all
 # kinds of photos, but not on test people.
-# from every kind of photo, and from nobody who is tested on.
 _CALIBRATION = tuple(_SPLIT_SCENES[split] for split in SPLITS if split.startswith("test"))
 _PEOPLE_OF = {"test_guessed": "test_occluded"}  # the same people behind the same occluders
 
