@@ -1,4 +1,4 @@
-"""DAT as a wrapper of the denoiser: off is bit-equal to absent, and on lowers the gap, for every choice."""
+"""DAT as a wrapper of the denoiser: off is bit-equal to absent, on lowers the gap, for every option."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = ("sample", "epsilon", "v_prediction")
 
 
 def toy(kind: str = "sample", people: int = 2, count: int = 3):
-    """A denoiser that is a shrinking map, keypoints that are a linear map, and a target it does not meet by itself."""
+    """A toy denoiser, keypoints linear in the points, and a target that differs from the unguided result."""
     scheduler = make_scheduler("ddim", 50, prediction_type=kind)
     generator = torch.Generator().manual_seed(3)
     mesh = torch.randn(POINTS, 3, generator=generator)
@@ -33,7 +33,7 @@ def toy(kind: str = "sample", people: int = 2, count: int = 3):
     basis = torch.linalg.qr(torch.randn(3 * POINTS, 12, generator=generator))[0]
 
     def denoise(points, step):
-        # The mesh, plus what of x_k lies in a few directions, as much as the signal in it: an ideal denoiser's form.
+        # The form of an ideal denoiser: the mesh plus x_k projected to a subspace, scaled with the signal.
         share = scheduler.alphas_cumprod[(step * 50).round().long() - 1][:, None]
         seen = (points.flatten(1) - share.sqrt() * mesh.flatten()) @ basis @ basis.T
         clean = mesh.flatten() + share.sqrt() * seen
@@ -78,7 +78,7 @@ def run(guidance, kind="sample", steps=8, people=2, count=3, start_count=None):
 
 
 def unguided_gap(guidance, kind="sample", people=2, count=3, steps=8):
-    """What the same hypotheses end with when nothing steers them."""
+    """Final gap of the same hypotheses without guidance."""
     scheduler, denoise, keypoints, heatmaps, camera, start = toy(kind, people, count)
     target = make_target(guidance, heatmaps, camera, hypothesis_generators(1, range(people), count))
     noise, generators = start()
@@ -117,7 +117,7 @@ def test_disrupted_guidance_is_worse_than_dat():
 
 
 def test_a_hypothesis_that_guidance_hurt_is_the_unguided_one():
-    # A step of thirty times the residual overshoots for sure.
+    # A step of thirty times the residual overshoots.
     points, report = run(Guidance(strength=30.0, threshold=0.0))
     assert report.fell_back.any()
     scheduler, denoise, _, _, _, start = toy()
@@ -133,13 +133,13 @@ def test_guidance_stops_when_the_gap_has_closed():
     _, early = run(Guidance(threshold=0.5))
     _, late = run(Guidance(threshold=0.0))
     assert early.active[-1].max() == 0 and early.active[1].min() == 1
-    assert early.active[0].max() == 0  # the terminal step has no signal to steer through
+    assert early.active[0].max() == 0  # no signal at the terminal step
     assert late.active.sum() > early.active.sum()
 
 
 def test_the_paper_guides_the_first_step_too():
     _, report = run(Guidance(first=True))
-    assert report.active[0].min() == 1  # ours leaves it out, see above
+    assert report.active[0].min() == 1  # the default skips this step, see above
     scheduler, denoise, keypoints, heatmaps, camera, start = toy()
     noise, generators = start()
     target = make_target(Guidance(), heatmaps, camera, generators)
@@ -152,7 +152,7 @@ def test_the_paper_guides_the_first_step_too():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_score_is_the_papers_formula(kind):
-    """g = eps + s sqrt(1 - abar) grad_{x_k} D_k, the gradient through the denoiser; by a second derivation of it."""
+    """ĝ = eps + s sqrt(1 - alpha_bar) grad_{x_k} D_k, through the denoiser; against an independent derivation."""
     scheduler, denoise, keypoints, heatmaps, camera, start = toy(kind)
     noise, generators = start()
     guidance = Guidance(step="gradient", strength=0.7, projection="camera", pairing="paired")
@@ -178,7 +178,7 @@ def test_the_score_is_the_papers_formula(kind):
 
 
 def test_disrupted_takes_its_length_at_x_k_too(monkeypatch):
-    """Not from the residual of x̂_0, which it does not know: the line is searched from the noisy points."""
+    """The line search starts at x_k, not at x̂_0."""
     places = []
     line = AlignedDenoiser._line
     monkeypatch.setattr(AlignedDenoiser, "_line", lambda self, at, way: places.append(at) or line(self, at, way))
@@ -192,7 +192,7 @@ def test_disrupted_takes_its_length_at_x_k_too(monkeypatch):
 
 
 def test_the_floor_is_what_the_draws_are_off():
-    """A mesh whose keypoints are the mean of U has D equal to the floor: its relative gap is 0, and DAT is off."""
+    """If the keypoints are at the mean of U, D equals the floor: the relative gap is 0, and DAT is off."""
     scheduler, denoise, _, heatmaps, camera, start = toy(people=2, count=40)
     _, generators = start()
     guidance = dataclasses.replace(PAPER, projection="camera")
@@ -209,7 +209,7 @@ def test_the_floor_is_what_the_draws_are_off():
 
 
 def test_the_paper_decides_by_image():
-    """One sum over the hypotheses: those far off keep those on that are near already, and images are apart."""
+    """One gap over the hypotheses of an image: distant ones keep DAT on for near ones; images are independent."""
     scheduler, denoise, keypoints, heatmaps, camera, start = toy(people=2, count=4)
     _, generators = start()
     for decision, expected in (("image", [True] * 4 + [False] * 4), ("hypothesis", [False] * 3 + [True] + [False] * 4)):
@@ -222,7 +222,7 @@ def test_the_paper_decides_by_image():
 
 
 def test_the_papers_form_keeps_what_it_made():
-    """No fall-back: what guidance hurt stays as it is."""
+    """No fall-back: a hypothesis that guidance made worse is kept."""
     guidance = Guidance(strength=30.0, threshold=0.0)
     points, report = run(guidance)
     kept, plain = run(dataclasses.replace(guidance, fall_back=False))
@@ -245,11 +245,11 @@ def test_one_row_does_not_depend_on_the_others():
 
 
 def test_the_line_step_solves_a_linear_problem_in_one_go():
-    """One direction, one unknown: s = 1 closes what can be closed, s = 0.5 leaves half of it."""
+    """One unknown: s = 1 removes the gap that this direction can remove, s = 0.5 half of it."""
     scheduler, _, _, heatmaps, camera, _ = toy()
     clean = torch.zeros(6, POINTS, 3)
 
-    def keypoints(points):  # all keypoints ride on one number
+    def keypoints(points):  # all keypoints depend on one number
         return points[:, :1, :].expand(-1, JOINTS, -1)
 
     left = {}
@@ -284,7 +284,7 @@ def test_the_gap_is_differentiated_right(projection, gap):
     _, _, _, heatmaps, camera, _ = toy()
     target = make_target(guidance, heatmaps.double(), camera.double(), hypothesis_generators(0, range(2), 1))
     target = dataclasses.replace(target, principal_point=torch.tensor([[0.4, -0.2]] * 2, dtype=torch.float64))
-    # Near the target, where the likelihood has a slope and none of the switches of its far branch.
+    # Near the target, where the likelihood has a gradient and does not switch to its far branch.
     near = target.points + 0.01 * torch.randn(target.points.shape, generator=torch.Generator().manual_seed(0))
     places = torch.cat([near.double(), 0.2 * torch.randn(2, JOINTS, 1).double()], -1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: distribution_gap(guidance, project(guidance, x, target), target), places)
@@ -383,7 +383,7 @@ def test_strength_zero_and_mode_none_are_bit_identical_to_no_guidance(pipe):
 
 
 def test_guidance_in_the_pipeline_reports_and_does_not_depend_on_the_batch_or_the_chunks(pipe, monkeypatch):
-    # Keypoints at random have no upright; the body nearest to an untrained network's mesh enlarges the last bits.
+    # Random keypoints have no upright pose; body fitting to an untrained network's mesh amplifies rounding.
     settings = {"num_hypotheses": 4, "num_inference_steps": 4, "guidance": Guidance(), "upright": False}
     settings["surface"] = "vertices"
     whole = pipe(heatmaps=people(3), **settings)
@@ -404,7 +404,7 @@ def test_guidance_without_heatmaps_is_refused(pipe):
 
 def test_a_model_of_the_crops_frame_turns_its_meshes_to_the_camera(pipe):
     before = dict(pipe.model.config)
-    # As predicted, and the crop as it is: the nearest body of a mesh at random turns by other angles than the mesh.
+    # Without body fitting or crop rotation: the body fitted to a random mesh does not rotate exactly with the mesh.
     maps, sizes = people(1), torch.tensor([[1000.0, 800.0]])
     settings = {"num_hypotheses": 2, "num_inference_steps": 2, "surface": "vertices", "upright": False}
     plain = pipe(heatmaps=maps, photo_sizes=sizes, **settings)

@@ -1,4 +1,4 @@
-"""DAT's gap by known values: the samples' distance, the likelihood of a Gaussian, and the camera that sees the mesh."""
+"""DAT's gap against known values: distance to samples, likelihood of a Gaussian, and the fitted camera."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_samples_gap_is_the_weighted_squared_distance() -> None:
 
 
 def test_the_likelihood_gap_is_that_of_the_heatmap_and_not_the_samples() -> None:
-    """-2 s² log U of a Gaussian is the squared distance to its *mean*, wherever the sample that was drawn lies."""
+    """-2 s² log U of a Gaussian is the squared distance to its *mean*, independent of the drawn sample."""
     guidance = Guidance(gap="likelihood", pairing="paired")
     aim = target(guidance, count=4, sigma=3.0)
     mean = places().repeat_interleave(4, 0)
@@ -62,7 +62,7 @@ def test_the_heads_camera_is_a_weak_perspective() -> None:
 
 
 def test_the_fitted_camera_is_a_pinhole_that_knows_where_in_the_photo_the_crop_was() -> None:
-    """A mesh that a pinhole sees at the targets has no gap; with another principal point the same mesh has one."""
+    """A mesh that projects to the targets has no gap; with a wrong principal point it has one."""
     guidance = Guidance(pairing="mean")
     principal = torch.tensor([[0.8, -0.5], [-0.6, 0.3]])
     aim = target(guidance, principal_point=principal)
@@ -75,7 +75,7 @@ def test_the_fitted_camera_is_a_pinhole_that_knows_where_in_the_photo_the_crop_w
     elsewhere = dataclasses.replace(aim, principal_point=torch.zeros(2, 2))
     wrong = distribution_gap(guidance, project(guidance, mesh, elsewhere), elsewhere)
     assert (right < 1e-4).all() and (wrong > 10 * right).all()
-    assert target(guidance).principal_point.abs().max() == 0  # not known: the crop's centre
+    assert target(guidance).principal_point.abs().max() == 0  # unknown: the crop's centre
 
 
 @pytest.mark.parametrize("weights", [(1.0,) * J, tuple(float(i == 3) for i in range(J))])

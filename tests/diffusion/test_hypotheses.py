@@ -1,4 +1,4 @@
-"""Many hypotheses: their likelihood, the selected one, modes, temperature; person by person, whatever the batch."""
+"""Hypotheses: likelihood, selection, modes, temperature; independent of the batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_likelihood_falls_with_the_distance_and_never_below_the_floor() -> N
 
 
 def test_the_likelihood_is_a_density() -> None:
-    """Its exponent, averaged over the crop, is 1: a uniform guess is worth nothing, on average, under any heatmap."""
+    """exp of it averages to 1 over the crop, for any heatmap."""
     side = (torch.arange(256) + 0.5) / 128 - 1
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).reshape(1, -1, 1, 2)
     middle, left, right = 1 / 64, -31 / 64, 33 / 64  # centres of pixels, so that the peak is 1
@@ -54,7 +54,7 @@ def test_the_likelihood_is_a_density() -> None:
 
 
 def test_a_peak_between_pixels_is_not_penalised() -> None:
-    """The estimator's peak may fall anywhere on its grid; even a spike of one pixel is no needle."""
+    """A peak may lie anywhere on the grid; even a one-pixel peak is blurred."""
     pixel = 2 / 64
     for shift in (0.0, 0.25, 0.5):
         x, y = (0.5 + shift) * pixel, 0.5 * pixel
@@ -106,7 +106,7 @@ def people(count: int = 3, hypotheses: int = 9) -> tuple[Tensor, Tensor]:
 
 
 def selected(joints: Tensor, *log_likelihoods: Tensor | None) -> Tensor:
-    """By joints, of which the first is the root."""
+    """Select by joints; the first is the root."""
     return select(joints, joints[:, :, 0], *log_likelihoods)
 
 
@@ -133,7 +133,7 @@ def test_the_weighted_mean_follows_what_the_photo_shows_vertex_by_vertex() -> No
     assert feet < 0.06 and head > 0.94
     unseen = weighted_mean(points, dataclasses.replace(seen, confidence=torch.zeros(1, 2)))
     torch.testing.assert_close(unseen, points.mean(1))
-    # A joint that nobody fits says nothing, however far off; a person who fits worse everywhere counts less everywhere.
+    # Large errors in all hypotheses are clamped and have no effect; a larger mean error lowers the weight everywhere.
     far = dataclasses.replace(seen, error=torch.tensor([[[0.4, 0.03], [0.9, 0.0]]]))
     assert torch.allclose(*(weighted_mean(points, replaced)[0, 1] for replaced in (far, seen)), atol=0.12)
     blind = dataclasses.replace(seen, error=torch.tensor([[[0.0, 0.0], [0.05, 0.0]]]))
@@ -172,7 +172,7 @@ def test_selection_of_one_of_copies_and_of_a_constant_likelihood() -> None:
 
 
 def test_selection_has_less_error_than_a_draw() -> None:
-    """Truth and hypotheses from one posterior: what lies near their mean is better than one of them at random."""
+    """If ground truth and hypotheses come from one posterior, the one nearest the mean beats a random one."""
     generator = torch.Generator().manual_seed(2)
     truth, joints = (torch.randn(200, n, 3, 3, generator=generator) for n in (1, 25))
     error = ((joints - joints[:, :, :1]) - (truth - truth[:, :, :1])).norm(dim=-1).mean(-1)
@@ -250,7 +250,7 @@ def test_a_temperature_scales_the_spread_and_keeps_the_mean() -> None:
 
 
 def test_the_quick_error_is_that_of_the_tempered_samples() -> None:
-    """Medians and distances follow the temperature, so that they are computed once for all temperatures."""
+    """Medians and distances scale with the temperature, so they are computed once for all temperatures."""
     generator = torch.Generator().manual_seed(5)
     samples, truth = torch.randn(30, 7, 5, 3, generator=generator), torch.randn(30, 5, 3, generator=generator)
     quick = tempered_error(samples, truth)
@@ -283,7 +283,7 @@ def test_nothing_to_fit_is_named() -> None:
 
 
 def test_a_likelihood_that_differs_by_little_still_chooses() -> None:
-    """In standard deviations over the hypotheses: how far apart they are in themselves does not matter."""
+    """Likelihoods are standardised over the hypotheses: their absolute differences do not matter."""
     vertices = torch.zeros(1, 3, 4, 3)
     vertices[0, :, 0, 0] = torch.tensor([-0.1, 0.1, 0.0]) * 1e-3  # the third is the mean, the two others alike
     root, likely = torch.zeros(1, 3, 3), torch.tensor([[0.0, 0.2, -0.5]])
@@ -295,10 +295,10 @@ def test_a_likelihood_that_differs_by_little_still_chooses() -> None:
 
 
 def test_a_faint_photo_weighs_as_a_clear_one_by_the_persons_error() -> None:
-    """The person's own error is a mean by confidence: a common factor of all confidences leaves it."""
+    """The mean error is weighted by confidence: a common factor on all confidences cancels."""
     points = torch.randn(1, 4, 5, 3, generator=torch.Generator().manual_seed(0))
     error = torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(1)) * 0.05
-    nearness = torch.zeros(5, 3)  # no keypoint is near: the person's error alone counts
+    nearness = torch.zeros(5, 3)  # no keypoint is near: only the mean error counts
     clear, faint = (
         weighted_mean(points, Reprojection(error, torch.full((1, 3), confidence), nearness))
         for confidence in (1.0, 0.01)

@@ -1,4 +1,4 @@
-"""What an image says of the spread: the three numbers, the fitted factor, and what it does to the calibration."""
+"""Image evidence: the three features, the fitted factor, and its effect on calibration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hmdiff.evaluate.metrics import expected_calibration_error
 
 
 def drawn(people: int, seed: int, weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples of one spread for everybody, while the errors grow by exp(weight x confidence) of each."""
+    """Samples with the same spread for all people; errors scale with exp(weight x confidence) of each."""
     generator = torch.Generator().manual_seed(seed)
     evidence = torch.full((people, 3), float("nan"))
     evidence[:, 1] = torch.rand(people, generator=generator)
@@ -43,7 +43,7 @@ def test_the_fit_finds_how_the_error_grows_and_calibrates_every_kind_of_person(w
     samples, truth, evidence = drawn(600, 0, weight)
     factor = fit_evidence_factor(samples, truth, evidence)
     assert factor.weights[1] == pytest.approx(weight, abs=0.15)
-    assert factor.weights[0] == factor.weights[2] == 0  # nothing is known of these
+    assert factor.weights[0] == factor.weights[2] == 0  # unknown features
     others, their_truth, their_evidence = drawn(600, 1, weight)
     scaled = apply_temperature(others, factor(their_evidence))
     for part in (their_evidence[:, 1] < 0.2, their_evidence[:, 1] > 0.8):

@@ -1,4 +1,4 @@
-"""The forward process: targets and estimates are inverse, weights agree, steps are spread as said."""
+"""The forward process: targets and x0 predictions are inverse, weights agree, timesteps are stratified."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_targets_at_the_ends() -> None:
     nothing, everything = torch.zeros(1), torch.ones(1)
     assert torch.equal(training_target(clean, noise, nothing, "v_prediction"), -clean)
     assert torch.equal(training_target(clean, noise, everything, "v_prediction"), noise)
-    # At pure noise the velocity says the clean mesh, whatever x_K is.
+    # At pure noise the velocity determines x_0, whatever x_K is.
     assert torch.equal(clean_estimate(-clean, noise, nothing, "v_prediction"), clean)
     assert clean_estimate(noise, noise, nothing, "epsilon").isfinite().all()
 

@@ -1,4 +1,4 @@
-"""The reverse process against oracles: a perfect denoiser, and the exact one of a Gaussian; and its random numbers."""
+"""The reverse process against oracles (a perfect denoiser, the exact one of a Gaussian), and its random numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STOCHASTIC = (("ddpm", 0.0), ("ddim", 1.0), ("sde-dpm++", 0.0))
 
 
 def knowing(clean_of: Denoise, scheduler: object, kind: str) -> Denoise:
-    """A denoiser that says, in the language of `kind`, the clean mesh that `clean_of` gives."""
+    """A denoiser of prediction type `kind` whose x0 prediction is `clean_of`."""
     shares: Tensor = scheduler.alphas_cumprod  # type: ignore[attr-defined]
 
     def denoise(points: Tensor, step: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def test_a_perfect_denoiser_recovers_the_mesh(name: str, kind: str, schedule: st
         generators = hypothesis_generators(0, range(3), 1)
         denoise = knowing(lambda points, step: clean, scheduler, kind)
         result = sample(denoise, scheduler, initial_noise(generators, 7), steps, generators)
-        # One step from x_K is a division by sqrt(abar_K), at which single precision ends.
+        # One step from x_K divides by sqrt(alpha_bar_K), which needs double precision.
         torch.testing.assert_close(result, clean, rtol=0, atol=1e-3 if steps == 1 else 5e-6)
 
 
@@ -50,7 +50,7 @@ def test_a_perfect_denoiser_recovers_the_mesh(name: str, kind: str, schedule: st
 def test_the_perfect_denoiser_through_noisy_ddim(kind: str) -> None:
     clean = torch.randn(3, 7, 3)
     scheduler = make_scheduler("ddim", 200, "cosine", 4.0, kind)
-    for steps in (2, 3, 8, 10, 40, 200):  # at 3, 8 and 10 diffusers' own step takes the root of -6e-8
+    for steps in (2, 3, 8, 10, 40, 200):  # at 3, 8 and 10 diffusers' step takes the root of -6e-8
         generators = hypothesis_generators(0, range(3), 1)
         denoise = knowing(lambda points, step: clean, scheduler, kind)
         result = sample(denoise, scheduler, initial_noise(generators, 7), steps, generators, eta=1.0)
@@ -86,7 +86,7 @@ def test_the_exact_denoiser_of_a_gaussian_gives_that_gaussian(name: str, eta: fl
     result = sample(knowing(posterior_mean, scheduler, kind), scheduler, noise, steps, generators, eta)
     assert result.mean().item() == pytest.approx(mean, abs=0.02)
     assert result.std().item() == pytest.approx(spread, rel=0.05)
-    # Normal in its tails too.
+    # The tails are normal too.
     assert ((result - mean).abs() > 2 * spread).float().mean().item() == pytest.approx(0.0455, abs=0.012)
 
 
@@ -118,7 +118,7 @@ def test_stochastic_samplers_are_stochastic(name: str, eta: float) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULER_NAMES)
 def test_threads_that_share_a_scheduler_give_what_one_gives(name: str) -> None:
-    """Calls with other numbers of steps and etas at once; the pauses make the threads take turns within a call."""
+    """Concurrent calls with different steps and etas; the pauses interleave the threads within a call."""
     scheduler = make_scheduler(name, 200, "cosine", 4.0, "sample")
     before = copy.deepcopy(scheduler.__dict__)
 
@@ -146,10 +146,10 @@ def test_generators_differ_and_repeat() -> None:
     many = first_draws(0, list(range(20)), 25)
     assert len(set(many)) == 500
     assert first_draws(0, [4], 5) == many[100:105]  # the first 5 of 25
-    assert first_draws(0, [4], 20, 5) == many[105:125]  # the rest, in a chunk of their own
+    assert first_draws(0, [4], 20, 5) == many[105:125]  # the rest, as a separate chunk
     seeds = [0, 1, 2, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**64, 2**64 + 1]
     assert len({draw for seed in seeds for draw in first_draws(seed, [0, 1, 2], 3)}) == 9 * len(seeds)
-    # Two words of a long seed must not read as a seed and a person.
+    # The two words of a long seed must not collide with a seed and a person.
     assert first_draws(2**32, [5], 1) != first_draws(0, [1], 1, 5)
     with pytest.raises(UserError, match="seed -1: a whole number from 0 on"):
         hypothesis_generators(-1, [0], 1)
@@ -160,7 +160,7 @@ def test_noise_is_standard_normal() -> None:
     assert noise.shape == (100, 200, 3)
     assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.01)
     correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(100)
-    assert correlation.abs().max() < 0.25  # 600 numbers a row: 1 / sqrt(600) = 0.04
+    assert correlation.abs().max() < 0.25  # 600 numbers per row: 1 / sqrt(600) = 0.04
 
 
 def test_steps_and_callback() -> None:
@@ -185,7 +185,7 @@ def test_steps_and_callback() -> None:
 
 
 def test_noise_prediction_is_bounded_by_its_clean_estimate() -> None:
-    """A wrong noise at abar_K = 1e-4 is a hundredfold wrong mesh: the estimate is kept within 6 standard deviations."""
+    """At alpha_bar_K = 1e-4 an error in eps is a hundredfold error in x̂_0: it is clamped to 6 standard deviations."""
     scheduler = make_scheduler("ddim", 200, "cosine", 4.0, "epsilon")
     points = torch.randn(2, 50, 3)
     result = sample(lambda points, step: torch.zeros_like(points), scheduler, points, 1)

@@ -1,4 +1,4 @@
-"""Schedules: what is left of the signal, and that diffusers' schedulers hold the same numbers."""
+"""Schedules: alpha_bar, and that diffusers' schedulers hold the same numbers."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_the_last_step_is_noise(name: str, kind: str, schedule: str) -> None:
     elif name in ("ddim", "ddpm"):
         assert shares[-1] == 0
     else:
-        assert 0 < shares[-1] <= 2.0**-24 * 1.01  # solvers work on the logarithm
+        assert 0 < shares[-1] <= 2.0**-24 * 1.01  # solvers need a finite log SNR
     terminal = {"epsilon": EPSILON_TERMINAL}.get(kind, 0.0 if name in ("ddim", "ddpm") else 2.0**-24)
     np.testing.assert_allclose(shares, signal_shares(200, schedule, 4.0, terminal), rtol=1e-3, atol=1e-8)
 
 
 def test_the_linear_trap() -> None:
-    """DDPM's own betas over the paper's 200 steps leave a third of the amplitude; ours none."""
+    """DDPM's betas over the paper's 200 steps leave a third of the amplitude; ours none."""
     plain = np.cumprod(1 - np.linspace(1e-4, 0.02, 200))
     assert plain[-1] == pytest.approx(0.13, abs=0.005)
     assert signal_shares(200, "linear")[-1] == 0
@@ -57,14 +57,14 @@ def test_cosine_without_shift_is_nichol_and_dhariwal() -> None:
 @pytest.mark.parametrize("shift", [0.5, 2.0, 4.0])
 def test_shift_divides_the_snr(shift: float) -> None:
     plain, shifted = signal_shares(200, "cosine"), signal_shares(200, "cosine", shift)
-    middle = slice(0, 150)  # away from the end, where the stretch to zero is felt
+    middle = slice(0, 150)  # away from the end, where the rescaling to zero matters
     ratio = (plain / (1 - plain))[middle] / (shifted / (1 - shifted))[middle]
     np.testing.assert_allclose(ratio, shift**2, rtol=0.03)
     assert ((shifted < plain) == (shift > 1))[:-1].all() and shifted[-1] == plain[-1] == 0
 
 
 def test_normalised_meshes_have_about_unit_spread() -> None:
-    """Else 'noise of variance 1' says nothing of the signal-to-noise ratio."""
+    """The signal-to-noise ratio assumes data of unit variance."""
     sample = people_block("train", 0, 32)
     assert sample.coarse_vertices is not None
     default = MeshRecoveryModel(num_vertices=8, num_coarse=8, encoder_depth=1, depth=1).config.mesh_scale
@@ -78,7 +78,7 @@ def test_changing_the_sampler_keeps_the_schedule() -> None:
             other = change_scheduler(trained, name)
             assert sampler_name(other) == name
             assert other.config.prediction_type == kind and other.config.timestep_spacing == "trailing"
-            # What was trained, but for the floor that solvers need under its last value.
+            # The training schedule, except for the solvers' lower bound on the last value.
             expected = trained.alphas_cumprod.clamp_min(0 if name in ("ddim", "ddpm") else 2.0**-24)
             torch.testing.assert_close(other.alphas_cumprod, expected, rtol=1e-4, atol=1e-10)
             again = type(other).from_config(other.config)

@@ -1,4 +1,4 @@
-"""Contrastive losses: against loops by hand, which triples are drawn, missing labels, and one process against two."""
+"""Contrastive losses: against explicit loops; drawn triples; missing labels; one process against two."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drawn(seed: int = 3) -> torch.Generator:
 
 
 def features(people: int = PEOPLE, kind: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Predicted, true, voxels, away; alike enough that no term is lost beside another in e^(a·n / τ)."""
+    """Predicted, ground truth, voxels, away; similar enough that no term of e^(a·n / τ) is lost to rounding."""
     base = torch.randn(WIDTH)
     parts = [base + torch.randn(people, count, WIDTH) for count in (JOINTS, JOINTS, VOXELS)]
     predicted, truth, voxels = (part.to(kind) for part in parts)
@@ -46,7 +46,7 @@ def error(anchor: Tensor, positive: Tensor, negatives: list[Tensor], tau: float 
 def joint_triples(
     predicted: Tensor, truth: Tensor, has_joints: Tensor | None = None, valid: Tensor | None = None
 ) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
-    """Every anchor with its positives and negatives."""
+    """Anchors with their positives and negatives."""
     people = [i for i in range(len(predicted)) if has_joints is None or has_joints[i]]
     for person in people:
         for joint in range(JOINTS):
@@ -114,7 +114,7 @@ def test_joint_to_non_joint_equals_loops(labels: list[bool] | None) -> None:
 
 @pytest.mark.parametrize("labels", LABELS)
 def test_joints_outside_the_crop_are_nobodys_positives(labels: list[bool] | None) -> None:
-    """Per joint, and for both losses; everything inside is as if nothing was said."""
+    """Per joint, for both losses; an all-True mask equals None."""
     predicted, truth, voxels, away = features()
     has = None if labels is None else torch.tensor(labels)
     valid = torch.tensor([[True, True, False], [False, True, False], [True, True, True], [False, False, False]])
@@ -147,10 +147,10 @@ def test_known_values() -> None:
 
 
 def test_drawn_triples_are_the_allowed_ones() -> None:
-    """One anchor, one positive, one negative: over many draws exactly all that the definitions allow."""
+    """One anchor, positive and negative: many draws give exactly the triples that the definitions allow."""
     predicted, truth, voxels, away = features()
     has = torch.tensor([True, False, True, False])
-    away[:, :, 1:] = False  # few, or they would need thousands of draws
+    away[:, :, 1:] = False  # few, to limit the number of draws
     cases: list[tuple[Callable[[int], Tensor], Iterator, int]] = [
         (
             lambda seed: joint_to_joint(predicted, truth, has, drawn(seed), 1, 1, 1),
@@ -171,7 +171,7 @@ def test_drawn_triples_are_the_allowed_ones() -> None:
 
 @pytest.mark.parametrize(("positives", "negatives"), [(2, 5), (1, 6), (3, 2)])
 def test_counts_are_kept_and_nothing_is_drawn_twice(positives: int, negatives: int) -> None:
-    """Equal features: -log[1 / (1 + n)], whatever is drawn; so n is what was asked for, or all there are."""
+    """Equal features give -log[1 / (1 + n)], so n is the requested number, or all there are."""
     predicted, voxels, away = torch.ones(PEOPLE, JOINTS, 2), torch.ones(PEOPLE, VOXELS, 2), torch.ones(PEOPLE, *SIZE)
     value = joint_to_joint(predicted, predicted, None, drawn(), 4, positives, negatives)
     assert value.item() == pytest.approx(math.log(1 + negatives), rel=1e-5)
@@ -180,7 +180,7 @@ def test_counts_are_kept_and_nothing_is_drawn_twice(positives: int, negatives: i
     assert value.item() == pytest.approx(math.log(1 + negatives), rel=1e-5)
     value = joint_to_non_joint(predicted, voxels, away.bool(), None, drawn())
     assert value.item() == pytest.approx(math.log(1 + PEOPLE * VOXELS), rel=1e-5)
-    # The gradient says how many were drawn: every positive, anchor and negative is a row of its own.
+    # Count the rows with a gradient: every positive, anchor and negative is a distinct row.
     predicted, truth, voxels, away = features()
     for leaf in (predicted, truth, voxels):
         leaf.requires_grad_()
@@ -254,7 +254,7 @@ def test_half_precision_does_not_blur_the_cosines() -> None:
 
 
 def test_they_separate_what_they_should() -> None:
-    """A few steps on the losses alone: joints of a kind draw together, other joints and voxels away."""
+    """A few optimiser steps on the losses: features of the same joint converge, others and voxels diverge."""
     predicted, truth, voxels, away = features(kind=torch.float32)
     leaves = [tensor.requires_grad_() for tensor in (predicted, truth, voxels)]
     optimizer = torch.optim.Adam(leaves, 0.05)
@@ -297,7 +297,7 @@ class Net(nn.Module):
 
 
 def one_step(net: nn.Module, people: slice, case: str) -> list[Tensor]:
-    """Both losses, and the gradient that the optimiser would get."""
+    """Both losses, and the optimiser's gradient."""
     torch.manual_seed(5)
     *inputs, away = (tensor[people] for tensor in features(6))
     labels, counts = CASES[case]
@@ -328,7 +328,7 @@ def share(rank: int, count: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_equal_one(tmp_path: Path, count: int) -> None:
-    """Value and DDP's gradient of shares of a batch over gloo processes are those of the batch in one."""
+    """A batch split over gloo processes has the value and DDP gradient of the whole batch."""
     context = multiprocessing.get_context("fork")  # a fresh interpreter needs ten seconds to import torch
     processes = [context.Process(target=share, args=(rank, count, tmp_path)) for rank in range(count)]
     for process in processes:

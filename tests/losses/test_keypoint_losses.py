@@ -1,4 +1,4 @@
-"""L_2D and L_3D of labelled keypoints: known values, whose gradients go where, and that off is as if absent."""
+"""L_2D and L_3D of labelled keypoints: known values, gradients, and that off equals absent."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def the_map(model: MeshRecoveryModel) -> KeypointMap:
 
 
 def photo(frame: str) -> tuple[Sample, Tensor, Tensor, Tensor]:
-    """People whose labels are what a pinhole sees of their coarse meshes; off the photo's centre by 0.9 half-sides.
+    """Samples whose labels are pinhole projections of their coarse meshes, by numpy loops; off-centre crops.
 
-    With the mesh (B, 1, C, 3) and joints in the frame, and the camera. The projection here is by loops, in numpy.
+    Returns also the mesh (B, 1, C, 3), joints in the frame, and the camera.
     """
     sample = people_block().map(lambda tensor: tensor[:PEOPLE])
     assert sample.coarse_vertices is not None and sample.joints_3d is not None
     keypoints = the_map(make_model())
     found = keypoints.regressor @ sample.coarse_vertices
-    # Joints where their keypoints are, so that both sets have no error at once.
+    # Joints at their keypoints, so that both sets have no error.
     joints = sample.joints_3d.clone()
     joints[:, keypoints.joints] = found[:, keypoints.places]
     focal, principal = np.array([3.0, 4, 5, 6]), np.array([[0.9, 0.0], [0.0, -0.9], [0.5, 0.5], [0.0, 0.0]])
@@ -104,7 +104,7 @@ def test_without_a_pinhole_it_is_weak_perspective(model: MeshRecoveryModel) -> N
         torch.testing.assert_close(
             project_to_crop(mesh, camera, blank, torch.zeros(PEOPLE, 2), unknown, frame), by_hand
         )
-    # A long lens, from afar, straight on: the pinhole tends to the same.
+    # A long focal length on the optical axis: the pinhole tends to weak perspective.
     far = project_to_crop(mesh, camera, torch.full((PEOPLE,), 1e4), torch.zeros(PEOPLE, 2), None)
     torch.testing.assert_close(far, by_hand, atol=2e-3, rtol=0)
 
@@ -116,7 +116,7 @@ def test_means_by_hand() -> None:
     assert labelled_mean(error, confidence, torch.tensor([[1.0], [2.0], [5.0]])).item() == pytest.approx(2.3 / 2)
     assert labelled_mean(error[2:], confidence[2:], torch.ones(1, 1)).item() == 0
     small = labelled_mean(error[:1], 0.01 * confidence[:1], torch.ones(1, 1)).item()
-    assert small == pytest.approx(0.3)  # an unsure label is still a person's only label
+    assert small == pytest.approx(0.3)  # independent of the confidence of the only label
 
 
 def test_labels_that_are_moved_by_hand(model: MeshRecoveryModel) -> None:
@@ -126,7 +126,7 @@ def test_labels_that_are_moved_by_hand(model: MeshRecoveryModel) -> None:
     moved = dataclasses.replace(sample, joints_2d=sample.joints_2d + torch.tensor([0.1, -0.3]))
     terms = keypoint_terms(BOTH, moved, keypoints, mesh, joints, camera, torch.ones(PEOPLE, 1))
     assert terms["keypoints_2d"].item() == pytest.approx(0.4, abs=1e-4)
-    # About another pelvis, the same person; a nose that is off is an error of one keypoint.
+    # Invariant to the pelvis definition; an error of the nose is that of one keypoint.
     moved = dataclasses.replace(sample, keypoints_3d=sample.keypoints_3d + torch.tensor([0.0, 0.05, 0.02]))
     terms = keypoint_terms(BOTH, moved, keypoints, mesh, joints, camera, torch.ones(PEOPLE, 1))
     assert terms["keypoints_3d"] < 1e-5
@@ -141,13 +141,13 @@ def test_both_the_mesh_and_the_joints_are_compared_each_label_by_its_confidence(
     sample, mesh, joints, camera = photo("camera")
     keypoints, ones = the_map(model), torch.ones(PEOPLE, 1)
     assert sample.joints_2d is not None
-    # The predicted joints alone are off: each is compared with the label of its name, beside the mesh's keypoints.
+    # Only the predicted joints are off: each is compared with the label of its name.
     off = joints + torch.tensor([0.0, 0.1, 0.0])
     terms = keypoint_terms(BOTH, sample, keypoints, mesh, off, camera, ones)
     share = len(keypoints.joints) / (26 + len(keypoints.joints))
     assert terms["keypoints_3d"].item() == pytest.approx(share * 0.1 / 3, rel=1e-3)
     assert terms["keypoints_2d"] > 0.01
-    # The nose's label is off by 1: not labelled it does not count, half sure it counts half.
+    # The nose's label is off by 1: with confidence 0 it does not count, with 0.5 half.
     assert 0 not in keypoints.places
     labels = sample.joints_2d.clone()
     labels[:, 0, 0] += 1.0
@@ -162,7 +162,7 @@ def test_both_the_mesh_and_the_joints_are_compared_each_label_by_its_confidence(
 
 
 def test_joints_that_are_keypoints(model: MeshRecoveryModel) -> None:
-    """By name, and only where the body has them at one place: this one's hips are 2.7 cm apart."""
+    """By name, and only if the two coincide on the body: the hips here are 2.7 cm apart."""
     body, keypoints = free_body()[0], the_map(model)
     assert body.keypoint_names is not None
     names = [body.joint_names[number] for number in keypoints.joints]
@@ -175,7 +175,7 @@ def test_joints_that_are_keypoints(model: MeshRecoveryModel) -> None:
 
 
 def flat(sample: Sample, three: bool = False, nothing: bool = False) -> Sample:
-    """People as a set of 2D keypoints, or of 3D joints, has them: no mesh, no body joints, no camera."""
+    """Samples of a data set with 2D keypoints or 3D joints only: no mesh, body joints or camera."""
     count = len(sample)
     no = torch.zeros(count, dtype=torch.bool)
     confidence, has_3d = torch.zeros(count, 26), torch.zeros(count, 26, dtype=torch.bool)
@@ -201,7 +201,7 @@ def flat(sample: Sample, three: bool = False, nothing: bool = False) -> Sample:
 def gradient_of_the_mesh(
     sample: Sample, config: LossConfig, *overrides: str, step: int = 199
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Terms, and the gradient at what turns tokens into vertices."""
+    """Terms, and the gradient at the layer from tokens to vertices."""
     model = make_model(*overrides)
     scheduler = build_scheduler(small_config("unused", *overrides))
     generator = torch.Generator().manual_seed(2)
@@ -262,7 +262,7 @@ def test_garbage_where_nothing_is_labelled() -> None:
 
 
 def test_noise_that_is_predicted_says_nothing_at_the_last_step() -> None:
-    """x̂_0 is (x_K - ε̂) over nearly 0 there: unweighted it would be a thousand half-sides off."""
+    """There x̂_0 divides by nearly 0: unweighted, its error would be a thousand half-sides."""
     overrides = "diffusion.prediction_type=epsilon"
     last, gradient = gradient_of_the_mesh(flat(people_block()), BOTH, overrides)
     early, _ = gradient_of_the_mesh(people_block(), BOTH, overrides, step=20)
@@ -271,7 +271,7 @@ def test_noise_that_is_predicted_says_nothing_at_the_last_step() -> None:
 
 
 def test_noise_levels_weigh_as_in_the_point_loss() -> None:
-    """At a step of much signal gamma times as much as at the last one."""
+    """The weight at high SNR is gamma times that at the terminal step."""
     model, sample = make_model(), people_block()
     scheduler = build_scheduler(small_config())
 
@@ -285,7 +285,7 @@ def test_noise_levels_weigh_as_in_the_point_loss() -> None:
 
 @pytest.mark.slow
 def test_off_is_as_if_absent() -> None:
-    """With the map and without it, the same numbers to the last bit."""
+    """With and without the keypoint map, bit-identical losses."""
     terms, gradient = gradient_of_the_mesh(people_block(), LossConfig())
     assert set(terms) == {"points", "camera", "loss"}
     again, same = gradient_of_the_mesh(people_block(), LossConfig(keypoints_2d=0.0, keypoints_3d=0.0))
@@ -296,7 +296,7 @@ def test_off_is_as_if_absent() -> None:
 
 
 def test_vertices_and_joints_apart() -> None:
-    """D2A-HMR's λ_v L_v + λ_3D L_3D: two means with two weights; both 0 is the one mean over all points."""
+    """D2A-HMR's λ_v L_v + λ_3D L_3D: two means with two weights; both 0: one mean over all points."""
     together, _ = gradient_of_the_mesh(people_block(), LossConfig(camera=0))
     apart, _ = gradient_of_the_mesh(people_block(), LossConfig(camera=0, vertices=1.0, joints_3d=1.0))
     assert set(apart) == {"vertices", "joints_3d", "loss"}

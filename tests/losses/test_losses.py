@@ -1,4 +1,4 @@
-"""Losses: known values, gradients, and that what is not labelled pulls at nothing."""
+"""Losses: known values, gradients, and no gradient from missing labels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_known_values() -> None:
     assert point_error(predicted, target, "euclidean").item() == pytest.approx(2.5, abs=1e-4)
     weight = torch.tensor([3.0, 1.0])
     assert point_error(predicted, target, "euclidean", weight).item() == pytest.approx(5 / 4, abs=1e-4)
-    each = torch.tensor([[3.0, 1.0], [0.0, 2.0]])[:, None]  # a weight of its own for every sample
+    each = torch.tensor([[3.0, 1.0], [0.0, 2.0]])[:, None]  # weights per sample
     both = point_error(predicted.expand(2, 1, 2, 3), target, "euclidean", each)
     torch.testing.assert_close(both[:, 0], torch.tensor([5 / 4, 5.0]), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="'huber' is none of"):
@@ -118,7 +118,7 @@ def test_objective_is_its_named_sum() -> None:
 
 
 def test_vertices_and_joints_as_terms_of_their_own() -> None:
-    """D2A-HMR's λ_v L_v and λ_3D L_3D by hand: each a mean over its own points, at each noise level's weight."""
+    """D2A-HMR's λ_v L_v and λ_3D L_3D by hand: a mean over its points, weighted by noise level."""
     given = batch(3)
     terms = objective(LossConfig(points="l1", vertices=2.0, joints_3d=0.5, camera=0.0), **given)
     assert set(terms) == {"vertices", "joints_3d", "loss"}
@@ -142,7 +142,7 @@ def test_a_missing_label_pulls_at_nothing() -> None:
     assert (gradient[1, :, :COARSE] == 0).all() and (gradient[1, :, COARSE:] != 0).any((-1, -2)).all()
     assert (gradient[2, :, COARSE:] == 0).all() and (gradient[2, :, :COARSE] != 0).any((-1, -2)).all()
     assert (gradient[0] != 0).any(-1).all()
-    # What is written where a label is missing does not count either.
+    # Values at missing labels are ignored.
     changed = batch(3, torch.tensor([True, False, True]), torch.tensor([True, True, False]))
     changed["target"][1, :, :COARSE] = 99
     changed["target"][2, :, COARSE:] = 99
@@ -151,7 +151,7 @@ def test_a_missing_label_pulls_at_nothing() -> None:
 
 
 def test_people_without_a_label_do_not_weaken_the_others() -> None:
-    """Every term of a batch in which half have no label is that of the other half alone."""
+    """With labels for half of a batch, every term equals that of the labelled half."""
     there = torch.tensor([True, False, True, False])
     for config in (LossConfig(edges=0.1), LossConfig(vertices=1.0, joints_3d=0.5)):
         given = batch(4, there, there)

@@ -1,4 +1,4 @@
-"""Terms of the optional paths and of the noise levels, each by a known value: none can be without effect."""
+"""Terms of the optional modules and noise-level weights against known values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def terms(config: LossConfig, sample: Sample, paths: PathOutputs, clean: Tensor,
 
 
 def test_the_projection_term_is_the_joints_distance_in_the_crop() -> None:
-    """Every joint 0.1 m to the right under a camera of 2 half-sides a metre: 0.2 a joint; depth does not count."""
+    """Joints 0.1 m to the right at 2 half-sides per metre: 0.2 per joint; depth does not count."""
     truth = points(2, 1)
     camera = torch.tensor([[2.0, 0.3, -0.1]]).expand(2, 3)
     sample = Sample(camera=camera, has_camera=torch.tensor([True, True]))
@@ -48,11 +48,11 @@ def test_the_projection_term_is_the_joints_distance_in_the_crop() -> None:
     gradient = moved.grad
     assert gradient is not None and (gradient[..., COARSE:, :2] != 0).any() and (gradient[..., :COARSE, :] == 0).all()
     unknown = dataclasses.replace(sample, has_camera=torch.tensor([True, False]))
-    assert error(moved.detach(), camera, unknown).item() == pytest.approx(0.3, rel=1e-5)  # the other one's is not known
+    assert error(moved.detach(), camera, unknown).item() == pytest.approx(0.3, rel=1e-5)  # that of the other is unknown
 
 
 def test_the_silhouette_is_compared_the_right_way_up() -> None:
-    """Certain and right costs nothing, upside down or inverted costs much."""
+    """A confident correct silhouette costs nothing, a flipped or inverted one much."""
     upper = torch.zeros(1, 8, 8)
     upper[:, :4] = 1.0
     sample = Sample(silhouette=upper, has_silhouette=torch.tensor([True]))
@@ -82,7 +82,7 @@ def test_estimates_on_the_way_are_weighted_by_noise_level(of: str) -> None:
 
 
 def test_the_objective_weighs_the_noise_levels() -> None:
-    """One level is off by 1, the other is right: the term is the first one's weight, over the number of levels."""
+    """An error of 1 at one of the levels: the term is the weight of that level over the number of levels."""
     truth = points(3, 1)
     prediction = truth.expand(-1, 2, -1, -1).clone()
     prediction[:, 0] += 1.0

@@ -1,4 +1,4 @@
-"""Labels that processes have unevenly: value and gradient are those of one process with the whole batch."""
+"""Uneven labels across processes: value and gradient equal those of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ APART = LossConfig(points="l1", camera=0.3, edges=0.5, vertices=1.0, joints_3d=0
 
 
 def one_step(config: LossConfig, case: str, people: slice) -> list[Tensor]:
-    """The gradient of one number that all people share, and every term."""
+    """Gradient of a parameter shared by all people, and all terms."""
     generator = torch.Generator().manual_seed(4)
 
     def drawn(*shape: int) -> Tensor:
@@ -103,7 +103,7 @@ def test_processes_equal_one(tmp_path: Path, count: int) -> None:
         for case in CASES:
             expected = torch.stack(one_step(config, case, slice(0, PEOPLE)))
             torch.testing.assert_close(results[config.vertices, case], expected, rtol=1e-5, atol=1e-7, msg=case)
-            # Of nobody there are the keypoints alone: the gradient, their term and the loss.
+            # Without keypoint labels anywhere: check the gradient, the term and the loss.
             assert (expected.abs() > 1e-3).sum() == (3 if case == "nobody" else len(expected))
 
 

@@ -1,4 +1,4 @@
-"""RLE: the formula by hand, the authors' from a readable loop, what is and is not a density, and what it learns."""
+"""RLE: `exact` by hand, `official` against a readable loop, normalisation of the densities, and learning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIMS = (1, 2, 3, 5)
 
 
 def flat(x: Tensor) -> Tensor:
-    """log G = 0 everywhere: no density, but it leaves the other terms alone."""
+    """log G = 0 everywhere: not a density, but isolates the other terms."""
     return torch.zeros_like(x[..., 0])
 
 
@@ -57,7 +57,7 @@ def test_known_values() -> None:
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_official_is_the_authors_formula(dim: int) -> None:
-    """Their steps one number at a time: nf_loss = log σ - log φ((pred - gt) / σ), and logQ with amp = 1 / √(2π)."""
+    """The authors' code, scalar by scalar: nf_loss = log σ - log φ((pred - gt) / σ), logQ with amp = 1 / √(2π)."""
     flow = random_flow(dim).double()
     mean, scale, target = some(dim, torch.float64)
     found = rle_error(mean, scale, target, flow.log_prob, "official")
@@ -91,7 +91,7 @@ def test_exact_is_laplace_times_the_flow_in_the_points_own_axes(dim: int) -> Non
 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_what_is_a_density_and_what_only_bounds_one(dim: int) -> None:
-    """exp(-exact) integrates to Z = ∫ Q G <= 2^-D, not to 1, whatever mean and scale; composite's halves do to 1."""
+    """exp(-exact) integrates to Z = ∫ Q G <= 2^-D for any mean and scale; each half of composite to 1."""
     flow = random_flow(dim, hidden=8, scale=0.8).double()
     line = torch.linspace(-8, 8, 4001 if dim == 1 else 241, dtype=torch.float64)
     grid = (line[:, None] if dim == 1 else torch.cartesian_prod(line, line))[:, None]
@@ -216,19 +216,19 @@ def uniform(shape: tuple[int, ...]) -> Tensor:
 
 
 def skewed(shape: tuple[int, ...]) -> Tensor:
-    """Exponential, its median at 0, and much the same in every coordinate."""
+    """Exponential with median 0, strongly correlated across coordinates."""
     return -torch.rand(shape[0], 1).clamp_min(1e-6).log() - math.log(2) + 0.3 * uniform(shape)
 
 
 def people(count: int, dim: int, noise: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """A hidden quantity u in -1..1 -> the true scale and noisy targets."""
+    """A latent u in -1..1 -> true scale and noisy targets."""
     u = torch.rand(count, 1) * 2 - 1
     scale = (0.02 + 0.08 * (u + 1)) * torch.linspace(0.6, 1.4, dim)
     return u, scale, u * torch.linspace(0.5, 1, dim) + scale * noise((count, dim))
 
 
 def trained(variant: str, dim: int, noise: Callable[[tuple[int, ...]], Tensor]) -> dict[str, float]:
-    """A small regression of mean and scale; "laplace" has no flow. What it gives on people it has not seen."""
+    """Train a small regression of mean and scale ("laplace": without a flow); its output on held-out samples."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 2 * dim))
     flow = RealNVP(dim, couplings=4, hidden=16)
@@ -262,7 +262,7 @@ def trained(variant: str, dim: int, noise: Callable[[tuple[int, ...]], Tensor]) 
 def test_a_regression_learns_its_scale_and_a_better_density_than_laplace(
     dim: int, noise: Callable[[tuple[int, ...]], Tensor]
 ) -> None:
-    """`exact` orders the scales rightly and nothing holds their size, which is in the flow; `composite` holds it."""
+    """`exact` ranks the scales correctly but does not identify their magnitude; `composite` does."""
     absolute = noise((20000, dim)).abs().mean().item()
     plain = trained("laplace", dim, noise)
     exact, composite = trained("exact", dim, noise), trained("composite", dim, noise)

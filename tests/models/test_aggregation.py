@@ -1,4 +1,4 @@
-"""The MLP from N hypotheses to one mesh: what it may depend on, its training, its place in a pipeline and a report."""
+"""The aggregation MLP: invariances, training, and its use in the pipeline and in reports."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_what_it_adds_is_a_shape_of_affine_bones(pipe: HMDiffPipeline) -> None:
 
 @pytest.mark.slow
 def test_training_learns_what_the_hypotheses_share(pipe: HMDiffPipeline) -> None:
-    """All hypotheses bend alike away from the truth: the mean keeps that, the MLP learns to take it back."""
+    """All hypotheses share a bias: the mean keeps it, the MLP learns to remove it."""
     generator = torch.Generator().manual_seed(0)
     basis = head(pipe).basis
     shared = basis @ (0.01 * torch.randn(basis.shape[1], 3, generator=generator).sign())
@@ -79,7 +79,7 @@ def test_training_learns_what_the_hypotheses_share(pipe: HMDiffPipeline) -> None
     try:
         found = train_aggregator(pipe, drawn(128), drawn(32), epochs=20, hidden=16)
         assert found["best_epoch"] > 0 and found["val_aggregated_mm"] < 0.6 * found["val_mean_mm"]
-        # The kept weights are the ones whose error is told.
+        # The reported error is that of the kept weights.
         assert pipe.aggregator is not None and pipe.aggregator.fitted_on["val_people"] == 32
         found = train_aggregator(pipe, drawn(8), drawn(32), epochs=1, hidden=64)
         assert found["val_aggregated_mm"] <= found["val_mean_mm"]
@@ -157,7 +157,7 @@ def test_evaluate_reports_it_as_a_row(pipe: HMDiffPipeline) -> None:
 
 
 def test_a_protocol_reports_it_as_a_row(pipe: HMDiffPipeline) -> None:
-    """Before training the head gives the mean; awake it gives its own mesh, which is what is scored."""
+    """Untrained, the head gives the mean; with non-zero weights, its own mesh is scored."""
     protocol, sampling = get_protocol("synthetic"), SamplingConfig(3, 1, surface="vertices", upright=False)
     regressors = protocol_regressors(protocol, pipe.body)
 

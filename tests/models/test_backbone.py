@@ -1,4 +1,4 @@
-"""Backbones: what is masked, what is linear, what the tokens depend on."""
+"""Backbones: masking, linearity, and dependencies of the tokens."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_joint_tokens_batch_equals_single(batch: int) -> None:
 
 
 def features(backbone: JointHeatmapBackbone, heatmaps: Tensor) -> Tensor:
-    """What the embedding is given: moments, peak and spread."""
+    """Input of the embedding: moments, peak and spread."""
     seen: list[Tensor] = []
     handle = backbone.embed.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     backbone(heatmaps, torch.ones(heatmaps.shape[:2], dtype=torch.bool))
@@ -56,14 +56,14 @@ def features(backbone: JointHeatmapBackbone, heatmaps: Tensor) -> Tensor:
 
 def test_feature_of_a_mixture_is_the_mixture() -> None:
     backbone = JointHeatmapBackbone(1, 64, 32)
-    # Boxes, so that the threshold at a tenth of the peak takes the same share of every pixel.
+    # Boxes, so that subtracting a tenth of the peak scales all pixels equally.
     first, second = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64)
     first[..., 10:14, 20:26], second[..., 40:44, 50:56] = 0.8, 0.8
     both = features(backbone, first + second)[..., :-2]
     a, b = features(backbone, first)[..., :-2], features(backbone, second)[..., :-2]
     torch.testing.assert_close(both, (a + b) / 2, atol=1e-5, rtol=1e-4)
     assert (a - b).abs().max() > 0.5
-    # The normalised distribution alone decides: twice as high is the same place.
+    # The moments depend only on the normalised distribution, not on its height.
     torch.testing.assert_close(features(backbone, first / 2)[..., :-2], a, atol=1e-5, rtol=1e-4)
     assert features(backbone, first)[..., -2] == pytest.approx(0.8)
 
@@ -100,7 +100,7 @@ def test_conv_backbone_sees_places_and_validity() -> None:
     invalid[0, 3] = False
     without, _ = backbone(maps(points), invalid)
     assert (without[0] - tokens[0]).abs().max() > 1e-3 and torch.equal(without[1], tokens[1])
-    # What lies in an invalid channel is not looked at; an empty valid channel is another thing than an invalid one.
+    # An invalid channel is ignored; an empty valid channel differs from an invalid one.
     rubbish = maps(points)
     rubbish[0, 3] = 1.0
     assert torch.equal(backbone(rubbish, invalid)[0], without)
@@ -129,7 +129,7 @@ def test_image_backbone(channels: int) -> None:
 
 
 def test_denormal_tails_of_heatmaps_do_not_reach_the_convolutions() -> None:
-    """A processor takes three times as long on them."""
+    """CPU convolutions are three times slower with them."""
     tails = torch.full((1, 3, 16, 16), 1e-40)
     tails[0, :, 4, 4] = 1.0
     peaks = (tails == 1.0).float()
@@ -147,7 +147,7 @@ def test_denormal_tails_of_heatmaps_do_not_reach_the_convolutions() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["", "backbone."])
 def test_image_backbone_starts_from_a_file(start: str, tmp_path: Path) -> None:
-    """A pose network's weights: the same features, and with heatmaps beside the picture the same ones at first."""
+    """A pose network's weights give its features, initially also with heatmap channels."""
     torch.manual_seed(0)
     first = ImageBackbone("resnet18", 64, 32).eval()
     stored = {start + name: value for name, value in first.network.state_dict().items()}
@@ -175,7 +175,7 @@ def test_image_backbone_starts_from_a_file(start: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["one peak", "two peaks", "wide", "at the border"])
 def test_peaks_read_as_the_heatmaps_they_draw(kind: str) -> None:
-    """The closed form is held to the drawn heatmaps: the features within 0.02, the mass within a few percent."""
+    """The closed form against rendered heatmaps: features within 0.02, mass within a few percent."""
     generator = torch.Generator().manual_seed(0)
     n, joints = 16, 6
     place = 1.4 * torch.rand(n, joints, 2, 2, generator=generator) - 0.7

@@ -1,4 +1,4 @@
-"""The denoiser: hypotheses do not see each other, patches go back where they came from, masks mask, the step counts."""
+"""The denoiser: independent hypotheses, patch round trip, masks, dependence on the timestep."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_patches_come_back_in_their_own_order(patch_size: int) -> None:
 
 
 def test_biases_belong_to_their_vertices() -> None:
-    """A new denoiser says its bias whatever it is given."""
+    """A new denoiser outputs its bias for any input."""
     patches = torch.randperm(VERTICES).reshape(-1, 4)
     model = MeshDenoiser(patches, JOINTS, WIDTH, 1, 2, 16)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_neighbour_mask_hides_far_vertices_from_vertices_alone() -> None:
     assert (by_patch[ring[0]] > 1e-4).all() and (by_patch[~ring[0]] == 0).all()
     assert (~ring[0]).sum() == 3 and (change[VERTICES:] > 1e-4).all()
     moved = points.clone()
-    moved[..., VERTICES, :] += 1.0  # a joint is seen by all
+    moved[..., VERTICES, :] += 1.0  # all tokens attend to a joint
     change = (run(model, moved, step, given)[0, 0] - before).norm(dim=-1)
     assert (change > 1e-4).all()
 

@@ -1,4 +1,4 @@
-"""Depth tokens: unit and origin do not matter, nothing known changes nothing, every kind of bad map has an answer."""
+"""Depth tokens: scale and shift invariance, identity without known depth, errors for invalid maps."""
 
 import functools
 import statistics
@@ -25,7 +25,7 @@ def fusion() -> DepthFusion:
 
 @pytest.fixture
 def depth(generator: torch.Generator) -> torch.Tensor:
-    """A slope with a nearer box on it, and a corner that is not known."""
+    """A slope with a nearer box on it, and an unknown corner."""
     ramp = torch.linspace(3, 6, SIZE).expand(PEOPLE, SIZE, SIZE).clone()
     ramp = ramp + 0.3 * torch.rand(PEOPLE, SIZE, SIZE, generator=generator)
     ramp[:, 10:20, 8:14] -= 1.5
@@ -50,7 +50,7 @@ def test_depth_changes_the_tokens_and_other_depth_changes_them_otherwise(fusion,
 
 
 def test_new_ones_add_nothing(tokens, depth):
-    """So that depth can join a model that is trained already."""
+    """So that depth can be added to a trained model."""
     assert torch.equal(DepthFusion(WIDTH, 2, layers=2, map_size=SIZE, patch=8)(tokens, MASK, depth), tokens)
     read = DepthAtTokens(WIDTH, map_size=SIZE)(depth, lambda maps: maps.flatten(2)[..., -TOKENS:].mT)
     assert read.shape == tokens.shape and not read.any()
@@ -79,7 +79,7 @@ def test_normalisation_is_the_median_and_mean_deviation(depth):
 
 
 def test_relief_of_the_person_survives_a_far_wall():
-    """Two limbs 20 cm apart before a wall at 40 m: their difference is still seen."""
+    """Two limbs 20 cm apart in front of a wall at 40 m remain distinguishable."""
     values = torch.full((1, SIZE, SIZE), 40.0)
     values[:, 6:28, 8:24], values[:, 6:28, 12:16] = 4.0, 3.8
     known = torch.ones_like(values, dtype=torch.bool)
@@ -92,7 +92,7 @@ def test_relief_of_the_person_survives_a_far_wall():
 
 
 def test_nobody_known_gets_the_very_tokens_and_finite_gradients(fusion, tokens, depth):
-    """Missing for half of a batch."""
+    """Half of the batch has no depth map."""
     depth[::2] = torch.nan
     tokens.requires_grad_()
     fused = fusion(tokens, MASK, depth)
@@ -136,7 +136,7 @@ def test_infinite_is_not_known(fusion, tokens, depth):
 
 
 def test_where_it_is_unknown_matters(fusion, tokens, depth):
-    """Not known is no depth of its own: neither 0 nor the mean."""
+    """Unknown depth is neither 0 nor the mean."""
     _, there = fusion.tokens(depth)
     assert there.sum(1).tolist() == [15] * PEOPLE and not there[:, 0].any()  # the first patch of 16 is unknown
     assert not torch.allclose(fusion(tokens, MASK, depth), fusion(tokens, MASK, depth.nan_to_num(0.0)))
@@ -148,7 +148,7 @@ def test_a_constant_map_says_nothing_of_shape_and_all_constants_are_the_same(fus
     assert fused.isfinite().all()
     for constant in (0.0, -2.0, 1e20):
         torch.testing.assert_close(fusion(tokens, MASK, torch.full_like(maps, constant)), fused)
-    noisy = maps * (1 + 1e-7 * torch.randn_like(maps))  # rounding is no shape
+    noisy = maps * (1 + 1e-7 * torch.randn_like(maps))  # rounding is not relief
     torch.testing.assert_close(fusion(tokens, MASK, noisy), fused)
     values, known = resize_depth(maps, SIZE)
     assert (normalise_depth(values, known) == 0).all()
@@ -182,14 +182,14 @@ def test_resizing_averages_what_is_known():
         ]
     )
     values, known = resize_depth(maps, 2)
-    assert known.tolist() == [[[True, False], [True, True]]]  # under half of a pixel known: not known
+    assert known.tolist() == [[[True, False], [True, True]]]  # known for less than half of the pixel: unknown
     torch.testing.assert_close(values, torch.tensor([[[4.0, 0.0], [2.0, 4.0]]]))
     values, known = resize_depth(torch.tensor([[[1.0, torch.nan], [2.0, 3.0]]]), 4)
     assert values[0, 3].tolist() == [2.0, 2.0, 3.0, 3.0] and known[0, 0].tolist() == [True, True, False, False]
 
 
 def test_places_have_both_codes(fusion, depth):
-    """The same patch everywhere: tokens differ by their place, by the fixed code and by the learned table."""
+    """Equal patches give different tokens, by the sinusoidal and by the learned encoding."""
     maps = torch.full((1, SIZE, SIZE), 2.0)
     read, _ = fusion.tokens(maps)
     assert torch.cdist(read, read)[0].add(10 * torch.eye(16)).min() > 0.01
@@ -230,7 +230,7 @@ def test_other_kinds_are_refused(fusion, tokens):
 
 
 def test_what_is_read_at_the_joints_goes_with_their_depth():
-    """Rendered people before a wall, heatmaps with an estimator's faults: the median correlation over people."""
+    """Rendered people in front of a wall, corrupted heatmaps: median correlation over people."""
     values = load_config(None, ["model.depth_map=true", "data.depth_faults.none=true", "data.map_size=64"])
     body, mesh = free_body()
     sample = build_data(values, body, mesh).block("val", 0)
@@ -256,7 +256,7 @@ def test_unit_and_origin_do_not_matter_at_the_joints_either(depth, scale):
     heatmaps, valid = torch.rand(PEOPLE, 5, SIZE, SIZE) ** 20, torch.tensor([True] * 4 + [False]).expand(PEOPLE, -1)
     look = functools.partial(JointHeatmapBackbone(5, SIZE, WIDTH).look, heatmaps=heatmaps, heatmap_valid=valid)
     reading = DepthAtTokens(WIDTH, SIZE)
-    assert not reading(depth, look).any()  # it adds nothing before it has learned
+    assert not reading(depth, look).any()  # zero-initialised
     awaken(reading)
     read = reading(depth, look)
     assert read[:, :4].abs().amax(-1).min() > 0 and not read[:, 4].any()  # a missing joint reads nothing

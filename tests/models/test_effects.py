@@ -1,4 +1,4 @@
-"""Every part has an effect: take it out of a model whose weights are awake, and the mesh is another."""
+"""Every component has an effect: removing it from a model with non-zero weights changes the mesh."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_joints_find_in_the_volume_reaches_the_mesh(tokens: str) -> None:
     before = mesh(model)
     assert model.volume_lifting is not None
     hooks = [f.register_forward_hook(lambda _m, given, out: (given[0], out[1])) for f in model.denoisers[0].fusions]  # type: ignore[union-attr]
-    blind = mesh(model)  # the joints are found, and what was read is thrown away
+    blind = mesh(model)  # joints are refined, but the sampled features are discarded
     for hook in hooks:
         hook.remove()
     assert (blind - before).abs().max() > 1e-3
@@ -81,7 +81,7 @@ def test_every_block_and_branch_of_the_denoiser_changes_the_mesh(tokens: str) ->
 
 
 def test_the_heatmaps_are_lifted_where_tokens_are_joints() -> None:
-    """A volume of them: other heatmaps that the joints' tokens read alike (outside any peak) give another volume."""
+    """Heatmaps that differ only where joint tokens ignore them (outside any peak) give a different volume."""
     model = built("model.lifting=true", "model.volume_width=16", "model.volume_size=4", "model.depth=3")
     sample = people_block().map(lambda tensor: tensor[:2])
     assert sample.heatmaps is not None and sample.heatmap_valid is not None
@@ -91,7 +91,7 @@ def test_the_heatmaps_are_lifted_where_tokens_are_joints() -> None:
     assert moved.volume is not None
     mirrored = (moved.volume.features - conditioning.volume.features).abs().mean()
     assert mirrored > 1e-3
-    # A joint that the source does not have is not lifted, whatever its channel holds.
+    # An invalid joint is not lifted, whatever its channel holds.
     unseen = sample.heatmap_valid.clone()
     unseen[:, 3] = False
     first, _ = model.encode(None, sample.heatmaps, unseen)

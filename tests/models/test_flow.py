@@ -1,4 +1,4 @@
-"""RealNVP: an exact inverse, an exact log-determinant, a density that integrates to 1, and the authors' sizes."""
+"""RealNVP: exact inverse and log-determinant, a density that integrates to 1, the sizes of RLE's code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIMS = (1, 2, 3, 5)
 
 
 def random_flow(dim: int, couplings: int = 6, hidden: int = 16) -> RealNVP:
-    """Weights far from the start, so that the map is far from the identity."""
+    """Weights far from initialisation, so that the map is far from the identity."""
     flow = RealNVP(dim, couplings, hidden)
     awaken(flow, 1.3)
     return flow
@@ -116,7 +116,7 @@ def test_it_begins_near_a_standard_normal() -> None:
 
 
 def test_it_equals_the_flow_of_mmpose() -> None:
-    """mmpose's file alone, copied there from the authors' code (D = 2); the package need not work."""
+    """mmpose's module, from the authors' code (D = 2), loaded by file: the package need not import."""
     found = importlib.util.find_spec("mmpose")
     if found is None or not found.submodule_search_locations:
         pytest.skip("mmpose is not installed")

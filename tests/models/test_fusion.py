@@ -1,4 +1,4 @@
-"""Fusion: at its start it is not there, afterwards every joint reads the volume at its own place, with gradients."""
+"""Fusion: an identity at initialisation; then each joint samples the volume at its location, with gradients."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_joint_reads_its_own_place_alone() -> None:
     change = (after - tokens).norm(dim=-1)[0]
     assert change[2] > 1e-3 and (change[[0, 1, 3, 4]] == 0).all()
     assert (later - joints).norm(dim=-1)[0].nonzero().flatten().tolist() == [2]
-    # A voxel far from every joint is nobody's, one beside a joint is its joint's.
+    # A voxel far from all joints affects none, one next to a joint affects that joint.
     place = volume_coordinates(joints * 0.3, inputs["camera"], 1.0)
     volume = inputs["volume"].clone().requires_grad_()
     (pull,) = torch.autograd.grad(sample_volume(volume, place[:, 3:4]).sum(), volume)
@@ -102,7 +102,7 @@ def test_a_joint_reads_its_own_place_alone() -> None:
 
 
 def test_gradients_pass_through_the_places() -> None:
-    """What DAT needs: the token's change with the estimate, through grid_sample and the map."""
+    """DAT needs the gradient of the tokens in the estimate, through grid_sample and `volume_coordinates`."""
     model, inputs = fusion().double(), given(2, 2, torch.float64)
     names = ("tokens", "previous", "volume", "camera")
     leaves = [inputs[name].requires_grad_(name != "volume") for name in names]

@@ -1,4 +1,4 @@
-"""NaN, infinity and absurd numbers into a call of the pipeline: one line, never a body of NaN."""
+"""NaN, infinity and huge numbers in a pipeline call: a one-line error, never a body of NaN."""
 
 from __future__ import annotations
 

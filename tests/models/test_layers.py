@@ -1,4 +1,4 @@
-"""Attention against torch's own, masks, and the step's modulation."""
+"""Attention against torch's, masks, and the timestep modulation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_attend_equals_torch(shape: tuple[int, ...] | None) -> None:
     mask = None
     if shape is not None:
         mask = torch.rand(shape) < 0.6
-        mask[..., 0] = True  # a row that may see nothing is nobody's
+        mask[..., 0] = True  # attention over an empty set is undefined
     sizes = ((3, 2, 5, 4), (3, 2, 7, 4), (3, 2, 7, 4))
     ours = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]

@@ -1,4 +1,4 @@
-"""Lifting: the map between metres and volume, its axes, the sampling, and the network that fills the volume."""
+"""Lifting: the map from metres to the volume, its axes, sampling, and the network."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_places_by_loops(batch: int, exponent: float) -> None:
 
 
 def test_depth_by_hand() -> None:
-    """JOTR's decoder samples at z^k: at k = 3 a joint of mid-depth is read at r = 1/8; k = 1 is linear."""
+    """JOTR's decoder samples at z^k: at k = 3 a joint at mid-depth is read at r = 1/8; k = 1 is linear."""
     depth = torch.tensor([-1.2, -0.9, -0.6, 0.0, 0.6, 1.2], dtype=torch.float64)
     assert DEPTH_RANGE == 1.2
     points = torch.stack([torch.zeros(6), torch.zeros(6), depth], -1).double()
@@ -77,7 +77,7 @@ def test_depth_is_monotone_and_its_gradients_are_finite(exponent: float) -> None
     (by_k,) = torch.autograd.grad(place[middle].sum(), k, retain_graph=True)
     (everywhere,) = torch.autograd.grad(place.sum(), k)
     assert by_depth.isfinite().all() and everywhere.isfinite()
-    assert by_k < 0  # a larger k pulls every depth to the near face
+    assert by_k < 0  # a larger k moves every depth to the near face
     assert (by_depth >= 0).all() and (by_depth[depth < -DEPTH_RANGE] == 0).all()
 
 
@@ -88,7 +88,7 @@ def test_the_map_is_differentiable_in_everything() -> None:
 
 
 def test_a_camera_belongs_to_its_image() -> None:
-    """With as many points as images, too, where broadcasting over the wrong axis would pass unseen."""
+    """Also with as many points as images, where broadcasting over the wrong axis would go unnoticed."""
     points, camera = body(3, 3), some_camera(3)
     together = volume_coordinates(points, camera, 3.0)
     for image in range(3):
@@ -137,14 +137,14 @@ def test_sampling_has_gradients_in_both() -> None:
 
 
 def test_corner_voxels_are_those_that_are_sampled() -> None:
-    """A voxel is near if, and only if, the sampled value depends on it: by gradients, so that no index is trusted."""
+    """A voxel is near if and only if the sampled value depends on it, tested by gradients."""
     places = torch.rand(6, 2, 3, dtype=torch.float64) * 1.8 - 0.9
     away = voxels_away_from(places, SIZE)
     assert away.shape == (6, *SIZE) and away.dtype == torch.bool
     volume = torch.zeros(6, 1, *SIZE, dtype=torch.float64, requires_grad=True)
     (pull,) = torch.autograd.grad(sample_volume(volume, places).sum(), volume)
     assert ((pull[:, 0] != 0) & away).sum() == 0
-    # Beyond the outermost centres a cell has fewer corners: nothing else may be marked.
+    # Beyond the outermost centres fewer corners are interpolated; no others may be marked.
     inside = (places.abs() < 1 - 1 / torch.tensor([5, 4, 3])).all(-1).all(-1)
     assert 0 < inside.sum() < 6
     assert torch.equal(pull[inside, 0] != 0, ~away[inside])
@@ -185,7 +185,7 @@ def test_lifting_equals_a_convolution_by_hand() -> None:
 
 
 def test_rescaled_coordinates_are_sampled_by_their_own_warp() -> None:
-    """Coordinates r^k, places z^k: what is sampled of RRC's Z is (z^k)^k, as in JOTR, and X and Y are the crop's."""
+    """Coordinates r^k sampled at z^k: RRC's Z gives (z^k)^k, as in JOTR; X and Y are those of the crop."""
     for exponent in (1.0, 2.0):
         model = Lifting(12, 16, size=128, layers=0, heads=2, exponent=exponent)
         grid = model.voxel_coordinates().detach().double()
@@ -199,7 +199,7 @@ def test_rescaled_coordinates_are_sampled_by_their_own_warp() -> None:
 
 
 def test_every_voxel_token_has_a_code_of_its_own() -> None:
-    """JOTR's 1-D code of the 512 voxel tokens: features that are the same everywhere give another token everywhere."""
+    """With JOTR's 1D encoding of the 512 voxel tokens, constant features give different tokens."""
     model = without_encoder(tiny())
     with torch.no_grad():
         model.join.weight[:, -3:] = 0  # the relative coordinates, which would tell voxels apart too
@@ -218,7 +218,7 @@ def test_every_voxel_token_has_a_code_of_its_own() -> None:
 
 
 def test_features_stay_at_their_place_in_the_crop() -> None:
-    """What stands in a cell of the map is found again where the crop has it, at every size of the map."""
+    """A feature-map cell is sampled at its location in the crop, for all map sizes."""
     model = without_encoder(tiny())
     with torch.no_grad():
         model.lift.weight.zero_()
@@ -244,7 +244,7 @@ def test_exponent_is_learned_and_kept_in_its_bounds() -> None:
             model.free_exponent.fill_(wanted)
         assert model.exponent.item() == pytest.approx(found, abs=1e-6)
         (pull,) = torch.autograd.grad(model.exponent * 2, model.free_exponent)
-        assert pull == 2  # outside, too, or it would never come back
+        assert pull == 2  # also outside the bounds, so that it can return
     model = tiny()
     model(torch.randn(2, 12, 4, 4)).square().mul(torch.randn(16, 4, 4, 4)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())

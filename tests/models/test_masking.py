@@ -1,4 +1,4 @@
-"""Which tokens masked modelling hides: at most the share, any of them, the same for the same generator."""
+"""Token masks of masked modelling: the ratio's bound, uniformity, reproducibility."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_rows_differ_and_repeat_with_their_seed() -> None:
     assert torch.equal(first, drawn(8, 4, 60))
     assert not torch.equal(first, drawn(8, 4, 60, seed=1))
     assert len(set(map(tuple, first.flatten(0, 1).tolist()))) > 25
-    # People are drawn one after the other: the first of a batch do not depend on how many follow.
+    # People are drawn in order: the first ones do not depend on the batch size.
     assert torch.equal(drawn(3, 4, 60), first[:3])
 
 

@@ -1,4 +1,4 @@
-"""Part tokens: the prediction lies in the basis, noise outside it is not read, and every path works on them."""
+"""Part tokens: the prediction lies in the basis, noise outside it is ignored, and all modules work on them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_hypotheses_and_people_do_not_mix(variant: tuple[str, ...]) -> None:
 
 
 def test_peaks_teach_what_heatmaps_teach() -> None:
-    """The closed form of a training block gives nearly the terms, and the gradient, of the drawn heatmaps."""
+    """The closed form on peaks gives nearly the losses and gradients of the rendered heatmaps."""
     config = small_config("unused", PARTS, "data.block_size=16")
     body, mesh = free_body()
     data = build_data(config, body, mesh)

@@ -1,4 +1,4 @@
-"""The whole network: encode once, hypotheses as a batch dimension, the direct baseline, the way to the full mesh."""
+"""The whole network: encode once, hypotheses as a batch dimension, the direct baseline, upsampling."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_image_decides_and_the_masked_does_not() -> None:
 
 @torch.no_grad()
 def test_masked_tokens_are_masked_all_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not only because the joints' backbone happens to set them to zero."""
+    """Masked by attention, not only because the joint backbone zeroes them."""
     model = small_pipeline().model
     heatmaps, valid = inputs(2)
     assert not valid.all()

@@ -1,4 +1,4 @@
-"""Saved pipelines with something wrong in them: named and refused, never a body that looks like one."""
+"""Corrupt saved pipelines: refused with an error that names the fault, never a plausible wrong body."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spoiled(saved: Path, tmp_path: Path, checksums: bool = False) -> Path:
-    """A copy; without the checksums, as an older one, unless they are to be tried."""
+    """A corrupted copy; without checksums, as in older files, unless they are tested."""
     folder = tmp_path / "copy"
     shutil.copytree(saved, folder)
     if not checksums:
@@ -271,7 +271,7 @@ def test_a_checkpoint_names_its_body_and_no_file(
 
 
 def test_mutants_of_the_weights(saved: Path, tmp_path: Path) -> None:
-    """Bytes of the header and of the data, without checksums: one line, or a pipeline with a finite model."""
+    """Mutated bytes of header and data, without checksums: a one-line error, or a finite model."""
     folder = spoiled(saved, tmp_path)
     path = folder / "model" / WEIGHTS
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The silhouette decoder and its errors: known values, masks, and a disc found from tokens that say where it is."""
+"""The silhouette decoder and its losses: known values, masks, and discs decoded from tokens that encode them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_known_values() -> None:
 
 
 def test_the_least_error_is_at_the_covered_share() -> None:
-    """Soft edges, and no balance: what a pixel says is a probability."""
+    """Soft edges without class balancing: a pixel is a calibrated probability."""
     share = torch.tensor([[[0.1, 0.3], [0.5, 0.9]]])
     best = silhouette_error(share.logit(), share)
     for shift in (-0.2, 0.2):
@@ -84,7 +84,7 @@ def test_impossible_sizes_are_named(size: int) -> None:
 
 
 def discs(count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Tokens that encode a disc's place and radius, each in a token of its own, and the disc's silhouette."""
+    """Tokens that encode a disc's position and radius, one each, and the disc's silhouette."""
     place, radius = torch.rand(count, 2) - 0.5, torch.rand(count, 1) * 0.2 + 0.25
     values = torch.cat([place, radius], 1)
     frequency = torch.arange(1, 5) * 1.5
