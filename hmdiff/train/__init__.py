@@ -1,1 +1,1 @@
-"""Training: the loop, one step of it, its check before it starts; and the training of a pose estimator."""
+"""Training: the loop, the training step, the dry run, and the training of a pose estimator."""

@@ -1,8 +1,8 @@
-"""Training the MLP from N hypotheses to one mesh (`hmdiff/models/aggregation.py`) beside a finished pipeline.
+"""Trains the MLP that aggregates N hypotheses into one mesh (`hmdiff/models/aggregation.py`); the pipeline is frozen.
 
-Synthetic people of the training's stream, of a seed that no training has by default, are drawn once with all their
-hypotheses; the head then learns the truth from random subsets of them, by the mean distance over the coarse vertices.
-`val` chooses among the epochs, the plain mean (epoch 0) included; no test split is looked at. All of it is our choice.
+Hypotheses of synthetic training people are sampled once, with a seed that no training uses by default. The head is then
+trained on random subsets of each person's hypotheses; the loss is the mean distance over the coarse vertices. The epoch
+with the lowest error on `val` is kept; epoch 0 is the plain mean. No test split is used.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from hmdiff.geometry import crop_rotation
 from hmdiff.models.aggregation import AggregatorSizes, HypothesisAggregator
 from hmdiff.pipeline import HMDiffPipeline
 
-SEED = 7_654_321  # of the people; added to the command's
+SEED = 7_654_321  # seed of the training people, added to the command's seed
 BATCH = 64
 RATE, WEIGHT_DECAY = 3e-4, 1e-2
-LEAST_HYPOTHESES = 2  # that a training batch keeps
+LEAST_HYPOTHESES = 2  # smallest random subset in a training batch
 
 
 class Drawn(NamedTuple):
-    """What the head learns from: P people, in units of the diffusion, the model's frame."""
+    """Training data of the head: P people, in diffusion units and the model's frame."""
 
-    points: Tensor  # (P, N, points, 3) float16: half of what they take
+    points: Tensor  # (P, N, points, 3) float16, to halve the memory
     truth: Tensor  # (P, points, 3)
 
 
 @torch.no_grad()
 def draw_hypotheses(
     pipeline: HMDiffPipeline,
-    data: PeopleSource,  # with maps and pictures where the model reads them
+    data: PeopleSource,  # with depth maps and images if the model takes them
     stream: str,
     people: int,
     num_hypotheses: int,
     num_inference_steps: int | None = None,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,  # told how many people are done
+    progress: Callable[[int], None] | None = None,  # called with the number of people done
 ) -> Drawn:
-    """The first people of a stream with their hypotheses, unguided."""
+    """Unguided hypotheses of the first people of a stream, and their ground truth."""
     model, points, truths = pipeline.model, [], []
     for number in range(-(-people // data.block_size)):
         sample = data.block(stream, number).to(pipeline.device)
@@ -71,18 +71,18 @@ def true_points(pipeline: HMDiffPipeline, sample: Sample) -> Tensor:  # (B, P, 3
 
 
 def train_aggregator(
-    pipeline: HMDiffPipeline,  # gets the head
+    pipeline: HMDiffPipeline,  # receives the head
     drawn: Drawn,
-    held_out: Drawn,  # of val: chooses among the epochs
+    held_out: Drawn,  # from val: selects the epoch
     epochs: int = 30,
     hidden: int = 256,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,  # told how many epochs are done
+    progress: Callable[[int], None] | None = None,  # called with the number of epochs done
 ) -> dict[str, Any]:
-    """Train the head and set it in the pipeline. Returns what val's people are off by, mm over the coarse vertices.
+    """Train the head and set it in the pipeline. Returns settings and validation errors, mm over the coarse vertices.
 
     Raises:
-        UserError: a model without diffusion, whose hypotheses are copies of one.
+        UserError: a direct baseline, whose hypotheses are all equal.
     """
     check_model(pipeline)
     model = pipeline.model
@@ -108,7 +108,7 @@ def train_aggregator(
             least = min(LEAST_HYPOTHESES, hypotheses)
             number = int(torch.randint(least, hypotheses + 1, (), generator=generator))
             some = torch.randperm(hypotheses, generator=generator)[:number]
-            # The mean that the head corrects is of the same hypotheses that it sees.
+            # The head corrects the mean of the same hypotheses that it reads.
             mean = drawn.points[rows][:, some].float().mean(1) if number < hypotheses else means[rows]
             loss = error(coordinates[rows][:, some], mean, truth[rows])
             optimizer.zero_grad()
@@ -137,7 +137,7 @@ def train_aggregator(
 
 
 def check_model(pipeline: HMDiffPipeline) -> None:
-    """Raises `UserError` for a model whose hypotheses are copies of one."""
+    """Raises `UserError` for a direct baseline, whose hypotheses are all equal."""
     if pipeline.model.config.mode == "direct":
         raise UserError("aggregator: a direct baseline gives one mesh; there are no hypotheses to put together")
 

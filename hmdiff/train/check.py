@@ -1,9 +1,9 @@
-"""What a long training would stumble over, found before it starts: `hmdiff train --dry-run`. Nothing is written.
+"""`hmdiff train --dry-run`: finds the errors of a long training before it starts. Nothing is written.
 
-Every check is a line of a table: what was found, or what is wrong and how to mend it. A check that fails does not keep
-the others from running, but for those that need what it was about. The step is the training's own, on the real device
-with the real batch; loading is timed in one process on one thread, as one worker does it, so that what several give is
-an estimate: their number times that. torch.compile is left out: it takes minutes and changes no memory to speak of.
+Each check is a row of a table with its result, or the error and its fix. Checks are independent unless one needs the
+result of another. The training step is the real one, on the real device and batch size. Data loading is timed in one
+process with one thread, as in one worker; the throughput of several workers is extrapolated linearly. torch.compile is
+skipped: it takes minutes and hardly changes the memory.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from hmdiff.train.sharding import whole
 from hmdiff.train.timing import timings
 
 FINE, WRONG, SKIPPED = "ok", "wrong", "-"  # and CAREFUL
-_TIMED_STEPS, _TIMED_SECONDS = 3, 10.0  # steps after the first: at most so many, none begun after so long
-_WOKEN = 0.02  # standard deviation of what starts at zero, once it is made to say something
-_EVALUATED = 2  # people of the validation split on whom one evaluation is tried
+_TIMED_STEPS, _TIMED_SECONDS = 3, 10.0  # limits on the steps that are timed after the first
+_WOKEN = 0.02  # standard deviation given to zero-initialised parameters before the gradient check
+_EVALUATED = 2  # people of the validation split in the trial evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A line of the table."""
+    """A row of the table."""
 
     name: str
     state: str  # FINE, CAREFUL, WRONG or SKIPPED
@@ -58,7 +58,7 @@ class Check:
 
 @dataclasses.dataclass
 class DryRun:
-    """The lines, and the numbers in them by name."""
+    """The rows, and their numbers by name."""
 
     checks: list[Check] = dataclasses.field(default_factory=list)
     numbers: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -71,9 +71,9 @@ class DryRun:
 
 def dry_run(
     config: Config,
-    tell: Callable[[str], None] = lambda name: None,  # told what is checked next
+    tell: Callable[[str], None] = lambda name: None,  # called with the name of each check before it runs
 ) -> DryRun:
-    """Check everything that a training of this config needs, and make a few steps. See the module."""
+    """Check everything that a training of this config needs, and run a few steps."""
     run = _Checks(copy.deepcopy(config), tell)
     run.body_and_mesh()
     run.sources()
@@ -101,7 +101,7 @@ class _Checks:
         self.unmoved: set[str] = set()
 
     def _check(self, name: str, action: Callable[[], str | tuple[str, str]], ready: bool = True) -> bool:
-        """One line. The action gives what it found, after a state where that is not FINE; True if nothing is wrong."""
+        """Add a row; return whether it passed. `action` returns the text, or (state, text) if the state is not FINE."""
         state, found = SKIPPED, "needs what is wrong above"
         if ready:
             self.tell(name)
@@ -125,9 +125,9 @@ class _Checks:
         self._check("body", read)
 
     def sources(self) -> None:
-        """Each by itself, so that each fault has its line."""
+        """Check each source by itself, so that each error has its own row."""
         data, ready = self.config.data, self.mesh is not None
-        if data.kind == "synthetic" or not data.sources:  # what is wrong with none, the assembly says
+        if data.kind == "synthetic" or not data.sources:  # build_source raises if sources are missing
             name = "synthetic people" if data.kind == "synthetic" else ""
             look = functools.partial(describe_source, self.config, self.body, self.mesh, name)
             self.sources_fine = self._check("data", look, ready)
@@ -141,7 +141,7 @@ class _Checks:
             look = functools.partial(describe_source, alone, self.body, self.mesh, where, records)
             fine.append(self._check(f"data {number + 1}", look, ready))
         self.sources_fine = all(fine)
-        if self.sources_fine and len(data.sources) > 1:  # what only shows in the mixture: weights, sizes
+        if self.sources_fine and len(data.sources) > 1:  # weights and sizes only matter in the mixture
             self.sources_fine = self._check("mixture", lambda: describe_mixture(self.config, self.body, self.mesh))
         self.result.numbers["records"] = float(sum(records))
 
@@ -168,7 +168,7 @@ class _Checks:
                 ) from None
             finally:
                 self.config.output = wanted
-            trainer.folder = Path(wanted)  # only to look into, from here on
+            trainer.folder = Path(wanted)  # only read from here on
             self.trainer, self.result.main_process = trainer, trainer.accelerator.is_main_process
             model = trainer.plain
             self.result.numbers["parameters"] = parameters(model, False)
@@ -257,12 +257,12 @@ class _Checks:
         try:
             for _ in range(1 + _TIMED_STEPS):
                 started = time.perf_counter()
-                loss = float(trainer._one_step(batches)["loss"])  # waits for the device
+                loss = float(trainer._one_step(batches)["loss"])  # float() synchronises the device
                 times.append(time.perf_counter() - started)
                 if sum(times) > _TIMED_SECONDS:
                     break
-            # Gates and last layers start at zero, and keep what is before them from a gradient for as many steps as
-            # there are of them in a row. This training is thrown away: it may say something from now on.
+            # Zero-initialised gates and output layers block the gradient of all layers before them for the first
+            # steps. This model is discarded, so randomise them to find parameters that never get a gradient.
             with torch.no_grad():
                 for _, parameter in _trained(trainer):
                     if not whole([parameter])[0].any():
@@ -342,7 +342,7 @@ def _trained(trainer: Trainer) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def print_dry_run(result: DryRun) -> None:
-    """The table, and what is wrong in full. Raises `UserError` with the first failure."""
+    """Print the table. Raises `UserError` with the first failure."""
     if result.main_process:
         rows = [(check.name, check.state, check.found) for check in result.checks]
         Table("dry run", ("check", "", "found"), rows, names=3).print()

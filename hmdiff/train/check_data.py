@@ -1,4 +1,4 @@
-"""What a dry run finds of the training data: how many people, with which labels."""
+"""Dry-run checks of the training data: how many people, with which labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hmdiff.data.mixture import PERIOD, Mixture, WithSplits
 from hmdiff.data.sample import PeopleSource, Sample
 
 CAREFUL = "care"
-Found = str | tuple[str, str]  # what was found, after a state where that is not fine
+Found = str | tuple[str, str]  # text, or (state, text) if the state is not fine
 
 
 def describe_source(
@@ -22,9 +22,9 @@ def describe_source(
     body: Body,
     mesh: MeshSampler,
     name: str,
-    records: list[int] | None = None,  # gets how many there are
+    records: list[int] | None = None,  # the number of records is appended
 ) -> Found:
-    """A source by itself: it is read at its start and in its middle."""
+    """Describe one source. Reads a block at its start and one in its middle."""
     source = build_source(config, body, mesh)
     held = held_by(source)
     sample = source.block("train", 0)
@@ -46,7 +46,7 @@ def describe_source(
 
 
 def describe_mixture(config: Config, body: Body, mesh: MeshSampler) -> str:
-    """The shares of a mixture's sources, of the blocks of a period."""
+    """The share of blocks that each source of a mixture contributes."""
     source = build_source(config, body, mesh)
     while not isinstance(source, Mixture):
         source = source.train if isinstance(source, WithSplits) else source.source  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ def describe_mixture(config: Config, body: Body, mesh: MeshSampler) -> str:
 
 
 def describe_splits(config: Config, body: Body, mesh: MeshSampler) -> str:
-    """The people of the evaluations, read with the full mesh."""
+    """Describe the validation and test splits. Reads a block of each with the full mesh."""
     source = build_source(config, body, mesh, full_mesh=True)
     words = []
     for name, people in (("val", config.evaluation.people), ("test", config.evaluation.test_people)):
@@ -71,14 +71,14 @@ def describe_splits(config: Config, body: Body, mesh: MeshSampler) -> str:
 
 
 def held_by(source: PeopleSource) -> int | None:
-    """How many people a source holds; None where they are drawn without end."""
+    """Number of people in a source; None for synthetic people, which are unlimited."""
     while isinstance(source, WithSplits | Mixture):
         source = source.train if isinstance(source, WithSplits) else source.sources[0]
     return len(source) if isinstance(source, Sized) else None
 
 
 def _labels(sample: Sample) -> str:
-    """How many of the people have which label."""
+    """How many people have each label."""
     counted = {
         "mesh": _count(sample.coarse_vertices, sample.has_vertices),
         "3D joints": _count(sample.joints_3d, sample.has_joints_3d),

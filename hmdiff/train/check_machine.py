@@ -1,4 +1,4 @@
-"""What a dry run finds of the machine: gradients, memory, disk, and whether the loading keeps up with the step."""
+"""Dry-run checks of gradients, memory, disk space, and whether data loading keeps up with the training step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hmdiff.errors import UserError
 from hmdiff.train.check_data import CAREFUL, Found
 from hmdiff.train.memory import parameters, peak_gigabytes
 
-_NEARLY_FULL = 0.9  # share of a GPU's memory above which an unlucky batch may not fit
+_NEARLY_FULL = 0.9  # share of GPU memory above which a larger batch may not fit
 
 
 def describe_gradients(
-    names: Sequence[str],  # of the parameters that are trained
+    names: Sequence[str],  # trainable parameters
     unmoved: Set[str],  # those without a gradient
 ) -> Found:
-    """Does every parameter of every part that is on learn from this data? Those that do not, by part."""
+    """List the trainable parameters that get no gradient from this data, by module."""
     if not unmoved:
         return f"all {len(names)} parameters get one"
     parts: dict[str, list[str]] = {}
@@ -37,7 +37,7 @@ def describe_gradients(
 
 
 def describe_memory(device: torch.device, numbers: dict[str, float]) -> Found:
-    """The peak, of the GPU where there is one; into `numbers` too."""
+    """Peak memory of the GPU, or of the process on a CPU; also stored in `numbers`."""
     if device.type != "cuda":
         peak = peak_gigabytes()
         if peak is None:
@@ -52,11 +52,11 @@ def describe_memory(device: torch.device, numbers: dict[str, float]) -> Found:
 
 
 def describe_balance(config: Config, numbers: dict[str, float], processes: int) -> Found:
-    """Does the loading keep up? Of one process, which has workers of its own."""
+    """Whether data loading keeps up with the step, for one process and its workers."""
     values, workers = config.training, config.data.workers
     micro = values.batch_size * values.gradient_accumulation
     rate = micro / numbers["step_seconds"]
-    loading = micro / numbers["loaded_a_second"]  # seconds of one worker
+    loading = micro / numbers["loaded_a_second"]  # seconds per step in one worker
     needed = int(-(-loading // numbers["step_seconds"]))
     numbers["workers_needed"] = needed
     numbers["seconds_a_step"] = (
@@ -77,12 +77,12 @@ def describe_balance(config: Config, numbers: dict[str, float], processes: int) 
     return text
 
 
-def disk_room(config: Config, model: torch.nn.Module) -> tuple[str, float]:  # and the bytes that are needed
-    """Raises `UserError` where the checkpoints do not fit on the disk."""
+def disk_room(config: Config, model: torch.nn.Module) -> tuple[str, float]:  # text, bytes needed
+    """Raises `UserError` if the checkpoints do not fit on the disk."""
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     checkpoint = weights + 4 * (parameters(model, False) + 2 * parameters(model))  # EMA, AdamW's two moments
     kept = config.training.keep_checkpoints
-    needed = (kept + 1) * checkpoint + 2 * weights  # the new one beside the old ones; the pipeline likewise
+    needed = (kept + 1) * checkpoint + 2 * weights  # while saving, the old and the new one are both on disk
     free = shutil.disk_usage(_existing(Path(config.output))).free
     text = f"{needed / 1e9:.2f} GB for {kept} + 1 checkpoints and the pipeline, {free / 1e9:.1f} GB free"
     if free < needed:
@@ -91,7 +91,7 @@ def disk_room(config: Config, model: torch.nn.Module) -> tuple[str, float]:  # a
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
+    """The nearest existing parent folder."""
     for place in (path.absolute(), *path.absolute().parents):
         if place.exists():
             return place

@@ -1,10 +1,10 @@
-"""Checkpoints of a training: written whole, flushed, with checksums; verified before anything of them is loaded.
+"""Training checkpoints: written atomically, flushed to disk, and verified by checksum before loading.
 
-    checkpoints/step_N/model.safetensors, optimizer.bin, random_states_R.pkl   of accelerate (weights alone are loaded)
-    checkpoints/step_N/ema.safetensors, progress.json                          ours
-    checkpoints/step_N/checksums.json                                          of all of the above
+    checkpoints/step_N/model.safetensors, optimizer.bin, random_states_R.pkl   by accelerate (only tensors are loaded)
+    checkpoints/step_N/ema.safetensors, progress.json                          EMA weights and progress
+    checkpoints/step_N/checksums.json                                          of all files above
 
-Names that start with a dot are on their way in or out: a kill leaves them, the next checkpoint sweeps them away.
+Names that start with a dot are being written or removed; the next checkpoint removes what a killed process left.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ MEND = "remove it to go on from the one before"
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a training stands."""
+    """Progress of a training."""
 
     step: int
     ema_steps: int
     sums: dict[str, float] = dataclasses.field(default_factory=dict)  # of the losses since the last row of the log
-    counted: int = 0  # steps in the sums
+    counted: int = 0  # number of steps in the sums
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The whole checkpoints, the oldest first."""
+    """Complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / PROGRESS).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def begin(place: Path) -> Path:
-    """An empty folder to write a checkpoint in, for `finish`. What a kill left at its name, or a link, is removed."""
+    """Create an empty temporary folder for a checkpoint, replacing leftovers; pass it to `finish`."""
     make_folder(place.parent)
     part = _hidden(place, "part")
     _remove(part)
-    os.mkdir(part)  # fails where somebody put something in between
+    os.mkdir(part)  # fails if another process has created it meanwhile
     return part
 
 
 def finish(part: Path, place: Path, keep: int) -> None:
-    """Checksums, permissions, flush, rename; then all but the last `keep` checkpoints go, and what kills left."""
+    """Write checksums, set permissions, flush, rename; then remove all but the last `keep` checkpoints."""
     (part / CHECKSUMS).write_text(json.dumps(folder_checksums(part, (CHECKSUMS,)), indent=1))
     share_files(part)
     sync_tree(part)
@@ -69,11 +69,11 @@ def finish(part: Path, place: Path, keep: int) -> None:
 
 
 def sweep(folder: Path, keep: int) -> None:
-    """Remove old checkpoints, halves of checkpoints, and halves of removals."""
+    """Remove old checkpoints, unfinished checkpoints and unfinished removals."""
     whole = checkpoints_in(folder)
     for path in folder.glob("step_*"):
         if _NAME.fullmatch(path.name) and path not in whole[-keep:]:
-            # Renamed first: a kill while it is removed would leave what looks like a checkpoint.
+            # Renamed first: if killed during the removal, a partial folder would look like a checkpoint.
             with contextlib.suppress(OSError):
                 os.rename(path, _hidden(path, "gone"))
     for path in folder.glob(".step_*"):
@@ -96,10 +96,10 @@ def write_progress(folder: Path, progress: Progress) -> None:
 
 
 def read_progress(place: Path) -> Progress:
-    """Verify a checkpoint, and where it stands. One of before there were checksums is taken without.
+    """Verify a checkpoint and return its progress. Old checkpoints without checksums are accepted.
 
     Raises:
-        UserError: a file is not what was written, or the progress is not one of this checkpoint.
+        UserError: a checksum differs, or the progress does not belong to this checkpoint.
     """
     if (place / CHECKSUMS).exists():
         expected = read_json(place / CHECKSUMS, mend=MEND)
@@ -128,14 +128,14 @@ def _whole(path: Path, found: dict[str, Any], name: str, default: int | None = N
 
 
 def check_finite(place: Path, tensors: Iterable[Tensor], what: str) -> None:
-    """Raises `UserError` where a weight is not a finite number: nothing would come of going on from it."""
+    """Raises `UserError` if a weight is NaN or infinite: training cannot resume from it."""
     for tensor in tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{place}: {what} that are not finite numbers; {MEND}")
 
 
 def check_like(place: Path, mine: list[Tensor], stored: dict[str, Tensor]) -> None:
-    """Raises `UserError` where the averaged weights are not those of this model."""
+    """Raises `UserError` if the EMA weights do not match this model's shapes."""
     if len(stored) != len(mine):
         raise UserError(f"{place / EMA}: {len(stored)} averaged weights, this model has {len(mine)}; {MEND}")
     for tensor, name in zip(mine, sorted(stored), strict=True):
@@ -145,12 +145,12 @@ def check_like(place: Path, mine: list[Tensor], stored: dict[str, Tensor]) -> No
 
 
 def write_average(folder: Path, averaged: list[Tensor]) -> None:
-    """The EMA weights, numbered in their order."""
+    """Write the EMA weights, named by their index."""
     save_file({f"{number:04d}": tensor.contiguous() for number, tensor in enumerate(averaged)}, folder / EMA)
 
 
 def read_average(place: Path, mine: list[Tensor]) -> list[Tensor]:
-    """The EMA weights of `write_average`. Raises `UserError` where they are not this model's."""
+    """Read the EMA weights of `write_average`. Raises `UserError` if they do not match the model."""
     stored = load_file(place / EMA)
     check_like(place, mine, stored)
     return [stored[name] for name in sorted(stored)]

@@ -1,13 +1,13 @@
-"""`hmdiff prepare estimator`: a small top-down pose estimator of mmpose's classes, trained on our synthetic people.
+"""`hmdiff prepare estimator`: trains a small top-down pose estimator, built from mmpose, on synthetic people.
 
-So that experiments meet the faults of a real network, and not only those that `hmdiff.data.synthetic.corruption`
-invents. Step s draws block s of the training stream and its crops from (seed, s) alone: a run that was killed goes on,
-by the same command, from its last saved step to the same weights. Nothing is chosen by looking at a split.
+It lets experiments use the errors of a real network, besides the simulated ones of
+`hmdiff.data.synthetic.corruption`. The batch of step s depends only on (seed, s): the same command resumes a killed run
+from its last saved step and gives the same weights. No split is used for model selection.
 
-    OUTPUT/config.py            the model, as mmpose's init_model reads it
-    OUTPUT/model.safetensors    the averaged (EMA) weights, half precision
-    OUTPUT/pck.json             what these very files give on the test splits
-    OUTPUT/training/            what is needed to go on, until it has ended; log.csv
+    OUTPUT/config.py            the model, readable by mmpose's init_model
+    OUTPUT/model.safetensors    EMA weights, half precision
+    OUTPUT/pck.json             PCK of these files on the test splits
+    OUTPUT/training/            state to resume from (removed at the end) and log.csv
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from hmdiff.train.estimator_figures import pck_figures
 
 FIGURES, STATE = "pck.json", "training/state.safetensors"
 SPLITS = ("test", "test_occluded")
-_BLOCK = 32  # people a block of the splits, as everywhere: it is part of who they are
-_NUM_COARSE = 432  # the coarse mesh that the crops of all experiments are drawn about
+_BLOCK = 32  # people per block of the splits: another block size gives other people
+_NUM_COARSE = 432  # coarse vertices, which determine the crops; as in all experiments
 
 
 @dataclasses.dataclass(frozen=True)
 class EstimatorTraining:
-    """A run. Its values are saved with its state, and a run only goes on with the same ones."""
+    """Hyperparameters. They are saved with the training state; resuming requires the same values."""
 
     steps: int = 2000
-    people: int = 16  # drawn a step
-    views: int = 2  # crops of each: drawing a picture costs about as much as learning from it
+    people: int = 16  # per step
+    views: int = 2  # crops per person: rendering a picture costs about as much as a training step on it
     image_size: int = 96
-    network: str = "hrnet"  # or resnet18, whose weights can start a mesh model's backbone (model.pretrained)
-    width: int = 16  # of `estimator_config`
+    network: str = "hrnet"  # or resnet18, whose weights can initialise a mesh model's backbone (model.pretrained)
+    width: int = 16  # see `estimator_config`
     learning_rate: float = 3e-3
     warmup: int = 100
     weight_decay: float = 1e-2
@@ -64,11 +64,11 @@ def prepare_estimator(
     output: str | Path,
     values: EstimatorTraining | None = None,
     device: torch.device | str = "cpu",
-    people: int = 512,  # of each test split
+    people: int = 512,  # per test split
     save_every: int = 100,
-    evaluate_every: int = 500,  # steps between looks at 64 people of the split `val`
+    evaluate_every: int = 500,  # steps between evaluations on 64 people of the split `val`
 ) -> Mapping[str, Any]:
-    """Train, save, measure what was saved. Returns the figures. Raises `UserError` where an older one would be lost."""
+    """Train, save, and evaluate the saved files. Raises `UserError` if `output` holds a finished estimator."""
     output = Path(output)
     if (output / FIGURES).is_file() and not (output / STATE).is_file():
         raise UserError(f"{output}: a finished estimator is there; remove it or give another --output")
@@ -90,7 +90,7 @@ def prepare_estimator(
 
 
 class EstimatorRun:
-    """The network, its average and its optimiser, from the first step or the last one saved."""
+    """Network, EMA and optimiser, at step 0 or at the last saved step."""
 
     def __init__(self, output: Path, values: EstimatorTraining, device: torch.device | str = "cpu") -> None:
         for name in ("steps", "people", "views", "width", "warmup"):
@@ -110,7 +110,7 @@ class EstimatorRun:
         self.data = _people(values, values.people, self.device)
 
     def train(self, save_every: int = 100, evaluate_every: int = 500) -> None:
-        """To the last step, with a bar, a log and looks at a few validation people."""
+        """Train to the last step with a progress bar, a log and evaluations on a few validation people."""
         values, lately = self.values, []
         bar = tqdm(total=values.steps, initial=self.step, desc="pose estimator", unit="step")
         with bar:
@@ -127,7 +127,7 @@ class EstimatorRun:
                     self.save()
 
     def one_step(self) -> float:
-        """One block of people, one step of the optimiser; the loss is mmpose's own."""
+        """One optimiser step on one block of people; the loss is mmpose's."""
         values = self.values
         images, points = self.batch(self.step)
         self.network.train()
@@ -143,7 +143,7 @@ class EstimatorRun:
         return loss.item()
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:  # images (P V, 3, N, N), points (P V, J, 2)
-        """The crops of a step: every person of its block in `views` crops."""
+        """The crops of a step: `views` crops of every person in its block."""
         sample = self.data.block("train", step)
         assert sample.image is not None and sample.joints_2d is not None
         views = self.values.views
@@ -151,7 +151,7 @@ class EstimatorRun:
         return jitter_crops(images, points, block_generator(self.values.seed, "estimator/crop", step))
 
     def _answers(self, points: Tensor) -> list[Any]:
-        """Targets as mmpose wants them: a data sample for each picture."""
+        """Targets in mmpose's format: one data sample per picture."""
         from mmengine.structures import InstanceData, PixelData
         from mmpose.structures import PoseDataSample
 
@@ -167,7 +167,7 @@ class EstimatorRun:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """EMA of the weights, shorter at the start; the batch statistics are the network's own."""
+        """EMA of the weights, with a lower decay at the start; batch-norm statistics are copied."""
         decay = min(self.values.ema_decay, self.step / (self.step + 9))
         for mine, other in zip(self.averaged.parameters(), self.network.parameters(), strict=True):
             mine.lerp_(other, 1 - decay)
@@ -189,7 +189,7 @@ class EstimatorRun:
             temporary.write_text("\n".join([lines[0], *kept, row]) + "\n")
 
     def save(self) -> None:
-        """Everything that is needed to go on, in one file."""
+        """Save the whole training state in one file."""
         tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"averaged/{name}": value for name, value in self.averaged.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
@@ -206,7 +206,7 @@ class EstimatorRun:
             with safe_open(path, "pt") as stored:
                 about, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}
             step, training = int(about["step"]), json.loads(about["training"])
-        except Exception as error:  # safetensors and JSON each raise their own
+        except Exception as error:  # safetensors and JSON have no common exception
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{path}: damaged ({reason}); remove it to train from the start") from None
         for name, value in dataclasses.asdict(self.values).items():
@@ -232,7 +232,7 @@ class EstimatorRun:
 def save_estimator(
     output: Path, config: dict[str, Any], network: nn.Module, device: torch.device | str = "cpu"
 ) -> SyntheticEstimator:
-    """Write config and half-precision weights; what comes back is read from the files."""
+    """Write the config and half-precision weights; return the estimator loaded from these files."""
     write_config(config, output / CONFIG)
     state = {name: value.cpu() for name, value in network.state_dict().items()}
     half = {name: (v.half() if v.is_floating_point() else v).contiguous() for name, v in state.items()}
@@ -242,7 +242,7 @@ def save_estimator(
 
 
 def test_people(values: EstimatorTraining, device: torch.device | str = "cpu") -> SyntheticHumans:
-    """The people of the splits, the same as in every experiment at this picture size."""
+    """The people of the evaluation splits, the same in all experiments at this image size."""
     return _people(dataclasses.replace(values, seed=0), _BLOCK, device)
 
 
@@ -255,8 +255,8 @@ def _people(values: EstimatorTraining, block_size: int, device: torch.device | s
 
 
 def _initialise(network: Any, seed: int) -> None:
-    """He's initialisation before each batch norm; heatmaps start near zero. Other than mmpose's, which is made for
-    pretrained backbones (a standard deviation of 0.001 everywhere)."""
+    """He initialisation of the convolutions; heatmaps start near zero. mmpose's default (std 0.001 everywhere) assumes
+    a pretrained backbone."""
     torch.manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -267,7 +267,7 @@ def _initialise(network: Any, seed: int) -> None:
 
 
 def _rate(step: int, values: EstimatorTraining) -> float:
-    """Warm-up, then half a cosine down to zero; the share of the full learning rate."""
+    """Linear warm-up, then cosine decay to zero; as a factor of the peak learning rate."""
     if step < values.warmup:
         return (step + 1) / values.warmup
     return 0.5 * (1 + math.cos(math.pi * (step - values.warmup) / max(1, values.steps - values.warmup)))

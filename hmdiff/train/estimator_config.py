@@ -1,9 +1,9 @@
-"""The pose estimator's config: a small HRNet or a ResNet-18 with deconvolutions, of mmpose's classes, as plain values.
+"""The pose estimator's config for mmpose: a small HRNet, or a ResNet-18 with deconvolutions.
 
-HRNet: Wang et al., arXiv 1908.07919, in the smallest of the published forms (one module a stage, two blocks a branch);
-ResNet and the head: Xiao et al., arXiv 1804.06208; the codec: MSRA's with unrounded Gaussians (arXiv 1910.06278). Sizes
-are our choice: N pixels in, heatmaps of N/2, so that N = 96 trains on a processor core and N = 128 has the crop's own
-64. The HRNet is the smaller file; the ResNet's weights can also start a mesh model's backbone (`model.pretrained`).
+HRNet: Wang et al., arXiv 1908.07919, in the smallest published form (one module per stage, two blocks per branch);
+ResNet and head: Xiao et al., arXiv 1804.06208; codec: MSRA heatmaps with unrounded Gaussians (arXiv 1910.06278). Sizes
+are our choice: N pixels in, N/2 heatmaps out; N = 96 trains on one CPU core, N = 128 gives the 64-pixel heatmaps of the
+mesh models. HRNet is the smaller file; ResNet weights can also initialise a mesh model's backbone (`model.pretrained`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from hmdiff.files.storage import atomic_file
 from hmdiff.heatmaps.distribution import BOX_PADDING
 
 NETWORKS = ("hrnet", "resnet18")
-SIGMA = 2.0  # heatmap pixels, at 64 a side
-# ImageNet's, as mmpose's models have them; any would do for a network that starts from nothing.
+SIGMA = 2.0  # heatmap pixels, for heatmaps of 64 x 64
+# ImageNet statistics, as in mmpose's models.
 _MEAN, _STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
-_LOSS_WEIGHT = 1000.0  # a mean over nearly empty heatmaps is tiny
-# Of OKS, as mmpose's own halpe26 has them; no figure here uses them, but its metainfo wants some.
+_LOSS_WEIGHT = 1000.0  # the mean squared error over mostly empty heatmaps is tiny
+# OKS sigmas of mmpose's halpe26: unused here, but required by its metainfo.
 _SIGMAS = [
     *map(
         float,
@@ -34,10 +34,10 @@ _SIGMAS = [
 
 def estimator_config(
     image_size: int = 96,  # N pixels
-    width: int = 16,  # channels of HRNet's finest branch; half as many as of ResNet's last deconvolution
+    width: int = 16,  # channels of HRNet's finest branch; half of the channels of ResNet's last deconvolution
     network: str = "hrnet",
 ) -> dict[str, Any]:
-    """Top-level names and values of the config. Raises `UserError` for a size that the branches cannot halve."""
+    """The config's top-level variables. Raises `UserError` for an unknown network or a size not divisible by 32."""
     if network not in NETWORKS:
         raise UserError(f"network {network!r} is not known; choose one of {', '.join(NETWORKS)}")
     if image_size % 32 or image_size < 32:
@@ -135,7 +135,7 @@ def _metainfo() -> dict[str, Any]:
 
 
 def write_config(config: dict[str, Any], path: str | Path) -> None:
-    """A Python file of plain assignments: what mmengine runs, and what we parse."""
+    """Write the config as a Python file of plain assignments, which mmengine executes and hmdiff parses."""
     lines = ['"""A pose estimator of mmpose\'s classes, trained on synthetic people: `hmdiff prepare estimator`."""\n']
     lines += [f"{name} = {pprint.pformat(value, width=110, sort_dicts=False)}" for name, value in config.items()]
     with atomic_file(path) as temporary:

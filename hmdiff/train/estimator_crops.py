@@ -1,12 +1,12 @@
-"""What the pose estimator is trained on: rendered crops, jittered, with the heatmaps it should answer. Our choice.
+"""Training data of the pose estimator: augmented crops of rendered people and target heatmaps. Our choice.
 
-Pictures of the synthetic people already differ in framing, light, colour and camera; here the square crop is turned,
-scaled, shifted and mirrored as a detector's box and a person's stand are, black where the photo ends, as mmpose's crops
-are, and each channel gets a gain. B pictures of N x N pixels, J keypoints (HALPE26).
+The rendered pictures already vary in framing, light, colour and camera. Here the crop is rotated, scaled, shifted and
+mirrored, filled with black outside the photo as in mmpose, and each channel is multiplied by a gain. B pictures of
+N x N pixels, J keypoints (HALPE26).
 
-A joint outside the crop has target weight 0, as in mmpose: the network is told nothing of it and may see it anywhere. A
-joint that is hidden but inside the crop has weight 1, as COCO labels it: with the squared error the best answer is the
-mean heatmap, a broad and low one where the place is uncertain, several peaks where there are several places.
+Joints outside the crop have target weight 0, as in mmpose. Occluded joints inside the crop have weight 1, as in COCO;
+under the squared error the optimal prediction is the mean heatmap: broad and low, or with several peaks, where the
+position is uncertain.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from hmdiff.heatmaps.distribution import gaussian_heatmaps
 
 @dataclasses.dataclass(frozen=True)
 class Jitter:
-    """How far a crop strays. `scale` is the new crop's side over the old one's."""
+    """Strength of the augmentation. `scale` is the new crop's side over the old one's."""
 
-    rotation: float = 15.0  # degrees, standard deviation, cut off at twice that
-    rotated: float = 0.4  # share of crops that are turned at all
+    rotation: float = 15.0  # degrees, standard deviation, clipped at twice that
+    rotated: float = 0.4  # share of crops that are rotated
     scale: tuple[float, float] = (0.8, 1.25)
     shift: float = 0.06  # of the side, uniform either way
     mirrored: float = 0.5
@@ -41,7 +41,7 @@ def jitter_crops(
     generator: torch.Generator,  # CPU
     values: Jitter = Jitter(),
 ) -> tuple[Tensor, Tensor]:  # images, points in the new crops
-    """Every picture in a crop of its own, its keypoints with it; a mirrored left wrist is a right one."""
+    """Randomly re-crop each picture with its keypoints; mirroring exchanges left and right keypoints."""
     count = len(images)
     draw = torch.rand(count, 9, generator=generator).to(images.device)
     normal = torch.randn(count, generator=generator).to(images.device)
@@ -51,7 +51,7 @@ def jitter_crops(
     angle = math.radians(values.rotation) * normal.clamp(-2, 2) * (draw[:, 3] < values.rotated)
     mirrored = draw[:, 4] < values.mirrored
 
-    # Where the new crop's point p lies in the old one: A p + shift.
+    # From new to old crop coordinates: A p + shift.
     cos, sin = side * angle.cos(), side * angle.sin()
     flip = torch.where(mirrored, -1.0, 1.0)
     matrix = torch.stack([torch.stack([flip * cos, -sin], -1), torch.stack([flip * sin, cos], -1)], 1)
@@ -70,6 +70,6 @@ def target_heatmaps(
     heatmap_size: int,  # M
     sigma: float,  # heatmap pixels
 ) -> tuple[Tensor, Tensor]:  # (B, J, M, M), weights (B, J)
-    """What mmpose's `MSRAHeatmap.encode` gives (with `unbiased`), for the whole batch and on its device."""
+    """Batched equivalent of mmpose's `MSRAHeatmap.encode` with `unbiased=True`, on the tensors' device."""
     weights = (points.abs() <= 1).all(-1).to(points.dtype)
     return gaussian_heatmaps(points - grid_shift(image_size, heatmap_size), weights, sigma, heatmap_size), weights

@@ -1,9 +1,8 @@
-"""How good a pose estimator is on synthetic people: PCK, visible and hidden joints apart.
+"""PCK of a pose estimator on synthetic people, for visible and hidden joints separately.
 
-PCK@a: the share of joints whose peak lies within `a` of the crop's side from the truth (after Yang and Ramanan, PAMI
-2013, who take the person's box). PCKh@0.5: within half of the person's own head segment, top of the head to neck as it
-appears in the picture (after Andriluka et al., CVPR 2014). Joints outside the crop do not count. Our choice of what is
-reported.
+PCK@a: share of joints whose peak is within `a` times the crop's side of the ground truth (after Yang and Ramanan, PAMI
+2013, who use the person's box). PCKh@0.5: within half of the projected length from the top of the head to the neck
+(after Andriluka et al., CVPR 2014). Joints outside the crop are not counted.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _HEAD = (HALPE26.index("top_head"), HALPE26.index("neck"))
 def within(
     predicted: Tensor,  # (B, J, 2)
     truth: Tensor,  # (B, J, 2)
-    radius: Tensor | float,  # (B, 1) or one number, in the points' unit
+    radius: Tensor | float,  # (B, 1) or a scalar, in the points' unit
 ) -> Tensor:  # (B, J) bool
     return (predicted - truth).norm(dim=-1) <= radius
 
@@ -34,7 +33,7 @@ def pck_figures(
     split: str,
     people: int,
 ) -> dict[str, dict[str, float]]:
-    """For "visible" joints and "hidden" ones (behind an occluder): how many, PCK, PCKh, and the mean peak."""
+    """Number of joints, PCK, PCKh and mean peak height for "visible" and "hidden" (occluded) joints."""
     names = (*map(_name, THRESHOLDS), "pckh@0.5", "peak", "seen", "there")
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for number in range(-(-people // data.block_size)):
@@ -55,7 +54,7 @@ def pck_figures(
     seen, there = joined.pop("seen"), joined.pop("there")
     figures = {}
     for kind, mask in (("visible", seen), ("hidden", there & ~seen)):
-        # No hidden joint at all is a share of nothing: 0 joints, and zeros that count for nobody.
+        # Without hidden joints: 0 joints and zeros, not NaN.
         shares = {name: value[mask].float().mean().item() if mask.any() else 0.0 for name, value in joined.items()}
         figures[kind] = {"joints": int(mask.sum()), **shares}
     return figures

@@ -1,4 +1,4 @@
-"""Pictures of the data, and of a pipeline at work on a split: what a training writes to look at."""
+"""Pictures of validation people and their hypotheses, written during training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def validation_picture(
     hypotheses: int = 3,
     split: str = "val",
 ) -> None:
-    """A row a person: the heatmaps, the truth and hypotheses from the front, then from the side. Written to `path`."""
+    """Write a picture to `path`: per person a row of heatmaps, ground truth and hypotheses, from front and side."""
     sample = data.block(split, 0).map(lambda tensor: tensor[:people])
     given = photo_of(sample) | depth_of(pipeline, sample)
     output = pipeline(sample.image, as_heatmaps(sample), num_hypotheses=hypotheses, **given)

@@ -1,4 +1,4 @@
-"""What a training writes of itself: log.csv, and accelerate's trackers (TensorBoard, Weights & Biases, ...)."""
+"""Training logs: log.csv, and accelerate's trackers (TensorBoard, Weights & Biases, ...)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from hmdiff.config import Config
 
 PROJECT = "hmdiff"
-_LARGEST = 1 << 28  # bytes of a log.csv
+_LARGEST = 1 << 28  # maximum size of log.csv, bytes
 
 
 def tracker_options(trackers: str, folder: Path) -> dict[str, Any]:
-    """Keywords of `Accelerator`. Raises `UserError` for a tracker that is not known or not installed."""
+    """Keyword arguments of `Accelerator`. Raises `UserError` for a tracker that is unknown or not installed."""
     names = [] if trackers == "none" else [name.strip() for name in trackers.split(",") if name.strip()]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -40,7 +40,7 @@ def tracker_options(trackers: str, folder: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows that name a step; none where there is no file. Raises `UserError` naming the line that is not a row."""
+    """Rows that have a step; empty without a file. Raises `UserError` naming the malformed line."""
     if not os.path.lexists(path):
         return []
     text = read_bytes(path, _LARGEST).decode("utf-8", "replace").replace("\0", "\ufffd")
@@ -63,12 +63,12 @@ def run_log(
     accelerator: Accelerator,
     folder: Path,
     config: Config,
-    step: int,  # of the checkpoint that the run goes on from; 0: a new run
-    again: bool,  # the evaluation at this step will be written again
+    step: int,  # of the checkpoint to resume from; 0: a new run
+    again: bool,  # the evaluation at this step will be repeated
 ) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A function that writes a row to log.csv and to the trackers, on the main process.
+    """Yields a function that writes a row to log.csv and the trackers (on the main process only).
 
-    What a resumed run will write again is dropped first: rows past its step, and the evaluation at its step.
+    Rows that a resumed run writes again are dropped: those after `step`, and with `again` the evaluation at `step`.
     """
     if not accelerator.is_main_process:
         yield lambda row: None
@@ -77,7 +77,7 @@ def run_log(
     rows = [row for row in read_log(path) if int(row["step"]) <= step]
     if again:
         rows = [row for row in rows if int(row["step"]) < step or "val_pve_mean" not in row]
-    # One W&B run for one folder, also after a resume.
+    # The same W&B run after a resume.
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     accelerator.init_trackers(
         PROJECT,
@@ -107,7 +107,7 @@ def run_log(
     try:
         yield log
     finally:
-        # Not end_training: it would also end the processes' group, and the test split is still to come.
+        # Not end_training: it also destroys the process group, which the test evaluation still needs.
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers = []

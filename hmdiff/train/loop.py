@@ -1,10 +1,10 @@
-"""The training loop, on Accelerate: EMA, a learning rate by name, checkpoints, resume.
+"""The training loop, on Accelerate: EMA, learning rate schedule, checkpoints, resume.
 
-All randomness is derived from (seed, step), see `train.stream`: a run that was killed and started again by the same
-command goes on from its last checkpoint to the same result.
+All randomness is derived from (seed, step), see `train.stream`: the same command resumes a killed run from its last
+checkpoint and gives the same result.
 
-    runs/NAME/config.yaml            what was resolved
-    runs/NAME/checkpoints/step_N/    everything needed to go on
+    runs/NAME/config.yaml            the resolved config
+    runs/NAME/checkpoints/step_N/    the training state to resume from
     runs/NAME/pipeline/              the EMA weights, for HMDiffPipeline.from_pretrained
     runs/NAME/log.csv, tensorboard/, pictures/
 """
@@ -47,7 +47,7 @@ from hmdiff.train.validation import score_test_split, validate, validation_line,
 
 
 class Trainer:
-    """One run, from its config to its pipeline."""
+    """One training run, from a config to a saved pipeline."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -55,7 +55,7 @@ class Trainer:
         check_names(config)
         if values.threads:
             torch.set_num_threads(values.threads)
-        # Its find_unused_parameters is set once the model is known, and read when the model is wrapped.
+        # find_unused_parameters is set below, once the model is known, before `prepare` reads it.
         self._wrapping = DistributedDataParallelKwargs()
         self.folder = make_folder(config.output)
         self.accelerator = Accelerator(
@@ -70,11 +70,11 @@ class Trainer:
         self.plain = build_model(config, body, mesh)
         if values.start_from:
             take_weights(self.plain, values.start_from)
-        # Fitted in closed form already, and the training people have no full mesh to refine it on.
+        # Upsampling is fitted in closed form; training samples have no full mesh to refine it.
         if self.plain.upsample_weight is not None:
             self.plain.upsample_weight.requires_grad_(False)
         self.scheduler = build_scheduler(config)
-        # A GPU draws its own people, ahead of the step: its queue runs on while the next batch is asked for.
+        # On a GPU without workers, people are drawn on the GPU, whose kernels are queued ahead of the step.
         drawn_on = device if device.type == "cuda" and not config.data.workers else torch.device("cpu")
         data = build_source(config, body, mesh, device=drawn_on)
         for line in check_maps(config, data):
@@ -91,7 +91,7 @@ class Trainer:
             self.plain.enable_gradient_checkpointing()
 
         optimizer = build_optimizer(self.plain, values)
-        # A compiled module renames its parameters, so only its forward is compiled.
+        # Compiling the module would rename its parameters, so only its forward is compiled.
         if values.compile:
             self.plain.forward = torch.compile(self.plain.forward)  # type: ignore[method-assign]
         step = TrainingStep(
@@ -104,24 +104,24 @@ class Trainer:
         self._wrapping.find_unused_parameters = used_by_no_loss(self.plain, config.loss)
         self._tell_deepspeed()
         self.model, self.optimizer = self.accelerator.prepare(step, optimizer)
-        from diffusers.training_utils import EMAModel  # imports all networks of diffusers: seconds
+        from diffusers.training_utils import EMAModel  # takes seconds: imports all of diffusers' models
 
-        # Not registered with accelerate, which would unpickle whatever stands in its place: `_save` writes it.
+        # Not registered with accelerate, which would unpickle its state: `_save` writes it as safetensors.
         self.ema = EMAModel(
             self.plain.parameters(), decay=values.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
         )
         self.ema.to(device)
-        # Evaluation needs unsharded weights (FSDP): a model of its own.
+        # Evaluation needs unsharded weights (FSDP), so it gets a separate model.
         self.shown = self.plain
         if shared_out(self.plain.parameters()):
             self.shown = self.pipeline.model = build_model(config, body, mesh).to(device).eval()
         self.step = 0
         self.stopping = False
         self._sums: dict[str, float] = {}  # of the losses since the last row of the log
-        self._counted = 0  # steps in them
+        self._counted = 0  # number of steps in the sums
 
     def run(self) -> dict[str, Any]:
-        """Train to the end (or for `training.minutes`), on from the last checkpoint. Returns the last evaluation."""
+        """Train from the last checkpoint to the end, or for `training.minutes`. Returns the last evaluation."""
         main = self.accelerator.is_main_process
         mend = "wait for it to end, or give output=ANOTHER_FOLDER"
         with claim(self.folder, mend) if main else contextlib.nullcontext():
@@ -129,7 +129,7 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         values, main = self.config.training, self.accelerator.is_main_process
-        self._check_same_run()  # again, now that nobody else can begin one
+        self._check_same_run()  # again, now that the folder is locked
         if main:
             save_config(self.config, self.folder / "config.yaml")
         self._resume()
@@ -148,10 +148,10 @@ class Trainer:
             stop_signals(self._stop),
             run_log(self.accelerator, self.folder, self.config, self.step, again=self._evaluation_due()) as log,
         ):
-            # In here, so that Ctrl-C finds our handler in the data workers too, and not the one that ends them.
+            # Started here, so that data workers inherit our Ctrl-C handler; the default one would end them.
             batches = iter(loader)
             if self.step and self._evaluation_due():
-                result = self._evaluate(log)  # a kill may have come between the checkpoint and its evaluation
+                result = self._evaluate(log)  # the run may have been killed between checkpoint and evaluation
             while self.step < values.steps and not self.stopping:
                 terms = self._one_step(batches)
                 self.step += 1
@@ -191,7 +191,7 @@ class Trainer:
             quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             with quiet, self.accelerator.autocast():
                 terms = self.model(people, draws)
-                # DeepSpeed divides by itself.
+                # DeepSpeed does this division itself.
                 share = 1 if self.accelerator.state.deepspeed_plugin is not None else values.gradient_accumulation
                 self.accelerator.backward(terms["loss"] / share)
             for name, value in terms.items():
@@ -210,7 +210,7 @@ class Trainer:
         return totals
 
     def _tell_deepspeed(self) -> None:
-        """DeepSpeed accumulates and clips by itself, by the launcher's file: the config's values go over that."""
+        """DeepSpeed accumulates and clips by the launcher's file; override it with the config's values."""
         plugin: Any = self.accelerator.state.deepspeed_plugin
         if plugin is not None:
             plugin.deepspeed_config |= {
@@ -220,7 +220,7 @@ class Trainer:
             }
 
     def _rate(self) -> float:
-        """The learning rate of the current step: that of AdamW; Muon's keeps its ratio to it."""
+        """The learning rate of the current step."""
         return self.config.training.learning_rate * rate_share(self.config.training, self.step)
 
     def _evaluation_due(self) -> bool:
@@ -230,7 +230,7 @@ class Trainer:
         self.stopping = True
 
     def _agreed(self, stop: bool) -> bool:
-        """Whether any process wants to stop: all must, or the others would wait for its gradients for ever."""
+        """Whether any process wants to stop. All stop together, or the others would wait for its gradients forever."""
         if self.accelerator.num_processes == 1:
             return stop
         flag = torch.tensor(float(stop), device=self.accelerator.device)
@@ -249,7 +249,7 @@ class Trainer:
                 )
 
     def _save(self) -> None:
-        """A checkpoint appears whole or not at all: it is written beside its place and renamed."""
+        """Write a checkpoint atomically: into a temporary folder, then renamed."""
         self.accelerator.wait_for_everyone()
         place = self.folder / "checkpoints" / f"step_{self.step:08d}"
         part = place.with_name(f".{place.name}.part")
@@ -263,7 +263,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 checkpoint.write_average(part, averaged)
                 checkpoint.write_progress(part, progress)
-        except Exception as error:  # of a full disk the file system, torch and safetensors each tell in their own way
+        except Exception as error:  # on a full disk, OS, torch and safetensors raise different exceptions
             shutil.rmtree(part, ignore_errors=True)
             raise checkpoint.not_written(place, error) from error
         self.accelerator.wait_for_everyone()
@@ -291,7 +291,7 @@ class Trainer:
                 fill(mine, value)
         except UserError:
             raise
-        except Exception as error:  # torch, safetensors and accelerate each raise their own
+        except Exception as error:  # torch, safetensors and accelerate raise different exceptions
             reason = str(error).split("\n")[0][:160]
             raise UserError(f"{place}: damaged checkpoint ({reason}); {checkpoint.MEND}") from None
         for what, tensors in (
@@ -306,7 +306,7 @@ class Trainer:
             tqdm.write(f"going on from {place}")
 
     def _evaluate(self, log: Any) -> dict[str, Any]:
-        """The EMA weights on the validation split; then they are saved as a pipeline."""
+        """Evaluate the EMA weights on the validation split and save them as a pipeline."""
         averaged = whole(self.ema.shadow_params)
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
@@ -325,7 +325,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _showing(self, averaged: list[Tensor]) -> Iterator[None]:
-        """The pipeline with the EMA weights, all in one piece."""
+        """Context in which the pipeline's model has the unsharded EMA weights."""
         if self.shown is not self.plain:
             with torch.no_grad():
                 for mine, value in zip(self.shown.parameters(), averaged, strict=True):
@@ -344,7 +344,7 @@ class Trainer:
             self.plain.train()
 
     def _picture(self) -> None:
-        """A few validation people with their hypotheses, as a picture."""
+        """Write a picture of a few validation people and their hypotheses."""
         from hmdiff.train.gallery import validation_picture
 
         validation_picture(self.pipeline, self.validation, self.folder / "pictures" / f"step_{self.step:08d}.png")

@@ -1,7 +1,7 @@
-"""Does the data have what D2A-HMR's parts read and learn? A model that is called so must not be trained without.
+"""Checks that the data has the depth maps and silhouettes that D2A-HMR's modules need.
 
-`depth_input` (hmdiff prepare DATASET --depth) is the depth path's input, `silhouette` (a data set's own masks) the
-silhouette decoder's label.
+`depth_input` (hmdiff prepare DATASET --depth) is the input of the depth module, `silhouette` (a data set's own masks)
+the label of the silhouette decoder.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from hmdiff.errors import UserError
 
 
 def check_maps(config: Config, source: PeopleSource) -> list[str]:
-    """Lines about sources without maps that others have. Looks at the first block of each; synthetic people have all.
+    """Warnings about sources that lack maps which others have. Reads the first block of each; synthetic data has all.
 
     Raises:
-        UserError: a part is on, and nobody has what it needs.
+        UserError: a module is enabled and no source has its maps.
     """
     if config.data.kind == "synthetic":
         return []

@@ -1,4 +1,4 @@
-"""How much memory a process has held, and how many weights a model has."""
+"""Peak memory of a process, and parameter counts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def parameters(model: Any, trained: bool = True) -> int:
 
 
 def memory_text(device: Any) -> str:
-    """Peak of the process, and of the GPU where one is used."""
+    """Peak memory of the process, and of the GPU if one is used."""
     gigabytes = peak_gigabytes()
     text = "unknown on this system" if gigabytes is None else f"{gigabytes:.2f} GB at the peak of the process"
     if device.type == "cuda":
@@ -22,10 +22,10 @@ def memory_text(device: Any) -> str:
 
 
 def peak_gigabytes() -> float | None:
-    """The most memory that this process has held so far; None where the system does not tell."""
+    """Peak resident memory of this process so far; None on systems that do not report it."""
     try:
         import resource
     except ImportError:  # Windows
         return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,8 +1,8 @@
-"""The optimiser and the learning rate's course. Which the papers used is unknown: both are our choice.
+"""Optimiser and learning rate schedule; the papers do not publish theirs.
 
-"muon": the hidden matrices (two dimensions, neither of them an input's or an output's) take Muon's orthogonalised
-momentum (Jordan et al., 2024; torch.optim.Muon), all else AdamW. "stable": warm-up, constant, then linearly to zero
-(warm-up-stable-decay, Hu et al., arXiv 2404.06395), so that a run can be made longer until its decay begins.
+"muon": Muon's orthogonalised momentum (Jordan et al., 2024; torch.optim.Muon) for hidden weight matrices (no input or
+output layers), AdamW for all other parameters. "stable": warm-up, constant, then linear decay to zero (Hu et al.,
+arXiv 2404.06395), so that a run can be extended until its decay begins.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from hmdiff.config import TrainingConfig
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "stable")
-HIDDEN = 64  # rows and columns from which a matrix counts as hidden: smaller ones read inputs or write outputs
-_TABLES = ("identity", "feature_backbone.joint")  # one row a token: looked up, never multiplied
+HIDDEN = 64  # least rows and columns of a hidden matrix: smaller ones belong to input or output layers
+_TABLES = ("identity", "feature_backbone.joint")  # embedding tables, one row per token
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Both as one optimiser, so that one state is saved, resumed and wrapped."""
+    """Muon and AdamW as one optimiser, with one state to save, resume and wrap."""
 
     def __init__(self, hidden: list[nn.Parameter], others: list[dict[str, Any]], values: TrainingConfig) -> None:
         self.muon = torch.optim.Muon(
@@ -31,10 +31,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.adamw = torch.optim.AdamW(others, lr=values.learning_rate, betas=(0.9, 0.99))
         groups = [*self.muon.param_groups, *self.adamw.param_groups]
         super().__init__(groups, {})
-        self.param_groups = groups  # the two's own: a rate that is set here is theirs
+        self.param_groups = groups  # shared with both: a learning rate set here applies to them
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of both."""
+        """One step of both optimisers."""
         self.muon.step()
         self.adamw.step()
 
@@ -48,7 +48,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(model: nn.Module, values: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimiser of a config. Vectors (norms, biases) have no weight decay."""
+    """The optimiser of a config. Norms and biases have no weight decay."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = []
     if values.optimizer == "muon":
@@ -66,9 +66,9 @@ def build_optimizer(model: nn.Module, values: TrainingConfig) -> torch.optim.Opt
 
 def rate_share(
     values: TrainingConfig,
-    step: int,  # that is about to be taken, from 0
+    step: int,  # from 0
 ) -> float:
-    """The learning rate of a step, as a share of the highest."""
+    """The learning rate of a step, as a factor of its peak."""
     if step < values.warmup_steps:
         return (step + 1) / values.warmup_steps
     progress = min(1.0, (step - values.warmup_steps) / max(1, values.steps - values.warmup_steps))

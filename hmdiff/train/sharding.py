@@ -1,4 +1,4 @@
-"""Weights that several processes share out among them (FSDP 2): whole when they are saved, in parts where they live."""
+"""Sharded weights (FSDP 2): gathering them to save, filling them to load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def shared_out(
     tensors: Iterable[Tensor],
 ) -> bool:
-    """Whether any of them lives in parts."""
+    """Whether any tensor is sharded."""
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in tensors)
@@ -21,10 +21,7 @@ def shared_out(
 def whole(
     tensors: Iterable[Tensor],
 ) -> list[Tensor]:
-    """Each tensor in one piece. All processes must call it: those that are shared out are gathered.
-
-    What is not shared out is given back as it is, not copied.
-    """
+    """Gather sharded tensors; all processes must call it. Unsharded tensors are returned as they are, not copied."""
     from torch.distributed.tensor import DTensor
 
     return [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -33,9 +30,9 @@ def whole(
 @torch.no_grad()
 def fill(
     tensor: Tensor,
-    value: Tensor,  # in one piece, the same in every process
+    value: Tensor,  # unsharded, the same in every process
 ) -> None:
-    """Copy the process's own part of the value into the tensor. All processes must call it."""
+    """Copy the process's shard of `value` into `tensor`. All processes must call it."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(tensor, DTensor):

@@ -1,4 +1,4 @@
-"""What a training starts from: values that are in range, and the weights of a saved pipeline."""
+"""Before training: checks the config's names, and initialises a model from a saved pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hmdiff.train.optimizer import OPTIMIZERS, SCHEDULES
 
 
 def check_names(config: Config) -> None:
-    """Names that would otherwise fail deep in the loop; ranges are `load_config`'s to check."""
+    """Raises `UserError` for names that would fail deep in the loop; `load_config` checks the ranges."""
     choices = (
         ("loss.points", config.loss.points, POINT_LOSSES),
         ("loss.weighting", config.loss.weighting, WEIGHTINGS),
@@ -30,7 +30,7 @@ def check_names(config: Config) -> None:
             raise UserError(f"{name} {value!r} is not known; choose one of {', '.join(allowed)}")
 
 
-# Entries of the optional paths: a path that the saved pipeline has not starts as it is built.
+# Options of optional modules: a module that the saved pipeline lacks keeps its initialisation.
 _PATHS = tuple(
     """
     depth_map depth_layers depth_size rle rle_variant silhouette masked lifting volume_width volume_size volume_exponent
@@ -39,15 +39,15 @@ _PATHS = tuple(
 )
 
 
-# Of these a model may have more than the saved one: further blocks, that leave what it says as it is until they learn.
+# A model may have more blocks than the saved one: the additional ones start as identities.
 _DEPTHS = ("encoder_depth", "depth")
 
 
 def take_weights(model: MeshRecoveryModel, name: str) -> None:
-    """Start from a saved pipeline's weights. What a path adds to it starts as it is built; further blocks add nothing.
+    """Load the weights of a saved pipeline. Added modules keep their initialisation; added blocks start as identities.
 
     Raises:
-        UserError: the two models differ in more than an added path or further blocks.
+        UserError: the two models differ in more than added modules or blocks.
     """
     stored = HMDiffPipeline.from_pretrained(name).model
     for key, value in model.config.items():
@@ -68,4 +68,4 @@ def take_weights(model: MeshRecoveryModel, name: str) -> None:
     if isinstance(model.encoder, torch.nn.ModuleList):
         for block in list(model.encoder)[stored.config.encoder_depth :]:
             assert isinstance(block, EncoderBlock)
-            block.silence()  # a denoiser's block is built so: its gates are zero
+            block.silence()  # denoiser blocks need not: their gates are zero-initialised

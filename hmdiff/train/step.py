@@ -1,8 +1,8 @@
-"""One training step's losses: noise the mesh, predict, and sum the objective.
+"""Losses of one training step: noise the mesh, predict, and sum the objective.
 
-HMDiff predicts at x_k; the direct baseline from a constant. `TrainingStep` holds the model, so that whatever shares a
-training over processes sees every parameter that is used, RLE's flow included, inside one forward pass.
-B people, M noise levels of each, P points (C coarse vertices, K joints), T tokens.
+HMDiff predicts from x_k, the direct baseline from a constant. `TrainingStep` holds model and objective, so that DDP and
+FSDP see all parameters, RLE's flow included, in one forward pass.
+B people, M noise levels per person, P points (C coarse vertices, K joints), T tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from hmdiff.models.lifting import sample_volume, volume_coordinates, voxels_away
 from hmdiff.models.prediction import Prediction
 from hmdiff.models.recovery import MeshRecoveryModel
 
-RLE_VERTICES = 48  # coarse vertices whose likelihood a step takes, where RLE is of the vertices too
+RLE_VERTICES = 48  # coarse vertices sampled per step for the RLE loss on vertices
 
 
 class Draws(NamedTuple):
-    """All that is random in the step of a batch, a function of (seed, batch) alone."""
+    """The random numbers of a training step, a function of (seed, batch) only."""
 
     steps: Tensor  # (B, M) long
     noise: Tensor  # (B, M, P, 3)
@@ -72,7 +72,7 @@ def training_losses(
         target, clean = truth, found.points
     else:
         kind = scheduler.config.prediction_type
-        # Somebody whose truth is not all there is seen at the last step alone: x_K is noise, whatever x_0 was.
+        # Partially labelled samples train only at t = T, where x_t is pure noise, independent of x_0.
         for whole in (sample.has_vertices, sample.has_joints_3d):
             if whole is not None:
                 steps = torch.where(whole[:, None], steps, scheduler.config.num_train_timesteps - 1)
@@ -85,7 +85,7 @@ def training_losses(
         clean = clean_estimate(found.points, noisy, share, kind)
         weight = loss_weight(share, kind, config.weighting, config.gamma)
         clean_weight = loss_weight(share, "sample", config.weighting, config.gamma)
-        if kind == "epsilon":  # where x_k holds no signal, the noise that is predicted says nothing of x_0
+        if kind == "epsilon":  # as alpha_bar -> 0, an epsilon prediction does not determine x_0
             clean_weight = clean_weight * (share / (1 - share).clamp_min(1e-8)).clamp(max=1.0)
     contrast = _contrast(model, config, sample, found, truth, clean, share, draws.shared_seed)
     paths = PathOutputs(
@@ -135,7 +135,7 @@ def training_losses(
 
 
 def _some_vertices(model: MeshRecoveryModel, draws: Draws) -> Tensor:  # (v,) long
-    """RLE's flow costs more than the denoiser where it sees every vertex: others are taken in every step."""
+    """A random subset of vertices per step: on all vertices, RLE's flow would cost more than the denoiser."""
     generator = torch.Generator().manual_seed(draws.shared_seed)
     return torch.randperm(model.config.num_coarse, generator=generator)[:RLE_VERTICES]
 
@@ -150,10 +150,11 @@ def _contrast(
     share: Tensor,  # (B, M)
     seed: int,
 ) -> dict[str, Tensor]:
-    """JOTR's contrastive terms, on what the volume holds at the joints of the noisiest x̂_0 and at the true ones.
+    """JOTR's contrastive losses on volume features sampled at the joints of x̂_0 and at the ground truth joints.
 
-    The noisiest, since there the joints are least known; without a gradient through the places (ours: contrast is to
-    shape the features, the mesh's own losses move the joints). True places need a true camera: else the model's own.
+    x̂_0 is that of the highest noise level, where joints are least certain. Sampling positions are detached (our choice:
+    contrast trains the features, the mesh losses move the joints). Ground truth joints are projected by the labelled
+    camera, or by the predicted one where there is no label.
     """
     if found.volume is None or found.exponent is None or not (config.joint_contrast or config.non_joint_contrast):
         return {}
@@ -186,7 +187,7 @@ def keypoint_map(
     body: Body,
     device: torch.device | None = None,  # None: the model's
 ) -> KeypointMap | None:
-    """What the keypoint terms need; None where both are off. Raises `UserError` for a body without keypoints."""
+    """Regressors of the keypoint losses; None if both are off. Raises `UserError` for a body without keypoints."""
     if not (config.keypoints_2d or config.keypoints_3d):
         return None
     if body.keypoint_regressor is None:
@@ -197,7 +198,7 @@ def keypoint_map(
 
 
 class TrainingStep(nn.Module):
-    """The model and its objective as one module: what is wrapped for several processes."""
+    """Model and objective as one module, to be wrapped by DDP or FSDP."""
 
     def __init__(
         self,
@@ -219,10 +220,10 @@ def used_by_no_loss(
     model: MeshRecoveryModel,
     config: LossConfig,
 ) -> bool:
-    """Whether some parameter gets no gradient in a step, which DDP must be told.
+    """Whether some parameters may get no gradient in a step (DDP's `find_unused_parameters`).
 
-    Without a camera loss its head gets none, nor do an image network's other resolutions (HRNet), nor what is only
-    trained by a term whose weight is 0.
+    Examples: the camera head without a camera loss, unused resolutions of an image backbone (HRNet), modules whose only
+    loss has weight 0.
     """
     values = model.config
     return (
@@ -230,7 +231,7 @@ def used_by_no_loss(
         or values.inputs != "heatmaps"
         or (values.silhouette and not config.silhouette)
         or (bool(values.rle) and not config.rle)
-        or values.depth_map  # a batch in which nobody has a map
-        or values.masked > 0  # a batch in which nothing was hidden
-        or values.lifting  # the last estimate's own head, when nothing supervises it
+        or values.depth_map  # batches without any depth map
+        or values.masked > 0  # batches without any masked token
+        or values.lifting  # the last estimate's head, if not supervised
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """`stop` is called on either signal; where there is no handling them (not the main thread), never."""
+    """Call `stop` on SIGINT or SIGTERM. Outside the main thread, where signals cannot be handled, do nothing."""
     wanted = (signal.SIGINT, signal.SIGTERM)
     try:
         previous = {number: signal.signal(number, lambda *_: stop()) for number in wanted}

@@ -1,6 +1,6 @@
-"""The batches of a training: people, noise levels and noise of step s, functions of (seed, s) alone.
+"""Training batches: people, noise levels and noise of step s are a function of (seed, s) only.
 
-A block of people gets the same noise on whichever process it lands.
+A block of people gets the same noise on any process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hmdiff.train.step import Draws
 
 
 class TrainingStream(Dataset):
-    """Micro-batches of one process: item i holds the people, and all that is random: functions of (seed, i) alone."""
+    """Micro-batches of one process: item i holds people and random numbers, a function of (seed, i) only."""
 
     def __init__(self, data: PeopleSource, config: Config, rank: int, processes: int, model: MeshRecoveryModel) -> None:
         training, loss = config.training, config.loss
@@ -53,5 +53,5 @@ class TrainingStream(Dataset):
         return concatenate(people), draws
 
     def _seed(self, index: int) -> int:
-        """Of what all processes draw alike."""
+        """Seed of the random numbers that all processes share."""
         return int(block_generator(self.seed, "contrast", index).initial_seed())

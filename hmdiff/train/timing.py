@@ -1,4 +1,4 @@
-"""Seconds of an action, call by call: where every table of times gets its own."""
+"""Timing of repeated calls."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 def timings(
     action: Callable[[], Any],
     repeats: int,
-    device: Any = None,  # a torch.device; a GPU is waited for
-    clock: Callable[[], float] = time.perf_counter,  # time.process_time where other programs run
-) -> list[float]:  # one a call; the first is slower: memory, caches, compilation
+    device: Any = None,  # a torch.device; a GPU is synchronised after each call
+    clock: Callable[[], float] = time.perf_counter,  # time.process_time on a busy machine
+) -> list[float]:  # seconds per call; the first is slower: memory, caches, compilation
     times = []
     for _ in range(repeats):
         started = clock()
@@ -23,7 +23,7 @@ def timings(
 
 
 def wait_for(device: Any) -> None:
-    """Until a GPU has done what it was given; a processor has done it already."""
+    """Synchronise a GPU; a CPU is always synchronous."""
     if device is not None and device.type == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""The looks at the validation split during a training, and the one at the test split when it has ended."""
+"""Evaluation on the validation split during training, and on the test split at its end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def validate(pipeline: HMDiffPipeline, data: PeopleSource, values: EvaluationCon
 
 
 def validation_row(report: dict[str, Any]) -> dict[str, float]:
-    """Every error for the log, by `val_METRIC_KIND`."""
+    """All errors as a log row, named `val_METRIC_KIND`."""
     return {
         f"val_{metric}_{kind}": value["value"]
         for metric, kinds in report["errors"].items()
@@ -46,7 +46,7 @@ def score_test_split(
     values: EvaluationConfig,
     device: torch.device,
 ) -> None:
-    """The finished pipeline on the test split, beside what the mean mesh gives; written to test.json."""
+    """Evaluate the finished pipeline and the mean mesh baseline on the test split; written to test.json."""
     pipeline = HMDiffPipeline.from_pretrained(folder / "pipeline", device)
     sampling = SamplingConfig(values.num_hypotheses, values.num_inference_steps)
     report = evaluate(pipeline, data, "test", values.test_people, sampling)
