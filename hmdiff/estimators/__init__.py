@@ -1,1 +1,1 @@
-"""What looks at photos: pose estimators and detectors (mmpose), depth networks (transformers)."""
+"""Networks for photos: pose estimators and detectors (mmpose), depth networks (transformers)."""

@@ -1,4 +1,4 @@
-"""The sources of heatmaps by name: what `--pose` and `pipe(photo)` understand."""
+"""Heatmap sources by name, for `--pose` and `pipe(photo)`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ VITPOSE = "vitpose:"
 
 
 def load_source(
-    name: str = EMBEDDED,  # embedded, embedded:FOLDER, vitpose:MODEL, or a model of mmpose
-    checkpoint: str | None = None,  # mmpose's weights
-    detector: str = "human",  # mmdet's model, which finds the people for mmpose
+    name: str = EMBEDDED,  # embedded, embedded:FOLDER, vitpose:MODEL, or an mmpose model
+    checkpoint: str | None = None,  # mmpose weights
+    detector: str = "human",  # mmdet model that detects people for mmpose
     detector_checkpoint: str | None = None,
     device: torch.device | str = "cpu",
     most_people: int = 10,
 ) -> PoseSource:
-    """Raises `UserError` for an unknown model, and where what the source needs is not installed."""
+    """Raises `UserError` for an unknown model, or missing dependencies of the source."""
     if not name:
         raise UserError("an empty name of a model; give embedded, vitpose:MODEL, or an alias of mmpose such as human")
     if name == EMBEDDED or name.startswith(f"{EMBEDDED}:"):
@@ -38,7 +38,7 @@ def load_source(
 
 
 class MMPoseSource:
-    """A top-down model of mmpose behind mmdet's detector. The detector is built at the first photo without boxes."""
+    """A top-down mmpose model with an mmdet detector. The detector is built at the first photo without boxes."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""A monocular depth network by its name, through transformers: a depth source (hmdiff/estimators/depth_sources.py).
+"""A monocular depth network by name, through transformers: a depth source (hmdiff/estimators/depth_sources.py).
 
-Depth Anything V2 (arXiv 2406.09414) small is the default, as the second version of D2A-HMR used Depth Anything.
-B photos of H x W pixels.
+The default is Depth Anything V2 small (arXiv 2406.09414), since the second version of D2A-HMR used Depth Anything. B
+photos of H x W pixels.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from hmdiff.errors import UserError
 from hmdiff.estimators.depth_sources import GIVES, farther_is_larger
 
 DEFAULT_MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
-# What the models' `predicted_depth` is. Depth Anything says it in its config.
+# Meaning of `predicted_depth` by model type. Depth Anything states it in its config.
 _GIVES = {"dpt": "disparity", "zoedepth": "depth", "glpn": "depth", "depth_pro": "depth"}
 
 
 class EstimatedDepth:
-    """A depth network of transformers with its weights, read from safetensors alone.
+    """A depth network of transformers; weights are read from safetensors only.
 
     Args:
         model: its name, downloaded once, or a folder that holds it.
-        gives: "depth" or "disparity"; None: known of Depth Anything, MiDaS's DPT, ZoeDepth, GLPN and Depth Pro.
+        gives: "depth" or "disparity"; None: known for Depth Anything, MiDaS's DPT, ZoeDepth, GLPN and Depth Pro.
 
     Raises:
-        UserError: transformers is not installed; no such model, or no way to it; a model that is of something else, or
-            that does not say what it gives.
+        UserError: transformers is not installed; the model does not exist or cannot be downloaded; it is not a depth
+            model, or the meaning of its output is unknown.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class EstimatedDepth:
         if gives is not None and gives not in GIVES:
             raise UserError(f"{self.name}: gives {gives!r}; one of {', '.join(GIVES)} is expected")
         try:
-            # The class's annotations make it Any to mypy: transformers builds it at run time.
+            # transformers builds the class at run time, so mypy sees Any.
             network: Any = AutoModelForDepthEstimation.from_pretrained(self.name, use_safetensors=True)
             self.processor: Any = AutoImageProcessor.from_pretrained(self.name)
         except (OSError, ValueError, KeyError) as error:
@@ -78,7 +78,7 @@ def _what_it_gives(name: str, config: Any) -> str:
     if kind == "depth_anything":
         return "depth" if getattr(config, "depth_estimation_type", "relative") == "metric" else "disparity"
     backbone = str(getattr(getattr(config, "backbone_config", None), "model_type", ""))
-    if kind not in _GIVES or (kind == "dpt" and "dinov2" in backbone):  # DINOv2's DPT heads are trained on metres
+    if kind not in _GIVES or (kind == "dpt" and "dinov2" in backbone):  # DPT heads on DINOv2 predict metres
         raise UserError(
             f"{name}: whether a model of kind {kind!r} gives depth or disparity is not known; say which it is"
         )

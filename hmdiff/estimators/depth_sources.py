@@ -1,10 +1,9 @@
-"""Where depth maps of photos come from, behind one interface: a file, any callable; `estimator` has networks.
+"""Depth maps of photos from files or any callable, behind one interface; `depth_network` has networks.
 
-Whatever a source is, its maps are 'larger = farther' with NaN where nothing is known. Unit and origin do not matter:
-the model's normalisation (hmdiff/models/depth.py) removes both, so metres and millimetres give the same result.
-Disparity (larger = nearer, as Depth Anything and MiDaS give it) becomes its negative: it is known up to scale and shift
-alone, so that it cannot be inverted (our choice). The rendered depth of synthetic people is in `Sample.depth_input`.
-B photos of H x W pixels, P people, S pixels a side of a crop.
+Every source returns 'larger = farther' maps with NaN for unknown. Unit and origin do not matter: the model's
+normalisation (hmdiff/models/depth.py) removes both. Disparity (larger = nearer, as in Depth Anything and MiDaS) is
+negated: it is known only up to scale and shift, so it cannot be inverted (our choice). The rendered depth of synthetic
+people is in `Sample.depth_input`. B photos of H x W pixels, P people, S pixels per side of a crop.
 """
 
 from __future__ import annotations
@@ -26,23 +25,23 @@ from hmdiff.heatmaps.crop import Crop
 
 GIVES = ("depth", "disparity")
 SUFFIXES = (".npy", ".npz", ".png")
-ASPECT = 0.02  # relative difference of the sides' ratio that is still the same photo: networks round to patches
+ASPECT = 0.02  # relative tolerance of the aspect ratio: networks round sizes to patches
 
 
 class DepthSource(Protocol):
-    """Photos in, a map of each out, of the photos' size or another of the same proportions."""
+    """Maps photos to depth maps of the same size or aspect ratio."""
 
     def __call__(
         self,
         images: Tensor,  # (B, 3, H, W) RGB 0..1
-    ) -> Tensor: ...  # (B, h, w) larger = farther, NaN = not known
+    ) -> Tensor: ...  # (B, h, w) larger = farther, NaN = unknown
 
 
 def farther_is_larger(
     values: Tensor,  # any shape
     gives: str,  # "depth", or "disparity": larger = nearer
 ) -> Tensor:
-    """The values so that larger is farther; what is infinite is not known. Raises `UserError` for another word."""
+    """Orient values so that larger is farther; infinity becomes NaN. Raises `UserError` for an unknown `gives`."""
     if gives not in GIVES:
         raise UserError(f"a depth source that gives {gives!r}: one of {', '.join(GIVES)} is expected")
     values = values.float()
@@ -51,7 +50,7 @@ def farther_is_larger(
 
 
 class CallableDepth:
-    """Any function of photos as a depth source. What it returns is checked."""
+    """Any function of photos as a depth source. Its output is validated."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class CallableDepth:
 
 
 class DepthFile:
-    """A map beside a photo: the source for that photo alone. See `read_depth` for what files there are."""
+    """A map beside a photo, as a source for that photo only. `read_depth` lists the file types."""
 
     def __init__(self, path: str | Path, gives: str = "depth") -> None:
         self.path, self.gives = Path(path), gives
@@ -87,16 +86,16 @@ class DepthFile:
 
 def read_depth(
     path: str | Path,
-    photo_size: tuple[int, int] | None = None,  # width, height in pixels; None: not checked
+    photo_size: tuple[int, int] | None = None,  # width, height in pixels; None: unchecked
     gives: str = "depth",
-) -> Tensor:  # (h, w) larger = farther, NaN = not known
-    """A depth map on disk: npy; npz with the array `depth` or `disparity`, or with one array alone; 16-bit grey png.
+) -> Tensor:  # (h, w) larger = farther, NaN = unknown
+    """Read a depth map: npy; npz with the array `depth` or `disparity`, or with a single array; 16-bit grey png.
 
-    Any unit. NaN and infinity are not known, nor is 0 in a png, as in KITTI's and most depth cameras'.
+    Any unit. NaN and infinity mean unknown, and so does 0 in a png, as in KITTI and most depth cameras.
 
     Raises:
-        UserError: the file is missing, damaged, of another kind, not (h, w) numbers, without a known pixel, or not of
-            the photo's proportions.
+        UserError: the file is missing, damaged, of another type, not (h, w) numbers, without a known pixel, or of
+            another aspect ratio than the photo.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
@@ -123,7 +122,7 @@ def read_depth(
 
 
 def beside(photo: Path) -> Path | None:
-    """The depth map that lies beside a photo: NAME_depth.npz, .npy or .png; None where there is none."""
+    """The depth map beside a photo: NAME_depth.npz, .npy or .png; None if missing."""
     places = [photo.with_name(f"{photo.stem}_depth{suffix}") for suffix in (".npz", ".npy", ".png")]
     return next((place for place in places if place.is_file()), None)
 
@@ -133,7 +132,7 @@ def check_aspect(
     found: tuple[int, ...] | torch.Size,  # h, w
     photo: tuple[int, ...] | torch.Size,  # H, W
 ) -> None:
-    """A map of other proportions is another photo's, or turned. Raises `UserError`."""
+    """Raises `UserError` if the aspect ratios differ: the map is of another photo, or rotated."""
     height, width = found
     if abs(math.log((width / height) * (photo[0] / photo[1]))) > ASPECT and not (
         abs(width - height * photo[1] / photo[0]) <= 1 or abs(height - width * photo[0] / photo[1]) <= 1
@@ -145,12 +144,12 @@ def check_aspect(
 
 
 def crop_depth(
-    depth: Tensor,  # (h, w) of the whole photo, NaN = not known
+    depth: Tensor,  # (h, w) of the whole photo, NaN = unknown
     photo_size: tuple[int, int],  # width, height in pixels
-    crop: Crop,  # of P people
+    crop: Crop,  # P people
     size: int = 64,  # S
-) -> Tensor:  # (P, S, S), NaN = not known and outside the photo
-    """The map cut into people's crops, pixel for pixel as `commands.photos.crops` cuts the photo."""
+) -> Tensor:  # (P, S, S), NaN = unknown or outside the photo
+    """Crop the map for each person, pixel by pixel as `estimators.people.crops` crops the photo."""
     found = []
     for index in range(len(crop)):
         affine = np.array(crop.affine(index, 2))  # photo pixels to 0..2
@@ -160,24 +159,24 @@ def crop_depth(
 
 
 def warp_depth(
-    depth: Tensor,  # (h, w) of the whole photo, NaN = not known
+    depth: Tensor,  # (h, w) of the whole photo, NaN = unknown
     photo_size: tuple[int, int],  # width, height in pixels
     affine: np.ndarray,  # (2, 3) photo pixels to crop coordinates, as `data.transforms.crop_map`
     size: int,  # S
-) -> Tensor:  # (S, S), NaN = not known and outside the photo
-    """One crop, as `data.transforms.crop_picture` warps the photo: smoothed where it is coarser, then bilinear.
+) -> Tensor:  # (S, S), NaN = unknown or outside the photo
+    """One crop, warped like the photo in `data.transforms.crop_picture`: smoothed before downsampling, then bilinear.
 
-    Only known pixels are averaged; a pixel of which less than half is known is not known.
+    Only known pixels are averaged; a pixel is unknown if less than half of its weight is known.
     """
     height, width = depth.shape
-    stretch = np.array([photo_size[0] / width, photo_size[1] / height])  # photo pixels a pixel of the map
+    stretch = np.array([photo_size[0] / width, photo_size[1] / height])  # photo pixels per map pixel
     linear = affine[:, :2] * stretch * (size / 2)
     offset = (affine[:, 2] + 1) * (size / 2)
-    # OpenCV counts from the centre of the first pixel, we from its corner.
+    # OpenCV's origin is the centre of the first pixel, ours its corner.
     offset = offset + linear @ np.array([0.5, 0.5]) - 0.5
     values = depth.float().numpy()
     known = np.isfinite(values)
-    # About their middle, so that a large origin costs the averages no digits.
+    # Subtract the median, so that a large offset costs no precision.
     middle = np.float32(np.median(values[known])) if known.any() else np.float32(0)
     layers: np.ndarray[Any, Any] = np.stack([np.where(known, values - middle, 0), known], -1).astype(np.float32)
     scale = math.sqrt(abs(np.linalg.det(linear)))
@@ -191,7 +190,7 @@ def warp_depth(
 
 def _read_png(path: Path) -> np.ndarray[Any, Any]:  # (h, w) float32
     with open_image(path) as opened:
-        opened.load()  # notices what OpenCV tells of on stderr alone
+        opened.load()  # detects damage that OpenCV only reports on stderr
     found = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if found is None:
         raise UserError(f"{path}: a damaged png; write it again")
@@ -204,7 +203,7 @@ def _read_png(path: Path) -> np.ndarray[Any, Any]:  # (h, w) float32
     return np.where(found == 0, np.nan, found.astype(np.float32))
 
 
-def _read_arrays(path: Path) -> tuple[np.ndarray, str | None]:  # the map; what an npz says that it is
+def _read_arrays(path: Path) -> tuple[np.ndarray, str | None]:  # the map; for an npz, the kind it states
     archive = ArrayArchive(path, mend="write it again by numpy.save")
     if archive.single:
         return archive.read(""), None

@@ -1,4 +1,4 @@
-"""Boxes of the people in a photo, by any detector of mmdet that has a class `person`. P people."""
+"""Boxes of the people in a photo, from any mmdet detector with a class `person`. P people."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from hmdiff.estimators.openmmlab import (
     read_config,
 )
 
-SCORE_FLOOR = 0.3  # our choice, as mmpose's own demo
+SCORE_FLOOR = 0.3  # our choice, as in mmpose's own demo
 
 
 class PersonDetector:
-    """A detector of mmdet with its weights.
+    """An mmdet detector with its weights.
 
     Args:
-        config: a config file, "human" (RTMDet-m for people), an alias of mmdet such as "rtmdet-m", or a `Config`.
-        checkpoint: .pth or .safetensors, a file or an address; None: downloaded, where mmdet lists the weights.
-        untrained: leave the weights random; for tests.
+        config: a config file, "human" (RTMDet-m for people), an mmdet alias such as "rtmdet-m", or a `Config`.
+        checkpoint: .pth or .safetensors, a file or a URL; None: downloaded, if mmdet lists the weights.
+        untrained: keep random weights; for tests.
 
     Raises:
-        UserError: mmdet is not installed; an unknown model; missing or foreign weights; no class `person`.
+        UserError: mmdet is not installed; an unknown model; missing or mismatched weights; no class `person`.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class PersonDetector:
         file = None if untrained else find_checkpoint(self.name, checkpoint, weights, "mmdet")
         with quiet():
             try:
-                # A palette spares mmdet the data set, which nobody has here.
+                # Setting a palette keeps mmdet from loading the data set.
                 self.model = apis.init_detector(config, None, palette="coco", device="cpu")
             except UserError:
                 raise
-            except Exception as error:  # registries, torch and the modules raise their own
+            except Exception as error:  # registries, torch and the modules raise various types
                 reason = str(error).strip().split("\n")[0][:200]
                 raise UserError(f"{self.name}: cannot be built ({reason}); give a config of mmdet") from None
         stored = {} if file is None else load_weights(self.model, file)
@@ -67,9 +67,9 @@ class PersonDetector:
     def boxes(
         self,
         photo: np.ndarray,  # (H, W, 3) uint8 RGB
-        floor: float = SCORE_FLOOR,  # boxes of a lower score are left out
-    ) -> Tensor:  # (P, 4) x1, y1, x2, y2 photo pixels, the surest first
-        """The people in a photo. Raises `UserError` when there is nobody."""
+        floor: float = SCORE_FLOOR,  # minimum score
+    ) -> Tensor:  # (P, 4) x1, y1, x2, y2 photo pixels, by falling score
+        """The people in a photo. Raises `UserError` if there are none."""
         from mmdet.apis import inference_detector
 
         with quiet():
@@ -90,7 +90,7 @@ class PersonDetector:
 
 
 def _person_class(name: str, meta: dict[str, Any], config: Any) -> int:
-    """The label of a person: by the checkpoint's classes, else the config's, else COCO's, where it is the first."""
+    """The label of `person`: from the checkpoint's classes, else the config's, else COCO's, where it is the first."""
     known = meta.get("dataset_meta", meta)
     known = known if isinstance(known, dict) else {}
     classes: Sequence[str] | None = known.get("classes", known.get("CLASSES"))

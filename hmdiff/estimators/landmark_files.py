@@ -1,8 +1,8 @@
-"""Where the two networks of the embedded estimator are: in an installed package, a folder, or MediaPipe's own download.
+"""Locates the embedded estimator's two networks: in an installed package, a folder, or MediaPipe's own download.
 
 The networks are BlazePose's detector and `full` landmark model (Bazarevsky et al., arXiv 2006.10204; Apache-2.0), as
-wheels of MediaPipe before 0.10.30 carry them. The package is never imported: only its two files are read, and held to
-their checksums.
+shipped in MediaPipe wheels before 0.10.30. The package is never imported: only the two files are read, and their
+checksums verified.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ INSTALL = 'pip install "hmdiff[photo]" (Python 3.11 or 3.12; in a clone: uv sync
 
 
 def installed() -> bool:
-    """Whether the default source of photos can run here; imports nothing of it."""
+    """Whether the default pose source is installed; does not import it."""
     return importlib.util.find_spec("ai_edge_litert") is not None and package_folder() is not None
 
 
 def package_folder() -> Path | None:
-    """The folder of an installed package `mediapipe` that has both files."""
+    """The folder of an installed `mediapipe` package with both files."""
     try:
         found = importlib.util.find_spec("mediapipe")
     except (ImportError, ValueError):
@@ -48,7 +48,7 @@ def read_networks(place: str | Path | None = None) -> dict[str, bytes]:
         place: a folder with the two files, or a `pose_landmarker_*.task` of MediaPipe; None: the installed package.
 
     Raises:
-        UserError: nothing is installed, naming the command; a file is missing; a checksum is wrong.
+        UserError: not installed (the message names the install command); a file is missing; a checksum is wrong.
     """
     if place is None:
         folder = package_folder()
@@ -86,7 +86,7 @@ def _checked(path: Path, name: str, expected: str) -> bytes:
 
 
 def _from_task(path: Path) -> dict[str, bytes]:
-    """MediaPipe's download is a zip of the two; which of its versions it is, its maker's name tells."""
+    """Read both networks from MediaPipe's download, a zip archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {name: archive.read(inside) for name, inside in _IN_TASK.items()}

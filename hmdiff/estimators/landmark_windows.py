@@ -1,8 +1,8 @@
-"""BlazePose's geometry (arXiv 2006.10204): anchors of the detector, its boxes, and the turned windows it leads to.
+"""BlazePose's geometry (arXiv 2006.10204): anchors of the detector, its boxes, and the rotated landmark windows.
 
-The detector sees the photo letterboxed to 224 x 224. Of each person it gives a box of the *face* and four points; the
-first two, the middle of the hips and a point above it, set the square window that the landmark network reads: its
-centre, half its size, and which way is up. Windows are `Crop`s.
+The detector reads the photo letterboxed to 224 x 224. For each person it returns a *face* box and four points; the
+first two, the middle of the hips and a point above it, set centre, half size and orientation of the square window that
+the landmark network reads. Windows are `Crop`s.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from hmdiff.heatmaps import Crop
 
 DETECTOR_SIZE = 224
-_LAYERS = ((28, 2), (14, 2), (7, 6))  # cells a side, anchors a cell
-_WINDOW = 1.25  # MediaPipe's enlargement of twice the distance of the two points
-_OVERLAP = 0.3  # IoU from which two boxes are of one face
-_SAME_PLACE = 0.5  # of the smaller one's reach from hips to head: hips that are nearer are one person's
-_SMALLER = 0.6  # of somebody's reach
-_SHARED = 0.3  # of a part's side that it has in common with the next, at least
+_LAYERS = ((28, 2), (14, 2), (7, 6))  # cells per side, anchors per cell
+_WINDOW = 1.25  # MediaPipe's scale for twice the distance of the two points
+_OVERLAP = 0.3  # minimum IoU of boxes of the same face
+_SAME_PLACE = 0.5  # relative to the smaller hip-to-head distance: closer hips belong to one person
+_SMALLER = 0.6  # relative to another detection's hip-to-head distance
+_SHARED = 0.3  # minimum overlap of neighbouring tiles, relative to their side
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def letterbox(
     width: int,
     height: int,
     size: int = DETECTOR_SIZE,
-) -> np.ndarray:  # (2, 3) photo pixels to pixels of the detector's input, both from the outer edge
+) -> np.ndarray:  # (2, 3) photo pixels to pixels of the detector's input, both with the origin at the outer edge
     scale = size / max(width, height)
     return np.array([[scale, 0, (size - width * scale) / 2], [0, scale, (size - height * scale) / 2]])
 
@@ -48,17 +48,17 @@ def letterbox(
 class Detections(NamedTuple):
     points: np.ndarray  # (P, 4, 2) photo pixels
     scores: np.ndarray  # (P,)
-    look: np.ndarray  # (P,) parts along the photo's longer side, see `parts`
+    look: np.ndarray  # (P,) tiles along the photo's longer side, see `parts`
 
-    def of(self, chosen: np.ndarray) -> Detections:  # of indices, or a mask
+    def of(self, chosen: np.ndarray) -> Detections:  # indices, or a mask
         return Detections(*(values[chosen] for values in self))
 
 
 def merged(looks: Sequence[Detections]) -> Detections:
-    """Of several looks at one photo everybody once, surest first: by the look that comes first, then by the score.
+    """Merge detections of several passes without duplicates, by falling score; earlier passes take precedence.
 
-    The wider look comes first: in a part of the photo a body may be cut off, and a hand taken for a head. So what is
-    much smaller than somebody and lies on them is no person of its own, nor are hips near another's. Our choice.
+    Passes over larger areas come first: a small tile may cut a body off, or mistake a hand for a head. A much smaller
+    detection that overlaps a person is therefore dropped, and so are hips near another person's. Our choice.
     """
     sorted_looks = [look.of(np.argsort(-look.scores, kind="stable")) for look in looks]
     every = Detections(*map(np.concatenate, zip(*sorted_looks, strict=True)))
@@ -77,9 +77,9 @@ def merged(looks: Sequence[Detections]) -> Detections:
 def parts(
     width: int,  # of the photo
     height: int,
-    count: int,  # along its longer side, if they had nothing in common; 1: all of it
-) -> list[np.ndarray]:  # each (2, 3), as `letterbox`: square parts of the photo, which overlap
-    """A person of a 4th to a 7th of the photo's height is too small for the detector in all of it, not in a part."""
+    count: int,  # number of non-overlapping tiles along its longer side; 1: the whole photo
+) -> list[np.ndarray]:  # each (2, 3), as `letterbox`: overlapping square tiles of the photo
+    """Tiles of a photo: people of a quarter to a seventh of its height are detected only in tiles."""
     if count == 1:
         return [letterbox(width, height)]
     side = max(width, height) / count
@@ -97,10 +97,10 @@ def detections(
     raw: np.ndarray,  # (2254, 12) the network's boxes: centre and size, four points
     logits: np.ndarray,  # (2254,)
     affine: np.ndarray,  # (2, 3) photo pixels to pixels of the detector's input
-    least: float = 0.5,  # score
+    least: float = 0.5,  # minimum score
     look: int = 1,
 ) -> Detections:
-    """Surest first. Weighted non-maximum suppression: what overlaps the surest box is averaged into it by its score."""
+    """Detections by falling score. Weighted non-maximum suppression: overlapping boxes are averaged by score."""
     score = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
     kept = np.flatnonzero(score >= least)
     if not len(kept):
@@ -131,9 +131,9 @@ def _iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def window(
-    middle: np.ndarray,  # (2,) of the hips, photo pixels
-    above: np.ndarray,  # (2,) the point that gives the size of the body and its turn
-) -> Crop | None:  # of one person, None where the points coincide
+    middle: np.ndarray,  # (2,) middle of the hips, photo pixels
+    above: np.ndarray,  # (2,) the point that sets the window's size and rotation
+) -> Crop | None:  # one person; None if the points coincide
     x, y = above - middle
     reach = math.hypot(x, y)
     if not math.isfinite(reach) or reach < 1.0:
@@ -146,7 +146,7 @@ def window(
 
 
 def window_of_box(box: tuple[float, float, float, float]) -> Crop:
-    """An upright window about a given box; the second pass turns it."""
+    """An upright window around a given box; the second pass rotates it."""
     x1, y1, x2, y2 = box
     middle = torch.tensor([[(x1 + x2) / 2, (y1 + y2) / 2]])
     return Crop.of(middle, torch.tensor([_WINDOW * max(x2 - x1, y2 - y1)]))

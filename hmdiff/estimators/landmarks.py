@@ -1,11 +1,12 @@
-"""The embedded pose estimator: two small networks of MediaPipe, run by LiteRT; the default source of bare photos.
+"""The embedded pose estimator: two small MediaPipe networks run by LiteRT; the default source for photos without
+labels.
 
-BlazePose (Bazarevsky et al., arXiv 2006.10204): a detector of faces with the body's size and turn, and a landmark
-network with 33 landmarks, their 64 x 64 heatmaps and a silhouette. The heatmaps, not the landmarks, are what we take:
-they are resampled from the turned window into our crop, so that two possible places stay two. A joint beyond the
-photo's edge still has a peak somewhere, so a heatmap is multiplied by the network's probability that the joint is in
-the picture at all (its presence), and the crop goes by the landmark in place of that peak. Measured faults and how they
-compare with labels: docs/keypoints.md. P people, W = 256 pixels a side of a window.
+BlazePose (Bazarevsky et al., arXiv 2006.10204): a face detector that also gives the body's size and rotation, and a
+landmark network with 33 landmarks, their 64 x 64 heatmaps and a silhouette. We use the heatmaps, not the landmarks,
+resampled from the rotated window to our crop, which keeps both modes of an ambiguous joint. Joints outside the photo
+still have a peak, so each heatmap is multiplied by the network's probability that the joint is in the image (presence),
+and such joints set the crop by their landmarks. docs/keypoints.md has the measured errors. P people, W = 256 pixels per
+side of a window.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ from hmdiff.heatmaps.keypoints import body_turn
 
 WINDOW = 256
 MOST_PEOPLE = 10
-_LEAST_SCORE = 0.5  # of a person in the window
-_LEAST_FACE = 0.5  # of a detection; 0.2 where that finds nobody
+_LEAST_SCORE = 0.5  # minimum score of a person in the window
+_LEAST_FACE = 0.5  # minimum detection score; 0.2 if that detects nobody
 _SECOND_LOOK = 0.2
-_CLOSER = (2, 4)  # parts along the photo's longer side: looks closer than at all of it
-_ALONE = 0.24  # of the photo's longer side: nobody else is looked for about one who reaches that far, hips to head
-_LEAST_MEDIAN = 0.5  # of the joints' confidences, of one seen in a part: 0.6 and more of people, below 0.4 of others
-_LEAST_PART = 160  # photo pixels: the side of a part that is worth a look
-_PRESENT = 0.5  # probability of being in the picture from which a joint's peak, not its landmark, sets the crop
+_CLOSER = (2, 4)  # tiles along the photo's longer side, in the passes after the whole photo
+_ALONE = 0.24  # relative to the photo's longer side: one person of at least this hip-to-head distance ends the search
+_LEAST_MEDIAN = 0.5  # median joint confidence, for people found in tiles: above 0.6 for people, below 0.4 for others
+_LEAST_PART = 160  # minimum side of a tile, photo pixels
+_PRESENT = 0.5  # presence from which a joint's peak sets the crop instead of its landmark
 _PASSES = 2
-_SAME_PERSON = 0.25  # mean distance of two people's joints, as a share of their extent, under which they are one
-_NEXT = (33, 34)  # landmarks that set the next window, as the detector's first two points do
+_SAME_PERSON = 0.25  # mean joint distance, relative to their extent, below which two detections are one person
+_NEXT = (33, 34)  # landmarks that set the next window, like the detector's first two points
 
 
 class LandmarkEstimator:
-    """Raises `UserError` where the networks or their runtime are not installed, or are not those that were tested."""
+    """Raises `UserError` if the networks or their runtime are not installed, or are not the tested versions."""
 
     name = "embedded pose estimator (MediaPipe BlazePose)"
 
@@ -80,14 +81,14 @@ class LandmarkEstimator:
         photo: np.ndarray,  # (H, W, 3) uint8 RGB
         boxes: Sequence[Box] | None = None,
     ) -> SeenPeople:
-        """Everybody, the surest first. Raises `UserError` where nobody is seen.
+        """Everybody, by falling score. Raises `UserError` if nobody is detected.
 
-        But where one person fills the photo, it is looked at in parts too: the detector overlooks who is small in it.
+        Unless one person fills the photo, tiles of it are searched too: the detector misses small people.
         """
         return self._seen(photo, boxes, _CLOSER)
 
     def glance(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> SeenPeople:
-        """As `see`, without the closer looks: for the frames of a video, where they would be dear."""
+        """As `see`, without tiles: for video frames, where tiles would be slow."""
         return self._seen(photo, boxes, ())
 
     def _seen(self, photo: np.ndarray, boxes: Sequence[Box] | None, closer: Sequence[int]) -> SeenPeople:
@@ -141,7 +142,7 @@ class LandmarkEstimator:
         return merged([Detections(*map(np.concatenate, zip(*found, strict=True)))])
 
     def _person(self, photo: np.ndarray, start: Crop) -> _Person | None:
-        """The landmark network's outputs over the window that its own first pass chose."""
+        """The landmark network's outputs in the window given by its own first pass."""
         current = start
         for number in range(_PASSES):
             affine = np.array(current.affine(0, WINDOW))
@@ -161,7 +162,7 @@ class LandmarkEstimator:
 
 
 class _Network:
-    """One network; its outputs by how many numbers they hold."""
+    """One network; outputs are identified by their number of elements."""
 
     def __init__(self, interpreter: Any) -> None:
         interpreter.allocate_tensors()
@@ -199,11 +200,11 @@ class _Person:
 
 def into_crop(
     values: np.ndarray,  # (J, S, S) over a window
-    window: Crop,  # of one person
-    crop: Crop,  # of one person
+    window: Crop,  # one person
+    crop: Crop,  # one person
     size: int = HEATMAP_SIZE,
 ) -> Tensor:  # (J, size, size) >= 0, 0 outside the window
-    """The same heatmaps over another crop of the photo, turned or not, by cubic splines."""
+    """Resample heatmaps to another crop of the photo, rotated or not, by cubic splines."""
     grid = pixel_coordinates(size, crop.side)
     y, x = torch.meshgrid(grid, grid, indexing="ij")
     local = window.from_photo(crop.to_photo(torch.stack([x, y], -1)[None]))[0]
@@ -231,7 +232,7 @@ def _heatmaps(person: _Person) -> Heatmaps:
 
 
 def _box(person: _Person) -> Tensor:  # (4,)
-    """About the landmarks, a tenth wider: what they lack to the person's outline."""
+    """Bounding box of the landmarks, enlarged by a tenth to cover the person's outline."""
     low, high = person.places.amin(0), person.places.amax(0)
     margin = 0.1 * (high - low).amax()
     return torch.cat([low - margin, high + margin])
@@ -247,10 +248,10 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
 
 
 def _warp(photo: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
-    """A square picture of the photo, smoothed first where it is coarser; black outside the photo."""
+    """A square crop of the photo, smoothed before downsampling; black outside the photo."""
     scale = float(np.sqrt(abs(np.linalg.det(affine[:, :2]))))
     base = photo if scale >= 0.7 else cv2.GaussianBlur(photo, (0, 0), 0.4 / scale)
-    # OpenCV counts from the centre of the first pixel, we from its corner.
+    # OpenCV's origin is the centre of the first pixel, ours its corner.
     shifted = affine.copy()
     shifted[:, 2] += shifted[:, :2] @ [0.5, 0.5] - 0.5
     return cv2.warpAffine(base, shifted, (size, size), flags=cv2.INTER_LINEAR)

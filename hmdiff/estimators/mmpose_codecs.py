@@ -1,10 +1,10 @@
-"""Heatmaps of mmpose's codecs over our square crop, every place kept.
+"""Resampling of mmpose's heatmaps to our square crop without shifting positions.
 
-P people, K joints of the model. Pixel k of a heatmap stands for the pixel k * stride of the model's input: the stride
-is input / heatmap for MSRA's codec (arXiv 1804.06208), (input - 1) / (heatmap - 1) for UDP's (arXiv 1911.07524), one
-over the split ratio for the bins of SimCC (arXiv 2107.03332). How the photo is warped into the input, as UDP or not, is
-a choice of its own in a config. Photo pixels are counted as mmpose counts its keypoints. Our choice: SimCC's bins are
-spread to the width of Gaussian heatmaps.
+P people, K joints of the model. Pixel k of a heatmap corresponds to pixel k * stride of the model's input. The stride
+is input / heatmap for the MSRA codec (arXiv 1804.06208), (input - 1) / (heatmap - 1) for UDP (arXiv 1911.07524), and
+one over the split ratio for the bins of SimCC (arXiv 2107.03332). Whether the photo is warped into the input by UDP is
+a separate setting of a config. Photo pixels are counted like mmpose's keypoints. Our choice: SimCC's bins are blurred
+to the width of Gaussian heatmaps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from hmdiff.heatmaps.distribution import HEATMAP_SIZE, Heatmaps, heatmaps_from_values, pixel_coordinates
 from hmdiff.heatmaps.resampling import spline_weights
 
-_SIMCC_SIGMA = 2.0  # our heatmaps' pixels, as Gaussian heatmaps have
+_SIMCC_SIGMA = 2.0  # in our heatmaps' pixels, as for Gaussian heatmaps
 
 
 def heatmaps_from_codec(
@@ -27,11 +27,11 @@ def heatmaps_from_codec(
     codec: Any,  # mmpose's MSRAHeatmap or UDPHeatmap
     center: Tensor,  # (P, 2) centre of the model's input, photo pixels
     scale: Tensor,  # (P, 2) width and height of the input, photo pixels
-    use_udp: bool,  # the warp into the input is UDP's
+    use_udp: bool,  # whether the warp into the input is UDP's
     to_center: Tensor,  # (P, 2) our crop
     to_side: Tensor,  # (P,)
 ) -> Heatmaps:
-    """The same heatmaps over our crop, through cubic splines: bilinear steps would move the peak of a Gaussian."""
+    """The same heatmaps over our crop, by cubic splines: bilinear interpolation would shift a Gaussian's peak."""
     size = torch.tensor([values.shape[-1], values.shape[-2]])
     first, step = _grid(codec, center, scale, use_udp, size)
     across, down = (
@@ -47,7 +47,7 @@ def heatmaps_from_codec(
     return heatmaps_from_values(moved, names, to_center, to_side)
 
 
-def _targets(center: Tensor, side: Tensor, axis: int) -> Tensor:  # (P, 64) photo places of our pixels, double
+def _targets(center: Tensor, side: Tensor, axis: int) -> Tensor:  # (P, 64) photo positions of our pixels, double
     return center[:, axis, None].double() + pixel_coordinates(HEATMAP_SIZE, side.double()) / 2 * side[:, None].double()
 
 
@@ -63,10 +63,10 @@ def heatmaps_from_simcc(
     to_center: Tensor,  # (P, 2) our crop
     to_side: Tensor,  # (P,)
 ) -> Heatmaps:
-    """The outer product of the two distributions, its peak the score. It cannot hold two modes apart from their mirror
-    images: (x1 or x2) and (y1 or y2) make four peaks.
+    """The outer product of both distributions, with the score as peak. Two modes also produce their mirror images: (x1
+    or x2) and (y1 or y2) give four peaks.
 
-    Each bin is spread by a Gaussian, so that a label of SimCC becomes as wide as heatmaps are (`_SIMCC_SIGMA`).
+    Each bin is blurred by a Gaussian, so that a SimCC label becomes as wide as a heatmap label (`_SIMCC_SIGMA`).
     """
     size = torch.tensor([x.shape[-1], y.shape[-1]])
     first, step = _grid(codec, center, scale, use_udp, size)
@@ -77,7 +77,7 @@ def heatmaps_from_simcc(
         width = ((_SIMCC_SIGMA * pixel) ** 2 - (label * step[:, axis]) ** 2).clamp_min((pixel / 2) ** 2).sqrt()
         places = first[:, axis, None] + step[:, axis, None] * torch.arange(int(size[axis]))  # (P, bins)
         spread = _spread(bins, places, _targets(to_center, to_side, axis), width)
-        # The peak may lie outside our crop, so it is taken where the bins are.
+        # The peak may lie outside our crop, so it is evaluated at the bins.
         profiles.append(spread / _spread(bins, places, places, width).amax(-1, keepdim=True).clamp_min(1e-12))
     values = profiles[1][..., :, None] * profiles[0][..., None, :] * scores.clamp(0, 1)[..., None, None]
     return heatmaps_from_values(values, names, to_center, to_side)
@@ -85,7 +85,7 @@ def heatmaps_from_simcc(
 
 def _spread(
     bins: Tensor,  # (P, K, n)
-    places: Tensor,  # (P, n) where the bins are
+    places: Tensor,  # (P, n) positions of the bins
     at: Tensor,  # (P, m)
     width: Tensor,  # (P,) the Gaussian's sigma
 ) -> Tensor:  # (P, K, m)
@@ -95,7 +95,7 @@ def _spread(
 
 def _grid(
     codec: Any, center: Tensor, scale: Tensor, use_udp: bool, size: Tensor
-) -> tuple[Tensor, Tensor]:  # (P, 2) photo place of a heatmap's first pixel, (P, 2) photo pixels from one to the next
+) -> tuple[Tensor, Tensor]:  # (P, 2) photo position of a heatmap's first pixel, (P, 2) spacing in photo pixels
     entry = torch.tensor(codec.input_size, dtype=torch.float64)
     kind = type(codec).__name__
     if kind == "SimCCLabel":

@@ -1,7 +1,7 @@
-"""Any top-down model of mmpose as the source of heatmaps: a photo and boxes in, `Heatmaps` over our square crop out.
+"""Any top-down mmpose model as a heatmap source: a photo and boxes in, `Heatmaps` over our square crop out.
 
-P people, K joints of the model. Heatmap and SimCC heads are read, heads that regress coordinates are refused; what they
-give is brought into our crop by `mmpose_codecs`. All choices of names and batches are ours.
+P people, K joints of the model. Heatmap and SimCC heads are supported, coordinate regression heads are refused;
+`mmpose_codecs` resamples the output to our crop. Names and batch sizes are our choice.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from hmdiff.heatmaps.distribution import (
     crop_from_box,
 )
 
-PEOPLE_AT_ONCE = 16  # bounds the memory; changes no result
+PEOPLE_AT_ONCE = 16  # bounds the memory; does not change results
 CODECS = ("MSRAHeatmap", "UDPHeatmap", "SimCCLabel")
-# Joints that mmpose's data sets name otherwise. A "head" is its top in some sets only; MPII's upper neck is not ours.
+# mmpose's names of canonical joints. "head" means its top in some sets only; MPII's upper neck has no counterpart.
 _NAMES = {
     "halpe": {"head": "top_head", "hip": "mid_hip"},
     "mpii": {"head_top": "top_head", "thorax": "neck", "pelvis": "mid_hip"},
@@ -48,16 +48,16 @@ _NAMES = {
 
 
 class MMPoseEstimator:
-    """A top-down model of mmpose with its weights.
+    """A top-down mmpose model with its weights.
 
     Args:
         config: a config file, an alias such as "human" or "rtmpose-l", a shipped config's name, or a `Config`.
-        checkpoint: .pth or .safetensors, a file or an address; None: downloaded, where mmpose lists the weights.
-        untrained: leave the weights random; for tests.
+        checkpoint: .pth or .safetensors, a file or a URL; None: downloaded, if mmpose lists the weights.
+        untrained: keep random weights; for tests.
 
     Raises:
-        UserError: mmpose is not installed; an unknown model; a model that gives no heatmaps; missing or foreign
-            weights; a data set whose joints are unknown or do not match the model's.
+        UserError: mmpose is not installed; an unknown model; a model without heatmaps; missing or mismatched weights; a
+            data set whose joints are unknown or do not match the model's.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MMPoseEstimator:
         meta = _dataset_meta(config, apis)
         with quiet():
             self.model = _build(self.name, config, apis)
-        if not untrained:  # the last of all that may fail: it may have to be downloaded
+        if not untrained:  # last, since it may download
             file = find_checkpoint(self.name, checkpoint, weights, "mmpose")
             stored = load_weights(self.model, file).get("dataset_meta")
             meta = stored if isinstance(stored, dict) and "keypoint_id2name" in stored else meta
@@ -97,11 +97,11 @@ class MMPoseEstimator:
         self,
         photo: np.ndarray,  # (H, W, 3) uint8 RGB
         boxes: Tensor | np.ndarray | Sequence[Sequence[float]],  # (P, 4) x1, y1, x2, y2, photo pixels
-    ) -> Heatmaps:  # of P people, in the order of the boxes
+    ) -> Heatmaps:  # P people, in the order of the boxes
         """The model's heatmaps over the crop of `crop_from_box`, on the CPU.
 
         Raises:
-            UserError: nobody; a box that is no box or outside the photo; NaN or only zeros from the model.
+            UserError: no boxes; a box that is invalid or outside the photo; NaN or only zeros from the model.
         """
         people = check_boxes(boxes, photo.shape[1], photo.shape[0])
         parts = (self._some(photo, people[i : i + PEOPLE_AT_ONCE]) for i in range(0, len(people), PEOPLE_AT_ONCE))
@@ -129,9 +129,9 @@ class MMPoseEstimator:
 
 
 class _Bins:
-    """Takes a SimCC head's output, the flipped one averaged in, on its way to being decoded.
+    """Captures a SimCC head's output, averaged with its flip, before decoding.
 
-    mmpose's own heatmaps of these heads are the bins scaled to a peak of 1, whatever the loss made of them.
+    mmpose's own heatmaps of these heads are the bins scaled to a peak of 1, independent of the loss.
     """
 
     def __init__(self, head: Any) -> None:
@@ -147,17 +147,17 @@ class _Bins:
         self.head.decode = taking
 
     def __exit__(self, *error: object) -> None:
-        del self.head.decode  # the class's is there again
+        del self.head.decode  # restores the class's method
 
     def distributions(self) -> tuple[Tensor, Tensor, Tensor]:  # (P, K, bins) twice, >= 0; (P, K) confidence
-        """What the loss taught the output to be: the label itself, or the logits of the distribution."""
+        """The distributions that the loss trained: the label itself, or logits."""
         raw = [part.detach().cpu().float() for part in self.raw]
         loss, codec = self.head.loss_module, self.head.decoder
         if getattr(loss, "label_softmax", True):
             x, y = (part.clamp_min(0) for part in raw)
             return x, y, torch.minimum(x.amax(-1), y.amax(-1))
         x, y = ((part * getattr(loss, "beta", 1.0)).softmax(-1) for part in raw)
-        # 1 where the distribution is as narrow as its label.
+        # 1 if the distribution is as narrow as its label.
         peaks = [
             1 / (sigma * math.sqrt(2 * math.pi)) if codec.smoothing_type == "gaussian" else 1.0 for sigma in codec.sigma
         ]
@@ -168,9 +168,9 @@ class _Bins:
 
 
 def joint_names(
-    meta: dict[str, Any],  # mmpose's data set meta, parsed
+    meta: dict[str, Any],  # mmpose's data set metadata, parsed
 ) -> tuple[str, ...]:
-    """The joints' names in the model's order, ours where mmpose's differ."""
+    """The model's joint names, in its order, as canonical names where they differ."""
     others = {}
     for start, table in _NAMES.items():
         if str(meta.get("dataset_name", "")).lower().startswith(start):
@@ -180,7 +180,7 @@ def joint_names(
 
 
 def _check_kind(name: str, config: Any) -> None:
-    """Refuse what gives no heatmaps of one person, before anything is built or downloaded."""
+    """Refuse models without per-person heatmaps, before anything is built or downloaded."""
     model = config.get("model")
     kind = _type(model)
     if kind != "TopdownPoseEstimator":
@@ -220,7 +220,7 @@ def _warps_by_udp(name: str, config: Any) -> bool:
 def _dataset_meta(config: Any, apis: Any) -> dict[str, Any] | None:
     for mode in ("train", "val", "test"):
         info = config.get(f"{mode}_dataloader", {}).get("dataset", {}).get("metainfo")
-        if isinstance(info, dict) and "keypoint_info" in info:  # of JSON, whose keys are texts
+        if isinstance(info, dict) and "keypoint_info" in info:  # JSON has string keys
             info["keypoint_info"] = {int(index): joint for index, joint in info["keypoint_info"].items()}
         with quiet():
             meta: dict[str, Any] | None = apis.inference.dataset_meta_from_config(config, mode)
@@ -230,13 +230,13 @@ def _dataset_meta(config: Any, apis: Any) -> dict[str, Any] | None:
 
 
 def _build(name: str, config: Any, apis: Any) -> Any:
-    if "mmpretrain." in str(config.model):  # ViTPose's backbone; it too asks for the operators when it is imported
+    if "mmpretrain." in str(config.model):  # ViTPose's backbone; its import needs the operators too
         import_openmmlab("mmpretrain.models")
     try:
         return apis.init_model(config, None, "cpu")
     except UserError:
         raise
-    except Exception as error:  # registries, torch and the modules raise their own
+    except Exception as error:  # registries, torch and the modules raise various types
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{name}: the model cannot be built ({reason}); give a config of mmpose 1.x") from None
 

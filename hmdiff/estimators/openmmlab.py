@@ -1,7 +1,7 @@
-"""What mmpose and mmdet need before they are used: importing them, models by alias, their weights. Our choice.
+"""Shared setup of mmpose and mmdet: imports, model aliases, weights. Our choice.
 
-mmcv-lite has no compiled operators, yet mmpose's modules ask for them when they are imported: a stand-in answers. A
-config in .py is a program, which mmengine runs: use configs that you trust. Checkpoints are only data, never programs.
+mmcv-lite has no compiled operators, but mmpose's modules import them: a stand-in module provides them. A .py config is
+a program that mmengine executes: use only trusted configs. Checkpoints are read as data and never executed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hmdiff.errors import UserError
 from hmdiff.files.foreign_weights import read_checkpoint
 
 INSTALL = "uv sync --extra mmpose"
-# Files of a model: what finds them when they are not given. The scope is mmengine's name of a package.
+# Options that provide a model's files. The scope is mmengine's name of a package.
 OPTIONS = {
     "mmpose": ("--pose", "--pose-checkpoint"),
     "mmdet": ("--detector", "--detector-checkpoint"),
@@ -35,7 +35,7 @@ OPTIONS = {
 
 
 def _nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
-    """mmcv's operator, by torchvision; `offset` 1 counts both end pixels of a box."""
+    """mmcv's operator through torchvision; `offset` 1 includes both end pixels of a box."""
     from torchvision.ops import nms
 
     kept: Tensor = nms(torch.cat([bboxes[:, :2], bboxes[:, 2:] + offset], 1), scores, iou_threshold)
@@ -53,7 +53,7 @@ def _missing_operator(name: str) -> Callable[..., Any]:
 
 
 class _StandIn(types.ModuleType):
-    """`mmcv._ext` while it is imported: every operator is there, most only to say that it is not."""
+    """Replaces `mmcv._ext` during import: provides every operator, most of which raise an error when called."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -63,10 +63,10 @@ class _StandIn(types.ModuleType):
 
 @functools.cache
 def import_openmmlab(name: str) -> types.ModuleType:
-    """A module such as `mmpose.apis`; takes seconds the first time.
+    """Import a module such as `mmpose.apis`; takes seconds the first time.
 
     Raises:
-        UserError: it is not installed, or what it needs is not.
+        UserError: the module or one of its dependencies is not installed.
     """
     try:
         with quiet():
@@ -79,7 +79,7 @@ def import_openmmlab(name: str) -> types.ModuleType:
             try:
                 return importlib.import_module(name)
             finally:
-                # mmengine takes its presence for the full build.
+                # mmengine takes this module's presence for the full mmcv build.
                 sys.modules.pop(extension, None)
     except ImportError as error:
         package, missing = name.split(".")[0], error.name or str(error)
@@ -90,11 +90,11 @@ def import_openmmlab(name: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings and logs that these packages give for ordinary use."""
+    """Suppress the warnings and logs that these packages emit in normal use."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        # Recorded, not filtered: these packages set filters of their own on the way.
+        # Record instead of filtering: these packages install warning filters of their own.
         with warnings.catch_warnings(record=True):
             yield
     finally:
@@ -108,7 +108,7 @@ def find_model(
     name: str | Path,  # a config file, an alias such as "human", or the name of a shipped config
     scope: str,  # "mmpose", "mmdet" or "mmseg"
 ) -> tuple[Path, str | None]:  # the config, and where its weights can be downloaded
-    """The config file, as it is or by mmpose's list of its models. Raises `UserError` naming the nearest."""
+    """The config file, given directly or by mmpose's model list. Raises `UserError` with the nearest names."""
     path = Path(name)
     if path.is_dir():
         raise UserError(f"{name}: is a folder; name the config in it")
@@ -131,7 +131,7 @@ def find_model(
 
 @functools.cache
 def _models(scope: str) -> tuple[dict[str, tuple[Path, str | None]], dict[str, str]]:
-    """Every model with its config and weights, and every alias with its model, as the package lists them."""
+    """Every model with its config and weights, and every alias with its model, as listed by the package."""
     from mmengine.infer import BaseInferencer
 
     folder = BaseInferencer._get_repo_or_mim_dir(scope)
@@ -140,7 +140,7 @@ def _models(scope: str) -> tuple[dict[str, tuple[Path, str | None]], dict[str, s
     for entry in BaseInferencer._get_models_from_metafile(folder):
         if "Config" not in entry:
             continue
-        # Two packages spell the folder of their configs differently; both ship it under `configs`.
+        # Some packages list another config folder than the shipped `configs`.
         models[entry["Name"]] = Path(folder, entry["Config"]), entry.get("Weights")
         alias = entry.get("Alias", [])
         aliases.update(dict.fromkeys([alias] if isinstance(alias, str) else alias, entry["Name"]))
@@ -148,7 +148,7 @@ def _models(scope: str) -> tuple[dict[str, tuple[Path, str | None]], dict[str, s
 
 
 def read_config(path: str | Path) -> Any:
-    """An mmengine `Config` from .py, .json or .yaml. Raises `UserError` when it is damaged or lacks something."""
+    """An mmengine `Config` from .py, .json or .yaml. Raises `UserError` if it is damaged or incomplete."""
     from mmengine.config import Config
 
     try:
@@ -156,7 +156,7 @@ def read_config(path: str | Path) -> Any:
             return Config.fromfile(str(path))
     except ImportError as error:
         raise UserError(f"{path}: needs what is not installed ({error}); install it, or take another config") from None
-    except Exception as error:  # the config is a program
+    except Exception as error:  # a config is a program and may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: cannot be read as a config ({reason}); give one of mmpose or mmdet") from None
 
@@ -165,15 +165,15 @@ def read_config(path: str | Path) -> Any:
 
 
 def find_checkpoint(
-    model: str,  # what the user calls it
-    checkpoint: str | Path | None,  # a file, an address, or nothing
-    weights: str | None,  # the address that the package knows
+    model: str,  # the user's name of the model
+    checkpoint: str | Path | None,  # a file, a URL, or None
+    weights: str | None,  # the package's URL
     scope: str,
 ) -> Path:
-    """The file of the weights, downloaded to torch's cache where it is an address.
+    """The weights file; a URL is downloaded to torch's cache.
 
     Raises:
-        UserError: no such file, no address known, or the download failed; it names the file and how to pass it.
+        UserError: no such file, no known URL, or a failed download; names the file and the option to pass it.
     """
     option = OPTIONS[scope][1]
     if checkpoint is not None and "://" not in str(checkpoint):
@@ -188,9 +188,9 @@ def find_checkpoint(
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        # The last part of the name is the start of the content's SHA-256, as OpenMMLab publishes it.
+        # File names end with the start of the content's SHA-256 (OpenMMLab's convention).
         torch.hub.download_url_to_file(address, str(place), progress=sys.stderr.isatty())
-    except Exception as error:  # of sockets, of HTTP, of TLS, of the disk
+    except Exception as error:  # socket, HTTP, TLS or disk errors
         raise UserError(
             f"{model}: its weights could not be downloaded from {address} ({error}); download {place.name} where there "
             f"is a network and give it by {option} FILE, or put it into {place.parent}"
@@ -199,10 +199,10 @@ def find_checkpoint(
 
 
 def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:  # the checkpoint's meta
-    """Put a checkpoint's weights into a model.
+    """Load a checkpoint's weights into a model.
 
     Raises:
-        UserError: the file is damaged, or its weights are another model's.
+        UserError: the file is damaged, or its weights belong to another model.
     """
     stored, meta = read_checkpoint(path)
     wanted = {name: value.shape for name, value in model.state_dict().items()}

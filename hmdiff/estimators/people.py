@@ -1,6 +1,6 @@
-"""Photos and what is known of the people in them: keypoints or heatmaps found beside a photo, named, or estimated.
+"""The people of a photo: from keypoints or heatmaps found beside it or given, or from a pose estimator.
 
-J keypoints of a person to draw, P people of a photo. Looked for beside NAME.jpg are NAME.json, OpenPose's
+J drawn keypoints of a person, P people of a photo. Files found beside NAME.jpg: NAME.json, OpenPose's
 NAME_keypoints.json, NAME.jpg.json, and NAME_heatmaps.npz (our choice of names).
 """
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from hmdiff.heatmaps.photo import PhotoInfo
 
 Photo = Any  # str | Path | PIL.Image.Image | numpy array (H, W, 3) uint8 RGB
-FAINT = 0.1  # a highest confidence under this is worth a warning: hardly anything steers the result
+FAINT = 0.1  # warn if the highest confidence is below this, since the heatmaps then hardly guide the result
 
 
 @dataclasses.dataclass(frozen=True)
 class PhotoPeople:
-    """One photo, the pipeline's input for its people, and the points to draw for them."""
+    """One photo, the pipeline's input for its people, and the points to draw."""
 
     photo: Path
     size: tuple[int, int]  # width, height in pixels
-    heatmaps: Heatmaps  # of P people; the crops carry the photo's size and camera
-    points: list[tuple[Tensor, tuple[str, ...]]]  # of each: (J, 3) photo pixels and confidence, J names
-    source: str  # what the user is told
-    depth: Tensor | None = None  # (h, w) of the whole photo, larger = farther, NaN = not known
-    identities: tuple[dict[str, str], ...] = ()  # of each: annotation, track, ... as the file has them
-    notes: tuple[str, ...] = ()  # what was mended or left out
+    heatmaps: Heatmaps  # P people; the crops carry the photo's size and camera
+    points: list[tuple[Tensor, tuple[str, ...]]]  # per person: (J, 3) photo pixels and confidence, J names
+    source: str  # description for the user
+    depth: Tensor | None = None  # (h, w) of the whole photo, larger = farther, NaN = unknown
+    identities: tuple[dict[str, str], ...] = ()  # per person: annotation, track, ... in the file
+    notes: tuple[str, ...] = ()  # corrections and omissions
     focal_from: str = ""
-    picture: np.ndarray | None = None  # (H, W, 3) uint8 RGB, of a photo that is no file
+    picture: np.ndarray | None = None  # (H, W, 3) uint8 RGB, for a photo without a file
 
     def pixels(self) -> np.ndarray:  # (H, W, 3) uint8 RGB
-        """Of the last photo it is kept: the files of everybody in it need it one after another."""
+        """The photo's pixels; the last photo is cached, since every person's files need it."""
         if self.picture is not None:
             return self.picture
         return _pixels(self.photo, self.photo.stat().st_mtime_ns if self.photo.exists() else 0)
@@ -62,10 +62,10 @@ def _pixels(photo: Path, changed: int) -> np.ndarray:
 
 
 def people_in(photo: Photo, source: PoseSource) -> PhotoPeople:
-    """Everybody in a photo: from what lies beside a file, else as the source sees them.
+    """Everybody in a photo: from files beside it, else from the source.
 
     Raises:
-        UserError: no photo, nobody in it, or damaged files beside it.
+        UserError: not a photo, nobody detected, or damaged files beside it.
     """
     import numpy as np
 
@@ -104,7 +104,7 @@ def people_in(photo: Photo, source: PoseSource) -> PhotoPeople:
 
 
 def pair_files(kind: str, files: Sequence[Path], photos: Sequence[Path]) -> list[Path | None]:
-    """The file of every photo: one each, in order; a single file serves all photos where it is about many."""
+    """The file of each photo, in order; a single file serves all photos if it covers several."""
     if not files:
         return [None] * len(photos)
     if len(files) == len(photos):
@@ -128,17 +128,17 @@ def heatmaps_beside(photo: Path) -> Path:
 
 def read_people(
     photo: Path,
-    keypoints: Path | None = None,  # None: looked for beside the photo
+    keypoints: Path | None = None,  # None: searched beside the photo
     heatmaps: Path | None = None,
     box: Box | None = None,
-    source: PoseSource | None = None,  # what looks at a photo of which nothing is known
-    boxes: list[Box] | None = None,  # of the people to estimate; None: found
+    source: PoseSource | None = None,  # pose source for a photo without files
+    boxes: list[Box] | None = None,  # people to estimate; None: detected
     camera: PhotoCamera | None = None,  # None: EXIF's focal length, else the diagonal
 ) -> PhotoPeople:
     """The people of a photo.
 
-    Heatmaps win over keypoints, which are then only drawn; `source` makes heatmaps where there is neither. Raises
-    `UserError` when nothing is known, or what is known is damaged or about another photo.
+    Heatmaps take precedence over keypoints, which are then only drawn; without either, `source` estimates heatmaps.
+    Raises `UserError` if there is no input, or if it is damaged or belongs to another photo.
     """
     from hmdiff.heatmaps.cameras import PhotoCamera
     from hmdiff.heatmaps.photo import photo_info
@@ -239,7 +239,7 @@ def _from_keypoints(
 
 
 def _check_crops(path: Path, heatmaps: Heatmaps, size: tuple[int, int]) -> None:
-    """A crop that does not touch the photo is another photo's."""
+    """Raises `UserError` for a crop outside the photo, which belongs to another photo."""
     for index, ((x, y), side) in enumerate(zip(heatmaps.center.tolist(), heatmaps.side.tolist(), strict=True)):
         if not (-side / 2 < x < size[0] + side / 2 and -side / 2 < y < size[1] + side / 2):
             raise UserError(
@@ -265,7 +265,7 @@ def read_keypoints_of(path: Path, photo: Path, info: PhotoInfo, notes: list[str]
 
 
 def _has_keypoints(path: Path) -> bool:
-    """Also true of a damaged file: it is then refused by name, and nothing estimated in its place."""
+    """Also True for a damaged file, which is then refused by name instead of being replaced by an estimate."""
     from hmdiff.heatmaps.formats import has_keypoints
 
     try:
@@ -275,7 +275,7 @@ def _has_keypoints(path: Path) -> bool:
 
 
 def _json_box(path: Path | None) -> list[Box] | None:
-    """The box of a JSON without keypoints; None where it is none, and for the detector to find."""
+    """The box of a JSON file without keypoints; None if it has none, so that the detector runs."""
     from hmdiff.heatmaps.formats.document import load_document
 
     try:
@@ -287,7 +287,7 @@ def _json_box(path: Path | None) -> list[Box] | None:
 
 
 def peaks(heatmaps: Heatmaps) -> list[tuple[Tensor, tuple[str, ...]]]:
-    """Of each person the places of the peaks, photo pixels, with the confidence (J, 3), and the J names."""
+    """Per person, the peak positions in photo pixels with confidence (J, 3), and the J names."""
     import torch
 
     from hmdiff.body.skeletons import HALPE26
@@ -301,10 +301,10 @@ def peaks(heatmaps: Heatmaps) -> list[tuple[Tensor, tuple[str, ...]]]:
 
 def crops(
     picture: np.ndarray,  # (H, W, 3) uint8
-    heatmaps: Heatmaps,  # of P people: their crops
+    heatmaps: Heatmaps,  # P people with their crops
     size: int,
 ) -> Tensor:  # (P, 3, size, size) RGB 0..1
-    """The square crops of a photo, for a model that reads pictures; black outside the photo."""
+    """The square crops of a photo, for a model that reads images; black outside the photo."""
     import cv2
     import numpy as np
     import torch
@@ -313,9 +313,9 @@ def crops(
     for index, side in enumerate(heatmaps.side.tolist()):
         scale = size / side
         affine = np.array(heatmaps.crop.affine(index, size))
-        # OpenCV counts from the centre of the first pixel, we from its corner.
+        # OpenCV's origin is the centre of the first pixel, ours its corner.
         affine[:, 2] += affine[:, :2] @ [0.5, 0.5] - 0.5
-        # Smoothed first where the crop is coarser than the photo, so that nothing aliases.
+        # Smooth before downsampling, against aliasing.
         base = picture if scale >= 0.7 else cv2.GaussianBlur(picture, (0, 0), 0.4 / scale)
         result.append(cv2.warpAffine(base, affine, (size, size), flags=cv2.INTER_LINEAR))
     return torch.from_numpy(np.stack(result)).permute(0, 3, 1, 2).float() / 255

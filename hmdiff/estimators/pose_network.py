@@ -1,9 +1,9 @@
-"""Heatmaps by a real network: a small pose estimator of mmpose's own classes, trained on our synthetic people.
+"""A small mmpose pose estimator trained on our synthetic people, as a source of realistic heatmaps.
 
-`hmdiff prepare estimator` makes the folder it is loaded from: config.py, which mmpose's `init_model` reads, and
-model.safetensors, the state of that model in half precision. Here the pictures are the square crops themselves, as
-tensors, so that an experiment on rendered people meets this network's faults in place of drawn ones. The config is
-parsed, never run. B pictures of S x S pixels; the network reads N x N and answers with M x M.
+`hmdiff prepare estimator` writes its folder: config.py, readable by mmpose's `init_model`, and model.safetensors, its
+weights in half precision. Inputs are the square crops as tensors, so that experiments on rendered people contain a real
+network's errors instead of simulated ones. The config is parsed, never executed. B images of S x S pixels; the network
+reads N x N and returns M x M.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "config.py", "model.safetensors"
 
 
 class SyntheticEstimator:
-    """The network with the crop's conventions about it. Each picture is read by itself, whatever batch it sits in."""
+    """The network with the crop's conventions. Results do not depend on the batch."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval()
@@ -34,7 +34,7 @@ class SyntheticEstimator:
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> SyntheticEstimator:
-        """Raises `UserError` for a folder without the two files, damaged files, and where mmpose is not installed."""
+        """Raises `UserError` for missing or damaged files, and if mmpose is not installed."""
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
@@ -47,8 +47,8 @@ class SyntheticEstimator:
     def estimate(
         self,
         images: Tensor,  # (B, 3, S, S) RGB 0..1, square crops
-    ) -> Tensor:  # (B, 26, 64, 64) >= 0, float32; joints in the order of HALPE26, the peak is the confidence
-        """The network's raw regression on our grid, clamped at 0. Pictures of another size are resized first."""
+    ) -> Tensor:  # (B, 26, 64, 64) >= 0, float32; HALPE26 order, peak = confidence
+        """The network's raw regression on our grid, clamped at 0. Images of another size are resized first."""
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise UserError(f"pictures: shape {tuple(images.shape)} found, (B, 3, S, S) expected: square RGB crops")
         images = images.to(next(self.network.parameters()).device).float()
@@ -56,7 +56,7 @@ class SyntheticEstimator:
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
         values = self.network(network_input(self.network, images), None, mode="tensor").float()
-        # Bicubic: bilinear between pixels of a coarser grid would draw every peak towards one of them.
+        # Bicubic, because bilinear interpolation would shift peaks towards the pixels of a coarser grid.
         along = pixel_coordinates(HEATMAP_SIZE, values) - grid_shift(self.image_size, self.heatmap_size)
         grid = torch.stack(torch.meshgrid(along, along, indexing="xy"), -1).expand(len(images), -1, -1, -1)
         values = F.grid_sample(values, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
@@ -66,7 +66,7 @@ class SyntheticEstimator:
         self,
         images: Tensor,  # (B, 3, S, S)
     ) -> Heatmaps:
-        """The same as `Heatmaps`; the crop stands for the photo, two pixels a side (as in `evaluate.evaluation`)."""
+        """The same as `Heatmaps`; the crop is the photo, two pixels per side (as in `evaluate.evaluation`)."""
         values = self.estimate(images)
         count = len(values)
         valid = torch.ones(count, len(HALPE26), dtype=torch.bool, device=values.device)
@@ -74,7 +74,7 @@ class SyntheticEstimator:
 
 
 def codec_sizes(network: Any) -> tuple[int, int]:  # N, M
-    """Sides of picture and heatmap. Raises `UserError` for a codec whose grid is not the one assumed here."""
+    """Sides of image and heatmap. Raises `UserError` for a codec with another grid than assumed here."""
     codec = network.head.decoder
     if type(codec).__name__ != "MSRAHeatmap":
         raise UserError(f"pose estimator: codec {type(codec).__name__} found, MSRAHeatmap expected; prepare it again")
@@ -85,10 +85,10 @@ def grid_shift(
     image_size: int,  # N
     heatmap_size: int,  # M
 ) -> float:  # crop coordinates
-    """Where the middle of mmpose's heatmap lies in our crop.
+    """Centre of mmpose's heatmap in our crop.
 
-    The MSRA codec divides pixel indices: heatmap pixel j stands for picture pixel j N/M, whose centre lies at
-    ``-1 + 2 (j N/M + 1/2) / N``. Pixel areas laid side by side would put it at ``-1 + 2 (j + 1/2) / M``.
+    The MSRA codec divides pixel indices: heatmap pixel j corresponds to image pixel j N/M, whose centre lies at ``-1 +
+    2 (j N/M + 1/2) / N``. Dividing the crop into M pixel areas would put it at ``-1 + 2 (j + 1/2) / M``.
     """
     return (1 - image_size / heatmap_size) / image_size
 
@@ -96,13 +96,13 @@ def grid_shift(
 def network_input(
     network: Any,
     images: Tensor,  # (B, 3, N, N) RGB 0..1
-) -> Tensor:  # (B, 3, N, N) what the network's own preprocessor makes of the same picture in 8 bits, BGR
+) -> Tensor:  # (B, 3, N, N) BGR, as the network's own preprocessor computes from the 8-bit image
     preprocessor = network.data_preprocessor
     return (images * 255 - preprocessor.mean) / preprocessor.std
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """A config of plain values, ``name = value`` each. Raises `UserError` for one that has anything to run in it."""
+    """Parse a config of plain ``name = value`` assignments. Raises `UserError` for any other code."""
     path = Path(path)
     try:
         body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -121,13 +121,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def build_network(config: dict[str, Any]) -> nn.Module:
-    """mmpose's model of a config, untrained. Raises `UserError` where mmpose is missing or refuses the config."""
+    """Build mmpose's model of a config, untrained. Raises `UserError` if mmpose is missing or refuses the config."""
     models = import_openmmlab("mmpose.models")
     from mmengine.registry import DefaultScope
 
     try:
         with quiet(), DefaultScope.overwrite_default_scope("mmpose"):
             network: nn.Module = models.build_pose_estimator(config["model"])
-    except Exception as error:  # mmengine passes on whatever a constructor raises
+    except Exception as error:  # mmengine passes on any exception of a constructor
         raise UserError(f"pose estimator: mmpose cannot build it ({' '.join(str(error).split())[:160]})") from None
     return network

@@ -1,7 +1,7 @@
-"""Masks of people of whom a data set has none, for D2A-HMR's silhouette (arXiv 2403.09063), by a network.
+"""Person masks by a network, for data sets without masks, for D2A-HMR's silhouette loss (arXiv 2403.09063).
 
-BlazePose's landmark network gives a person's silhouette beside its heatmaps; a network of mmseg the pixels of the class
-`person`, of which those in the person's box are taken: where two people overlap, both. Which networks: our choice.
+Either the silhouette of BlazePose's landmark network, or the `person` pixels of an mmseg network inside the person's
+box, which include other people who overlap. The choice of networks is ours.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from hmdiff.estimators.source import Box
 
 EMBEDDED = "embedded"
 MMSEG = "mmseg:"
-_PEOPLE = ("person", "rider")  # of Cityscapes, ADE20K, COCO-Stuff and VOC
+_PEOPLE = ("person", "rider")  # class names in Cityscapes, ADE20K, COCO-Stuff and VOC
 
 
 class SilhouetteSource(Protocol):
-    """A photo and a person's box in, their mask out."""
+    """Maps a photo and a person's box to a mask."""
 
     name: str
 
     def __call__(
         self,
         photo: np.ndarray,  # (H, W, 3) uint8 RGB
-        path: Path,  # of the photo: people of one photo follow each other
+        path: Path,  # photo path; a photo's people come in sequence
         box: Box,  # x1, y1, x2, y2 photo pixels
-    ) -> np.ndarray | None: ...  # (H, W) bool; None: nobody is seen there
+    ) -> np.ndarray | None: ...  # (H, W) bool; None: nobody detected
 
 
 def load_silhouettes(
     name: str,  # embedded, embedded:FOLDER, or mmseg:MODEL
-    checkpoint: str | None = None,  # of mmseg's model: a file or an address; None: where mmseg lists it
+    checkpoint: str | None = None,  # mmseg weights: a file or a URL; None: the URL that mmseg lists
     device: torch.device | str = "cpu",
 ) -> SilhouetteSource:
-    """Raises `UserError` for another name, and where what the source needs is not installed."""
+    """Raises `UserError` for another name, or missing dependencies of the source."""
     if name == EMBEDDED or name.startswith(f"{EMBEDDED}:"):
         return EmbeddedSilhouettes(name.removeprefix(EMBEDDED).removeprefix(":") or None)
     if name.startswith(MMSEG) and name != MMSEG:
@@ -50,7 +50,7 @@ def load_silhouettes(
 
 
 class EmbeddedSilhouettes:
-    """Of the embedded pose estimator, which looks at each box. One at a time: its interpreter has one state."""
+    """Silhouettes of the embedded pose estimator for given boxes. One at a time, since its interpreter is stateful."""
 
     name = "BlazePose"
 
@@ -63,25 +63,25 @@ class EmbeddedSilhouettes:
         with self._lock:
             try:
                 seen = self._estimator.see(photo, [box])
-            except UserError:  # nobody is seen in the box
+            except UserError:  # nobody detected in the box
                 return None
         mask: np.ndarray = seen.silhouettes[0]() > 0.5
         return mask if mask.any() else None
 
 
 class SegmentedPeople:
-    """The class `person` of a semantic segmentation network of mmseg, within the box.
+    """The `person` pixels of an mmseg semantic segmentation network, within the box.
 
     Raises:
-        UserError: mmseg is not installed; an unknown model; missing or foreign weights; no class `person`.
+        UserError: mmseg is not installed; an unknown model; missing or mismatched weights; no class `person`.
     """
 
     def __init__(
         self,
-        config: str | Path | Any,  # a config file, a name that mmseg lists, or a `Config`
+        config: str | Path | Any,  # a config file, an mmseg model name, or a `Config`
         checkpoint: str | Path | None = None,
         device: torch.device | str = "cpu",
-        untrained: bool = False,  # leave the weights random; for tests
+        untrained: bool = False,  # keep random weights; for tests
     ) -> None:
         apis, weights = import_openmmlab("mmseg.apis"), None
         self.name = "mmseg"
@@ -95,7 +95,7 @@ class SegmentedPeople:
                 self.model = apis.init_model(config, None, device="cpu")
             except UserError:
                 raise
-            except Exception as error:  # registries, torch and the modules raise their own
+            except Exception as error:  # registries, torch and the modules raise various types
                 reason = str(error).strip().split("\n")[0][:200]
                 raise UserError(f"{self.name}: cannot be built ({reason}); give a config of mmseg") from None
         stored = {} if file is None else load_weights(self.model, file)
@@ -118,7 +118,7 @@ class SegmentedPeople:
 
 
 def _person_classes(name: str, meta: dict[str, Any], config: Any) -> list[int]:
-    """The labels of people: by the checkpoint's classes, else by the config's."""
+    """The class indices of people: from the checkpoint's classes, else the config's."""
     known = meta.get("dataset_meta", meta)
     known = known if isinstance(known, dict) else {}
     classes: Sequence[str] | None = known.get("classes", known.get("CLASSES"))

@@ -1,6 +1,6 @@
-"""`PoseSource`: whatever looks at a photo and says, joint by joint, where its people's joints may be.
+"""`PoseSource`: the interface of pose estimators, which map a photo to heatmaps of its people.
 
-The embedded estimator, mmpose and transformers' ViTPose are sources; keypoint files and arrays become the same type,
+Sources are the embedded estimator, mmpose and transformers' ViTPose. Keypoint files and arrays become the same type,
 `Heatmaps`, in `hmdiff.heatmaps`. P people.
 """
 
@@ -22,32 +22,32 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 photo pixels
 
 @dataclasses.dataclass(frozen=True)
 class SeenPeople:
-    """What a source saw in one photo."""
+    """The people that a source detected in one photo."""
 
-    heatmaps: Heatmaps  # of P people, surest first; their crops know nothing of the photo's camera yet
+    heatmaps: Heatmaps  # P people, by falling score; their crops do not have the photo's camera yet
     boxes: Tensor  # (P, 4) x1, y1, x2, y2 photo pixels
-    more: int = 0  # detections that were not looked at, since as many people as were asked for had been found
-    # Of each, where the source has them: (H, W) 0..1 over the photo, made when it is asked for
+    more: int = 0  # detections skipped because the requested number of people was reached
+    # Per person, if the source provides them: (H, W) 0..1 over the photo, computed lazily.
     silhouettes: tuple[Callable[[], np.ndarray], ...] = ()
 
 
 class PoseSource(Protocol):
     @property
     def name(self) -> str:
-        """What is printed and saved with the result."""
+        """Name that is printed and saved with the result."""
         ...
 
     def see(
         self,
         photo: np.ndarray,  # (H, W, 3) uint8 RGB
-        boxes: Sequence[Box] | None = None,  # of the people to look at; None: all that are found
+        boxes: Sequence[Box] | None = None,  # people to estimate; None: all detected
     ) -> SeenPeople:
-        """Raises `UserError` where nobody is seen, or a box is none."""
+        """Raises `UserError` if nobody is detected, or for an invalid box."""
         ...
 
 
 def glance_of(source: PoseSource) -> Callable[..., SeenPeople]:
-    """How a source sees the frames of a video: its `glance`, a quicker `see`, where it has one."""
+    """A source's method for video frames: its `glance`, a faster `see`, if it has one."""
     found: Callable[..., SeenPeople] = getattr(source, "glance", source.see)
     return found
 
@@ -57,7 +57,7 @@ def check_boxes(
     width: int,  # of the photo
     height: int,
 ) -> Tensor:  # (P, 4) float32
-    """Boxes that lie in the photo, at least partly. Raises `UserError` naming the first that does not."""
+    """Validate boxes: each must overlap the photo. Raises `UserError` naming the first that does not."""
     people = torch.as_tensor(np.asarray(boxes, dtype=np.float32))
     if people.numel() == 0:
         raise UserError("boxes: nobody is given; give a box x1,y1,x2,y2 for each person in the photo")

@@ -1,8 +1,8 @@
-"""ViTPose by transformers (Xu et al., arXiv 2204.12484) as a source of heatmaps: `--pose vitpose:MODEL`.
+"""ViTPose (Xu et al., arXiv 2204.12484) through transformers, as a source of heatmaps: `--pose vitpose:MODEL`.
 
-MODEL is a name on the hub or a folder of `save_pretrained`. People are found by the embedded estimator where no box is
-given. ViTPose's heatmaps are UDP's (arXiv 1911.07524): pixel k of n stands at k / (n - 1) of the box, and the model's
-box is the person's, 1.25 times as large and of the input's aspect ratio, as its processor makes it. P people.
+MODEL is a name on the Hub or a folder of `save_pretrained`. Without boxes, the embedded estimator detects people.
+ViTPose's heatmaps are UDP's (arXiv 1911.07524): pixel k of n lies at k / (n - 1) of the box. The model's box is the
+person's, enlarged by 1.25 to the input's aspect ratio, as its processor does. P people.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from hmdiff.errors import UserError
 from hmdiff.estimators.source import Box, SeenPeople, check_boxes
 from hmdiff.heatmaps import Heatmaps, crop_from_box, heatmaps_from_values
 
-_PADDING = 1.25  # of the processor, about the box
+_PADDING = 1.25  # the processor's box enlargement
 
 
 class VitPoseSource:
-    """Raises `UserError` where transformers is not installed, or the model cannot be loaded."""
+    """Raises `UserError` if transformers is not installed, or the model cannot be loaded."""
 
     def __init__(self, model: str, device: torch.device | str = "cpu", most_people: int = 10) -> None:
         if not model:
@@ -37,7 +37,7 @@ class VitPoseSource:
             self._processor: Any = VitPoseImageProcessor.from_pretrained(model)
             network: Any = VitPoseForPoseEstimation.from_pretrained(model)
             self._model = network.to(device).eval()
-        except Exception as error:  # the hub, JSON and torch raise their own
+        except Exception as error:  # the hub, JSON and torch raise various types
             reason = str(error).strip().split("\n")[0][:160]
             raise UserError(f"vitpose:{model}: cannot be loaded ({reason}); name one of the hub, or a folder") from None
         names = getattr(self._model.config, "id2label", None) or {}
@@ -66,7 +66,7 @@ class VitPoseSource:
         return SeenPeople(self._mapped(values, people), people, unseen)
 
     def _mapped(self, values: torch.Tensor, people: torch.Tensor) -> Heatmaps:
-        """UDP's grid as areas: pixel centres at the ends of the box, so half a pixel more on every side."""
+        """UDP's pixel centres lie at the ends of the box: extend the area by half a pixel on every side."""
         height, width = values.shape[-2:]
         size = people[:, 2:] - people[:, :2]
         aspect = width / height

@@ -1,7 +1,7 @@
-"""Heatmaps: what a 2D pose estimator knows, as a distribution over the crop for every joint.
+"""Heatmaps: the output of a 2D pose estimator as a distribution over the crop for each joint.
 
-`distribution` holds the type and its mathematics, `crop` where in which photo it lies; `keypoints`, the `formats` of
-their files and `arrays` are the sources that need no network.
+`distribution` has the type and its operations, `crop` the crop's place in the photo; `keypoints`, the file `formats`
+and `arrays` are the sources that need no network.
 """
 
 from hmdiff.heatmaps.arrays import load_heatmaps, save_heatmaps

@@ -1,8 +1,8 @@
-"""Precomputed heatmaps on disk: npz with `heatmaps` (J, H, W) or (B, J, H, W), `joints` names, `center`, `side`.
+"""Heatmaps on disk: npz with `heatmaps` (J, H, W) or (B, J, H, W), `joints` names, `center`, `side`.
 
-`center` and `side` give the square crop in photo pixels; heatmap pixel (i, j) has its centre at
-center + ((j+.5)/W - .5, (i+.5)/H - .5) * side. The rest of a `Crop` (`rotation`, `photo_size`, `focal`,
-`principal_point`) is read where it is there. Nothing is unpickled.
+`center` and `side` give the square crop in photo pixels; heatmap pixel (i, j) has its centre at center + ((j+.5)/W -
+.5, (i+.5)/H - .5) * side. The other fields of a `Crop` (`rotation`, `photo_size`, `focal`, `principal_point`) are
+optional. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from hmdiff.files.storage import atomic_file
 from hmdiff.heatmaps.crop import Crop
 from hmdiff.heatmaps.distribution import Heatmaps, heatmaps_from_values
 
-MAX_BYTES = 1 << 30  # of all arrays together: 200 people in a photo, at 133 maps of 96 x 96, have 980 MB
+MAX_BYTES = 1 << 30  # all arrays together: 200 people in a photo with 133 maps of 96 x 96 take 980 MB
 _KEYS = ("heatmaps", "center", "side")
-_CAMERA = ("rotation", "photo_size", "focal", "principal_point")  # of the crop; defaults where they are not there
+_CAMERA = ("rotation", "photo_size", "focal", "principal_point")  # optional fields of the crop
 _MEND = "write it again with numpy.savez_compressed"
-# Sets that their number of joints tells apart; the others must come with their names.
+# Joint sets that their number of joints identifies; others need names.
 _BY_COUNT = {17: "coco17", 25: "openpose25", 26: "halpe26"}
 
 
 def load_heatmaps(path: str | Path) -> Heatmaps:
-    """Read heatmaps of one person or of several, in any joint set we know, resampled to 64 x 64.
+    """Read the heatmaps of one or several people, for any known joint set, resampled to 64 x 64.
 
     Raises:
         UserError: not an npz, a missing key, pickled arrays, wrong shapes, NaN, all zero, unknown joints.
@@ -104,7 +104,7 @@ def _joint_names(path: Path, arrays: dict[str, np.ndarray], joints: int) -> tupl
 
 
 def save_heatmaps(path: str | Path, heatmaps: Heatmaps) -> None:
-    """Write what `load_heatmaps` reads back without loss. Raises `UserError` when the place cannot be written."""
+    """Write an npz that `load_heatmaps` reads back losslessly. Raises `UserError` if it cannot be written."""
     with atomic_file(path) as temporary, temporary.open("wb") as handle:
         np.savez_compressed(
             handle,

@@ -1,7 +1,7 @@
-"""What is known of a photo's camera, and files of intrinsics: one for all photos, or one a photo.
+"""A photo's camera, as far as known, and files of intrinsics: one for all photos, or one per photo.
 
-Read are JSON and npz: a 3 x 3 matrix (bare, or under K, intrinsics, camera_matrix, cam_intrinsics), or fx, fy, cx, cy
-(also f or focal; principal_point); or an object from photo names to either. Pixels are those of the photo as shown.
+Formats: JSON and npz with a 3 x 3 matrix (bare, or under K, intrinsics, camera_matrix, cam_intrinsics), or fx, fy, cx,
+cy (also f or focal; principal_point); or an object from photo names to either. Pixels are those of the displayed photo.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from hmdiff.heatmaps.formats.picture_names import find_picture, last_name
 from hmdiff.heatmaps.photo import PhotoInfo
 
 _MATRIX = ("K", "intrinsics", "camera_matrix", "cam_intrinsics", "intrinsic_matrix", "k")
-_SQUARE = 0.03  # relative: the model's camera has square pixels
+_SQUARE = 0.03  # maximum relative difference of fx and fy: the model assumes square pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class PhotoCamera:
-    """A pinhole camera, as far as it is known, in pixels of the photo."""
+    """A pinhole camera in photo pixels; unknown values are None."""
 
     focal: float | None = None  # None: the diagonal of the photo (CLIFF, arXiv 2208.00571)
     principal_point: tuple[float, float] | None = None  # None: the photo's centre
-    source: str = ""  # where the focal length is from, for the user
+    source: str = ""  # origin of the focal length, for messages
 
     def applied(self, crop: Crop, photo: PhotoInfo) -> Crop:
         """The crop with the photo's size and this camera."""
@@ -49,7 +49,7 @@ class PhotoCamera:
 
 
 def read_intrinsics(path: str | Path, photo: str | Path) -> PhotoCamera:
-    """The camera of a photo from a file. Raises `UserError` for one that is damaged or does not know the photo."""
+    """The camera of a photo from a file. Raises `UserError` if the file is damaged or lacks the photo."""
     path = Path(path)
     data = _load(path)
     if isinstance(data, dict) and not _is_camera(data):

@@ -1,9 +1,8 @@
-"""`Crop`: where in the photo a person's square crop lies, and the camera that took the photo.
+"""`Crop`: a person's square crop in the photo, and the camera of the photo.
 
-Photo pixels count from the outer edge of the first pixel, x right and y down, in the photo as it is shown (turned as
-its EXIF tag says). Crop coordinates (NDC) run from -1 to 1. The crop may be turned in the picture: its own axes are
-the photo's turned by `rotation`, so that a person who lies or hangs upside down is upright in the crop.
-B people.
+Photo pixel coordinates start at the outer edge of the first pixel, x right and y down, in the displayed photo (after
+the EXIF rotation). Crop coordinates (NDC) range from -1 to 1. The crop's axes are the photo's axes rotated by
+`rotation`, so that a person who lies or hangs upside down is upright in the crop. B people.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 
-SMALLEST, LARGEST = 1e-3, 1e6  # pixels of a side; and of anything: squares and products stay far from overflow
+SMALLEST, LARGEST = 1e-3, 1e6  # pixels; LARGEST bounds every value, so that squares and products do not overflow
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """The crops of B people with their photos' cameras. `Crop.of` fills in what is not known.
+    """The crops of B people with their photos' cameras. `Crop.of` fills in unknown values.
 
     Raises:
         UserError: wrong shapes, a number that is not finite, a side, a size or a focal length that is not above 0.
@@ -29,7 +28,7 @@ class Crop:
 
     center: Tensor  # (B, 2) photo pixels
     side: Tensor  # (B,) photo pixels
-    rotation: Tensor  # (B,) radians, clockwise as the photo is seen: the crop's x axis is (cos, sin) in the photo
+    rotation: Tensor  # (B,) radians, clockwise in the displayed photo: the crop's x axis is (cos, sin) in the photo
     photo_size: Tensor  # (B, 2) width, height in pixels
     focal: Tensor  # (B,) pixels of the photo
     principal_point: Tensor  # (B, 2) photo pixels
@@ -50,7 +49,7 @@ class Crop:
             value = getattr(self, name)
             if tuple(value.shape) != shape or not value.isfinite().all():
                 raise UserError(f"crop: `{name}` must be finite numbers of shape {shape}, found {tuple(value.shape)}")
-        # (A photo of size 0 and its focal length 0 stand for 'not known', in data sets without a camera.)
+        # Photo size 0 and focal length 0 mean 'unknown', in data sets without a camera.
         if (self.focal < 0).any() or (self.photo_size < 0).any():
             raise UserError("crop: `focal` and `photo_size` must be above 0 pixels")
         if any(
@@ -70,11 +69,11 @@ class Crop:
         center: Tensor,  # (B, 2)
         side: Tensor,  # (B,)
         rotation: Tensor | None = None,  # (B,) None: upright
-        photo_size: Tensor | Sequence[float] | None = None,  # (B, 2) or (2,); None: the crop's centre is the photo's
-        focal: Tensor | float | None = None,  # None: the photo's diagonal, as CLIFF (arXiv 2208.00571)
+        photo_size: Tensor | Sequence[float] | None = None,  # (B, 2) or (2,); None: the photo's centre is the crop's
+        focal: Tensor | float | None = None,  # None: the photo's diagonal, as in CLIFF (arXiv 2208.00571)
         principal_point: Tensor | Sequence[float] | None = None,  # (B, 2) or (2,); None: the photo's centre
     ) -> Crop:
-        """A crop with defaults for what is not known. One photo size, focal or principal point serves everybody."""
+        """A crop with defaults for unknown values. A single photo size, focal or principal point applies to all."""
 
         def of_all(value: Tensor | Sequence[float] | float, shape: tuple[int, ...]) -> Tensor:
             return torch.as_tensor(value, dtype=side.dtype, device=side.device).expand(shape).clone()
@@ -102,11 +101,11 @@ class Crop:
         return Crop(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
 
     def to(self, like: torch.device | str | Tensor) -> Crop:
-        """On a device, or in the dtype and on the device of a tensor."""
+        """Move to a device, or to the dtype and device of a tensor."""
         return Crop(*(getattr(self, field.name).to(like) for field in dataclasses.fields(self)))
 
     def expand(self, count: int) -> Crop:
-        """A crop of one person, `count` times."""
+        """Repeat a one-person crop `count` times."""
         fields = (getattr(self, field.name) for field in dataclasses.fields(self))
         return Crop(*(value.expand(count, *value.shape[1:]) for value in fields))
 
@@ -116,26 +115,26 @@ class Crop:
         focal: Tensor | None = None,  # (B,)
         principal_point: Tensor | None = None,  # (B, 2)
     ) -> Crop:
-        """The same crop of a photo of that size or camera. A new size sets focal and principal point anew."""
+        """The same crop with another photo size or camera. A new size resets focal length and principal point."""
         known = self if photo_size is None else Crop.of(self.center, self.side, self.rotation, photo_size)
         changed = {"focal": focal, "principal_point": principal_point}
         return dataclasses.replace(known, **{k: v.to(self.side) for k, v in changed.items() if v is not None})
 
     @property
     def intrinsics(self) -> Tensor:  # (B, 3, 3)
-        """K of the photo: ``K @ (x, y, z)`` is a point's homogeneous photo pixel."""
+        """Intrinsics of the photo: ``K @ (x, y, z)`` is a point's homogeneous photo pixel."""
         zero, one = torch.zeros_like(self.focal), torch.ones_like(self.focal)
         x, y = self.principal_point.unbind(-1)
         rows = [self.focal, zero, x, zero, self.focal, y, zero, zero, one]
         return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
     def turn(self) -> Tensor:  # (B, 2, 2)
-        """From the crop's axes to the photo's."""
+        """Rotation from the crop's axes to the photo's."""
         cos, sin = self.rotation.cos(), self.rotation.sin()
         return torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
 
     def turn_3d(self) -> Tensor:  # (B, 3, 3)
-        """From a camera turned about its own axis with the crop to the photo's camera (x right, y down, z forward)."""
+        """Rotation from a camera rolled with the crop to the photo's camera (x right, y down, z forward)."""
         turn = torch.zeros(len(self), 3, 3, dtype=self.side.dtype, device=self.side.device)
         turn[:, :2, :2], turn[:, 2, 2] = self.turn(), 1.0
         return turn
@@ -164,17 +163,17 @@ class Crop:
         )
 
     def upright(self) -> Crop:
-        """The same crop in the photo turned about its principal point until the crop is upright in it."""
+        """The same crop in the photo rotated about its principal point so that the crop is upright."""
         offset = (self.center - self.principal_point)[..., None]
         center = (self.turn().mT @ offset)[..., 0] + self.principal_point
         return dataclasses.replace(self, center=center, rotation=torch.zeros_like(self.rotation))
 
     def affine(
         self,
-        index: int,  # of the person
-        size: int,  # pixels a side of the picture of the crop
+        index: int,  # person index
+        size: int,  # side of the crop's picture in pixels
     ) -> list[list[float]]:  # (2, 3)
-        """From photo pixels to pixels of the crop's picture, both counted from the outer edge of the first pixel."""
+        """From photo pixels to pixels of the crop's picture, both counted from the first pixel's outer edge."""
         scale, center = size / float(self.side[index]), self.center[index]
         linear = self.turn()[index].T * scale
         offset = size / 2 - linear @ center
@@ -182,5 +181,5 @@ class Crop:
 
 
 def concatenate_crops(parts: Sequence[Crop]) -> Crop:
-    """The people of all parts as one batch."""
+    """Concatenate along the batch."""
     return Crop(*(torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Crop)))

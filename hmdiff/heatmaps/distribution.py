@@ -1,9 +1,9 @@
-"""`Heatmaps`, one distribution over the square crop for each named joint, and the mathematics on them.
+"""`Heatmaps`, one distribution over the square crop for each named joint, and operations on them.
 
-The centre of pixel (row i, column j) of an (H, W) heatmap lies at crop coordinates (-1 + 2(j+.5)/W, -1 + 2(i+.5)/H).
-The peak of a channel is the estimator's confidence, not the joint's visibility. Estimators regress raw values that can
-be negative: the builders clamp at 0, and a channel is a distribution only after `normalised` (the distribution U of
-HMDiff, arXiv 2308.13369; the floor below which a joint is left out is our choice).
+The centre of pixel (row i, column j) of an (H, W) heatmap lies at crop coordinates (-1 + 2(j+.5)/W, -1 + 2(i+.5)/H). A
+channel's peak is the estimator's confidence, not the joint's visibility. Estimators regress raw values that can be
+negative: the constructors clamp at 0, and only `normalised` makes a channel a distribution (the distribution U of
+HMDiff, arXiv 2308.13369; the floor below which a joint is dropped is our choice).
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from hmdiff.heatmaps.crop import Crop, concatenate_crops
 from hmdiff.heatmaps.resampling import spline_weights
 
 HEATMAP_SIZE = 64
-MASS_FLOOR = 1.0  # pixels of a 64 x 64 heatmap: a Gaussian of sigma 2 and peak 0.04 weighs as much
+MASS_FLOOR = 1.0  # in pixels of a 64 x 64 heatmap: equals a Gaussian of sigma 2 and peak 0.04
 BOX_PADDING = 1.25
-# A box of keypoints ends at the eyes and the ankles, inside the person's box: our choice, between what COCO-17 (1.5)
-# and BODY_25 (1.36) need on two real photos to reach 1.25 times the person's box.
+# A box of keypoints ends at the eyes and ankles, inside the person's box. Our choice, between what COCO-17 (1.5) and
+# BODY_25 (1.36) need on two real photos to reach 1.25 times the person's box.
 KEYPOINT_PADDING = 1.4
 
 
-LARGEST = 1e6  # of a value: its square and sums stay far from overflow
+LARGEST = 1e6  # bound on values, so that squares and sums do not overflow
 
 
 @dataclasses.dataclass(frozen=True)
 class Heatmaps:
-    """Heatmaps of B people, of the 26 joints of a body (`skeletons.HALPE26`) or the 21 of a hand (`HAND21`).
+    """Heatmaps of B people, for the 26 joints of a body (`skeletons.HALPE26`) or the 21 of a hand (`HAND21`).
 
     Raises:
-        UserError: wrong shapes, NaN or infinite or negative values, a person without any mass.
+        UserError: wrong shapes, NaN or infinite or negative values, a person whose heatmaps are all zero.
     """
 
     values: Tensor  # (B, J, 64, 64) float32, >= 0, peak = confidence
-    valid: Tensor  # (B, J) bool: the source has this joint at all; the others' channels are zero
-    crop: Crop  # of the B people: where in the photo, and the photo's camera
-    names: tuple[str, ...] = HALPE26  # J of the joints
+    valid: Tensor  # (B, J) bool: joints that the source provides; channels of the others are zero
+    crop: Crop  # B crops with their photos' cameras
+    names: tuple[str, ...] = HALPE26  # J joint names
 
     def __post_init__(self) -> None:
         expected = (len(self.names), HEATMAP_SIZE, HEATMAP_SIZE)
@@ -80,7 +80,7 @@ class Heatmaps:
         return len(self.values)
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Heatmaps:
-        """Some of the people; one index still gives a batch of one."""
+        """Select people; a single index gives a batch of one."""
         if isinstance(index, int):
             index = [index]
         return Heatmaps(self.values[index], self.valid[index], self.crop[index], self.names)
@@ -104,19 +104,19 @@ def _check_finite(values: Tensor, names: Sequence[str]) -> None:
 
 
 def heatmaps_from_values(
-    values: Tensor,  # (B, J, H, W) an estimator's raw regression, of any size
+    values: Tensor,  # (B, J, H, W) raw regression of an estimator, any size
     names: Sequence[str],  # J joint names
-    center: Tensor,  # (B, 2) centre of the crop the values cover, photo pixels
+    center: Tensor,  # (B, 2) centre of the crop that the values cover, photo pixels
     side: Tensor,  # (B,) or (B, 2) width and height of that crop, photo pixels
-    to_center: Tensor | None = None,  # (B, 2) centre of the wanted square crop; None: the same centre
-    to_side: Tensor | None = None,  # (B,) side of the wanted square crop; None: the longer of width and height
+    to_center: Tensor | None = None,  # (B, 2) centre of the target crop; None: the same centre
+    to_side: Tensor | None = None,  # (B,) side of the target crop; None: the longer of width and height
 ) -> Heatmaps:
-    """An estimator's output as `Heatmaps`: clamped at 0, resampled to 64 x 64, its joints mapped by name.
+    """An estimator's output as `Heatmaps`: clamped at 0, resampled to 64 x 64, joints mapped by name.
 
-    To a hand's 21 joints where they are a hand's, else to a body's 26.
+    Joints are mapped to a hand's 21 if all are a hand's, else to a body's 26.
 
     Raises:
-        UserError: NaN, wrong shapes, no joint that we know, or a person without any mass.
+        UserError: NaN, wrong shapes, no known joint, or a person whose heatmaps are all zero.
     """
     if values.dim() != 4 or values.shape[1] != len(names):
         raise UserError(f"heatmaps: shape {_shape(values)} found, (B, {len(names)}, H, W) expected for their joints")
@@ -143,12 +143,12 @@ def heatmaps_from_values(
 def joints_of_heatmaps(
     names: Sequence[str],
 ) -> tuple[str, ...]:
-    """The joint set that heatmaps of these joints are kept in: a hand's where they are all a hand's, else a body's."""
+    """The joint set for heatmaps of these joints: the hand's if all are a hand's, else the body's."""
     return HAND21 if names and all(name in HAND21 for name in names) else HALPE26
 
 
 def concatenate_heatmaps(parts: Sequence[Heatmaps]) -> Heatmaps:
-    """The people of all parts as one batch. Raises `UserError` where some are bodies and some hands."""
+    """Concatenate along the batch. Raises `UserError` for a mix of bodies and hands."""
     if len({part.names for part in parts}) > 1:
         raise UserError("heatmaps: bodies and hands in one call; give them apart")
     return Heatmaps(
@@ -161,7 +161,7 @@ def concatenate_heatmaps(parts: Sequence[Heatmaps]) -> Heatmaps:
 
 def gaussian_heatmaps(
     points: Tensor,  # (..., J, 2) crop coordinates
-    confidence: Tensor,  # (..., J) the peak; where it is 0 the point may be anything, even NaN
+    confidence: Tensor,  # (..., J) the peak; where it is 0, the point may be anything, even NaN
     sigma: Tensor | float,  # (..., J) or one number, heatmap pixels
     size: int = HEATMAP_SIZE,
 ) -> Tensor:  # (..., J, size, size)
@@ -178,7 +178,7 @@ def gaussian_heatmaps(
 def pixel_coordinates(
     size: int,
     like: Tensor,
-) -> Tensor:  # (size,) crop coordinates of the pixel centres, in the dtype and on the device of `like`
+) -> Tensor:  # (size,) crop coordinates of the pixel centres, with the dtype and device of `like`
     """``-1 + 2 (i + .5) / size``."""
     return (torch.arange(size, dtype=like.dtype, device=like.device) + 0.5) * (2 / size) - 1
 
@@ -187,7 +187,7 @@ def normalised(
     values: Tensor,  # (..., H, W) raw
     floor: float = MASS_FLOOR,  # pixels of a 64 x 64 heatmap
 ) -> Tensor:  # (..., H, W)
-    """Distributions that sum to 1; a joint whose mass lies under the floor is left out: its channel is 0 everywhere."""
+    """Distributions that sum to 1; a joint with a mass below the floor is dropped: its channel is 0."""
     values = values.clamp_min(0)
     height, width = values.shape[-2:]
     mass = values.sum((-2, -1), keepdim=True)
@@ -198,7 +198,7 @@ def normalised(
 def soft_argmax(
     values: Tensor,  # (..., H, W) >= 0, not necessarily normalised
 ) -> Tensor:  # (..., 2) crop coordinates
-    """The mean of the distribution (of two modes the middle); the crop's centre for a channel without mass."""
+    """The mean of the distribution; the crop's centre for a channel without mass."""
     height, width = values.shape[-2:]
     mass = values.sum((-2, -1)).clamp_min(1e-12)
     x = (values.sum(-2) * pixel_coordinates(width, values)).sum(-1) / mass
@@ -226,13 +226,13 @@ def heatmap_peaks(
 
 def resample_heatmaps(
     values: Tensor,  # (B, J, H, W)
-    center: Tensor,  # (B, 2) centre of the crop the values cover, photo pixels
+    center: Tensor,  # (B, 2) centre of the crop that the values cover, photo pixels
     side: Tensor,  # (B,) or (B, 2) width and height, photo pixels
     to_center: Tensor,  # (B, 2)
     to_side: Tensor,  # (B,)
     size: int = HEATMAP_SIZE,
 ) -> Tensor:  # (B, J, size, size)
-    """The same heatmaps over another crop of the same photo, by cubic splines; 0 outside the old crop."""
+    """The same heatmaps over another crop of the photo, by cubic splines; 0 outside the old crop."""
     extent = side if side.dim() == 2 else side[:, None].expand(-1, 2)
     grid = pixel_coordinates(size, values) / 2
     weights = []
@@ -248,17 +248,17 @@ def draw_samples(
     count: int,
     generator: torch.Generator,
 ) -> Tensor:  # (..., count, J, 2) crop coordinates
-    """Points drawn from each joint's distribution, uniform within the pixel; 0 for a channel without mass.
+    """Samples from each joint's distribution, uniform within the pixel; 0 for a channel without mass.
 
-    The random numbers come from the generator's own device, so that a seed gives the same points on any device. Give
-    each person a generator and a call of their own: then the points do not depend on the batch.
+    Random numbers are drawn on the generator's own device, so a seed gives the same points on any device. For points
+    that do not depend on the batch, use a separate generator and call for each person.
     """
     width = values.shape[-1]
     cumulative = values.flatten(-2).double().cumsum(-1)
     total = cumulative[..., -1:]
     shape = (*values.shape[:-2], count)
     draws = torch.rand((3, *shape), generator=generator, dtype=torch.float64, device=generator.device).to(values.device)
-    # right=True takes the first pixel whose cumulated mass exceeds the draw: a pixel of mass 0 is never taken.
+    # right=True selects the first pixel whose cumulative mass exceeds the draw: never a pixel of mass 0.
     pixel = torch.searchsorted(cumulative, draws[0] * total, right=True).clamp_max(cumulative.shape[-1] - 1)
     x = (pixel % width + draws[1]) * (2 / width) - 1
     y = (pixel // width + draws[2]) * (2 / values.shape[-2]) - 1
@@ -270,17 +270,17 @@ def crop_from_box(
     box_xyxy: Tensor,  # (..., 4) photo pixels
     padding: float = BOX_PADDING,
 ) -> tuple[Tensor, Tensor]:  # centre (..., 2), side (...)
-    """The square crop about a person's box, its side `padding` times the box's longer side."""
+    """The square crop around a person's box, with `padding` times the box's longer side."""
     low, high = box_xyxy[..., :2], box_xyxy[..., 2:]
     return (low + high) / 2, padding * (high - low).amax(-1)
 
 
 def crop_from_keypoints(
     points: Tensor,  # (..., J, 2) photo pixels
-    confidence: Tensor,  # (..., J) joints at 0 do not count
+    confidence: Tensor,  # (..., J) joints at 0 are ignored
     padding: float = KEYPOINT_PADDING,
 ) -> tuple[Tensor, Tensor]:  # centre (..., 2), side (...)
-    """The square crop about the keypoints that are there. At least one must be."""
+    """The square crop around the detected keypoints. At least one is required."""
     there = (confidence > 0)[..., None]
     low = points.masked_fill(~there, float("inf")).amin(-2)
     high = points.masked_fill(~there, float("-inf")).amax(-2)

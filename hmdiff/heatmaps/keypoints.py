@@ -1,6 +1,6 @@
-"""`PersonKeypoints`, and the Gaussian heatmaps that keypoints stand for, over a crop that the sure ones set.
+"""`PersonKeypoints`, and their conversion to Gaussian heatmaps over a crop set by the confident joints.
 
-Reading files is `hmdiff.heatmaps.formats`. Coordinates are photo pixels. The rules of the crop are our choice.
+Files are read in `hmdiff.heatmaps.formats`. Coordinates are photo pixels. The rules for the crop are our choice.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from hmdiff.heatmaps.distribution import (
 )
 from hmdiff.heatmaps.photo import PhotoInfo
 
-_FAINT = 0.25  # of the surest joint's confidence: fainter joints count where the sure ones make them likely
-_REACH = 0.5  # of the sure joints' extent: so far beyond it a faint joint still is
+_FAINT = 0.25  # relative to the most confident joint: fainter joints count only near the confident ones
+_REACH = 0.5  # relative to the confident joints' extent: how far outside a faint joint may lie
 _OUTLIER = 5.0  # times the median distance to the joints' median
-_TURN_FROM = math.radians(60)  # a person turned farther in the picture is read in a crop turned with them
-_ALIGNED = 1.2  # length of the sum of the directions of torso and legs: less is somebody bent or sitting
+_TURN_FROM = math.radians(60)  # people rotated by more than this get a rotated crop
+_ALIGNED = 1.2  # minimum length of the summed unit directions of torso and legs: less means bent or sitting
 
 
 @dataclasses.dataclass(frozen=True)
 class PersonKeypoints:
     """The keypoints of one person."""
 
-    points: Tensor  # (J, 3) x, y in photo pixels, confidence 0..1; 0 = not there
+    points: Tensor  # (J, 3) x, y in photo pixels, confidence 0..1; 0 = missing
     names: tuple[str, ...]  # J joint names
     box: Tensor | None = None  # (4,) x0, y0, x1, y1 in photo pixels
-    identity: dict[str, str] = dataclasses.field(default_factory=dict)  # annotation, track, ... as the file has them
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)  # annotation, track, ... in the file
 
 
 def sure_joints(
     points: Tensor,  # (J, 2)
     confidence: Tensor,  # (J,)
 ) -> Tensor:  # (J,) bool
-    """The joints that may set a crop: not faint and far from the others, and not far from everything.
+    """The joints that set a crop: excludes faint joints far from the others, and outliers.
 
-    All that are there, where fewer than two would be left.
+    If fewer than two remain, all detected joints.
     """
     there = confidence > 0
     sure = there & (confidence >= _FAINT * confidence.amax())
@@ -66,10 +66,10 @@ def sure_joints(
 def body_turn(
     points: Tensor,  # (26, 2) of HALPE26, photo pixels
     confidence: Tensor,  # (26,)
-) -> float:  # radians, clockwise: 0 for an upright person, and for one whose parts do not agree
-    """How far the whole person is turned in the picture: a quarter where they lie, half where they hang upside down.
+) -> float:  # radians, clockwise: 0 if upright, or if torso and legs disagree
+    """Rotation of a person in the photo: 90 degrees if lying, 180 if hanging upside down.
 
-    Only torso and legs that point one way count: who bends or sits is upright, their torso alone is not.
+    Torso and legs must point the same way: the rotated torso of a person who bends or sits does not count.
     """
     sure = confidence >= max(0.1, _FAINT * float(confidence.amax()))
 
@@ -85,7 +85,7 @@ def body_turn(
         return 0.0
     torso = shoulders - hips
     extent = points[sure].amax(0) - points[sure].amin(0)
-    if torso.norm() < 0.15 * extent.amax():  # seen along its length: no direction
+    if torso.norm() < 0.15 * extent.amax():  # foreshortened: no reliable direction
         return 0.0
     up = torso / torso.norm()
     if feet is not None and (hips - feet).norm() > 0.15 * extent.amax():
@@ -98,9 +98,9 @@ def body_turn(
 
 def on_halpe26(
     persons: Sequence[PersonKeypoints],
-    names: tuple[str, ...] = HALPE26,  # J; or those of a hand
-) -> tuple[Tensor, Tensor]:  # (B, J, 3), (B, J) bool: the source has this joint at all
-    """Everybody's joints in our order."""
+    names: tuple[str, ...] = HALPE26,  # J; or the names of a hand
+) -> tuple[Tensor, Tensor]:  # (B, J, 3), (B, J) bool: joints that the source provides
+    """Everybody's joints in canonical order."""
     points = torch.zeros(len(persons), len(names), 3)
     valid = torch.zeros(len(persons), len(names), dtype=torch.bool)
     for index, person in enumerate(persons):
@@ -112,17 +112,17 @@ def on_halpe26(
 
 def heatmaps_from_keypoints(
     persons: Sequence[PersonKeypoints],
-    center: Tensor | None = None,  # (B, 2) centre of the crops, photo pixels; None: about the boxes, else the keypoints
+    center: Tensor | None = None,  # (B, 2) crop centres, photo pixels; None: from the boxes, else the keypoints
     side: Tensor | None = None,  # (B,)
-    sigma: float = 2.0,  # heatmap pixels, as estimators are trained with (MSRA codec)
-    photo: PhotoInfo | None = None,  # the photo's size and focal length; None: not known
-    turned: bool = True,  # turn the crop with a person who lies or hangs
+    sigma: float = 2.0,  # heatmap pixels, the usual training target (MSRA codec)
+    photo: PhotoInfo | None = None,  # the photo's size and focal length, if known
+    turned: bool = True,  # rotate the crop with a person who lies or hangs
 ) -> Heatmaps:
-    """Gaussians at the keypoints with the confidence as their peak, joints mapped by name to HALPE26, or to HAND21
-    where all are a hand's.
+    """Gaussians at the keypoints with the confidence as peak; joints are mapped by name to HALPE26, or to HAND21 if all
+    are a hand's.
 
     Raises:
-        UserError: nobody is given, or somebody has no keypoint within the crop.
+        UserError: no people, or a person without a keypoint inside the crop.
     """
     if not persons:
         raise UserError("keypoints: no person given")
@@ -145,7 +145,7 @@ def heatmaps_from_keypoints(
 
 
 def _crop(person: PersonKeypoints, joints: Tensor, turn: float) -> tuple[Tensor, Tensor]:  # centre (2,), side ()
-    """About the box, else about the sure joints; a turned crop about the joints in its own axes."""
+    """Around the box, else around the confident joints; a rotated crop is fitted in its own axes."""
     if turn == 0.0 and person.box is not None:
         return crop_from_box(person.box)
     sure = sure_joints(joints[:, :2], joints[:, 2])

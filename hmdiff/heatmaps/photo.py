@@ -1,4 +1,4 @@
-"""What a photo's file says of it without its pixels: size, EXIF turn, and the focal length where EXIF knows it."""
+"""Metadata of a photo file, without its pixels: size, EXIF orientation, and EXIF's focal length if present."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from hmdiff.errors import UserError
 from hmdiff.files.images import open_image
 
-_FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm, of the 35 mm film that EXIF's equivalent focal length refers to
+_FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm, of 35 mm film, the reference of EXIF's equivalent focal length
 _ORIENTATION, _EXIF, _FOCAL_35MM, _WIDTH, _HEIGHT = 0x0112, 0x8769, 0xA405, 0xA002, 0xA003
-_ASPECT = 0.02  # relative: two pictures of one aspect ratio
+_ASPECT = 0.02  # relative difference of equal aspect ratios
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 @dataclasses.dataclass(frozen=True)
 class PhotoInfo:
-    """A photo as it is shown, and how its file turns the stored pixels to show it so."""
+    """A photo as displayed, and the EXIF orientation that maps stored to displayed pixels."""
 
-    width: int  # pixels, as shown
+    width: int  # pixels, as displayed
     height: int
-    orientation: int = 1  # EXIF 1 to 8: 6 is a quarter turn clockwise, 8 one counter-clockwise, 3 half a turn
-    focal: float | None = None  # pixels; None where EXIF has none, or is of an uncropped photo
+    orientation: int = 1  # EXIF 1 to 8: 6 is 90 degrees clockwise, 8 counter-clockwise, 3 is 180 degrees
+    focal: float | None = None  # pixels; None if EXIF has none, or refers to an uncropped photo
 
     @property
     def size(self) -> tuple[int, int]:
@@ -34,7 +34,7 @@ class PhotoInfo:
 
 
 def photo_info(path: str | Path) -> PhotoInfo:
-    """Read a photo's header. Raises `UserError` for a file that is no picture."""
+    """Read a photo's header. Raises `UserError` for a file that is not an image."""
     with open_image(path) as opened:
         exif = opened.getexif()
         orientation = exif.get(_ORIENTATION, 1)
@@ -45,7 +45,7 @@ def photo_info(path: str | Path) -> PhotoInfo:
 
 
 def _focal(details: dict[int, object], stored: tuple[int, int]) -> float | None:
-    """Pixels, from the focal length of 35 mm film. A crop of the photo has its old EXIF: its aspect ratio tells."""
+    """Focal length in pixels, from the 35 mm equivalent. Cropped photos keep their old EXIF: compare aspect ratios."""
     try:
         film = float(details.get(_FOCAL_35MM, 0))  # type: ignore[arg-type]
         taken = tuple(float(details.get(tag, 0)) for tag in (_WIDTH, _HEIGHT))  # type: ignore[arg-type]
@@ -60,13 +60,13 @@ def _focal(details: dict[int, object], stored: tuple[int, int]) -> float | None:
 
 def label_map(
     photo: PhotoInfo,
-    size: tuple[float, float] | None,  # width, height of the picture that the labels belong to; None: not known
-    what: str,  # names the file, for the error
-) -> tuple[tuple[float, float], int, str]:  # scale x, y; EXIF orientation to turn by; what was done, "" for nothing
-    """How labels of a picture of one size become labels of the photo: as they are, scaled, or turned by the EXIF tag.
+    size: tuple[float, float] | None,  # width, height of the image that the labels refer to; None: unknown
+    what: str,  # names the file in errors
+) -> tuple[tuple[float, float], int, str]:  # scale x, y; EXIF orientation to apply; a note, or ""
+    """How labels of an image of one size map to the photo: unchanged, scaled, or rotated by the EXIF orientation.
 
     Raises:
-        UserError: the sizes contradict each other and neither a turn nor a scale explains it.
+        UserError: the sizes contradict each other, and neither a rotation nor a scale explains it.
     """
     if size is None or size == (1.0, 1.0):
         return (1.0, 1.0) if size is None else (float(photo.width), float(photo.height)), 1, ""
@@ -92,9 +92,9 @@ def turn_point(
     x: float,
     y: float,
     photo: PhotoInfo,
-    orientation: int,  # 1: as it is, 6 or 8: a quarter turn
+    orientation: int,  # 1: unchanged, 6 or 8: a quarter turn
 ) -> tuple[float, float]:
-    """A place of the stored picture in the picture as shown."""
+    """Maps a point from the stored to the displayed image."""
     if orientation == 6:
         return photo.width - y, x
     if orientation == 8:

@@ -1,8 +1,8 @@
-"""Values on a grid at places between them, by the cubic spline through them: what keeps a peak where it was.
+"""Interpolation of a grid by its cubic spline, which preserves the position of peaks.
 
-Bilinear steps draw the peak of a Gaussian towards a pixel of the coarser grid, by up to a whole one of ours from 16
-pixels to 64; the spline leaves 0.05 of ours or less where its sigma is one and a half pixels or more of the source and
-half of ours (`tests/heatmaps/test_resampling.py`). Finer peaks than that are between our pixels. Our choice.
+From 16 to 64 pixels, bilinear interpolation moves a Gaussian's peak by up to one of our pixels towards a source pixel;
+the spline by at most 0.05, if sigma is at least one and a half source pixels and half of ours
+(`tests/heatmaps/test_resampling.py`). Narrower peaks fall between our pixels. Our choice.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 def spline_weights(
-    size: int,  # S values, at the places 0 to S - 1
-    places: Tensor,  # (..., n) in pixels from the first
+    size: int,  # S values, at positions 0 to S - 1
+    places: Tensor,  # (..., n) in pixels from the first value
 ) -> Tensor:  # (..., n, S) float32, on the device of `places`
-    """The weights of the values at each place: the value there is ``weights @ values``. None beyond the outer edges."""
+    """Interpolation weights: the values at `places` are ``weights @ values``. Zero beyond the outer edges."""
     at = places.detach().cpu().double().numpy()
     inside = (at > -0.5) & (at < size - 0.5)
     at = at.clip(0, size - 1)
@@ -33,14 +33,14 @@ def spline_weights(
 @functools.lru_cache(maxsize=16)
 def _second_derivatives(
     size: int,
-) -> np.ndarray:  # (S, S) of the spline through each unit vector (a column), at every value
-    """Of the cubic spline without a knot next to its ends (de Boor, 1978), as scipy's `make_interp_spline`.
+) -> np.ndarray:  # (S, S) for the spline through each unit vector (a column), at every value
+    """Second derivatives of the not-a-knot cubic spline (de Boor, 1978), as in scipy's `make_interp_spline`.
 
-    Solved here since scipy.interpolate takes longer to import than everything else between a file and its heatmaps.
+    Solved here because importing scipy.interpolate takes longer than everything else between a file and its heatmaps.
     """
     if size < 3:
         return np.zeros((size, size))
-    if size == 3:  # a parabola bends alike everywhere
+    if size == 3:  # a parabola has a constant second derivative
         return np.tile([1.0, -2.0, 1.0], (3, 1))
     system, bend = np.zeros((size, size)), np.zeros((size, size))
     inner = np.arange(1, size - 1)
@@ -48,6 +48,6 @@ def _second_derivatives(
     system[inner, inner] = 4
     bend[inner, inner - 1] = bend[inner, inner + 1] = 6
     bend[inner, inner] = -12
-    system[0, :3] = system[-1, -3:] = 1, -2, 1  # the third derivative does not jump at the last knots but one
+    system[0, :3] = system[-1, -3:] = 1, -2, 1  # continuous third derivative at the second and second-last knots
     found: np.ndarray = np.linalg.solve(system, bend)
     return found

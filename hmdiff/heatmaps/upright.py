@@ -1,7 +1,7 @@
-"""Turn the crops of people who are turned in their photos: lying, hanging, upside down, or in a rolled picture.
+"""Rotates the crops of people who are rotated in their photos: lying, hanging, upside down, or in a rolled image.
 
-The crop is turned until the torso, from the hips to the shoulders, points up in it; `Crop.rotation` carries the turn,
-and the pipeline turns the result back. Our choice; what it gains is in LOG.md. B people, J keypoints (HALPE26).
+The crop is rotated until the torso, from hips to shoulders, points up; `Crop.rotation` stores the rotation, and the
+pipeline applies the inverse to the result. Our choice; LOG.md has the measured gain. B people, J keypoints (HALPE26).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from hmdiff.body.skeletons import HALPE26
 from hmdiff.heatmaps.crop import Crop
 from hmdiff.heatmaps.distribution import KEYPOINT_PADDING, Heatmaps, crop_from_keypoints, heatmap_peaks
 
-LEAST_TURN = math.radians(60)  # people who bend or lean are turned by less, and models know them
-LEAST_TORSO = 0.15  # crop half-sides: a shorter one points at the camera, and its direction says nothing
-LEAST_CONFIDENCE = 0.25  # of each of the four joints
+LEAST_TURN = math.radians(60)  # bending or leaning people are rotated less, and models handle them
+LEAST_TORSO = 0.15  # crop half-sides: shorter torsos are foreshortened, without a reliable direction
+LEAST_CONFIDENCE = 0.25  # required of each of the four joints
 
 _TORSO = [HALPE26.index(f"{side}_{joint}") for joint in ("hip", "shoulder") for side in ("left", "right")]
 
 
 def torso_turn(
     heatmaps: Heatmaps,
-) -> Tensor:  # (B,) radians clockwise as the crop is seen, 0 where the torso is not known or nearly upright
-    """By how much a torso is turned in its crop."""
+) -> Tensor:  # (B,) radians clockwise in the crop, 0 if the torso is unknown or nearly upright
+    """Rotation of the torso in its crop."""
     points, confidence = heatmap_peaks(heatmaps.values[:, _TORSO])
     up = points[:, 2:].mean(1) - points[:, :2].mean(1)
     angle = torch.atan2(up[:, 0], -up[:, 1])
@@ -38,9 +38,9 @@ def torso_turn(
 def turned_upright(
     heatmaps: Heatmaps,
 ) -> Heatmaps:
-    """The same people in crops in which their torsos are upright; whoever is already, or may be, keeps theirs.
+    """The same people in crops in which their torsos are upright; unchanged if already upright or uncertain.
 
-    Hands stay as they are: they are seen from every side alike.
+    Hands are unchanged: they appear in all orientations.
     """
     if heatmaps.names != HALPE26:
         return heatmaps
@@ -49,11 +49,11 @@ def turned_upright(
         return heatmaps
     old = heatmaps.crop
     turn = dataclasses.replace(old, rotation=old.rotation + angle)
-    # The box of what is seen, in the turned frame.
+    # Bounding box of the joints in the rotated frame.
     points, confidence = heatmap_peaks(heatmaps.values)
     seen = turn.from_photo(old.to_photo(points))
     center, side = crop_from_keypoints(seen, torch.where(confidence >= 0.1, confidence, 0.0), KEYPOINT_PADDING)
-    half = (side / 2).clamp(0.3, 1.5)  # of the old crop's: one joint alone is no box
+    half = (side / 2).clamp(0.3, 1.5)  # relative to the old crop; a single joint does not span a box
     known = (confidence >= 0.1).any(1)
     center = torch.where(known[:, None], center, torch.zeros_like(center))
     moved = dataclasses.replace(

@@ -1,7 +1,7 @@
-"""Keypoint files of the field: one reader a family, recognised by the content, joints mapped by their names.
+"""Readers of common keypoint files: one per family, recognised by content; joints are mapped by name.
 
-A family's module turns a document into `Entry`s; `entry.person_of` checks each and brings it to photo pixels. The
-table of what is read, row by row with its test, is docs/keypoints.md.
+A family's module converts a document to `Entry`s; `entry.person_of` validates each and converts it to photo pixels.
+docs/keypoints.md lists every supported format with its test.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MEND = "write it again with the tool that made it"
 
 def read_keypoints(
     path: str | Path,
-    photo: str | Path | None = None,  # name of the photo, to find it in a file about many
-    photo_size: tuple[int, int] | None = None,  # width, height in pixels; with it, places and sizes are checked
+    photo: str | Path | None = None,  # name of the photo, to find it in a file about several
+    photo_size: tuple[int, int] | None = None,  # width, height in pixels; enables the checks of places and sizes
 ) -> list[PersonKeypoints]:
     """Everyone with keypoints in the file, in the file's order.
 
     Raises:
-        UserError: the file is missing, empty or of no known family; nobody is in it, or nobody who can be used; sizes
+        UserError: the file is missing, empty or of an unknown family; it holds no person, or none that is usable; sizes
             that contradict the photo's.
     """
     info = None if photo_size is None else PhotoInfo(*photo_size)
@@ -41,8 +41,8 @@ def read_people_of(
     path: str | Path,
     photo: str | Path | None,
     info: PhotoInfo | None,
-) -> tuple[list[PersonKeypoints], list[str]]:  # people; notes: what was mended or left out, a line each
-    """As `read_keypoints`, with what the user should be told. One bad person does not keep the others."""
+) -> tuple[list[PersonKeypoints], list[str]]:  # people; notes: corrections and omissions, one line each
+    """As `read_keypoints`, with notes for the user. An invalid person does not affect the others."""
     path = Path(path)
     notes: list[str] = []
     with naming(path, MEND):
@@ -73,7 +73,7 @@ def read_people_of(
 
 
 def about_many(path: str | Path) -> bool:
-    """Whether a file names the photo that each person is in, so that it may serve many photos."""
+    """Whether a file names each person's photo, so that it can serve several photos."""
     try:
         document = load_document(path)
         with naming(path, MEND):
@@ -83,7 +83,7 @@ def about_many(path: str | Path) -> bool:
 
 
 def has_keypoints(path: str | Path) -> bool:
-    """False for JSON that is about something else, such as a box alone."""
+    """False for other JSON, such as a box only."""
     document = load_document(path)
     data = document.data
     if isinstance(data, dict):
@@ -99,7 +99,7 @@ def _is_known(data: dict[str, Any]) -> bool:
 
 
 def _by_picture(data: Any) -> bool:
-    """AlphaPose's files of all pictures, grouped: the name of each is the key."""
+    """AlphaPose's grouped files, keyed by image name."""
     return (
         isinstance(data, dict)
         and bool(data)

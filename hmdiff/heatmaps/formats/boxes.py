@@ -1,6 +1,6 @@
-"""A person's box in one of two notations, held against their keypoints: (x, y, width, height) or (x1, y1, x2, y2).
+"""Resolves a person's box in one of two notations by their keypoints: (x, y, width, height) or (x1, y1, x2, y2).
 
-Files name the notation by their family, and tools of one family write the other all the same. Our choice of rules.
+The family implies a notation, but some tools of a family write the other one. The rules are our choice.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from torch import Tensor
 from hmdiff.heatmaps.keypoints import sure_joints
 from hmdiff.heatmaps.photo import PhotoInfo
 
-_INSIDE = 0.7  # share of the sure joints that a person's box holds at least
-_BETTER = 1.5  # the other notation's overlap with the joints, where the stated one leaves the photo
-_FAR_BETTER = 3.0  # the same where it does not
-_SLACK = 0.01  # of the photo's longer side: boxes overshoot it by rounding
+_INSIDE = 0.7  # minimum fraction of a person's confident joints inside their box
+_BETTER = 1.5  # required gain in overlap with the joints, if the stated notation leaves the photo
+_FAR_BETTER = 3.0  # the same if it does not
+_SLACK = 0.01  # relative to the photo's longer side: boxes may overshoot by rounding
 
 
 def choose_box(
     box: list[float],
-    form: str,  # the notation that the family uses: "xywh" or "xyxy"
+    form: str,  # the family's notation: "xywh" or "xyxy"
     points: Tensor,  # (J, 3) photo pixels, confidence
     photo: PhotoInfo | None,
-) -> tuple[Tensor | None, str]:  # (4,) x1, y1, x2, y2, or None where it is of no use; what was done, "" for nothing
+) -> tuple[Tensor | None, str]:  # (4,) x1, y1, x2, y2, or None if unusable; a note on corrections, or ""
     """The box in the notation that fits its person's joints."""
     xy = points[sure_joints(points[:, :2], points[:, 2]), :2]
     stated, other = (_corners(box, each) for each in ((form, "xyxy") if form == "xywh" else (form, "xywh")))
@@ -45,7 +45,7 @@ def _corners(box: list[float], form: str) -> Tensor | None:
 
 
 def _fit(box: Tensor | None, xy: Tensor) -> tuple[float, float]:
-    """Share of the joints in the box grown by a tenth, and its overlap (IoU) with the joints' own box."""
+    """Fraction of the joints inside the box enlarged by a tenth, and its IoU with the joints' bounding box."""
     if box is None:
         return 0.0, 0.0
     size = box[2:] - box[:2]

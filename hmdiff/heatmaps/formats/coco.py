@@ -1,7 +1,7 @@
-"""COCO's data sets (`images`, `annotations`, `categories`) and lists of results, and what is written in their form.
+"""COCO data sets (`images`, `annotations`, `categories`), result lists, and tools that write the same formats.
 
-A data set's joints are those that `categories[].keypoints` names: COCO, Human3.6M, PoseTrack, MPII, CrowdPose, AIC and
-Halpe differ in nothing else. COCO-WholeBody adds `foot_kpts`, or 133 joints. AlphaPose and Detectron2 write results.
+A data set's joints are those named in `categories[].keypoints`, the only difference between COCO, Human3.6M, PoseTrack,
+MPII, CrowdPose, AIC and Halpe. COCO-WholeBody adds `foot_kpts`, or 133 joints. AlphaPose and Detectron2 write results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_results(data: Any) -> bool:
 
 
 def about_many(document: Document) -> bool:
-    """Whether the file names the photo that each person is in."""
+    """Whether the file names each person's photo."""
     if is_dataset(document.data):
         return isinstance(document.data.get("images"), list)
     return is_results(document.data) and len({str(each.get("image_id")) for each in document.data}) > 1
@@ -102,7 +102,7 @@ def _annotation(
 
 
 def with_feet(path: Path, item: dict[str, Any], names: tuple[str, ...] | None) -> tuple[Any, tuple[str, ...] | None]:
-    """COCO-WholeBody's feet lie beside the body's joints."""
+    """Append COCO-WholeBody's feet, which are stored separately from the body's joints."""
     feet = item.get("foot_kpts")
     keypoints = item["keypoints"]
     if not isinstance(feet, list) or item.get("foot_valid") is False:
@@ -114,7 +114,7 @@ def with_feet(path: Path, item: dict[str, Any], names: tuple[str, ...] | None) -
 
 
 def identity_of(item: dict[str, Any]) -> dict[str, str]:
-    """What names this person in the file: annotation, track, instance; -1 is OpenPose's 'none'."""
+    """Identifiers of a person in the file: annotation, track, instance; -1 is OpenPose's 'none'."""
     found = {}
     for kind, keys in _IDENTITY.items():
         for key in keys:
@@ -132,7 +132,7 @@ def identity_of(item: dict[str, Any]) -> dict[str, str]:
 
 
 def result_entries(document: Document, photo: str | Path | None) -> list[Entry]:
-    """A list of results; AlphaPose names its pictures, COCO's tools give the id that a file name spells."""
+    """A result list. AlphaPose names its images; COCO's tools give the id that is in the file name."""
     path = document.path
     groups = document.results
     if not groups:
@@ -159,7 +159,7 @@ def _result(path: Path, item: dict[str, Any]) -> Entry:
             f"{path}: {count} joints without names, and several orders have as many; give a COCO data set, whose "
             "categories name them"
         )
-    # AlphaPose gives `box`, everything else of this form `bbox`. Its scores exceed 1 for what it is sure of.
+    # AlphaPose writes `box`, all other tools `bbox`. AlphaPose scores of confident joints exceed 1.
     alphapose = "idx" in item or "box" in item
     third = CONFIDENCE if alphapose and names in (HALPE26,) else EITHER
     return Entry(keypoints, names, third=third, box=item.get("bbox", item.get("box")), identity=identity_of(item))

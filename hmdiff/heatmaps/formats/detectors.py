@@ -1,6 +1,5 @@
-"""Outputs of libraries saved as JSON: ultralytics (`results[0].to_json()`, and the labels that `save_txt` writes),
-transformers' ViTPose (`post_process_pose_estimation`), Detectron2's and torchvision's Keypoint R-CNN.
-"""
+"""Library outputs saved as JSON: ultralytics (`results[0].to_json()`, and the labels of `save_txt`), transformers'
+ViTPose (`post_process_pose_estimation`), the Keypoint R-CNNs of Detectron2 and torchvision."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from hmdiff.errors import UserError
 from hmdiff.heatmaps.formats.coco import identity_of
 from hmdiff.heatmaps.formats.entry import CONFIDENCE, Entry, as_list, numbers
 
-_SURE = 0.2  # Detectron2's score of a keypoint that is surely there: a probability of one cell, not a confidence
+_SURE = 0.2  # Detectron2's score of a confident keypoint: the probability of one heatmap cell
 
 
 def _first(data: Any) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def is_label_text(path: Path, data: Any) -> bool:
 
 
 def label_entries(path: Path, data: list[list[float]]) -> list[Entry]:
-    """Lines of: class, box (centre x, y, width, height), 17 times x, y(, visibility), confidence and track perhaps."""
+    """Lines of: class, box (centre x, y, width, height), 17 times x, y[, visibility], optional confidence and track."""
     found = []
     for number, line in enumerate(data):
         more = len(line) - 5
@@ -120,7 +119,7 @@ def is_rcnn(data: Any) -> bool:
 
 
 def rcnn_entries(path: Path, data: dict[str, Any]) -> list[Entry]:
-    """Detectron2's score is a cell's probability, torchvision's a logit: both are brought to 0..1 (our choice)."""
+    """Detectron2's score is a cell's probability, torchvision's a logit: both are mapped to 0..1 (our choice)."""
     data = data.get("instances", data)
     size = None
     if isinstance(data.get("image_size"), list):  # height, width

@@ -1,4 +1,4 @@
-"""A keypoint file in memory: parsed once a run, however many photos it is about."""
+"""A parsed keypoint file, cached so that a file about many photos is parsed once per run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hmdiff.errors import UserError
 from hmdiff.files.reading import parse_json, read_bytes
 from hmdiff.heatmaps.formats.picture_names import last_name
 
-KEPT = 4  # documents; a folder of small files gives no two photos the same
+KEPT = 4  # cached documents
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
     path: Path
-    data: Any  # of JSON; for a text of numbers, lines of numbers
+    data: Any  # parsed JSON; for a text of numbers, lines of numbers
 
     @functools.cached_property
     def images(self) -> dict[str, list[dict[str, Any]]]:
-        """Of a COCO data set: `last_name` -> its images of that name."""
+        """For a COCO data set: `last_name` -> its images with that name."""
         found = defaultdict(list)
         for image in self.data.get("images") or []:
             if isinstance(image, dict):
@@ -31,7 +31,7 @@ class Document:
 
     @functools.cached_property
     def annotations(self) -> dict[str, list[dict[str, Any]]]:
-        """Of a COCO data set: an image's id as text -> its annotations with keypoints."""
+        """For a COCO data set: image id as text -> its annotations with keypoints."""
         found = defaultdict(list)
         for item in self.data["annotations"]:
             if isinstance(item, dict) and "keypoints" in item:
@@ -40,7 +40,7 @@ class Document:
 
     @functools.cached_property
     def results(self) -> dict[str, list[dict[str, Any]]]:
-        """Of a list of results: an image's id as text -> its results with keypoints."""
+        """For a result list: image id as text -> its results with keypoints."""
         found = defaultdict(list)
         for item in self.data:
             if isinstance(item, dict) and "keypoints" in item:
@@ -49,7 +49,7 @@ class Document:
 
 
 def load_document(path: str | Path) -> Document:
-    """Raises `UserError` for a file that is missing, empty, or neither JSON nor lines of numbers."""
+    """Raises `UserError` if the file is missing, empty, or neither JSON nor lines of numbers."""
     path = Path(path)
     try:
         found = path.stat()

@@ -1,7 +1,7 @@
-"""`Entry`, a person as a family's reader finds them in a file, and the one way from there to `PersonKeypoints`.
+"""`Entry`, a person as parsed from a file, and its conversion to `PersonKeypoints`.
 
-Every check of numbers is here, so that all families have the same: a joint at exactly (0, 0) was not found; sizes that
-contradict the photo's; joints far outside the photo; boxes in the other notation or of no use.
+All numeric checks are here, so that every family has the same: a joint at exactly (0, 0) is missing; sizes that
+contradict the photo's; joints far outside the photo; boxes in the other notation or unusable.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from hmdiff.heatmaps.formats.joint_names import BY_COUNT
 from hmdiff.heatmaps.keypoints import PersonKeypoints
 from hmdiff.heatmaps.photo import PhotoInfo, label_map, turn_point
 
-# COCO's visibility as a confidence, our choice: not labelled, labelled but hidden (a guess of the annotator), seen.
+# COCO's visibility flags as confidence, our choice: not labelled, labelled but occluded, visible.
 VISIBILITY = (0.0, 0.5, 1.0)
-LEAST_EXTENT = 8.0  # pixels: less is no person, or normalised coordinates
-FARTHEST = 1e9  # of any value: squares of it do not overflow
-FAR_OUTSIDE = 0.5  # of the photo's longer side: a joint farther out than that was not found
+LEAST_EXTENT = 8.0  # pixels; smaller extents mean no person, or normalised coordinates
+FARTHEST = 1e9  # bound on every value, so that squares do not overflow
+FAR_OUTSIDE = 0.5  # relative to the photo's longer side: joints farther outside count as missing
 CONFIDENCE, FLAGS, EITHER = "confidence", "visibility", "either"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One person of a file, with the numbers as the file has them."""
+    """One person of a file, with the file's raw numbers."""
 
-    keypoints: Any  # flat or nested: x, y and perhaps a third, J times
-    names: Sequence[str] | None = None  # J of ours; None: by the number of joints
-    scores: Any = None  # J confidences, where they are not the third
-    third: str = EITHER  # what the third is: CONFIDENCE, COCO's FLAGS 0, 1, 2, or EITHER: told by its values
+    keypoints: Any  # flat or nested: x, y and optionally a third value, J times
+    names: Sequence[str] | None = None  # J canonical names; None: by the number of joints
+    scores: Any = None  # J confidences, if not in the third value
+    third: str = EITHER  # of the third value: CONFIDENCE, COCO's FLAGS 0, 1, 2, or EITHER (inferred)
     box: Any = None  # four numbers
     box_form: str = "xywh"
-    size: tuple[float, float] | None = None  # of the picture the numbers belong to; (1, 1): normalised
+    size: tuple[float, float] | None = None  # size of the image that the numbers refer to; (1, 1): normalised
     identity: dict[str, str] = dataclasses.field(default_factory=dict)  # annotation, track, ...
-    expected: str = ""  # instead of what counts of values are known
+    expected: str = ""  # replaces the list of supported value counts in the error
 
 
 def person_of(
     path: Path,
     entry: Entry,
     photo: PhotoInfo | None,
-    notes: list[str],  # what was mended is added here
+    notes: list[str],  # corrections are appended here
 ) -> PersonKeypoints:
-    """Check one person's numbers, and bring them to photo pixels. Raises `UserError` for what cannot be used."""
+    """Validate one person and convert to photo pixels. Raises `UserError` for unusable input."""
     points, names = _points(path, entry)
-    missing = (points[:, :2] == 0).all(1)  # how every tool writes a joint that it did not find
+    missing = (points[:, :2] == 0).all(1)  # the usual value of undetected joints
     points[missing, 2] = 0
     box = _four(entry.box)
     if entry.size == (1.0, 1.0) and photo is None:
@@ -62,7 +62,7 @@ def person_of(
         scale, orientation, note = label_map(photo, entry.size, str(path))
         if note:
             notes.append(note)
-        if box is not None:  # scaled and turned by its corners, in whatever notation
+        if box is not None:  # scaled and rotated by its corners, in either notation
             box = _moved_box(box, entry.box_form, scale, orientation, photo)
         places = [turn_point(x * scale[0], y * scale[1], photo, orientation) for x, y, _ in points.tolist()]
         points = torch.cat([torch.tensor(places, dtype=torch.float32).reshape(-1, 2), points[:, 2:]], 1)
@@ -87,7 +87,7 @@ def _leave_out_far(path: Path, points: Tensor, names: Sequence[str], photo: Phot
 
 
 def check_extent(path: Path, index: int, person: PersonKeypoints, photo: PhotoInfo | None) -> None:
-    """Raises `UserError` where the joints are all in one place, or all outside the photo."""
+    """Raises `UserError` if the joints are all in one place, or all outside the photo."""
     xy = person.points[person.points[:, 2] > 0, :2]
     if photo is not None:
         if not ((xy >= 0).all(-1) & (xy[:, 0] <= photo.width) & (xy[:, 1] <= photo.height)).any():
@@ -105,7 +105,7 @@ def check_extent(path: Path, index: int, person: PersonKeypoints, photo: PhotoIn
 
 
 def _check_turn(path: Path, xy: Tensor, photo: PhotoInfo) -> None:
-    """Joints that leave the photo as it is shown but not as it is stored are of the stored one."""
+    """Joints that fit the stored but not the displayed photo refer to the stored one."""
     stored = photo.stored_size
     if stored == photo.size or len(xy) < 3:
         return
@@ -154,7 +154,7 @@ def _expected(entry: Entry, width: int) -> str:
 
 
 def numbers(path: Path, value: Any) -> list[float]:
-    """Nested lists flattened. Raises `UserError` for anything in them that is no number."""
+    """Flatten nested lists. Raises `UserError` for anything that is not a number."""
     flat: list[float] = []
     for item in as_list(path, value, "keypoints"):
         if isinstance(item, list):
@@ -173,7 +173,7 @@ def as_list(path: Path, value: Any, what: str) -> list[Any]:
 
 
 def confidence(path: Path, third: Tensor, kind: str) -> Tensor:
-    """0..1. Flags 0, 1, 2 are told from confidences by a 2; detectors' confidences overshoot 1 by a little."""
+    """Confidence 0..1. A value of 2 identifies flags 0, 1, 2; detectors' confidences may slightly exceed 1."""
     whole = torch.isin(third, torch.tensor([0.0, 1.0, 2.0])).all()
     if whole and (kind == FLAGS or (kind == EITHER and third.amax() == 2)):
         return torch.tensor(VISIBILITY)[third.long()]
@@ -186,7 +186,7 @@ def confidence(path: Path, third: Tensor, kind: str) -> Tensor:
 
 
 def _four(value: Any) -> list[float] | None:
-    """Four numbers, also as [[x, y, x, y]] or {x1, y1, x2, y2}; None for what is no box."""
+    """Four numbers, also as [[x, y, x, y]] or {x1, y1, x2, y2}; None for anything else."""
     if isinstance(value, dict):
         value = [value.get(key) for key in ("x1", "y1", "x2", "y2")]
     while isinstance(value, list) and len(value) == 1:

@@ -1,7 +1,7 @@
-"""Joint names of other people's files, in our names. A joint is mapped by its name, never by its number.
+"""Joint names of external files, mapped to canonical names. Joints are mapped by name, never by index.
 
 Orders: COCO-WholeBody 133 (Jin et al., ECCV 2020), Halpe 136 (arXiv 2211.03375), MediaPipe's 33 landmarks (BlazePose,
-arXiv 2006.10204). The points of faces and hands have names here only to be told from unknown ones.
+arXiv 2006.10204). Face and hand points are listed only to distinguish them from unknown names.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MEDIAPIPE33 = tuple(
     right_ankle left_heel right_heel left_big_toe right_big_toe
     """.split()
 )
-# Only orders that their number of joints tells apart. (14 are CrowdPose's or AIC's, 16 MPII's or others'.)
+# Only orders that the number of joints identifies. (14 are CrowdPose's or AIC's, 16 MPII's or others'.)
 BY_COUNT: dict[int, tuple[str, ...]] = {17: COCO17, 26: HALPE26, 68: HALPE68, 133: WHOLEBODY133, 136: HALPE136}
-LEAST_KNOWN = 3  # joints of ours that a body's file names at least
+LEAST_KNOWN = 3  # minimum number of canonical joints in a body's file
 
 _SAME = {
     "head_top": "top_head",
@@ -49,7 +49,7 @@ _SAME = {
     "left_smalltoe": "left_small_toe",
     "right_smalltoe": "right_small_toe",
 }
-# Joints of other skeletons that none of ours is: known, and left out.
+# Joints of other skeletons without a canonical counterpart: known, and dropped.
 _OTHERS = set(
     """
     head head_bottom upper_neck neck_base thorax spine chest belly naval jaw chin forehead head_center left_foot
@@ -80,15 +80,15 @@ def canonical(name: str) -> str:
 
 def map_names(
     names: Sequence[str],  # as the file spells them
-    where: str,  # the file, for errors
-) -> tuple[tuple[str, ...], tuple[str, ...]]:  # our names in the file's order; those that nobody knows
-    """Names of a file in ours. A joint that is none of ours keeps a name that no other set has.
+    where: str,  # file name for errors
+) -> tuple[tuple[str, ...], tuple[str, ...]]:  # canonical names in the file's order; unknown names
+    """Map a file's names to canonical ones. A joint without a counterpart keeps a unique name.
 
     Some names mean different joints in different sets: Human3.6M's foot is an ankle, its and MPII's thorax the middle
     of the shoulders, Halpe's head is its top and its hip the middle of the hips.
 
     Raises:
-        UserError: fewer than three of them are a body's joints, or one is there twice.
+        UserError: fewer than three body joints, or a duplicate.
     """
     found = [canonical(str(name)) for name in names]
     there = set(found)

@@ -1,6 +1,5 @@
-"""What mmpose 1.x writes: `predictions/NAME.json` (a list of instances), and the demo's `instance_info`, whose
-`meta_info` names the joints. Boxes are x1, y1, x2, y2.
-"""
+"""Output of mmpose 1.x: `predictions/NAME.json` (a list of instances), and the demo's `instance_info`, whose
+`meta_info` names the joints. Boxes are x1, y1, x2, y2."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Joints as objects with x and y: MediaPipe's 33 landmarks, and lists whose points bear names (TensorFlow.js).
+"""Joints as objects with x and y: MediaPipe's 33 landmarks, and lists of named points (TensorFlow.js).
 
-MediaPipe's landmarks are normalised by the photo's width and height, and keep their order; world landmarks are metres.
+MediaPipe's landmarks are normalised by the photo's width and height, in a fixed order; world landmarks are in metres.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _is_point(value: Any) -> bool:
 
 
 def _people(data: Any) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
-    """Each person's points, and the object they were in."""
+    """Each person's points, and the object that contained them."""
     if isinstance(data, list) and data and all(_is_point(each) for each in data):
         return [(data, {})]
     if isinstance(data, list):

@@ -1,6 +1,6 @@
-"""OpenPose's output (arXiv 1812.08008): `people[].pose_keypoints_2d`, BODY_25 or the older COCO of 18 joints.
+"""OpenPose's output (arXiv 1812.08008): `people[].pose_keypoints_2d`, BODY_25 or the older COCO-18.
 
-AlphaPose writes the same form (`--format open`), and `bodies[].joints` (`--format cmu`).
+AlphaPose writes the same format (`--format open`), and `bodies[].joints` (`--format cmu`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which of a file's pictures is this photo: names compared as text, whatever system wrote them.
+"""Finds a photo among a file's image names, which may come from any operating system.
 
-Both slashes separate folders; letters are compared in one Unicode form (NFC), since systems store é as one code or as
-two; only a picture's suffix is a suffix, since names have dots of their own.
+Both slashes separate folders. Names are compared in NFC, since systems store é as one code point or as two. Only image
+suffixes are removed, since names may contain dots.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def parts_of(name: str | Path) -> tuple[str, ...]:
-    """Folders and the file's name, in NFC."""
+    """Folders and file name, in NFC."""
     text = unicodedata.normalize("NFC", str(name))
     return tuple(part for part in re.split(r"[\\/]+", text) if part not in ("", "."))
 
 
 def stem_of(name: str) -> str:
-    """The name without a picture's suffix."""
+    """The name without an image suffix."""
     lower = name.lower()
     return next((name[: -len(suffix)] for suffix in PICTURE_SUFFIXES if lower.endswith(suffix)), name)
 
 
 def last_name(name: str | Path) -> str:
-    """What two names of one picture share: the file's, without its suffix, its case and an id's leading zeros."""
+    """The key of an image's name: the file name without its suffix, case and an id's leading zeros."""
     parts = parts_of(name)
     stem = stem_of(parts[-1]) if parts else ""
     return (stem.lstrip("0") if stem.isdigit() else stem).casefold()
 
 
 def _rank(photo: tuple[str, ...], name: tuple[str, ...]) -> tuple[int, int]:
-    """How well a name fits: exact file name over stem over stem in another case; then the folders that agree."""
+    """Quality of a match: exact file name, same stem, same stem in another case; then the number of equal folders."""
     own, other = photo[-1], name[-1]
     if own == other:
         exact = 3
@@ -70,13 +70,13 @@ def _rank(photo: tuple[str, ...], name: tuple[str, ...]) -> tuple[int, int]:
 
 def find_picture(
     photo: str | Path,
-    names: Sequence[tuple[Key, str]],  # of the file's pictures whose `last_name` is the photo's: key, name
+    names: Sequence[tuple[Key, str]],  # the file's images whose `last_name` is the photo's: key, name
     where: str,  # the file, for the error
 ) -> Key | None:
-    """The picture whose path agrees with the photo's over the most folders; None where there is none.
+    """The image whose path shares the most trailing folders with the photo's; None without a match.
 
     Raises:
-        UserError: several agree alike.
+        UserError: several match equally well.
     """
     path = Path(photo)
     own = parts_of(path if path.is_absolute() or len(path.parts) > 1 else path.absolute())

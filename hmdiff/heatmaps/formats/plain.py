@@ -1,6 +1,5 @@
-"""Plain JSON: an object with `keypoints_SET` (coco17, halpe26, openpose25, ...) or `keypoints`, `names` and `box_xyxy`
-perhaps, or bare lists of 17 times x, y, confidence.
-"""
+"""Plain JSON: an object with `keypoints_SET` (coco17, halpe26, openpose25, ...) or `keypoints`, and optional `names`
+and `box_xyxy`; or bare lists of 17 times x, y, confidence."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ _START = "keypoints_"
 
 
 def keypoints_key(data: dict[str, Any]) -> str | None:
-    """The key under which the keypoints lie; None where there is none."""
+    """The key of the keypoints; None if there is none."""
     sets = [_START + name for name in JOINT_SETS if _START + name in data]
     return sets[0] if sets else "keypoints" if "keypoints" in data else None
 
@@ -50,9 +49,9 @@ def entries(path: Path, data: Any, notes: list[str]) -> list[Entry]:
 
 
 def _people(path: Path, value: Any) -> list[Any]:
-    """One person or several: (J, 3), (J * 3), (P, J, 3) or (P, J * 3), as lists."""
+    """Split one or several people: (J, 3), (J * 3), (P, J, 3) or (P, J * 3), as lists."""
     items = as_list(path, value, "keypoints")
-    # Lists within lists, or lists longer than x, y, confidence, are people.
+    # Nested lists, or lists longer than x, y, confidence, are people.
     several = bool(items) and all(
         isinstance(item, list) and (len(item) > 4 or any(isinstance(part, list) for part in item)) for item in items
     )
@@ -60,7 +59,7 @@ def _people(path: Path, value: Any) -> list[Any]:
 
 
 def _checked(path: Path, box: Any) -> Any:
-    """A box that is stated alone and wrong is the user's own: refused, where other families' would be replaced."""
+    """An invalid box here comes from the user: refuse it instead of replacing it as for other families."""
     if box is None:
         return None
     usable = isinstance(box, list) and len(box) == 4 and all(isinstance(number, int | float) for number in box)
