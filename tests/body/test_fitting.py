@@ -1,4 +1,4 @@
-"""Parameters from meshes: what a body was posed with comes back, whatever the batch, the frame and the noise."""
+"""Parameters from meshes: known poses are recovered, independent of batch, frame and noise."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_pose_and_shape_come_back() -> None:
     rotations, betas, _, vertices = posed(free(), 8)
     found = fit_parameters(free(), vertices)
     assert angle(axis_angle_to_matrix(found.pose), rotations).median() < 0.2
-    assert angle(axis_angle_to_matrix(found.pose), rotations).max() < 5  # two joints in line share a twist
+    assert angle(axis_angle_to_matrix(found.pose), rotations).max() < 5  # two collinear joints share a twist
     assert (found.betas - betas).abs().max() < 0.2
     assert found.error_mm.max() < 0.5
     told = 1000 * (rebuilt(free(), found) - vertices).norm(dim=-1).mean(-1)
@@ -57,7 +57,7 @@ def test_pose_and_shape_come_back() -> None:
 
 
 def test_random_bodies_are_met_within_a_millimetre() -> None:
-    """The issue's bound is 5 mm, on bodies as in `hmdiff bench --fit`."""
+    """The required bound is 5 mm, on bodies as in `hmdiff bench --fit`."""
     assert fit_parameters(free(), random_bodies(free(), 24, seed=3)).error_mm.max() < 1
 
 
@@ -65,7 +65,7 @@ def test_noise_is_averaged_out() -> None:
     _, betas, _, vertices = posed(free(), 8)
     noisy = vertices + 0.01 * torch.randn(vertices.shape, generator=torch.Generator().manual_seed(1))
     found = fit_parameters(free(), noisy)
-    assert (1000 * (rebuilt(free(), found) - vertices).norm(dim=-1)).mean() < 6  # of noise that is 16 mm long
+    assert (1000 * (rebuilt(free(), found) - vertices).norm(dim=-1)).mean() < 6  # for noise 16 mm long
     assert (found.betas - betas).abs().mean() < 0.6
     assert 14 < found.error_mm.mean() < 18
 
@@ -109,7 +109,7 @@ def test_precision_follows_the_body() -> None:
 
 
 def test_pose_blend_shapes_and_the_sex_count(tmp_path: Path) -> None:
-    """Each stand-in's own meshes are met by its own file; the other sex's file cannot."""
+    """Each stand-in's meshes are fitted by its own file; the other gender's file cannot."""
     bodies = [
         load_body(s.write_pickle(tmp_path / f"SMPL_{name}.pkl", s.smpl_arrays(seed)))
         for seed, name in ((0, "FEMALE"), (1, "MALE"))
@@ -122,7 +122,7 @@ def test_pose_blend_shapes_and_the_sex_count(tmp_path: Path) -> None:
 
 
 def test_a_hand(tmp_path: Path) -> None:
-    """Sixteen joints; the pose found is the whole one, the mean hand's included."""
+    """Sixteen joints; the fitted pose includes the mean pose."""
     hand = load_body(s.write_pickle(tmp_path / "MANO_RIGHT.pkl", s.mano_arrays()))
     assert hand.mean_pose is not None
     rotations = axis_angle_to_matrix(hand.mean_pose + 0.2 * torch.randn(6, 16, 3))
@@ -171,7 +171,7 @@ def test_coarse_meshes_of_bodies_are_met_and_noise_is_smoothed() -> None:
 
 
 def test_fitted_bodies_keep_their_joints_inside_the_limits() -> None:
-    """A knee that bends backwards and an arm through the back come out as a body could do it."""
+    """A knee bent backwards and an arm through the back become anatomically possible."""
     wild = axis_angle_to_matrix(0.9 * torch.randn(16, 24, 3, generator=torch.Generator().manual_seed(0)))
     assert joint_limit_violation(wild).median() > 30
     vertices = free()(torch.zeros(16, 10), wild).vertices[:, coarse_ids()]
@@ -183,19 +183,19 @@ def test_fitted_bodies_keep_their_joints_inside_the_limits() -> None:
 
 
 def knock(points: Tensor, metres: float, seed: int) -> Tensor:
-    """Every part of a mesh off by itself: neighbours together, as predictions are off."""
+    """Displace each body part separately: neighbours together, as in prediction errors."""
     generator = torch.Generator().manual_seed(seed)
     weights = free().lbs_weights[coarse_ids()]
     return points + weights @ (metres * torch.randn(len(points), weights.shape[1], 3, generator=generator))
 
 
 def test_keypoints_stay_where_a_camera_sees_them() -> None:
-    """Across the line of sight they move less than without a camera; along it nothing is asked."""
+    """With a camera they move less across the line of sight; along it there is no requirement."""
     body, ids = free(), coarse_ids()
     coarse = knock(
         body(torch.zeros(12, 10), PoseMixture().sample(12, torch.Generator().manual_seed(3))).vertices[:, ids], 0.01, 4
     )
-    # A regressor of the coarse mesh: every keypoint the mean of the vertices that one bone moves most.
+    # A regressor on the coarse mesh: each keypoint is the mean of the vertices with the largest weight of one bone.
     near = body.lbs_weights[ids].T
     regressor = (near > 0.5).to(near) / (near > 0.5).sum(1, keepdim=True).clamp(min=1)
     regressor = regressor[(near > 0.5).any(1)]
@@ -216,7 +216,7 @@ def test_keypoints_stay_where_a_camera_sees_them() -> None:
 
 
 def test_joints_held_at_their_limits_are_made_up_for() -> None:
-    """Fitted again around them, the mesh is nearer than a free fit whose joints are then brought back."""
+    """Refitted around them, the mesh is nearer than a free fit whose joints are clamped afterwards."""
     body, ids = free(), coarse_ids()
     wild = axis_angle_to_matrix(0.5 * torch.randn(16, 24, 3, generator=torch.Generator().manual_seed(5)))
     coarse = body(torch.zeros(16, 10), wild).vertices[:, ids]

@@ -65,6 +65,6 @@ def test_other_bodies_have_their_own_parts(name: str, arrays: Callable[[], dict[
     assert basis.points.shape == (len(coarse) + bones, 4 * bones) and basis.points.isfinite().all()
     rest = torch.cat([body.v_template[coarse], body.joint_template])
     torch.testing.assert_close(basis.points @ (basis.points.mT @ rest), rest, atol=2e-4, rtol=0)
-    # A partial isometry: directions that no vertex spans have no length.
+    # A partial isometry: directions that no vertex spans have length 0.
     values = torch.linalg.eigvalsh(basis.points.mT @ basis.points)
     assert ((values - 1).abs().minimum(values.abs()) < 1e-3).all()

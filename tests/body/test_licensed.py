@@ -53,7 +53,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def smpl_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 6890 vertices, converted, its coarse mesh in a cache."""
+    """6890 vertices, converted, with the coarse mesh in a cache."""
     folder = tmp_path_factory.mktemp("licensed")
     s.write_pickle(folder / "source" / "SMPL_NEUTRAL.pkl", s.smpl_arrays())
     patch = pytest.MonkeyPatch()
@@ -102,7 +102,7 @@ def tree(joints: int, vertices: int = 12, shapes: int = 10) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("kind", "gender", "file"), [(*key, file) for key in PUBLISHED for file in PUBLISHED[key]])
 def test_every_published_name_is_found(kind: str, gender: str, file: str, fresh: Path) -> None:
-    """Wherever an archive puts it below the folder, in any mixture of cases, and beside what is none of it."""
+    """Anywhere below the folder, in any case, next to unrelated files."""
     place = fresh / "bodies" / "archive" / "smpl" / "models" / file.swapcase()
     arrays = tree({"smpl": 24, "smplx": 55, "mano": 16}[kind])
     place.parent.mkdir(parents=True)
@@ -116,7 +116,7 @@ def test_every_published_name_is_found(kind: str, gender: str, file: str, fresh:
     assert find_body_file(kind, gender) == place and licensed_kind(file) == (kind, gender)
     body = load_body(kind, gender)
     assert body.num_vertices == 12 and body.name == (kind if gender == "neutral" else f"{kind}_{gender}")
-    equal(load_body(body.name), body)  # the name that a checkpoint keeps
+    equal(load_body(body.name), body)  # the name stored in a checkpoint
 
 
 def test_a_converted_file_wins_and_others_are_not_mixed_up(fresh: Path) -> None:
@@ -138,7 +138,7 @@ class _Chumpy:
 
 @pytest.fixture
 def chumpy() -> Iterator[type]:
-    """`chumpy.ch.Ch` for as long as a file is written with it."""
+    """Provides `chumpy.ch.Ch` while a file is written with it."""
     made = type("Ch", (_Chumpy,), {"__module__": "chumpy.ch"})
     module = types.ModuleType("chumpy.ch")
     module.Ch = made  # type: ignore[attr-defined]
@@ -173,7 +173,7 @@ def test_a_zip_of_chumpy_pickles_is_converted_once(
     with np.load(fresh / "bodies" / "MANO_RIGHT.npz", allow_pickle=False) as archive:
         assert str(archive["converted_from"]) == "MANO_RIGHT.pkl" and archive["v_template"].dtype == np.float32
 
-    assert main(["prepare", "licensed", str(fresh / "mano_v1_2.zip")]) == 0  # once more does no harm
+    assert main(["prepare", "licensed", str(fresh / "mano_v1_2.zip")]) == 0  # repeating it is harmless
     equal(load_body("mano"), pickled)
 
 
@@ -197,7 +197,7 @@ def test_the_users_own_npz_is_never_overwritten(fresh: Path) -> None:
 
 @pytest.mark.parametrize(("shapes", "kept"), [(10, 10), (20, 10), (400, 11), (11, 11)])
 def test_smplx_keeps_the_eleven_shapes_of_bedlam(shapes: int, kept: int, tmp_path: Path) -> None:
-    """v1.0 has ten shapes before its expressions, v1.1 three hundred; a converted file of eleven keeps them."""
+    """v1.0 has ten shapes before its expressions, v1.1 three hundred; a converted file keeps eleven."""
     arrays = tree(55, shapes=shapes)
     np.savez(tmp_path / "SMPLX_NEUTRAL.npz", **arrays)
     found = read_body_file(tmp_path / "SMPLX_NEUTRAL.npz")["shapedirs"]
@@ -208,7 +208,7 @@ def test_smplx_keeps_the_eleven_shapes_of_bedlam(shapes: int, kept: int, tmp_pat
 
 @pytest.mark.parametrize(("shapes", "first"), [(20, 10), (400, 300), (10, None), (11, None)])
 def test_smplx_keeps_ten_expressions(shapes: int, first: int | None, tmp_path: Path) -> None:
-    """After ten shapes in v1.0, after three hundred in v1.1; converted, the file gives the same body."""
+    """After ten shapes in v1.0, after three hundred in v1.1; the converted file gives the same body."""
     lbs = pytest.importorskip("smplx.lbs")
     arrays = tree(55, shapes=shapes)
     path = tmp_path / "SMPLX_NEUTRAL.npz"
@@ -241,7 +241,7 @@ def test_smplx_keeps_ten_expressions(shapes: int, first: int | None, tmp_path: P
         torch.testing.assert_close(found.vertices, vertices, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.joints, joints, rtol=1e-4, atol=1e-4)
         plain = each(betas, rotations)
-        assert (plain.vertices - found.vertices).abs().max() > 0.1  # or nothing was tried
+        assert (plain.vertices - found.vertices).abs().max() > 0.1  # the expression has an effect
         assert torch.equal(each(betas, rotations, expression=torch.zeros(10)).vertices, plain.vertices)
     some = body.select([3, 1])(betas, rotations, expression=face)
     torch.testing.assert_close(some.vertices, vertices[:, [3, 1]], rtol=1e-4, atol=1e-4)
@@ -325,7 +325,7 @@ def test_keypoints_of_smpl_follow_its_joints(folder: Path) -> None:
 
 
 def test_fingertips_end_the_fingers_they_are_named_after(tmp_path: Path) -> None:
-    """MANO's tree goes index, middle, pinky, ring, thumb, and HAND21 another way: a tip belongs to its own chain."""
+    """MANO's finger order is index, middle, pinky, ring, thumb, HAND21's another: a tip belongs to its own chain."""
     hand = load_body(s.write_pickle(tmp_path / "MANO_RIGHT.pkl", s.mano_arrays()))
     assert hand.keypoint_names == HAND21
     output = hand(torch.zeros(10), axis_angle_to_matrix(0.2 * torch.randn(16, 3)))

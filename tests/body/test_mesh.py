@@ -1,4 +1,4 @@
-"""The mesh hierarchy: topology kept, levels nested, upsampling equivariant, patches connected."""
+"""The mesh hierarchy: topology preserved, levels nested, upsampling equivariant, patches connected."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sheet(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def thin_ring() -> trimesh.Trimesh:
-    """A flat ring so thin that its cheapest edges lead across, from boundary to boundary, where none may collapse."""
+    """A flat ring so thin that its cheapest edges connect the two boundaries, where no collapse is allowed."""
     vertices, faces = sheet(np.linspace(0.97, 1, 3), np.linspace(0, 2 * np.pi, 121))
     radius, angle, _ = vertices.T
     bent = np.stack([radius * np.cos(angle), radius * np.sin(angle), np.zeros(len(radius))], -1)
@@ -71,7 +71,7 @@ def decimated(request: pytest.FixtureRequest) -> tuple[trimesh.Trimesh, MeshHier
 
 @functools.lru_cache(maxsize=16)
 def _hierarchy(vertices: bytes, faces: bytes) -> MeshHierarchy:
-    """A mesh is decimated once, however many tests take a level of it."""
+    """Cached: each mesh is decimated once for all tests."""
     return decimate(np.frombuffer(vertices, np.float32).reshape(-1, 3), np.frombuffer(faces, np.int64).reshape(-1, 3))
 
 
@@ -110,7 +110,7 @@ def test_no_triangle_turns_over(decimated: tuple[trimesh.Trimesh, MeshHierarchy]
 
 
 def test_the_coarsest_level_cannot_be_smaller() -> None:
-    # A sphere needs 4 vertices and a disc 3. A torus needs 7, and collapses may halt at up to 10 (Lawrencenko, 1987).
+    # A sphere needs 4 vertices and a disc 3. A torus needs 7, and collapses may stop at up to 10 (Lawrencenko, 1987).
     for name, smallest, largest in (("sphere", 4, 4), ("torus", 7, 10), ("open cap", 3, 3), ("two parts", 8, 8)):
         mesh = MESHES[name]()
         assert smallest <= decimate(mesh.vertices, mesh.faces).num_minimal <= largest
@@ -159,7 +159,7 @@ def test_quadric_is_the_area_weighted_squared_distance() -> None:
 
 
 def test_fairness_spreads_vertices_by_area() -> None:
-    """A flat sheet, its rows ever denser towards one side: no plane term to follow, so only area can spread them."""
+    """A flat sheet, its rows denser towards one side: without a plane term only area can spread the vertices."""
     vertices, faces = sheet(np.linspace(0, 1, 30) ** 3, np.linspace(0, 1, 30))
     ids, _ = decimate(vertices, faces).level(100)
     by_rows = np.bincount((vertices[ids, 0] * 4).clip(0, 3).astype(int))
@@ -182,7 +182,7 @@ def test_save_and_load_give_the_same_sampler(tmp_path: Path, monkeypatch: pytest
     hierarchy = decimate(vertices.numpy(), faces.numpy())
     save_mesh(tmp_path / "mesh.npz", hierarchy, sampler)
 
-    # The template given is another one, so that only what was stored can give the same vertices.
+    # Another template, so that only the stored weights can give the same vertices.
     body = types.SimpleNamespace(v_template=vertices * torch.tensor([1.0, 3.0, 0.2]), faces=faces)
     assert load_mesh(body, 60).signature != sampler.signature
     monkeypatch.setattr("hmdiff.body.mesh_cache.asset_path", lambda name: tmp_path / "mesh.npz")
@@ -249,10 +249,10 @@ def test_upsampling_is_equivariant_and_keeps_the_template() -> None:
 
 
 def test_fit_recovers_a_linear_upsampling_and_ridge_pulls_back() -> None:
-    """Meshes that *are* blends of their coarse vertices are reproduced; an endless ridge leaves the start as it was."""
+    """Meshes that *are* blends of their coarse vertices are reproduced; a huge ridge keeps the initial weights."""
     torch.manual_seed(0)
     vertices, _, sampler = sampler_of(trimesh.creation.icosphere(2), 30)
-    # With all coarse vertices as neighbours the choice of them cannot differ between the two fits.
+    # With all coarse vertices as neighbours both fits choose the same ones.
     index, barycentric = fit_upsampling(sampler, vertices[None], neighbours=30, ridge=1e12)
     coarse = torch.randn(80, 30, 3, dtype=torch.float64)
     start = sampler.upsample(coarse)
@@ -333,7 +333,7 @@ def test_patches_do_not_bridge_a_gap() -> None:
     vertices, _, sampler = sampler_of(two_parts(), 120)
     coarse = sampler.downsample(vertices)
     side = coarse[partition_patches(coarse, sampler.coarse_faces, 4)][..., 0] < 1.01
-    # At most one patch may have to, when the parts' vertices do not divide.
+    # At most one patch may, if a part's vertices are not divisible.
     assert (side.any(1) & ~side.all(1)).sum() <= 1
 
 
@@ -345,7 +345,7 @@ def test_patch_size_must_divide() -> None:
 
 
 def connected(patches: Tensor, adjacency: Tensor) -> float:
-    """Share of the patches that hang together by edges."""
+    """Fraction of the patches that are connected by edges."""
     within = adjacency[patches[:, :, None], patches[:, None, :]].float()
     reach = torch.linalg.matrix_power(within, patches.shape[1])
     return (reach > 0).all(-1).all(-1).float().mean().item()
@@ -380,7 +380,7 @@ def test_shipped_mesh_is_the_one_that_decimation_gives(shipped: tuple[Body, Mesh
     built = build_mesh_sampler(body.v_template, body.faces, decimate(body.v_template.numpy(), body.faces.numpy()), 432)
     assert sampler.signature == built.signature
     coarse = sampler.downsample(body.v_template)
-    # Half a thousandth of the coarse edges, for the stored precision.
+    # Half a thousandth of a coarse edge, for the stored precision.
     torch.testing.assert_close(sampler.upsample(coarse), built.upsample(coarse), atol=2e-4, rtol=0)
 
 
@@ -405,7 +405,7 @@ def test_shipped_upsampling_corrects_the_loss_of_volume(shipped: tuple[Body, Mes
     linear = 1000 * (sampler.upsample(coarse) - posed).norm(dim=-1).mean()
     fitted = 1000 * (sampler.upsample_fitted(coarse) - posed).norm(dim=-1).mean()
     assert linear < 10 and fitted < 1.5  # measured: 7.9 and 1.1 mm
-    # A model's errors are hardly enlarged on their way to the full mesh.
+    # Prediction errors are hardly amplified by the upsampling.
     assert sampler.fitted_weight.norm(dim=-1).mean() < 1 and sampler.fitted_weight.norm(dim=-1).max() < 2
     assert torch.equal(sampler.downsample(sampler.upsample_fitted(coarse)), coarse)
 

@@ -1,4 +1,4 @@
-"""Published joint regressors: the user's files, found by name, checked, their orders kept apart."""
+"""Published joint regressors: the user's files, found by name, validated, their orders not mixed up."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def test_found_by_name_below_the_folder(name: str, folder: Path) -> None:
     place = folder / "spin" / "data" / REGRESSORS[name].file
     place.parent.mkdir(parents=True)
     values = np.random.default_rng(0).random((REGRESSORS[name].joints, 6890))
-    np.save(place, values)  # float64, as they were published
+    np.save(place, values)  # float64, as published
     assert find_regressor_file(name) == place
     found = load_regressor(name)
     assert found.dtype == torch.float32
     np.testing.assert_array_equal(found.numpy(), values.astype(np.float32))
     others = set(REGRESSORS) - {name}
-    for other in others:  # h36m's is not taken for h36m_correct's
+    for other in others:  # h36m's is not mistaken for h36m_correct's
         with pytest.raises(UserError, match=f"{REGRESSORS[other].file} not found: not in"):
             load_regressor(other)
 
 
 def test_the_two_orders_give_the_same_fourteen_joints_each_by_its_own_map() -> None:
-    """SPIN's map on SPIN's rows, METRO's on METRO's; crossed, left and right legs change places."""
+    """SPIN's map on SPIN's rows, METRO's on METRO's; crossed, left and right legs are exchanged."""
     spin, metro = joint_indices(J14, SPIN_H36M17), joint_indices(J14, H36M17)
     assert spin == [6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10]
     assert metro == [3, 2, 1, 4, 5, 6, 16, 15, 14, 11, 12, 13, 8, 10]

@@ -1,4 +1,4 @@
-"""Joint sets: counts, unique names, left-right pairs, and maps that go by name."""
+"""Joint sets: counts, unique names, left-right pairs, and maps by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_mirroring_twice_is_the_identity_and_swaps_sides(name: str) -> None:
 
 
 def test_known_indices() -> None:
-    """Spelled out from the sources, once: a slip in the order of a tuple would be found nowhere else."""
+    """Hard-coded from the sources once: no other test would detect a wrong order in a tuple."""
     assert s.joint_indices(["nose", "left_shoulder", "right_ankle"], s.COCO17) == [0, 5, 16]
     assert s.joint_indices(["neck", "mid_hip", "left_ankle", "right_heel"], s.OPENPOSE25) == [1, 8, 14, 24]
     assert s.joint_indices(["right_hip", "left_ankle", "left_ear"], s.OPENPOSE18) == [8, 13, 17]
@@ -37,7 +37,7 @@ def test_known_indices() -> None:
 
 def test_smpl_tree_is_a_tree_of_the_names() -> None:
     assert len(s.SMPL24_PARENTS) == 24 and s.SMPL24_PARENTS[0] == -1
-    assert all(parent < child for child, parent in enumerate(s.SMPL24_PARENTS))  # a parent comes before its children
+    assert all(parent < child for child, parent in enumerate(s.SMPL24_PARENTS))  # parents precede their children
     tree = {joint: s.SMPL24[parent] for joint, parent in zip(s.SMPL24[1:], s.SMPL24_PARENTS[1:], strict=True)}
     for side in ("left", "right"):
         chain = [f"{side}_{name}" for name in ("hand", "wrist", "elbow", "shoulder", "collar")]
@@ -63,12 +63,12 @@ def test_a_missing_joint_is_named() -> None:
 
 
 def test_fourteen_joints_are_found_by_name_in_both_orders_of_human36m() -> None:
-    """The published index maps, which are not interchangeable, come out of the names."""
+    """The published index maps, which are not interchangeable, are reproduced by name."""
     assert s.joint_indices(s.J14, s.SPIN_H36M17) == [6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10]
     assert s.joint_indices(s.J14, s.H36M17) == [3, 2, 1, 4, 5, 6, 16, 15, 14, 11, 12, 13, 8, 10]
     assert s.joint_indices(s.H36M14, s.H36M17) == [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16]
     assert s.joint_indices(s.SPIN24_J14, s.SPIN24) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 18]
-    # Human3.6M's seventeen of SPIN's preprocessing, in the order of its regressor.
+    # Human3.6M's seventeen joints in SPIN's preprocessing, in the order of its regressor.
     order = [s.SPIN24_H36M17[i] for i in s.joint_indices(s.SPIN_H36M17, s.H36M17)]
     assert s.joint_indices(order, s.SPIN24) == [14, 3, 4, 5, 2, 1, 0, 16, 12, 17, 18, 9, 10, 11, 8, 7, 6]
 

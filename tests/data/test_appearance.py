@@ -1,4 +1,4 @@
-"""Synthetic looks: exact occlusion, determinism by seed, independence of the batch, ranges."""
+"""Synthetic appearance: exact occlusion, determinism by seed, independence of the batch, ranges."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def seeds(*values):
 
 @pytest.fixture(scope="module")
 def figure():
-    """Two parallel sheets of points for a body: y up, every height owned by a joint of that height."""
+    """Two parallel sheets of points as a body: y up, each height belongs to that height's joint."""
     heights = torch.linspace(-0.9, 0.8, 60)
     across = torch.linspace(-0.3, 0.3, 10)
     y, x = torch.meshgrid(heights, across, indexing="ij")
@@ -51,7 +51,7 @@ def test_a_person_does_not_depend_on_the_batch(figure):
     front[0, :20], front[2, 10:30, :30] = 1, 0.7
     batch = picture(figure, seeds(5, 6, 7), front)
     alone = picture(figure, seeds(7), front[2:])
-    # A pixel at an edge may shade its other face: by the last bit of the projection.
+    # A pixel at an edge may shade the other face, due to rounding in the projection.
     apart = (alone.image[0] - batch.image[2]).abs()
     assert (apart > 1e-4).float().mean() < 0.02 and apart.mean() < 1e-4
     assert torch.equal(batch.occlusion, front > 0.5) and torch.equal(alone.occlusion[0], batch.occlusion[2])
@@ -69,8 +69,8 @@ def test_clothes_cover_their_parts_and_vary(figure):
     colours = wardrobe.colours(torch.Generator().manual_seed(0), 64)
     assert colours.shape == (64, 600, 3) and colours.min() >= 0 and colours.max() <= 1
     head, torso = colours[:, wardrobe.head].mean(1), colours[:, wardrobe.torso].mean(1)
-    assert (head[:, 0] >= head[:, 2] - 0.05).all()  # skin and hair are warm
-    assert torso.std(0).min() > 0.1  # shirts are anything
+    assert (head[:, 0] >= head[:, 2] - 0.05).all()  # skin and hair are in warm colours
+    assert torso.std(0).min() > 0.1  # shirts have any colour
 
 
 def test_lights_come_from_above_and_the_viewers_side_mostly():

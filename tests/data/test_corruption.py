@@ -1,4 +1,4 @@
-"""The estimator's faults: where nothing is wrong nothing moves, and every fault shows at the rate it was asked for."""
+"""Corruptions as of a 2D estimator: none when switched off, and each at its configured rate."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_peaks_are_as_wide_as_they_were_asked_for() -> None:
     faults = dataclasses.replace(NONE, narrowest=1.0, widest=1.2)
     seen = torch.ones(64, JOINTS, dtype=torch.bool)
     peaks, *_ = estimate_peaks(places(), seen, seen, faults, torch.Generator().manual_seed(2))
-    width = peaks[..., 0, 3].median(1).values  # of a person; a joint's own is off by a tenth
+    width = peaks[..., 0, 3].median(1).values  # per person; single joints vary by a tenth
     assert 0.95 < width.min() < 1.05 and 1.15 < width.max() < 1.25
 
 
@@ -92,19 +92,19 @@ def test_guesses_of_hidden_joints_are_off_and_half_of_them_as_wide_as_they_are_o
     behind[:, ::2] = False
     plain = run(NONE, 400, points, visible=behind)[0]
     maps = run(dataclasses.replace(NONE, hidden=0.2), 400, points, visible=behind)[0]
-    assert torch.equal(maps[:, 1::2], plain[:, 1::2])  # who is seen is drawn as before
+    assert torch.equal(maps[:, 1::2], plain[:, 1::2])  # visible joints are unchanged
     labelled = [run(dataclasses.replace(NONE, hidden=h, exact=1.0), 400, points, visible=behind)[0] for h in (0, 0.2)]
-    assert torch.equal(*labelled)  # and who was labelled by hand
+    assert torch.equal(*labelled)  # and so are people with exact labels
     maps, points, plain = maps[:, ::2], points[:, ::2], plain[:, ::2]
     found = maps.amax((-1, -2)) > 0
     error = ((heatmap_peaks(maps)[0] - points)[found] ** 2).mean().sqrt().item()
-    assert error == pytest.approx(0.2 * math.exp(0.3**2), rel=0.15)  # those that left the crop are not found
+    assert error == pytest.approx(0.2 * math.exp(0.3**2), rel=0.15)  # guesses outside the crop are not found
     widest = (maps > 0.5 * maps.amax((-1, -2), keepdim=True)).sum((-1, -2))[found].float().sqrt() / 64
-    # The half maximum is a disc of 1.18 standard deviations: as the side of a square, a share of the crop's.
+    # The half maximum is a disc of radius 1.18 sigma; `widest` is the side of the square of equal area.
     wide = widest > 0.13
     assert wide.float().mean().item() == pytest.approx(0.5, abs=0.08)
     assert widest[wide].median().item() == pytest.approx(1.18 * 0.2 * math.sqrt(math.pi) / 2, rel=0.2)
-    # A person's maps are wide or they are not; a wide one keeps its mass, a narrow one its peak.
+    # A person's maps are all wide or all narrow; wide ones keep their mass, narrow ones their peak.
     flags = (maps > 0.5 * maps.amax((-1, -2), keepdim=True)).sum((-1, -2)) > (0.13 * 64) ** 2
     assert ((flags | ~found).all(1) | (~flags | ~found).all(1)).float().mean() > 0.9
     inner = found & (heatmap_peaks(maps)[0].abs().amax(-1) < 0.5)
@@ -114,11 +114,11 @@ def test_guesses_of_hidden_joints_are_off_and_half_of_them_as_wide_as_they_are_o
 
 def test_joint_sets() -> None:
     heatmaps, valid = run(dataclasses.replace(NONE, all_joints=False), 300)
-    assert (heatmaps.amax((-1, -2)) > 0).eq(valid).all()  # without faults: exactly the joints of the set
+    assert (heatmaps.amax((-1, -2)) > 0).eq(valid).all()  # without corruption: exactly the joints of the set
     sets = {names: torch.tensor([name in names for name in HALPE26]) for names in (COCO17, OPENPOSE25, LSP14, HALPE26)}
     rates = [valid.eq(row).all(-1).float().mean().item() for row in sets.values()]
     assert sum(rates) == pytest.approx(1) and rates == pytest.approx([0.5, 0.2, 0.15, 0.15], abs=0.08)
-    # A joint can be in the set and not be found: valid, and empty.
+    # A joint in the set may be missing: valid, but empty.
     heatmaps, valid = run(dataclasses.replace(NONE, missing=0.5))
     assert valid.all() and (heatmaps.amax((-1, -2)) == 0).any()
 
@@ -130,7 +130,7 @@ def test_swaps_exchange_left_and_right() -> None:
     knee, wrist, nose = joint_indices(["left_knee", "left_wrist", "nose"], HALPE26)
     limbs = [name for name in HALPE26 if any(part in name for part in ("knee", "ankle", "toe", "heel", "hip"))]
     legs = joint_indices([name for name in limbs if name != "mid_hip"], HALPE26)
-    # Half of the people are swapped outright (the others get double peaks); 70 % of them in the legs, 60 % in the arms.
+    # Half of the people are swapped (the others get double peaks); of those, 70 % in the legs, 60 % in the arms.
     plain = (heatmap_peaks(heatmaps)[0] - points).norm(dim=-1) < 0.02
     outright = swapped[:, legs].all(1)
     assert outright.float().mean().item() > 0.3
@@ -139,7 +139,7 @@ def test_swaps_exchange_left_and_right() -> None:
     double = run(dataclasses.replace(NONE, swap=1.0), 200, points)[0][:, knee]
     at = ((points[:, [knee, MIRROR[knee]]] + 1) * 32).long().clamp(0, 63)
     values = torch.stack([double[torch.arange(200), at[:, i, 1], at[:, i, 0]] for i in range(2)], 1)
-    assert (values.amin(1) > 0.1).float().mean() > 0.2  # both places are warm in the doubled ones
+    assert (values.amin(1) > 0.1).float().mean() > 0.2  # doubled joints have a peak at both positions
 
 
 def test_second_peaks() -> None:
@@ -153,9 +153,9 @@ def test_the_far_side_of_a_head_is_hidden() -> None:
     keypoints = torch.zeros(2, JOINTS, 3)
     left, right, nose = (HALPE26.index(name) for name in ("left_ear", "right_ear", "nose"))
     keypoints[0, left], keypoints[0, right] = torch.tensor([0.1, 0, 0]), torch.tensor([-0.1, 0, 0])
-    keypoints[0, nose] = torch.tensor([0, 0, -0.1])  # looks at the camera
+    keypoints[0, nose] = torch.tensor([0, 0, -0.1])  # facing the camera
     keypoints[1] = keypoints[0]
-    keypoints[1, :, 2] *= -1  # looks away
+    keypoints[1, :, 2] *= -1  # facing away
     visible = face_visibility(keypoints)
     assert visible[0].all()
     face = joint_indices(["nose", "left_eye", "right_eye"], HALPE26)

@@ -1,4 +1,4 @@
-"""Things put in front of people: cut-outs of a folder, shapes, the next person; what they hide, and in which data."""
+"""Occluders: cut-outs from a folder, shapes, the next person; what they cover, and in which data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def save(path: Path, rgba: np.ndarray) -> None:
 
 
 def red_disc(size: int = 40) -> np.ndarray:
-    """Red where opaque, green where transparent: green must never be seen."""
+    """Red where opaque, green where transparent: green must never appear."""
     y, x = np.mgrid[:size, :size] - size / 2 + 0.5
     inside = np.hypot(x, y) < size / 4
     return np.dstack([255 * inside, 255 * ~inside, 0 * x, 255 * inside])
@@ -55,7 +55,7 @@ def test_a_cutout_is_cut_to_its_thing_and_its_colour_does_not_bleed(folder: Path
     disc = cutouts.pictures[1].float() / 255
     assert disc[3].mean() == pytest.approx(np.pi / 4, abs=0.03)  # it fills the square
     assert disc[1].max() < 0.01  # no green
-    # The bar is four times as wide as high: a quarter of the square, in its middle.
+    # The bar is four times as wide as high: a quarter of the square, centred.
     blue = cutouts.pictures[0, 2].float() / 255
     assert blue.mean() == pytest.approx(0.25, abs=0.02) and blue[SIZE // 2].min() > 0.9 and blue[0].max() == 0
     points = torch.tensor([[[0.0, 0.0], [0.99, 0.99], [3.0, 0.0]]])
@@ -124,7 +124,7 @@ def test_points_mask_and_picture_agree(kind: int, folder: Path) -> None:
     image = torch.full((16, 3, size, size), 0.5)
     painted = front.paint(image)
     changed = (painted - image).abs().amax(1) > 0.02
-    # Where nothing covers, nothing is painted, but for the soft edge.
+    # Outside the mask nothing is painted, except at soft edges.
     soft = torch.nn.functional.max_pool2d(mask[:, None].float(), 5, 1, 2)[:, 0] > 0
     assert not (changed & ~soft).any() and (changed & mask).sum() > 0.8 * mask.sum()
     assert 0.01 < mask.float().mean() < 0.6 and mask.flatten(1).any(1).float().mean() > 0.7
@@ -132,7 +132,7 @@ def test_points_mask_and_picture_agree(kind: int, folder: Path) -> None:
     assert 0.03 < hidden.float().mean() < 0.7
     if kind == CUTOUT:
         assert painted[:, 0][mask].mean() > 0.9 and painted[:, 1][mask].mean() < 0.1
-    # Nobody's thing depends on the others: the same rows alone.
+    # A person's occluder does not depend on the others: the same rows separately.
     alone = dataclasses.replace(
         front, **{name: getattr(front, name)[3:5] for name in ("kind", "shapes", "limbs", "cutout", "pose")}
     )
@@ -149,7 +149,7 @@ def test_the_person_in_front_is_the_next_one_moved() -> None:
     scale = (along * expected).sum(-1) / expected.square().sum(-1)
     assert torch.allclose(along, scale[:, None] * expected, atol=1e-5) and ((scale > 0.69) & (scale < 1.31)).all()
     assert (front.limbs[:, limb, 4] > 0).all()
-    # Of somebody with hardly a keypoint nobody is made, and unknown ones may be anything.
+    # Too few keypoints give no person; unlabelled keypoints may hold any value.
     known = torch.ones(16, 26, dtype=torch.bool)
     known[1, 5:] = False
     points = points.clone()
@@ -157,7 +157,7 @@ def test_the_person_in_front_is_the_next_one_moved() -> None:
     points[3, 9], known[3, 9] = torch.nan, False
     front = FrontDrawer(Augment(people=1))(points, known, torch.Generator().manual_seed(0))
     assert front.kind[0] == NOTHING and (front.kind[1:] == PERSON).all()
-    assert front.limbs[2].isfinite().all() and (front.limbs[2, :, 4] == 0).sum() == 1  # a limb that ends in it
+    assert front.limbs[2].isfinite().all() and (front.limbs[2, :, 4] == 0).sum() == 1  # a limb of that joint
     hand = FrontDrawer(Augment(people=1))(points[:, :21], known[:, :21], torch.Generator(), ["wrist"] * 21)
     assert (hand.kind == NOTHING).all()
 
@@ -200,12 +200,12 @@ def test_recorded_people_behind_cutouts(tmp_path: Path, folder: Path, heatmaps: 
     plain = recorded(tmp_path, heatmaps)
     data = recorded(tmp_path, heatmaps, cutouts=str(folder), pasted=1.0)
     before, after = plain.block("train", 0), data.block("train", 0)
-    assert same(data.block("val", 0), plain.block("val", 0))  # a split is never changed
+    assert same(data.block("val", 0), plain.block("val", 0))  # splits other than train are unchanged
     assert same(after, data.block("train", 0)) and not same(after, data.block("train", 1))
     assert same(after, pickle.loads(pickle.dumps(data)).block("train", 0))
     hidden = before.visible & ~after.visible
     assert hidden.any() and (after.visible <= before.visible).all()
-    assert torch.equal(before.joints_2d, after.joints_2d)  # the labels stay what they are
+    assert torch.equal(before.joints_2d, after.joints_2d)  # labels are unchanged
     assert torch.equal(before.joints_2d_confidence, after.joints_2d_confidence)
     assert (after.image[:, 0] - before.image[:, 0]).amax() > 0.2
     gone = after.heatmaps.flatten(2).amax(-1) == 0
@@ -237,4 +237,4 @@ def test_synthetic_people_with_more_in_front(folder: Path) -> None:
     inside = (after.joints_2d.abs() < 0.98).all(-1)
     pixel = ((after.joints_2d + 1) * 24).long().clamp(0, 47)
     at = after.occlusion.flatten(1).gather(1, pixel[..., 1] * 48 + pixel[..., 0])
-    assert (at == ~after.visible)[inside].float().mean() > 0.9  # but on an edge
+    assert (at == ~after.visible)[inside].float().mean() > 0.9  # except at edges

@@ -1,4 +1,4 @@
-"""The depth that synthetic people come with: a scene about the body, a network's faults; people stay who they are."""
+"""The depth of synthetic people: a scene around the body and a network's corruptions; people are unchanged."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def test_a_block_s_maps_are_a_function_of_seed_stream_and_number():
 
 
 def test_labels_are_those_of_the_pictures():
-    """The same rasteriser, once with the picture and once without."""
+    """The same rasteriser, with and without the image."""
     pictured, mapped = drawn(4, image_size=32).block("train", 1), drawn(4, map_size=32).block("train", 1)
     for name in ("silhouette", "depth", "visible_fraction"):
         assert torch.equal(getattr(pictured, name), getattr(mapped, name)), name
@@ -127,15 +127,15 @@ def test_the_body_stands_before_everything_and_behind_its_box(clean):
 
 
 def test_a_map_has_no_silhouette_for_free(clean):
-    """What is not the body is as known as the body, and is not told from it by one threshold."""
+    """The background's depth is known too, and no single threshold separates it from the body."""
     around = ~(clean.depth > 0) & ~clean.occlusion
     farthest = clean.depth.flatten(1).amax(1)[:, None, None]
-    assert ((clean.depth_input < farthest) & around).float().sum() > 0.1 * around.sum()  # a floor before the body
+    assert ((clean.depth_input < farthest) & around).float().sum() > 0.1 * around.sum()  # a floor in front of the body
     assert ((clean.depth_input > farthest) & around).float().sum() > 0.1 * around.sum()  # a wall behind it
 
 
 def test_walls_and_floors_leave_the_body_on_their_near_side():
-    """Planes, where no body is drawn: a point of theirs is never nearer than the body along their normal."""
+    """Planes where no body is drawn: none of their points is nearer than the body along their normal."""
     gen = torch.Generator().manual_seed(0)
     vertices = torch.randn(6, 50, 3, generator=gen) * 0.4 + torch.tensor([0.3, 0.0, 4.0])
     focal, principal = torch.full((6,), 3.0), torch.zeros(6, 2)
@@ -181,10 +181,10 @@ def test_disparity_is_known_by_its_inverse(scene):
 
 
 def test_order_survives_every_fault(scene):
-    """Larger stays farther: the estimate correlates with the truth for everybody."""
+    """Larger remains farther: the estimate correlates with the ground truth for every person."""
     found = estimate_depth(scene, DepthFaults(missing=0.0, missing_map=0.0), generator())
     for person in range(len(scene)):
-        # Of disparity the truth is bent itself: compare by ranks.
+        # Disparity is nonlinear in depth: compare ranks.
         rank = [values[person].flatten().argsort().argsort().double() for values in (found, scene)]
         assert torch.corrcoef(torch.stack(rank))[0, 1] > 0.8
 
@@ -200,7 +200,7 @@ def test_each_fault_alone_is_of_its_size(scene, name, value, least, most):
     at_edge = (found - scene)[:, 8:40, 14:34].abs().mean()
     away = (found - scene)[:, :6].abs().mean()
     if name in ("blur", "edges"):
-        assert at_edge > 3 * away  # only where depth jumps
+        assert at_edge > 3 * away  # only at depth discontinuities
     else:
         assert at_edge < 2 * away
 

@@ -1,4 +1,4 @@
-"""Sources of which only the keypoints are kept: what is gone, what stays, and the config's words."""
+"""Sources that keep only keypoint labels: which are removed, which stay, and the config option."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_what_is_kept() -> None:
 def test_a_seed_of_its_own_and_splits_that_stay() -> None:
     assert torch.equal(first("keypoints_2d").joints_2d, first("all").joints_2d)
     assert not torch.equal(first("keypoints_2d", seed=7).joints_2d, first("all").joints_2d)
-    source = KeptLabels(people(), "keypoints_2d")  # people are evaluated with all their labels
+    source = KeptLabels(people(), "keypoints_2d")  # evaluation uses all labels
     assert torch.equal(source.block("val", 0).silenced().coarse_vertices, people().block("val", 0).coarse_vertices)
 
 
 def test_a_training_on_keypoints_alone_is_evaluated() -> None:
-    """Nobody of its training people has a mesh whose mean could be compared with."""
+    """Without meshes in training there is no mean mesh to compare with."""
     assert 50 < mean_mesh_errors(KeptLabels(people(True, 4), "keypoints_2d"), "val", 4, 8)["pve"]["value"] < 2000
 
 

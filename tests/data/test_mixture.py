@@ -1,4 +1,4 @@
-"""Recorded people as samples, mixtures of data sets, and that a label which is missing never contributes."""
+"""Recorded people as samples, mixtures of data sets, and that a missing label never contributes."""
 
 from __future__ import annotations
 
@@ -83,27 +83,27 @@ def test_a_split_is_the_labels_themselves(tmp_path: Path) -> None:
 
 
 def test_every_label_agrees_after_augmentation(tmp_path: Path) -> None:
-    """3D through the camera is the 2D label and the dot in the picture, whatever was done to them."""
+    """3D joints projected by the camera match the 2D labels and the dot in the image after any augmentation."""
     data = recorded(make_records(tmp_path, 6), image_size=96, augment=WILD, heatmaps="labels")
     sample = concatenate([data.block("train", number) for number in range(6)])
     assert sample.has_perspective.all() and sample.has_camera.all()
     projected = perspective_projection(
         sample.keypoints_3d + sample.pelvis[:, None], sample.focal, sample.principal_point
     )
-    # The free body is not quite its own mirror image: a millimetre or two, 0.003 of the crop's half-side.
+    # The free body is only nearly mirror symmetric: a millimetre or two, 0.003 of the crop's half-side.
     torch.testing.assert_close(projected, sample.joints_2d, rtol=0, atol=4e-3)
     weak = weak_perspective_projection(sample.keypoints_3d, sample.camera)
-    assert (weak - sample.joints_2d).abs().mean() < 0.04  # perspective is what is left
+    assert (weak - sample.joints_2d).abs().mean() < 0.04  # only perspective effects remain
     pelvis = perspective_projection(sample.pelvis[:, None], sample.focal, sample.principal_point)
     torch.testing.assert_close(weak_perspective_projection(torch.zeros(24, 1, 3), sample.camera), pelvis)
-    # The dot was drawn at the left wrist: of a mirrored person it is the right one.
+    # The dot was drawn at the left wrist: in a mirrored person it is the right one.
     image = sample.image.permute(0, 2, 3, 1).numpy()
     other = mirror_permutation(HALPE26)[MARKED]
     nearest, flipped = [], 0
     for row in range(24):
         red = image[row, ..., 0] - image[row, ..., 2]
         if red.max() < 0.3:
-            continue  # cut off by the crop
+            continue  # outside the crop
         distances = [np.abs(red_place(image[row]) - sample.joints_2d[row, j].numpy()).max() for j in (MARKED, other)]
         nearest.append(min(distances))
         flipped += distances[1] < distances[0]
@@ -158,14 +158,14 @@ def test_data_sets_without_some_labels(tmp_path: Path) -> None:
     valid = np.ones(24, bool)
     records = [
         dataclasses.replace(whole[0], **keep),  # 2D keypoints from the camera
-        dataclasses.replace(whole[1], intrinsics=None),  # a camera from the 2D keypoints
-        dataclasses.replace(whole[2], **no_body),  # 2D alone
+        dataclasses.replace(whole[1], intrinsics=None),  # a camera fitted to the 2D keypoints
+        dataclasses.replace(whole[2], **no_body),  # 2D only
         dataclasses.replace(whole[0], **no_body, **keep, joints_3d=joints, joints_3d_valid=valid, joint_names=SMPL24),
     ]
     sample = recorded(records, heatmaps="none", full_mesh=False).block("val", 0)
     torch.testing.assert_close(sample.joints_2d[0], full.joints_2d[0], rtol=0, atol=1e-5)
     assert (sample.joints_2d_confidence[0] == 1).all()
-    assert sample.has_perspective.tolist() == [True, False, False, True]  # of the last, joints that the camera sees
+    assert sample.has_perspective.tolist() == [True, False, False, True]  # the last has joints in the camera frame
     torch.testing.assert_close(sample.pelvis[3], full.pelvis[0], rtol=0, atol=1e-5)
     assert sample.has_camera.tolist() == [True, True, False, True]
     torch.testing.assert_close(sample.camera[1], full.camera[1], rtol=0.1, atol=0.05)
@@ -174,7 +174,7 @@ def test_data_sets_without_some_labels(tmp_path: Path) -> None:
     torch.testing.assert_close(sample.joints_3d[3], full.joints_3d[0], rtol=0, atol=1e-5)
     named = [name in SMPL24 for name in HALPE26]
     assert sample.has_keypoints_3d[2:].tolist() == [[False] * 26, named]
-    assert (sample.joints_2d_confidence[3] > 0).tolist() == named  # projected, where nothing is labelled in the photo
+    assert (sample.joints_2d_confidence[3] > 0).tolist() == named  # projected where no 2D keypoints are labelled
     at = [SMPL24.index(name) for name in HALPE26 if name in SMPL24]
     camera = (sample.focal[3], sample.principal_point[3])
     seen = perspective_projection((full.joints_3d[0, at] + full.pelvis[0])[None], camera[0][None], camera[1][None])[0]
@@ -199,7 +199,7 @@ def test_heatmaps(tmp_path: Path) -> None:
 
 
 def test_an_estimators_heatmaps_follow_the_crop(tmp_path: Path) -> None:
-    """Read for the photo's own crop, they land where heatmaps of the augmented labels are."""
+    """Heatmaps of the photo's crop, resampled, match heatmaps of the augmented labels."""
     records = make_records(tmp_path, 4, photos=False)
     made = recorded(records, heatmaps="labels").block("val", 0)
     for row, record in enumerate(records):
@@ -244,7 +244,7 @@ def test_meshes_that_are_given_directly(tmp_path: Path) -> None:
         for record, v, p in zip(records, full.vertices, full.pelvis, strict=True)
     ]
     sample = recorded(meshes, heatmaps="none").block("val", 0)
-    # Their root is regressed from the posed mesh, some millimetres from the joint itself; where they are is exact.
+    # Their root is regressed from the posed mesh, some millimetres from the joint; its position is exact.
     torch.testing.assert_close(
         sample.vertices + sample.pelvis[:, None], full.vertices + full.pelvis[:, None], rtol=0, atol=1e-5
     )
@@ -252,7 +252,7 @@ def test_meshes_that_are_given_directly(tmp_path: Path) -> None:
     assert (sample.joints_3d[:, 0] == 0).all()
     turned = recorded(meshes, heatmaps="none", augment=WILD).block("train", 0)
     seen = perspective_projection(turned.keypoints_3d + turned.pelvis[:, None], turned.focal, turned.principal_point)
-    torch.testing.assert_close(seen, turned.joints_2d, rtol=0, atol=1e-4)  # they are never mirrored
+    torch.testing.assert_close(seen, turned.joints_2d, rtol=0, atol=1e-4)  # meshes are never mirrored
 
 
 # -- mixtures --------------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_shares_are_exact_and_spread() -> None:
         np.testing.assert_allclose(counts[:, -1], PERIOD * share, atol=1)
         assert (counts[:, -1] >= 1).all()
         behind = np.abs(counts - counts[:, -1:] / PERIOD * np.arange(1, PERIOD + 1))
-        assert behind.max() <= len(weights)  # never further behind its share than that many blocks
+        assert behind.max() <= len(weights)  # at most that many blocks behind its weight
     assert schedule([1, 1])[:6].tolist() == [0, 1, 0, 1, 0, 1]
 
 
@@ -354,7 +354,7 @@ def small_parts(config: Config) -> tuple[Any, Any, MeshSampler]:
 
 
 def marked(sample: Sample, rows: dict[str, list[bool]]) -> Sample:
-    """The sample with these masks."""
+    """The sample with the given masks."""
     masks: dict[str, Tensor] = {name: torch.tensor(row) for name, row in rows.items()}
     if "has_keypoints_3d" in masks:
         masks["has_keypoints_3d"] = masks["has_keypoints_3d"][:, None].expand(-1, 26)
@@ -364,7 +364,7 @@ def marked(sample: Sample, rows: dict[str, list[bool]]) -> Sample:
 
 
 def with_garbage(sample: Sample, value: float) -> Sample:
-    """Something else in every label that is masked, but for the network's inputs."""
+    """The sample with `value` in every masked label; the network's inputs are kept."""
     changed = {}
     for name, mask_name in MASKS.items():
         field, mask = getattr(sample, name), getattr(sample, mask_name)
@@ -377,7 +377,7 @@ def with_garbage(sample: Sample, value: float) -> Sample:
 @pytest.mark.parametrize("mode", ["diffusion", "direct"])
 @pytest.mark.parametrize("kind", ["sample", "epsilon"])
 def test_garbage_in_a_masked_label_changes_nothing(mode: str, kind: str) -> None:
-    """Neither the loss nor any gradient, through the network: NaN, infinity or a large number."""
+    """NaN, infinity or a large number affects neither the loss nor any gradient through the network."""
     if mode == "direct" and kind == "epsilon":
         pytest.skip("the direct baseline predicts no noise")
     config = small_config("unused", f"model.mode={mode}", f"diffusion.prediction_type={kind}")
@@ -412,7 +412,7 @@ def test_garbage_in_a_masked_label_changes_nothing(mode: str, kind: str) -> None
 
 
 def test_a_label_counts_where_it_is_there() -> None:
-    """The test above could pass if nothing counted: change a label that is not masked, and the loss changes."""
+    """A counterpart to the test above, which would also pass if no label counted: unmasked labels change the loss."""
     config = small_config()
     model, scheduler, _ = small_parts(config)
     rows = {"has_vertices": [True, False, True, False], "has_joints_3d": [True, True, False, False]}
@@ -432,7 +432,7 @@ def test_a_label_counts_where_it_is_there() -> None:
 
 
 def test_a_term_of_a_mixture_is_the_mean_over_the_parts_that_have_its_label(tmp_path: Path) -> None:
-    """Each part with the labels that it has; together, with zeros and masks in the gaps."""
+    """Each part with its own labels; concatenated with zeros and masks in the gaps."""
     config = small_config("unused", "data.block_size=4")
     model, scheduler, _ = small_parts(config)
     whole = make_records(tmp_path, 4, photos=False)
@@ -440,10 +440,10 @@ def test_a_term_of_a_mixture_is_the_mean_over_the_parts_that_have_its_label(tmp_
     drawn = build_data(small_config("unused", "data.block_size=4", "data.kind=mixture"), *free_body())
     synthetic = dataclasses.replace(drawn.block("train", 0), has_joints_3d=None, has_vertices=None)
     parts = [
-        synthetic,  # no masks at all
+        synthetic,  # no masks
         recorded(whole, full_mesh=False).block("train", 0),
         recorded(flat, full_mesh=False).block("train", 1),
-        dataclasses.replace(drawn.block("train", 2), camera=None),  # its keypoints tell of the camera
+        dataclasses.replace(drawn.block("train", 2), camera=None),  # its keypoints determine the camera
     ]
     generator = torch.Generator().manual_seed(1)
     steps = [torch.randint(200, (4, 2), generator=generator) for _ in parts]
@@ -485,7 +485,7 @@ def test_objective_takes_masks_of_one_kind_alone() -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A prepared data set with pictures, and one of 2D keypoints alone."""
+    """A prepared data set with images, and one of only 2D keypoints."""
     tmp_path = tmp_path_factory.mktemp("prepared")
     whole = make_records(tmp_path, 6)
     flat = [dataclasses.replace(record, pose=None, betas=None, translation=None) for record in whole]

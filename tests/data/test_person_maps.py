@@ -1,4 +1,4 @@
-"""Depth maps and masks of prepared people: stored, cut, turned and mirrored with the picture, and trained on."""
+"""Depth maps and masks of prepared people: stored, cropped and augmented like the image, and used in training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE = 32
 
 
 def plane() -> np.ndarray:  # (H, W)
-    """A depth that is its own coordinate: 2 x + y, in units of the photo."""
+    """A depth that encodes position: 2 x + y, in photo units."""
     y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
     return (2 * x + y).astype(np.float32)
 
@@ -42,7 +42,7 @@ def places(affine: np.ndarray) -> np.ndarray:  # (S, S, 2) photo pixels of the c
 @pytest.mark.parametrize("change", [Change(), Change(flip=True), Change(angle=0.6, flip=True, scale=1.1)], ids=str)
 @pytest.mark.parametrize("coarser", [1, 4])
 def test_a_crop_of_depth_is_at_its_own_place(change: Change, coarser: int) -> None:
-    """Whatever the map's size, and turned, mirrored and scaled as the picture: the plane is the plane of the photo."""
+    """For any map resolution and augmentation, the crop samples the plane at the photo positions of its pixels."""
     depth = cv2.resize(plane(), (WIDTH // coarser, HEIGHT // coarser), interpolation=cv2.INTER_AREA)
     region = (100.0, 60.0, 420.0, 380.0)
     stored = encode_depth(depth, (WIDTH, HEIGHT), region, (160, 160))
@@ -51,7 +51,7 @@ def test_a_crop_of_depth_is_at_its_own_place(change: Change, coarser: int) -> No
     found = crop_depth(np.frombuffer(stored, np.uint8), region, affine, SIZE)
     at = places(affine)
     expected = 2 * at[..., 0] + at[..., 1]
-    fit = np.polyfit(found.ravel(), expected.ravel(), 1)  # unit and origin are gone
+    fit = np.polyfit(found.ravel(), expected.ravel(), 1)  # up to unit and origin
     assert fit[0] > 0 and np.abs(np.polyval(fit, found) - expected).max() < 4
 
 
@@ -69,14 +69,14 @@ def test_what_is_not_known_stays_so() -> None:
 
 
 def test_masks_by_polygon_and_by_runs() -> None:
-    """COCO's three forms of one rectangle: x from 3 to 7, y from 2 to 5, in 10 x 8 pixels."""
+    """COCO's three encodings of one rectangle: x from 3 to 7, y from 2 to 5, in 10 x 8 pixels."""
     true = np.zeros((8, 10), bool)
     true[2:5, 3:7] = True
     runs = [3 * 8 + 2, 3, 5, 3, 5, 3, 5, 3, 8 - 5 + 3 * 8]
     assert np.array_equal(read_mask({"size": [8, 10], "counts": runs}, (10, 8), "x"), true)
 
     def packed(counts: list[int]) -> str:
-        """By COCO's rule, written again: groups of five bits, the lowest first."""
+        """An independent implementation of COCO's encoding: groups of five bits, the lowest first."""
         text = ""
         for number, count in enumerate(counts):
             value = count - counts[number - 2] if number > 2 else count
@@ -90,7 +90,7 @@ def test_masks_by_polygon_and_by_runs() -> None:
 
     assert np.array_equal(read_mask({"size": [8, 10], "counts": packed(runs)}, (10, 8), "x"), true)
     polygon = read_mask([[3, 2, 7, 2, 7, 5, 3, 5]], (10, 8), "x")
-    assert polygon[2:5, 3:7].all() and polygon.sum() <= 4 * 5  # OpenCV's fill has its border too
+    assert polygon[2:5, 3:7].all() and polygon.sum() <= 4 * 5  # OpenCV's fill includes the border
     for damaged in ({"size": [8, 10], "counts": [5]}, {"size": [10, 8], "counts": runs}, [["a", "b"]], {"counts": []}):
         with pytest.raises(UserError, match="row 3: a damaged segmentation"):
             read_mask(damaged, (10, 8), "row 3")
@@ -110,7 +110,7 @@ def test_a_mask_lies_on_its_person() -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Depth for all but one, masks for the first three."""
+    """Depth for all people but one, masks for the first three."""
     folder = tmp_path_factory.mktemp("maps")
     records = make_records(folder, 4)
     for number, record in enumerate(records):
@@ -131,7 +131,7 @@ def test_prepared_people_have_their_maps(prepared: Path) -> None:
     body, mesh = free_body()
     store = PreparedShards(prepared)
     plain = RecordedPeople(store, body, mesh.coarse_ids, 4, heatmaps="none", same_body=True).block("val", 0)
-    assert plain.depth_input is None and plain.silhouette is None  # nobody asked for them
+    assert plain.depth_input is None and plain.silhouette is None  # not requested
     options = {"heatmaps": "none", "same_body": True, "map_size": SIZE}
     sample = RecordedPeople(store, body, mesh.coarse_ids, 4, **options).block("val", 0)
     assert sample.depth_input is not None and sample.silhouette is not None and sample.has_silhouette is not None
@@ -143,15 +143,15 @@ def test_prepared_people_have_their_maps(prepared: Path) -> None:
     flipped = RecordedPeople(store, body, mesh.coarse_ids, 4, augment=always, **options).block("train", 0)
     assert flipped.depth_input is not None
     right = flipped.depth_input[:, :, -4:].nanmean((1, 2)) - flipped.depth_input[:, :, :4].nanmean((1, 2))
-    assert (right[flipped.depth_input.isfinite().flatten(1).any(1)] < 0).all()  # 2 x + y, mirrored: falls to the right
-    # A mask is turned with the picture and the depth.
+    assert (right[flipped.depth_input.isfinite().flatten(1).any(1)] < 0).all()  # 2 x + y, mirrored: decreases along x
+    # Masks are rotated with the image and the depth.
     every = Augment(flip=0.0, rotation=90.0, upright=0.0, scale=0.0)
     turned = RecordedPeople(store, body, mesh.coarse_ids, 4, augment=every, **options)
     sample = turned.block("train", 0)
     assert sample.silhouette is not None and sample.has_silhouette is not None and sample.joints_2d is not None
     masks = [mask for mask, there in zip(sample.silhouette, sample.has_silhouette, strict=True) if there]
     high, wide = torch.stack([torch.stack([mask.amax(1).sum(), mask.amax(0).sum()]) for mask in masks]).unbind(1)
-    assert (high / wide).min() < 1.5  # upright they are twice as high as wide
+    assert (high / wide).min() < 1.5  # upright people are twice as high as wide
 
 
 def test_depth_from_a_folder_and_sources_that_are_none(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_nothing_is_called_d2a_without_its_labels(bare: Path, tmp_path: Path, op
 
 @pytest.mark.slow
 def test_the_dry_run_names_what_learns_nothing(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a model on people with all labels; without the silhouette's loss its decoder, by name."""
+    """With all labels a full model has no unused parameters; without its loss the silhouette decoder is named."""
     monkeypatch.setattr("hmdiff.train.check._TIMED_STEPS", 3)
     words = (
         "data.kind=recorded",

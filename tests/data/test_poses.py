@@ -1,4 +1,4 @@
-"""Pose samplers: anatomy by known poses, the prior against an oracle, determinism, limits, collisions."""
+"""Pose samplers: anatomy on known poses, the prior against an oracle, determinism, limits, collisions."""
 
 import json
 import math
@@ -67,15 +67,15 @@ def test_angles_round_trip(batch):
 @pytest.mark.parametrize(
     ("joint", "degrees", "start", "end", "direction"),
     [
-        ("left_knee", (90, 0, 0), "left_knee", "left_ankle", (0, 0, -1)),  # the shank goes back
-        ("right_hip", (-90, 0, 0), "right_hip", "right_knee", (0, 0, 1)),  # the thigh goes forwards
-        ("left_hip", (0, 90, 0), "left_hip", "left_knee", (1, 0, 0)),  # and outwards
+        ("left_knee", (90, 0, 0), "left_knee", "left_ankle", (0, 0, -1)),  # the shank moves back
+        ("right_hip", (-90, 0, 0), "right_hip", "right_knee", (0, 0, 1)),  # the thigh moves forwards
+        ("left_hip", (0, 90, 0), "left_hip", "left_knee", (1, 0, 0)),  # outwards
         ("right_hip", (0, 90, 0), "right_hip", "right_knee", (-1, 0, 0)),
         ("left_elbow", (90, 0, 0), "left_elbow", "left_wrist", (0, 0, 1)),  # forearms fold forwards
         ("right_elbow", (90, 0, 0), "right_elbow", "right_wrist", (0, 0, 1)),
         ("left_shoulder", (0, 90, 0), "left_shoulder", "left_elbow", (0, 1, 0)),  # arms up
-        ("right_shoulder", (0, -90, 0), "right_shoulder", "right_elbow", (0, -1, 0)),  # and hanging
-        ("right_shoulder", (90, 0, 0), "right_shoulder", "right_elbow", (0, 0, 1)),  # and in front
+        ("right_shoulder", (0, -90, 0), "right_shoulder", "right_elbow", (0, -1, 0)),  # hanging
+        ("right_shoulder", (90, 0, 0), "right_shoulder", "right_elbow", (0, 0, 1)),  # in front
     ],
 )
 def test_angles_mean_what_they_are_called(joint, degrees, start, end, direction):
@@ -100,7 +100,7 @@ def test_violation_is_in_degrees_beyond_the_limit():
     assert joint_limit_violation(pose(left_knee=(200, 0, 0))).item() == pytest.approx(200 - 155, abs=1e-3)
     assert joint_limit_violation(pose(right_knee=(-25, 0, 0))).item() == pytest.approx(25 - 5, abs=1e-3)
     assert joint_limit_violation(pose(left_elbow=(-30, 0, 0))).item() == pytest.approx(30 - 6, abs=1e-3)
-    # An arm pointing straight back at the level of the shoulder is 50 degrees beyond 40.
+    # An arm pointing straight back at shoulder level: 90 degrees, 50 beyond the limit of 40.
     assert joint_limit_violation(pose(left_shoulder=(-90, 0, -70))).item() == pytest.approx(50, abs=1e-3)
     both = torch.cat([pose(left_knee=(200, 0, 0)), pose(left_knee=(60, 0, 0))])
     assert joint_limit_violation(both).tolist() == pytest.approx([45, 0], abs=1e-3)
@@ -112,7 +112,7 @@ def test_clamped_angles_violate_nothing_but_the_reach_of_arms():
     excess = anatomy.limit_excess(anatomy.rotations_to_angles(rotations))
     others = [number for name, number in INDEX.items() if "shoulder" not in name]
     assert excess[:, others].max() < 1e-6
-    # Reach, found without angles, is what the shoulders have left over.
+    # Reach computed without angles equals the shoulders' remaining excess.
     torch.testing.assert_close(anatomy.reach_excess(rotations), excess.sum(-1), atol=1e-6, rtol=0)
 
 
@@ -166,7 +166,7 @@ def test_log_prob_equals_torch_distributions(small_prior):
     expected = both.logsumexp(0) - math.log(2)
     torch.testing.assert_close(small_prior.log_prob(rotations), expected, atol=1e-2, rtol=1e-4)
     torch.testing.assert_close(small_prior.log_prob(mirror_pose(rotations)), expected, atol=1e-2, rtol=1e-4)
-    # Neither the root nor the rest of the batch has a say.
+    # Independent of the root and of the rest of the batch.
     turned = rotations[2:3].clone()
     turned[:, 0] = torch.eye(3).roll(1, 0)
     torch.testing.assert_close(small_prior.log_prob(turned), expected[2:3], atol=1e-2, rtol=1e-4)
@@ -206,7 +206,7 @@ def test_foreign_files_are_refused(tmp_path):
 def test_fit_finds_a_mixture_again(small_prior):
     drawn = small_prior.means[0] + (small_prior.factors[0] @ torch.randn(400, 63, 1, generator=seeded()))[..., 0]
     fitted = fit_mixture(drawn, components=1, iterations=12)
-    # One component tied to its mirror image must end on the mean or on the mean's mirror image.
+    # A component and its mirror image are equivalent: the mean must match one of them.
     gap = torch.stack([(fitted.means[0] - m).norm() for m in (drawn.mean(0), mirror_features(drawn.mean(0)))])
     assert gap.min() < 0.1 * gap.max()
     again = fit_mixture(drawn, components=1, iterations=12)
@@ -238,10 +238,10 @@ def test_samples_are_people(name):
 def test_samples_depend_on_the_seed_alone(name):
     draw = SAMPLERS[name]
     first = draw(8, seeded(3))
-    torch.manual_seed(99)  # the global generator has no say
+    torch.manual_seed(99)  # the global generator has no effect
     assert torch.equal(draw(8, seeded(3)), first)
     assert not torch.equal(draw(8, seeded(4)), first)
-    # A fixed number of draws: the generator goes on from the same place whatever was rejected.
+    # A fixed number of draws: the generator's final state does not depend on rejections.
     used, fresh = seeded(3), seeded(3)
     draw(8, used)
     draw(8, fresh)
@@ -276,10 +276,10 @@ def test_orientations_stand_up_in_the_camera_and_tail_ones_do_not():
     for rotations in (usual, tail):
         torch.testing.assert_close(torch.linalg.det(rotations), torch.ones(2000), atol=1e-5, rtol=0)
         torch.testing.assert_close(rotations @ rotations.mT, torch.eye(3).expand_as(rotations), atol=1e-5, rtol=0)
-    upright, upright_tail = -usual[:, 1, 1], -tail[:, 1, 1]  # cosine of the body's axis with the photo's up
+    upright, upright_tail = -usual[:, 1, 1], -tail[:, 1, 1]  # cosine between the body's axis and the photo's up
     assert (upright > 0.5).float().mean() > 0.95 and upright.min() > -0.2
     assert (upright_tail < 0).float().mean() > 0.2
-    facing = -usual[:, 2, 2]  # 1: looks into the camera
+    facing = -usual[:, 2, 2]  # 1: facing the camera
     assert (facing > 0.7).float().mean() > 1.5 * (facing < -0.7).float().mean() > 0.1
     assert torch.equal(sample_orientation(5, seeded(1)), sample_orientation(5, seeded(1)))
 
@@ -301,7 +301,7 @@ def test_postures_are_people_inside_their_limits() -> None:
     assert anatomy.joint_limit_violation(poses).quantile(0.98) < 1
     assert (collision.capsule_penetration(poses) > 0.02).float().mean() < 0.1
     torch.testing.assert_close(tilt @ tilt.mT, torch.eye(3).expand_as(tilt), atol=1e-5, rtol=0)
-    # Up is the tilt's second column: lying people's is level, and more than a quarter of the people lie or crawl.
+    # The tilt's second column is up: level for lying people, and more than a quarter of the people lie or crawl.
     level = tilt[:, 1, 1].abs() < 0.4
     assert 0.2 < level.float().mean() < 0.5
     again = PostureSampler().sample(512, torch.Generator().manual_seed(0))
@@ -309,11 +309,11 @@ def test_postures_are_people_inside_their_limits() -> None:
 
 
 def test_wide_orientations_roll_and_look_from_everywhere() -> None:
-    def up(**options: bool) -> torch.Tensor:  # where the body's up points, in the camera
+    def up(**options: bool) -> torch.Tensor:  # the body's up direction in the camera frame
         return sample_orientation(4000, torch.Generator().manual_seed(0), **options)[:, :, 1]
 
     narrow, wide = up(), up(wide=True)
-    assert (narrow[:, 1] > 0).float().mean() < 0.01  # nobody on their head
+    assert (narrow[:, 1] > 0).float().mean() < 0.01  # nobody upside down
     assert 0.02 < (wide[:, 1] > 0).float().mean() < 0.2
     assert (wide[:, 2].abs() > 0.8).float().mean() > 2 * (narrow[:, 2].abs() > 0.8).float().mean()
     leaning = torch.eye(3).expand(4000, 3, 3)

@@ -1,4 +1,4 @@
-"""Any value of any label file replaced by something else: a right answer, or one line that names the file."""
+"""Any value of any label file replaced: the result is correct, or one line names the file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hmdiff.data.readers.labels import RowReader, naming
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 
-TRIES = 40  # of each file
+TRIES = 40  # per file
 IN_PLACE_OF: tuple[Any, ...] = (None, "x", [], {}, float("nan"), -1, 10**400, 1e300, True, [[1, 2], [3]], [None])
 
 
 def damaged(value: Any, draw: random.Random, depth: int = 0) -> Any:
-    """A copy with one entry, at any depth, replaced."""
+    """A copy with one entry at a random depth replaced."""
     inner = value.tolist() if isinstance(value, np.ndarray) else value
     if depth and (draw.random() < 0.25 or not isinstance(inner, dict | list) or not inner):
         return draw.choice(IN_PLACE_OF)
@@ -100,14 +100,14 @@ def test_any_damage_is_one_line_that_names_the_file(tmp_path: Path, monkeypatch:
                 refused += 1
                 assert path.name in str(error) and "\n" not in str(error), f"{number}: {error}"
                 assert len(str(error)) < 600, str(error)
-    assert refused > TRIES // 8  # else nothing was damaged
+    assert refused > TRIES // 8  # otherwise too little was damaged to test anything
 
 
 def test_a_row_that_fails_is_named() -> None:
     reader = RowReader("a", [3], lambda row: {}["pose"], place=lambda row: f"labels.npz, row {row}")  # type: ignore[index]
     with pytest.raises(UserError, match=r"labels\.npz, row 3: damaged \(KeyError: 'pose'\)"):
         list(reader.records())
-    with pytest.raises(MemoryError), naming("a"):  # what is not damage is not hidden
+    with pytest.raises(MemoryError), naming("a"):  # errors other than damage are not hidden
         raise MemoryError
 
 

@@ -1,4 +1,4 @@
-"""The readers on stand-ins in the published layouts: bodies, joints and projections as they were made; faults named."""
+"""The readers on stand-ins in the published formats: bodies, joints and projections are recovered; faults are named."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _records(name: str, folder: Path, split: str | None = None) -> dict[str, Rec
 
 
 def _mesh(record: Record, body: Body, mean_pose: bool = False) -> np.ndarray:
-    """What the record's pose, shape and translation give, in its camera."""
+    """The mesh of the record's pose, shape and translation in its camera frame."""
     assert record.pose is not None and record.betas is not None and record.translation is not None
     pose = record.pose
     if mean_pose and body.mean_pose is not None:
@@ -44,7 +44,7 @@ def _mesh(record: Record, body: Body, mean_pose: bool = False) -> np.ndarray:
 
 
 def _check_projection(record: Record, limit: float = 0.5) -> None:
-    """3D joints that are also 2D keypoints lie on them, through the record's own camera."""
+    """3D joints that are also 2D keypoints project onto them with the record's camera."""
     assert record.joints_3d is not None and record.keypoints_2d is not None and record.intrinsics is not None
     shared = [name for name in record.joint_names if name in record.keypoint_names]
     assert len(shared) > 10
@@ -101,7 +101,7 @@ def test_3dpw_gives_the_bodies_before_their_cameras(tmp_path: Path) -> None:
         there = record.keypoints_2d_confidence > 0
         rows = joint_indices([n for n, t in zip(record.keypoint_names, there, strict=True) if t], HALPE26)
         assert there.sum() == 17 and np.abs(seen[rows] - record.keypoints_2d[there]).max() < 0.5
-        # The box: about the keypoints with confidence, times 1.2.
+        # The box: around the keypoints with confidence, times 1.2.
         low, high = record.keypoints_2d[there].min(0), record.keypoints_2d[there].max(0)
         np.testing.assert_allclose(record.center, (low + high) / 2)
         assert record.side == pytest.approx(1.2 * (high - low).max())
@@ -127,7 +127,7 @@ def test_3dpw_without_joint_positions_has_no_translation(tmp_path: Path) -> None
     data["jointPositions"] = [joints + np.linspace(0, 9, 3)[:, None] for joints in data["jointPositions"]]
     s.write_python2_pickle(path, data)
     record = next(iter(_records("3dpw", tmp_path).values()))
-    assert record.translation is None and record.joints_3d is not None  # they do not belong to this trans
+    assert record.translation is None and record.joints_3d is not None  # they are inconsistent with this trans
     del data["jointPositions"]
     s.write_python2_pickle(path, data)
     record = next(iter(_records("3dpw", tmp_path).values()))
@@ -148,7 +148,7 @@ def test_3dpw_keypoints_that_nobody_has_leave_the_row_out(tmp_path: Path) -> Non
 def test_named_parts_of_3dpw_take_their_sequences_and_frames() -> None:
     assert len(parts.OC_SEQUENCES) == 17 and len(parts.PC_FRAMES) == 6
     taken = [frame for frame in range(3000) if parts.has_frame("3dpw_pc", "downtown_bus_00", frame)]
-    assert taken == list(range(1620, 1900))  # as ROMP takes them: the last is not one of them
+    assert taken == list(range(1620, 1900))  # as in ROMP: the end is exclusive
     assert sum(end - first for first, end in parts.PC_FRAMES.values()) == 1380
     assert parts.has_sequence("3dpw_oc", "courtyard_basketball_01")
     assert parts.has_sequence("3dpw_oc", "outdoors_slalom_00")
@@ -169,7 +169,7 @@ def test_named_parts_of_3dpw_are_read_from_all_their_splits(tmp_path: Path) -> N
     s.make_3dpw(tmp_path, sequences, frames=1)
     assert {r.group for r in _records("3dpw_oc", tmp_path).values()} == {"courtyard_golf_00", "downtown_stairs_00"}
     assert {r.group for r in _records("3dpw_crowd", tmp_path).values()} == {"courtyard_dancing_00"}
-    assert not _records("3dpw_pc", tmp_path)  # frame 0 is before its range
+    assert not _records("3dpw_pc", tmp_path)  # frame 0 is before the selected range
     with pytest.raises(UserError, match="train: no such folder; 3dpw_oc of 3DPW needs it"):
         (tmp_path / "sequenceFiles/train/courtyard_golf_00.pkl").unlink()
         (tmp_path / "sequenceFiles/train").rmdir()
@@ -252,7 +252,7 @@ def test_freihand_trains_on_poses_of_mano(tmp_path: Path, licensed: Path) -> Non
         _check_projection(record)
     versions = [record.group for record in records.values()]
     assert versions == [f"training_{version}" for version in ("gs", "hom", "sample", "auto") for _ in range(3)]
-    # The four versions of one hand are the same hand.
+    # All four versions show the same hand.
     first, last = records["freihand/training/00000001"], records["freihand/training/00000010"]
     np.testing.assert_array_equal(first.pose, last.pose)
     assert first.image != last.image
@@ -355,7 +355,7 @@ def test_spin_rows_hold_what_was_written(tmp_path: Path) -> None:
         for joint in (*COCO17, "neck", "mid_hip", "left_heel"):
             np.testing.assert_allclose(points[joint], person.points[HALPE26.index(joint)], atol=1e-9)
         confidence = dict(zip(record.keypoint_names, record.keypoints_2d_confidence, strict=True))
-        # The annotator's point where there is one, OpenPose's else, and none where neither has it.
+        # The annotator's point if labelled, else OpenPose's, else unlabelled.
         assert confidence["left_knee"] == 1 and confidence["left_heel"] == 0.7 and confidence["jaw"] == 0
         if number == 2:
             assert record.pose is None and record.betas is None  # has_smpl is 0
@@ -375,9 +375,9 @@ def test_hmr2_scale_is_pixels_and_may_have_two_sides(tmp_path: Path) -> None:
         assert record.side == pytest.approx(tables.box(person.points)[1]) == tall[name].side
         known = dict(zip(record.joint_names, zip(record.joints_3d, record.joints_3d_valid, strict=True), strict=True))
         np.testing.assert_allclose(known["left_knee"][0], person.joints[4] - person.joints[0], atol=1e-9)
-        assert known["left_knee"][1] and not known["mid_hip"][1]  # the OpenPose set's 3D limbs are not used
+        assert known["left_knee"][1] and not known["mid_hip"][1]  # 3D limbs of the OpenPose set are not used
         assert record.gender == "female" and record.image.is_file()
-        assert (record.pose is None) == (number == 0)  # has_betas is 0 there: the two go together
+        assert (record.pose is None) == (number == 0)  # has_betas is 0 there: pose and betas go together
 
 
 def test_hmr2_object_arrays_are_read_by_the_restricted_unpickler(tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_hmr2_object_arrays_are_read_by_the_restricted_unpickler(tmp_path: Path)
 
 
 def _edit(path: Path, **changes: Any) -> None:
-    """Write an npz again with some arrays changed; None leaves one out."""
+    """Rewrite an npz with some arrays changed; None removes one."""
     with np.load(path) as arrays:
         kept = {**arrays, **changes}
     np.savez(path, **{key: value for key, value in kept.items() if value is not None})
@@ -463,7 +463,7 @@ def test_npz_files_cut_short_missing_or_many_are_named(tmp_path: Path) -> None:
 def test_human36m_protocol_2_takes_its_frames(tmp_path: Path, layout: str) -> None:
     truths = tables.make_human36m(tmp_path, layout)
     p2, p1, train = (_records("human36m", tmp_path, split) for split in ("p2", "p1", "train"))
-    frames = 3 if layout == "spin" else 4  # SPIN's own file has every fifth already
+    frames = 3 if layout == "spin" else 4  # SPIN's file contains only every fifth
     assert len(p2) == 2 * 3 and len(p1) == 2 * 2 * 3 and len(train) == 1 * 2 * frames
     names = [record.image.stem for record in p2.values()]
     if layout == "json":
@@ -475,7 +475,7 @@ def test_human36m_protocol_2_takes_its_frames(tmp_path: Path, layout: str) -> No
         truth = truths[record.name]
         assert record.joint_names == H36M17
         np.testing.assert_allclose(record.joints_3d, truth.joints, atol=1e-6)
-        assert joint_indices(J14, record.joint_names)  # the fourteen joints are there by name
+        assert joint_indices(J14, record.joint_names)  # raises if one of the fourteen joints is missing
         if layout == "spin":
             assert record.intrinsics is None and record.keypoints_2d is None
             np.testing.assert_allclose(record.joints_3d[0], 0, atol=1e-12)
@@ -487,7 +487,7 @@ def test_human36m_frames_of_the_two_files_of_spin_are_the_same(tmp_path: Path) -
     tables.make_human36m(tmp_path, "spin")
     own = _records("human36m", tmp_path, "p2")
     (tmp_path / "h36m_valid_protocol2.npz").unlink()
-    assert set(_records("human36m", tmp_path, "p2")) == set(own)  # out of protocol 1's file
+    assert set(_records("human36m", tmp_path, "p2")) == set(own)  # from protocol 1's file
 
 
 def test_human36m_of_mmpose_may_be_in_the_world(tmp_path: Path) -> None:
@@ -596,7 +596,7 @@ def test_lens_is_opencv_s() -> None:
 
 
 def test_pinhole_about_a_person_takes_most_of_the_distortion() -> None:
-    """Of Human3.6M's lens, on people anywhere in the room: below a half of what is left with the lens's own pinhole."""
+    """With Human3.6M's lens, anywhere in the room: less than half of the error of the lens's own pinhole."""
     random = np.random.default_rng(0)
     focal, principal = np.array([1145.0, 1143]), np.array([512.0, 515])
     bent = np.array([-0.207, 0.248, -0.003]), np.array([-0.0014, -0.001])
@@ -626,13 +626,13 @@ def test_bedlam_gives_the_bodies_before_their_cameras(tmp_path: Path, licensed: 
     truths = tables.make_bedlam(tmp_path, body, lying)
     for name, record in _records("bedlam", tmp_path).items():
         vertices, joints = truths[name].vertices, truths[name].joints
-        if lying:  # the upright picture, turned a quarter to the left: x' = y, y' = width - x
+        if lying:  # the upright image, turned a quarter to the left: x' = y, y' = width - x
             vertices, joints = (np.stack([p[:, 1], -p[:, 0], p[:, 2]], 1) for p in (vertices, joints))
         np.testing.assert_allclose(_mesh(record, body), vertices, atol=1e-5)
         seen = s.project(joints, record.intrinsics)
         assert np.abs(seen - record.keypoints_2d[:55]).max() < 1e-6
         assert record.body == "smplx" and len(record.keypoint_names) == 76
-        assert record.gender == "neutral"  # eleven betas are the neutral body's, though `gender` says female
+        assert record.gender == "neutral"  # eleven betas belong to the neutral body, although `gender` is female
         middle = (record.keypoints_2d[:22].min(0) + record.keypoints_2d[:22].max(0)) / 2
         np.testing.assert_allclose(record.center, middle, atol=1e-6)
 
@@ -814,7 +814,7 @@ def test_sports_faults_are_named(tmp_path: Path, change: Callable[[str], str], m
     tables.make_sports(tmp_path)
     path = tmp_path / "frames.csv"
     text = path.read_text()
-    if "nose_c" in message:  # one column of cells goes with it
+    if "nose_c" in message:  # with its column of cells
         header, *lines = [line.split(",") for line in text.splitlines()]
         at = header.index("nose_c")
         text = "\n".join(",".join(cells[:at] + cells[at + 1 :]) for cells in (header, *lines))

@@ -1,4 +1,4 @@
-"""From published files to samples: what a stand-in data set was made of comes out of its prepared shards."""
+"""From published files to samples: prepared shards reproduce the values of a stand-in data set."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def samples(
 
 
 def agrees(sample: Sample, tolerance: float, of: Sequence[int] | None = None) -> None:
-    """Labelled 2D keypoints and the projected body."""
+    """Labelled 2D keypoints match the projected body."""
     seen = perspective_projection(sample.keypoints_3d + sample.pelvis[:, None], sample.focal, sample.principal_point)
     there = (sample.joints_2d_confidence > 0) & sample.has_keypoints_3d
     if of is not None:
@@ -68,7 +68,7 @@ def test_3dpw(tmp_path: Path) -> None:
         np.testing.assert_allclose(found.numpy(), truth.joints, atol=1e-4)
         support = sample.vertices[row, body.keypoint_support()] + sample.pelvis[row]
         np.testing.assert_allclose(support.numpy(), truth.vertices, atol=1e-4)
-    # fx and fy differ by 1 % in the stand-in, and a crop's camera has one focal length.
+    # fx and fy differ by 1 % in the stand-in, but a crop's camera has one focal length.
     agrees(sample, 0.02)
     agrees(turned, 0.02)
 
@@ -83,21 +83,21 @@ def test_freihand(tmp_path: Path, bodies: Path, split: str) -> None:
         found = sample.vertices[row] + sample.pelvis[row]
         np.testing.assert_allclose(found.numpy(), truths[name].vertices, atol=1e-4)
     assert sample.keypoints_3d.shape[1:] == (21, 3) and sample.heatmaps is None
-    # Turned but never mirrored. Of the stand-in's joints these are vertices: the others no regressor gives exactly.
+    # Augmented but never mirrored. Only fingertips are single vertices; no regressor gives the other joints exactly.
     tips = [HAND21.index(name) for name in ("thumb4", "index4", "middle4", "ring4", "pinky4")]
     agrees(sample, 1e-4, tips)
     agrees(turned, 1e-4, tips)
 
 
 def test_a_left_hand_is_mirrored_to_the_models_side(tmp_path: Path, bodies: Path) -> None:
-    """A left hand's labels become those of the mirror image, a right hand, whose picture is mirrored too."""
+    """A left hand's labels become those of its mirror image, a right hand, and its image is mirrored too."""
     hand = load_body("mano")
     pose, betas = 0.2 * np.random.default_rng(1).normal(size=(16, 3)), np.zeros(10)
     right = Record("right", np.array([50.0, 50]), 80.0, "row 0", body="mano", hand="right", pose=pose, betas=betas)
     left = Record("left", right.center, 80.0, "row 1", body="mano", hand="left", pose=pose * [1, -1, -1], betas=betas)
     data = RecordedPeople(RecordFiles([right, left]), hand, torch.arange(40), 2, full_mesh=True)
     sample = data.block("val", 0)
-    # MANO's mean pose is added to the label, here on both.
+    # MANO's mean pose is added to both labels.
     torch.testing.assert_close(sample.vertices[1], sample.vertices[0], rtol=0, atol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_coco_has_no_third_dimension(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stream", ["val", "train"])
 def test_joints_without_a_body_are_placed_before_their_camera(tmp_path: Path, stream: str) -> None:
-    """Joints in the camera frame say where the root is, even where no pose is labelled; 2D labels, or joints, agree."""
+    """Joints in the camera frame locate the root even without a pose label; 2D labels, or joints, match."""
     body, mesh = free_body()
     records = make_records(tmp_path, 4, photos=False)
     posed = RecordedPeople(
@@ -149,14 +149,14 @@ def test_joints_without_a_body_are_placed_before_their_camera(tmp_path: Path, st
     for field in ("pelvis", "keypoints_3d", "focal", "principal_point", "joints_2d"):
         torch.testing.assert_close(getattr(sample, field), getattr(posed, field), rtol=1e-4, atol=1e-4, msg=field)
     agrees(sample, 1e-3)
-    # Joints that are relative to the pelvis stand nowhere.
+    # Joints relative to the pelvis have no position.
     relative = [dataclasses.replace(r, joints_3d=r.joints_3d - r.joints_3d[-1:]) for r in bare]  # type: ignore[operator]
     nowhere = RecordedPeople(RecordFiles(relative), body, mesh.coarse_ids, 4, heatmaps="none").block("val", 0)
     assert not nowhere.has_perspective.any() and nowhere.has_keypoints_3d.all()
 
 
 def test_gendered_bodies(tmp_path: Path, bodies: Path) -> None:
-    """A female record of a neutral model is posed by the female file; where it is missing, the file is named."""
+    """A female record of a neutral model is posed by the female body; a missing file is named."""
     neutral = load_body("smplx")
     record = Record(
         "one", np.zeros(2), 9.0, "row 5", body="smplx", gender="female", pose=np.zeros((22, 3)), betas=np.ones(11)
@@ -167,7 +167,7 @@ def test_gendered_bodies(tmp_path: Path, bodies: Path) -> None:
         posing.pose("smplx_female", [record.pose], [record.betas])
     arrays = s.body_arrays(90, s.SMPLX_PARENTS, scale=0.7)
     np.savez(bodies / "SMPLX_FEMALE.npz", **arrays)
-    posed = posing.pose("smplx_female", [record.pose], [record.betas])  # 33 joints at rest, the eleventh beta left out
+    posed = posing.pose("smplx_female", [record.pose], [record.betas])  # 33 joints at rest, the eleventh beta dropped
     shaped = arrays["v_template"] + arrays["shapedirs"].sum(-1)
     np.testing.assert_allclose((posed.vertices[0] + posed.root[0]).numpy(), shaped, atol=1e-5)
     np.savez(bodies / "SMPLX_MALE.npz", **s.body_arrays(80, s.SMPLX_PARENTS, scale=0.7))

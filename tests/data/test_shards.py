@@ -1,4 +1,4 @@
-"""Prepared data sets: what was written is read back, a killed preparation goes on, and every fault names its place."""
+"""Prepared data sets: round trip, resuming an interrupted preparation, and errors that name the place."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         same(shards[number].record, records[number])
         assert (shards[number].picture is None) == (records[number].image is None)
     assert shards[4].record.joints_3d_valid.dtype == bool
-    shards[0].record.pose[0] = 7  # a caller's array is his own
+    shards[0].record.pose[0] = 7  # the caller owns the array
     same(shards[0].record, records[0])
     assert shards.groups().tolist() == [record.group for record in records]
     assert shards.names().tolist() == [record.name for record in records]
@@ -90,7 +90,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 
 
 def test_pictures_are_in_the_mapped_file(tmp_path: Path) -> None:
-    """No byte of a picture is copied, and another process maps the files anew."""
+    """Images are not copied, and another process maps the files itself."""
     shards = prepared(tmp_path / "out", make_records(tmp_path, 2))
     picture = shards[0].picture
     assert picture is not None and not picture.flags.writeable and not picture.flags.owndata
@@ -107,11 +107,11 @@ def test_the_stored_part_shows_the_person(tmp_path: Path) -> None:
         x0, y0, x1, y1 = stored.region
         assert picture.shape[1] / (x1 - x0) == pytest.approx(100 / record.side, rel=0.01)
         assert 0 <= x0 and x1 <= WIDTH and 0 <= y0 and y1 <= HEIGHT
-        # All of an upright crop 1.25 times as large, turned by 45 degrees, lies in it, or outside the photo.
+        # The whole crop at scale 1.25, rotated by 45 degrees, lies inside it or outside the photo.
         reach = 0.5 * 1.25 * 2**0.5 * record.side
         assert x0 <= max(0, record.center[0] - reach) and x1 >= min(WIDTH, record.center[0] + reach)
         affine = crop_map(record.center, record.side, Change(flip=True, angle=0.4))
-        for source in (stored, RecordFiles(records)[number]):  # the raw file gives the same crop
+        for source in (stored, RecordFiles(records)[number]):  # the original file gives the same crop
             place = red_place(read_crop(source, affine, 96))
             np.testing.assert_allclose(place, map_points(record.keypoints_2d[MARKED], affine), atol=0.02)
 
@@ -126,7 +126,7 @@ def test_a_photo_that_is_kept_whole_keeps_its_bytes(tmp_path: Path) -> None:
 
 
 def test_exif_orientation_is_not_followed(tmp_path: Path) -> None:
-    """Labels are about the pixels as they lie in the file."""
+    """Labels refer to the pixels as stored in the file."""
     draw_photo(tmp_path / "plain.jpg", np.array([100.0, 80]), (320, 240))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -345,7 +345,7 @@ def test_loading_is_measured(tmp_path: Path) -> None:
     assert batch.shape == (4, 3, 16, 16) and 0 < memory < 50
     assert (batch == crops[1][0]).all() and not (batch == crops[2][0]).all()
     assert measure_loading(shards, 16, 2, 2, workers=1)["images_per_second"] > 0
-    (row,) = compare_loading(tmp_path / "out", None, 16, 2, 2, (0,))  # nobody says where the raw files are
+    (row,) = compare_loading(tmp_path / "out", None, 16, 2, 2, (0,))  # without the path of the original files
     assert row["store"] == "shards" and row["workers"] == 0
     with pytest.raises(UserError, match=r"nowhere: no such folder; give the data set's own files, or leave --raw out"):
         compare_loading(tmp_path / "out", tmp_path / "nowhere")
@@ -367,10 +367,10 @@ def test_one_flipped_bit_is_noticed_when_its_record_is_read(tmp_path: Path) -> N
     place = whole.index(values.tobytes())
     shard.write_bytes(whole[: place + 3] + bytes([whole[place + 3] ^ 64]) + whole[place + 4 :])
     shards = PreparedShards(folder)
-    assert shards[1].record.name  # the others are whole
+    assert shards[1].record.name  # the others are intact
     with pytest.raises(UserError, match=r"shard_00000.arrow: record 2 has another checksum"):
         shards[2]
-    # A folder of before there were checksums of records: all of the shard is read when it is opened.
+    # Folders without checksums of records: the whole shard is verified when it is opened.
     told = json.loads((folder / INDEX).read_text())
     for entry in told["shards"]:
         del entry["crc32"]
@@ -382,12 +382,12 @@ def test_one_flipped_bit_is_noticed_when_its_record_is_read(tmp_path: Path) -> N
 
 
 def test_offsets_that_lie_do_not_crash(tmp_path: Path) -> None:
-    """Arrow's own reading trusts them: the interpreter ended."""
+    """Arrow trusts them when reading: without validation the interpreter crashed."""
     folder = tmp_path / "out"
     prepared(folder, make_records(tmp_path, 4, photos=False))
     shard = folder / "shard_00000.arrow"
     whole = bytearray(shard.read_bytes())
-    offsets = np.array([0, 26, 52, 78, 104], np.int32).tobytes()  # of four records' keypoints
+    offsets = np.array([0, 26, 52, 78, 104], np.int32).tobytes()  # of the keypoints of four records
     place = whole.index(offsets)
     whole[place + 8 : place + 12] = np.array([2**30], np.int32).tobytes()
     shard.write_bytes(whole)
@@ -426,7 +426,7 @@ def test_an_index_of_other_types_is_refused(tmp_path: Path, field: str, value: o
 
 
 def test_mutants_of_a_prepared_folder(tmp_path: Path) -> None:
-    """Of its shards, with and without the checksums that would find them at once: a record or one line, no crash."""
+    """Mutated shards, with and without the checksums that would detect it: a record or one error line, no crash."""
     folder = tmp_path / "out"
     prepared(folder, make_records(tmp_path, 4, photos=False))
     shard, index = folder / "shard_00000.arrow", folder / INDEX
@@ -438,7 +438,7 @@ def test_mutants_of_a_prepared_folder(tmp_path: Path) -> None:
             content[place] = int(generator.integers(256))
         shard.write_bytes(content)
         told["shards"][0].pop("crc32", None)
-        told["shards"][0]["sha256"] = hashlib.sha256(content).hexdigest()  # as a forger would
+        told["shards"][0]["sha256"] = hashlib.sha256(content).hexdigest()  # as an attacker would
         index.write_text(json.dumps(told))
         try:
             shards = PreparedShards(folder)

@@ -1,4 +1,4 @@
-"""Pictures of synthetic people: one camera and the same occluders as the keypoints, by seed; the shipped configs."""
+"""Images of synthetic people: camera and occluders as of the keypoints, deterministic by seed; the shipped configs."""
 
 import dataclasses
 from pathlib import Path
@@ -57,7 +57,7 @@ def projected(points, sample):
 
 
 def around(maps, points, largest=True):
-    """The extreme value of the 3 x 3 pixels about points in the crop; points outside of it give NaN."""
+    """The extreme value of the 3 x 3 pixels around points; NaN for points outside the crop."""
     maps = F.max_pool2d(maps[:, None], 3, 1, 1) if largest else -F.max_pool2d(-maps[:, None], 3, 1, 1)
     pixel = ((points + 1) * (maps.shape[-1] / 2)).floor().long()
     inside = ((pixel >= 0) & (pixel < maps.shape[-1])).all(-1)
@@ -96,12 +96,12 @@ def test_keypoints_fall_into_the_silhouette(sample):
     found = around(sample.silhouette, sample.joints_2d)
     found = found[found.isfinite()]
     assert len(found) > 200 and found.mean() > 0.99
-    # Not so for other people's keypoints: the silhouette is not simply everywhere.
+    # Not for other people's keypoints: the silhouette does not simply cover everything.
     assert around(sample.silhouette, sample.joints_2d.roll(1, 0)).nanmean() < 0.9
 
 
 def hands_and_feet(body):
-    """Fingers and toes are thinner than a pixel, and fall between the centres of several."""
+    """Fingers and toes are thinner than a pixel, so some fall between pixel centres."""
     joints = [number for number, name in enumerate(body.joint_names) if name.endswith(("wrist", "hand", "foot"))]
     return body.lbs_weights[:, joints].sum(1) > 0.1
 
@@ -126,8 +126,8 @@ def test_depth_is_that_of_the_nearest_vertices(body, mesh, sample):
     far = around(sample.depth, points)
     near = around(torch.where(sample.depth > 0, sample.depth, torch.inf), points, largest=False)
     inside = far.isfinite() & near.isfinite() & ~hands_and_feet(body)[mesh.coarse_ids]
-    # Coarse vertices are the drawn mesh's own: about half are on the surface that is seen, the rest behind it. A tip
-    # that points at the camera falls between the pixels' centres, and is alone before it.
+    # Coarse vertices belong to the drawn mesh: about half are on the visible surface, the rest behind it. A tip that
+    # points at the camera may fall between pixel centres, with nothing else in front.
     assert (z - near)[inside].quantile(0.003) > -0.005
     on_it = ((z >= near - 0.005) & (z <= far + 0.005))[inside]
     assert 0.35 < on_it.float().mean() < 0.95
@@ -135,7 +135,7 @@ def test_depth_is_that_of_the_nearest_vertices(body, mesh, sample):
 
 
 def test_visible_is_what_the_painted_boxes_leave(body):
-    """One body in the middle behind a box that covers the left half of the crop."""
+    """A centred body behind a box that covers the left half of the crop."""
     size, n = 64, 2
     photographer = Photographer(body, size)
     turn = torch.eye(3).repeat(n, 24, 1, 1)
@@ -151,7 +151,7 @@ def test_visible_is_what_the_painted_boxes_leave(body):
     points = torch.tensor([[-0.3, 0.0], [0.3, 0.0], [-0.01, 0.9], [0.01, 0.9]]).repeat(n, 1, 1)
     assert boxes.cover(points).tolist() == [[True, False, True, False], [False] * 4]
     body_alone = pictures.silhouette[0] - pictures.silhouette[1]
-    assert body_alone.abs().max() == 0  # the label does not know of the box
+    assert body_alone.abs().max() == 0  # the label ignores the box
 
 
 def test_mask_and_cover_agree_on_every_pixel():
@@ -219,7 +219,7 @@ def test_bodies_and_sizes_that_cannot_be_drawn_are_named(body):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load_and_build(path, body):
     config = load_config(path)
-    config.model.pop("pretrained", None)  # a download
+    config.model.pop("pretrained", None)  # needs a download
     assert path.read_text().startswith("# "), "a config opens with what it is for"
     assert config.name == path.stem
     mesh = build_mesh(config, body)
@@ -227,7 +227,7 @@ def test_shipped_configs_load_and_build(path, body):
     build_scheduler(config)
     data = build_data(config, body, mesh)
     assert (data.image_size is None) == (model.config.inputs == "heatmaps")
-    TrainingStream(data, config, 0, 1, model)  # batches are whole blocks
+    TrainingStream(data, config, 0, 1, model)  # raises unless batches are whole blocks
     if path.stem.endswith("_paper"):
         patches = model.denoisers[0].patches
         assert model.num_points == 455 and patches.shape == (431, 1) and model.feature_backbone.num_tokens == 49

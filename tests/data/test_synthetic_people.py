@@ -58,10 +58,10 @@ def test_a_block_is_a_function_of_seed_stream_and_number() -> None:
 
 def test_splits_differ_and_do_not_know_the_training_seed() -> None:
     first = {name: people_block(name) for name in ("train", *SPLITS)}
-    apart = [sample for name, sample in first.items() if name != "test_guessed"]  # which has those of test_occluded
+    apart = [sample for name, sample in first.items() if name != "test_guessed"]  # it shares people with test_occluded
     poses = torch.stack([sample.joints_3d for sample in apart if sample.joints_3d is not None])
     distance = torch.cdist(poses.flatten(2).flatten(0, 1), poses.flatten(2).flatten(0, 1))
-    assert distance.add(10 * torch.eye(len(distance))).min() > 0.02  # nobody is in two splits
+    assert distance.add(10 * torch.eye(len(distance))).min() > 0.02  # no person is in two splits
     other = data(seed=5, full_mesh=True)
     for name in SPLITS:
         assert equal(other.block(name, 0), first[name])
@@ -95,8 +95,8 @@ def test_labels_agree(split: str) -> None:
     assert (joints[:, 0] == 0).all()  # the pelvis is the origin
     projected = perspective_projection(keypoints + pelvis[:, None], focal, principal)
     torch.testing.assert_close(sample.joints_2d, projected, rtol=1e-4, atol=1e-4)
-    assert (vertices[..., 2].amin(1) + pelvis[:, 2] > 0.3).all()  # in front of the lens
-    # The weak-perspective camera: exact at the pelvis, and of the right size about it.
+    assert (vertices[..., 2].amin(1) + pelvis[:, 2] > 0.3).all()  # in front of the camera
+    # The weak-perspective camera: exact at the pelvis, approximate around it.
     assert sample.camera is not None
     at_pelvis = perspective_projection(pelvis[:, None], focal, principal)
     torch.testing.assert_close(weak_perspective_projection(joints[:, :1], sample.camera), at_pelvis)

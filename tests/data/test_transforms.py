@@ -1,4 +1,4 @@
-"""Crops and augmentation: after every change the picture, its points, its camera and its 3D still agree."""
+"""Crops and augmentation: the image, its points, its camera and its 3D labels stay consistent."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_without_change_it_is_the_upright_crop() -> None:
 
 
 def test_known_places() -> None:
-    right = CENTER + np.array([SIDE / 2, 0])  # the middle of the crop's right edge
+    right = CENTER + np.array([SIDE / 2, 0])  # centre of the crop's right edge
     for change, expected in (
         (Change(), [1, 0]),
         (Change(flip=True), [-1, 0]),
@@ -53,7 +53,7 @@ def test_known_places() -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_projection_and_crop_agree(change: Change) -> None:
-    """Project, then crop; or turn the people, and project by the crop's camera."""
+    """Projecting and then cropping equals turning the people and projecting with the crop's camera."""
     points = np.random.default_rng(1).normal(size=(20, 3)) * 0.5 + [0.4, -0.2, 4]
     photo = points @ INTRINSICS.T
     affine = crop_map(CENTER, SIDE, change)
@@ -75,7 +75,7 @@ def test_the_pose_turns_as_the_body_does(change: Change, tmp_path) -> None:  # t
 
     expected = mirrored(turn_points(keypoints(record.pose), change), HALPE26, change)
     found = keypoints(turn_pose(record.pose, SMPL24, change))
-    # The free body is not quite its own mirror image.
+    # The free body is only nearly mirror symmetric.
     np.testing.assert_allclose(found, expected, atol=2e-3 if change.flip else 2e-6)
 
 
@@ -91,7 +91,7 @@ def test_a_whole_number_crop_copies_pixels() -> None:
     picture = np.random.default_rng(3).integers(0, 255, (60, 80, 3), dtype=np.uint8)
     affine = crop_map(np.array([40.0, 30.0]), 32.0)
     np.testing.assert_array_equal(crop_picture(picture, (0, 0, 80, 60), affine, 32), picture[14:46, 24:56])
-    part = picture[10:50, 20:60]  # the same crop of a stored part of the photo
+    part = picture[10:50, 20:60]  # the same crop from a stored part of the photo
     np.testing.assert_array_equal(crop_picture(part, (20, 10, 60, 50), affine, 32), picture[14:46, 24:56])
     outside = crop_picture(picture, (0, 0, 80, 60), crop_map(np.array([0.0, 30.0]), 32.0), 32)
     assert (outside[:, :15] == 0).all() and (outside[:, 16:] == picture[14:46, :16]).all()
