@@ -121,7 +121,9 @@ class BodyFitter:
             if held is not None:  # fixed by a large damping
                 added[:, : 3 * joints] += HELD * held.repeat(1, 3)
             damped = (normal + torch.diag_embed(added)).double()
-            step = torch.linalg.solve_ex(damped, slope.double())[0].to(target)
+            # Where it is not positive definite the step is not finite, or raises the cost: then it is not taken.
+            factor = torch.linalg.cholesky_ex(damped)[0]
+            step = torch.cholesky_solve(slope.double()[..., None], factor)[..., 0].to(target)
             turn, growth, shift = step.split([3 * joints, start.betas.shape[1], 3], -1)
             parents = best.world[:, self.above].clone()
             parents[:, 0] = torch.eye(3).to(parents)
@@ -196,8 +198,11 @@ class BodyFitter:
         if self.posedirs is not None:
             feature = (rotations[:, 1:] - torch.eye(3).to(rotations)).flatten(1)
             rest = rest + (feature @ self.posedirs.flatten(0, 1).T).unflatten(-1, (-1, 3))
-        placed_by = (rest @ world.permute(0, 3, 2, 1).flatten(2)).unflatten(-1, (3, -1))
-        moved = (placed_by + (shift @ betas_one[:, None, :, None])[..., 0].mT[:, None]) * self.weights[:, None]
+        # Every bone's rigid motion as one product of homogeneous coordinates: a sum less over the largest tensor.
+        offset = (shift @ betas_one[:, None, :, None])[..., 0].mT  # (N, 3, J)
+        motion = torch.cat([world.permute(0, 3, 2, 1).flatten(2), offset.flatten(1)[:, None]], 1)  # (N, 4, 3 * J)
+        homogeneous = torch.nn.functional.pad(rest, (0, 1), value=1.0)
+        moved = (homogeneous @ motion).unflatten(-1, (3, -1)) * self.weights[:, None]
         residual = target - moved.sum(-1) - translation[:, None]
         cost = residual.square().sum((1, 2)) + self.noise**2 * betas.square().sum(-1)
         if sight is not None:
@@ -218,18 +223,20 @@ class BodyFitter:
         shift = joints - world @ self.joint_basis
         betas_one = torch.cat([betas.new_ones(count, 1), betas], 1)
         pivot = (joints @ betas_one[:, None, :, None])[..., 0].mT  # (N, 3, J)
-        arm = moved @ self.below.T - self.moved[:, None] * pivot[:, None]
 
         blended = (self.weights @ world.flatten(2)).unflatten(-1, (3, 3)).transpose(0, 1).flatten(1, 2)  # (P, N * 3, 3)
         grown = (blended @ self.shapedirs).unflatten(1, (count, 3)).transpose(0, 1)  # (N, P, 3, B)
         grown = grown + (self.weights @ shift[..., 1:].flatten(2)).unflatten(-1, (3, num_betas))
         identity = torch.eye(3).to(moved)
-        linear = torch.cat([grown, identity.expand(count, points, 3, 3), residual[..., None]], -1)  # (N, P, 3, L)
-        everything = torch.cat([arm.flatten(2), linear.flatten(2)], -1)
-        gram = everything.mT @ everything
-
-        num_joints, columns = len(self.parents), linear.shape[-1]
+        arm = torch.addcmul(moved @ self.below.T, self.moved[:, None], pivot[:, None], value=-1)
+        num_joints, columns = len(self.parents), num_betas + 4
         turns = 3 * num_joints
+        linear = moved.new_empty(count, points, 3, columns)  # shape directions, translation, residual
+        linear[..., :num_betas], linear[..., num_betas:-1] = grown, identity
+        linear[..., -1] = residual
+        everything = torch.cat([arm.flatten(2), linear.flatten(2)], -1)
+        gram = everything[..., :turns].mT @ everything
+
         among = gram[:, :turns, :turns].unflatten(1, (3, num_joints)).unflatten(3, (3, num_joints))  # a j b i
         trace = among.diagonal(dim1=1, dim2=3).sum(-1)  # (N, J, J)
         turn_turn = identity[None, :, None, :, None] * trace[:, None, :, None] - among.transpose(1, 3)
@@ -243,8 +250,8 @@ class BodyFitter:
             ],
             1,
         )
-        inner = gram[:, turns:, turns:].unflatten(1, (3, columns)).unflatten(3, (3, columns))
-        linear_linear = inner.diagonal(dim1=1, dim2=3).sum(-1)  # (N, L, L)
+        rows = linear.flatten(1, 2)
+        linear_linear = rows.mT @ rows  # (N, L, L)
 
         normal = torch.cat(
             [
