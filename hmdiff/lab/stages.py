@@ -142,6 +142,8 @@ def _rows(bench: Bench, checkpoint: str | Path, device: torch.device, options: O
     pipe = loaded[-1].to(dtype=options.dtype)
     if pipe.model.config.inputs != "heatmaps":
         raise UserError(f"{checkpoint}: reads pictures; the stages are measured on checkpoints that read heatmaps")
+    if options.compile:
+        pipe.compile()
     photo = asset_path("sample.jpg")
     with contextlib.suppress(UserError):  # not installed
         source = pipe.source
@@ -196,9 +198,6 @@ def _network_rows(bench: Bench, pipe: HMDiffPipeline, found: PhotoPeople, option
     model, device = pipe.model, pipe.device
     heatmaps = found.heatmaps[[0] * options.people]
     values, valid = heatmaps.values.to(device), heatmaps.valid.to(device)
-    encode, denoise = model.encode, model.denoise
-    if options.compile:
-        encode, denoise = torch.compile(encode), torch.compile(denoise)
     narrow = options.dtype != torch.float32
 
     def autocast() -> torch.autocast:
@@ -206,7 +205,7 @@ def _network_rows(bench: Bench, pipe: HMDiffPipeline, found: PhotoPeople, option
 
     def encoded() -> Any:
         with autocast():
-            return encode(None, values, valid)[0]
+            return model.encode(None, values, valid)[0]
 
     conditioning = encoded()
     points = torch.randn(options.people, options.hypotheses, model.num_points, 3, device=device)
@@ -214,7 +213,7 @@ def _network_rows(bench: Bench, pipe: HMDiffPipeline, found: PhotoPeople, option
 
     def denoised(noisy: Tensor) -> Tensor:
         with autocast():
-            return denoise(noisy, step, conditioning)
+            return model.denoise(noisy, step, conditioning)
 
     yield bench.row("encode", encoded, count=True)
     one = f"of {options.people} x {options.hypotheses}"

@@ -102,6 +102,16 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
             self.faces = self.faces.to(device)
         return self
 
+    def compile(self, **options: Any) -> HMDiffPipeline:
+        """Compile the encoder and the denoiser, DAT's gradient included, by `torch.compile`, whose options these are.
+
+        `mode="reduce-overhead"` records CUDA graphs. The first call of every shape (people, hypotheses) takes up to
+        minutes; results change by rounding.
+        """
+        self.model.encode = torch.compile(self.model.encode, **options)  # type: ignore[method-assign]
+        self.model.denoise = torch.compile(self.model.denoise, **options)  # type: ignore[method-assign]
+        return self
+
     @torch.no_grad()
     def __call__(
         self,

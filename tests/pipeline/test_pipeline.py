@@ -247,3 +247,23 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path, pipe: HMDiffPip
     (tmp_path / "a" / "hmdiff.json").write_text(json.dumps({k: v for k, v in about.items() if k != "checksums"}))
     with pytest.raises(UserError, match=r"is \(32,\), \(16,\) expected|is \(.*\) expected"):
         HMDiffPipeline.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same(tmp_path: Path) -> None:
+    """With dynamo's tracing and no code generation, which takes minutes: encoder and denoiser are what is compiled."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    plain, compiled = small_pipeline(), small_pipeline().compile(backend=backend)
+    assert not graphs
+    options = {"num_hypotheses": 2, "num_inference_steps": 2, "seed": 1}
+    before, after = plain(heatmaps=heatmaps(1), **options), compiled(heatmaps=heatmaps(1), **options)
+    assert len(graphs) >= 2
+    torch.testing.assert_close(after.vertices, before.vertices, rtol=0, atol=1e-5)
+    compiled.save_pretrained(tmp_path / "saved")
+    again = HMDiffPipeline.from_pretrained(tmp_path / "saved")(heatmaps=heatmaps(1), **options)
+    assert torch.equal(again.vertices, before.vertices)
