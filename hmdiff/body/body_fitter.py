@@ -4,7 +4,7 @@ min over R, beta, t of sum_v |x_v - v|^2 + sigma^2 |beta|^2, and with keypoints 
 keypoints k are linear in the vertices, and P_j removes the component along the line of sight, which a photo does not
 determine. Each bone's rotation is initialised by an orthogonal Procrustes fit of its vertices (Kabsch, Acta Cryst.
 1976), so that large poses do not end in local minima. Symbols: N bodies, P points (fitted vertices), J joints, B shape
-coefficients, U = 3 J rotations (x of all joints first) + B + 3 unknowns, K keypoints. The method is our choice.
+coefficients, U = 3 J rotations (x of all joints first) + B + 3 unknowns, K keypoints.
 """
 
 from __future__ import annotations

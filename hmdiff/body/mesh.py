@@ -2,7 +2,7 @@
 
 V vertices of the full mesh, C coarse ones. Downsampling selects vertices (as in METRO, arXiv 2012.09760); upsampling is
 a weighted sum of coarse vertices per full vertex, with weights that sum to 1, so it commutes with rotations,
-translations and scalings. Down(Up(x)) = x exactly. The fitted weights are our choice.
+translations and scalings. Down(Up(x)) = x exactly.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def partition_patches(
     faces: Tensor,  # (F, 3)
     patch_size: int,  # p
 ) -> Tensor:  # (C / p, p) int64, every vertex once
-    """Partition into equal patches of vertices that are neighbours along the surface. Deterministic; our choice.
+    """Partition into equal patches of vertices that are neighbours along the surface. Deterministic.
 
     Recursive bisection: a set is split along its longest geodesic extent (the first axis of classical multidimensional
     scaling) at a multiple of p. Then pairs of vertices swap patches while that lowers the sum of squared geodesic
