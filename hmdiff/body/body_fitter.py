@@ -121,7 +121,7 @@ class BodyFitter:
             if held is not None:  # fixed by a large damping
                 added[:, : 3 * joints] += HELD * held.repeat(1, 3)
             damped = (normal + torch.diag_embed(added)).double()
-            # Where it is not positive definite the step is not finite, or raises the cost: then it is not taken.
+            # If not positive definite, the step is not finite or raises the cost, and is rejected below.
             factor = torch.linalg.cholesky_ex(damped)[0]
             step = torch.cholesky_solve(slope.double()[..., None], factor)[..., 0].to(target)
             turn, growth, shift = step.split([3 * joints, start.betas.shape[1], 3], -1)
@@ -198,7 +198,7 @@ class BodyFitter:
         if self.posedirs is not None:
             feature = (rotations[:, 1:] - torch.eye(3).to(rotations)).flatten(1)
             rest = rest + (feature @ self.posedirs.flatten(0, 1).T).unflatten(-1, (-1, 3))
-        # Every bone's rigid motion as one product of homogeneous coordinates: a sum less over the largest tensor.
+        # Homogeneous coordinates: one product per bone saves an addition over the largest tensor.
         offset = (shift @ betas_one[:, None, :, None])[..., 0].mT  # (N, 3, J)
         motion = torch.cat([world.permute(0, 3, 2, 1).flatten(2), offset.flatten(1)[:, None]], 1)  # (N, 4, 3 * J)
         homogeneous = torch.nn.functional.pad(rest, (0, 1), value=1.0)
