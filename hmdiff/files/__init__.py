@@ -1,1 +1,1 @@
-"""Files: where the shipped ones lie, writing without leaving halves, and reading without running what is read."""
+"""Files: locations of shipped files, atomic writing, and safe reading of untrusted files."""

@@ -1,4 +1,4 @@
-"""SHA-256 of the files of a folder: written beside them, and held against them before they are believed."""
+"""SHA-256 checksums of the files of a folder, stored beside them and verified on reading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hmdiff.files.reading import read_failure
 
 
 def file_checksum(path: str | Path) -> str:  # 64 hexadecimal digits
-    """Raises `UserError` where the file cannot be read."""
+    """Raises `UserError` if the file cannot be read."""
     try:
         with open(path, "rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -23,19 +23,19 @@ def file_checksum(path: str | Path) -> str:  # 64 hexadecimal digits
 
 def folder_checksums(
     folder: Path,
-    without: Sequence[str] = (),  # names of files, relative to the folder
-) -> dict[str, str]:  # by the file's name relative to the folder, with forward slashes
-    """Of every file below the folder, in order of name."""
+    without: Sequence[str] = (),  # file names to skip, relative to the folder
+) -> dict[str, str]:  # by file name relative to the folder, with forward slashes
+    """Checksums of every file in the folder and its subfolders, ordered by name."""
     names = [Path(place, name).relative_to(folder).as_posix() for place, _, files in os.walk(folder) for name in files]
     return {name: file_checksum(folder / name) for name in sorted(names) if name not in without}
 
 
 def verify_checksums(
     folder: Path,
-    expected: Any,  # of `folder_checksums`, as a file told it
+    expected: Any,  # from `folder_checksums`, as stored in a file
     mend: str,
 ) -> None:
-    """Raises `UserError` naming the first file that is missing, or not what was written."""
+    """Raises `UserError` naming the first file that is missing or does not match."""
     if not isinstance(expected, Mapping) or not all(isinstance(value, str) for value in expected.values()):
         raise UserError(f"{folder}: its checksums are not names with text; {mend}")
     for name, value in expected.items():

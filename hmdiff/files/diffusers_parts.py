@@ -1,8 +1,8 @@
-"""The parts of diffusers that the core stands on, imported without torch's compiler.
+"""The parts of diffusers that the core uses, imported without torch's compiler.
 
-diffusers' utilities import torch._dynamo for one decorator that none of our models uses, which costs more than torch
-itself, and all of transformers, where it is installed, for the type of one argument; they go on without where these
-cannot be imported. So both are hidden while diffusers is imported for the first time, and found afterwards as ever.
+diffusers' utilities import torch._dynamo for a decorator that none of our models uses, which takes longer than
+importing torch itself; and, if installed, all of transformers for one type annotation. Both imports are optional, so
+the two modules are hidden during the first import of diffusers, and available as usual afterwards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 @contextlib.contextmanager
 def hidden(name: str) -> Iterator[None]:
-    """An import of this module fails, unless it was there before."""
+    """Make the import of a module fail, unless it is already imported."""
     if name in sys.modules:
         yield
         return
@@ -48,10 +48,10 @@ with hidden("torch._dynamo"), hidden("transformers.utils.quantization_config"):
 
 
 class Scheduler(Protocol):
-    """What the reverse process needs of diffusers' schedulers, whose common base declares nothing of it."""
+    """Interface of diffusers' schedulers for the reverse process; their common base class does not declare it."""
 
     config: Any  # num_train_timesteps, prediction_type, trained_betas
-    alphas_cumprod: Tensor  # (K,) abar; Euler's and Heun's have it too
+    alphas_cumprod: Tensor  # (K,) alpha_bar; also present in Euler's and Heun's
     timesteps: Tensor  # (n,) of the reverse process, descending
     init_noise_sigma: Any
 

@@ -1,4 +1,4 @@
-"""Weights that others saved: .pth of torch, mmpose or torchvision and .safetensors. Read as data; no pickle is run."""
+"""Third-party weights: .pth of torch, mmpose or torchvision, and .safetensors. Read as data; no pickle is executed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hmdiff.errors import UserError
 
 
 class _Inert:
-    """Stands for an object of a class that is not loaded: takes any state and does nothing."""
+    """Replaces an object whose class is not loaded: accepts any state and does nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> _Inert:
         return object.__new__(cls)
@@ -24,13 +24,13 @@ class _Inert:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:  # weights, meta
-    """The weights of a .pth or .safetensors file, and what it says about itself (`dataset_meta`), on the CPU.
+    """The weights of a .pth or .safetensors file and its metadata (`dataset_meta`), on the CPU.
 
-    From a .pth torch's restricted reader builds tensors, containers and numpy arrays; what else is in it (the history
-    of a training) becomes an inert shell. From a .safetensors `dataset_meta` is JSON in the header.
+    For a .pth, torch's restricted unpickler builds tensors, containers and numpy arrays; everything else (such as a
+    training history) becomes an inert object. For a .safetensors, `dataset_meta` is JSON in the header.
 
     Raises:
-        UserError: not such a file, damaged, or without weights.
+        UserError: another file type, damaged, or without weights.
     """
     path = Path(path)
     try:
@@ -38,7 +38,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         stored = {name.removeprefix("module."): value for name, value in stored.items() if isinstance(value, Tensor)}
     except UserError:
         raise
-    except Exception as error:  # torch, zipfile, safetensors and pickle each raise their own
+    except Exception as error:  # torch, zipfile, safetensors and pickle raise various types
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); download or save it again") from None
     if not stored:
@@ -61,7 +61,7 @@ def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     arrays = {"_reconstruct": np.array(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
     known: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilBHILefdSU"}]
     known += [(arrays[name], f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in arrays]
-    with contextlib.suppress(ValueError):  # of files in torch's format before 1.6, which cannot be listed
+    with contextlib.suppress(ValueError):  # files in torch's format before 1.6 cannot be listed
         allowed = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__name__}" for entry in known}
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         known += [(type("_Inert", (_Inert,), {}), name) for name in names if name not in allowed]

@@ -1,6 +1,6 @@
-"""Checkpoints of the Hugging Face Hub by their repository id, such as "somebody/hmdiff-base".
+"""Checkpoints on the Hugging Face Hub by repository id, such as "somebody/hmdiff-base".
 
-Only JSON, safetensors and the card are fetched: nothing that could be run. The Hub's own cache keeps them.
+Only JSON, safetensors and the card are downloaded, nothing executable. The Hub's own cache stores them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 
 
 def is_repository_id(name: str) -> bool:
-    """OWNER/NAME, where no folder of this machine is meant: neither it nor its first part is there."""
+    """Whether the name is OWNER/NAME and neither the path nor its first part exists locally."""
     return bool(_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
 def checkpoint_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a saved pipeline: a folder, that of its training, a shipped one, or OWNER/NAME of the Hub.
+    """The folder of a saved pipeline: a folder, the one of its training, a shipped one, or OWNER/NAME on the Hub.
 
-    It need not be whole. Raises `UserError` where there is none.
+    The pipeline may be incomplete. Raises `UserError` if there is none.
     """
     place = Path(name)
     if is_repository_id(name):
@@ -43,7 +43,7 @@ def checkpoint_folder(name: str, revision: str | None = None) -> Path:
 
 
 def download(repository: str, revision: str | None = None) -> Path:
-    """The folder of the checkpoint, from the cache where it is there. Raises `UserError` where it cannot be had."""
+    """The checkpoint's folder, from the cache if present. Raises `UserError` if it cannot be downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -58,7 +58,7 @@ def download(repository: str, revision: str | None = None) -> Path:
 
 
 def upload(folder: Path, repository: str, private: bool = False, message: str = "Upload an hmdiff pipeline") -> str:
-    """Put a saved pipeline and its card into a repository, made where it is not there; returns its address."""
+    """Upload a saved pipeline and its card to a repository, created if missing; returns its URL."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

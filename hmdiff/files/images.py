@@ -1,7 +1,7 @@
-"""Opening pictures: only the formats that we mean, and only as many pixels as fit.
+"""Opens images in the supported formats, up to a maximum number of pixels.
 
-Pillow would otherwise try every format it knows by the file's first bytes, whatever its name: an EPS that is called
-photo.jpg starts Ghostscript where it is installed.
+By default, Pillow detects any format it knows from the first bytes, whatever the file name: an EPS named photo.jpg
+starts Ghostscript if installed.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from PIL import Image
 from hmdiff.errors import UserError
 from hmdiff.files.reading import read_failure
 
-# JPEG opens MPO too, a jpg with a second picture in it, as some phones write.
+# JPEG includes MPO, a jpg with a second image, as some phones write.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 110_000_000  # a phone's 108 megapixels; as RGB bytes 330 MB
+MAX_PIXELS = 110_000_000  # a phone's 108 megapixels; 330 MB as RGB bytes
 
 
 @contextlib.contextmanager
 def open_image(
     source: str | Path | IO[bytes],
-    name: str | Path | None = None,  # for messages, where the source is no path
+    name: str | Path | None = None,  # for messages, if the source is not a path
 ) -> Iterator[Image.Image]:
-    """A picture, not decoded yet; faults of decoding inside the block are reported too.
+    """Open an image without decoding it yet; decoding errors inside the block are reported too.
 
     Raises:
-        UserError: missing, empty, cut short, of another format, or of more than `MAX_PIXELS`.
+        UserError: missing, empty, truncated, of another format, or larger than `MAX_PIXELS`.
     """
     name = source if name is None and isinstance(source, str | Path) else name
     if isinstance(source, str | Path):
         _check_file(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bound comes as a warning; ours is below
+            warnings.simplefilter("ignore")  # Pillow's own size limit is a warning; ours is below
             opened = Image.open(source, formats=FORMATS)
         with opened:
             width, height = opened.size
@@ -56,13 +56,13 @@ def open_image(
         if error.errno is not None:
             raise read_failure(str(name), error) from None
         raise UserError(f"{name}: a damaged picture ({error}); export or download it again") from None
-    except Exception as error:  # each decoder raises its own
+    except Exception as error:  # each decoder raises its own type
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{name}: a damaged picture ({reason}); export or download it again") from None
 
 
 def _check_file(path: str | Path) -> None:
-    """What Pillow reports in words of its own."""
+    """Errors that Pillow would report in its own words."""
     try:
         about = os.stat(path)
     except FileNotFoundError:

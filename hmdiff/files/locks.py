@@ -1,4 +1,4 @@
-"""A folder for one process at a time. The system lets go of the lock when the process ends, however it ends."""
+"""A lock on a folder for one process at a time. The system releases it when the process ends in any way."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LOCK = ".lock"
 @contextlib.contextmanager
 def try_claim(
     folder: Path,
-    name: str | None = LOCK,  # of the file that is locked; one for each purpose. None: the folder itself, no file
+    name: str | None = LOCK,  # lock file, one per purpose. None: lock the folder itself
 ) -> Iterator[bool]:
-    """Whether the folder is this process' own until the block ends.
+    """Yields whether this process holds the folder until the block ends.
 
-    Always so on Windows and on file systems without locks, such as some NFS: there two processes are not noticed.
+    Always True on Windows and on file systems without locks, such as some NFS: there, two processes are not detected.
     """
     try:
         import fcntl
@@ -37,7 +37,7 @@ def try_claim(
         except BlockingIOError:
             yield False
             return
-        except OSError:  # no locks here, or a full disk: the number is for the message alone
+        except OSError:  # no locks here, or a full disk: the process number is only for the message
             pass
         yield True
     finally:
@@ -48,9 +48,9 @@ def try_claim(
 def claim(
     folder: Path,
     mend: str,
-    name: str | None = LOCK,  # as of `try_claim`
+    name: str | None = LOCK,  # as in `try_claim`
 ) -> Iterator[None]:
-    """The folder for this process alone. Raises `UserError` when another process has it."""
+    """Hold the folder for this process. Raises `UserError` if another process holds it."""
     try:
         context = try_claim(folder, name)
         mine = context.__enter__()

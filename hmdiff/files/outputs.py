@@ -1,4 +1,4 @@
-"""What a command that reads photos writes: a name for every person, and nothing in place of what it did not write."""
+"""Output names of commands that read photos, one per person, and protection of files that hmdiff did not write."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hmdiff.errors import UserError
 SCENE = "_scene.glb"
 OVERLAY = "_overlay.mp4"
 PERSON_FILES = (".npz", ".html", ".obj", ".glb", ".png", "_spread.png", SCENE)
-OURS = "spread_mm"  # an array of every npz that `hmdiff sample` ever wrote
+OURS = "spread_mm"  # an array of every npz written by `hmdiff sample`, in any version
 
 
 def photo_names(photos: Sequence[Path]) -> list[str]:
-    """A name of its own for every photo: its stem, with its folders before it where several photos share one."""
+    """A unique name for every photo: its stem, prefixed by parent folders where several photos share one."""
     depth = [0] * len(photos)
 
     def name(index: int) -> str:
@@ -31,7 +31,7 @@ def photo_names(photos: Sequence[Path]) -> list[str]:
             break
         for index in deeper:
             depth[index] += 1
-    for index, each in enumerate(names):  # one photo given twice
+    for index, each in enumerate(names):  # the same photo given twice
         copy = 2
         while names[index] in names[:index]:
             names[index], copy = f"{each}-{copy}", copy + 1
@@ -40,11 +40,11 @@ def photo_names(photos: Sequence[Path]) -> list[str]:
 
 def output_names(
     photos: Sequence[Path],
-    counts: Sequence[int],  # of the people in each
-    bases: Sequence[str] | None = None,  # the photos' own names; None: `photo_names`
-    taken: Iterable[str] = (),  # names that others have
+    counts: Sequence[int],  # number of people in each
+    bases: Sequence[str] | None = None,  # the photos' unique names; None: `photo_names`
+    taken: Iterable[str] = (),  # names in use
 ) -> dict[tuple[int, int], str]:
-    """(photo, person) -> a name of its own: the photo's, _i where there are several, -2 where it is taken."""
+    """(photo, person) -> unique name: the photo's, _i if there are several people, -2 if the name is in use."""
     names: dict[tuple[int, int], str] = {}
     bases = photo_names(photos) if bases is None else bases
     others = set(taken)
@@ -62,13 +62,13 @@ def output_names(
 def protect_inputs(
     folder: Path,
     photos: Sequence[Path],
-    inputs: Iterable[Path | None],  # all files that are read: photos, keypoints, heatmaps, depth, cameras
+    inputs: Iterable[Path | None],  # all input files: photos, keypoints, heatmaps, depth, cameras
     suffixes: Sequence[str] = PERSON_FILES,
 ) -> None:
-    """Refuse, before any work, an output that would replace an input, or a file beside it that is somebody else's.
+    """Refuse, before any work, an output that would replace an input or a file that hmdiff did not write.
 
     Raises:
-        UserError: naming the file, and another folder as the mend.
+        UserError: names the file and suggests another folder.
     """
     if not folder.is_dir():
         return
@@ -88,7 +88,7 @@ def protect_inputs(
 
 
 def _is_name_of(name: str, stem: str) -> bool:
-    """`stem`, or with a person's number or a copy's."""
+    """Whether it is `stem`, possibly with a person's or a copy's number."""
     if not name.startswith(stem):
         return False
     rest = name[len(stem) :]
@@ -96,7 +96,7 @@ def _is_name_of(name: str, stem: str) -> bool:
 
 
 def is_ours(path: Path, suffix: str) -> bool:
-    """The npz is written first, so beside every file of ours there is one; beside a scene that of any of its people."""
+    """Whether hmdiff wrote the file: its npz lies beside it; for a scene, the npz of any of its people."""
     stem = path.name.removesuffix(suffix)
     names = [path.name] if suffix == ".npz" else [f"{stem}.npz"]
     if suffix == SCENE:
@@ -112,7 +112,7 @@ def is_ours(path: Path, suffix: str) -> bool:
 
 
 def protect_from_clip(folder: Path, name: str, clip: Path) -> None:
-    """The same for a video's results, NAME_track_0.npz, ... and NAME_overlay.mp4. Raises `UserError` as above."""
+    """The same for a video's results, NAME_track_0.npz, ... and NAME_overlay.mp4. Raises `UserError`."""
     overlay = folder / f"{name}{OVERLAY}"
     if not overlay.exists():
         return
@@ -123,5 +123,5 @@ def protect_from_clip(folder: Path, name: str, clip: Path) -> None:
 
 
 def tracks_of(folder: Path, name: str) -> list[Path]:
-    """The npz of a video's tracks that `hmdiff sample` wrote."""
+    """The npz files of a video's tracks that `hmdiff sample` wrote."""
     return [path for path in sorted(folder.glob(f"{glob.escape(name)}_track_[0-9]*.npz")) if is_ours(path, ".npz")]

@@ -1,12 +1,12 @@
-"""A stack machine for pickles that builds plain values and inert shells, and nothing else.
+"""A restricted pickle interpreter that builds only plain values and inert shells.
 
-A pickle is a program. Python's own unpickler, even one that refuses most names, hands bytes of the file to C code that
-trusts them: the state of a numpy dtype turns data into object pointers, and a memo index allocates its table. Here each
-opcode is a line of Python over lists and dictionaries. What the file wants to construct becomes a `Shell`, whose
-arguments and state `hmdiff.files.unpickling` reads with checks. Memory is linear in the file's length.
+A pickle is a program. Python's own unpickler, even with most names refused, passes file bytes to C code that trusts
+them: the state of a numpy dtype turns data into object pointers, and a memo index allocates its table. Here each opcode
+is Python code over lists and dictionaries. Objects that the file wants to construct become a `Shell`, whose arguments
+and state `hmdiff.files.unpickling` reads with checks. Memory is linear in the file's length.
 
 Opcodes: the Python library's `pickletools`. Those for persistent ids, extension codes, sets, keyword construction and
-out-of-band buffers are refused: published bodies and labels need none.
+out-of-band buffers are refused: published bodies and labels do not need them.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MAX_OPERATIONS = 4_000_000  # the largest label file that we know takes a tenth
+MAX_OPERATIONS = 4_000_000  # the largest known label file takes a tenth
 _MAX_LINE = 512  # bytes of a number, a memo index, a module or a name
 _MAX_INTEGER = 16  # bytes of an integer
 
 
 class PickleError(Exception):
-    """The pickle is damaged, or asks for what is not allowed; one line says which."""
+    """The pickle is damaged or contains something forbidden; the message is one line."""
 
 
 class Name(NamedTuple):
-    """A global that the pickle names. It is never imported."""
+    """A global named by the pickle. It is never imported."""
 
     module: str
     name: str
 
 
 class Shell:
-    """An object that was not constructed: the name, the arguments and the state that the pickle gave for it."""
+    """An object that was not constructed: its name, arguments and state in the pickle."""
 
     __slots__ = ("arguments", "name", "state")
 
@@ -47,12 +47,13 @@ class Shell:
 
 def run_pickle(
     content: bytes,
-    allowed: Callable[[Name], bool],  # whether an object may be constructed by this name, as a shell
+    allowed: Callable[[Name], bool],  # whether an object of this name may become a shell
 ) -> Any:
-    """The value of a pickle: None, numbers, text, bytes, lists, tuples, dictionaries, names and shells, shared freely.
+    """The value of a pickle: None, numbers, text, bytes, lists, tuples, dictionaries, names and shells, possibly
+    shared.
 
     Raises:
-        PickleError: damaged, too long, or with an opcode or a name that is not allowed.
+        PickleError: damaged, too long, or with a forbidden opcode or name.
     """
     return _Machine(content, allowed).run()
 
@@ -62,7 +63,7 @@ class _Machine:
         self.content, self.allowed = content, allowed
         self.position = 0
         self.stack: list[Any] = []
-        self.marks: list[int] = []  # heights of the stack
+        self.marks: list[int] = []  # stack heights
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
@@ -138,7 +139,7 @@ class _Machine:
 
     def set_items(self, items: list[Any]) -> None:
         target = self.top()
-        # An ordered dictionary is a shell until it is read: its items are kept as its state.
+        # An ordered dictionary stays a shell until it is read: its items are stored as its state.
         if isinstance(target, Shell) and target.name.name == "OrderedDict" and target.state is None:
             target.state = {}
         target = target.state if isinstance(target, Shell) else target
@@ -170,7 +171,7 @@ class _Machine:
 
 
 def _checked_key(key: Any) -> Any:
-    """Keys are hashed at once, so they are plain: deep tuples overflow the C stack, and huge integers collide."""
+    """Keys are hashed immediately, so they must be plain: deep tuples overflow the C stack, huge integers collide."""
     parts = key if isinstance(key, tuple) else (key,)
     if len(parts) <= 8 and all(
         abs(part) < 2**63 if isinstance(part, int) else isinstance(part, str | bytes) for part in parts
@@ -180,7 +181,7 @@ def _checked_key(key: Any) -> Any:
 
 
 def _integer(text: bytes) -> int | bool:
-    if text in (b"00", b"01"):  # how protocol 0 writes booleans
+    if text in (b"00", b"01"):  # booleans in protocol 0
         return text == b"01"
     return int(text.removesuffix(b"L"))
 
@@ -192,7 +193,7 @@ def _binary_integer(data: bytes) -> int:
 
 
 def _string(text: bytes) -> str:
-    """A Python 2 string in quotes, escaped; published files mean latin1, and numpy's data is in such strings too."""
+    """A quoted, escaped Python 2 string. Published files use latin1, and numpy's data is in such strings too."""
     if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b"'", b'"'):
         raise PickleError("a string without quotes")
     return codecs.escape_decode(text[1:-1])[0].decode("latin1")  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""Reading what somebody else wrote, within bounds: bytes, JSON and numpy's archives. One place maps the faults.
+"""Reading of untrusted files within limits: bytes, JSON and numpy archives, with uniform error messages.
 
-Every function names the file and the mend in a `UserError`, whatever the damage, and looks at what a file claims (its
-size, an array's shape, an archive's unpacked size) before it allocates. Nothing is unpickled. The bounds are ours.
+For any damage, every function raises a `UserError` that names the file and a remedy. It checks what a file claims (its
+size, an array's shape, an archive's unpacked size) before allocating. Nothing is unpickled. The limits are our choice.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from numpy.lib import format as npy_format
 
 from hmdiff.errors import UserError
 
-MAX_JSON = 1 << 28  # bytes; COCO's largest file of keypoints is a little smaller
-MAX_ARRAYS = 1 << 31  # bytes of all arrays that are read from one archive
-_DIGITS = 18  # of an integer that is kept as one
+MAX_JSON = 1 << 28  # bytes; COCO's largest keypoint file is slightly smaller
+MAX_ARRAYS = 1 << 31  # bytes of all arrays read from one archive
+_DIGITS = 18  # of integers that are kept as integers
 
 
 def read_failure(path: str | Path, error: OSError) -> UserError:
-    """The one line about a file that the system would not give."""
+    """The error message for a file that the system could not read."""
     reasons = {
         errno.ENOENT: "no such file; check the name",
         errno.EISDIR: "is a folder, a file was expected",
@@ -46,9 +46,9 @@ def read_bytes(
     path: str | Path,
     most: int = MAX_JSON,  # bytes
 ) -> bytes:
-    """A whole file. Raises `UserError`: missing, a folder or a device, may not be read, or larger than `most`."""
+    """A whole file. Raises `UserError` if it is missing, a folder or device, not readable, or larger than `most`."""
     try:
-        # Not blocking: a named pipe would hang.
+        # Non-blocking, since a named pipe would hang.
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as handle:
             about = os.fstat(handle.fileno())
             if not _regular(about):
@@ -71,10 +71,10 @@ def read_json(
     most: int = MAX_JSON,  # bytes
     mend: str = "write it again",
 ) -> Any:
-    """The value of a JSON file. Integers of more than 18 digits come as floats, and so at worst as infinity.
+    """The value of a JSON file. Integers of more than 18 digits become floats, at worst infinity.
 
     Raises:
-        UserError: the file cannot be read, or is not JSON; says where.
+        UserError: the file cannot be read, or is not JSON; gives the position.
     """
     return parse_json(read_bytes(path, most), path, mend)
 
@@ -84,12 +84,12 @@ def parse_json(
     path: str | Path,  # for the message
     mend: str = "write it again",
 ) -> Any:
-    """`read_json` of bytes that were read already."""
+    """`read_json` for bytes that were already read."""
     try:
         return json.loads(content.decode("utf-8-sig"), parse_int=_bounded_integer)
     except RecursionError:
         raise UserError(f"{path}: not JSON that can be read (nested too deeply); {mend}") from None
-    except ValueError as error:  # UnicodeDecodeError is one too
+    except ValueError as error:  # includes UnicodeDecodeError
         raise UserError(f"{path}: not JSON, or cut short ({_one_line(error)}); {mend}") from None
 
 
@@ -99,48 +99,48 @@ def _bounded_integer(text: str) -> int | float:
 
 @contextlib.contextmanager
 def reading_arrays(path: str | Path, mend: str) -> Iterator[None]:
-    """Turns whatever a damaged archive brings out in numpy and zipfile into one line."""
+    """Convert the errors that numpy and zipfile raise for a damaged archive to one line."""
     try:
         yield
     except UserError:
         raise
     except OSError as error:
         raise read_failure(path, error) from None
-    except Exception as error:  # zipfile, zlib, numpy and struct each raise their own
+    except Exception as error:  # zipfile, zlib, numpy and struct raise various types
         raise UserError(f"{path}: a damaged file of arrays ({_one_line(error)}); {mend}") from None
 
 
-# What damaged values raise where a number, a list or a mapping was expected and something else is there.
+# Errors raised when a damaged value has another type than expected.
 _DAMAGE = (ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
 def naming(
-    place: str | Path,  # file, row and, where it is known, field
+    place: str | Path,  # file, row and, if known, field
     mend: str,
 ) -> Iterator[None]:
-    """Whatever damaged values raise in the block, as a `UserError` that names the place."""
+    """Convert the errors of damaged values in the block to a `UserError` that names the place."""
     try:
         yield
     except UserError:
         raise
-    except OSError as error:  # of a name that the file has: too long, or not to be read
+    except OSError as error:  # for a file named in the data: name too long, or unreadable
         raise UserError(f"{place}: {read_failure(error.filename or 'a file', error)}") from None
     except _DAMAGE as error:
         raise UserError(f"{place}: damaged ({type(error).__name__}: {_one_line(error)[:120]}); {mend}") from None
 
 
 class ArrayArchive:
-    """An npz, or a single npy (its array is named ""), whose arrays are read one by one, each checked before.
+    """An npz, or a single npy (its array is named ""), whose arrays are checked and read one by one.
 
     Raises:
-        UserError: not such a file, damaged, encrypted, holds objects, or claims more than `most` bytes.
+        UserError: another file type, damaged, encrypted, contains objects, or claims more than `most` bytes.
     """
 
     def __init__(
         self,
         path: str | Path,
-        most: int = MAX_ARRAYS,  # bytes of all that is read
+        most: int = MAX_ARRAYS,  # limit on all bytes read
         mend: str = "write it again with numpy.savez",
     ) -> None:
         self.path, self.mend, self.left = Path(path), mend, most
@@ -162,7 +162,7 @@ class ArrayArchive:
         return name in self.names
 
     def read(self, name: str) -> np.ndarray:
-        """An array of numbers, truth values or text."""
+        """An array of numbers, booleans or text."""
         with self._member(name) as (member, shape, dtype, size):
             if dtype.hasobject:
                 what = f"array {name!r} holds" if name else "it holds"
@@ -175,7 +175,7 @@ class ArrayArchive:
             return found
 
     def pickled(self, name: str) -> tuple[bytes, tuple[int, ...]] | None:
-        """The pickle and the shape of an array of objects; None where the array is of another kind."""
+        """The pickle and the shape of an object array; None for other arrays."""
         with self._member(name) as (member, shape, dtype, size):
             if not dtype.hasobject:
                 return None
@@ -184,7 +184,7 @@ class ArrayArchive:
             return member.read(size - start), shape
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Off the array's header."""
+        """The shape in the array's header."""
         with self._member(name) as (_, shape, _, _):
             return shape
 
@@ -194,12 +194,12 @@ class ArrayArchive:
             return bool(dtype.hasobject)
 
     def read_all(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """These arrays, or all."""
+        """The named arrays, or all."""
         return {name: self.read(name) for name in (self.names if names is None else names) if name in self}
 
     @contextlib.contextmanager
     def _member(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, int]]:
-        """A stream at its beginning, and what its header says: shape, dtype; and its unpacked size."""
+        """A stream at its beginning, with shape and dtype from the header, and the unpacked size."""
         if name not in self.names:
             found = ", ".join(sorted(self.names)[:12]) or "none"
             raise UserError(f"{self.path}: no array {name!r} (found: {found}); {self.mend}")
@@ -230,7 +230,7 @@ class ArrayArchive:
         return shape, dtype
 
     def _header(self, member: IO[bytes]) -> int:
-        """Reads past the header; its length."""
+        """Reads the header and returns its length."""
         self._shape(member)
         return member.tell()
 
@@ -249,7 +249,7 @@ def read_npz(
     most: int = MAX_ARRAYS,  # bytes
     mend: str = "write it again with numpy.savez",
 ) -> dict[str, np.ndarray]:
-    """The arrays of an npz that are among `names`; the others are not even unpacked. Raises as `ArrayArchive`."""
+    """The arrays of an npz in `names`; the others are not unpacked. Raises as `ArrayArchive`."""
     archive = ArrayArchive(path, most, mend)
     if archive.single:
         raise UserError(f"{path}: not an npz file but a single array; {mend}")

@@ -1,4 +1,4 @@
-"""Where the files shipped with the package lie: assets (body, prior, checkpoint, sample pictures) and configs."""
+"""Locations of the shipped files: assets (body, prior, checkpoint, sample images) and configs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _shipped(kind: str, name: str) -> Path:
-    # A wheel carries them inside the package, a clone (and an editable install of it) beside the package.
+    # A wheel has them inside the package; a clone (and its editable install) beside the package.
     for root in (_PACKAGE / kind, _PACKAGE.parent / kind):
         if (root / name).exists():
             return root / name
@@ -18,12 +18,12 @@ def _shipped(kind: str, name: str) -> Path:
 
 
 def asset_path(name: str) -> Path:
-    """Path of a shipped asset, such as ``body.npz``. Raises `UserError` when the installation lacks it."""
+    """Path of a shipped asset, such as ``body.npz``. Raises `UserError` if the installation lacks it."""
     return _shipped("assets", name)
 
 
 def config_path(name: str) -> Path:
-    """A config's file by its path, or a shipped one by its name, such as ``quickstart``; it need not be there."""
+    """Path of a config file, or of a shipped config by name, such as ``quickstart``; it may not exist."""
     path = Path(name)
     if path.exists() or len(path.parts) > 1:
         return path

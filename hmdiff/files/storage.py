@@ -1,7 +1,7 @@
-"""Writing files so that a kill, a power cut, a full disk or a second process never leaves half of one behind.
+"""Atomic writing: a kill, a power cut, a full disk or a second process never leaves a partial file.
 
-A file or folder is written under a temporary name beside its place, flushed to the disk (its bytes and the folder's
-entry), and renamed. Temporary names cannot be guessed and are never opened through a symbolic link.
+A file or folder is written under a temporary name in the same folder, flushed to disk (contents and directory entry),
+and renamed. Temporary names are unpredictable and never opened through a symbolic link.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _reporting(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # safetensors and torch.save tell of a full disk in exceptions of their own.
+        # safetensors and torch.save report a full disk with exceptions of their own.
         if "No space left" in str(error) or _nearly_full(path.parent):
             raise _full(path) from error
         raise
@@ -60,7 +60,7 @@ def _nearly_full(folder: Path) -> bool:
 
 
 def make_folder(path: str | Path) -> Path:
-    """Create a folder with its parents; a file in the way or a read-only place is a `UserError`."""
+    """Create a folder with its parents. Raises `UserError` for a file in the way or a read-only location."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def make_folder(path: str | Path) -> Path:
 
 def _prefix(path: Path, process: int | str) -> str:
     name = path.name
-    if len(os.fsencode(name)) > 120:  # or the temporary name would be too long where the name itself is not
+    if len(os.fsencode(name)) > 120:  # keeps the temporary name within the length limit
         name = f"{name[:24]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
     return f".{name}.{platform.node()[:40]}-{process}."
 
@@ -85,7 +85,7 @@ def _temporary(path: Path, suffix: str) -> Path:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what writers of `path` on this machine left behind when they were killed."""
+    """Remove temporary files of `path` left by killed writers on this machine."""
     start = _prefix(path, "")[:-1]
     for left in path.parent.glob(f"{glob.escape(start)}*.part*"):
         process = left.name.removeprefix(start).split(".")[0]
@@ -99,7 +99,7 @@ def _sweep(path: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 is not a question
+    if os.name != "posix":  # elsewhere, signal 0 does not test for existence
         return True
     try:
         os.kill(process, 0)
@@ -112,10 +112,10 @@ def _alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` with the same suffix; move it into place only when the block succeeds.
+    """Yield a temporary path beside `path` with the same suffix; move it into place only if the block succeeds.
 
     Raises:
-        UserError: the disk is full or the place may not be written; an older file at `path` stays as it was.
+        UserError: the disk is full or the location is not writable; an older file at `path` is kept.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -123,7 +123,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         with _reporting(path):
             _sweep(path)
-            # Made here and never through a link; whoever writes finds it, and the umask's permissions, there.
+            # Create the file here, without following links and with the umask's permissions; the caller overwrites it.
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666))
             mode = temporary.stat().st_mode & 0o777
             yield temporary
@@ -132,7 +132,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
             sync(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # or it would hide the error that brought us here
+        with contextlib.suppress(OSError):  # must not hide the original error
             temporary.unlink()
 
 
@@ -140,7 +140,7 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 def sync(path: Path) -> None:
-    """Flush a file's bytes, or a folder's entries, to the disk: only then does a rename survive a power cut."""
+    """Flush a file's contents, or a folder's entries, to disk: only then does a rename survive a power cut."""
     if os.name != "posix" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
@@ -154,7 +154,7 @@ def sync(path: Path) -> None:
 
 
 def share_files(folder: Path) -> None:
-    """Files below a folder may be read and written by whom the folder may: some writers make theirs private."""
+    """Give files in a folder the folder's read and write permissions: some writers make them private."""
     mode = folder.stat().st_mode & 0o666
     for place, _, files in os.walk(folder):
         for name in files:
@@ -163,7 +163,7 @@ def share_files(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` of every file and folder below, and of the folder itself."""
+    """`sync` the folder with all its files and subfolders."""
     for place, _, files in os.walk(folder, topdown=False):
         for name in files:
             if not os.path.islink(os.path.join(place, name)):
@@ -173,10 +173,10 @@ def sync_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder; swap it into place as `path` only when the block succeeds. An older one is replaced.
+    """Yield a temporary folder; move it to `path` only if the block succeeds. An older folder is replaced.
 
     Raises:
-        UserError: the disk is full or the place may not be written; an older folder at `path` stays as it was.
+        UserError: the disk is full or the location is not writable; an older folder at `path` is kept.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -193,14 +193,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             sync_tree(temporary)
             replace_folder(temporary, path)
     finally:
-        if temporary.is_symlink():  # that stood in the new folder's place
+        if temporary.is_symlink():  # it stood at the new folder's place
             with contextlib.suppress(OSError):
                 temporary.unlink()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_folder(temporary: Path, path: Path) -> None:
-    """Put a folder in its place; an older one of that name is then at `temporary`'s name, or gone."""
+    """Move a folder into place; an older one of that name is then at `temporary`, or deleted."""
     if os.path.lexists(path):
         _exchange(temporary, path)
     else:
@@ -209,7 +209,7 @@ def replace_folder(temporary: Path, path: Path) -> None:
 
 
 def _exchange(temporary: Path, path: Path) -> None:
-    """Swap two folders. Linux does it in one step: a kill then finds the old folder or the new one, never neither."""
+    """Swap two folders. On Linux atomically: after a kill, either the old or the new folder is in place."""
     with contextlib.suppress(OSError, AttributeError):
         at_cwd, exchange = -100, 2
         libc = ctypes.CDLL(None, use_errno=True)

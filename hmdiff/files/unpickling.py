@@ -1,10 +1,10 @@
-"""Pickled model and label files as plain values: containers, numbers, text and numpy arrays. Nothing in them is run.
+"""Pickled model and label files as plain values: containers, numbers, text and numpy arrays. Nothing is executed.
 
-`hmdiff.files.pickle_machine` gives shells; here each becomes an array, checked: a numpy array is `frombuffer` over the
-file's bytes with a dtype from an allow-list of kinds (never the pickled state of a dtype, which numpy trusts), scipy's
-sparse matrices (SMPL's joint regressor) and chumpy's arrays (what SMPL and MANO were published with) come dense. Time
-and memory are bounded by the file's length: shared parts are converted once. Our choice; the layouts are numpy's,
-scipy's and chumpy's.
+`hmdiff.files.pickle_machine` returns shells; here each is converted to an array with checks. A numpy array is
+`frombuffer` over the file's bytes, with a dtype from an allow-list (never the pickled state of a dtype, which numpy
+trusts). scipy's sparse matrices (SMPL's joint regressor) and chumpy's arrays (in published SMPL and MANO files) become
+dense. Time and memory are bounded by the file's length: shared parts are converted once. Our choice; the layouts are
+numpy's, scipy's and chumpy's.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 from hmdiff.errors import UserError
 from hmdiff.files.pickle_machine import Name, PickleError, Shell, run_pickle
 
-MAX_BYTES = 1 << 30  # of a pickle
+MAX_BYTES = 1 << 30  # pickle size in bytes
 _MAX_DEPTH = 64
-_MAX_NODES = 8_000_000  # values visited
-_SLACK = 1 << 28  # bytes that dense copies of sparse arrays and the like may take beyond four times the file
+_MAX_NODES = 8_000_000  # visited values
+_SLACK = 1 << 28  # bytes allowed for dense copies of sparse arrays etc., beyond four times the file size
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
@@ -39,14 +39,14 @@ _ALLOWED = {
     *((module, name) for module in _BUILTINS for name in ("object", "bytes")),
     *((module, "_reconstructor") for module in _COPYREG),
 }
-_KINDS = re.compile(r"[<>=|]?([biufSUO?])(\d{0,6})")  # of the dtypes that an array may have
+_KINDS = re.compile(r"[<>=|]?([biufSUO?])(\d{0,6})")  # allowed dtypes
 
 
 def load_pickle(path: str | Path) -> Any:
-    """Content of a pickle of containers, numbers, strings and arrays; sparse and chumpy arrays come dense.
+    """Content of a pickle of containers, numbers, strings and arrays; sparse and chumpy arrays become dense.
 
     Raises:
-        UserError: the file cannot be read, is not a pickle, or asks for anything else to be constructed.
+        UserError: the file cannot be read, is not a pickle, or constructs any other object.
     """
     path = Path(path)
     try:
@@ -62,7 +62,7 @@ def unpickle(
     content: bytes,
     path: str | Path,  # for the message
 ) -> Any:
-    """`load_pickle` for bytes that were already read, such as an object array's inside an npz."""
+    """`load_pickle` for bytes that were already read, such as an object array inside an npz."""
     try:
         return _Reader(len(content)).read(run_pickle(content, _allowed), 0)
     except Exception as error:  # a damaged pickle can fail in any way
@@ -85,13 +85,13 @@ def _is_sparse(name: Name) -> bool:
 
 
 class _Reader:
-    """Turns what the machine made into plain values, each shared part once, within a budget."""
+    """Converts the interpreter's output to plain values, each shared part once, within a budget."""
 
     def __init__(self, size: int) -> None:
-        self.budget = 4 * size + _SLACK  # bytes that may still be made
+        self.budget = 4 * size + _SLACK  # bytes that may still be allocated
         self.nodes = 0
         self.done: dict[int, Any] = {}
-        self.kept: list[Any] = []  # keeps the ids of `done` alive
+        self.kept: list[Any] = []  # keeps the objects alive whose ids are in `done`
         self.open: set[int] = set()
 
     def read(self, value: Any, depth: int) -> Any:
@@ -152,7 +152,7 @@ class _Reader:
             raise PickleError("far more data than the file holds")
 
     def _encoded(self, value: Shell) -> bytes:
-        """`_codecs.encode` of latin1: how protocol 2 writes the bytes of Python 3, and so numpy's data."""
+        """`_codecs.encode` to latin1: the encoding of Python 3 bytes, and so of numpy data, in protocol 2."""
         text, *encoding = value.arguments
         if not isinstance(text, str) or encoding not in ([], ["latin1"], ["latin-1"]):
             raise PickleError("a codec other than latin1 is not allowed")
@@ -180,7 +180,7 @@ class _Reader:
             objects = np.empty(count, object)
             objects[:] = items if count != 1 else [items[0]]
             for number, item in enumerate(items):
-                objects[number] = item  # numpy would spread an array over the others
+                objects[number] = item  # a slice assignment would broadcast an array
             return objects.reshape(shape, order=order)  # type: ignore[call-overload, no-any-return]
         data = self.read(data, depth)
         data = data.encode("latin1") if isinstance(data, str) else data
@@ -190,7 +190,7 @@ class _Reader:
         self._spend(len(data) + count)
         if kind.itemsize == 0:
             return np.zeros(shape, kind)
-        # A copy, in the order of this machine and writable, as numpy itself would give.
+        # Copy to native byte order, writable, as numpy's own unpickling would.
         found = np.frombuffer(data, kind).astype(kind.newbyteorder("="))
         if kind.kind == "b":
             found = np.frombuffer(data, np.uint8) != 0
@@ -242,7 +242,7 @@ class _Reader:
             if places.size and not (places.min() >= 0 and places.max() < size):
                 raise PickleError(f"a {kind} of {rows} x {columns} with indices outside of it")
         dense = np.zeros((rows, columns), data.dtype)
-        # Not by scipy: its `toarray` writes wherever the indices point, and `check_format` overlooks some.
+        # Not with scipy: its `toarray` writes to unchecked indices, and `check_format` misses some.
         np.add.at(dense, (row, column), data)
         return dense
 
@@ -251,7 +251,7 @@ class _Reader:
 
 
 def _reconstructed(value: Shell) -> tuple[Shell, Name]:
-    """`copyreg._reconstructor(class, object, None)`: how protocols 0 and 1 make an object."""
+    """`copyreg._reconstructor(class, object, None)`: object creation in protocols 0 and 1."""
     if not value.arguments or not isinstance(value.arguments[0], Name):
         raise PickleError("a reconstruction without a class")
     name = value.arguments[0]
@@ -270,7 +270,7 @@ def _pairs(pairs: Any) -> dict[Any, Any]:
 
 
 def _dtype(value: Any) -> str:
-    """A dtype's code from the shell that stands for it: its name and byte order; nothing else of its state is used."""
+    """A dtype's code from its shell: name and byte order; the rest of its state is ignored."""
     if not isinstance(value, Shell) or value.name != Name("numpy", "dtype") or not value.arguments:
         raise PickleError("an array without a dtype")
     code, state = value.arguments[0], value.state
@@ -284,7 +284,7 @@ def _dtype(value: Any) -> str:
     order = "<"
     if isinstance(state, tuple) and len(state) > 1:
         order = state[1] if isinstance(state[1], str) else bytes(state[1]).decode("latin1")
-        # (version, order, subarray, names, fields, itemsize, ...): records are not read
+        # (version, order, subarray, names, fields, itemsize, ...): structured dtypes are refused
         if len(state) > 4 and any(part is not None for part in state[2:5]):
             raise PickleError("a dtype of records is not allowed")
     if order not in tuple("<>=|"):

@@ -1,4 +1,4 @@
-"""YAML as plain values, nothing of it run; and names that a section does not have, with the nearest that it has."""
+"""YAML as plain values, without executing anything; errors for unknown keys, with the nearest known key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hmdiff.errors import UserError
 from hmdiff.files.reading import read_bytes
 
 _MAX_YAML = 1 << 17  # bytes
-_MAX_BRACKETS = 50  # within each other: PyYAML takes a time that grows with the square of their depth
+_MAX_BRACKETS = 50  # nesting depth: PyYAML's time grows with its square
 
 
 def check_keys(
@@ -25,7 +25,7 @@ def check_keys(
     allowed: Iterable[str],
     where: str,
 ) -> None:
-    """Raise a `UserError` that names the nearest allowed key for the first one that is not allowed."""
+    """Raise a `UserError` for the first key that is not allowed, naming the nearest allowed one."""
     allowed = list(allowed)
     for key in given:
         if key not in allowed:
@@ -47,13 +47,13 @@ def read_yaml(path: Path) -> Any:
         depths = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text)
         if max(depths, default=0) > _MAX_BRACKETS:
             raise ValueError(f"more than {_MAX_BRACKETS} brackets within each other")
-        # A dozen lines of anchors, each naming the one before ten times, unfold to 10^12 values.
+        # A dozen lines of nested aliases would expand to 10^12 values.
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise UserError(f"{path}: has YAML aliases (*name), which are not read; write the values out")
         values = OmegaConf.load(io.StringIO(text))
     except UserError:
         raise
-    except Exception as error:  # YAML's own errors have no common base
+    except Exception as error:  # YAML's errors have no common base class
         raise UserError(f"{path}: not valid YAML ({first_line(error)})") from None
     if not OmegaConf.is_dict(values):
         raise UserError(f"{path}: a config is a mapping of keys to values, such as 'seed: 0'")

@@ -1,1 +1,1 @@
-"""People in videos: read, tracked, recovered with hypotheses that agree over time, smoothed, drawn."""
+"""People in videos: reading, tracking, recovery with temporally consistent hypotheses, smoothing, drawing."""

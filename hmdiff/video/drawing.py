@@ -1,6 +1,6 @@
 """The overlay of a video: everybody's mean body over the frames, as an mp4.
 
-Drawn is the coarser mesh of the synthetic pictures (3,000 vertices), within a pixel of the whole. Codecs: `writing`.
+It draws the reduced mesh of the synthetic images (3,000 vertices), within a pixel of the full one. Codecs: `writing`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from hmdiff.video.tracks import VideoTrack
 from hmdiff.video.writing import open_clip
 from hmdiff.viz.overlays import PALETTE, overlay
 
-_DRAWN = 3000  # vertices
+_DRAWN = 3000  # number of vertices
 
 
 def draw_video(
     path: str | Path,
     info: ClipInfo,
     tracks: Sequence[VideoTrack],
-    progress: Callable[[int], None] | None = None,  # told how many frames are drawn
-) -> str:  # the codec
-    """Write the mp4, atomically. Raises `UserError` where it cannot be encoded."""
+    progress: Callable[[int], None] | None = None,  # called with the number of frames drawn
+) -> str:  # codec
+    """Write the mp4 atomically. Raises `UserError` if it cannot be encoded."""
     drawn = []
     for track in tracks:
         mesh = load_mesh(track.body, min(_DRAWN, track.body.num_vertices), fitted=False)
@@ -39,7 +39,7 @@ def draw_video(
                 for track, vertices, faces in drawn
                 if track.frames[0] <= frame.number <= track.frames[-1]
             ]
-            # The farthest first, so that who is in front covers who is behind.
+            # Farthest first, so that closer people occlude others.
             for track, vertices, faces, row in sorted(here, key=lambda each: -float(each[1][each[3]][:, 2].mean())):
                 body = vertices[row]
                 colour = PALETTE[track.number % len(PALETTE)]

@@ -1,7 +1,7 @@
-"""Frames of a video file, by OpenCV: as they are shown, with their times; damaged frames are counted, not fatal.
+"""Frames of a video file with their times, by OpenCV, in display orientation; damaged frames are counted and skipped.
 
-OpenCV says of a damaged frame what it says of the end, so a reader that stops there loses the rest; here it goes on,
-and a jump of the frames' times tells what was lost. Rotations in the file (phones) are applied by OpenCV. Symbols: H, W
+OpenCV reports a damaged frame like the end of the file, so a reader that stops there loses the rest. Here reading
+continues, and gaps in the frame times reveal lost frames. OpenCV applies the file's rotation (phones). Symbols: H, W
 pixels of a frame.
 """
 
@@ -17,24 +17,24 @@ import numpy as np
 
 from hmdiff.errors import UserError
 
-# FFmpeg's own lines about damage: ours says it once. It is read when OpenCV first opens a video.
+# Silence FFmpeg's own messages about damage: we report it once. Read when OpenCV first opens a video.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
-_LOST = 1.5  # frame durations between two frames from which one is missing
-_GIVE_UP = 50  # attempts in a row that fail: behind the end, where a header does not count its frames
-_USUAL_RATE = 30.0  # frames a second, where a file does not say
+_LOST = 1.5  # gap between frames, in frame durations, above which a frame is missing
+_GIVE_UP = 50  # consecutive failures that mean the end, if the header does not count frames
+_USUAL_RATE = 30.0  # frames per second, if the file does not state it
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipInfo:
-    """What a video's header says."""
+    """The header of a video."""
 
     path: Path
-    width: int  # pixels, as shown
+    width: int  # pixels, as displayed
     height: int
-    frame_rate: float  # frames a second
-    frames: int  # as the header counts; 0 where it does not
+    frame_rate: float  # frames per second
+    frames: int  # as stated in the header; 0 if unknown
 
     @property
     def size(self) -> tuple[int, int]:
@@ -43,25 +43,25 @@ class ClipInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    number: int  # of those that were decoded, from 0
+    number: int  # index among the decoded frames
     time: float  # seconds
-    picture: np.ndarray | None  # (H, W, 3) uint8 RGB; None where it was skipped over
-    lost: int = 0  # frames before it that could not be decoded
+    picture: np.ndarray | None  # (H, W, 3) uint8 RGB; None if skipped
+    lost: int = 0  # number of undecodable frames before it
 
 
 def is_clip(path: Path) -> bool:
-    """By its name: pictures are told from videos before any is opened."""
+    """Whether the file name is a video's: tells images and videos apart without opening them."""
     return path.suffix.lower() in SUFFIXES
 
 
 def clip_info(path: str | Path) -> ClipInfo:
-    """Raises `UserError` for a file that is missing, or no video that OpenCV can read."""
+    """Raises `UserError` if the file is missing, or not a video that OpenCV can read."""
     path = Path(path)
     capture = _open(path)
     try:
         width, height = (int(capture.get(each)) for each in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         rate, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        done, picture = capture.read()  # a header may be whole where nothing behind it is
+        done, picture = capture.read()  # a valid header may be followed by no valid frame
     finally:
         capture.release()
     if not done:
@@ -73,9 +73,9 @@ def clip_info(path: str | Path) -> ClipInfo:
 
 def read_frames(
     info: ClipInfo,
-    first: int = 0,  # frames before it are passed over quickly: their picture is None
+    first: int = 0,  # earlier frames are skipped quickly: their picture is None
 ) -> Iterator[Frame]:
-    """All frames in their order. A frame of another size than the first (a damaged one) counts as lost.
+    """All frames in order. A frame with another size than the first (damage) counts as lost.
 
     Raises:
         UserError: the file can no longer be opened.
@@ -84,7 +84,7 @@ def read_frames(
     duration, before, number, lost, failed = 1 / info.frame_rate, -1 / info.frame_rate, 0, 0, 0
     try:
         while failed < _GIVE_UP:
-            if not capture.grab():  # the end, or a frame that cannot be decoded: then others may follow
+            if not capture.grab():  # the end, or an undecodable frame that others may follow
                 failed += 1
                 if info.frames and number + lost + failed > info.frames:
                     break

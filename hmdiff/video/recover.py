@@ -1,8 +1,8 @@
 """A video in, a track of bodies for every person out: `pipe.video("clip.mp4")`.
 
-The noise of a hypothesis is a function of (seed, track, hypothesis) alone, so it is the same in all frames of a track:
-hypothesis 7 of one frame and of the next differ by what was seen, not by chance (`diffusion.sampling`). What remains is
-smoothed (`smoothing`). P people of a frame.
+The noise of a hypothesis depends only on (seed, track, hypothesis), so it is the same in all frames of a track:
+hypothesis 7 changes between frames because of the input, not by chance (`diffusion.sampling`). The remaining jitter is
+smoothed (`smoothing`). P people in a frame.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from hmdiff.video.smoothing import SIGMA
 from hmdiff.video.tracking import Tracker, same_person
 from hmdiff.video.tracks import VideoTrack, assemble
 
-FRAMES_AT_ONCE = 16  # of a chunk: what a kill loses at most
-PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; changes no result
-_FAINT = 0.1  # confidence of a keypoint that a box is drawn about
-FLICKER = 3  # sightings; a track of fewer is left out, where the video is longer
+FRAMES_AT_ONCE = 16  # per chunk: the most that a kill can lose
+PEOPLE_AT_ONCE = 16  # bounds the memory of the meshes; does not change results
+_FAINT = 0.1  # minimum confidence of a keypoint inside a box
+FLICKER = 3  # minimum sightings of a track; shorter ones are dropped, unless the video is short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Video:
 
     info: ClipInfo
     tracks: tuple[VideoTrack, ...]
-    notes: tuple[str, ...]  # what was left out: frames that cannot be decoded, frames without people, flickers
+    notes: tuple[str, ...]  # omissions: undecodable frames, frames without people, short tracks
     source: str
 
     def save(self, folder: str | Path, name: str | None = None, overlay: bool = True) -> list[Path]:
-        """NAME_track_0.npz, ... with _animated.glb and .bvh, and NAME_overlay.mp4; returns the npz of each track."""
+        """Write NAME_track_0.npz, ... with _animated.glb and .bvh, and NAME_overlay.mp4; returns the npz paths."""
         from hmdiff.files.storage import make_folder
         from hmdiff.video.drawing import draw_video
 
@@ -62,19 +62,19 @@ class Video:
 
 @torch.no_grad()
 def recover_video(
-    pipe: Any,  # an `HMDiffPipeline`, which has this as a method: naming its type here would close a circle
+    pipe: Any,  # an `HMDiffPipeline`, which calls this in a method: importing the type would be circular
     clip: str | Path,
     num_hypotheses: int = 25,
     seed: int = 0,
-    smoothing: float = SIGMA,  # seconds, see `smoothing`; 0: every frame as it was recovered
-    camera: PhotoCamera | None = None,  # of all frames; None: a focal length of the frame's diagonal
+    smoothing: float = SIGMA,  # seconds, see `smoothing`; 0: no smoothing
+    camera: PhotoCamera | None = None,  # camera of all frames; None: the focal length is the frame's diagonal
     source: PoseSource | None = None,  # None: the pipeline's
-    folder: Path | None = None,  # where chunks are kept, to go on from; None: nowhere
-    progress: Callable[[int, int], None] | None = None,  # told how many frames are done, and of how many (0: unknown)
-    share_noise: bool = True,  # False: other noise in every frame, to see what sharing it is good for
-    **sampling: Any,  # num_inference_steps, scheduler, eta, guidance, as the pipeline takes them
+    folder: Path | None = None,  # folder of the chunks, for resuming; None: keep no files
+    progress: Callable[[int, int], None] | None = None,  # called with the frames done and their total (0: unknown)
+    share_noise: bool = True,  # False: independent noise per frame, for comparison
+    **sampling: Any,  # num_inference_steps, scheduler, eta, guidance of the pipeline
 ) -> Video:
-    """Raises `UserError` for a file that is no video, or one in which nobody is found."""
+    """Raises `UserError` if the file is not a video, or nobody is detected."""
     info = clip_info(clip)
     if pipe.model.config.depth_map:
         raise UserError("this checkpoint reads depth maps, which a video has none of; take one without")
@@ -94,7 +94,7 @@ def recover_video(
     }
     kept, tracker = Kept(folder, settings), Tracker()
     chunks = kept.read()
-    for chunk in chunks:  # the tracker goes through what is done once more
+    for chunk in chunks:  # replay finished chunks through the tracker
         for frame in np.unique(chunk.get("frame", np.zeros(0))):
             here = chunk["frame"] == frame
             tracker.replay(float(chunk["time"][here][0]), chunk["points"][here], chunk["track"][here].tolist())
@@ -131,7 +131,7 @@ def _groups(frames: Iterator[Frame], size: int, first: int) -> Iterator[list[Fra
 
 @dataclasses.dataclass
 class _Look:
-    """What a source sees in a frame, with the video's camera; and who is who."""
+    """Detection and tracking of the people in a frame, with the video's camera."""
 
     source: PoseSource
     info: PhotoInfo
@@ -141,8 +141,8 @@ class _Look:
         self,
         frame: Frame,
         tracker: Tracker,
-    ) -> list[tuple[int, Heatmaps, np.ndarray]]:  # number of the track, heatmaps of one person, points (J, 3)
-        """A detector overlooks people in single frames: who is missing is looked for where they should be."""
+    ) -> list[tuple[int, Heatmaps, np.ndarray]]:  # track number, one person's heatmaps, points (J, 3)
+        """Detect and track people. People that the detector missed are searched at their predicted positions."""
         assert frame.picture is not None
         found = self._people(frame.picture, None)
         numbers = tracker.update(frame.time, np.array([points for _, points in found]))
@@ -161,7 +161,7 @@ class _Look:
 
     def _people(
         self, picture: np.ndarray, box: tuple[float, ...] | None
-    ) -> list[tuple[Heatmaps, np.ndarray]]:  # none where nobody is seen
+    ) -> list[tuple[Heatmaps, np.ndarray]]:  # empty if nobody is detected
         try:
             maps = glance_of(self.source)(picture, None if box is None else [box]).heatmaps
         except UserError:
@@ -180,7 +180,7 @@ def _chunk(
     share_noise: bool,
     sampling: dict[str, Any],
 ) -> Rows:
-    """Everybody in some frames, recovered in batches."""
+    """Recover everybody in a chunk of frames, in batches."""
     people: list[tuple[Frame, int, Heatmaps, np.ndarray, Tensor | None]] = []
     reads_pictures = pipe.model.config.inputs != "heatmaps"
     for frame in frames:

@@ -1,7 +1,7 @@
-"""What was recovered frame by frame, before anything is smoothed: rows of one person in one frame, kept in files.
+"""Results per person and frame before smoothing, stored in chunks.
 
-A chunk of frames is one npz in a folder beside the results, written when it is done: a video that was stopped goes on
-behind the last. S sightings, N hypotheses, K body joints, B betas, J keypoints.
+A chunk of frames is one npz in a folder beside the results, written when complete: an interrupted video resumes after
+the last one. S sightings, N hypotheses, K body joints, B betas, J keypoints.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from hmdiff.files.storage import atomic_file, make_folder
 
 ABOUT = "settings.json"
 Rows = dict[str, np.ndarray]
-# One row a sighting: frame, time (S,); track (S,); points (S, J, 3) photo pixels and confidence; pose (S, N, K, 3);
-# betas (S, N, B); root (S, N, 3) the pelvis in the camera's frame; joints (S, N, K, 3) relative to it;
+# One row per sighting: frame, time (S,); track (S,); points (S, J, 3) photo pixels and confidence; pose (S, N, K, 3);
+# betas (S, N, B); root (S, N, 3) the pelvis in the camera frame; joints (S, N, K, 3) relative to it;
 # log_likelihood (S, N); distance (S,) pixels; side (S,); spread_mm (S,); confidence (S,); focal (S,);
 # principal_point (S, 2).
-COLUMNS = 2  # counted up when they change: chunks that were kept by an earlier version are then recovered again
-PER_CHUNK = ("frame_times", "lost")  # (frames,) seconds; numbers of the frames before which some could not be decoded
+COLUMNS = 2  # version of the columns: chunks of earlier versions are recovered again
+PER_CHUNK = ("frame_times", "lost")  # (frames,) seconds; numbers of the frames that follow undecodable ones
 
 
 def joined(chunks: Sequence[Rows]) -> Rows:
-    """All of a video's rows; empty chunks have none of a sighting's columns."""
+    """All rows of a video; empty chunks have no sighting columns."""
     names = {name for chunk in chunks for name in chunk}
     return {name: np.concatenate([chunk[name] for chunk in chunks if name in chunk]) for name in names}
 
 
 def remove_chunks(folder: Path) -> None:
-    """Once the results are written; only files that were made here go."""
+    """Delete the chunks once the results are written; other files are kept."""
     for path in [*folder.glob("[0-9]*.npz"), folder / ABOUT]:
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -42,7 +42,7 @@ def remove_chunks(folder: Path) -> None:
 
 
 class Kept:
-    """The folder of chunks of one video, or nothing where the caller wants no files."""
+    """The chunk folder of one video, or nothing if the caller wants no files."""
 
     def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
         self.folder = folder
@@ -53,14 +53,14 @@ class Kept:
         if folder.exists() and not known.is_file() and any(folder.iterdir()):
             raise UserError(f"{folder}: is there already and was not written by hmdiff; move it")
         if known.is_file() and known.read_text(encoding="utf-8") != about:
-            remove_chunks(folder)  # of other settings, or of another video of this name
+            remove_chunks(folder)  # chunks of other settings, or of another video with this name
         make_folder(folder)
         if not known.is_file():
             with atomic_file(known) as temporary:
                 temporary.write_text(about, encoding="utf-8")
 
     def read(self) -> list[Rows]:
-        """Chunks from the first on; what lies behind a missing or damaged one is recovered again."""
+        """The chunks in order, up to the first missing or damaged one; the rest is recovered again."""
         chunks: list[Rows] = []
         while self.folder is not None and (path := self._path(len(chunks))).is_file():
             try:

@@ -1,30 +1,29 @@
-"""Smoothing of hypotheses over time: a Gaussian kernel that does not reach across modes.
+"""Smoothing of hypotheses over time, with a Gaussian kernel that does not mix modes.
 
-A hypothesis keeps its noise along a track, so its bodies follow each other from frame to frame, but for jitter of the
-heatmaps, and for jumps where it falls into another mode (an arm in front, then behind). The mean of two modes is
-neither. So the kernel has two factors, as a bilateral filter (Tomasi and Manduchi, ICCV 1998) has:
+A hypothesis keeps its noise along a track, so its bodies are consistent over frames, except for heatmap jitter and for
+jumps to another mode (an arm in front, then behind). The mean of two modes is neither. The kernel therefore has two
+factors, like a bilateral filter (Tomasi and Manduchi, ICCV 1998):
 
     w_ts = exp(-(t - s)^2 / 2 sigma^2) exp(-d_ts^2 / 2 delta^2)
 
-where d_ts is how far the bodies of the two frames are apart, root-relative joints. Rotations are averaged as matrices
-and brought back to rotations (the chordal mean: Hartley et al., IJCV 2013). It looks ahead as much as back, so nothing
-lags; it is not for live pictures. Where the first or the last frame cuts the kernel, which would hold a walker back,
-the weights are those of a line fitted by the kernel (local linear regression: Fan, JASA 1992). All is our choice. F
-frames, K joints.
+where d_ts is the distance of the root-relative joints of both frames. Rotations are averaged as matrices and projected
+to rotations (the chordal mean: Hartley et al., IJCV 2013). The kernel is symmetric in time: no lag, but not for live
+video. At the ends of a track, where a one-sided kernel would hold a walker back, the weights are those of a line fitted
+with the kernel (local linear regression: Fan, JASA 1992). All is our choice. F frames, K joints.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-SIGMA = 0.06  # seconds; the least error of the acceleration (tools/build/jitter.py)
+SIGMA = 0.06  # seconds; minimises the acceleration error (tools/build/jitter.py)
 DELTA = 0.06  # metres, root mean square over the joints
 _REACH = 3.0  # sigmas
 
 
 def kernel(
     times: np.ndarray,  # (F,) seconds, ascending
-    joints: np.ndarray | None,  # (F, K, 3) metres, root-relative; None: time alone counts
+    joints: np.ndarray | None,  # (F, K, 3) metres, root-relative; None: weights from time only
     sigma: float = SIGMA,
     delta: float = DELTA,
 ) -> np.ndarray:  # (F, F) rows sum to 1
@@ -43,7 +42,7 @@ def kernel(
 
 
 def _level(times: np.ndarray, weights: np.ndarray, reach: float) -> np.ndarray:  # (F, F)
-    """Factors by which the rows that the ends cut have their weighted mean time at their own frame."""
+    """Factors that move the weighted mean time of rows cut by the ends back to their own frame."""
     ahead = times[None] - times[:, None]
     first, second = (weights * ahead).sum(1), (weights * ahead**2).sum(1)
     cut = (times - times[0] < reach) | (times[-1] - times < reach)
@@ -66,11 +65,11 @@ def mean_rotations(
 
 
 def filled(
-    frames: np.ndarray,  # (S,) of the sightings, ascending
+    frames: np.ndarray,  # (S,) sighting frames, ascending
     values: np.ndarray,  # (S, ...)
     wanted: np.ndarray,  # (F,) frames between the first and the last
 ) -> np.ndarray:  # (F, ...)
-    """Linear in between; what was seen stays as it is."""
+    """Linear interpolation between sightings, whose values are kept."""
     right = np.searchsorted(frames, wanted).clip(1, max(len(frames) - 1, 1))
     if len(frames) == 1:
         return np.repeat(values, len(wanted), 0)
@@ -85,6 +84,6 @@ def filled_rotations(
     rotations: np.ndarray,  # (S, K, 3, 3)
     wanted: np.ndarray,  # (F,)
 ) -> np.ndarray:  # (F, K, 3, 3)
-    """As `filled`, brought back to rotations."""
+    """As `filled`, projected to rotations."""
     mean = filled(frames, rotations, wanted)
     return mean_rotations(mean, np.eye(len(mean)))

@@ -1,9 +1,9 @@
-"""Who is who from frame to frame: people are assigned to tracks by their keypoints.
+"""Tracking by keypoints: assigns the people of each frame to tracks.
 
-One linear assignment a frame (scipy) between the tracks' predicted keypoints, of constant velocity, and those that were
-seen. The trackers one can install were looked at: norfair (BSD-3) needs filterpy, which nobody has maintained since
-2018, `trackers` (Apache-2.0) needs supervision and numpy 2, boxmot is AGPL; all match boxes or bare points, while our
-sources give keypoints with confidences, which keep two people apart whose boxes are one. Nor have they weak
+One linear assignment (scipy) per frame between the tracks' predicted keypoints (constant velocity) and the detected
+ones. Existing trackers were considered: norfair (BSD-3) needs filterpy, unmaintained since 2018, `trackers`
+(Apache-2.0) needs supervision and numpy 2, boxmot is AGPL. All match boxes or points without confidence, while our
+sources give keypoints with confidence, which separate two people whose boxes coincide. Our sources also have no weak
 detections, for which ByteTrack (arXiv 2110.06864) was made. P people, T tracks, J keypoints.
 """
 
@@ -15,22 +15,22 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-_FAR = 0.35  # mean distance of two people's keypoints, as a share of the person's extent, beyond which they are two
-_SAME = 0.1  # the same, under which two sightings of one frame are one
-_FAINT = 0.1  # confidence of a keypoint that counts
-_VELOCITY = 0.7  # seconds without a sighting after which nothing is predicted any more
-_LOOK_AGAIN = 0.5  # seconds after a sighting in which a detector may have overlooked somebody
-_AWAY = 1.0  # seconds after which a person who comes back is somebody new
-_JUMP = 0.05  # of the person's extent, root mean square over the joints: farther from both neighbours is a jump,
-_ACCELERATION = 30.0  # beyond what bodies do; extents / s^2, about 50 m/s^2
+_FAR = 0.35  # mean keypoint distance, relative to the person's extent, above which two people differ
+_SAME = 0.1  # the same, below which two sightings in a frame are one person
+_FAINT = 0.1  # minimum confidence of a keypoint
+_VELOCITY = 0.7  # seconds without a sighting after which the velocity is dropped
+_LOOK_AGAIN = 0.5  # seconds after a sighting during which a missed person is searched
+_AWAY = 1.0  # seconds after which a returning person gets a new track
+_JUMP = 0.05  # relative to the extent, RMS over the joints: minimum distance of a jump from both neighbours,
+_ACCELERATION = 30.0  # and its minimum acceleration, above that of bodies; extents / s^2, about 50 m/s^2
 
 
 @dataclasses.dataclass
 class _Track:
     number: int
-    time: float  # of the last sighting
-    points: np.ndarray  # (J, 3) then
-    velocity: np.ndarray  # (2,) pixels a second, of the whole person
+    time: float  # last sighting
+    points: np.ndarray  # (J, 3) at that time
+    velocity: np.ndarray  # (2,) pixels per second, of the whole person
 
     def predicted(self, time: float) -> np.ndarray:  # (J, 2)
         ahead = time - self.time
@@ -38,7 +38,7 @@ class _Track:
 
 
 class Tracker:
-    """Gives everybody seen in a frame the number of their track; frames must come in order of time."""
+    """Assigns track numbers to the people of each frame; frames must come in temporal order."""
 
     def __init__(self) -> None:
         self._tracks: list[_Track] = []
@@ -48,14 +48,14 @@ class Tracker:
         self,
         time: float,  # seconds
         people: np.ndarray,  # (P, J, 3) photo pixels and confidence
-    ) -> list[int]:  # P numbers, counted from 0 in the order in which people were first seen
+    ) -> list[int]:  # P track numbers, from 0 in order of first appearance
         self._tracks = [each for each in self._tracks if time - each.time <= _AWAY]
         numbers = [-1] * len(people)
         if self._tracks and len(people):
             cost = np.array(
                 [[_distance(each.predicted(time), each.points, seen) for seen in people] for each in self._tracks]
             )
-            # What is too far costs more than all that is near: the assignment then leaves it to the end.
+            # Cap infinite costs, still far above the limit, so that the assignment prefers valid pairs.
             for track, person in zip(*linear_sum_assignment(np.minimum(cost, 10 * _FAR)), strict=True):
                 if cost[track, person] <= _FAR:
                     numbers[person] = self._tracks[track].number
@@ -71,9 +71,9 @@ class Tracker:
         self,
         time: float,
         people: np.ndarray,  # (P, J, 3)
-        numbers: Sequence[int],  # P, as `update` gave them
+        numbers: Sequence[int],  # P, as returned by `update`
     ) -> None:
-        """Take a frame as it was decided before, to go on behind it."""
+        """Process an already assigned frame, for resuming."""
         self._tracks = [each for each in self._tracks if time - each.time <= _AWAY]
         known = {each.number: each for each in self._tracks}
         for points, number in zip(people, numbers, strict=True):
@@ -85,8 +85,8 @@ class Tracker:
 
     def missed(
         self,
-        time: float,  # seconds, of the frame that `update` was just given
-    ) -> list[np.ndarray]:  # each (J, 3): where somebody should be who was seen shortly before and is not now
+        time: float,  # seconds, the frame last passed to `update`
+    ) -> list[np.ndarray]:  # each (J, 3): predicted keypoints of people seen recently but not in this frame
         gone = [each for each in self._tracks if 0 < time - each.time <= _LOOK_AGAIN]
         return [np.concatenate([each.predicted(time), each.points[:, 2:]], 1) for each in gone]
 
@@ -100,20 +100,20 @@ class Tracker:
 
 
 def same_person(first: np.ndarray, second: np.ndarray) -> bool:  # (J, 3) each
-    """Whether two sightings of one frame are of one person."""
+    """Whether two sightings in one frame are the same person."""
     return _distance(first[:, :2], first, second) < _SAME
 
 
 def jumps(
-    times: np.ndarray,  # (S,) seconds, ascending, of one person's sightings
+    times: np.ndarray,  # (S,) seconds, ascending, one person's sightings
     points: np.ndarray,  # (S, J, 3) photo pixels and confidence
 ) -> np.ndarray:  # (S,) bool
-    """Sightings far from both neighbours, which agree: for one frame the estimator put the joints elsewhere.
+    """Single-frame errors of the estimator: sightings far from both neighbours, which agree with each other.
 
-    Far from the point between the neighbours, and farther than they are from each other but for the person's walk. Of
-    two jumps side by side the greater counts, so that no two neighbours are taken out. Our choice.
+    A jump is far from the point between its neighbours, and farther than they are from each other apart from the
+    walking speed. Of two adjacent jumps only the larger counts, so adjacent frames are never both removed. Our choice.
     """
-    away = np.zeros(len(points))  # pixels, of those that jump
+    away = np.zeros(len(points))  # pixels, nonzero for jumps
     clear = points[..., 2] > _FAINT
     for here in range(1, len(points) - 1):
         every = clear[here - 1 : here + 2].all(0)
@@ -131,16 +131,16 @@ def jumps(
     return found
 
 
-def _rms(offsets: np.ndarray) -> float:  # of (J, 2)
+def _rms(offsets: np.ndarray) -> float:  # (J, 2)
     return float(np.sqrt(np.square(offsets).sum(-1).mean()))
 
 
 def _distance(
     predicted: np.ndarray,  # (J, 2)
-    before: np.ndarray,  # (J, 3) the sighting that it was predicted from
+    before: np.ndarray,  # (J, 3) the sighting that the prediction is based on
     seen: np.ndarray,  # (J, 3)
 ) -> float:
-    """Mean distance of the keypoints that both have, over the person's extent; inf where there are none."""
+    """Mean distance of common keypoints, relative to the person's extent; inf without common ones."""
     both = (before[:, 2] > _FAINT) & (seen[:, 2] > _FAINT)
     if not both.any():
         return float("inf")

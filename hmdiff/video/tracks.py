@@ -1,8 +1,8 @@
-"""`VideoTrack`: one person over the frames of a video, N hypotheses whose bodies follow each other; and its files.
+"""`VideoTrack`: one person over the frames of a video, as N temporally consistent hypotheses; and its output files.
 
-Every hypothesis has one shape, the mean of its betas over the track: people do not grow from frame to frame. Frames in
-which nobody was seen are filled in between two sightings, and marked. All is in the camera's frame (x right, y down,
-z forward; metres), which the camera's own motion is part of. F frames, N hypotheses, K joints, B betas, V vertices.
+Each hypothesis has one shape, the mean of its betas over the track. Frames between two sightings are interpolated and
+marked. Everything is in the camera frame (x right, y down, z forward; metres), so the camera's own motion is included.
+F frames, N hypotheses, K joints, B betas, V vertices.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ _AT_ONCE = 32  # frames whose meshes are in memory
 
 @dataclasses.dataclass(frozen=True)
 class VideoTrack:
-    number: int  # from 0, in the order in which people were first seen
-    frames: np.ndarray  # (F,) numbers, one after the other
+    number: int  # from 0, in order of first appearance
+    frames: np.ndarray  # (F,) consecutive frame numbers
     times: np.ndarray  # (F,) seconds
-    seen: np.ndarray  # (F,) bool: False where the frame was filled in
+    seen: np.ndarray  # (F,) bool: False for interpolated frames
     pose: Tensor  # (N, F, K, 3) axis-angles
     betas: Tensor  # (N, B)
-    translation: Tensor  # (N, F, 3) metres, as `Body.forward` takes it
-    selected: int  # the hypothesis to show where it must be one
-    points: np.ndarray  # (F, J, 3) keypoints as the source saw them, photo pixels and confidence; 0 where not seen
-    spread_mm: np.ndarray  # (F,) mean over the surface, before smoothing; NaN where not seen
-    # (F,) 0..1, the share of the mean body's surface expected within 100 mm of the truth, relative to the pelvis and
-    # before smoothing; NaN where not seen, and where this way of sampling is uncalibrated
+    translation: Tensor  # (N, F, 3) metres, for `Body.forward`
+    selected: int  # the hypothesis to show if only one is shown
+    points: np.ndarray  # (F, J, 3) keypoints of the source, photo pixels and confidence; 0 if not seen
+    spread_mm: np.ndarray  # (F,) mean over the surface, before smoothing; NaN if not seen
+    # (F,) 0..1, the fraction of the mean body's surface expected within 100 mm of the ground truth, root-relative and
+    # before smoothing; NaN if not seen, or if the sampling settings are uncalibrated
     confidence: np.ndarray
-    side: np.ndarray  # (F,) pixels of the crop; NaN where not seen
+    side: np.ndarray  # (F,) pixels, side of the crop; NaN if not seen
     focal: float  # pixels
     principal_point: np.ndarray  # (2,)
     body: Body
 
     @property
     def frame_rate(self) -> float:
-        """Frames a second, in the mean."""
+        """Mean frames per second."""
         return (len(self.times) - 1) / float(self.times[-1] - self.times[0]) if len(self.times) > 1 else 30.0
 
     @property
     def mean(self) -> tuple[Tensor, Tensor, Tensor]:  # pose (F, K, 3), betas (B,), translation (F, 3)
-        """The mean body: chordal means of the hypotheses' rotations, of mean shape, where they are in the mean."""
+        """The mean body: chordal means of the hypotheses' rotations, mean shape and mean position."""
         rotations = axis_angle_to_matrix(self.pose).cpu().numpy()
         count = len(rotations)
         mean = mean_rotations(rotations.reshape(count, -1, 3, 3), np.full((1, count), 1 / count))[0]
@@ -60,7 +60,7 @@ class VideoTrack:
         return pose, self.betas.mean(0), self.translation.mean(0)
 
     def parameters(self, hypothesis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Pose (F, K, 3), betas (B,) and translation (F, 3) of a hypothesis; None: of the mean body."""
+        """Pose (F, K, 3), betas (B,) and translation (F, 3) of a hypothesis; None: the mean body."""
         if hypothesis is None:
             return self.mean
         return self.pose[hypothesis], self.betas[hypothesis], self.translation[hypothesis]
@@ -68,8 +68,8 @@ class VideoTrack:
     def vertices(
         self,
         hypothesis: int | None = None,  # None: the mean body
-        body: Body | None = None,  # such as a selection of its vertices; None: the whole body
-    ) -> Tensor:  # (F, V, 3) metres, the camera's frame
+        body: Body | None = None,  # e.g. with a subset of the vertices; None: the whole body
+    ) -> Tensor:  # (F, V, 3) metres, camera frame
         pose, betas, translation = self.parameters(hypothesis)
         body = self.body if body is None else body
         parts = [
@@ -78,8 +78,8 @@ class VideoTrack:
         ]
         return torch.cat(parts)
 
-    def keypoint_distance(self) -> np.ndarray:  # (F,) pixels; NaN where not seen
-        """From the mean body's keypoints to those that were seen."""
+    def keypoint_distance(self) -> np.ndarray:  # (F,) pixels; NaN if not seen
+        """Distance of the mean body's keypoints to the detected ones."""
         found = np.full(len(self.frames), np.nan)
         if self.body.keypoint_regressor is None:
             return found
@@ -93,7 +93,7 @@ class VideoTrack:
         return found
 
     def arrays(self) -> dict[str, Any]:
-        """The npz of `hmdiff sample clip.mp4`."""
+        """The contents of the npz of `hmdiff sample clip.mp4`."""
         pose, betas, translation = self.mean
         return {
             "frames": self.frames,
@@ -118,7 +118,7 @@ class VideoTrack:
         }
 
     def save(self, stem: str | Path, more: dict[str, Any] | None = None) -> None:
-        """STEM.npz (parameters), STEM_animated.glb (the mean and every hypothesis as clips), STEM.bvh (the mean)."""
+        """Write STEM.npz (parameters), STEM_animated.glb (clips of mean and hypotheses), STEM.bvh (the mean)."""
         from hmdiff.viz.animation import Clip, save_animated_glb, save_bvh, shared_shape
         from hmdiff.viz.export import save_npz
 
@@ -139,12 +139,12 @@ class VideoTrack:
 def assemble(
     body: Body,
     number: int,
-    rows: Rows,  # of this track alone, in order of time
+    rows: Rows,  # of this track, in temporal order
     frame_times: np.ndarray,  # (frames,) seconds of all frames of the video
-    sigma: float = SIGMA,  # seconds; 0: the frames as they are
+    sigma: float = SIGMA,  # seconds; 0: no smoothing
     delta: float = DELTA,  # metres
 ) -> VideoTrack:
-    """Fill in, give every hypothesis its one shape, smooth; a lone jump of the estimator then counts as not seen."""
+    """Interpolate, fix each hypothesis's shape, smooth; a single-frame jump of the estimator counts as not seen."""
     if sigma > 0:
         sighted = ~jumps(rows["time"], rows["points"])
         rows = {name: values[sighted] for name, values in rows.items()}
@@ -166,7 +166,7 @@ def assemble(
         roots.append(root)
     pose = matrix_to_axis_angle(torch.from_numpy(np.stack(poses))).float()
     betas = torch.from_numpy(rows["betas"].mean(0)).float()
-    with torch.no_grad():  # the root joint lies where the shape puts it, whatever the pose
+    with torch.no_grad():  # the root joint's position depends on the shape only
         first = body.joint_template[0].cpu() + betas @ body.joint_shapedirs[0].cpu().mT
     translation = torch.from_numpy(np.stack(roots)).float() - first[:, None]
     every = torch.from_numpy(rows["joints"]).transpose(0, 1).flatten(1, 2)[None]  # (1, N, F K, 3)

@@ -1,8 +1,7 @@
-"""Frames into an mp4: H.264 by PyAV where it is installed, else MPEG-4 part 2 by OpenCV.
+"""Frames to an mp4: H.264 by PyAV if installed, else MPEG-4 part 2 by OpenCV.
 
 Browsers, phones and messengers play H.264; MPEG-4 part 2 plays in VLC, ffplay and QuickTime. OpenCV's wheels have no
-H.264 encoder. PyAV (BSD) has one in its wheels, x264, which is under the GPL: so it is an extra, `video`, and never
-needed. There is no sound.
+H.264 encoder. PyAV (BSD) ships x264, which is under the GPL, and is therefore an optional extra, `video`. No sound.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from hmdiff.errors import UserError
 
 H264 = "H.264"
 INSTALL = 'pip install "hmdiff[video]"'
-_QUALITY = "20"  # x264's CRF: hardly to be told from the frames
+_QUALITY = "20"  # x264's CRF: visually lossless
 _CODEC = "mp4v"
 
 
 class ClipWriter(Protocol):
-    codec: str  # as a player names it
+    codec: str  # name shown by players
 
     def write(self, picture: np.ndarray) -> None:
         """Add a frame, (H, W, 3) uint8 RGB."""
@@ -41,9 +40,9 @@ def open_clip(
     path: str | Path,  # .mp4
     size: tuple[int, int],  # width, height
     frame_rate: float,
-    named: str | Path | None = None,  # the file in messages, where `path` is a temporary one
+    named: str | Path | None = None,  # file name for messages, if `path` is temporary
 ) -> ClipWriter:
-    """Raises `UserError` where neither PyAV nor OpenCV can write such a video."""
+    """Raises `UserError` if neither PyAV nor OpenCV can write such a video."""
     if h264_available():
         return _PyAVWriter(path, size, frame_rate)
     return _OpenCVWriter(path, size, frame_rate, path if named is None else named)
@@ -54,7 +53,7 @@ def h264_available() -> bool:
         import av
 
         av.codec.Codec("h264", "w")
-    except Exception:  # not installed, or built without an encoder: the error's class is av's own
+    except Exception:  # not installed, or built without the encoder: av raises its own type
         return False
     return True
 
@@ -80,7 +79,7 @@ class _PyAVWriter(_Closing):
 
         self._av, self._container = av, av.open(str(path), "w", format="mp4", options={"movflags": "faststart"})
         stream: Any = self._container.add_stream("h264", rate=Fraction(frame_rate).limit_denominator(10_000))
-        # Colours have half the resolution, so the picture has even sides: an odd one gets its last line twice.
+        # Chroma has half the resolution, so sides must be even: repeat the last line of odd ones.
         stream.width, stream.height = (side + side % 2 for side in size)
         stream.pix_fmt, stream.options = "yuv420p", {"crf": _QUALITY}
         self._stream = stream
