@@ -1,11 +1,11 @@
-"""HMDiffPipeline: photos or heatmaps in, several meshes of every person out.
+"""HMDiffPipeline: from photos or heatmaps to several meshes per person.
 
     pipe = HMDiffPipeline.from_pretrained("hmdiff_small")
     output = pipe(heatmaps=heatmaps, num_hypotheses=25, seed=0)
     output.vertices  # (B, 25, V, 3) metres
 
-`pipeline` is the assembly; `inputs` checks what comes in, `cameras` holds the frames, `reverse` runs the reverse
-process in chunks, `surface` fits the bodies, `saved` is the folder on disk, `calibrated` the temperatures.
+Modules: `pipeline` is the assembly, `inputs` checks the inputs, `cameras` holds the frames, `reverse` runs the reverse
+process in chunks, `surface` fits the bodies, `saved` reads and writes pipelines, `calibrated` holds the temperatures.
 """
 
 from __future__ import annotations

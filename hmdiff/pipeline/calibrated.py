@@ -1,4 +1,4 @@
-"""The temperatures of a pipeline: what its hypotheses' spread is worth, by the way of sampling."""
+"""Temperature scaling of a pipeline's hypothesis spread, one temperature per sampling configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hmdiff.output import MeshOutput, keypoint_distance, projected_keypoints
 
 
 class Calibrated:
-    """What `HMDiffPipeline` knows of its spread."""
+    """Mixin of `HMDiffPipeline`: the fitted temperatures."""
 
     scheduler: Scheduler
     num_inference_steps: int
@@ -28,7 +28,7 @@ class Calibrated:
     temperatures: dict[Sampling, Temperature]
 
     def resolved(self, sampling: SamplingConfig) -> SamplingConfig:
-        """The settings with what was saved with the pipeline in place of None; guidance that does nothing as None."""
+        """The settings with None replaced by the pipeline's defaults; guidance without effect becomes None."""
         steps, name, eta = sampling.num_inference_steps, sampling.scheduler, sampling.eta
         return sampling.but(
             num_inference_steps=self.num_inference_steps if steps is None else steps,
@@ -38,19 +38,19 @@ class Calibrated:
         )
 
     def calibration(self, sampling: SamplingConfig) -> Temperature | None:
-        """What was fitted for this way of sampling: temperature, factor of the evidence, confidence. None: nothing."""
+        """Temperature, evidence factor and confidence fitted for these settings; None if none were fitted."""
         return self.temperatures.get(Sampling.of(self.resolved(sampling)))
 
     def temperature(self, sampling: SamplingConfig) -> float:
-        """The factor that calibrates the spread of these hypotheses; 1 where none was fitted.
+        """The temperature of a typical person for these settings, 1 if none was fitted.
 
-        Of a person like most that it was fitted on: `MeshOutput.temperature` has everybody's own.
+        `MeshOutput.temperature` has the temperature of each person.
         """
         fitted = self.calibration(sampling)
         return 1.0 if fitted is None else fitted.temperature
 
     def set_temperature(self, fitted: Temperature) -> None:
-        """Use it from now on, and save it with the pipeline; it replaces an older one of the same way of sampling."""
+        """Use this temperature from now on; it is saved with the pipeline and replaces one for the same settings."""
         self.temperatures[fitted.sampling] = fitted
 
 
@@ -58,9 +58,9 @@ def calibrated(
     output: MeshOutput,
     heatmaps: Heatmaps | None,
     side: Tensor,  # (B,) of the crops, photo pixels
-    fitted: Temperature | None,  # for this way of sampling
+    fitted: Temperature | None,  # for these sampling settings
 ) -> MeshOutput:
-    """With what the image says of the spread, and the temperatures of everybody."""
+    """Add each person's image evidence, reprojection errors and temperature to the output."""
     confidence = distance = seen = None
     if heatmaps is not None and output.keypoints is not None:
         assert output.body is not None

@@ -1,7 +1,7 @@
-"""The frames of one call: the photo's camera, that camera turned until the crop is upright, the crop's own.
+"""The frames of one call: the photo's camera, the same camera rolled so that the crop is upright, the crop's own frame.
 
-Everything between the network and the output happens in the photo's camera turned about its axis until the crop is
-upright; `CropCamera.back` turns the result. B people, N hypotheses.
+Between network and output, all computation is in the rolled camera; `CropCamera.back` rotates the result back to the
+photo's camera. B people, N hypotheses.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hmdiff.heatmaps import Crop, heatmap_peaks
 
 @dataclasses.dataclass(frozen=True)
 class CropCamera:
-    """Where the crops of B people lie before the camera."""
+    """Crops of B people and their frames relative to the camera."""
 
     crop: Crop
-    turned: Crop  # upright, in the photo turned about its principal point
+    turned: Crop  # upright, in the photo rotated about its principal point
     principal_in_crop: Tensor  # (B, 2) crop coordinates
-    rotation: Tensor | None  # (B, 3, 3) from the crop's frame to the camera's; None for a model in the camera's frame
+    rotation: Tensor | None  # (B, 3, 3) from the crop's to the camera's frame; None for a model in the camera's frame
 
     @classmethod
     def of(cls, crop: Crop, crop_frame: bool) -> CropCamera:
@@ -49,7 +49,7 @@ class CropCamera:
         camera: Tensor,  # (B, 3) weak perspective in the crop
         hypotheses: int,
     ) -> Tensor:  # (B, N, 3) metres
-        """Where the camera head sees the pelvis, for all hypotheses alike."""
+        """Pelvis position according to the camera head, the same for all hypotheses."""
         to = self.turned
         place = weak_to_full_camera(camera, to.center, to.side, to.focal, to.principal_point)
         return place[:, None].expand(-1, hypotheses, -1)
@@ -60,7 +60,7 @@ class CropCamera:
         heatmaps: Tensor,  # (B, J, H, W)
         prior: Tensor,  # (B, N, 3)
     ) -> Tensor:  # (B, N, 3) metres
-        """Where the heatmaps' peaks see every hypothesis."""
+        """Pelvis position of each hypothesis, fitted to the heatmaps' peaks."""
         peaks, height = heatmap_peaks(heatmaps)
         return perspective_translation_fit(
             keypoints,
@@ -79,12 +79,12 @@ class CropCamera:
         self,
         points: Tensor,  # (B, N, ..., 3)
     ) -> Tensor:
-        """From the turned camera to the photo's."""
+        """From the rolled camera's frame to the photo's."""
         turn = self.crop.turn_3d().mT
         return points @ turn.reshape(len(turn), *[1] * (points.dim() - 3), 3, 3)
 
     def back_fitted(self, fitted: FittedBodies) -> FittedBodies:
-        """Only the root turns: it does so about the pelvis, which is at the origin, so that the translation stays."""
+        """Rotate the root joint back. The translation does not change: the rotation is about the pelvis, the origin."""
         root = self.crop.turn_3d()[:, None] @ axis_angle_to_matrix(fitted.pose[:, :, 0])
         pose = torch.cat([matrix_to_axis_angle(root)[:, :, None], fitted.pose[:, :, 1:]], 2)
         return fitted._replace(pose=pose)

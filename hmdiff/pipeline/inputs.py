@@ -1,4 +1,4 @@
-"""What a call of the pipeline is given, as its model reads it: crops of photos, heatmaps, depth maps."""
+"""Checks the pipeline's inputs and converts them for the model: image crops, heatmaps, depth maps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hmdiff.models.recovery import MeshRecoveryModel
 
 
 def photo_inputs(model: MeshRecoveryModel, found: Sequence[PhotoPeople]) -> tuple[Tensor | None, Heatmaps]:
-    """Everybody in the photos: their crops (B, 3, S, S), where the model reads pictures, and their heatmaps."""
+    """Image crops (B, 3, S, S), if the model takes images, and heatmaps of all people in the photos."""
     heatmaps = concatenate_heatmaps([photo.heatmaps for photo in found])
     if model.config.inputs == "heatmaps":
         return None, heatmaps
@@ -30,8 +30,8 @@ def model_inputs(
     images: Tensor | None,  # (B, 3, S, S) RGB 0..1
     heatmaps: Heatmaps | None,
     names: tuple[str, ...] | None = None,  # of the body's keypoints; None: it has none
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pictures at the model's size, (B, J, H, W), (B, J) bool
-    """Raises `UserError` for an input that the model needs and does not have, or cannot read."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # (B, 3, S, S), heatmaps (B, J, H, W), valid (B, J) bool
+    """Resize images to the model's size. Raises `UserError` for a missing or malformed input."""
     needs = model.config.inputs
     if needs in ("heatmaps", "both") and heatmaps is None:
         raise UserError("this model reads heatmaps: give heatmaps=Heatmaps, from keypoints, a file or mmpose")
@@ -66,7 +66,7 @@ def _whose(names: tuple[str, ...]) -> str:
 def depth_input(
     model: MeshRecoveryModel, device: torch.device, depth: Tensor | None, people: int
 ) -> Tensor | None:  # (B, S, S)
-    """The depth maps, checked against what the model reads. Raises `UserError`."""
+    """Validate the depth maps. Raises `UserError` for missing, superfluous or malformed ones."""
     if not model.config.depth_map:
         if depth is not None:
             raise UserError("this model reads no depth maps: leave depth out, or take one with model.depth_map")

@@ -1,4 +1,4 @@
-"""The assembly: encode once, run the reverse process for N hypotheses, make bodies of them, place them in the photo.
+"""The assembly: encode once, run the reverse process for N hypotheses, fit bodies, place them in the photo.
 
 B people, N hypotheses, V vertices, K body joints, J keypoints (HALPE26).
 """
@@ -49,7 +49,7 @@ Photos = Photo | Sequence[Photo]
 
 
 class HMDiffPipeline(SavedPipeline, Calibrated):
-    """A model, the schedule it was trained with, and its body."""
+    """A model, its diffusion schedule and its body."""
 
     def __init__(
         self,
@@ -74,19 +74,19 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         self.body = body
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.temperatures: dict[Sampling, Temperature] = {}
-        self.aggregator: HypothesisAggregator | None = None  # from N hypotheses to one mesh, where one was trained
+        self.aggregator: HypothesisAggregator | None = None  # optional MLP from N hypotheses to one mesh
         self._source: PoseSource | None = None
-        self.dtype = torch.float32  # what the networks compute in
+        self.dtype = torch.float32  # compute dtype of the networks
 
     @property
     def device(self) -> torch.device:
         return self.model.coarse_ids.device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> HMDiffPipeline:
-        """Move to a device; weights to bfloat16 or float32, which changes how the denoiser computes and nothing else.
+        """Move to a device; set the compute dtype of the networks, float32 or bfloat16 (by autocast).
 
         Raises:
-            UserError: a dtype that the model cannot compute in.
+            UserError: another dtype.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -97,7 +97,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         if device is not None:
             if self.aggregator is not None:
                 self.aggregator.to(device)
-            torch.nn.Module.to(self.model, device)  # ModelMixin's own imports torch's compiler, to look for its hooks
+            torch.nn.Module.to(self.model, device)  # ModelMixin.to is slow: it imports torch's compiler
             self.body.to(device)
             self.faces = self.faces.to(device)
         return self
@@ -115,23 +115,23 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
     @torch.no_grad()
     def __call__(
         self,
-        images: Photos | Tensor | None = None,  # photos, as `read`; or crops (B, 3, S, S) RGB 0..1
+        images: Photos | Tensor | None = None,  # photos, see `read`; or crops (B, 3, S, S) RGB 0..1
         heatmaps: Heatmaps | None = None,
         sampling: SamplingConfig | None = None,  # None: the defaults
         *,
-        photo_sizes: Tensor | None = None,  # (B, 2) width, height in pixels; None: the size that the crop carries
-        focal: Tensor | None = None,  # (B,) pixels; None: the focal length that the crop carries
-        fit_camera: bool = True,  # place every hypothesis where the heatmaps' peaks see it; False: the head's camera
-        people: Sequence[int] | None = None,  # number of every person among all asked for; None: 0, 1, ...
+        photo_sizes: Tensor | None = None,  # (B, 2) width, height in pixels; None: from the crop
+        focal: Tensor | None = None,  # (B,) pixels; None: from the crop
+        fit_camera: bool = True,  # fit each hypothesis' translation to the heatmaps' peaks; False: the camera head
+        people: Sequence[int] | None = None,  # index of each person for the random seed; None: 0, 1, ...
         callback: Callback | None = None,
-        progress: Callable[[int], None] | None = None,  # told how many hypotheses are done
-        depth: Tensor | None = None,  # (B, S, S) of the crops, larger = farther, any scale and shift, NaN = not known
-        **settings: Any,  # of `SamplingConfig`, over `sampling`: num_hypotheses=5, seed=1, guidance=Guidance(), ...
+        progress: Callable[[int], None] | None = None,  # called with the number of hypotheses done
+        depth: Tensor | None = None,  # (B, S, S) of the crops, larger = farther, any scale and shift, NaN = unknown
+        **settings: Any,  # of `SamplingConfig`, override `sampling`: num_hypotheses=5, guidance=Guidance(), ...
     ) -> MeshOutput:
-        """Recover the people. The same seed gives the same result whatever the batch or the device's number of rows.
+        """Recover all people. A seed gives the same result for any batch size.
 
-        `pipe("photo.jpg")` looks for keypoints or heatmaps beside the photo, else its pose estimator looks at it
-        (`pipe.source`); everybody in the photos is a row of the output.
+        `pipe("photo.jpg")` uses keypoint or heatmap files beside the photo, or else the pose estimator `pipe.source`.
+        Each person in the photos is a row of the output.
 
         Raises:
             UserError: an input that the model needs is missing, or a number is out of its range.
@@ -227,7 +227,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         camera: Tensor,  # (B, 3)
         frames: CropCamera,
     ) -> Tensor:  # (B, N, P, 3)
-        """With the last step of guidance, where it has one."""
+        """Apply the last step of guidance (`image_plane`), if enabled."""
         if plan is None or heatmaps is None or plan.guidance.mode != "dat" or plan.guidance.peaks == 0:
             return points
         peaks, confidence = heatmap_peaks(heatmaps)
@@ -250,7 +250,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         points: Tensor,  # (B, N, P, 3) of the diffusion, the camera's axes
         surface: str,
         translation: Tensor,  # (B, N, 3) metres
-    ) -> tuple[Tensor, Tensor, FittedBodies | None]:  # vertices (B, N, V, 3), joints (B, N, K, 3), of (B, N, ...)
+    ) -> tuple[Tensor, Tensor, FittedBodies | None]:  # vertices (B, N, V, 3), joints (B, N, K, 3), fit (B, N, ...)
         coarse = self.model.to_coarse(points)
         if surface == "body":
             return nearest_bodies(self.body, self.model, coarse, translation)
@@ -265,7 +265,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         progress: Callable[[int], None] | None = None,
         plan: GuidancePlan | None = None,
     ) -> tuple[Tensor, GuidanceReport | None]:  # (B, N, P, 3) points of the diffusion
-        """Run the reverse process for all hypotheses, in chunks of bounded size. The direct baseline gives N copies."""
+        """Run the reverse process for all hypotheses. The direct baseline returns N copies."""
         found, sampler = self.resolved(sampling), self.scheduler
         if sampling.scheduler is not None and self.model.config.mode != "direct":
             sampler = change_scheduler(sampler, sampling.scheduler)
@@ -276,9 +276,9 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         conditioning: Conditioning,
         points: Tensor,  # (B, N, P, 3) of the hypotheses, the model's frame
     ) -> tuple[Tensor, Tensor, Tensor] | tuple[()]:
-        """Confidence and σ̂ of the joints and the likelihood of every hypothesis, by RLE where the model has it.
+        """RLE's joint confidence, σ̂ and log-likelihood per hypothesis, if the model has RLE.
 
-        At the last step, where σ̂ is of p(x_0 | image): see `losses/rle.py`.
+        Evaluated at t = T, where σ̂ describes p(x_0 | image), see `losses/rle.py`.
         """
         if "joints" not in self.model.config.rle:
             return ()
@@ -290,7 +290,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         return joint_confidence(scale), scale * self.model.config.mesh_scale, likelihood
 
     def read(self, photos: Photos) -> list[PhotoPeople]:
-        """Photos as the pipeline takes them: a path, a PIL image, an array (H, W, 3) of uint8 RGB, or a list of these.
+        """Find the people in photos: a path, a PIL image, an array (H, W, 3) of uint8 RGB, or a list of these.
 
         Raises:
             UserError: a photo cannot be read, or nobody is found in it.
@@ -301,9 +301,9 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         return [people_in(photo, self.source) for photo in many]
 
     def video(self, clip: str | Path, **options: Any) -> Video:
-        """Everybody in a video as tracks of bodies: `pipe.video("clip.mp4", num_hypotheses=8, smoothing=0.06)`.
+        """Recover and track all people in a video: `pipe.video("clip.mp4", num_hypotheses=8, smoothing=0.06)`.
 
-        Options, and what raises `UserError`: see `hmdiff.video.recover.recover_video`.
+        Options and errors: see `hmdiff.video.recover.recover_video`.
         """
         from hmdiff.video.recover import recover_video
 
@@ -311,7 +311,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
 
     @property
     def source(self) -> PoseSource:
-        """What looks at photos; set another, such as ``pipe.source = load_source("vitpose:MODEL")``."""
+        """The pose estimator for photos; to change it: ``pipe.source = load_source("vitpose:MODEL")``."""
         if self._source is None:
             from hmdiff.estimators.choose import load_source
 
@@ -326,7 +326,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def default_guidance(self) -> Guidance | None:
-        """DAT, as the command line has it; None where nothing can be steered."""
+        """DAT with its defaults, as on the command line; None for a model that cannot be guided."""
         if self.model.config.mode == "direct" or self.body.keypoint_regressor is None:
             return None
         return Guidance()

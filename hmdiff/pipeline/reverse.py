@@ -1,4 +1,4 @@
-"""The reverse process for all hypotheses of all people, in chunks of bounded size, with or without DAT."""
+"""The reverse process for all hypotheses of all people, in chunks of bounded size, optionally with DAT."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline.cameras import CropCamera
 
-GUIDANCE_STREAM = 1 << 32  # added to the seed where guidance draws
-ROWS_AT_ONCE = 512  # people times hypotheses in one evaluation of the denoiser: bounds the memory, changes no result
-GUIDED_ROWS_AT_ONCE = 128  # where a gradient goes back through it, and all that the denoiser computed is kept
+GUIDANCE_STREAM = 1 << 32  # added to the seed for guidance's random draws
+ROWS_AT_ONCE = 512  # people times hypotheses per denoiser call: bounds memory, results do not depend on it
+GUIDED_ROWS_AT_ONCE = 128  # the same if guidance differentiates through the denoiser and keeps its activations
 
 
 @dataclasses.dataclass(frozen=True)
 class GuidancePlan:
-    """All that DAT needs to know of the people of one call."""
+    """Inputs of DAT for the people of one call."""
 
     guidance: Guidance
     heatmaps: Tensor  # (B, J, H, W)
-    camera: Tensor  # (B, 3) the head's
+    camera: Tensor  # (B, 3) predicted by the camera head
     principal_point: Tensor  # (B, 2) of the photo, crop coordinates
-    keypoints: Callable[[Tensor], Tensor]  # points of the diffusion (M, P, 3) -> (M, J, 3) metres
+    keypoints: Callable[[Tensor], Tensor]  # diffusion points (M, P, 3) -> keypoints (M, J, 3) metres
 
 
 def guidance_plan(
     model: MeshRecoveryModel,
     body: Body,
-    guidance: Guidance | None,  # None: nothing steers
+    guidance: Guidance | None,  # None: unguided
     heatmaps: Heatmaps | None,
     camera: Tensor,  # (B, 3)
     frames: CropCamera,
 ) -> GuidancePlan | None:
-    """None where nothing is guided. Raises `UserError` where there is nothing to guide by."""
+    """None for unguided sampling. Raises `UserError` without heatmaps, or for a body without keypoints."""
     if guidance is None or model.config.mode == "direct":
         return None
     if heatmaps is None:
@@ -75,10 +75,10 @@ def draw_hypotheses(
     progress: Callable[[int], None] | None = None,
     plan: GuidancePlan | None = None,
 ) -> tuple[Tensor, GuidanceReport | None]:  # (B, N, P, 3) points of the diffusion
-    """Run the reverse process for all hypotheses. The direct baseline gives N copies.
+    """Run the reverse process for all hypotheses. The direct baseline returns N copies.
 
     Raises:
-        UserError: more steps than the model was trained with.
+        UserError: more steps than the model was trained with, or fewer than 1.
     """
     count, device, num_hypotheses = len(conditioning.tokens), conditioning.tokens.device, sampling.num_hypotheses
     if model.config.mode == "direct":
@@ -94,7 +94,7 @@ def draw_hypotheses(
     through = plan is not None and plan.guidance.mode == "dat" and plan.guidance.gradient == "denoiser"
     chunk = max(1, (GUIDED_ROWS_AT_ONCE if through else ROWS_AT_ONCE) // count)
     if plan is not None and plan.guidance.decision == "image":
-        chunk = num_hypotheses  # the decision is about all of an image's hypotheses
+        chunk = num_hypotheses  # the decision needs all hypotheses of an image at once
     parts, reports = [], []
     for first in range(0, num_hypotheses, chunk):
         width = min(chunk, num_hypotheses - first)
@@ -123,7 +123,7 @@ def draw_hypotheses(
         if plan is None:
             result = reverse_diffusion(denoise, sampler, noise, steps, generators, eta, callback=callback)
         else:
-            # A stream of its own: the u_i neither repeat nor disturb the noise of the hypotheses.
+            # A separate random stream: drawing the u_i must not change the hypotheses' noise.
             draws = hypothesis_generators(seed + GUIDANCE_STREAM, people, width, first)
             target = make_target(plan.guidance, plan.heatmaps, plan.camera, draws, plan.principal_point)
             result, report = aligned_sample(

@@ -1,4 +1,4 @@
-"""A saved pipeline: a folder of JSON and safetensors. Nothing in it is unpickled, and no licensed body is in it."""
+"""A saved pipeline: a folder of JSON and safetensors, without pickles and without licensed body models."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 ABOUT = "hmdiff.json"
-AGGREGATOR = "aggregator"  # the folder of the optional head
+AGGREGATOR = "aggregator"  # folder of the optional aggregation MLP
 
 
 class SavedPipeline:
-    """Saving and loading of `HMDiffPipeline`."""
+    """Mixin of `HMDiffPipeline`: saving and loading."""
 
     model: MeshRecoveryModel
     scheduler: Scheduler
@@ -43,9 +43,9 @@ class SavedPipeline:
     aggregator: HypothesisAggregator | None
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
-        """Write the pipeline, atomically: an older one at `folder` stays until the new one is whole.
+        """Write the pipeline atomically: an existing one at `folder` is only replaced once the new one is complete.
 
-        Reloaded it gives bit-equal results; with `half` the weights are rounded to float16, in half the bytes.
+        A reloaded pipeline gives bit-equal results, unless `half` rounds the weights to float16.
         """
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary / "model", safe_serialization=True)
@@ -58,9 +58,9 @@ class SavedPipeline:
             (temporary / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
     def push_to_hub(self, repository: str, private: bool = False, card: str = "") -> str:
-        """Save the pipeline, with a model card (`hmdiff card` writes one), into OWNER/NAME of the Hugging Face Hub.
+        """Upload the pipeline and a model card (see `hmdiff card`) to OWNER/NAME on the Hugging Face Hub.
 
-        Returns its address. Raises `UserError` where the Hub does not take it.
+        Returns its URL. Raises `UserError` if the upload fails.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "pipeline")
@@ -83,13 +83,13 @@ class SavedPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,  # of `save_pretrained`, the name of a shipped one, or OWNER/NAME on the Hugging Face Hub
+        folder: str | Path,  # of `save_pretrained`, name of a shipped pipeline, or OWNER/NAME on the Hugging Face Hub
         device: torch.device | str = "cpu",
-        body: Body | None = None,  # None: the body that the checkpoint names
-        revision: str | None = None,  # of a repository: a branch, a tag or a commit
-        torch_dtype: torch.dtype = torch.float32,  # what the networks compute in, as `to`
+        body: Body | None = None,  # None: the body named in the checkpoint
+        revision: str | None = None,  # branch, tag or commit of a Hub repository
+        torch_dtype: torch.dtype = torch.float32,  # compute dtype, see `to`
     ) -> Self:
-        """Read a saved pipeline. Raises `UserError` for a folder that is not one, or that is damaged."""
+        """Load a saved pipeline. Raises `UserError` for a folder that is not one, or that is damaged."""
         place = checkpoint_folder(str(folder), revision)
         if not (place / ABOUT).is_file():
             raise UserError(
@@ -101,7 +101,7 @@ class SavedPipeline:
             temperatures = [Temperature.from_json(each) for each in about.get("temperatures", ())]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, UserError) as error:
             raise UserError(f"{place / ABOUT}: damaged ({error!r:.160}); save the pipeline again") from None
-        if "checksums" in about:  # those saved before there were any are read without
+        if "checksums" in about:  # older pipelines have none
             verify_checksums(place, about["checksums"], "save or copy the checkpoint again")
         model = load_model(place / "model")
         scheduler = load_scheduler(place / "scheduler" / "scheduler_config.json", about["sampler"])
@@ -117,7 +117,7 @@ class SavedPipeline:
 
 
 def _halve(path: Path) -> None:
-    """float16 for the weights and int32 for the indices; loading widens both again."""
+    """Convert weights to float16 and indices to int32; loading converts both back."""
     from safetensors.torch import load_file, save_file
 
     narrow = {torch.float32: torch.float16, torch.int64: torch.int32}
@@ -126,7 +126,7 @@ def _halve(path: Path) -> None:
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    """hmdiff.json, its fields of the types that `save_pretrained` writes."""
+    """Read hmdiff.json and check the types of its fields."""
     about = read_json(path, 1 << 24, "save the pipeline again")
     if not isinstance(about, dict):
         raise UserError(f"{path}: damaged (a {type(about).__name__}, a mapping was expected); save the pipeline again")

@@ -1,4 +1,4 @@
-"""From the coarse meshes that the model predicts to full ones: the nearest bodies, or the predicted vertices."""
+"""From predicted coarse meshes to full meshes: the nearest bodies, or upsampled vertices."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def nearest_bodies(
     body: Body,
     model: MeshRecoveryModel,
     coarse: Tensor,  # (B, N, C, 3) metres, the camera's axes
-    translation: Tensor,  # (B, N, 3) metres: where the camera sees them
-) -> tuple[Tensor, Tensor, FittedBodies]:  # vertices (B, N, V, 3), joints (B, N, K, 3), of (B, N, ...)
-    """Every hypothesis as the body nearest to its coarse mesh, the pelvis at the origin."""
+    translation: Tensor,  # (B, N, 3) metres, pelvis in the camera's frame
+) -> tuple[Tensor, Tensor, FittedBodies]:  # vertices (B, N, V, 3), joints (B, N, K, 3), fit (B, N, ...)
+    """Fit a body to the coarse mesh of each hypothesis; the pelvis is at the origin."""
     people, hypotheses = coarse.shape[:2]
-    # The direct baseline's hypotheses are copies of one.
+    # The direct baseline's hypotheses are equal: fit one.
     alone = 1 if model.config.mode == "direct" else hypotheses
     rows, place = coarse[:, :alone].flatten(0, 1), translation[:, :alone].flatten(0, 1)
     regressor = None if body.keypoint_regressor is None else model.keypoint_regressor(body)
