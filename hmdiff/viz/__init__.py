@@ -1,1 +1,1 @@
-"""What people look at: renderings, overlays, sheets, and files for viewers."""
+"""Visual output: renderings, overlays, sheets, and files for viewers."""

@@ -1,8 +1,8 @@
-"""A posed skeleton with its skin for animation programs: glTF (GLB), BVH, and npz of SMPL parameters.
+"""Export of posed, skinned bodies for animation software: glTF (GLB), BVH, and npz of SMPL parameters.
 
-Files are y up, as animation programs have it: the camera's frame after a half turn about x, the camera at the origin.
-One set of betas shapes the mesh and the skeleton of a file; a clip is poses and places of that body. Linear blend
-skinning is glTF's own, so the free body comes back exactly; SMPL's pose blend shapes have no place in a GLB or a BVH.
+Files are y up, the convention of animation software: the camera frame after half a turn about x, camera at the origin.
+One set of betas shapes the mesh and skeleton of a file; a clip holds poses and positions of that body. glTF uses linear
+blend skinning, so the free body is exported exactly; SMPL's pose blend shapes cannot be stored in a GLB or BVH.
 Symbols: F frames, J joints, V vertices, B shape coefficients.
 """
 
@@ -23,26 +23,26 @@ from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file
 from hmdiff.viz.export import HALF_TURN, save_npz
 
-CENTIMETRES = 100.0  # what BVH files are usually in
+CENTIMETRES = 100.0  # the usual unit of BVH files
 _FLOAT, _BYTE, _INDEX = 5126, 5121, 5125  # glTF's component types
 _SMPLX_JOINTS, _BODY_JOINTS = 55, 22  # pelvis and the 21 of SMPL-X's body_pose
 
 
 class Clip(NamedTuple):
-    """Poses of one body in the camera's frame."""
+    """Poses of one body in the camera frame."""
 
     pose: Tensor  # (F, J, 3) axis-angles relative to the parent, the root's first
-    translation: Tensor  # (F, 3) metres, as `Body.forward` takes it
-    frame_rate: float = 30.0  # frames a second
+    translation: Tensor  # (F, 3) metres, for `Body.forward`
+    frame_rate: float = 30.0  # frames per second
 
 
 def shared_shape(
     body: Body,
     clip: Clip,
-    betas: Tensor,  # (F, B) of the single frames
-    shape: Tensor,  # (B,) such as their mean
+    betas: Tensor,  # (F, B) per frame
+    shape: Tensor,  # (B,) e.g. their mean
 ) -> Clip:
-    """The clip for a body of one shape: each frame's root joint stays where it was."""
+    """Change a clip to a single shape, keeping each frame's root joint in place."""
     root = body.joint_shapedirs[0].to(betas)  # (3, B)
     return clip._replace(translation=clip.translation + (betas - shape) @ root.mT)
 
@@ -50,13 +50,13 @@ def shared_shape(
 def save_animated_glb(
     path: str | Path,
     body: Body,
-    clips: Mapping[str, Clip],  # one animation each, in this order; the nodes rest in the first frame of the first
+    clips: Mapping[str, Clip],  # one animation each, in order; nodes rest in the first's first frame
     betas: Tensor,  # (B,)
 ) -> None:
-    """Mesh, skeleton, skin (four bones a vertex) and animations in one binary glTF 2.0.
+    """Mesh, skeleton, skin (four bones per vertex) and animations in one binary glTF 2.0.
 
     Raises:
-        UserError: no clip, or a clip of other joints than the body's.
+        UserError: no clip, or a clip whose joints differ from the body's.
     """
     import pygltflib
 
@@ -80,7 +80,7 @@ def save_animated_glb(
         "WEIGHTS_0": blob.add(strongest / strongest.sum(1, keepdims=True), "VEC4", _FLOAT, target=34962),
     }
     faces = blob.add(body.faces.cpu().numpy().astype(np.uint32).reshape(-1), "SCALAR", _INDEX, target=34963)
-    skin = blob.add(inverse.transpose(0, 2, 1).reshape(-1, 16), "MAT4", _FLOAT)  # glTF's matrices go by columns
+    skin = blob.add(inverse.transpose(0, 2, 1).reshape(-1, 16), "MAT4", _FLOAT)  # glTF's matrices are column-major
 
     animations = [_animation(blob, name, clip, joints[0]) for name, clip in clips.items()]
     turns, places = _nodes_of(next(iter(clips.values())), joints[0])
@@ -120,9 +120,9 @@ def save_bvh(
     body: Body,
     clip: Clip,
     betas: Tensor,  # (B,)
-    scale: float = CENTIMETRES,  # units of the file in a metre
+    scale: float = CENTIMETRES,  # file units per metre
 ) -> None:
-    """Skeleton and motion as Biovision hierarchy: root position, then Z, Y, X rotations of every joint, in degrees."""
+    """Write skeleton and motion as BVH: root position, then Z, Y, X rotations of every joint, in degrees."""
     vertices, joints = rest_pose(body, betas)
     weights = body.lbs_weights.detach().cpu().numpy()
     turns, places = _nodes_of(clip, joints[0])
@@ -143,7 +143,7 @@ def save_bvh(
         children = [child for child, above in enumerate(body.parents) if above == joint]
         for child in children:
             write(child, depth + 1)
-        if not children:  # the limb ends in the middle of what the joint moves
+        if not children:  # end site: the centre of the vertices that the joint moves
             end = (weights[:, joint] @ vertices) / max(weights[:, joint].sum(), 1e-9) - joints[joint]
             lines.append(f"{indent}  End Site\n{indent}  {{\n{indent}    OFFSET {numbers(scale * end)}\n{indent}  }}")
         lines.append(f"{indent}}}")
@@ -158,18 +158,18 @@ def save_bvh(
 
 def save_smpl_npz(
     path: str | Path,
-    body: Body,  # of SMPL's joints
+    body: Body,  # with SMPL's joints
     clip: Clip,
     betas: Tensor,  # (B,)
     gender: str = "neutral",
 ) -> None:
-    """Parameters under the names of AMASS (SMPL-X's 55 joints) and of GVHMR, for one reader as for the other.
+    """Write parameters with the keys of both AMASS (SMPL-X's 55 joints) and GVHMR.
 
-    AMASS, which Blender's SMPL-X add-on reads: poses (F, 165), trans (F, 3), betas, gender, mocap_frame_rate,
-    surface_model_type. GVHMR: global_orient (F, 3), body_pose (F, 63), transl (F, 3). The face and the hands rest.
+    AMASS, also read by Blender's SMPL-X add-on: poses (F, 165), trans (F, 3), betas, gender, mocap_frame_rate,
+    surface_model_type. GVHMR: global_orient (F, 3), body_pose (F, 63), transl (F, 3). Face and hands are at rest.
 
     Raises:
-        UserError: a body without SMPL's joints, as a hand is.
+        UserError: a body without SMPL's joints, such as a hand.
     """
     if body.joint_names[:_BODY_JOINTS] != SMPL24[:_BODY_JOINTS]:
         raise UserError(f"body {body.name!r} has not SMPL's joints; its poses cannot be written as SMPL parameters")
@@ -196,7 +196,7 @@ def save_smpl_npz(
 
 
 def rest_pose(body: Body, betas: Tensor) -> tuple[np.ndarray, np.ndarray]:  # (V, 3), (J, 3) metres, y up
-    """The shaped body before it is posed."""
+    """The shaped body in its rest pose."""
     rest = torch.eye(3).expand(body.num_joints, 3, 3).to(body.v_template)
     with torch.no_grad():
         output = body(betas.to(body.v_template), rest)
@@ -204,20 +204,20 @@ def rest_pose(body: Body, betas: Tensor) -> tuple[np.ndarray, np.ndarray]:  # (V
 
 
 def _rotations(clip: Clip) -> Rotation:
-    """All joints' rotations, flat, the root's turned to y up."""
+    """All joints' rotations, flattened, with the root rotated to y up."""
     pose = clip.pose.detach().cpu().double().numpy()
     turned = Rotation.from_rotvec(pose.reshape(-1, 3)).as_matrix().reshape(*pose.shape, 3)
     turned[:, 0] = np.diag(HALF_TURN) @ turned[:, 0]
     return Rotation.from_matrix(turned.reshape(-1, 3, 3))
 
 
-def _places(clip: Clip, root: np.ndarray) -> np.ndarray:  # (F, 3) of the root joint, y up
+def _places(clip: Clip, root: np.ndarray) -> np.ndarray:  # (F, 3) root joint, y up
     return (root + clip.translation.detach().cpu().double().numpy()) * HALF_TURN
 
 
 def _nodes_of(clip: Clip, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (F, J, 4) quaternions xyzw; (F, 3)
     turns = _rotations(clip).as_quat().reshape(*clip.pose.shape[:2], 4)
-    for frame in range(1, len(turns)):  # q and -q are one rotation: the nearer, or players turn the long way
+    for frame in range(1, len(turns)):  # q and -q are one rotation: keep the nearer, or players take the long way
         far = (turns[frame] * turns[frame - 1]).sum(-1) < 0
         turns[frame][far] *= -1
     return turns, _places(clip, root)

@@ -1,7 +1,7 @@
-"""Pictures as arrays: read, save, write on, lay out in sheets; keypoints and heat colours. No mesh is drawn here.
+"""Images as arrays: reading, saving, captions, contact sheets; keypoints and heat colours. Meshes are drawn elsewhere.
 
-A picture is a numpy array (H, W, 3) of uint8, RGB; pixel j of a row has its centre at j + 0.5. Colours are RGB 0..1.
-All looks are our choice.
+An image is a numpy array (H, W, 3) of uint8, RGB; pixel j of a row has its centre at j + 0.5. Colours are RGB 0..1.
+Visual design is our choice.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ _CROSS_LIMBS = (
 def read_picture(
     path: str | Path,
 ) -> np.ndarray:  # (H, W, 3) uint8 RGB
-    """A photo as it should be seen: turned as its EXIF says, transparency on white, 16 bits brought to 8.
+    """A photo in display form: EXIF orientation applied, transparency on white, 16 bits converted to 8.
 
-    Cameras store 10, 12 or 14 bits in files of 16: the fewest that hold the brightest pixel count.
+    Cameras store 10, 12 or 14 bits in 16-bit files: the smallest depth that holds the brightest pixel is assumed.
 
     Raises:
-        UserError: the file is missing, empty, cut short, or no picture.
+        UserError: the file is missing, empty, truncated, or not an image.
     """
     path = Path(path)
     with open_image(path) as opened:
@@ -64,7 +64,7 @@ def read_picture(
         if picture.mode.startswith("I"):
             return np.repeat(_eight_bits(np.asarray(picture))[..., None], 3, axis=2)
         if picture.mode == "RGB" and _is_deep(opened, path):
-            deep = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)  # Pillow keeps the upper 8 bits alone
+            deep = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)  # Pillow keeps only the upper 8 bits
             if deep is not None and deep.dtype == np.uint16 and deep.shape[:2] == (picture.height, picture.width):
                 return np.ascontiguousarray(_eight_bits(deep)[..., ::-1])
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -74,7 +74,7 @@ def read_picture(
 
 
 def _is_deep(opened: Image.Image, path: Path) -> bool:
-    """More than 8 bits a channel, by the header: Pillow does not say."""
+    """Whether a channel has more than 8 bits, from the file header, since Pillow does not report it."""
     if opened.format == "PNG":
         with open(path, "rb") as handle:
             return handle.read(25)[24:] == b"\x10"
@@ -82,7 +82,7 @@ def _is_deep(opened: Image.Image, path: Path) -> bool:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Whole numbers of up to 16 bits to 8."""
+    """Convert integers of up to 16 bits to 8."""
     brightest = int(values.max(initial=0))
     bits = next((count for count in (8, 10, 12, 14) if brightest < 1 << count), 16)
     return (np.clip(values, 0, None) * (255 / ((1 << bits) - 1)) + 0.5).clip(0, 255).astype(np.uint8)
@@ -92,10 +92,10 @@ def save_picture(
     path: str | Path,
     image: np.ndarray,  # (H, W, 3) uint8 RGB
 ) -> None:
-    """Write a png or jpg, by the suffix, atomically.
+    """Write a png or jpg, by suffix, atomically.
 
     Raises:
-        UserError: another suffix, or the place cannot be written.
+        UserError: another suffix, or the location is not writable.
     """
     path = Path(path)
     formats: dict[str, dict[str, Any]] = {
@@ -110,7 +110,7 @@ def save_picture(
 
 
 def as_tensor(values: ArrayLike | Tensor) -> Tensor:
-    """An array of any kind as a tensor on the CPU, without gradient."""
+    """Any array as a detached tensor on the CPU."""
     return torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values).detach().cpu()
 
 
@@ -120,13 +120,13 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def contact_sheet(
-    images: Sequence[np.ndarray],  # each (H, W, 3) uint8; smaller ones are centred in the largest cell
+    images: Sequence[np.ndarray],  # each (H, W, 3) uint8; smaller ones are centred in cells of the largest size
     columns: int,
-    captions: Sequence[str] | None = None,  # one an image
+    captions: Sequence[str] | None = None,  # one per image
     gap: int = 10,  # pixels
-    footer: str = "",  # a line under all of them
+    footer: str = "",  # text below all images
 ) -> np.ndarray:  # uint8
-    """Pictures in rows, on white, a caption under each."""
+    """Images in a grid on white, each with its caption below."""
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions for {len(images)} images")
     height, width = max(i.shape[0] for i in images), max(i.shape[1] for i in images)
@@ -157,7 +157,7 @@ def _font(size: int) -> Any:
 
 def _write(
     image: np.ndarray,
-    texts: Sequence[tuple[str, int, int]],  # text, x and y of its middle
+    texts: Sequence[tuple[str, int, int]],  # text, and the x and y of its centre
     size: int,
 ) -> np.ndarray:
     canvas = Image.fromarray(image)
@@ -168,11 +168,11 @@ def _write(
 
 
 def heat_colours(
-    values: ArrayLike | Tensor,  # (...) such as the spread of a vertex in millimetres
+    values: ArrayLike | Tensor,  # (...) e.g. the spread of a vertex in millimetres
     lowest: float,
     highest: float,
 ) -> np.ndarray:  # (..., 3) RGB 0..1
-    """Pale blue (lowest or less) over yellow and red to dark (highest or more); lightness falls all the way."""
+    """Pale blue (lowest or less) through yellow and red to dark (highest or more); lightness falls monotonically."""
     share = (np.asarray(as_tensor(values), np.float64) - lowest) / max(highest - lowest, 1e-12)
     position = np.nan_to_num(share).clip(0, 1) * (len(HEAT) - 1)
     return np.stack([np.interp(position, np.arange(len(HEAT)), HEAT[:, channel]) for channel in range(3)], -1)
@@ -207,9 +207,9 @@ def draw_keypoints(
     photo: np.ndarray,  # (H, W, 3) uint8
     keypoints: ArrayLike | Tensor,  # (J, 3) pixels and confidence
     names: Sequence[str] = COCO17,  # J names
-    threshold: float = 0.1,  # keypoints of less confidence are left out
+    threshold: float = 0.1,  # minimum confidence of drawn keypoints
 ) -> np.ndarray:  # (H, W, 3) uint8
-    """Joints and the limbs between them: the person's left warm, the right cool, the midline white."""
+    """Draw joints and limbs: the person's left in warm colours, the right in cool ones, the midline white."""
     points = np.asarray(as_tensor(keypoints), np.float64)
     if len(points) != len(names):
         raise ValueError(f"{len(points)} keypoints for {len(names)} names")
@@ -227,11 +227,11 @@ def draw_keypoints(
         return _WARM if name.startswith("left") else _COOL if name.startswith("right") else _MIDLINE
 
     def at(name: str) -> tuple[int, int]:
-        # OpenCV's fixed point: 4 bits below the pixel, counted from the centre of the first.
+        # OpenCV's fixed-point format: 4 fractional bits, origin at the centre of the first pixel.
         x, y = ((good[name][:2] - 0.5) * 16).round().clip(-1e6, 1e6)
         return int(x), int(y)
 
-    # Dark first, then the colour: readable on any photo.
+    # Dark outline first, then the colour: readable on any photo.
     for dark in (True, False):
         for a, b in limbs:
             same = a.split("_")[0] == b.split("_")[0]

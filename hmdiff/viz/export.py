@@ -1,8 +1,8 @@
 """Meshes and arrays to files: npz for programs, obj, ply and glb for viewers. All writes are atomic.
 
-The camera frame has y down and z forward; viewers have y up and look along -z. obj, ply and glb are therefore written
-after a half turn about x, (x, y, z) -> (x, -y, -z): a proper rotation, so nothing is mirrored and the faces keep their
-winding. A body in the canonical frame (y up already) is written with ``y_up=False``. npz keeps the arrays as they are.
+The camera frame has y down and z forward; viewers use y up and look along -z. obj, ply and glb are therefore rotated by
+half a turn about x, (x, y, z) -> (x, -y, -z): a proper rotation, so nothing is mirrored and the faces keep their
+winding. Use ``y_up=False`` for a body in the canonical frame, which is y up already. npz keeps the arrays unchanged.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def save_npz(
     for name, values in plain.items():
         if values.dtype.hasobject:
             raise TypeError(f"{name}: an array of objects cannot be saved without pickle")
-    # As np.savez_compressed, but deflated lightly: floats shrink as much, in a quarter of the time.
+    # As np.savez_compressed with a lower level: floats compress as well, in a quarter of the time.
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         for name, values in plain.items():
             with file.open(f"{name}.npy", "w", force_zip64=True) as handle:
@@ -67,9 +67,9 @@ def save_obj(
     path: str | Path,
     vertices: Array,  # (V, 3) metres, camera frame
     faces: Array,  # (F, 3)
-    y_up: bool = True,  # turn to the viewers' frame
+    y_up: bool = True,  # rotate to the viewers' frame
 ) -> None:
-    """One mesh as Wavefront obj, vertices in their order, eight decimals."""
+    """One mesh as Wavefront obj, in vertex order, eight decimals."""
     points, corners = _turned(vertices, y_up).astype(np.float64), _numpy(faces) + 1
     text = f"# hmdiff: metres; {CAMERA_Y_UP if y_up else 'y up, as given'}\n"
     text += ("v %.8f %.8f %.8f\n" * len(points)) % tuple(points.ravel().tolist())
@@ -84,13 +84,13 @@ def save_ply(
     colours: Array | None = None,  # (3,) or (V, 3) RGB 0..1
     y_up: bool = True,
 ) -> None:
-    """One mesh as binary ply, with colours when given."""
+    """One mesh as binary ply, optionally with colours."""
     from trimesh import Trimesh
     from trimesh.exchange.ply import export_ply
 
     points = _turned(vertices, y_up)
     tints = None if colours is None else _bytes(colours, len(points))
-    # process=False: trimesh would merge and reorder vertices, and index i would no longer be vertex i.
+    # process=False: otherwise trimesh merges and reorders vertices.
     mesh = Trimesh(points, _numpy(faces), vertex_colors=tints, process=False)
     _write(path, export_ply(mesh, vertex_normal=False))
 
@@ -100,12 +100,12 @@ def save_glb(
     meshes: Mapping[str, tuple[Array, Array]],  # name -> vertices (V, 3) metres in the camera frame, faces (F, 3)
     colours: Mapping[str, Array] | Sequence[Array] | None = None,  # by name or in order: (3,) or (V, 3) RGB 0..1
     y_up: bool = True,
-    origin: str = "",  # in words: the pelvis, or the camera
+    origin: str = "",  # description of the origin: the pelvis, or the camera
 ) -> None:
-    """Several meshes in one binary glTF with normals, each a node of its own name that a viewer can switch off.
+    """Several meshes in one binary glTF with normals, each a named node that a viewer can hide.
 
-    One colour becomes a matt material. The scene's `extras` say in which frame the meshes are. Faces that several
-    meshes share are written once.
+    A single colour becomes a matt material. The scene's `extras` describe the meshes' frame. Faces shared by several
+    meshes are written once.
     """
     frame = CAMERA_Y_UP if y_up else "y up, as given"
     file = Glb(f"metres; {frame}{f'; {origin}' if origin else ''}")

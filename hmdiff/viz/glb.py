@@ -18,18 +18,18 @@ from hmdiff.viz.renderer import vertex_normals
 
 _MAGIC, _VERSION, _JSON, _BINARY = 0x46546C67, 2, 0x4E4F534A, 0x004E4942
 _COMPONENTS = {"float32": 5126, "uint8": 5121, "uint16": 5123, "uint32": 5125}
-_VERTICES, _INDICES = 34962, 34963  # what a part of the buffer is for
+_VERTICES, _INDICES = 34962, 34963  # purposes of buffer views
 
 
 class Glb:
-    """A scene that grows mesh by mesh; `content` is the file."""
+    """A scene to which meshes are added; `content` is the file."""
 
     def __init__(
         self,
-        frame: str,  # in words: the units and axes, kept in the scene's extras
+        frame: str,  # description of units and axes, stored in the scene's extras
     ) -> None:
         self._buffer = bytearray()
-        self._indices: list[tuple[Any, int, int]] = []  # faces, vertices, their accessor
+        self._indices: list[tuple[Any, int, int]] = []  # faces, number of vertices, their accessor
         self._tree: dict[str, Any] = {
             "asset": {"version": "2.0", "generator": "hmdiff"},
             "scene": 0,
@@ -44,11 +44,11 @@ class Glb:
     def add(
         self,
         name: str,
-        vertices: np.ndarray,  # (V, 3) float32, as the viewer has them
-        faces: ArrayLike | Tensor,  # (F, 3); given again for another mesh they are written once
-        colour: np.ndarray | None = None,  # (3,) RGB 0..1: a matt material; (V, 4) uint8 RGBA: a colour a vertex
+        vertices: np.ndarray,  # (V, 3) float32, viewer frame
+        faces: ArrayLike | Tensor,  # (F, 3); an array that several meshes share is written once
+        colour: np.ndarray | None = None,  # (3,) RGB 0..1: a matt material; (V, 4) uint8 RGBA: vertex colours
     ) -> None:
-        """One node, with its mesh and normals."""
+        """Add one node with its mesh and normals."""
         corners = torch.as_tensor(faces).long().cpu()
         normals = vertex_normals(torch.from_numpy(vertices)[None], corners)[0].numpy()
         limits = {"min": vertices.min(0).tolist(), "max": vertices.max(0).tolist()} if len(vertices) else {}

@@ -1,7 +1,7 @@
-"""One softly lit mesh on a transparent ground: what `overlays` lays over photos and studio backdrops.
+"""One softly lit mesh on a transparent background, for `overlays` to composite on photos and studio backdrops.
 
-Lit by vertex (Gouraud) and interpolated: a body's vertices are closer than the pixels of its picture, and a picture
-then costs one interpolation in place of a lighting of every pixel. All looks are our choice.
+Gouraud shading: lighting per vertex, interpolated. A body's vertices are denser than the image's pixels, so an image
+costs one interpolation instead of per-pixel lighting. Visual design is our choice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 from hmdiff.viz.renderer import interpolate, rasterize, vertex_normals
 
 Colour = tuple[float, float, float]
-FAR = 1e4  # metres: the depth of nothing, for depth differences
+FAR = 1e4  # metres: depth of the background, for depth differences
 _AMBIENT = (0.46, 0.47, 0.50)
-_LIGHTS = (  # towards the light in the camera's frame, and its colour
+_LIGHTS = (  # direction towards the light in the camera frame, and its colour
     ((-0.5, -0.8, -0.8), (0.54, 0.53, 0.50)),
     ((0.9, -0.1, -0.5), (0.15, 0.16, 0.19)),
     ((0.0, 0.9, -0.3), (0.10, 0.09, 0.09)),
@@ -31,10 +31,10 @@ def mesh_layer(
     focal: tuple[float, float],  # crop half-sides
     principal_point: tuple[float, float],  # crop coordinates
     size: tuple[int, int],
-    colours: Colour | Tensor,  # one, or (V, 3)
-    finer: int,  # samples a pixel's side
+    colours: Colour | Tensor,  # one colour, or (V, 3)
+    finer: int,  # supersampling per pixel side
 ) -> tuple[np.ndarray, np.ndarray]:  # colour times alpha (H, W, 3), alpha (H, W), both 0..1
-    """Draw it. Where a limb passes before another part, a thin shade keeps them apart."""
+    """Draw the mesh. A thin shade separates a limb from the body part behind it."""
     height, width = size[0] * finer, size[1] * finer
     points = vertices.float()[None]
     drawn = rasterize(points, faces, torch.tensor([focal]), torch.tensor([principal_point]), (height, width))
@@ -45,7 +45,7 @@ def mesh_layer(
     nearest = cv2.erode(front, np.ones((reach, reach), np.uint8))
     jump = cv2.blur(((front - nearest - 0.04) / 0.08).clip(0, 1), (reach, reach))
     picture = picture * (1 - 0.30 * jump)[..., None]
-    if finer > 1:  # by a whole factor, the mean of the samples
+    if finer > 1:  # integer factor: the mean of the samples
         picture = cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA)
         alpha = np.asarray(cv2.resize(alpha, size[::-1], interpolation=cv2.INTER_AREA), np.float32)
     return picture, alpha
@@ -54,13 +54,13 @@ def mesh_layer(
 def lit(
     vertices: Tensor,  # (V, 3) metres, camera frame
     faces: Tensor,  # (F, 3)
-    colours: Colour | Tensor,  # one, or (V, 3)
+    colours: Colour | Tensor,  # one colour, or (V, 3)
 ) -> Tensor:  # (V, 3) RGB 0..1
-    """Lambert, a little Blinn-Phong gloss, and darker where the surface turns away, as under a large soft light."""
+    """Lambert shading, slight Blinn-Phong gloss, and darkening at grazing angles, as under a large soft light."""
     normal = vertex_normals(vertices[None], faces)[0]
     facing = -normal[:, 2:]
     to_eye = -F.normalize(vertices, dim=-1)
-    # An open mesh shows its inside too: lit as if turned to the viewer.
+    # The inside of an open mesh is lit as if facing the viewer.
     normal = torch.where((normal * to_eye).sum(-1, keepdim=True) < -0.5, -normal, normal)
     radiance, gloss = torch.tensor(_AMBIENT).expand(len(vertices), 3), torch.zeros(1)
     for towards, colour in _LIGHTS:
@@ -74,11 +74,11 @@ def lit(
 
 
 def shadow(
-    points: Tensor,  # (V, 3) metres, camera frame: the mesh flattened onto the ground
+    points: Tensor,  # (V, 3) metres, camera frame: the mesh projected onto the ground
     focal: tuple[float, float],  # crop half-sides
     size: tuple[int, int],
 ) -> np.ndarray:  # (H, W) float32, 0 or 1
-    """Where a dense mesh covers the picture, to be blurred: its vertices as dots that touch."""
+    """Footprint of a dense mesh in the image, to be blurred: its vertices as touching dots."""
     height, width = size
     mask = np.zeros(size, np.float32)
     x = ((points[:, 0] / points[:, 2] * focal[0] + 1) * (width / 2)).long()

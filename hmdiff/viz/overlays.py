@@ -1,8 +1,8 @@
-"""Pictures of meshes for people to look at: over the photo, from a second view, and sheets of many hypotheses.
+"""Mesh images: over the photo, from a second view, and several hypotheses together.
 
-Drawn with `hmdiff.viz.renderer` on the CPU, at a multiple of the size and averaged down, so that outlines are smooth.
-Nothing needs a display. Pictures are as in `hmdiff.viz.canvas`, whose functions are here too. Vertices are in the
-camera frame (x right, y down, z forward), metres. Colours are RGB 0..1. All looks are our choice.
+Rendered with `hmdiff.viz.renderer` on the CPU with supersampling, for smooth outlines. No display is needed. Images are
+as in `hmdiff.viz.canvas`, whose functions are re-exported. Vertices are in the camera frame (x right, y down, z
+forward), metres. Colours are RGB 0..1. Visual design is our choice.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
     "view_all",
 ]
 
-# One a hypothesis, in this order; far apart in hue, near in lightness.
+# Colours of the hypotheses, in order; distinct in hue, similar in lightness.
 PALETTE: tuple[Colour, ...] = (
     (0.53, 0.66, 0.96),
     (0.98, 0.60, 0.49),
@@ -63,10 +63,10 @@ def overlay(
     camera_translation: ArrayLike | Tensor,  # (3,) metres: the pelvis in the photo's camera
     focal: float,  # pixels
     principal_point: ArrayLike | Tensor,  # (2,) pixels
-    colour: Colour | ArrayLike | Tensor = PALETTE[0],  # one, or (V, 3) such as `heat_colours` gives
+    colour: Colour | ArrayLike | Tensor = PALETTE[0],  # one colour, or (V, 3) e.g. from `heat_colours`
     opacity: float = 0.92,
 ) -> np.ndarray:  # (H, W, 3) uint8
-    """The mesh drawn over the photo. Only the region it covers is rendered."""
+    """Draw the mesh over the photo. Renders only the region that it covers."""
     points = as_tensor(vertices).float() + as_tensor(camera_translation).float()
     height, width = photo.shape[:2]
     box = _box(points, focal, principal_point)
@@ -89,7 +89,7 @@ def overlay(
     )
     result = photo.copy()
     region = result[top:bottom, left:right]
-    # A soft dark halo outside the outline lifts the mesh off a busy photo.
+    # A soft dark halo outside the outline separates the mesh from a busy photo.
     halo = cv2.GaussianBlur(alpha, (0, 0), max(1.0, min(size) / 90)) * (1 - alpha) * 0.45
     behind = region / 255.0 * (1 - halo[..., None])
     region[:] = to_bytes(behind * (1 - opacity * alpha[..., None]) + opacity * layer)
@@ -103,10 +103,10 @@ def overlay_all(
     translations: ArrayLike | Tensor,  # (N, 3) metres
     focal: float,  # pixels
     principal_point: ArrayLike | Tensor,  # (2,) pixels
-    colours: Sequence[Colour | ArrayLike | Tensor],  # one a body, each one colour or (V, 3)
+    colours: Sequence[Colour | ArrayLike | Tensor],  # one per body, each a single colour or (V, 3)
     opacity: float = 0.4,  # of each body
 ) -> np.ndarray:  # (H, W, 3) uint8
-    """Several translucent meshes over the photo at once; where they agree they are dense. The order does not matter."""
+    """Draw several translucent meshes over the photo, denser where they agree. The order does not matter."""
     height, width = photo.shape[:2]
     centre = as_tensor(principal_point).tolist()
     lens = ((2 * focal / width, 2 * focal / height), (2 * centre[0] / width - 1, 2 * centre[1] / height - 1))
@@ -120,10 +120,10 @@ def overlay_all(
 
 def _blended(
     picture: np.ndarray,  # (H, W, 3) 0..1
-    layers: Sequence[tuple[np.ndarray, np.ndarray]],  # of `_mesh_layer`
+    layers: Sequence[tuple[np.ndarray, np.ndarray]],  # from `mesh_layer`
     opacity: float,
 ) -> np.ndarray:  # (H, W, 3) 0..1
-    """Translucent bodies by their mean colour, so none hides another (McGuire and Bavoil, JCGT 2013)."""
+    """Blend translucent bodies with their mean colour, so that none hides another (McGuire and Bavoil, JCGT 2013)."""
     through, weight = np.ones((*picture.shape[:2], 1)), np.full((*picture.shape[:2], 1), 1e-6)
     total = np.zeros(picture.shape)
     for layer, alpha in layers:
@@ -141,7 +141,7 @@ def _box(
     points: Tensor,  # (V, 3) metres, absolute
     focal: float,
     principal_point: ArrayLike | Tensor,
-) -> tuple[float, float, float, float] | None:  # left, top, right, bottom in pixels; None when nothing is in front
+) -> tuple[float, float, float, float] | None:  # left, top, right, bottom in pixels; None if all is behind the camera
     points = points[points[:, 2] > 0.05]
     if len(points) == 0:
         return None
@@ -153,13 +153,13 @@ def _box(
 def turntable_view(
     vertices: ArrayLike | Tensor,  # (V, 3) metres, camera frame (relative or absolute)
     faces: ArrayLike | Tensor,  # (F, 3)
-    degrees: float = 90.0,  # about the vertical; 0 is the camera's own side, 90 is seen from the person's flank
+    degrees: float = 90.0,  # about the vertical axis; 0 is the camera's view, 90 the person's side
     size: int | tuple[int, int] = 320,
     colour: Colour | ArrayLike | Tensor = PALETTE[0],
-    extent: float | None = None,  # metres from the centre to the nearer edge; give one to compare bodies
-    centre: ArrayLike | Tensor | None = None,  # (3,) the point looked at; default the middle of the body
+    extent: float | None = None,  # metres from the centre to the nearer edge; set it to compare bodies
+    centre: ArrayLike | Tensor | None = None,  # (3,) look-at point; None: the middle of the body
 ) -> np.ndarray:  # (H, W, 3) uint8
-    """A second view from slightly above, on a light ground with the body's shadow at its lowest point."""
+    """A view from slightly above, on a light ground with the body's shadow at its lowest point."""
     return _studio([as_tensor(vertices)], faces, degrees, size, [colour], extent, centre, 1.0)
 
 
@@ -168,12 +168,12 @@ def view_all(
     faces: ArrayLike | Tensor,  # (F, 3)
     degrees: float,
     size: int | tuple[int, int],
-    colours: Sequence[Colour | ArrayLike | Tensor],  # one a body, each one colour or (V, 3)
+    colours: Sequence[Colour | ArrayLike | Tensor],  # one per body, each a single colour or (V, 3)
     extent: float | None = None,
     centre: ArrayLike | Tensor | None = None,  # (3,)
     opacity: float = 0.4,  # of each body
 ) -> np.ndarray:  # (H, W, 3) uint8
-    """`turntable_view` of several translucent bodies at once."""
+    """`turntable_view` of several translucent bodies."""
     return _studio(list(as_tensor(bodies).float()), faces, degrees, size, list(colours), extent, centre, opacity)
 
 
@@ -224,12 +224,12 @@ def _studio(
 def _ground(
     tilt: Tensor,  # (3, 3)
     distance: float,
-    ground: float,  # metres below the point looked at
+    ground: float,  # metres below the look-at point
     focal: tuple[float, float],
     size: tuple[int, int],
     extent: float,
 ) -> np.ndarray:  # (H, W, 3) 0..1
-    """A light backdrop, and a floor with half-metre lines that fade with the distance."""
+    """A light backdrop, and a floor with half-metre lines that fade with distance."""
     height, width = size
     x = (np.arange(width) + 0.5) * (2 / width) - 1
     y = (np.arange(height) + 0.5) * (2 / height) - 1
@@ -239,7 +239,7 @@ def _ground(
         far = (ground - origin[1]) / ray[..., 1]
     floor = (ray[..., 1] > 1e-6) & (far > 0)
     point = origin + ray * np.where(floor, far, 0)[..., None]
-    # Lines of constant width on the screen: the distance to the next line over the size of a pixel there.
+    # Lines of constant screen width: distance to the nearest line divided by the size of a pixel there.
     pixel = np.maximum(np.abs(far) * 2 / (width * focal[0]), 1e-6)
     slant = np.maximum(np.abs(ray[..., 1]), 1e-3)
     near_x = np.abs((point[..., 0] / 0.5 + 0.5) % 1 - 0.5) * 0.5 / pixel
@@ -255,7 +255,7 @@ def _ground(
 def reach_of(
     bodies: Tensor,  # (N, V, 3) metres
     size: tuple[int, int],
-) -> tuple[Tensor, float]:  # (3,) the middle of them all; metres from it to the nearer edge of a view that shows them
+) -> tuple[Tensor, float]:  # (3,) the middle of all bodies; metres to the nearer edge of a view of them
     low, high = bodies.amin((0, 1)), bodies.amax((0, 1))
     reach = 0.58 * (high - low)
     return (low + high) / 2, max(float(reach[[0, 2]].max()), float(reach[1]) * min(1.0, size[1] / size[0]))
@@ -263,12 +263,12 @@ def reach_of(
 
 def person_crop(
     photo: np.ndarray,  # (H, W, 3) uint8
-    bodies: Tensor,  # (N, V, 3) metres, absolute: all of them are to be seen
+    bodies: Tensor,  # (N, V, 3) metres, absolute: all must be visible
     focal: float,  # pixels
     principal_point: ArrayLike | Tensor,  # (2,) pixels
-    height: int,  # of the result
+    height: int,  # height of the result
 ) -> tuple[np.ndarray, np.ndarray, float, tuple[float, float]]:
-    """The photo about somebody: the cut-out, the principal point in it, its scale, and its left upper corner (x, y)."""
+    """The photo around a person: the crop, the principal point in it, its scale, and its upper left corner (x, y)."""
     found = [_box(body, focal, principal_point) for body in bodies]
     boxes = [box for box in found if box is not None]
     photo_height, photo_width = photo.shape[:2]
@@ -276,19 +276,19 @@ def person_crop(
     if boxes:
         union = np.array(boxes)
         region = (*union[:, :2].min(0).tolist(), *union[:, 2:].max(0).tolist())
-    # A margin of a tenth; no narrower than 0.7 and no wider than 1.4 of the height.
+    # A margin of a tenth; width between 0.7 and 1.4 of the height.
     middle_x, middle_y = (region[0] + region[2]) / 2, (region[1] + region[3]) / 2
     tall, wide = 1.2 * (region[3] - region[1]), 1.25 * (region[2] - region[0])
     tall = max(tall, wide / 1.4, 16.0)
     wide = max(wide, 0.7 * tall)
     scale = height / tall
     width = round(wide * scale)
-    # Inside the photo where it fits, else about the person, on grey.
+    # Inside the photo if possible, else centred on the person with grey padding.
     left, top = middle_x - wide / 2, middle_y - tall / 2
     left = min(max(left, 0.0), photo_width - wide) if wide <= photo_width else left
     top = min(max(top, 0.0), photo_height - tall) if tall <= photo_height else top
     affine = np.array([[scale, 0, -left * scale], [0, scale, -top * scale]])
-    # warpAffine counts from the centre of the first pixel, we from its corner.
+    # warpAffine's origin is the centre of the first pixel, ours its corner.
     affine[:, 2] += 0.5 * scale - 0.5
     shrink = cv2.INTER_AREA if scale < 0.5 else cv2.INTER_LINEAR
     base = photo if scale >= 0.5 else cv2.GaussianBlur(photo, (0, 0), 0.4 / scale)

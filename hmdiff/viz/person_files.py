@@ -1,4 +1,4 @@
-"""The files of one recovered person: npz, obj, glb and pictures, and the lines that the user reads about them."""
+"""The output files of one person: npz, obj, glb and images, and the summary lines for the user."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from hmdiff.body.fitting import FittedBodies
     from hmdiff.estimators.people import PhotoPeople
 
-MeshOutput = Any  # of hmdiff.output, which saves itself by this module: importing it would close a circle
-SHOWN = 5  # bodies of the picture
-MODES = 5  # groups of hypotheses in the npz, at most
+MeshOutput = Any  # hmdiff.output.MeshOutput, whose save method uses this module: importing it would be circular
+SHOWN = 5  # number of bodies in the image
+MODES = 5  # maximum number of hypothesis clusters in the npz
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What is said of one person."""
+    """Summary of one person's result."""
 
     line: str
-    warning: str  # empty where the result fits its evidence
-    values: dict[str, Any]  # of a line of results.jsonl
+    warning: str  # empty if the result fits the heatmaps
+    values: dict[str, Any]  # fields of a line of results.jsonl
 
 
 class Scene:
-    """Everybody of a photo in the camera's frame: the mean of their hypotheses where it was placed."""
+    """Everybody in a photo in the camera frame, as mean bodies at their positions."""
 
     def __init__(self) -> None:
         self._meshes: dict[str, tuple[Any, Any]] = {}
@@ -53,9 +53,9 @@ def fitted_parameters(
     body: Body,
     vertices: Tensor,  # (N, V, 3) the hypotheses
     mean: Tensor,  # (V, 3)
-    known: FittedBodies | None = None,  # of the hypotheses, where the pipeline has them
+    known: FittedBodies | None = None,  # fits of the hypotheses, if the pipeline has them
 ) -> dict[str, Any]:
-    """Pose and shape of every hypothesis and of the mean, to animate them; translations are in the vertices' frame."""
+    """Pose and shape of every hypothesis and of the mean, for animation; translations are in the vertices' frame."""
     import torch
 
     from hmdiff.body.fitting import fit_parameters
@@ -71,11 +71,11 @@ def fitted_parameters(
 
 def person_arrays(
     output: MeshOutput,
-    row: int,  # of the person in the output
+    row: int,  # index in the output
     photo: PhotoPeople,
-    person: int,  # number in the photo
+    person: int,  # index in the photo
 ) -> dict[str, Any]:
-    """Everything about one person that does not need the body fitted: the npz of `hmdiff sample`."""
+    """All arrays of a person that need no body fitting: the npz of `hmdiff sample`."""
     from hmdiff.body.skeletons import HALPE26
 
     vertices = output.vertices[row].cpu()
@@ -125,16 +125,16 @@ def person_arrays(
 
 def write_person(
     output: MeshOutput,
-    row: int,  # of the person in the output
+    row: int,  # index in the output
     photo: PhotoPeople,
-    person: int,  # number in the photo
+    person: int,  # index in the photo
     stem: Path,
     body: Body,
     distance: Tensor | None = None,  # (B, N) pixels
-    more: dict[str, Any] | None = None,  # for the npz: seed, settings
+    more: dict[str, Any] | None = None,  # additional npz entries: seed, settings
     kinds: Collection[str] = SAVED,  # which files; the npz is always written
 ) -> Report:
-    """npz, html, obj, glb and png of one person."""
+    """Write npz, html, obj, glb and png of one person."""
     import numpy as np
 
     from hmdiff.body.surface import mesh_edges
@@ -142,7 +142,7 @@ def write_person(
     from hmdiff.viz.export import save_npz
 
     def path(suffix: str) -> Path:
-        return stem.with_name(stem.name + suffix)  # with_suffix would cut a name like "2024.01"
+        return stem.with_name(stem.name + suffix)  # with_suffix would truncate a name like "2024.01"
 
     vertices, faces, mean = output.vertices[row].cpu(), output.faces.cpu(), output.mean_vertices[row].cpu()
     selected = int(output.selected[row])
@@ -206,7 +206,7 @@ def _save_pictures(
     photo: PhotoPeople,
     person: int,
     picture: Any,
-    confidence: float,  # NaN: not known
+    confidence: float,  # NaN: unknown
 ) -> None:
     from hmdiff.viz.canvas import save_picture
     from hmdiff.viz.sheets import hypotheses_sheet

@@ -1,14 +1,12 @@
 """A z-buffer rasteriser in plain torch, on any device: silhouette, depth, normals, shaded colour of a batch of meshes.
 
-What a renderer draws is data here (labels, synthetic photos, pictures), so the visibility test itself has no gradient;
-barycentrics, depth and whatever is interpolated are differentiable in the vertices. Our choice throughout; the
-perspective correction is the classical one: 1/z and attribute/z are affine on the screen (Blinn, IEEE CG&A 1992).
-
-How it is fast without a loop over faces: faces whose bounding box holds no pixel centre go first (on a 128-pixel crop
-of a 13k-vertex body that is most of them); what is left is expanded to (face, pixel) candidates, and one
-scatter-minimum of the key ``depth bits << 32 | face`` settles every pixel, ties going to the lower face index.
-`hmdiff.viz.renderer_numba` does the same with loops and takes over on a CPU where numba is installed.
-
+Rendered images are data here (labels, synthetic photos, figures), so the visibility test has no gradient; barycentrics,
+depth and interpolated attributes are differentiable in the vertices. Our choice throughout. Perspective correction is
+the standard one: 1/z and attribute/z are affine on the screen (Blinn, IEEE CG&A 1992).
+Fast without a loop over faces: faces whose bounding box contains no pixel centre are dropped first (most faces of a
+13k-vertex body on a 128-pixel crop); the rest expand to (face, pixel) candidates, and one scatter-minimum of the key
+``depth bits << 32 | face`` resolves every pixel, with ties going to the lower face index. `hmdiff.viz.renderer_numba`
+is the same with loops, used on a CPU with numba installed.
 Symbols: B images, V vertices, F faces, H x W pixels. Camera frame: x right, y down, z forward, metres.
 """
 
@@ -23,23 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEAR = 0.01  # metres; a face with a vertex nearer than this (or behind the camera) is dropped whole
-EDGE_TOLERANCE = 1e-5  # in barycentrics: a pixel centre on a shared edge must not fall between its two faces
-CANDIDATES_AT_ONCE = 1 << 22  # (face, pixel) pairs per chunk: bounds the memory when faces are large
+NEAR = 0.01  # metres; faces with a vertex nearer than this (or behind the camera) are dropped
+EDGE_TOLERANCE = 1e-5  # in barycentrics: a pixel centre on a shared edge must belong to one of its two faces
+CANDIDATES_AT_ONCE = 1 << 22  # (face, pixel) pairs per chunk, bounds the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Fragments:
-    """What is seen in each pixel."""
+    """The visible surface in each pixel."""
 
-    face_index: Tensor  # (B, H, W) long, -1 where there is nothing
-    barycentric: Tensor  # (B, H, W, 3) perspective-correct weights of the face's vertices, 0 where there is nothing
-    depth: Tensor  # (B, H, W) metres along z, 0 where there is nothing
+    face_index: Tensor  # (B, H, W) long, -1 for background
+    barycentric: Tensor  # (B, H, W, 3) perspective-correct weights of the face's vertices, 0 for background
+    depth: Tensor  # (B, H, W) metres along z, 0 for background
 
 
 @dataclasses.dataclass(frozen=True)
 class Lights:
-    """Ambient light and L directional ones, per image; radiance 1 is white paper at full light."""
+    """Ambient light and L directional lights per image; radiance 1 is white paper at full light."""
 
     ambient: Tensor  # (B, 3)
     direction: Tensor  # (B, L, 3) from the surface towards the light, any length
@@ -52,16 +50,17 @@ def rasterize(
     focal: Tensor,  # (B,) or (B, 2) for x and y, in crop half-sides
     principal_point: Tensor,  # (B, 2) crop coordinates
     size: int | tuple[int, int],  # H = W, or (H, W)
-    cull: bool = False,  # drop faces turned away from the camera; safe on a closed mesh seen from outside
+    cull: bool = False,  # drop back faces; safe for a closed mesh seen from outside
     backend: str = "auto",  # auto, torch or numba
 ) -> Fragments:
-    """Draw meshes. Crop coordinates run -1..1 over both axes: pixel j of W has its centre at ``-1 + 2 (j + 0.5) / W``.
+    """Rasterise meshes. Crop coordinates are -1..1 on both axes: pixel j of W has its centre at ``-1 + 2 (j + 0.5) /
+    W``.
 
     Parts outside the crop are clipped; faces that reach behind the camera are dropped. The result is on the device of
     `vertices`.
 
     Raises:
-        ValueError: the shapes do not agree, or the backend is unknown or cannot run here.
+        ValueError: the shapes do not agree, or the backend is unknown or unavailable.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if vertices.ndim != 3 or vertices.shape[-1] != 3 or faces.ndim != 2 or faces.shape[-1] != 3:
@@ -101,7 +100,7 @@ def screen_points(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor]:  # (B, V, 2) in pixels, the centre of pixel (i, j) at (x, y) = (j, i); (B, V) z
-    """Projection to pixels. Points behind the camera come out as garbage: check z."""
+    """Projection to pixels. Points behind the camera are invalid: check z."""
     z = vertices[..., 2]
     focal = focal[..., None].expand(-1, 2) if focal.ndim == 1 else focal
     safe = vertices[..., :2] / torch.where(z > NEAR, z, torch.ones_like(z))[..., None]
@@ -117,8 +116,8 @@ def visible_faces(
     height: int,
     width: int,
     cull: bool,
-) -> Tensor:  # (B, H, W) long, -1 where there is nothing
-    """The nearest face of every pixel: the visibility test alone, as `hmdiff.viz.renderer_numba.visible_faces`."""
+) -> Tensor:  # (B, H, W) long, -1 for background
+    """The nearest face of every pixel, without attributes; see `hmdiff.viz.renderer_numba.visible_faces`."""
     batch, count = len(points), len(faces)
     face_points, face_z = points[:, faces].flatten(0, 1), z[:, faces].flatten(0, 1)  # (BF, 3, 2), (BF, 3)
     x0, y0 = face_points[:, 0, 0], face_points[:, 0, 1]
@@ -128,7 +127,7 @@ def visible_faces(
     low, high = face_points.amin(1), face_points.amax(1)
     left, top = low[:, 0].ceil().clamp(min=0), low[:, 1].ceil().clamp(min=0)
     right, bottom = high[:, 0].floor().clamp(max=width - 1), high[:, 1].floor().clamp(max=height - 1)
-    # y points down, so a face seen from its outside turns clockwise on the screen: its area is negative.
+    # y points down, so front faces are clockwise on the screen: their area is negative.
     keep = (face_z.amin(1) > NEAR) & (left <= right) & (top <= bottom) & (area < 0 if cull else area != 0)
     kept = keep.nonzero()[:, 0]
 
@@ -137,7 +136,7 @@ def visible_faces(
     left, top = left[kept].long(), top[kept].long()
     inverse_area = area[kept].reciprocal()
     inverse_z = face_z[kept].reciprocal()
-    # One row of numbers per face, so that a candidate gathers once.
+    # One row per face, so that a candidate needs a single gather.
     table = torch.stack([x0[kept], y0[kept], x1[kept], y1[kept], x2[kept], y2[kept], inverse_area], 1)
     table = torch.cat([table, inverse_z], 1)
     integers = torch.stack([left, top, columns, torch.div(kept, count, rounding_mode="floor") * (height * width)], 1)
@@ -160,7 +159,7 @@ def visible_faces(
         b2 = (bx * dy - by * dx) * scale
         b0 = 1 - b1 - b2
         inside = (b0 >= -EDGE_TOLERANCE) & (b1 >= -EDGE_TOLERANCE) & (b2 >= -EDGE_TOLERANCE)
-        # Positive floats order as their bits do, so the key sorts by depth first and by face second.
+        # The bits of positive floats have the order of the floats: the key sorts by depth, then by face.
         depth = (b0 * w0 + b1 * w1 + b2 * w2).reciprocal()
         key = (depth.view(torch.int32).long() << 32) | face_of[owner]
         hit = inside.nonzero()[:, 0]
@@ -171,8 +170,8 @@ def visible_faces(
 
 
 def _chunks(
-    ends: Tensor,  # (K,) running sum of the candidates of each face
-) -> list[tuple[int, int]]:  # ranges of faces of about CANDIDATES_AT_ONCE candidates
+    ends: Tensor,  # (K,) running sum of the candidates per face
+) -> list[tuple[int, int]]:  # ranges of faces with about CANDIDATES_AT_ONCE candidates
     if len(ends) == 0:
         return []
     total = int(ends[-1])
@@ -190,10 +189,10 @@ def _fragments(
     focal: Tensor,  # (B,) or (B, 2)
     principal_point: Tensor,  # (B, 2)
 ) -> Fragments:
-    """Barycentrics and depth of the covered pixels: the ray of the pixel cut with the plane of its face.
+    """Barycentrics and depth of the covered pixels: intersection of the pixel's ray with its face's plane.
 
-    With P = [p0 p1 p2] and ray r = (x, y, 1), the weights solve P w ∝ r: w_k ∝ r · (p_{k+1} x p_{k+2}). That is
-    perspective-correct at once, and differentiable in the vertices.
+    With P = [p0 p1 p2] and ray r = (x, y, 1), the weights solve P w ∝ r: w_k ∝ r · (p_{k+1} x p_{k+2}). The result is
+    perspective-correct and differentiable in the vertices.
     """
     batch, height, width = face_index.shape
     image, row, column = (face_index >= 0).nonzero(as_tuple=True)
@@ -201,10 +200,11 @@ def _fragments(
     focal = focal[..., None].expand(-1, 2) if focal.ndim == 1 else focal
     crop = torch.stack([(column + 0.5) * (2 / width) - 1, (row + 0.5) * (2 / height) - 1], -1).to(vertices.dtype)
     ray = (crop - principal_point[image]) / focal[image]
-    # Relative to the ray at each corner's depth, the products lose no digits to the distance of the camera.
+    # Relative to the ray at each corner's depth, the products lose no precision for a distant camera.
     a, b, c = (corners[:, k, :2] - ray * corners[:, k, 2:] for k in range(3))
     weight = torch.stack([_cross(b, c), _cross(c, a), _cross(a, b)], -1)
-    # A pixel centre may lie outside its face by EDGE_TOLERANCE, a face on edge has no area: neither may extrapolate.
+    # Clamp against extrapolation: a pixel centre may lie EDGE_TOLERANCE outside its face, and edge-on faces have no
+    # area.
     weight = (weight * torch.where(weight.sum(-1, keepdim=True) < 0, -1.0, 1.0)).clamp_min(0) + 1e-20
     weight = weight / weight.sum(-1, keepdim=True)
     barycentric = vertices.new_zeros(batch, height, width, 3).index_put((image, row, column), weight)
@@ -220,7 +220,7 @@ def silhouette(
     fragments: Fragments,
     downsample: int = 1,  # average over blocks of this many pixels, for soft edges
 ) -> Tensor:  # (B, H // downsample, W // downsample) 0..1
-    """Where there is a body."""
+    """The body's coverage of each pixel."""
     mask = (fragments.face_index >= 0).to(fragments.depth.dtype)
     return mask if downsample == 1 else F.avg_pool2d(mask[:, None], downsample)[:, 0]
 
@@ -229,8 +229,8 @@ def interpolate(
     fragments: Fragments,
     faces: Tensor,  # (F, 3)
     attributes: Tensor,  # (B, V, C)
-) -> Tensor:  # (B, H, W, C), 0 where there is nothing
-    """Any per-vertex quantity, seen in the pixels."""
+) -> Tensor:  # (B, H, W, C), 0 for background
+    """A per-vertex attribute, interpolated to the pixels."""
     batch, height, width = fragments.face_index.shape
     image, row, column = (fragments.face_index >= 0).nonzero(as_tuple=True)
     corners = attributes[image[:, None], faces[fragments.face_index[image, row, column]]]  # (P, 3, C)
@@ -241,9 +241,9 @@ def interpolate(
 def vertex_normals(
     vertices: Tensor,  # (B, V, 3)
     faces: Tensor,  # (F, 3)
-) -> Tensor:  # (B, V, 3) unit length, outward; zero for a vertex of no face
-    """Sum of the normals of the faces around a vertex, weighted by their area."""
-    points = vertices.transpose(0, 1)  # vertices first: gathers and sums then move whole rows, twice as fast
+) -> Tensor:  # (B, V, 3) unit length, outward; zero for a vertex without faces
+    """Area-weighted mean of the normals of a vertex's faces."""
+    points = vertices.transpose(0, 1)  # vertices first: gathers and sums then move contiguous rows, twice as fast
     first, second, third = (points[faces[:, corner]] for corner in range(3))  # (F, B, 3)
     normal = torch.cross(second - first, third - first, dim=-1)
     total = torch.zeros_like(points)
@@ -256,8 +256,8 @@ def normals(
     fragments: Fragments,
     vertices: Tensor,  # (B, V, 3)
     faces: Tensor,  # (F, 3)
-) -> Tensor:  # (B, H, W, 3) unit length, camera frame, 0 where there is nothing
-    """Vertex normals, interpolated (Phong)."""
+) -> Tensor:  # (B, H, W, 3) unit length, camera frame, 0 for background
+    """Interpolated vertex normals (Phong)."""
     return F.normalize(interpolate(fragments, faces, vertex_normals(vertices, faces)), dim=-1, eps=1e-20)
 
 
@@ -273,7 +273,7 @@ def shade(
     specular: float = 0.08,
     shininess: float = 24.0,
 ) -> Tensor:  # (B, 3, H, W) RGB 0..1
-    """Lambert plus a little Blinn-Phong gloss, drawn over a background. Directional lights cast no shadow."""
+    """Lambert plus slight Blinn-Phong gloss, over a background. Directional lights cast no shadow."""
     covered = fragments.face_index >= 0
     image, row, column = covered.nonzero(as_tuple=True)
     height, width = covered.shape[1:]
@@ -284,7 +284,7 @@ def shade(
     crop = torch.stack([(column + 0.5) * (2 / width) - 1, (row + 0.5) * (2 / height) - 1], -1).to(vertices.dtype)
     ray = (crop - principal_point[image]) / focal[image]
     to_eye = -F.normalize(F.pad(ray, (0, 1), value=1.0), dim=-1)
-    # An open mesh shows its inside too: light it as if turned to the viewer.
+    # The inside of an open mesh is lit as if facing the viewer.
     normal = torch.where((normal * to_eye).sum(-1, keepdim=True) < -0.2, -normal, normal)
     direction = F.normalize(lights.direction, dim=-1)[image]  # (P, L, 3)
     colour = lights.colour[image]
@@ -298,17 +298,17 @@ def shade(
 
 def visible_vertices(
     fragments: Fragments,
-    vertices: Tensor,  # (B, V, 3) metres, camera frame; any points, the mesh's own or others such as joints
+    vertices: Tensor,  # (B, V, 3) metres, camera frame; the mesh's vertices or other points such as joints
     focal: Tensor,  # (B,) or (B, 2)
     principal_point: Tensor,  # (B, 2)
-    tolerance: float = 0.02,  # metres behind the drawn surface that still count as on it
-    hidden: Tensor | None = None,  # (B, H, W) bool: pixels covered by something in front of the body
+    tolerance: float = 0.02,  # metres behind the rendered surface that still count as visible
+    hidden: Tensor | None = None,  # (B, H, W) bool: pixels occluded by something in front of the body
 ) -> Tensor:  # (B, V) bool
-    """Points inside the crop with nothing in front of them, by the depth of the four pixels around each.
+    """Whether points lie inside the crop and are not occluded, by the depth of the four pixels around each.
 
-    The farthest of the four counts, since on a slanted surface the point lies between them; so within a pixel of an
-    edge the answer is generous. A point over empty pixels has nothing in front of it. Joints lie inside the body: give
-    them a tolerance of a limb.
+    The farthest of the four counts, since on a slanted surface the point lies between them; within a pixel of an edge
+    the result is therefore lenient. A point over background is not occluded. Joints lie inside the body: use a
+    tolerance of a limb's thickness.
     """
     height, width = fragments.depth.shape[1:]
     points, z = screen_points(vertices, focal, principal_point, height, width)

@@ -1,7 +1,7 @@
-"""The visibility test of `hmdiff.viz.renderer` as plain loops, compiled by numba: the same faces, faster on a CPU.
+"""The visibility test of `hmdiff.viz.renderer` as loops compiled by numba: identical results, faster on a CPU.
 
-Every expression is written in the order and in the float32 of `hmdiff.viz.renderer.visible_faces`, so that both give
-the same face for every pixel; a test holds them equal. Only imported when it is used: numba is an optional dependency.
+Every expression uses the order and the float32 of `hmdiff.viz.renderer.visible_faces`, so that both return the same
+face for every pixel; a test compares them. Imported only when used: numba is an optional dependency.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-ONE = np.float32(1.0)  # as float32, or numba would promote every comparison and sum to float64
+ONE = np.float32(1.0)  # float32, or numba promotes every comparison and sum to float64
 
 
 @numba.njit(cache=True, nogil=True)
@@ -20,9 +20,9 @@ def visible_faces(
     height: int,
     width: int,
     cull: bool,
-    near: np.float32,  # metres before which faces are dropped
-    edge: np.float32,  # barycentric coordinates from here on lie inside
-) -> np.ndarray:  # (B, H, W) int64, -1 where there is nothing
+    near: np.float32,  # metres; nearer faces are dropped
+    edge: np.float32,  # minimum barycentric coordinate of inside points
+) -> np.ndarray:  # (B, H, W) int64, -1 for background
     """The nearest face of every pixel; see `hmdiff.viz.renderer.visible_faces`."""
     batch = points.shape[0]
     face_index = np.full((batch, height, width), -1, dtype=np.int64)

@@ -27,13 +27,13 @@ def hypotheses_sheet(
     camera_translation: ArrayLike | Tensor,  # (3,) or (N, 3) metres
     focal: float,  # pixels
     principal_point: ArrayLike | Tensor,  # (2,) pixels
-    columns: int = 5,  # bodies shown: the mean, the selected one, hypotheses; the rest only in the picture of all
+    columns: int = 5,  # bodies shown: mean, selected, hypotheses; the rest only in the combined view
     keypoints: ArrayLike | Tensor | None = None,  # (J, 3) pixels and confidence
     names: Sequence[str] = COCO17,  # of the J keypoints
-    selected: int | None = None,  # the hypothesis that was chosen without ground truth
-    height: int = 360,  # of a cell, pixels
+    selected: int | None = None,  # the hypothesis selected without ground truth
+    height: int = 360,  # cell height in pixels
 ) -> np.ndarray:  # uint8
-    """Two rows: the photo, then over it the mean, the selected hypothesis and others; from the side all, then each."""
+    """Top row: the photo, then each body over it. Bottom row: side views of all bodies together, then of each."""
     bodies = as_tensor(vertices).float()
     shifts = as_tensor(camera_translation).float().expand(len(bodies), 3)
     crop, centre, scale, (left, top) = person_crop(photo, bodies + shifts[:, None], focal, principal_point, height)

@@ -1,6 +1,6 @@
-"""The mesh coloured by how far its hypotheses spread: over the photo, from the side, and the scale in millimetres.
+"""The mesh coloured by the spread of its hypotheses: over the photo, from the side, and the scale in millimetres.
 
-Pale where the hypotheses agree, dark where the photo leaves the body open. Colours and layout are our choice.
+Pale where the hypotheses agree, dark where the photo is ambiguous. Colours and layout are our choice.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from hmdiff.viz.canvas import as_tensor, colour_bar, contact_sheet, heat_colours
 from hmdiff.viz.overlays import overlay, person_crop, reach_of, turntable_view
 from hmdiff.viz.sheets import FOOTER
 
-SCALE = 200.0  # mm, the darkest colour: one scale for all pictures and pages, so that people can be compared
+SCALE = 200.0  # mm, the darkest colour: a common scale, so that people can be compared
 
 
 def spread_sheet(
     photo: np.ndarray,  # (H, W, 3) uint8
-    vertices: ArrayLike | Tensor,  # (V, 3) metres, relative to the pelvis: the mesh that is coloured
+    vertices: ArrayLike | Tensor,  # (V, 3) metres, relative to the pelvis: the coloured mesh
     spread: ArrayLike | Tensor,  # (V,) millimetres
     faces: ArrayLike | Tensor,  # (F, 3)
     camera_translation: ArrayLike | Tensor,  # (3,) metres
     focal: float,  # pixels
     principal_point: ArrayLike | Tensor,  # (2,) pixels
-    confidence: float | None = None,  # 0..1, the share of the surface that is expected within 100 mm; None: unknown
-    height: int = 480,  # of a view, pixels
+    confidence: float | None = None,  # 0..1, the fraction of the surface expected within 100 mm; None: unknown
+    height: int = 480,  # height of a view in pixels
 ) -> np.ndarray:  # uint8
     """Photo, mesh over it, mesh from the side and from behind, and the colour bar.
 
     Raises:
-        UserError: a spread that is not of these vertices.
+        UserError: the spread does not match the vertices.
     """
     body, values = as_tensor(vertices).float(), as_tensor(spread).float()
     if values.shape != body.shape[:1]:

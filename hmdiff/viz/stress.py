@@ -1,6 +1,6 @@
-"""Pictures of a stress test: maps over the crop with colour bars, and the hypotheses of somebody behind a patch.
+"""Images of a stress test: maps over the crop with colour bars, and the hypotheses for an occluded person.
 
-Pale where a patch does nothing, dark where it does most. Colours and layout are our choice.
+Pale where a patch has no effect, dark where it has the largest. Colours and layout are our choice.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from hmdiff.viz.spread import SCALE
 STEP = 10.0  # mm: the scale ends at a multiple
 _OPACITY = 0.62
 _TRANSLUCENT = 0.5  # opacity of a hypothesis
-_PATCH = 128  # of 255, the grey that hides
+_PATCH = 128  # of 255, the patch's grey
 
 
 def cut_out(
     photo: np.ndarray,  # (H, W, 3) uint8
-    crop: Crop,  # of one person, turned or not
-    size: int,  # of the result
+    crop: Crop,  # one person, rotated or not
+    size: int,  # size of the result
 ) -> np.ndarray:  # (size, size, 3) uint8, light grey outside the photo
-    """The square crop, for looking at."""
+    """The square crop, for display."""
     affine = np.array(crop.affine(0, size))
     scale = size / float(crop.side[0])
-    affine[:, 2] += affine[:, :2] @ [0.5, 0.5] - 0.5  # OpenCV counts from the centre of the first pixel, we its corner
+    affine[:, 2] += affine[:, :2] @ [0.5, 0.5] - 0.5  # OpenCV's origin is the centre of the first pixel
     base = photo if scale >= 0.7 else cv2.GaussianBlur(photo, (0, 0), 0.4 / scale)
     how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_LINEAR
     return cv2.warpAffine(base, affine, (size, size), flags=how, borderValue=(238, 239, 242))
@@ -44,9 +44,9 @@ def draw_patch(
     crop: np.ndarray,  # (S, S, 3) uint8
     centre: ArrayLike | Tensor,  # (2,) crop coordinates
     half: float,
-    outline: bool = False,  # only its edge
+    outline: bool = False,  # draw only the outline
 ) -> np.ndarray:  # (S, S, 3) uint8
-    """The crop with the grey patch on it."""
+    """Draw the grey patch on the crop."""
     size = len(crop)
     x, y = ((np.asarray(as_tensor(centre), np.float64) + 1) * size / 2).tolist()
     reach = half * size / 2
@@ -63,18 +63,18 @@ def draw_patch(
 
 def map_over(
     crop: np.ndarray,  # (S, S, 3) uint8
-    values: ArrayLike | Tensor,  # (G, G) at the patch's places, the first row on top
-    half: float,  # half the patch's side: the places run from half - 1 to 1 - half
+    values: ArrayLike | Tensor,  # (G, G) at the patch positions, first row on top
+    half: float,  # half the patch's side: positions range from half - 1 to 1 - half
     lowest: float,
     highest: float,
 ) -> np.ndarray:  # (S, S, 3) uint8
-    """The map in heat colours over the greyed crop, smooth between the places; nothing where no patch was centred."""
+    """The map in heat colours over the greyed crop, interpolated between positions; empty outside them."""
     grid = np.asarray(as_tensor(values), np.float32)
     if grid.ndim != 2 or grid.shape[0] != grid.shape[1]:
         raise UserError(f"map: shape {grid.shape} found, one value for each of G x G places expected")
     size = len(crop)
     pixel = (np.arange(size) + 0.5) * 2 / size - 1
-    # Place of the grid that a pixel corresponds to; one place alone is everywhere.
+    # Grid position of a pixel; a single position covers everything.
     step = 2 * (1 - half) / max(len(grid) - 1, 1)
     place = ((pixel - (half - 1)) / step).clip(0, len(grid) - 1).astype(np.float32)
     column, row = np.meshgrid(place, place)
@@ -88,11 +88,11 @@ def map_over(
 
 def stress_sheet(
     crop: np.ndarray,  # (S, S, 3) uint8
-    maps: Sequence[tuple[str, ArrayLike | Tensor]],  # caption and (G, G) millimetres of each
+    maps: Sequence[tuple[str, ArrayLike | Tensor]],  # caption and (G, G) millimetres
     half: float,
-    worst: ArrayLike | Tensor,  # (2,) the place to outline in the crop
+    worst: ArrayLike | Tensor,  # (2,) the position to outline in the crop
 ) -> np.ndarray:  # uint8
-    """The crop, then the maps over it, each with its own colour bar from its least to its greatest value."""
+    """The crop, then the maps over it, each with a colour bar from its minimum to its maximum."""
     size = len(crop)
     cells = [draw_patch(crop, worst, half, outline=True)]
     for _, values in maps:
@@ -110,13 +110,14 @@ def hidden_sheet(
     faces: ArrayLike | Tensor,  # (F, 3)
     focal: float,  # pixels of the crop
     principal_point: ArrayLike | Tensor,  # (2,) pixels of the crop
-    captions: Sequence[str],  # one a row
-    shown: int = 8,  # hypotheses
+    captions: Sequence[str],  # one per row
+    shown: int = 8,  # number of hypotheses
 ) -> np.ndarray:  # uint8
-    """Row by row: a crop (S, S, 3), hypotheses (N, V, 3) over it and from the side, coloured by their spread (V,).
+    """One row per entry: a crop (S, S, 3), hypotheses (N, V, 3) over it and from the side, coloured by their spread
+    (V,).
 
-    A row is (crop, hypotheses in metres relative to the pelvis, their translations (N, 3), spread in mm). All rows
-    have one scale of colours and one of lengths, so that they compare.
+    An entry is (crop, hypotheses in metres relative to the pelvis, their translations (N, 3), spread in mm). All rows
+    share the scales of colour and length.
     """
     size = len(rows[0][0])
     middle, extent = reach_of(torch.cat([as_tensor(row[1]).float()[:shown] for row in rows]), (size, size))

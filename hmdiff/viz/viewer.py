@@ -1,8 +1,8 @@
-"""One person's result as a web page that needs nothing else: photo, hypotheses, modes, heat maps, values on hover.
+"""One person's result as a self-contained web page: photo, hypotheses, modes, heat maps, values on hover.
 
-The page is `viewer.html` with `viewer.js`, drawn by three.js (MIT), which trimesh brings along and which is inlined, so
-that nothing is fetched. All bodies share one topology: faces are stored once, the mean once, and each hypothesis as its
-difference from the mean, in tenths of a millimetre (int16), deflated.
+The page is `viewer.html` with `viewer.js`, drawn by three.js (MIT), which is inlined from trimesh, so that nothing is
+downloaded. All bodies share one topology: the faces and the mean are stored once, and each hypothesis as its difference
+from the mean, in tenths of a millimetre (int16), deflated.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from hmdiff.viz.canvas import HEAT, as_tensor, read_picture
 from hmdiff.viz.overlays import PALETTE, person_crop
 from hmdiff.viz.spread import SCALE
 
-UNIT = 1e-4  # metres; larger only for bodies that reach beyond 3.2 m
-PHOTO_HEIGHT = 720  # pixels of the photo's crop, at most
-LARGEST = 1e6  # of any number in a result: metres, millimetres or pixels
+UNIT = 1e-4  # metres; larger only for bodies beyond 3.2 m
+PHOTO_HEIGHT = 720  # maximum height of the photo's crop in pixels
+LARGEST = 1e6  # bound on every number in a result: metres, millimetres or pixels
 NEEDED = (
     "vertices",
     "joints",
@@ -69,7 +69,7 @@ def read_result(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _check(arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises `ValueError` naming the array that is not one of N hypotheses of V vertices and K joints."""
+    """Raises `ValueError` naming an array whose shape does not match N hypotheses of V vertices and K joints."""
     count, vertices = arrays["vertices"].shape[0], arrays["vertices"].shape[1]
     joints, faces = arrays["joints"].shape[1], len(arrays["faces"])
     shapes: dict[str, list[tuple[int, ...]]] = {
@@ -107,7 +107,7 @@ def _check(arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def viewer_page(
-    result: Mapping[str, Any],  # of one person, named as in the npz: see `read_result`
+    result: Mapping[str, Any],  # one person's arrays, named as in the npz: see `read_result`
     photo: np.ndarray,  # (H, W, 3) uint8
     title: str,
 ) -> str:  # HTML
@@ -158,13 +158,13 @@ def viewer_page(
         "about": _about(arrays),
     }
     page = Template(_resource("viewer.html"))
-    # "</" could end the script that holds the JSON.
+    # "</" could end the script that contains the JSON.
     text = json.dumps(person, separators=(",", ":")).replace("</", "<\\/")
     return page.substitute(TITLE=html.escape(title), PERSON=text, THREE=three_js(), VIEWER=_resource("viewer.js"))
 
 
 def save_viewer(path: str | Path, result: Mapping[str, Any], photo: np.ndarray | Path, title: str = "") -> None:
-    """`viewer_page` to a file, atomically."""
+    """Write `viewer_page` to a file, atomically."""
     picture = photo if isinstance(photo, np.ndarray) else read_picture(photo)
     text = viewer_page(result, picture, title or Path(path).stem)
     with atomic_file(path) as temporary:
@@ -172,7 +172,7 @@ def save_viewer(path: str | Path, result: Mapping[str, Any], photo: np.ndarray |
 
 
 def _maps(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    """What vertices are coloured by: its label, unit and scale, and the values as integers times `scale`."""
+    """Quantities for colouring vertices: label, unit and scale, and the values as integers times `scale`."""
     spread = arrays["spread_mm"]
     maps = {
         "spread": {
@@ -196,7 +196,7 @@ def _maps(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, Any]], 
                 "scale": 0.5,
                 "digits": 0,
                 "lowest": 100,
-                "highest": 0,  # dark is unsure, as wide is
+                "highest": 0,  # dark means uncertain, as for a large spread
             }
     return maps, values
 
@@ -212,12 +212,12 @@ def _about(arrays: Mapping[str, np.ndarray]) -> str:
 
 @lru_cache(maxsize=1)
 def three_js() -> str:
-    """three.js with its TrackballControls, from the viewer that trimesh ships (`trimesh.viewer.notebook`).
+    """three.js with its TrackballControls, from trimesh's bundled viewer (`trimesh.viewer.notebook`).
 
     Raises:
-        UserError: this trimesh ships no viewer, or another one.
+        UserError: this trimesh has no viewer, or another one.
     """
-    place = importlib.util.find_spec("trimesh")  # trimesh itself is not needed, and slow to import
+    place = importlib.util.find_spec("trimesh")  # locate trimesh without importing it, which is slow
     end = "THREE.TrackballControls=TrackballControls;})();"
     try:
         assert place is not None and place.origin is not None
@@ -236,7 +236,7 @@ def _resource(name: str) -> str:
 
 
 def _packed(values: np.ndarray) -> str:
-    """Deflated by bytes of equal weight, all low ones first: the high ones of small differences hardly vary."""
+    """Deflate with bytes grouped by significance: the high bytes of small differences compress well."""
     planes = np.ascontiguousarray(values).view(np.uint8).reshape(-1, values.itemsize).T
     return base64.b64encode(zlib.compress(planes.tobytes(), 6)).decode()
 
