@@ -68,56 +68,58 @@ class AlignedDenoiser:
         self.on = target.known.clone()  # (M,) bool
         self.steps: list[Tensor] = []  # (M,) bool each: whether DAT acted
 
-    def __call__(self, points: Tensor, step: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, step: Tensor) -> Tensor:
         guidance = self.guidance
         number = (step[0] * len(self.shares)).round().long() - 1
-        share = self.shares[number.cpu()].to(points)
+        alpha_bar = self.shares[number.cpu()].to(x_t)
         through = guidance.mode == "dat" and guidance.gradient == "denoiser"
         if not self.on.any():
             self.steps.append(torch.zeros_like(self.on))
-            return self.denoise(points, step)
+            return self.denoise(x_t, step)
         # x_K is pure noise: x̂_0 does not depend on it, so the Jacobian of a trained network is meaningless there.
-        no_signal = through and bool(share < _NO_SIGNAL)
+        no_signal = through and bool(alpha_bar < _NO_SIGNAL)
         if no_signal and guidance.first:
             no_signal = through = False  # gradient at x̂_0 itself
         if no_signal or float(step[0]) > guidance.last + 1e-4:
-            prediction = self.denoise(points, step)
+            prediction = self.denoise(x_t, step)
             if self.first_estimate is None:
-                self.first_estimate = clean_estimate(prediction, points, share, self.kind)
+                self.first_estimate = clean_estimate(prediction, x_t, alpha_bar, self.kind)
                 self._switch(self.gap(self.first_estimate))
             self.steps.append(torch.zeros_like(self.on))
             return prediction
         with torch.enable_grad():
-            noisy = points.detach().requires_grad_(through or guidance.mode == "disrupted")
+            x_t_leaf = x_t.detach().requires_grad_(through or guidance.mode == "disrupted")
             with torch.set_grad_enabled(through):
-                prediction = self.denoise(noisy, step)
-                clean = clean_estimate(prediction, noisy, share, self.kind)
+                prediction = self.denoise(x_t_leaf, step)
+                x0_pred = clean_estimate(prediction, x_t_leaf, alpha_bar, self.kind)
             if self.first_estimate is None:
-                self.first_estimate = clean.detach()
-            place = noisy if guidance.mode == "disrupted" else clean if through else clean.detach().requires_grad_()
+                self.first_estimate = x0_pred.detach()
+            place = (
+                x_t_leaf if guidance.mode == "disrupted" else x0_pred if through else x0_pred.detach().requires_grad_()
+            )
             projected = project(guidance, self.keypoints(place), self.target)
             gap = distribution_gap(guidance, projected, self.target)
             self._switch(gap.detach())
             self.steps.append(self.on.clone())
             if not self.on.any():
                 return prediction.detach()
-            leaf = noisy if guidance.mode == "disrupted" or through else place
+            leaf = x_t_leaf if guidance.mode == "disrupted" or through else place
             (gradient,) = torch.autograd.grad(gap.sum(), leaf)
-        clean = clean.detach()
+        x0_pred = x0_pred.detach()
         if guidance.step == "line":
-            move = self._line(noisy.detach() if guidance.mode == "disrupted" else clean, gradient)
+            move = self._line(x_t_leaf.detach() if guidance.mode == "disrupted" else x0_pred, gradient)
         else:
             # The paper's ĝ in terms of x̂_0. If the gradient stops at x̂_0, grad_{x_k} = grad_{x̂_0} / sqrt(alpha_bar);
             # the factor is 1 where alpha_bar is 0.
-            signal = share.sqrt().clamp_min(_LEAST_SIGNAL)
-            over = signal if leaf is noisy or bool(share < _NO_SIGNAL) else signal**2
-            move = (1 - share) / over * gradient
+            signal = alpha_bar.sqrt().clamp_min(_LEAST_SIGNAL)
+            over = signal if leaf is x_t_leaf or bool(alpha_bar < _NO_SIGNAL) else signal**2
+            move = (1 - alpha_bar) / over * gradient
             if guidance.step == "score":
                 move = move / (2 * gap.detach().clamp_min(1e-8).sqrt())[:, None, None]
         length = move.square().mean((-2, -1), keepdim=True).sqrt()
         move = move * (_LONGEST / length.clamp_min(1e-12)).clamp(max=1) * self.on[:, None, None]
-        clean = clean - guidance.strength * move.nan_to_num()
-        return torch.where(self.on[:, None, None], self._prediction(clean, points, share), prediction.detach())
+        x0_pred = x0_pred - guidance.strength * move.nan_to_num()
+        return torch.where(self.on[:, None, None], self._prediction(x0_pred, x_t, alpha_bar), prediction.detach())
 
     def _switch(self, gap: Tensor) -> None:  # (M,)
         """Update `on`: True until the relative gap is at or below the threshold."""
@@ -133,27 +135,27 @@ class AlignedDenoiser:
         """Mean over the hypotheses of each image, repeated for each of them."""
         return values.unflatten(0, (self.people, -1)).mean(1).repeat_interleave(len(values) // self.people)
 
-    def _line(self, clean: Tensor, direction: Tensor) -> Tensor:  # (M, P, 3)
+    def _line(self, points: Tensor, direction: Tensor) -> Tensor:  # (M, P, 3)
         """Gauss-Newton step along -direction: least squares on the linearisation of f."""
         norm = direction.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-20)
         unit = direction / norm
         small = 0.03  # finite difference, about 1 cm: f is nearly linear over it, and rounding is negligible
         with torch.no_grad():
-            here = project(self.guidance, self.keypoints(clean), self.target)
-            there = project(self.guidance, self.keypoints(clean - small * unit), self.target)
+            here = project(self.guidance, self.keypoints(points), self.target)
+            there = project(self.guidance, self.keypoints(points - small * unit), self.target)
             change, residual = (there - here) / small, self.target.points - here
             weight = self.target.weight[..., None]
             along = (weight * residual * change).sum((-2, -1))
             length = along / (weight * change.square()).sum((-2, -1)).clamp_min(1e-8)
         return unit * length.clamp_min(0)[:, None, None]
 
-    def _prediction(self, clean: Tensor, points: Tensor, share: Tensor) -> Tensor:
+    def _prediction(self, x0_pred: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
         """x̂_0 converted to the prediction type."""
         if self.kind == "sample":
-            return clean
-        alpha, sigma = share.sqrt().clamp_min(1e-4), (1 - share).sqrt().clamp_min(1e-4)
-        noise = (points - alpha * clean) / sigma
-        return noise if self.kind == "epsilon" else alpha * noise - sigma * clean
+            return x0_pred
+        alpha, sigma = alpha_bar.sqrt().clamp_min(1e-4), (1 - alpha_bar).sqrt().clamp_min(1e-4)
+        noise = (x_t - alpha * x0_pred) / sigma
+        return noise if self.kind == "epsilon" else alpha * noise - sigma * x0_pred
 
     @torch.no_grad()
     def gap(self, points: Tensor) -> Tensor:  # (M,)

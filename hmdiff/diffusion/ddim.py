@@ -38,24 +38,24 @@ class ListedDDIMScheduler(DDIMScheduler):
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
-        kind = self.config.prediction_type
+        prediction_type = self.config.prediction_type
         later = self.timesteps[self.timesteps < timestep]
-        share = self.alphas_cumprod[int(timestep)]
-        share_next = self.alphas_cumprod[int(later[0])] if len(later) else self.final_alpha_cumprod
-        clean = clean_estimate(model_output, sample, share, kind)
-        if kind == "epsilon":
+        alpha_bar = self.alphas_cumprod[int(timestep)]
+        alpha_bar_next = self.alphas_cumprod[int(later[0])] if len(later) else self.final_alpha_cumprod
+        x0_pred = clean_estimate(model_output, sample, alpha_bar, prediction_type)
+        if prediction_type == "epsilon":
             noise = model_output
-        elif kind == "sample":
-            noise = (sample - share.sqrt() * clean) / (1 - share).sqrt()
+        elif prediction_type == "sample":
+            noise = (sample - alpha_bar.sqrt() * x0_pred) / (1 - alpha_bar).sqrt()
         else:
-            noise = share.sqrt() * model_output + (1 - share).sqrt() * sample
-        variance = (1 - share_next) / (1 - share) * (1 - share / share_next)
+            noise = alpha_bar.sqrt() * model_output + (1 - alpha_bar).sqrt() * sample
+        variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
         sigma = eta * variance.clamp_min(0).sqrt()
-        points = share_next.sqrt() * clean + (1 - share_next - sigma**2).clamp_min(0).sqrt() * noise
+        prev_sample = alpha_bar_next.sqrt() * x0_pred + (1 - alpha_bar_next - sigma**2).clamp_min(0).sqrt() * noise
         if eta > 0:
-            points = points + sigma * randn_tensor(
+            prev_sample = prev_sample + sigma * randn_tensor(
                 sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
             )
         if not return_dict:
-            return points, clean
-        return DDIMSchedulerOutput(prev_sample=points, pred_original_sample=clean)
+            return prev_sample, x0_pred
+        return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0_pred)

@@ -70,18 +70,18 @@ def sample(
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     total = scheduler.config.num_train_timesteps
-    points = noise * scheduler.init_noise_sigma
+    x_t = noise * scheduler.init_noise_sigma
     options = _step_options(scheduler, generators, eta)
     for number, timestep in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(points, timestep)
-        fraction = ((timestep + 1) / total).expand(len(points)).to(points.dtype)
+        scaled = scheduler.scale_model_input(x_t, timestep)
+        fraction = ((timestep + 1) / total).expand(len(x_t)).to(x_t.dtype)
         prediction = denoise(scaled, fraction)
         if scheduler.config.prediction_type == "epsilon" and hasattr(scheduler, "alphas_cumprod"):
             prediction = _bounded_noise(prediction, scaled, timestep, scheduler, clip)
         if callback is not None:
-            callback(number, points, prediction)
-        points = scheduler.step(prediction, timestep, points, **options).prev_sample
-    return points
+            callback(number, x_t, prediction)
+        x_t = scheduler.step(prediction, timestep, x_t, **options).prev_sample
+    return x_t
 
 
 def _step_options(scheduler: Scheduler, generators: Sequence[torch.Generator] | None, eta: float) -> dict[str, Any]:
@@ -94,8 +94,8 @@ def _step_options(scheduler: Scheduler, generators: Sequence[torch.Generator] | 
     return options
 
 
-def _bounded_noise(prediction: Tensor, points: Tensor, timestep: Tensor, scheduler: Scheduler, clip: float) -> Tensor:
+def _bounded_noise(prediction: Tensor, x_t: Tensor, timestep: Tensor, scheduler: Scheduler, clip: float) -> Tensor:
     """Clamp x̂_0 under epsilon prediction: at small alpha_bar a small error in eps is a large one in x̂_0."""
-    share = scheduler.alphas_cumprod.to(points.device)[timestep.long()]
-    clean = (points - (1 - share).sqrt() * prediction) / share.sqrt()
-    return (points - share.sqrt() * clean.clamp(-clip, clip)) / (1 - share).sqrt().clamp_min(1e-6)
+    alpha_bar = scheduler.alphas_cumprod.to(x_t.device)[timestep.long()]
+    x0_pred = (x_t - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
+    return (x_t - alpha_bar.sqrt() * x0_pred.clamp(-clip, clip)) / (1 - alpha_bar).sqrt().clamp_min(1e-6)

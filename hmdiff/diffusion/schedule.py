@@ -66,14 +66,14 @@ def signal_shares(
     steps = np.arange(1, num_train_timesteps + 1, dtype=np.float64)
     if schedule == "cosine":  # Nichol and Dhariwal, arXiv 2102.09672, eq. 17
         offset = 0.008
-        shares = np.cos((steps / num_train_timesteps + offset) / (1 + offset) * np.pi / 2) ** 2
-        shares = shares / np.cos(offset / (1 + offset) * np.pi / 2) ** 2
+        alpha_bar = np.cos((steps / num_train_timesteps + offset) / (1 + offset) * np.pi / 2) ** 2
+        alpha_bar = alpha_bar / np.cos(offset / (1 + offset) * np.pi / 2) ** 2
     elif schedule == "linear":  # DDPM, arXiv 2006.11239; rescaled to the terminal SNR below
-        shares = np.cumprod(1 - np.linspace(1e-4, 0.02, num_train_timesteps))
+        alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, num_train_timesteps))
     else:
         raise UserError(f"schedule {schedule!r} is not known; choose one of {', '.join(SCHEDULES)}")
-    shares = np.clip(shares, 1e-12, 1 - 1e-9)
-    snr = shares / (1 - shares) / noise_shift**2
+    alpha_bar = np.clip(alpha_bar, 1e-12, 1 - 1e-9)
+    snr = alpha_bar / (1 - alpha_bar) / noise_shift**2
     amplitude = np.sqrt(snr / (1 + snr))
     # Lin et al., algorithm 1: shift and scale sqrt(alpha_bar) to end at sqrt(terminal), keeping its first value.
     first, last, wanted = amplitude[0], amplitude[-1], np.sqrt(terminal)
@@ -103,8 +103,8 @@ def make_scheduler(
     terminal = EPSILON_TERMINAL if prediction_type == "epsilon" else 0.0
     if name not in ("ddim", "ddpm"):
         terminal = max(terminal, 2.0**-24)
-    shares = signal_shares(num_train_timesteps, schedule, noise_shift, terminal)
-    betas = 1 - shares / np.concatenate([[1.0], shares[:-1]])
+    alpha_bar = signal_shares(num_train_timesteps, schedule, noise_shift, terminal)
+    betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
     return kind(
         num_train_timesteps=num_train_timesteps,
         trained_betas=betas.tolist(),
@@ -160,8 +160,8 @@ def change_scheduler(
     config = scheduler.config
     betas = np.asarray(config.trained_betas, dtype=np.float64)
     if name not in ("ddim", "ddpm"):
-        shares = np.maximum(np.cumprod(1 - betas), 2.0**-24)
-        betas = 1 - shares / np.concatenate([[1.0], shares[:-1]])
+        alpha_bar = np.maximum(np.cumprod(1 - betas), 2.0**-24)
+        betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
     return kind(
         num_train_timesteps=config.num_train_timesteps,
         trained_betas=betas.tolist(),

@@ -66,28 +66,28 @@ def training_losses(
     steps, noise = draws.steps, draws.noise
     if model.config.mode == "direct":
         start = torch.zeros_like(truth)
-        share = weight = clean_weight = truth.new_ones(len(truth), 1)
+        alpha_bar = weight = x0_weight = truth.new_ones(len(truth), 1)
         hidden = () if draws.hidden is None else (draws.hidden[:, :1],)
         found: Prediction = model(start, start.new_ones(len(truth), 1), *inputs, *hidden, **more)
-        target, clean = truth, found.points
+        target, x0_pred = truth, found.points
     else:
-        kind = scheduler.config.prediction_type
+        prediction_type = scheduler.config.prediction_type
         # Partially labelled samples train only at t = T, where x_t is pure noise, independent of x_0.
         for whole in (sample.has_vertices, sample.has_joints_3d):
             if whole is not None:
                 steps = torch.where(whole[:, None], steps, scheduler.config.num_train_timesteps - 1)
-        share = signal_share(scheduler, steps).to(truth)
-        noisy = share.sqrt()[..., None, None] * truth + (1 - share).sqrt()[..., None, None] * noise
+        alpha_bar = signal_share(scheduler, steps).to(truth)
+        x_t = alpha_bar.sqrt()[..., None, None] * truth + (1 - alpha_bar).sqrt()[..., None, None] * noise
         fraction = (steps + 1).to(truth) / scheduler.config.num_train_timesteps
         hidden = () if draws.hidden is None else (draws.hidden,)
-        found = model(noisy, fraction, *inputs, *hidden, **more)
-        target = training_target(truth.expand_as(noise), noise, share, kind)
-        clean = clean_estimate(found.points, noisy, share, kind)
-        weight = loss_weight(share, kind, config.weighting, config.gamma)
-        clean_weight = loss_weight(share, "sample", config.weighting, config.gamma)
-        if kind == "epsilon":  # as alpha_bar -> 0, an epsilon prediction does not determine x_0
-            clean_weight = clean_weight * (share / (1 - share).clamp_min(1e-8)).clamp(max=1.0)
-    contrast = _contrast(model, config, sample, found, truth, clean, share, draws.shared_seed)
+        found = model(x_t, fraction, *inputs, *hidden, **more)
+        target = training_target(truth.expand_as(noise), noise, alpha_bar, prediction_type)
+        x0_pred = clean_estimate(found.points, x_t, alpha_bar, prediction_type)
+        weight = loss_weight(alpha_bar, prediction_type, config.weighting, config.gamma)
+        x0_weight = loss_weight(alpha_bar, "sample", config.weighting, config.gamma)
+        if prediction_type == "epsilon":  # as alpha_bar -> 0, an epsilon prediction does not determine x_0
+            x0_weight = x0_weight * (alpha_bar / (1 - alpha_bar).clamp_min(1e-8)).clamp(max=1.0)
+    contrast = _contrast(model, config, sample, found, truth, x0_pred, alpha_bar, draws.shared_seed)
     paths = PathOutputs(
         model.config.mesh_scale,
         found.scale,
@@ -98,7 +98,7 @@ def training_losses(
         found.meshes,
         contrast,
         vertices=_some_vertices(model, draws).to(truth.device),
-        regressed=None if model.config.mode == "direct" else share < 1e-6,
+        regressed=None if model.config.mode == "direct" else alpha_bar < 1e-6,
     )
     more = {}
     shares: dict[str, Tensor] = {}
@@ -108,10 +108,10 @@ def training_losses(
                 config,
                 sample,
                 keypoints,
-                model.to_coarse(clean).float(),
-                model.to_joints(clean).float(),
+                model.to_coarse(x0_pred).float(),
+                model.to_joints(x0_pred).float(),
                 found.camera,
-                clean_weight,
+                x0_weight,
                 model.config.frame,
                 model.config.mesh_scale,
                 shares,
@@ -122,9 +122,9 @@ def training_losses(
         found.points,
         target,
         weight,
-        clean,
+        x0_pred,
         truth,
-        share,
+        alpha_bar,
         found.camera,
         model.config.num_coarse,
         edges,
@@ -146,8 +146,8 @@ def _contrast(
     sample: Sample,
     found: Prediction,
     truth: Tensor,  # (B, 1, P, 3)
-    clean: Tensor,  # (B, M, P, 3)
-    share: Tensor,  # (B, M)
+    x0_pred: Tensor,  # (B, M, P, 3)
+    alpha_bar: Tensor,  # (B, M)
     seed: int,
 ) -> dict[str, Tensor]:
     """JOTR's contrastive losses on volume features sampled at the joints of x̂_0 and at the ground truth joints.
@@ -158,8 +158,8 @@ def _contrast(
     """
     if found.volume is None or found.exponent is None or not (config.joint_contrast or config.non_joint_contrast):
         return {}
-    row = share.argmin(1)
-    noisiest = clean[torch.arange(len(clean), device=clean.device), row].detach()
+    row = alpha_bar.argmin(1)
+    noisiest = x0_pred[torch.arange(len(x0_pred), device=x0_pred.device), row].detach()
     camera = found.camera.detach()
     true_camera = camera if sample.camera is None else sample.camera
     if sample.camera is not None and sample.has_camera is not None:
