@@ -1,6 +1,6 @@
 """hmdiff: human mesh recovery by reverse diffusion, several calibrated 3D bodies from one photo.
 
-`import hmdiff` loads nothing heavy: the names below are fetched when they are first used.
+`import hmdiff` is fast: the names below are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a config to its parts: body, model, schedule, data. The one place where the rooms are put together."""
+"""Builds model, mesh, scheduler and data from a config."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from hmdiff.pipeline import HMDiffPipeline
 
 
 def build_model(config: Config, body: Body, mesh: MeshSampler) -> MeshRecoveryModel:
-    """A new model for the body's mesh. Raises `UserError` for a hyperparameter that its constructor does not have."""
+    """A new model for the body's mesh. Raises `UserError` for an unknown or invalid hyperparameter."""
     allowed = [name for name in inspect.signature(MeshRecoveryModel.__init__).parameters if name != "self"]
     check_keys(config.model, allowed, "section 'model'")
     signature = inspect.signature(MeshRecoveryModel.__init__).parameters
@@ -54,7 +54,7 @@ def build_model(config: Config, body: Body, mesh: MeshSampler) -> MeshRecoveryMo
             "model.coarse_to_fine refines a mesh, and diffusion.prediction_type is "
             f"{config.diffusion.prediction_type!r}; give sample, or model.mode=direct"
         )
-    torch.manual_seed(config.seed)  # the initial weights; all later draws have generators of their own
+    torch.manual_seed(config.seed)  # initial weights; all later random draws use separate generators
     try:
         model = MeshRecoveryModel(**values)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -77,13 +77,13 @@ def _patches(body: Body, mesh: MeshSampler, patch_size: int) -> Tensor:
 
 
 def build_mesh(config: Config, body: Body) -> MeshSampler:
-    """The body's coarse mesh of the size that the model asks for."""
+    """The body's coarse mesh with the model's `num_coarse` vertices."""
     signature = inspect.signature(MeshRecoveryModel.__init__).parameters
     return load_mesh(body, int(config.model.get("num_coarse", signature["num_coarse"].default)))
 
 
 def build_scheduler(config: Config) -> Any:
-    """The diffusion's schedule, with the sampler that is used when no other is asked for."""
+    """The noise schedule with the default sampler."""
     values = config.diffusion
     return make_scheduler(
         values.sampler, values.num_train_timesteps, values.schedule, values.noise_shift, values.prediction_type
@@ -97,7 +97,7 @@ def build_data(
     full_mesh: bool = False,
     device: torch.device | str = "cpu",
 ) -> SyntheticHumans:
-    """The synthetic people of a config, with pictures where the model reads them and maps where they are asked for."""
+    """The synthetic people of a config, with images and depth maps if the model or the config needs them."""
     training_poses = PoseMixture(prior=PosePrior.load(asset_path("pose_prior_train.npz")))
     return SyntheticHumans(
         body,
@@ -118,7 +118,7 @@ def build_data(
 
 
 def _reads_peaks(config: Config) -> bool:
-    """Whether heatmaps need not be drawn: a backbone of joints reads them as peaks, and nothing else looks at them."""
+    """Whether peaks replace heatmaps, which saves rendering them: the joint backbone is then their only consumer."""
     model = config.model
     alone = model.get("inputs", "heatmaps") == "heatmaps" and model.get("backbone", "joints") == "joints"
     return config.data.kind == "synthetic" and alone and not (model.get("depth_map") or model.get("lifting"))
@@ -129,12 +129,12 @@ def build_source(
     body: Body,
     mesh: MeshSampler,
     full_mesh: bool = False,
-    device: torch.device | str = "cpu",  # where people are drawn that are all synthetic
+    device: torch.device | str = "cpu",  # for synthetic people only
 ) -> PeopleSource:
-    """The people that a config trains on, synthetic, recorded or both, and, with the full mesh, those of its splits.
+    """The training people of a config, synthetic, recorded or both; with `full_mesh` also its evaluation splits.
 
     Raises:
-        UserError: no such kind or key; a folder that is not prepared; a validation split that is missing or too small.
+        UserError: an unknown kind or key; a folder that is not prepared; a split that is missing or too small.
     """
     data = config.data
     if data.kind not in DATA_KINDS:
@@ -159,7 +159,7 @@ def build_source(
 
 
 def _labelled(config: Config, body: Body, mesh: MeshSampler, source: PeopleSource) -> PeopleSource:
-    """The source, its training labels displaced where `data.label_noise` says so; never those of an evaluation."""
+    """Add `data.label_noise` to the training labels; evaluation labels stay exact."""
     if not config.data.label_noise or source.full_mesh:
         return source
     return NoisyLabels(source, body, mesh.coarse_ids, config.data.label_noise, config.seed)
@@ -188,7 +188,7 @@ def _recorded(
         source = _recorded(config, body, mesh, full_mesh, {**entry, "labels": "all"}, heatmaps)
         return KeptLabels(source, str(entry["labels"]))
     if "path" not in entry:
-        # Two synthetic sources of one seed would draw the same people.
+        # Two synthetic sources with the same seed would give the same people.
         seed = entry.get("seed", config.seed)
         if not isinstance(seed, int) or seed < 0:
             raise UserError(f"data.sources: seed {seed!r}; a whole number from 0 on is expected")
@@ -220,7 +220,7 @@ def _recorded(
 
 
 def _check_splits(config: Config, splits: dict[str, PeopleSource]) -> None:
-    """Before the training, not at its first evaluation."""
+    """Fail before the training, not at its first evaluation."""
     wanted = {"val": config.evaluation.people, "test": config.evaluation.test_people}
     for name, people in wanted.items():
         if not people:
@@ -250,7 +250,7 @@ def _map_size(config: Config) -> int | None:
 
 
 def build_pipeline(config: Config) -> HMDiffPipeline:
-    """An untrained pipeline of a config, for tests and for timing."""
+    """An untrained pipeline of a config, for tests and timing."""
     body = load_body(config.body)
     model = build_model(config, body, build_mesh(config, body))
     return HMDiffPipeline(

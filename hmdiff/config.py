@@ -1,7 +1,6 @@
-"""Configuration: YAML values over dataclasses, `key=value` over both, merged by OmegaConf; a typo fails by name.
+"""Configuration: dataclass defaults, YAML, then `key=value` overrides, merged by OmegaConf; unknown keys are errors.
 
-`model` is a free dictionary here: a model's own hyperparameters live in its constructor's signature alone, against
-which `build.build_model` holds it.
+`model` is a plain dictionary: its keys are the arguments of the model's constructor, checked by `build.build_model`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from hmdiff.files.yaml_values import check_keys, first_line, read_yaml
 
 @dataclasses.dataclass
 class DiffusionConfig:
-    """The forward process, and how it is reversed when nothing else is asked for."""
+    """The forward process, and the defaults of the reverse process."""
 
     num_train_timesteps: int = 200  # K [recalled of the paper]
     schedule: str = "cosine"
@@ -34,144 +33,141 @@ class DiffusionConfig:
 
 @dataclasses.dataclass
 class Augment:
-    """How much a crop is changed in training."""
+    """Augmentation of crops in training."""
 
     flip: float = 0.5  # probability
     noise: float = 0.4  # each colour channel is multiplied by U(1 - noise, 1 + noise)
-    rotation: float = 30.0  # degrees, standard deviation, cut at twice as much
+    rotation: float = 30.0  # degrees, standard deviation, clipped at twice that
     upright: float = 0.6  # probability of no rotation
-    scale: float = 0.25  # standard deviation of the crop's side about 1, cut there
-    # What is put in front, of one kind a person at most, see hmdiff/data/synthetic/in_front.py
-    objects: float = 0.0  # probability of shapes with textures
+    scale: float = 0.25  # standard deviation of the crop's relative size, clipped at 1 standard deviation
+    # Synthetic occluders, at most one kind per person, see hmdiff/data/synthetic/in_front.py
+    objects: float = 0.0  # probability of textured shapes
     people: float = 0.0  # probability of another person of the block
     cutouts: str = ""  # a folder of RGBA pictures to paste
-    pasted: float = 0.5  # probability of one of them, where there is a folder
+    pasted: float = 0.5  # probability of a pasted cutout, if there is a folder
 
 
 @dataclasses.dataclass
 class EstimatorFaults:
-    """How bad a synthetic estimator is, see hmdiff/data/synthetic/corruption.py.
+    """Corruption of synthetic keypoints as by a pose estimator, see hmdiff/data/synthetic/corruption.py.
 
     Lengths are in crop half-sides (1 = half the crop), rates are probabilities.
     """
 
-    jitter: float = 0.014  # median over people of the standard deviation; lognormal with sigma 0.5
+    jitter: float = 0.014  # standard deviation: median over people, lognormal with sigma 0.5
     missing: float = 0.04  # per joint
     missing_hidden: float = 0.6  # per joint behind an occluder
     second_peak: float = 0.04  # per joint
     swap: float = 0.04  # per person: arms, legs or both exchanged, half of the time as double peaks
-    narrowest: float = 1.4  # standard deviation of a person's peaks, heatmap pixels: uniform from here
-    widest: float = 3.2  # to here
-    hidden: float = 0.0  # standard deviation of a guess behind an occluder, lognormal with sigma 0.3; 0: hardly off
-    exact: float = 0.15  # per person: a hand-labelled person, with little jitter and nothing missing but the hidden
-    all_joints: bool = False  # True: every source has all 26 joints
-    few_joints: bool = False  # True: also sources with the 12 joints of the limbs, and BlazePose's
+    narrowest: float = 1.4  # standard deviation of a person's peaks, heatmap pixels: uniform from `narrowest`
+    widest: float = 3.2  # to `widest`
+    hidden: float = 0.0  # standard deviation of the error of occluded joints, lognormal with sigma 0.3; 0: as visible
+    exact: float = 0.15  # per person: as if labelled by hand, with little jitter; only occluded joints may be missing
+    all_joints: bool = False  # True: all 26 joints for everyone
+    few_joints: bool = False  # True: some people have only 12 limb joints, or BlazePose's joints
 
 
 @dataclasses.dataclass
 class DepthFaults:
-    """How bad a synthetic depth network is, see hmdiff/data/synthetic/depth_faults.py.
+    """Corruption of synthetic depth maps as by a depth network, see hmdiff/data/synthetic/depth_faults.py."""
 
-    `none` alone switches all faults off, `scene` says what there is besides the body.
-    """
-
-    none: bool = False  # True: the rendered depth as it is
-    scene: bool = True  # a wall, a floor and the boxes in front; False: the body alone, NaN elsewhere
-    disparity: float = 0.5  # share of people whose map is a negative disparity, as Depth Anything's becomes
-    bend: float = 0.15  # standard deviation of a smooth error, of the map's own standard deviation
-    edges: float = 0.02  # standard deviation of how far edges are displaced, crop half-sides
-    blur: float = 0.03  # largest standard deviation of the blur, crop half-sides
-    grain: float = 0.02  # largest noise of a pixel, of the map's standard deviation
+    none: bool = False  # True: no corruption, the rendered depth
+    scene: bool = True  # render wall, floor and occluders too; False: the body only, NaN elsewhere
+    disparity: float = 0.5  # share of people with a negative disparity map, as from Depth Anything
+    bend: float = 0.15  # standard deviation of a smooth error, relative to the map's standard deviation
+    edges: float = 0.02  # standard deviation of the displacement of edges, crop half-sides
+    blur: float = 0.03  # maximum standard deviation of the blur, crop half-sides
+    grain: float = 0.02  # maximum pixel noise, relative to the map's standard deviation
     missing: float = 0.15  # share of people with unknown regions
     missing_map: float = 0.05  # share of people without a map
-    affine: bool = True  # another unit and origin for each person
+    affine: bool = True  # a random scale and shift per person
 
 
 @dataclasses.dataclass
 class DataConfig:
-    """The training data: `synthetic` needs nothing; `recorded` is one prepared data set, `mixture` several."""
+    """The training data: `synthetic` (no files needed), `recorded` (one prepared data set), or `mixture` (several)."""
 
     kind: str = "synthetic"
-    # Of `recorded` and `mixture`: {path: FOLDER, weight: 1, groups: [...], heatmaps: ..., same_body: false}, or
-    # {kind: synthetic, weight: 1, seed: 7}; both: labels: all, keypoints or keypoints_2d; see hmdiff/build.py.
+    # For `recorded` and `mixture`: {path: FOLDER, weight: 1, groups: [...], heatmaps: ..., same_body: false}, or
+    # {kind: synthetic, weight: 1, seed: 7}; either with labels: all, keypoints or keypoints_2d; see hmdiff/build.py.
     sources: list[Any] = dataclasses.field(default_factory=list)
     splits: dict[str, Any] = dataclasses.field(default_factory=dict)  # val, test: as a source, a path, or "synthetic"
     augment: Augment = dataclasses.field(default_factory=Augment)
-    block_size: int = 32  # people drawn at once; the batch is a whole number of blocks
-    image_size: int = 224  # of the rendered pictures, drawn where the model reads images
-    pictures: bool = False  # draw them for every model: their silhouettes and depths are labels too
-    map_size: int = 0  # of silhouettes and depths, drawn at this size with or without pictures; 0: as the pictures
+    block_size: int = 32  # people generated at once; the batch size must be a multiple
+    image_size: int = 224  # of rendered pictures, if the model reads images
+    pictures: bool = False  # render pictures for every model: silhouettes and depth maps are labels too
+    map_size: int = 0  # size of silhouettes and depth maps, with or without pictures; 0: the pictures' size
     depth_faults: DepthFaults = dataclasses.field(default_factory=DepthFaults)
     faults: EstimatorFaults = dataclasses.field(default_factory=EstimatorFaults)
-    label_noise: float = 0.0  # metres by which training labels are displaced, see hmdiff/data/label_noise.py
-    workers: int = 0  # processes that draw ahead of the training
+    label_noise: float = 0.0  # metres, noise added to training labels, see hmdiff/data/label_noise.py
+    workers: int = 0  # data loading processes
 
 
 @dataclasses.dataclass
 class LossConfig:
-    """Weights of the objective and how noise levels are drawn."""
+    """Loss weights and the sampling of noise levels."""
 
     points: str = "l2"  # error of vertices and joints: "l2" squared, "l1" absolute, "euclidean" distance
     weighting: str = "truncated_snr"  # of noise levels, see hmdiff/diffusion/noising.py
     gamma: float = 5.0
-    noise_levels: int = 4  # noise draws of every image in a batch: the encoder is run once for all
-    terminal_share: float = 0.2  # of the draws at the last step, where the network is the direct regressor
-    joints: float = 1.0  # weight of a joint point against a vertex point, where both are in one mean, `points`
-    # L_v and L_3D as terms of their own, each a mean over its own points (D2A-HMR's eq. 2); both 0: one mean of all
+    noise_levels: int = 4  # noise levels per image in a batch; the encoder runs once per image
+    terminal_share: float = 0.2  # share of draws at t = T, where the network acts as a direct regressor
+    joints: float = 1.0  # weight of a joint relative to a vertex in the common mean, `points`
+    # L_v and L_3D as separate terms, each a mean over its own points (D2A-HMR's eq. 2); both 0: one mean over all
     vertices: float = 0.0
     joints_3d: float = 0.0
-    # Labelled keypoints against the predicted mesh and joints, of x̂_0, see hmdiff/losses/keypoints.py
-    keypoints_2d: float = 0.0  # L_2D, through the predicted camera: people with 2D labels alone teach the mesh
-    keypoints_3d: float = 0.0  # L_3D, of the keypoints regressed from the mesh
+    # Labelled keypoints against the mesh and joints of x̂_0, see hmdiff/losses/keypoints.py
+    keypoints_2d: float = 0.0  # L_2D through the predicted camera: trains the mesh from 2D labels alone
+    keypoints_3d: float = 0.0  # L_3D of the keypoints regressed from the mesh
     camera: float = 0.1
     edges: float = 0.0
-    # Of the optional paths, see hmdiff/losses/paths.py
+    # For optional modules, see hmdiff/losses/paths.py
     projection: float = 0.0  # D2A-HMR's L_2D, of the joints
-    rle: float = 0.0  # D2A-HMR's L_RLE, of what model.rle names
+    rle: float = 0.0  # D2A-HMR's L_RLE, of the outputs named in model.rle
     silhouette: float = 0.0  # D2A-HMR's L_silh
-    estimates: float = 0.0  # JOTR's joints after each block, and the meshes where model.coarse_to_fine refines them
-    joint_contrast: float = 0.0  # JOTR's two, 0.1 each there
+    estimates: float = 0.0  # JOTR's joints after each block; with model.coarse_to_fine also the meshes
+    joint_contrast: float = 0.0  # JOTR's two contrastive losses, 0.1 each in its code
     non_joint_contrast: float = 0.0
 
 
 @dataclasses.dataclass
 class TrainingConfig:
-    """The loop. `steps` sets the length of the schedule; `minutes` only stops a call early, to be resumed."""
+    """The training loop. `steps` sets the length of the schedule; `minutes` only interrupts a run, to be resumed."""
 
     steps: int = 2000
-    start_from: str = ""  # a saved pipeline whose weights to start from; give another seed, for other people
-    batch_size: int = 64  # people per process and micro-step
+    start_from: str = ""  # a saved pipeline to initialise the weights from; use another seed to see other people
+    batch_size: int = 64  # people per process and micro-batch
     gradient_accumulation: int = 1
     optimizer: str = "adamw"  # or "muon": Muon for the hidden matrices, AdamW for the rest (hmdiff/train/optimizer.py)
     learning_rate: float = 5e-4
     muon_learning_rate: float = 0.02
     warmup_steps: int = 200
     schedule: str = "cosine"  # to zero over all steps, or "stable": constant, then linearly to zero over `decay_share`
-    decay_share: float = 0.25  # of the steps; a stable run is made longer by a larger training.steps before its decay
+    decay_share: float = 0.25  # of the steps; to extend a stable run, raise training.steps before its decay begins
     weight_decay: float = 1e-4
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
-    mixed_precision: str = "no"  # "bf16" where the processor has it
+    mixed_precision: str = "no"  # or "bf16", "fp16"
     compile: bool = False
-    gradient_checkpointing: bool = False  # compute the blocks twice and keep less: for large models
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     log_every: int = 20
     evaluate_every: int = 500
     picture_every: int = 0  # steps between pictures of validation people; 0: at every evaluation
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     minutes: float = 0.0  # 0: no limit
-    threads: int = 0  # of torch, 0: its own choice
-    trackers: str = "tensorboard"  # of accelerate, separated by commas: tensorboard,wandb; or none
+    threads: int = 0  # torch threads, 0: torch's default
+    trackers: str = "tensorboard"  # accelerate's trackers, comma-separated: tensorboard,wandb; or none
 
 
 @dataclasses.dataclass
 class EvaluationConfig:
-    """The look at the validation split during training, and at the test split when it has ended."""
+    """Evaluation on the validation split during training, and on the test split at its end."""
 
     people: int = 128
     num_hypotheses: int = 5
     num_inference_steps: int = 5
-    test_people: int = 200  # of the last look, which chooses nothing; 0: none
+    test_people: int = 200  # of the test split, which selects nothing; 0: no test evaluation
 
 
 @dataclasses.dataclass
@@ -194,7 +190,7 @@ def load_config(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),  # such as ["training.steps=100", "model.width=128"]
 ) -> Config:
-    """Defaults, then the file, then the overrides. Raises `UserError` for a typo, naming the nearest key."""
+    """Defaults, then the file, then the overrides. Raises `UserError` for an unknown key, naming the nearest."""
     merged = OmegaConf.structured(Config)
     if path is not None:
         merged = _merge(merged, (read_yaml(Path(path)), str(path)))
@@ -204,13 +200,13 @@ def load_config(
             raise UserError(f"{text!r} is not key=value, such as training.steps=100")
         try:
             values = OmegaConf.from_dotlist([text])
-        except Exception as error:  # YAML's own errors have no common base
+        except Exception as error:  # YAML's exceptions have no common base class
             raise UserError(f"{text!r}: not a value ({first_line(error)})") from None
         given.append((values, f"argument {text!r}"))
     merged = _merge(merged, *given)
     try:
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # ${oc.env:X} of a variable that is not set, for one
+    except OmegaConfBaseException as error:  # such as ${oc.env:X} with X unset
         raise UserError(f"{path or 'config'}: {getattr(error, 'full_key', None) or ''}: {first_line(error)}") from None
     assert isinstance(config, Config)
     _check_ranges(config, "")
@@ -220,11 +216,11 @@ def load_config(
     if faults.narrowest > faults.widest:
         raise UserError(f"data.faults.narrowest {faults.narrowest} is above data.faults.widest {faults.widest}")
     if config.training.mixed_precision.lower() in ("false", "none"):
-        config.training.mixed_precision = "no"  # YAML reads a bare no as false
+        config.training.mixed_precision = "no"  # YAML parses an unquoted no as false
     return config
 
 
-# The smallest and the largest value of a number: beyond it is a slip of the pen, or what would hang or overflow.
+# Allowed minimum and maximum of numbers: values outside are typos, or would hang or overflow.
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "diffusion.num_train_timesteps": (2, 100_000),
@@ -263,7 +259,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def _check_ranges(section: Any, prefix: str) -> None:
-    """Numbers of a section and those below it: within `_RANGES`, and else finite and from 0 on."""
+    """Check all numbers of a section recursively: within `_RANGES`, by default 0 to 1e12."""
     for field in dataclasses.fields(section):
         name, value = prefix + field.name, getattr(section, field.name)
         if dataclasses.is_dataclass(value):
@@ -275,28 +271,28 @@ def _check_ranges(section: Any, prefix: str) -> None:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """The resolved values, as YAML that `load_config` reads back."""
+    """Write the resolved config as YAML for `load_config`."""
     with atomic_file(path) as temporary:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def _merge(base: Any, *layers: tuple[Any, str]) -> Any:  # of values and where they are from, the last one wins
+def _merge(base: Any, *layers: tuple[Any, str]) -> Any:  # layers: (values, origin); later layers win
     for values, where in layers:
         _check_section(OmegaConf.to_container(values), Config, where, "")
     try:
-        return OmegaConf.merge(base, *(values for values, _ in layers))  # at once: each call copies the whole config
+        return OmegaConf.merge(base, *(values for values, _ in layers))  # one call: each one copies the whole config
     except Exception:
         for values, where in layers:
             try:
                 base = OmegaConf.merge(base, values)
-            except Exception as error:  # a list for a mapping comes out as a TypeError or an assertion
+            except Exception as error:  # a list in place of a mapping raises a TypeError or AssertionError
                 key = getattr(error, "full_key", None)
                 raise UserError(f"{where}: {key + ': ' if key else ''}{first_line(error)}") from None
         raise
 
 
 def _check_section(values: Any, section: type, where: str, prefix: str) -> None:
-    """Names first, with the nearest key; OmegaConf then checks the types."""
+    """Check the keys, suggesting the nearest; OmegaConf checks the types afterwards."""
     fields = {field.name: field for field in dataclasses.fields(section)}
     for name in values:
         if not isinstance(name, str):
@@ -306,7 +302,7 @@ def _check_section(values: Any, section: type, where: str, prefix: str) -> None:
         factory = fields[name].default_factory
         if factory is dataclasses.MISSING:
             continue
-        # An interpolation such as ${oc.env:X} is text here.
+        # An interpolation such as ${oc.env:X} is a string here.
         wanted = list if factory is list else dict
         if not isinstance(value, (wanted, str)):
             words = "list" if wanted is list else "mapping of keys to values"

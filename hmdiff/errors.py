@@ -1,9 +1,9 @@
-"""The one exception that is meant for a person to read.
+"""The exception for errors in user input.
 
-Every command of the package turns a `UserError` into one line on stderr and exit code 2. Its message names the thing
-(file, argument, key), what was found, what was expected, and the mend.
+Every command prints a `UserError` as one line on stderr and exits with code 2. Its message names the file, argument or
+key, what was found, what was expected, and the fix.
 """
 
 
 class UserError(Exception):
-    """Bad input that the user can mend; the message is one line and says how."""
+    """Invalid input that the user can fix; the message is one line and says how."""

@@ -1,9 +1,8 @@
-"""The self-check: does a result fit the evidence it was made from? Where it does not, one line says so.
+"""Self-check of a result against its input: one line of warnings if they do not agree.
 
-Three measures, each against a limit that good results stay well under (our choice; docs/situations.md has both):
-the keypoints' distance to the heatmaps' peaks, as a share of the crop; what DAT left of its gap; and how far the mesh
-is from a body (the parameters that fit it best, and edges stretched or shrunk twofold).
-V vertices.
+Three measures with thresholds well above good results (our choice, see docs/situations.md): distance of the projected
+keypoints to the heatmaps' peaks, relative to the crop; DAT's remaining gap; deviation of the mesh from a body (residual
+of the best fitting body, and edges stretched or compressed more than twofold). V vertices.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ from torch import Tensor
 DISTANCE = 0.06  # of the crop's side
 FIT = 45.0  # mm
 TORN = 0.12  # of all edges
-TORN_FACTOR = 2.0  # of an edge's length, up or down
-GAP = 0.01  # of the residual, crop coordinates squared
+TORN_FACTOR = 2.0  # of an edge's length, longer or shorter
+GAP = 0.01  # crop coordinates squared
 
 
 def torn_share(
     vertices: Tensor,  # (..., V, 3) metres
     template: Tensor,  # (V, 3)
     edges: Tensor,  # (E, 2), of `mesh_edges`
-) -> Tensor:  # (...) share of the edges that are over twice or under half as long as the template's
-    """A mesh that is no body has edges that no body has; of true bodies some armpits' and groins' are such too."""
+) -> Tensor:  # (...) 0..1
+    """Share of edges more than twice or less than half as long as the template's. True bodies have a few, in armpits
+    and groins."""
     start, end = edges.unbind(-1)
     rest = (template[start] - template[end]).norm(dim=-1).clamp_min(1e-9)
     ratio = (vertices[..., start, :] - vertices[..., end, :]).norm(dim=-1) / rest
@@ -34,9 +34,9 @@ def doubts(
     side: float,  # of the crop, photo pixels
     fit_mm: float,
     torn: float,
-    gap: float | None,  # that guidance left
+    gap: float | None,  # remaining after guidance
 ) -> str:
-    """What speaks against the result, in words; empty where nothing does."""
+    """Warnings about the result as text; empty if there are none."""
     found = []
     if distance is not None and distance > DISTANCE * side:
         share = 100 * distance / side

@@ -40,7 +40,7 @@ def skew(
 def matrix_to_quaternion(
     matrix: Tensor,  # (..., 3, 3)
 ) -> Tensor:  # (..., 4) w x y z, w >= 0, unit length
-    """Shepperd's method: the best conditioned of four formulas is taken for each matrix."""
+    """Shepperd's method: uses the best conditioned of four formulas for each matrix."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     trace = diagonal.sum(-1)
     xx, yy, zz = diagonal.unbind(-1)
@@ -94,7 +94,7 @@ def weak_perspective_fit(
     target: Tensor,  # (..., P, 2) crop coordinates
     weight: Tensor,  # (..., P) >= 0
 ) -> Tensor:  # (..., 3) scale, tx, ty
-    """The camera of least weighted squared 2D distance, in closed form, differentiable. Scale is kept >= 1e-3."""
+    """The camera of least weighted squared 2D distance, in closed form, differentiable. Scale is clamped to >= 1e-3."""
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-8)
     weight = weight[..., None]
     mean_source = (weight * points[..., :2]).sum(-2, keepdim=True)
@@ -113,12 +113,12 @@ def perspective_fit(
     weight: Tensor,  # (..., P) >= 0
     principal_point: Tensor,  # (..., 2) of the photo, crop coordinates
     prior: float = 0.25,  # 1/m: 4 m away
-    prior_weight: float = 1e-3,  # the whole weight of the points being 1
+    prior_weight: float = 1e-3,  # relative to the total weight of the points
 ) -> Tensor:  # (..., 4) scale, bx, by, nearness k = 1 / distance
-    """The pinhole camera that sees rigid points at their targets, focal length unknown; closed form, differentiable.
+    """Fit a pinhole camera of unknown focal length to rigid points; closed form, differentiable.
 
-    ``(u - c)(1 + k z) = s x + b`` is linear in (s, b, k): weighted least squares, ours. A person off
-    the photo's centre is seen from the side, which no weak perspective can say.
+    ``(u - c)(1 + k z) = s x + b`` is linear in (s, b, k): weighted least squares (our choice). Unlike weak perspective,
+    it models that a person off the photo's centre is seen from the side.
     """
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-8)
     goal = target - principal_point[..., None, :]
@@ -140,7 +140,7 @@ def fitted_projection(
     fitted: Tensor,  # (..., 4) of `perspective_fit`
     principal_point: Tensor,  # (..., 2) crop coordinates
 ) -> Tensor:  # (..., P, 2) crop coordinates
-    """Where the fitted camera sees the points; one nearer than 1.25 m is held there."""
+    """Projection by the fitted camera; its distance is clamped to at least 1.25 m."""
     nearness = fitted[..., None, 3:].clamp(0.0, 0.8)
     depth = (1 + nearness * points[..., 2:]).clamp_min(0.1)
     return (fitted[..., None, :1] * points[..., :2] + fitted[..., None, 1:3]) / depth + principal_point[..., None, :]
@@ -152,10 +152,10 @@ def weak_to_full_camera(
     side: Tensor,  # (...) side of the crop in photo pixels
     focal: Tensor,  # (...) focal length of the photo in pixels
     principal_point: Tensor,  # (..., 2) of the photo in pixels
-) -> Tensor:  # (..., 3) metres: the translation of the pelvis in the camera frame of the full photo
-    """Place the pelvis so that a pinhole camera of the full photo sees it where the crop's camera does.
+) -> Tensor:  # (..., 3) metres, pelvis translation in the camera frame of the full photo
+    """Convert the crop's weak perspective camera to a translation for a pinhole camera of the full photo.
 
-    A length of one metre at the pelvis covers ``scale * side / 2`` pixels in the crop and ``focal / z`` in the photo
+    One metre at the pelvis covers ``scale * side / 2`` pixels by the crop's camera and ``focal / z`` by the photo's
     (SPIN's and CLIFF's conversion, arXiv 2208.00571, eq. 3-5).
     """
     scale, offset = camera[..., 0], camera[..., 1:]
@@ -167,20 +167,20 @@ def weak_to_full_camera(
 
 def perspective_translation_fit(
     points: Tensor,  # (..., P, 3) metres, relative to the pelvis
-    target: Tensor,  # (..., P, 2) where they are seen, in the unit of the focal length
+    target: Tensor,  # (..., P, 2) observed positions, in the unit of the focal length
     weight: Tensor,  # (..., P) >= 0
     focal: Tensor,  # (...)
     center: Tensor,  # (..., 2) principal point
-    prior: Tensor,  # (..., 3) metres: where the pelvis is thought to be
-    prior_weight: float = 0.01,  # share of the points' whole weight that the prior gets
+    prior: Tensor,  # (..., 3) metres, expected pelvis position
+    prior_weight: float = 0.01,  # relative to the total weight of the points
     rounds: int = 3,
 ) -> Tensor:  # (..., 3) metres, the pelvis in the camera frame
-    """Place rigid points so that a pinhole camera sees them at their targets.
+    """Translation of rigid points that aligns their pinhole projection with 2D targets.
 
-    ``focal (X + t_x) = (u - c_x)(Z + t_z)`` is linear in t: weighted least squares, in closed form, as SPIN's
-    `estimate_translation`. The prior keeps it solvable when few points are seen; each further round divides a point's
-    weight by its squared depth (which turns the algebraic error into pixels) and plays down outliers (Geman-McClure, at
-    the scale of the median error; our choice). Depth is kept above 0.1 m.
+    ``focal (X + t_x) = (u - c_x)(Z + t_z)`` is linear in t: weighted least squares in closed form, as SPIN's
+    `estimate_translation`. The prior keeps it solvable with few visible points. Further rounds are reweighted: by the
+    inverse squared depth, which turns the algebraic error into pixels, and by a Geman-McClure weight at the scale of
+    the median error, against outliers (our choice). Depth is clamped to at least 0.1 m.
     """
     ray = (target - center[..., None, :]) / focal[..., None, None]  # (..., P, 2)
     shape = np.broadcast_shapes(points.shape[:-2], ray.shape[:-2])
@@ -207,7 +207,7 @@ def perspective_translation_fit(
         normal[..., 2, 2] = (rows[..., None] * ray.square()).sum((-2, -1))
         lateral, along = (rows[..., None] * offset).sum(-2), -(rows[..., None] * ray * offset).sum((-2, -1))
         right = torch.cat([lateral, along[..., None]], -1)
-        # The prior's own equation is t - prior = 0; depth counts in it as little as the points see of depth.
+        # The prior adds t - prior = 0, its depth row scaled by how strongly the points constrain depth.
         visible = total.clamp_min(1e-9)
         share = (normal[..., 2, 2] / visible).clamp_min(1e-6)
         pull = torch.stack([torch.ones_like(share), torch.ones_like(share), share], -1)
@@ -223,16 +223,16 @@ def crop_rotation(
     principal_point: Tensor,  # (..., 2) of the photo, in crop coordinates
     focal: Tensor,  # (...) in crop half-sides
 ) -> Tensor:  # (..., 3, 3)
-    """The least rotation that takes the crop's frame to the camera's: ``camera = crop @ R.mT``.
+    """The smallest rotation from the crop's frame to the camera's: ``camera = crop @ R.mT``.
 
-    The crop's frame looks along the ray through the crop's centre. What a crop shows of a person says how they stand to
-    that ray; how they stand to the camera depends on where in the photo the crop was, which the crop does not show
-    (CLIFF, arXiv 2208.00571; a rotation in its place, as in Yu et al., Perspective Crop Layers, arXiv 2011.13607).
+    The z axis of the crop's frame is the ray through the crop's centre. A crop determines a person's orientation
+    relative to that ray, but not to the camera, which depends on the crop's position in the photo (CLIFF,
+    arXiv 2208.00571). This rotation supplies it, as in Perspective Crop Layers (Yu et al., arXiv 2011.13607).
     """
-    ray = torch.cat([-principal_point, focal[..., None].clamp_min(1e-6)], -1)  # unknown, both 0: no rotation
+    ray = torch.cat([-principal_point, focal[..., None].clamp_min(1e-6)], -1)  # both 0 (unknown): identity
     ray = ray / ray.norm(dim=-1, keepdim=True)
     x, y, z = ray.unbind(-1)
-    # Rodrigues for the rotation of (0, 0, 1) onto the ray; z > 0, as the crop lies before the camera.
+    # Rodrigues' formula for the rotation of (0, 0, 1) onto the ray; z > 0 since the crop is in front of the camera.
     share = 1 / (1 + z)
     rows = [1 - x * x * share, -x * y * share, x, -x * y * share, 1 - y * y * share, y, -x, -y, z]
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
@@ -242,7 +242,7 @@ def similarity_transform(
     source: Tensor,  # (..., P, 3)
     target: Tensor,  # (..., P, 3)
 ) -> tuple[Tensor, Tensor, Tensor]:  # scale (...), rotation (..., 3, 3), translation (..., 3)
-    """The similarity that best maps source onto target in least squares, its rotation proper (Umeyama, PAMI 1991)."""
+    """The least-squares similarity from source to target, with a proper rotation (Umeyama, PAMI 1991)."""
     mean_source, mean_target = source.mean(-2, keepdim=True), target.mean(-2, keepdim=True)
     centred_source, centred_target = source - mean_source, target - mean_target
     covariance = centred_target.mT @ centred_source

@@ -1,4 +1,4 @@
-"""`MeshOutput`: what the pipeline gives back, and what can be said of its hypotheses.
+"""`MeshOutput`: the pipeline's result, with summaries of its hypotheses.
 
 B people, N hypotheses, V vertices, K body joints, J keypoints (HALPE26).
 """
@@ -35,43 +35,43 @@ from hmdiff.recovered import RecoveredPerson
 
 @dataclasses.dataclass(frozen=True)
 class MeshOutput:
-    """What was recovered. Meshes are in the camera's frame (x right, y down, z forward), the pelvis at the origin."""
+    """Recovered people. Meshes have the camera's axes (x right, y down, z forward) and the pelvis at the origin."""
 
     vertices: Tensor  # (B, N, V, 3) metres
     joints: Tensor  # (B, N, K, 3) metres, the body's own joints
     keypoints: Tensor | None  # (B, N, J, 3) metres, HALPE26 regressed from the mesh; None for a body without them
     camera: Tensor  # (B, 3) weak perspective in the crop: scale (half-sides per metre), tx, ty
-    translation: Tensor  # (B, N, 3) metres, every hypothesis' pelvis in the frame of the full photo's camera
+    translation: Tensor  # (B, N, 3) metres, pelvis of each hypothesis in the frame of the full photo's camera
     focal: Tensor  # (B,) pixels, of the full photo's camera
     principal_point: Tensor  # (B, 2) pixels
     faces: Tensor  # (F, 3) long
-    guidance: GuidanceReport | None = None  # what DAT did, where it was asked for
-    log_likelihood: Tensor | None = None  # (B, N) nats, of every hypothesis under the heatmaps; None without them
-    temperature: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1))  # (B,) 1 where none was fitted
-    calibration: Confidence | None = None  # of this way of sampling; None where none was fitted
+    guidance: GuidanceReport | None = None  # DAT's report, for guided sampling
+    log_likelihood: Tensor | None = None  # (B, N) nats, of each hypothesis under the heatmaps; None without them
+    temperature: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1))  # (B,) 1 if none was fitted
+    calibration: Confidence | None = None  # for these sampling settings; None if none was fitted
     confidence: Tensor | None = None  # (B, K) 0..1 of the joints, from RLE's σ̂ (D2A-HMR); None without RLE
-    joint_scale: Tensor | None = None  # (B, K, 3) metres, RLE's σ̂ of the joints, camera's or crop's axes as the model's
-    rle_log_likelihood: Tensor | None = None  # (B, N) nats, of every hypothesis under the model's own regression
-    # (B, N, ...) pose, betas, translation of the bodies that `vertices` are the skin of, and how far they lie from the
-    # predicted coarse vertices; None for surface="vertices"
+    joint_scale: Tensor | None = None  # (B, K, 3) metres, RLE's σ̂ of the joints, in the model's frame (camera or crop)
+    rle_log_likelihood: Tensor | None = None  # (B, N) nats, of each hypothesis under RLE's density; None without RLE
+    # (B, N, ...) pose, betas and translation of the fitted bodies, and their distance from the predicted coarse
+    # vertices; None for surface="vertices"
     fitted: FittedBodies | None = None
-    calibrated_spread: bool = False  # a temperature was fitted for this way of sampling
-    reprojection: Reprojection | None = None  # how far keypoints project from the heatmaps' peaks; None without any
-    evidence: Tensor | None = None  # (B, 3) what the image says of the spread, see `diffusion/image_evidence.py`
-    body: Body | None = None  # that `vertices` are of
-    photos: tuple[tuple[Any, int], ...] = ()  # of each: the photo (`PhotoPeople`) and their number in it, where known
-    aggregated_vertices: Tensor | None = None  # (B, V, 3) metres: all hypotheses as one mesh, by the pipeline's MLP
+    calibrated_spread: bool = False  # whether a temperature was fitted for these sampling settings
+    reprojection: Reprojection | None = None  # distance of projected keypoints from the heatmaps' peaks
+    evidence: Tensor | None = None  # (B, 3) image evidence for the spread, see `diffusion/image_evidence.py`
+    body: Body | None = None  # the body model of `vertices`
+    photos: tuple[tuple[Any, int], ...] = ()  # per person: the photo (`PhotoPeople`) and the person's index in it
+    aggregated_vertices: Tensor | None = None  # (B, V, 3) metres, one mesh from all hypotheses, by the aggregation MLP
 
     @property
     def people(self) -> list[RecoveredPerson]:
-        """One by one, with camera, projection, parameters and files."""
+        """The people one by one, with camera, projection, parameters and files."""
         return [RecoveredPerson(self, row) for row in range(len(self.vertices))]
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write everybody's files as `hmdiff sample` does; returns the npz of each.
+        """Write the files of all people as `hmdiff sample` does; returns the npz paths.
 
         Raises:
-            UserError: the output is not of photos; a file would replace an input, or one that is not ours.
+            UserError: the output is not of photos; a file would replace an input, or one not written by hmdiff.
         """
         from hmdiff.files.outputs import output_names, protect_inputs
 
@@ -89,7 +89,7 @@ class MeshOutput:
         return written
 
     def to_smpl(self, body: Body | None = None) -> list[dict[str, Tensor]]:
-        """Of each person, see `RecoveredPerson.to_smpl`."""
+        """`RecoveredPerson.to_smpl` of each person."""
         return [person.to_smpl(body) for person in self.people]
 
     @property
@@ -99,7 +99,7 @@ class MeshOutput:
 
     @property
     def weighted_vertices(self) -> Tensor:  # (B, V, 3)
-        """The mean in which hypotheses that agree with the photo count more, see `hypotheses.weighted_mean`."""
+        """Mean weighted by each hypothesis' agreement with the photo, see `hypotheses.weighted_mean`."""
         return self.mean_vertices if self.reprojection is None else weighted_mean(self.vertices, self.reprojection)
 
     @property
@@ -108,7 +108,7 @@ class MeshOutput:
 
     @property
     def selected(self) -> Tensor:  # (B,) long
-        """The hypothesis to show where it must be one, chosen without the ground truth (`hypotheses.select`)."""
+        """Index of the best hypothesis, selected without ground truth (`hypotheses.select`)."""
         likely = self.log_likelihood, self.rle_log_likelihood
         return select(self.vertices, self.joints[:, :, 0], *likely, self.reprojection)
 
@@ -117,15 +117,15 @@ class MeshOutput:
         return take(self.vertices, self.selected)
 
     def modes(self, count: int = 5) -> Modes:
-        """Hypotheses that look alike, with their weights: `modes(3).pick(output.vertices)` is (B, 3, V, 3)."""
+        """Clusters of hypotheses, with their weights: `modes(3).pick(output.vertices)` is (B, 3, V, 3)."""
         return modes(self.joints, count)
 
     @property
     def spread(self) -> Tensor:  # (B, V) millimetres
-        """Mean distance of the hypotheses' vertex to their mean, calibrated: where the photo leaves the body open.
+        """Mean distance of each vertex from its mean over hypotheses, times the temperature: the uncertainty.
 
-        Only the reported number is multiplied by the temperature. The vertices are not: a mesh whose deviations are
-        stretched is no longer a person. `calibrated` does it to points for which that does not matter.
+        The vertices themselves are not scaled by the temperature, since that would distort the mesh. `calibrated`
+        scales points for which this does not matter, such as joints.
         """
         return spread(self.vertices) * self.temperature[:, None].to(self.vertices) * 1000
 
@@ -138,8 +138,8 @@ class MeshOutput:
         self,
         radius: int = 50,  # mm: 50 or 100
     ) -> Within | None:
-        """Probabilities that joints and vertices of the mean body are within the radius of the truth, relative to the
-        pelvis, and the share of the surface that is expected to be; None where this way of sampling is uncalibrated.
+        """Probability that each joint and vertex of the mean body is within the radius of the ground truth, relative to
+        the pelvis, and the expected share of such vertices; None for uncalibrated sampling settings.
         """
         return None if self.calibration is None else self.calibration.within(radius, self.joint_spread, self.spread)
 
@@ -147,8 +147,8 @@ class MeshOutput:
         self,
         row: int,  # a person
     ) -> dict[str, Tensor]:
-        """What files hold of it: "confidence", one number (the person's, within 100 mm), and for each radius
-        "confidence_50mm" (V,) and "joint_confidence_50mm" (K,); nothing where this way of sampling is uncalibrated.
+        """`within` as stored in files: "confidence" () of the person within 100 mm, and for each radius
+        "confidence_50mm" (V,) and "joint_confidence_50mm" (K,); empty for uncalibrated sampling settings.
         """
         found: dict[str, Tensor] = {}
         for radius in RADII:
@@ -163,7 +163,7 @@ class MeshOutput:
         self,
         points: Tensor,  # (B, N, ..., 3) of the hypotheses, such as the joints
     ) -> Tensor:
-        """Samples whose spread about their mean is the calibrated one."""
+        """The points with their deviations from the mean scaled by the temperature."""
         return apply_temperature(points, self.temperature)
 
 
@@ -173,7 +173,7 @@ def projected_keypoints(
     focal: Tensor,  # (B,)
     principal_point: Tensor,  # (B, 2)
 ) -> Tensor:  # (B, N, J, 2) photo pixels
-    """Where the photo's camera sees the hypotheses' keypoints."""
+    """Projection of the hypotheses' keypoints into the photo."""
     return perspective_projection(keypoints + translation[:, :, None], focal[:, None], principal_point[:, None])
 
 
@@ -184,7 +184,7 @@ def log_likelihood(
     principal_point: Tensor,  # (B, 2)
     heatmaps: Heatmaps,  # of the same B people
 ) -> Tensor:  # (B, N) nats
-    """How likely the heatmaps make each hypothesis, seen where it was placed."""
+    """Log-likelihood of each hypothesis' projected keypoints under the heatmaps."""
     pixels = projected_keypoints(keypoints, translation, focal, principal_point)
     return heatmap_log_likelihood(heatmaps.crop.from_photo(pixels), heatmaps.values.to(pixels))
 
@@ -192,11 +192,11 @@ def log_likelihood(
 def keypoint_distance(
     output: MeshOutput,
     heatmaps: Heatmaps,  # of the same B people
-    least_confidence: float = 0.1,  # of a peak that counts
+    least_confidence: float = 0.1,  # of a peak
 ) -> Tensor:  # (B, N) photo pixels
-    """Mean distance of every hypothesis' projected keypoints to the heatmaps' peaks: how well it fits the photo.
+    """Reprojection error: mean distance of each hypothesis' projected keypoints from the heatmaps' peaks.
 
-    Where a person has no peak of that confidence, all that are there count.
+    Peaks below `least_confidence` are ignored, unless a person has no others.
     """
     if output.keypoints is None:
         raise UserError("this body has no keypoints to compare with the heatmaps")

@@ -1,8 +1,8 @@
-"""`RecoveredPerson`: one person of a `MeshOutput`, their camera, and the files they become.
+"""`RecoveredPerson`: one person of a `MeshOutput` with camera, projection, SMPL parameters and files.
 
 Frames: `vertices` and `joints` have the pelvis at the origin and the axes of the photo's camera (x right, y down,
-z forward); `camera_vertices` are in the camera's frame itself, metres from its centre, so that
-``K @ camera_vertices.T`` is what the photo shows. N hypotheses, V vertices, K body joints, J keypoints.
+z forward); `camera_vertices` are in the camera's frame, metres, and project to the photo by ``K @ camera_vertices.T``.
+N hypotheses, V vertices, K body joints, J keypoints.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class RecoveredPerson:
-    """A view of one row of an output; nothing is copied."""
+    """A view of one row of an output, without copies."""
 
-    output: Any  # a `MeshOutput`, which makes these: naming its type here would close a circle
+    output: Any  # a `MeshOutput`; its type here would be a circular import
     row: int
 
     @property
@@ -44,7 +44,7 @@ class RecoveredPerson:
         return None if self.output.keypoints is None else self.output.keypoints[self.row]
 
     @property
-    def translation(self) -> Tensor:  # (N, 3) metres: the pelvis in the camera's frame
+    def translation(self) -> Tensor:  # (N, 3) metres, pelvis in the camera's frame
         return self.output.translation[self.row]
 
     @property
@@ -53,7 +53,7 @@ class RecoveredPerson:
 
     @property
     def intrinsics(self) -> Tensor:  # (3, 3)
-        """K of the whole photo, in its pixels."""
+        """Camera matrix K of the full photo, in pixels."""
         focal, (x, y) = self.output.focal[self.row], self.output.principal_point[self.row]
         matrix = torch.eye(3, dtype=focal.dtype, device=focal.device)
         matrix[0, 0] = matrix[1, 1] = focal
@@ -68,7 +68,7 @@ class RecoveredPerson:
         return homogeneous[..., :2] / homogeneous[..., 2:].clamp_min(1e-6)
 
     @property
-    def pixels(self) -> Tensor:  # (N, V, 2) photo pixels: where the photo shows the vertices
+    def pixels(self) -> Tensor:  # (N, V, 2) vertices in photo pixels
         return self.project(self.camera_vertices)
 
     @property
@@ -77,7 +77,7 @@ class RecoveredPerson:
 
     @property
     def selected(self) -> int:
-        """The number of the hypothesis to show where it must be one; numbers start at 0 everywhere."""
+        """Index of the best hypothesis, selected without ground truth."""
         return int(self.output.selected[self.row])
 
     def to_smpl(self, body: Body | None = None) -> dict[str, Tensor]:
@@ -85,8 +85,8 @@ class RecoveredPerson:
         `betas` (N, B), `transl` (N, 3) metres in the camera's frame, as ``body(betas, pose, transl)`` takes them.
 
         Args:
-            body: an SMPL or SMPL-X body to retarget to (`hmdiff.body.body.load_body`); None: the pipeline's own, whose
-                pose is of SMPL's 24 joints, and whose betas are its own.
+            body: an SMPL or SMPL-X body to retarget to (`hmdiff.body.body.load_body`); None: the pipeline's body, with
+                SMPL's 24 joints but its own shape space.
 
         Raises:
             UserError: the output has no bodies (surface="vertices").
