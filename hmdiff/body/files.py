@@ -193,7 +193,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _parents(kintree_table: np.ndarray) -> list[int]:
-    parents = np.asarray(kintree_table)[0].astype(np.int64)
+    parents = np.asarray(kintree_table, np.int64)[0]
     # The root's parent is -1, or 2**32 - 1 if written as unsigned.
     return [-1 if joint == 0 else int(parent) for joint, parent in enumerate(parents)]
 
@@ -208,7 +208,7 @@ def _smpl_arrays(data: dict[str, Any]) -> dict[str, Any]:
         "J_regressor": np.asarray(data["J_regressor"], np.float32),
         "parents": parents,
         "joint_names": _joint_names(parents),
-        "faces": np.asarray(data["f"]).astype(np.int64),
+        "faces": np.asarray(data["f"], np.int64),
         "mean_pose": _mean_pose(data, len(parents)),
         "expression_dirs": expression_components(data, len(parents)),
     }

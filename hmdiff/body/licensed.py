@@ -84,8 +84,8 @@ def convert_body(
     arrays["shapedirs"] = arrays["shapedirs"][:, :, : body.num_betas]
     if body.expression_dirs is not None:
         arrays["expressiondirs"] = body.expression_dirs.cpu().numpy()
-    arrays["kintree_table"] = np.asarray(data["kintree_table"]).astype(np.int64)
-    arrays["f"] = np.asarray(data["f"]).astype(np.uint32)
+    arrays["kintree_table"] = np.asarray(data["kintree_table"], np.int64)
+    arrays["f"] = np.asarray(data["f"], np.int64).astype(np.uint32)
     arrays |= {name: np.asarray(data[name], np.float32) for name in _HANDS if name in data}
     arrays[_MARK] = np.array(source.name)
     with atomic_file(output) as temporary:

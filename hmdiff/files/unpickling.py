@@ -22,6 +22,7 @@ from hmdiff.files.pickle_machine import Name, PickleError, Shell, run_pickle
 MAX_BYTES = 1 << 30  # pickle size in bytes
 _MAX_DEPTH = 64
 _MAX_NODES = 8_000_000  # visited values
+_SHARED = 1 << 26  # bytes allowed for values referenced more than once, beyond sixteen times the file size
 _SLACK = 1 << 28  # bytes allowed for dense copies of sparse arrays etc., beyond four times the file size
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -90,6 +91,8 @@ class _Reader:
     def __init__(self, size: int) -> None:
         self.budget = 4 * size + _SLACK  # bytes that may still be allocated
         self.nodes = 0
+        self.most = 16 * size + _SHARED
+        self.sizes: dict[int, int] = {}  # by id, see `_size`
         self.done: dict[int, Any] = {}
         self.kept: list[Any] = []  # keeps the objects alive whose ids are in `done`
         self.open: set[int] = set()
@@ -105,6 +108,8 @@ class _Reader:
         self.open.add(id(value))
         result = self._made(value, depth + 1)
         self.open.discard(id(value))
+        if isinstance(result, list | tuple | dict | np.ndarray):
+            self.sizes[id(result)] = self._size(result)
         self.done[id(value)] = result
         self.kept.append(value)
         return result
@@ -145,6 +150,19 @@ class _Reader:
             pairs = value.arguments[0] if value.arguments else ()
             return self.read({**_pairs(pairs), **(value.state or {})}, depth)
         raise PickleError(f"{name.module}.{name.name} where a value was expected")
+
+    def _size(self, made: list | tuple | dict | np.ndarray) -> int:
+        """Bytes of the value as one array, shared values counted at each reference.
+
+        A few hundred bytes can reference 2^40 numbers, and np.asarray would visit them all.
+        """
+        size = made.nbytes if isinstance(made, np.ndarray) else 8 * len(made)
+        if not isinstance(made, np.ndarray) or made.dtype == object:
+            parts = made.values() if isinstance(made, dict) else made.flat if isinstance(made, np.ndarray) else made
+            size += sum(self.sizes.get(id(part), 8) for part in parts)
+        if size > self.most:
+            raise PickleError("the same values referenced again and again: far more data than the file holds")
+        return size
 
     def _spend(self, size: int) -> None:
         self.budget -= size
@@ -201,15 +219,15 @@ class _Reader:
     def _chumpy(self, kind: str, value: Shell, depth: int) -> np.ndarray:
         state = value.state
         if isinstance(state, dict) and "x" in state:  # chumpy.ch.Ch: a constant
-            return np.asarray(self.read(state["x"], depth))
+            return self._numbers(state["x"], depth)
         if isinstance(state, dict) and "a" in state and "idxs" in state:  # chumpy.reordering.Select: a[idxs], reshaped
-            flat, chosen = (np.asarray(self.read(state[key], depth)).ravel() for key in ("a", "idxs"))
+            flat, chosen = (self._numbers(state[key], depth).ravel() for key in ("a", "idxs"))
             self._spend(chosen.size * flat.itemsize)
             found = flat[_integers(chosen)]
             shape = state.get("preferred_shape")
             if shape is None:
                 return found
-            return found.reshape(tuple(_integers(np.asarray(self.read(shape, depth)).ravel()).tolist()))
+            return found.reshape(tuple(_integers(self._numbers(shape, depth).ravel()).tolist()))
         raise PickleError(f"chumpy object {kind} of an unknown layout")
 
     def _sparse(self, kind: str, value: Shell, depth: int) -> np.ndarray:
@@ -220,7 +238,7 @@ class _Reader:
         rows, columns = (int(size) for size in shape)
         if min(rows, columns) < 0 or len(shape) != 2:
             raise PickleError(f"a {kind} of shape {shape!r}"[:80])
-        data = np.asarray(self.read(state["data"], depth))
+        data = self._numbers(state["data"], depth)
         if data.ndim != 1 or data.dtype.kind not in "biuf":
             raise PickleError(f"a {kind} whose data are not numbers")
         self._spend(rows * columns * data.itemsize)
@@ -247,7 +265,13 @@ class _Reader:
         return dense
 
     def _integers(self, value: Any, depth: int) -> np.ndarray:
-        return _integers(np.asarray(self.read(value, depth)))
+        return _integers(self._numbers(value, depth))
+
+    def _numbers(self, value: Any, depth: int) -> np.ndarray:
+        found = self.read(value, depth)
+        if _has_text(found):  # numpy pads each to the longest
+            raise PickleError("text where numbers were expected")
+        return np.asarray(found)
 
 
 def _reconstructed(value: Shell) -> tuple[Shell, Name]:
@@ -296,6 +320,12 @@ def _integers(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind not in "iu" or (values.size and int(values.max()) > 2**62):
         raise PickleError("indices that are not integers")
     return values.astype(np.int64)
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_text, value))
+    return isinstance(value, str | bytes | dict) or (isinstance(value, np.ndarray) and value.dtype.kind not in "biuf")
 
 
 def _text(key: Any) -> Any:

@@ -84,12 +84,13 @@ def array_pickle(shape: str, dtype: str, data: bytes, state: str = "(I3\nS'<'\nN
     return f"{head}(S'{dtype}'\nI0\nI1\ntR{state}bI00\n".encode() + b"S'" + data + b"'\ntb."
 
 
-def bomb(levels: int) -> bytes:
+def bomb(levels: int, first: bytes = b"]") -> bytes:
     """A list of two references to a list of two references ...: 2^levels lists for whoever walks them."""
     return (
         b"(lp0\n."
         if levels == 0
-        else b"]q\x00"
+        else first
+        + b"q\x00"
         + b"".join(
             b"]q" + bytes([level]) + b"(h" + bytes([level - 1]) + b"h" + bytes([level - 1]) + b"e"
             for level in range(1, levels + 1)
@@ -160,13 +161,32 @@ def test_hostile_pickles_are_refused(name: str) -> None:
     assert time.perf_counter() - started < 10
 
 
-def test_three_hundred_bytes_stay_small() -> None:
-    content = bomb(40)
-    assert len(content) < 400
-    found = unpickle(content, "x.pkl")  # 41 lists, each with the one before twice
-    for _ in range(40):
-        assert len(found) == 2 and found[0] is found[1]
-        found = found[0]
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("levels", [12, 24, 40, 62])
+def test_three_hundred_bytes_stay_small(levels: int, text: bool) -> None:
+    """Lists of which each holds the one before twice: read or refused alone, as chumpy's array, and as scipy's."""
+    whole = b"(" + bomb(levels, b"(U\x01al" if text else b"(K\x01l")[:-1] + b"1"
+    last = b"h" + bytes([levels])
+    alone = whole + b"}U\x04vert" + last + b"s."
+    array = whole + b"cchumpy.ch\nCh\n)\x81}U\x01x" + last + b"sb."
+    parts = b"".join(b"U" + bytes([len(name)]) + name + last + b"s" for name in (b"data", b"indices", b"indptr"))
+    sparse = whole + b"cscipy.sparse.csc\ncsc_matrix\n)\x81}U\x06_shapeK\x03K\x03\x86s" + parts + b"b."
+    for content in (alone, array, sparse):
+        assert len(content) < 900
+        started = time.process_time()
+        if levels == 12 and (content is alone or (content is array and not text)):
+            unpickle(content, "x.pkl")
+        else:
+            with pytest.raises(UserError, match=r"referenced again and again|numbers"):
+                unpickle(content, "x.pkl")
+        assert time.process_time() - started < 1
+
+
+def test_long_texts_are_not_made_an_array() -> None:
+    """numpy would pad each short one to the long one: 40 GB."""
+    many = b"(X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"U\x01b" * 10**4 + b"l"
+    with pytest.raises(UserError, match="text where numbers"):
+        unpickle(b"cchumpy.ch\nCh\n)\x81}U\x01x" + many + b"sb.", "x.pkl")
 
 
 def test_one_string_is_not_made_ten_thousand_times() -> None:

@@ -334,7 +334,7 @@ def test_a_hidden_token_shows_neither_itself_nor_the_image() -> None:
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("model.rle=joints", "rle 'joints' must be a list"),
+        ("model.rle=joints", "rle is 'joints', a list is expected"),
         ("model.rle=[hands]", r"must be a list of some of joints, vertices, joints_2d"),
         ("model.masked=1.5", "masked 1.5 is the largest share"),
     ],

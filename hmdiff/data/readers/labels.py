@@ -94,6 +94,8 @@ def root_at_rest(
 
 def plain_text(value: object) -> str:
     """Text from a string, bytes, or a numpy array of one of them."""
+    while isinstance(value, list | tuple) and value:  # not by numpy, which pads each text to the longest
+        value = value[0]
     item: object = np.asarray(value).reshape(-1)[0]
     return item.decode("latin1") if isinstance(item, bytes) else str(item)
 

@@ -94,8 +94,11 @@ class Table:
             return self.archive.read(key)
         content, shape = pickled
         try:
-            return np.asarray(unpickle(content, f"{self.path}, array {key}")).reshape(shape)
-        except ValueError as error:  # a ragged list, or a shape that differs from the header's
+            found = unpickle(content, f"{self.path}, array {key}")
+            if not isinstance(found, np.ndarray):
+                raise ValueError(f"its pickle is of a {type(found).__name__}")
+            return found.reshape(shape)
+        except ValueError as error:  # also a shape that differs from the header's
             raise UserError(f"{self.path}: array {key!r} is damaged ({error}); download the file again") from None
 
 
