@@ -150,7 +150,6 @@ def _rows(bench: Bench, checkpoint: str | Path, device: torch.device, options: O
         pixels = read_people(photo).pixels()
         yield bench.row("estimator, a photo", lambda: source.see(pixels))
     found = read_people(photo)
-    yield from _network_rows(bench, pipe, found, options)
 
     def run(count: int, steps: int | None, mode: str = "dat", people: int = options.people) -> Any:
         heatmaps = found.heatmaps[[0] * people]
@@ -158,8 +157,10 @@ def _rows(bench: Bench, checkpoint: str | Path, device: torch.device, options: O
         return pipe(heatmaps=heatmaps, num_hypotheses=count, num_inference_steps=steps, guidance=guidance)
 
     asked = options.hypotheses
+    # Before the rows that count FLOPs, so that the peak of memory is a result's own.
     yield bench.row(f"all of it, N = {asked}, without DAT", lambda: run(asked, options.steps, "none"))
     yield bench.row(f"all of it, N = {asked}, with DAT", lambda: run(asked, options.steps))
+    yield from _network_rows(bench, pipe, found, options)
     for count in options.counts:
         yield bench.row(f"curve: N = {count}, with DAT", functools.partial(run, count, options.steps))
     for length in options.lengths:
