@@ -1,4 +1,4 @@
-"""Bad input of every kind: one line on stderr that names the thing and the mend, exit code 2, nothing lost."""
+"""Bad input of every kind: one line on stderr that names the problem and the remedy, exit code 2, nothing lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """A good photo with good keypoints: every test spoils one thing."""
+    """A valid photo with valid keypoints: each test breaks one thing."""
     Image.new("RGB", (160, 200), (120, 130, 140)).save(tmp_path / "photo.png")
     (tmp_path / "photo.json").write_text(json.dumps({"keypoints_coco17": KEYPOINTS}))
     return tmp_path / "photo.png"
@@ -40,7 +40,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must fail; returns its one line."""
+    """Runs a command that must fail; returns its single line."""
 
     def run(*words: Any) -> str:
         try:
@@ -77,7 +77,7 @@ def test_photo(photo: Path, fails: Callable[..., str], content: Any, message: st
         photo.write_bytes(content)
     line = fails("sample", photo, "--output", tmp_path / "out")
     assert str(photo) in line and message in line
-    assert not files_of(tmp_path / "out")  # one bad photo alone writes nothing
+    assert not files_of(tmp_path / "out")  # a single bad photo writes nothing
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_heatmaps_that_hold_nothing(photo: Path, fails: Callable[..., str], tmp_
 
 def test_wrong_number_of_files(photo: Path, fails: Callable[..., str], tmp_path: Path) -> None:
     file = photo.with_suffix(".json")
-    # One person's keypoints for two photos would be drawn on both.
+    # One person's keypoints must not be used for two photos.
     assert "1 files for 2 photos" in fails("sample", photo, photo, "--keypoints", file)
     assert "--box" in fails("sample", photo, photo, "--box", "1,2,3,4")
 
@@ -132,7 +132,7 @@ def test_wrong_number_of_files(photo: Path, fails: Callable[..., str], tmp_path:
 def spoiled(checkpoint: Path, folder: Path, name: str, content: bytes | None, checksums: bool = False) -> Path:
     """A copy of the checkpoint with one file replaced, cut in half (b"half") or missing.
 
-    Without checksums, as those saved before there were any: so it is the deeper checks that find the fault.
+    Without checksums, like older checkpoints, so that the later checks must find the damage.
     """
     shutil.copytree(checkpoint, folder)
     if not checksums:
@@ -283,7 +283,7 @@ def test_full_disk_keeps_what_was_there(
     out = tmp_path / "out"
     words = ["sample", photo, "--checkpoint", checkpoint, "--num-hypotheses", 1, "--steps", 1, "--output", out]
     out.mkdir()
-    np.savez(out / "photo.npz", spread_mm=np.zeros(3))  # of an earlier run
+    np.savez(out / "photo.npz", spread_mm=np.zeros(3))  # from an earlier run
     for suffix in ("obj", "glb", "png"):
         (out / f"photo.{suffix}").write_bytes(b"of an earlier run")
     before = files_of(out)
@@ -318,7 +318,7 @@ def test_out_of_memory(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what the user can mend becomes one line; anything else keeps its traceback."""
+    """Only errors that the user can fix become one line; others keep their traceback."""
     from hmdiff.cli import doctor
 
     def wrong(options: object) -> int:
@@ -331,7 +331,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_as_a_process(checkpoint: Path, photo: Path, tmp_path: Path) -> None:
-    """The libraries that are loaded on the way to the error print nothing beside it."""
+    """Libraries loaded before the error print nothing."""
     folder = spoiled(checkpoint, tmp_path / "copy", "model/diffusion_pytorch_model.safetensors", b"half")
     words = ["sample", str(photo), "--checkpoint", str(folder), "--output", str(tmp_path / "out")]
     run = subprocess.run(

@@ -1,6 +1,6 @@
-"""Heatmaps that cannot be used, photos with nobody, boxes outside the photo: one line each; ten thousand hypotheses.
+"""Unusable heatmaps, photos without people, boxes outside the photo: one line each; ten thousand hypotheses.
 
-A detector that finds nobody and the boxes given to mmpose are in test_mmpose.
+Detectors that find nobody, and boxes for mmpose, are tested in test_mmpose.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sample(checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs `hmdiff sample` on the photo, which must fail, and write nothing; returns its one line."""
+    """Runs `hmdiff sample` on the photo, which must fail and write nothing; returns its single line."""
 
     def run(*words: Any) -> str:
         code = main(
@@ -113,7 +113,7 @@ def test_heatmaps(sample: Callable[..., str], tmp_path: Path, changes: dict[str,
 
 
 def test_a_good_file_is_not_refused(photo: Path, tmp_path: Path) -> None:
-    """What the tests above spoil one thing of."""
+    """The valid file that the tests above modify."""
     np.savez(tmp_path / "h.npz", **arrays())
     found = read_people(photo, heatmaps=tmp_path / "h.npz")
     assert len(found.heatmaps) == 1 and found.heatmaps.valid.sum() == 17
@@ -151,7 +151,7 @@ def example(people: int) -> Heatmaps:
 
 @pytest.mark.slow
 def test_ten_thousand_hypotheses(pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks of bounded size, with the same result: the first of 10,000 are those of a few, in any chunk."""
+    """Chunks of bounded size, with the same result: the first of 10,000 hypotheses equal those of a small run."""
     heatmaps = example(1)
     conditioning, _ = pipe.model.encode(None, heatmaps.values, heatmaps.valid)
     rows: list[int] = []

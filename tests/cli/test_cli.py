@@ -1,4 +1,4 @@
-"""The command line: what it writes, that results do not depend on the batch, that what is done is not done again."""
+"""The command line: its outputs, independence of the batch, and reuse of finished results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hmdiff.heatmaps import Crop, Heatmaps, crop_from_box, heatmaps_from_keypoin
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 POSE = np.array(
-    [  # COCO-17, x and y in pixels of a photo of 120 x 200
+    [  # COCO-17, x and y in pixels of a 120 x 200 photo
         [60, 30],
         [64, 26],
         [56, 26],
@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_photo(folder: Path, name: str, shifts: tuple[int, ...] = (0,), width: int = 120) -> Path:
-    """A grey photo and, beside it, the JSON of as many people as there are shifts."""
+    """A grey photo with the JSON of one person per shift beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, 200), (120, 130, 140)).save(folder / f"{name}.png")
     people = [np.column_stack([POSE + np.array([shift, 0]), np.ones(17)]).tolist() for shift in shifts]
@@ -69,7 +69,7 @@ def make_photo(folder: Path, name: str, shifts: tuple[int, ...] = (0,), width: i
 
 @pytest.fixture
 def quick_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The picture is tested with the pictures, and once here by the demo; drawing it is what takes the time."""
+    """Skips the slow drawing, which the viz tests and the demo test cover."""
     for name in ("hmdiff.viz.sheets.hypotheses_sheet", "hmdiff.viz.spread.spread_sheet"):
         monkeypatch.setattr(name, lambda *args, **kwargs: np.zeros((4, 4, 3), np.uint8))
 
@@ -104,7 +104,7 @@ def test_every_option_says_its_default() -> None:
         return [parser, *(p for action in below for child in action.choices.values() for p in parsers(child))]
 
     for parser in parsers(build_parser()):
-        parser.format_help()  # which completes the words of its options
+        parser.format_help()  # adds the defaults to the help texts
         for action in parser._actions:
             if action.option_strings and action.nargs != 0 and not action.required:
                 assert "default:" in (action.help or ""), (parser.prog, action.dest)
@@ -204,7 +204,7 @@ def test_focal_and_sampler_reach_the_pipeline(checkpoint: Path, tmp_path: Path) 
         assert sample(checkpoint, tmp_path / name, photo, *words) == 0
         found[name] = arrays(tmp_path / name / "one.npz")
     assert found["a"]["focal"] == pytest.approx(np.hypot(120, 200)) and found["b"]["focal"] == 600
-    for name in ("b", "c", "d"):  # a longer focal length turns the lines of sight, along which the fit is free
+    for name in ("b", "c", "d"):  # another focal length rotates the lines of sight, along which the fit is free
         assert np.abs(found[name]["vertices"] - found["a"]["vertices"]).max() > 1e-4, name
 
 
@@ -239,7 +239,7 @@ def test_heatmaps_win_and_keypoints_are_drawn(tmp_path: Path) -> None:
     places = {name: point for name, point in zip(names, points.tolist(), strict=True) if point[2] > 0}
     assert len(places) == 17
     x, y, confidence = places["left_wrist"]
-    # One pixel of a heatmap is three of the photo; the refined peak is within a small part of it.
+    # One heatmap pixel is three photo pixels; the refined peak is within a small fraction of it.
     assert abs(x - 107) < 0.5 and abs(y - 112) < 0.5 and confidence > 0.9
 
 
@@ -256,7 +256,7 @@ def test_crops_follow_the_photo() -> None:
     crop_of = Crop.of(torch.tensor([[50.0, 40.0]]), torch.tensor([40.0]))
     maps = Heatmaps(torch.ones(1, 26, 64, 64), torch.ones(1, 26, dtype=torch.bool), crop_of)
     crop = crops(ramp, maps, 20)[0]
-    # Pixel j of the crop covers photo pixels 30 + 2j and the next: their mean is 30.5 + 2j.
+    # Pixel j of the crop covers photo pixels 30 + 2j and 31 + 2j, with mean 30.5 + 2j.
     expected = 2 * (30.5 + 2 * torch.arange(20.0))
     assert (crop[0] * 255 - expected).abs().max() < 1.5
     assert (crop[1] * 255 - (expected - 2 * 10)[:, None]).abs().max() < 1.5
@@ -297,7 +297,7 @@ def test_evaluate_is_not_done_twice(
     import hmdiff.evaluate.evaluation as module
     import hmdiff.evaluate.mean_mesh as mean_mesh
 
-    # A block of 32 people is the least that the data gives; a mean over one block does for a test.
+    # The data's smallest block is 32 people; a mean over one block suffices here.
     few = functools.partial(mean_mesh.mean_mesh_errors, training_people=32)
     monkeypatch.setattr(mean_mesh, "mean_mesh_errors", few)
     calls = []
@@ -324,7 +324,7 @@ def test_evaluate_is_not_done_twice(
 
     assert main(words) == 0
     assert calls == ["test", "test"]
-    small_pipeline("model.depth=2").save_pretrained(own)  # another model under the same name
+    small_pipeline("model.depth=2").save_pretrained(own)  # another model with the same name
     assert main(words) == 0 and len(calls) == 3
     assert main([*words, "--seed", "5"]) == 0 and len(calls) == 5
 

@@ -1,4 +1,4 @@
-"""`hmdiff sample --depth`: maps reach the model, cut as the photo is; what cannot be is refused by name."""
+"""`hmdiff sample --depth`: maps reach the model, cropped like the photo; invalid ones are refused by name."""
 
 import argparse
 import shutil
@@ -20,7 +20,7 @@ from hmdiff.viz.person_files import Report
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A photo with keypoints, and checkpoints of a model that reads depth and of one that does not."""
+    """A photo with keypoints, and checkpoints of a model with depth and of one without."""
     folder = tmp_path_factory.mktemp("depth")
     shutil.copy(asset_path("sample.jpg"), folder / "photo.jpg")
     shutil.copy(asset_path("sample.json"), folder / "photo.json")
@@ -38,12 +38,12 @@ def scene(folders):
 
 @pytest.fixture
 def sampled(folders, monkeypatch):
-    """Runs the command; exit code, and the vertices that it would write: pictures and fits of them are slow."""
+    """Runs the command without slow images and fits; returns the exit code and the vertices that it would write."""
     written = []
 
     def write(output, row, photo, person, stem, *rest):
         written.append(output.vertices[row].numpy())
-        np.savez(stem.with_name(stem.name + ".npz"), spread_mm=output.spread[row])  # by which hmdiff knows its files
+        np.savez(stem.with_name(stem.name + ".npz"), spread_mm=output.spread[row])  # marks hmdiff's own files
         return Report(f"{photo.photo} -> {stem}.npz (from {photo.source})", "", {})
 
     monkeypatch.setattr("hmdiff.viz.person_files.write_person", write)

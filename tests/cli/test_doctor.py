@@ -1,4 +1,4 @@
-"""`hmdiff doctor`: each thing has a line, and a line about what is not there says what to do."""
+"""`hmdiff doctor`: one line per item, and a remedy for missing ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_where_nothing_is_set_it_says_what_to_set(capsys: pytest.CaptureFixture[
     ):
         assert found[what][0] == "-" and words in found[what][1]
     assert found["torch"][0] == "ok" and found["torch"][1].startswith(torch.__version__.split("+")[0])
-    assert main(["doctor"]) == 0  # what is optional is not missing
+    assert main(["doctor"]) == 0  # optional items do not count as missing
     out = capsys.readouterr().out
     assert len(out.splitlines()) == len(found) + 1 and "try: hmdiff demo" in out
 

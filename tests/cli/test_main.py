@@ -1,4 +1,4 @@
-"""How the command ends: what the system refuses is one line, and arguments that argparse would misread are read."""
+"""Exit of the command: system errors become one line; arguments that argparse would misread are handled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ends_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         raise error
 
     monkeypatch.setattr("hmdiff.cli.info.run", run)
-    # The parser was given the function itself, so the parsed options are given ours.
+    # The parser holds the original function, so replace it in the parsed options.
     original = cli.Parser.parse_known_args
 
     def parse(self: Any, *arguments: Any, **named: Any) -> Any:

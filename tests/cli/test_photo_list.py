@@ -1,4 +1,4 @@
-"""Folders and patterns of photos, results.jsonl, names and guards of what is written."""
+"""Folders and patterns of photos, results.jsonl, output names and protection of existing files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_folders_and_patterns(tmp_path: Path) -> None:
     assert photos_of([tmp_path / "in"]) == ([b, a], True)
     assert photos_of([Path(f"{tmp_path}/*/*.png")]) == ([a], True)
     assert photos_of([tmp_path / "in", a]) == ([b, a], True)  # once
-    assert photos_of([a, tmp_path / "gone.jpg"]) == ([a, tmp_path / "gone.jpg"], False)  # refused when it is read
+    assert photos_of([a, tmp_path / "gone.jpg"]) == ([a, tmp_path / "gone.jpg"], False)  # refused on reading
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures or videos in it"):
         photos_of([tmp_path / "empty"])
@@ -52,13 +52,13 @@ def test_videos_of_a_folder_and_their_overlays(tmp_path: Path) -> None:
     pictures(tmp_path, "b.jpg")
     for name in ("a.MOV", "c.mp4", "c_overlay.mp4", "d_overlay.mp4"):
         (tmp_path / name).write_bytes(b"x")
-    np.savez(tmp_path / "c_track_0.npz", spread_mm=np.zeros(2))  # so c_overlay.mp4 is of an earlier result
+    np.savez(tmp_path / "c_track_0.npz", spread_mm=np.zeros(2))  # marks c_overlay.mp4 as an earlier result
     found = ["a.MOV", "b.jpg", "c.mp4", "d_overlay.mp4"]
     assert photos_of([tmp_path]) == ([tmp_path / name for name in found], True)
 
 
 def test_other_sources_are_other_settings() -> None:
-    """A folder that was done with one estimator is not done with another, nor with another file of keypoints."""
+    """Results of one estimator or keypoint file do not count as done for another."""
     given = {"pose": "embedded", "keypoints": [], "intrinsics": None}
     usual = settings_of(Namespace(**given))
     assert "keypoints" not in usual and json.loads(json.dumps(usual)) == usual
@@ -108,7 +108,7 @@ def test_a_scene_is_ours_where_its_first_person_could_not_be_written(tmp_path: P
 
 
 def test_an_error_of_the_system_is_one_photo_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk is everybody's; a photo that may not be read is its own."""
+    """A full disk affects all photos; an unreadable photo only itself."""
 
     def read(photo: Path, *rest: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(photo))
@@ -173,7 +173,7 @@ def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> None:
     results = Results.open(tmp_path, settings)
     results.add(a, person=0, people=1, npz="a.npz")
     results.add(b, person=0, people=1, npz="b.npz")
-    results.path.write_bytes(results.path.read_bytes()[:-20])  # killed in the middle of b's
+    results.path.write_bytes(results.path.read_bytes()[:-20])  # killed while writing b's line
     again = Results.open(tmp_path, settings)
     again.restart([b, c])
     again.add(b, person=0, people=1, npz="b.npz")

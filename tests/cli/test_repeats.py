@@ -1,6 +1,6 @@
-"""The same command twice on one machine: the demo's arrays and an evaluation's report are equal to the bit.
+"""The same command twice on one machine: the demo's arrays and an evaluation's report are bit-identical.
 
-What a change must leave as it is across versions, within a tolerance that any processor keeps, is recorded in
+Values that must not change across versions, within a tolerance for any processor, are in
 `tests/test_recorded_numbers.json`.
 """
 

@@ -1,4 +1,4 @@
-"""`hmdiff sample --save`: the files that were asked for, the npz always, and a folder goes on when more are."""
+"""`hmdiff sample --save`: only the requested files and the npz; a folder can be extended with more kinds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_line_of_a_person_has_the_confidence_of_the_npz(tmp_path: Path) -> N
         shutil.copy(asset_path(f"sample{suffix}"), photo.with_suffix(suffix))
     command = ["sample", str(photo), "--checkpoint", "hmdiff_small", "--num-hypotheses", "4", "--save", "npz"]
     found = {}
-    for steps in ("2", "3"):  # nothing was fitted for two
+    for steps in ("2", "3"):  # no calibration was fitted for two steps
         folder = tmp_path / steps
         assert main([*command, "--steps", steps, "--output", str(folder)]) == 0
         line = json.loads((folder / "results.jsonl").read_text())

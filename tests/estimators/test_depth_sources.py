@@ -1,4 +1,4 @@
-"""Depth of photos: files, callables and networks give 'larger = farther'; crops are cut as the photo's are."""
+"""Depth of photos: files, callables and networks return 'larger = farther'; crops match the photo's."""
 
 import importlib.util
 import sys
@@ -33,7 +33,7 @@ def people_at(center, side):
 
 
 def ramp(height=HEIGHT, width=WIDTH):
-    """Depth that is affine in the photo: 2 + x / W + 3 y / H at the pixels' centres."""
+    """Depth that is affine in the photo: 2 + x / W + 3 y / H at the pixel centres."""
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     return (2 + x[None] + 3 * y[:, None]).astype(np.float32)
 
@@ -49,12 +49,12 @@ def test_a_ramp_stays_the_ramp_in_the_crop(map_size, size):
     place = ((torch.arange(size) + 0.5) / size - 0.5)[None] * side[:, None]
     x, y = center[:, :1] + place, center[:, 1:] + place
     expected = 2 + x[:, None] / WIDTH + 3 * y[:, :, None] / HEIGHT
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.004)  # OpenCV's places are 1/32 of a pixel
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.004)  # OpenCV rounds positions to 1/32 of a pixel
 
 
 @pytest.mark.parametrize("side", [30.0, 200.0])
 def test_depth_is_cut_as_the_photo_is(side):
-    """The photo itself as the depth map: both crops are the same picture, up to its 8 bits."""
+    """The photo itself as the depth map: both crops are the same image, up to its 8 bits."""
     height, width = 240, 320
     photo = np.random.default_rng(0).integers(20, 200, (height // 8, width // 8), np.uint8)
     photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -63,7 +63,7 @@ def test_depth_is_cut_as_the_photo_is(side):
     found = crop_depth(torch.from_numpy(photo).float(), (width, height), people.crop, 64)
     known = found.isfinite()
     assert known.float().mean() > 0.95
-    inside = torch.nn.functional.max_pool2d((~known).float()[None], 5, 1, 2)[0] == 0  # the photo's edge is blacker
+    inside = torch.nn.functional.max_pool2d((~known).float()[None], 5, 1, 2)[0] == 0  # the photo's edge is darker
     torch.testing.assert_close(found[inside], expected[inside], rtol=0, atol=1.5)
 
 
@@ -156,7 +156,7 @@ def test_another_size_of_the_same_proportions_is_taken(tmp_path):
 
 def test_what_is_infinite_is_not_known(tmp_path):
     values = ramp().astype(np.float64)
-    values[0, :3] = np.inf, -np.inf, 1e300  # the last is more than a float holds
+    values[0, :3] = np.inf, -np.inf, 1e300  # the last exceeds the range of float
     np.save(tmp_path / "a.npy", values)
     assert read_depth(tmp_path / "a.npy").isnan().sum() == 3
 
@@ -224,7 +224,7 @@ needs_transformers = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    """Depth Anything's class, tiny and random, saved as the published ones are."""
+    """Depth Anything's class, tiny and random, saved like the published models."""
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, DPTImageProcessor
 
     torch.manual_seed(0)
@@ -250,7 +250,7 @@ def network(tmp_path_factory):
     model = DepthAnythingForDepthEstimation(config)
     with torch.no_grad():
         for parameter in model.head.parameters():
-            parameter.mul_(2).add_(0.05)  # past the head's ReLU
+            parameter.mul_(2).add_(0.05)  # keeps the head's ReLU active
     processor = DPTImageProcessor(
         size={"height": 56, "width": 56},
         keep_aspect_ratio=True,
@@ -274,7 +274,7 @@ def test_a_network_gives_negative_disparity_of_the_photo_s_size(network):
     assert found.shape == (2, HEIGHT, WIDTH) and found.isfinite().all()
     # Its own forward pass, prepared by hand.
     mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    size = (56, 70)  # 60 x 80 within the nearest multiples of 14 at that scale
+    size = (56, 70)  # 60 x 80 rounded to multiples of 14 at that scale
     resized = torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
     with torch.no_grad():
         expected = estimator.network(pixel_values=(resized - mean) / std).predicted_depth

@@ -1,4 +1,4 @@
-"""The embedded estimator: heatmaps of a turned window come into our crop where they were; what it says on failure."""
+"""The embedded estimator: heatmaps of a rotated window are mapped to our crop without shift; error messages."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_window_is_turned_so_that_the_second_point_is_above_the_first() -> N
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 900)])
 def test_boxes_of_the_detector_come_back_in_photo_pixels(width: int, height: int) -> None:
-    """Two people, each seen by several anchors: one detection each, at the mean of its points."""
+    """Two people, each detected by several anchors: one detection each, at the mean of its points."""
     raw, logits = np.zeros((len(anchors()), 12)), np.full(len(anchors()), -100.0)
     affine = letterbox(width, height)
     for person, (x, y) in enumerate([(0.3 * width, 0.4 * height), (0.8 * width, 0.5 * height)]):
@@ -87,7 +87,7 @@ def test_boxes_of_the_detector_come_back_in_photo_pixels(width: int, height: int
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 900), (3000, 200)])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_parts_cover_the_photo_and_overlap(width: int, height: int, count: int) -> None:
-    """Whoever is no larger than three tenths of a part is whole in one of them."""
+    """Anything up to three tenths of a tile is complete in one of them."""
     side = max(width, height) / count
     corners = [-affine[:, 2] / affine[0, 0] for affine in parts(width, height, count)]
     assert all(affine[0, 0] == pytest.approx(DETECTOR_SIZE / side) for affine in parts(width, height, count))
@@ -169,18 +169,18 @@ def test_a_joint_that_is_not_in_the_picture_has_no_peak_and_its_landmark_sets_th
     of_window = Crop.of(torch.tensor([[300.0, 300.0]]), torch.tensor([512.0]))
     heat = gaussian_heatmaps(torch.full((1, 33, 2), -0.5), torch.full((1, 33), 0.8), 1.5)[0].numpy()
     found = np.zeros((33, 5), np.float32)
-    found[:, :2], found[:, 4] = (192, 224), 9.0  # right of the middle and below; sure to be in the picture
+    found[:, :2], found[:, 4] = (192, 224), 9.0  # right of the middle and below; certainly in the image
     ankle = 27
     found[ankle, 4] = -4.0  # 0.018
     person = landmarks._Person(of_window, heat, found, np.zeros((600, 600), np.float32))
     assert person.heat[ankle].max() < 0.02 < 0.7 < person.heat[26].max()
     assert person.places[ankle].tolist() == pytest.approx([428, 492])  # 300 + 512 (192 / 256 - 1 / 2), ...
-    assert person.places[26].tolist() == pytest.approx([172, 172], abs=5)  # the peak, to the heatmap's pixel
+    assert person.places[26].tolist() == pytest.approx([172, 172], abs=5)  # the peak, up to a heatmap pixel
 
 
 @NETWORKS
 def test_legs_below_the_photos_edge_are_no_evidence(estimator: landmarks.LandmarkEstimator, shared_data: Path) -> None:
-    """The skier cut at the hips, beside the whole skier."""
+    """The skier cut at the hips, and the whole skier."""
     from hmdiff.viz.canvas import read_picture
 
     photo = read_picture(shared_data / "photos" / "skier.jpg")
@@ -191,12 +191,12 @@ def test_legs_below_the_photos_edge_are_no_evidence(estimator: landmarks.Landmar
     before, after = (heatmap_peaks(each.values)[1][0] for each in (whole, seen))
     assert before[ankles].min() > 0.5 and after[ankles].max() < 0.25 < 0.4 < after[shoulders].min()
     bottom = [float(each.center[0, 1] + each.side[0] / 2) for each in (whole, seen)]
-    assert bottom[1] > 300  # the crop has room for the legs that the photo does not show
+    assert bottom[1] > 300  # the crop has room for the legs outside the photo
 
 
 @NETWORKS
 def test_a_crowd_of_thirty_is_seen_in_parts(estimator: landmarks.LandmarkEstimator, shared_data: Path) -> None:
-    """Each too small for the detector in all of the photo, which is where a video's frames end."""
+    """Each too small to be detected in the whole photo, the only pass for video frames."""
     from hmdiff.viz.canvas import read_picture
 
     person = read_picture(shared_data / "photos" / "skier.jpg")[:, 220:560]

@@ -1,4 +1,4 @@
-"""The mmpose source: places kept through its own warps and codecs, real models, weights, refusals, the commands."""
+"""The mmpose source: positions preserved through its warps and codecs, real models, weights, refusals, the commands."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def shipped(name: str) -> Path:
 
 
 def small_config(name: str) -> Any:
-    """One of mmpose's own configs; ResNets and the like are small enough as they are."""
+    """One of mmpose's own configs, with smaller networks where needed."""
     return read_config(shipped(name))
 
 
@@ -64,7 +64,7 @@ def photo() -> np.ndarray:
 
 
 def awaken(model: Any, *size: int) -> None:
-    """Batch norm's statistics of a random batch: without them random weights answer the same to every photo."""
+    """Set batch norm statistics from a random batch: otherwise random weights return the same for every photo."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
@@ -104,7 +104,7 @@ PHOTO_BOXES = {
 
 
 def warp(box: Any, entry: tuple[int, int], udp: bool, keypoints: np.ndarray | None = None) -> dict[str, Any]:
-    """mmpose's own transforms of a box, and of photo keypoints (1, K, 2) where they are given."""
+    """mmpose's own transforms of a box and, if given, of photo keypoints (1, K, 2)."""
     from mmpose.datasets.transforms import GetBBoxCenterScale, TopdownAffine
 
     results: dict[str, Any] = {"bbox": np.array([box], np.float32), "img": np.zeros((4, 4, 3), np.uint8)}
@@ -116,13 +116,13 @@ def warp(box: Any, entry: tuple[int, int], udp: bool, keypoints: np.ndarray | No
 
 
 def wanted_keypoints(box: Any, entry: tuple[int, int], udp: bool, stride: np.ndarray | None) -> np.ndarray:
-    """(1, 17, 2) within the inner part of the box; on multiples of the stride of the input where the codec rounds."""
+    """(1, 17, 2) in the inner part of the box; on multiples of the input's stride if the codec rounds."""
     low, high = np.array(box[:2]), np.array(box[2:])
     share = np.random.default_rng(1).uniform(0.08, 0.92, (1, 17, 2))
     keypoints = low + share * (high - low)
     if stride is not None:
         result = warp(box, entry, udp, np.concatenate([keypoints, [[low, high]]], 1))["transformed_keypoints"][0]
-        # Where two points of the photo go tells of the whole warp: it neither turns nor shears.
+        # Two points determine the whole warp: it neither rotates nor shears.
         scale = (high - low) / (result[-1] - result[-2])
         keypoints = (np.round(result[None, :-2] / stride) * stride - result[-2]) * scale + low
     return np.asarray(keypoints)
@@ -166,7 +166,7 @@ def test_a_keypoint_of_mmposes_codecs_comes_back(name: str, size: tuple[tuple[in
     else:
         codec = MSRAHeatmap(entry, grid, sigma=sigma, unbiased="unbiased" in name)
     udp = name in ("UDP", "SimCC, UDP warp")
-    exact = name not in ("MSRA", "SimCC", "SimCC, UDP warp")  # the others round to their grid before they encode
+    exact = name not in ("MSRA", "SimCC", "SimCC, UDP warp")  # the others round to their grid before encoding
     found = {kind: round_trip(codec, box, udp, exact) for kind, box in PHOTO_BOXES.items()}
     print(f"{name} {entry[1]}x{entry[0]}:", ", ".join(f"{kind} {value:.3f}" for kind, value in found.items()), "px")
     assert max(found.values()) < 0.5
@@ -186,8 +186,8 @@ def test_what_lies_outside_the_model_s_input_is_zero_and_a_mode_stays_a_mode() -
         *crop_from_box(torch.tensor([[60.0, 20, 140, 180]])),
     )
     maps = heatmaps_from_codec(torch.ones(1, 1, 64, 48), *crop)
-    # The first of 48 pixels has its centre on the input's left edge, half a pixel before the centre of our 8th, and
-    # what lies half a pixel or more beyond the outer centres is outside.
+    # The first of 48 pixels has its centre on the input's left edge, half a pixel before the centre of our 8th;
+    # positions half a pixel or more beyond the outer centres are outside.
     assert maps.values[0, 0, 32].nonzero()[:, 0].tolist() == list(range(8, 55))
     assert maps.values[0, 0, :, 32].nonzero()[:, 0].tolist() == list(range(63))
     torch.testing.assert_close(maps.values[0, 0, 20:40, 20:40], torch.ones(20, 20))
@@ -202,23 +202,23 @@ def test_what_lies_outside_the_model_s_input_is_zero_and_a_mode_stays_a_mode() -
     row = values[values.amax(1).argmax()]
     peaks = [i for i in range(1, 63) if row[i] > row[i - 1] and row[i] >= row[i + 1]]
     assert len(peaks) == 2 and row[peaks[1]] / row[peaks[0]] == pytest.approx(0.5, abs=0.1)
-    assert values.max() == pytest.approx(0.6, rel=0.1)  # between two pixels the peak itself is not sampled
+    assert values.max() == pytest.approx(0.6, rel=0.1)  # between two pixels, the peak itself is not sampled
     width = (row[:32].log()[peaks[0] - 1] + row[:32].log()[peaks[0] + 1] - 2 * row[:32].log()[peaks[0]]).abs()
-    assert 1 / width.sqrt() == pytest.approx(2.0, rel=0.02)  # a bin alone becomes as wide as a heatmap's label
+    assert 1 / width.sqrt() == pytest.approx(2.0, rel=0.02)  # a single bin becomes as wide as a heatmap label
 
 
 # ---- real models ----
 
 
 def planted(estimator: MMPoseEstimator, outputs: Callable[[], Any]) -> None:
-    """Let the model's head answer what is given, whatever it sees; the rest of mmpose runs as it does."""
+    """Replace the output of the model's head; the rest of mmpose runs unchanged."""
     estimator.model.head.forward = lambda feats: outputs()
     estimator.model.test_cfg["flip_test"] = False
 
 
 @pytest.mark.parametrize("name", [UDP, RTM26, SIMCC])
 def test_planted_heatmaps_come_back_through_the_whole_of_mmpose(name: str, photo: np.ndarray) -> None:
-    """Encoded by the model's own codec, read by mmpose's own decoder and by us: the same places, in photo pixels."""
+    """Encoded by the model's own codec, then decoded by mmpose and by us: the same positions in photo pixels."""
     from mmpose.apis import inference_topdown
 
     estimator = MMPoseEstimator(shipped(name), untrained=True)
@@ -237,7 +237,7 @@ def test_planted_heatmaps_come_back_through_the_whole_of_mmpose(name: str, photo
         if not rounds:
             return torch.from_numpy(np.stack([one["heatmaps"] for one in encoded]))
         labels = [np.concatenate([one[f"keypoint_{axis}_labels"] for one in encoded]) for axis in "xy"]
-        # SimCCHead's loss makes its output the logits of the label, RTMPose's makes it the label.
+        # SimCCHead's loss trains logits of the label, RTMPose's the label itself.
         return tuple(torch.from_numpy(np.log(label + 1e-9) + 30 if name == SIMCC else label) for label in labels)
 
     planted(estimator, outputs)
@@ -264,12 +264,12 @@ def test_a_person_s_heatmaps_do_not_depend_on_the_others(
         for other in (together[index], in_parts[index]):
             torch.testing.assert_close(other.values, alone.values, rtol=1e-3, atol=5e-4)
             assert torch.equal(other.center, alone.center) and torch.equal(other.side, alone.side)
-    assert (together.values[0] - together.values[1]).abs().max() > 1e-3  # the photo matters at all
+    assert (together.values[0] - together.values[1]).abs().max() > 1e-3  # the photo affects the result
     assert together.valid[0].nonzero()[:, 0].tolist() == list(range(17))
 
 
 def test_the_model_sees_the_photo_in_its_own_colours(msra: MMPoseEstimator, photo: np.ndarray) -> None:
-    """Given RGB, it must answer as mmpose answers to the BGR that its own reader gives."""
+    """For RGB, the result must equal mmpose's for the BGR of its own reader."""
     from mmpose.apis import inference_topdown
 
     (theirs,) = inference_topdown(msra.model, photo[..., ::-1], np.array(BOXES[:1]))
@@ -407,7 +407,7 @@ def test_joints_are_mapped_by_name() -> None:
     names = MMPoseEstimator(mpii, untrained=True).names
     assert set(J14) < set(names) and "mid_hip" in names and names[8] == "upper_neck"
     assert joint_names({"dataset_name": "jhmdb", "keypoint_id2name": {"1": "head", "0": "neck"}}) == ("neck", "head")
-    # More joints in the model than it is asked for: the chosen ones, in their order.
+    # The model has more joints than requested: the selected ones, in their order.
     config = small_config("topdown_heatmap/coco/td-hm_hrnet-w32_8xb64-210e_coco-aic-256x192-combine.py")
     config.model.backbone = dict(type="MobileNetV2", out_indices=(7,))
     config.model.head.in_channels = 1280
@@ -453,7 +453,7 @@ def test_weights_of_both_kinds_are_the_model_s(
 
     state = msra.model.state_dict()
     meta = {**msra.model.dataset_meta, "dataset_name": "of the checkpoint"}
-    # As mmengine saves it: the history of the training holds classes and a call of getattr.
+    # As saved by mmengine: the training history contains classes and a call of getattr.
     history = {"loss": HistoryBuffer([1.0, 2.0], [1, 1])}
     torch.save(
         {
@@ -524,7 +524,7 @@ def test_a_download_that_fails_names_the_file_and_the_option(
     assert str(tmp_path / "checkpoints") in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"rtmdet_m.*--detector-checkpoint FILE"):
         PersonDetector("human")
-    # Put where the message says, it is found.
+    # A file at the place named in the message is found.
     (tmp_path / "checkpoints" / file).write_bytes(b"")
     assert find_checkpoint("human", None, asked[0], "mmpose") == tmp_path / "checkpoints" / file
 
@@ -548,7 +548,7 @@ def test_aliases_name_shipped_configs() -> None:
 
 @pytest.fixture(scope="module")
 def detector() -> PersonDetector:
-    """mmpose's own small RTMDet for people, its random boxes made large enough to be boxes."""
+    """mmpose's own small RTMDet for people, with its random boxes enlarged to valid ones."""
     torch.manual_seed(0)
     config = Path(import_openmmlab("mmpose.apis").__file__ or "").parents[1] / ".mim" / "demo" / "mmdetection_cfg"
     found = PersonDetector(config / "rtmdet_nano_320-8xb32_coco-person.py", untrained=True)
@@ -568,7 +568,7 @@ def test_people_are_found(detector: PersonDetector, photo: np.ndarray) -> None:
     whole = [box for box in boxes if (box > 0).all() and (box < torch.tensor([400, 300, 400, 300])).all()]
     assert len(whole) > 3 and max(overlap(a, b) for a, b in itertools.combinations(whole, 2)) <= 0.6  # the config's
     fewer = [detector.boxes(photo, floor) for floor in (0.6, 0.65, 0.7)]
-    assert all(torch.equal(few, boxes[: len(few)]) for few in fewer)  # the surest come first
+    assert all(torch.equal(few, boxes[: len(few)]) for few in fewer)  # by falling score
     assert len(fewer[-1]) < len(boxes)
 
 
@@ -622,7 +622,7 @@ def test_heatmaps_are_saved_and_sampled_as_if_estimated(
     assert torch.equal(maps.values, msra.heatmaps(photo, BOXES[:2]).values)
     with Image.open(saved / "photo_heatmaps.png") as drawn:
         assert drawn.size == (400, 300)
-        assert np.median(np.asarray(drawn)[40, 50:150]) == 250  # the first box's upper edge, but for joints on it
+        assert np.median(np.asarray(drawn)[40, 50:150]) == 250  # the first box's upper edge, outside joints
 
     for drawn_by in ("hmdiff.viz.sheets.hypotheses_sheet", "hmdiff.viz.spread.spread_sheet"):
         monkeypatch.setattr(drawn_by, lambda *args, **kwargs: np.zeros((4, 4, 3), np.uint8))
@@ -643,7 +643,7 @@ def test_the_heat_lies_where_the_heatmap_says(photo: np.ndarray) -> None:
     values = torch.zeros(1, 26, 64, 64)
     values[0, 0, 10, 50] = 1.0
     valid = torch.ones(1, 26, dtype=torch.bool)
-    crop = Crop.of(torch.tensor([[160.0, 150.0]]), torch.tensor([256.0]))  # 4 photo pixels a pixel
+    crop = Crop.of(torch.tensor([[160.0, 150.0]]), torch.tensor([256.0]))  # 4 photo pixels per pixel
     maps = Heatmaps(values, valid, crop)
     black = np.zeros_like(photo)
     drawn = heat_picture(black, maps, torch.tensor([[0.0, 0, 400, 300]])).astype(int).sum(-1)
@@ -726,7 +726,7 @@ def test_what_is_found_beside_a_photo_wins_over_the_estimator(picture: Path, pho
     assert found.heatmaps.values is maps.values and found.source == "heatmaps of the pose estimator"
     assert found.heatmaps.crop.photo_size.tolist() == [[400, 300]] and len(found.points) == 1
     picture.with_suffix(".json").write_text(json.dumps({"box_xyxy": [10, 20, 90, 200]}))
-    read_people(picture, source=source)  # a box alone is the person's
+    read_people(picture, source=source)  # a box without keypoints is the person's
     read_people(picture, source=source, boxes=[(1.0, 2.0, 3.0, 4.0)])
     assert seen == [None, [(10.0, 20.0, 90.0, 200.0)], [(1.0, 2.0, 3.0, 4.0)]]
     keypoints = [[60 + 3 * index, 20 + 9 * index, 1] for index in range(17)]
@@ -737,7 +737,7 @@ def test_what_is_found_beside_a_photo_wins_over_the_estimator(picture: Path, pho
 def test_heatmaps_of_another_photo(picture: Path, tmp_path: Path) -> None:
     path = tmp_path / "photo_heatmaps.npz"
     arrays = {"heatmaps": np.ones((17, 64, 64), np.float32), "side": np.float32(100)}
-    np.savez(path, **arrays, center=np.array([449.0, 100]))  # touches the photo of 400 x 300
+    np.savez(path, **arrays, center=np.array([449.0, 100]))  # touches the 400 x 300 photo
     assert read_people(picture).heatmaps.center.tolist() == [[449.0, 100.0]]
     np.savez(path, **arrays, center=np.array([451.0, 100]))
     with pytest.raises(UserError, match=r"crop of person 0, .* outside the 400 x 300 photo; give the heatmaps"):

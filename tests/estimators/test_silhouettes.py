@@ -1,4 +1,4 @@
-"""Masks by a network: BlazePose's on a photo, a segmentation network's within the box, and what `prepare` keeps."""
+"""Masks by a network: BlazePose's on a photo, a segmentation network's in the box, and those stored by `prepare`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_network_of_mmseg_gives_its_people_within_the_box() -> None:
     assert mask is not None and np.array_equal(mask, expected)
     with torch.no_grad():
         source.model.decode_head.conv_seg.bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
-    assert source(photo, Path("a.jpg"), box) is not None  # the same photo is not looked at again
+    assert source(photo, Path("a.jpg"), box) is not None  # the same photo is not segmented again
     assert source(photo, Path("b.jpg"), box) is None
 
 

@@ -1,4 +1,4 @@
-"""ViTPose of transformers as a source: a tiny model of random weights, made here; its processor is the oracle."""
+"""ViTPose of transformers as a source: a tiny model with random weights; its processor is the oracle."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_model_from_a_folder_sees_the_boxes(folder: Path) -> None:
 def test_peaks_are_where_its_processor_puts_them(
     folder: Path, box: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within half a pixel of our heatmap, for peaks that lie on its grid and between."""
+    """Within half a pixel of our heatmap, for peaks on its grid and between."""
     source: Any = load_source(f"vitpose:{folder}")
     y, x = np.mgrid[:16, :12]
     places = np.random.default_rng(1).uniform([3, 3], [8, 12], (17, 2))

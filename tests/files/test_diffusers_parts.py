@@ -1,4 +1,4 @@
-"""What the pipeline's import loads, in a process of its own: counted in modules, which no machine changes."""
+"""Modules loaded by importing the pipeline, in a separate process: their number does not depend on the machine."""
 
 from __future__ import annotations
 

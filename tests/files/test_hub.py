@@ -1,4 +1,4 @@
-"""Checkpoints of the Hub by their id, against a folder that plays the Hub; and cards with measured figures alone."""
+"""Checkpoints of the Hub by id, with a folder as a mock Hub; and cards that contain only measured figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hmdiff.pipeline import HMDiffPipeline
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a folder for each repository; what the client would send to the network goes there."""
+    """A folder with one subfolder per repository, which receives what the client would upload."""
     place = tmp_path / "hub"
 
     def snapshot_download(repo_id: str, revision: str | None = None, allow_patterns: Any = None) -> str:
@@ -62,7 +62,7 @@ def test_what_was_pushed_comes_back_the_same(hub: Path) -> None:
     first, second = (each(heatmaps=maps[[0]], num_hypotheses=2, num_inference_steps=2) for each in (pipe, again))
     assert torch.equal(first.vertices, second.vertices)
     folder = arguments.checkpoint_folder("somebody/mine")
-    assert (folder / "hmdiff.json").is_file() and not list(folder.rglob("*.bin"))  # nothing that would be unpickled
+    assert (folder / "hmdiff.json").is_file() and not list(folder.rglob("*.bin"))  # nothing that needs unpickling
 
 
 def test_what_the_hub_has_not_is_one_line(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_what_the_hub_has_not_is_one_line(hub: Path, tmp_path: Path, monkeypatch
         small_pipeline().push_to_hub("no-owner")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert not is_repository_id("runs/mine")  # a folder that was misspelt is not looked for on the network
+    assert not is_repository_id("runs/mine")  # a misspelt folder is not searched on the network
     assert not is_repository_id("../mine") and not is_repository_id("a/b/c") and is_repository_id("a/b")
 
 

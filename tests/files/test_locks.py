@@ -1,4 +1,4 @@
-"""A folder for one process at a time: another is refused by one line, and no lock outlives its process."""
+"""A folder for one process at a time: a second one is refused in one line, and no lock outlives its process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_second_process_is_refused_until_the_first_ends_however(tmp_path: Path
         os.waitpid(child, 0)
     with claim(folder, "give another", name):
         pass
-    assert [path.name for path in folder.iterdir()] == ([LOCK] if name else [])  # the folder itself leaves no file
+    assert [path.name for path in folder.iterdir()] == ([LOCK] if name else [])  # locking the folder: no file
 
 
 def test_sample_claims_its_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Reading within bounds: bytes, JSON, npz and pictures, each damaged or lying in many ways, end in one line."""
+"""Bounded reading: damaged or malicious bytes, JSON, npz and images all end in one line."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_archives_of_other_kinds_are_refused(tmp_path: Path) -> None:
     locked = archive(tmp_path / "locked.npz", {"a": good}, zipfile.ZIP_STORED)
     content = bytearray(locked.read_bytes())
     for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        content[content.index(signature) + offset] |= 1  # the flag that says it is encrypted
+        content[content.index(signature) + offset] |= 1  # the encryption flag
     locked.write_bytes(content)
     with pytest.raises(UserError, match="encrypted"):
         read_npz(locked)
@@ -184,7 +184,7 @@ def test_mutants_of_an_archive_are_read_or_refused(tmp_path: Path) -> None:
 
 
 def test_only_the_formats_of_photos_are_opened(tmp_path: Path) -> None:
-    """Named photo.jpg an EPS would start Ghostscript; Pillow's other formats are not for photos either."""
+    """An EPS named photo.jpg would start Ghostscript; Pillow's other formats are not for photos either."""
     path = tmp_path / "photo.jpg"
     picture = Image.new("RGB", (8, 6), (10, 200, 30))
     for kind in images.FORMATS:
@@ -207,7 +207,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypatch
 
 
 def test_pictures_are_opened_in_one_place() -> None:
-    """And arrays, pickles and JSON that others wrote: by `hmdiff.files`."""
+    """Images, and arrays, pickles and JSON of others, are opened only in `hmdiff.files`."""
     forbidden = {("Image", "open"), ("np", "load"), ("pickle", "load"), ("pickle", "loads"), ("torch", "load")}
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -216,7 +216,7 @@ def test_pictures_are_opened_in_one_place() -> None:
                 of = node.func.value
                 if isinstance(of, ast.Name) and (of.id, node.func.attr) in forbidden:
                     found.append(str(path.relative_to(PACKAGE)))
-    # The asset that is shipped, and files that we wrote a moment ago; weights with weights_only.
+    # Exceptions: the shipped asset, and files that we have just written; weights with weights_only.
     assert sorted(set(found)) == [
         "body/licensed.py",
         "body/mesh_cache.py",

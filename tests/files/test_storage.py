@@ -1,4 +1,4 @@
-"""Writes that happen wholly or not at all: on success, on errors, on a full disk and after a kill."""
+"""Atomic writes: on success, on errors, on a full disk and after a kill."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def no_space(*_: Any, **__: Any) -> None:
 
 def test_a_file_appears_whole_under_its_name(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "deep" / "a.npz") as temporary:
-        assert temporary.suffix == ".npz"  # writers that look at the suffix are content
+        assert temporary.suffix == ".npz"  # writers that check the suffix accept it
         temporary.write_text("new")
         assert not (tmp_path / "deep" / "a.npz").exists()
     assert (tmp_path / "deep" / "a.npz").read_text() == "new"
@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    """Where the two folders cannot be exchanged in one step, every rename of the detour may fail."""
+    """If the folders cannot be swapped atomically, each rename of the fallback may fail."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").touch()
     monkeypatch.setattr(storage.ctypes, "CDLL", no_space)
@@ -93,7 +93,7 @@ def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "rename", sometimes)
     with pytest.raises(UserError, match="no space left"), atomic_folder(tmp_path / "model") as temporary:
         (temporary / "new").touch()
-    # After the second rename the new folder is in place; only the removal of the old one is left over.
+    # After the second rename the new folder is in place; only deleting the old one remains.
     assert names(tmp_path / "model") == (["old"] if failing < 2 else ["new"])
     assert [name for name in names(tmp_path) if name.endswith(".part")] == []
 
@@ -145,7 +145,7 @@ print("intact")
 
 
 def test_a_really_full_disk(tmp_path: Path) -> None:
-    """On a tmpfs of 512 KB, in a mount namespace of its own: torch, safetensors and plain files."""
+    """On a tmpfs of 512 KB, in a separate mount namespace: torch, safetensors and plain files."""
     mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     prepare = f'mount -t tmpfs -o size=512k none "{tmp_path}"'
     if not shutil.which("unshare") or subprocess.run([*mount, prepare], capture_output=True).returncode:
@@ -174,13 +174,13 @@ with atomic_file(Path(sys.argv[1]) / "a.txt") as file, atomic_folder(Path(sys.ar
 def test_a_kill_leaves_the_old_and_the_next_write_sweeps_up(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
     make_folder(tmp_path / "model").joinpath("w").write_text("old")
-    mine = [".b.txt.part", ".a.txt.elsewhere-1.part.txt"]  # other names, other machines: not ours to remove
+    mine = [".b.txt.part", ".a.txt.elsewhere-1.part.txt"]  # other names and other machines: must be kept
     for name in mine:
         (tmp_path / name).touch()
     result = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[2])
     assert result.returncode == -signal.SIGKILL
     assert (tmp_path / "a.txt").read_text() == (tmp_path / "model" / "w").read_text() == "old"
-    assert len(names(tmp_path)) == 6  # two things, two halves, two of others
+    assert len(names(tmp_path)) == 6  # two targets, two partial files, two of others
     with atomic_file(tmp_path / "a.txt") as temporary:
         temporary.write_text("new")
     with atomic_folder(tmp_path / "model") as temporary:
@@ -257,7 +257,7 @@ def test_the_umask_decides_the_permissions(tmp_path: Path) -> None:
     try:
         with atomic_file(tmp_path / "a.txt") as temporary:
             temporary.unlink()
-            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))  # as a writer that is private
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))  # like a writer that makes private files
         with atomic_folder(tmp_path / "model") as temporary:
             os.close(os.open(temporary / "w", os.O_CREAT | os.O_WRONLY, 0o600))
     finally:

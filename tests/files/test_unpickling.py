@@ -1,4 +1,4 @@
-"""Pickles of plain arrays: read as Python reads them, hostile ones refused within bounds and without a crash."""
+"""Pickles of plain arrays are read as Python reads them; hostile ones are refused within limits and without a crash."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def test_shared_parts_stay_shared() -> None:
 
 
 def array_pickle(shape: str, dtype: str, data: bytes, state: str = "(I3\nS'<'\nNNNI-1\nI-1\nI0\nt") -> bytes:
-    """An array by protocol 0, every part as given."""
+    """An array in protocol 0, with every part given."""
     head = f"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n{shape}cnumpy\ndtype\n"
     return f"{head}(S'{dtype}'\nI0\nI1\ntR{state}bI00\n".encode() + b"S'" + data + b"'\ntb."
 
 
 def bomb(levels: int, first: bytes = b"]") -> bytes:
-    """A list of two references to a list of two references ...: 2^levels lists for whoever walks them."""
+    """A list of two references to a list of two references ...: 2^levels lists when traversed."""
     return (
         b"(lp0\n."
         if levels == 0
@@ -153,7 +153,7 @@ def test_hostile_pickles_are_refused(name: str) -> None:
     content, message = HOSTILE[name]
     started = time.perf_counter()
     if message is None:
-        unpickle(content, "x.pkl")  # odd, and harmless
+        unpickle(content, "x.pkl")  # unusual, but harmless
     else:
         with pytest.raises(UserError, match=message) as error:
             unpickle(content, "x.pkl")
@@ -164,7 +164,7 @@ def test_hostile_pickles_are_refused(name: str) -> None:
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("levels", [12, 24, 40, 62])
 def test_three_hundred_bytes_stay_small(levels: int, text: bool) -> None:
-    """Lists of which each holds the one before twice: read or refused alone, as chumpy's array, and as scipy's."""
+    """Each list contains the previous one twice; read or refused as a list, as a chumpy and as a scipy array."""
     whole = b"(" + bomb(levels, b"(U\x01al" if text else b"(K\x01l")[:-1] + b"1"
     last = b"h" + bytes([levels])
     alone = whole + b"}U\x04vert" + last + b"s."
@@ -183,7 +183,7 @@ def test_three_hundred_bytes_stay_small(levels: int, text: bool) -> None:
 
 
 def test_long_texts_are_not_made_an_array() -> None:
-    """numpy would pad each short one to the long one: 40 GB."""
+    """numpy would pad each short text to the longest: 40 GB."""
     many = b"(X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"U\x01b" * 10**4 + b"l"
     with pytest.raises(UserError, match="text where numbers"):
         unpickle(b"cchumpy.ch\nCh\n)\x81}U\x01x" + many + b"sb.", "x.pkl")
@@ -210,7 +210,7 @@ def test_a_file_beyond_the_bound_is_not_read(tmp_path: Path) -> None:
 
 
 def test_mutants_of_a_body_are_read_or_refused() -> None:
-    """Bytes flipped, cut out, doubled and put at the wrong place: a value or one line, never anything else."""
+    """Bytes flipped, removed, doubled and misplaced: the result is a value or one line, nothing else."""
     originals = [
         pickle.dumps({"weights": np.eye(4), "J": scipy.sparse.csc_matrix(np.eye(4)), "kin": [[1, 2], "a"]}, p)
         for p in (0, 2, 4)

@@ -1,4 +1,4 @@
-"""Files of intrinsics, and how a photo's camera reaches the crop."""
+"""Files of intrinsics, and how a photo's camera is applied to the crop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Crop`: crop coordinates and photo pixels are inverse, also turned; the photo's camera travels with the heatmaps."""
+"""`Crop`: conversions between crop coordinates and photo pixels are inverse, also when rotated."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_what_is_not_known_has_a_default() -> None:
 
 
 def test_a_crop_turned_with_the_photo_turns_the_body() -> None:
-    """The photo turned about its principal point shows the same body turned about the camera's axis."""
+    """The photo rotated about its principal point shows the body rotated about the camera's axis."""
     pipe, sample = small_pipeline(), people_block()
     assert sample.heatmaps is not None and sample.heatmap_valid is not None
     upright = dataclasses.replace(turned(2), rotation=torch.zeros(2))

@@ -1,4 +1,4 @@
-"""Every family of keypoint files in docs/keypoints.md, row by row, and the faults of real users' files."""
+"""Every keypoint file family of docs/keypoints.md, row by row, and errors in real users' files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(folder: Path, data: Any, name: str = "k") -> Path:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_table(tmp_path: Path, row: str) -> None:
-    """Each joint arrives in photo pixels under its own name, and nothing arrives under another's."""
+    """Each joint arrives in photo pixels under its own name, and no other name is set."""
     data, names = ROWS[row]
     path = write(tmp_path, data)
     assert has_keypoints(path)
@@ -160,7 +160,7 @@ def test_labels_of_a_smaller_copy_are_scaled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", [6, 8])
 def test_labels_of_the_stored_pixels_are_turned_as_exif_says(tmp_path: Path, orientation: int) -> None:
-    """The photo is stored on its side; Pillow turns it to be shown, and the labels must follow."""
+    """The photo is stored on its side; Pillow rotates it for display, and the labels must follow."""
     shown = Image.new("RGB", (WIDTH, HEIGHT))
     stored = shown.rotate(90 if orientation == 6 else -90, expand=True)
     exif = Image.Exif()
@@ -175,7 +175,7 @@ def test_labels_of_the_stored_pixels_are_turned_as_exif_says(tmp_path: Path, ori
     (person,), notes = read_people_of(write(tmp_path, data), tmp_path / "photo.jpg", info)
     torch.testing.assert_close(person.points[:, :2], torch.tensor(places(COCO17, None)))
     assert "turned as the photo's EXIF tag" in notes[0]
-    del data["images"][0]["width"]  # no size to tell: joints that leave the photo as shown are refused
+    del data["images"][0]["width"]  # without a size, joints outside the displayed photo are refused
     tall = [n for x, y in turned for n in (x, y + (40 if orientation == 6 else 0), 2)]
     data["annotations"][0]["keypoints"] = tall
     if max(y for _, y in turned) + 40 > HEIGHT:
@@ -194,7 +194,7 @@ def test_focal_length_of_exif(tmp_path: Path) -> None:
     Image.new("RGB", (400, 300)).save(tmp_path / "a.jpg", exif=exif)
     assert photo_info(tmp_path / "a.jpg").focal == pytest.approx(26 / 43.2666 * 500, rel=1e-4)
     exif[0x8769] = {0xA405: 26, 0xA002: 4000, 0xA003: 3000}
-    Image.new("RGB", (300, 300)).save(tmp_path / "b.jpg", exif=exif)  # cropped since: the focal length is not known
+    Image.new("RGB", (300, 300)).save(tmp_path / "b.jpg", exif=exif)  # cropped since: the focal length is unknown
     assert photo_info(tmp_path / "b.jpg").focal is None
 
 
@@ -258,7 +258,7 @@ def test_who_a_person_is_comes_along(tmp_path: Path) -> None:
 
     assert identity("COCO data set") == {"annotation": "7"}
     assert identity("AlphaPose, 17") == {"track": "3"} and identity("ultralytics to_json") == {"track": "4"}
-    assert identity("OpenPose BODY_25") == {}  # -1 is nobody's number
+    assert identity("OpenPose BODY_25") == {}  # -1 means no id
 
 
 # -- people who are turned
@@ -266,7 +266,7 @@ def test_who_a_person_is_comes_along(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("degrees", [0, 20, 50, 75, 90, 180, -135])
 def test_a_turned_person_gets_a_turned_crop(degrees: int) -> None:
-    """The same heatmaps as upright, whatever the turn in the picture."""
+    """The same heatmaps as upright, for any rotation in the photo."""
     from hmdiff.heatmaps import PersonKeypoints
 
     upright = torch.tensor(places(HALPE26))
@@ -295,6 +295,6 @@ def test_who_bends_or_sits_is_upright() -> None:
     "data", [{"instance_info": [3.5]}, {"predictions": [[7, INSTANCE]]}, {"instance_info": [{"instances": [None]}]}]
 )
 def test_instances_of_mmpose_that_are_none(tmp_path: Path, data: Any) -> None:
-    """Found by `python -m tools.campaign.mutants --seed 20`: numbers in place of instances were tracebacks."""
+    """Regression from `python -m tools.campaign.mutants --seed 20`: numbers in place of instances raised tracebacks."""
     with pytest.raises(UserError, match=r"instance 0 is (3\.5|7|None), a mapping with 'keypoints' is expected"):
         read_keypoints(write(tmp_path, data), "photo.jpg", (WIDTH, HEIGHT))

@@ -1,4 +1,4 @@
-"""Heatmaps: pixel convention, resampling, drawing, the checks of the type, and arrays on disk."""
+"""Heatmaps: pixel convention, resampling, drawing, validation, and arrays on disk."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def test_peak_on_the_border_and_of_an_empty_channel_is_finite() -> None:
 
 def test_normalised_sums_to_one_or_leaves_the_joint_out() -> None:
     values = gaussian_heatmaps(torch.zeros(3, 2), torch.tensor([0.9, 0.2, 0.02]), 2.0)
-    values[0] -= 1e-3  # a raw regression goes below zero
+    values[0] -= 1e-3  # raw regressions can be negative
     result = normalised(values)
     torch.testing.assert_close(result.sum((-2, -1)), torch.tensor([1.0, 1.0, 0.0]))
     assert (result >= 0).all()
     assert normalised(values, floor=0.1)[2].sum() == pytest.approx(1, abs=1e-5)
-    coarse = gaussian_heatmaps(torch.zeros(2, 2), torch.tensor([0.06, 0.02]), 1.0, 32)  # the floor follows the size
+    coarse = gaussian_heatmaps(torch.zeros(2, 2), torch.tensor([0.06, 0.02]), 1.0, 32)  # the floor scales too
     assert normalised(coarse).sum((-2, -1)).tolist() == pytest.approx([1, 0], abs=1e-5)
 
 
@@ -142,7 +142,7 @@ def test_a_peak_keeps_its_place_in_the_photo(size: int) -> None:
     other_center, other_side = torch.tensor([[199.2, 152.9]]), torch.tensor([160.0])
     values = gaussian_heatmaps(Crop.of(center, side).from_photo(photo), torch.ones(1, 3), 2.5, size)
     moved = resample_heatmaps(values, center, side, other_center, other_side)
-    coarser = max(180 / size, 160 / HEATMAP_SIZE)  # photo pixels in a pixel of the coarser of the two
+    coarser = max(180 / size, 160 / HEATMAP_SIZE)  # photo pixels per pixel of the coarser grid
     for found, allowed in ((soft_argmax(moved), 0.02), (heatmap_peaks(moved)[0], 0.1)):
         assert (Crop.of(other_center, other_side).to_photo(found) - photo).abs().max() / coarser < allowed
     assert moved.amax((-2, -1)).min() > 0.9
@@ -156,7 +156,7 @@ def test_resampling_to_the_same_crop_changes_nothing_and_outside_is_zero() -> No
     torch.testing.assert_close(same, heatmaps.values, rtol=0, atol=1e-5)
     far = heatmaps.center + 3 * heatmaps.side[:, None]
     assert resample_heatmaps(heatmaps.values, heatmaps.center, heatmaps.side, far, heatmaps.side).eq(0).all()
-    # A rectangular crop, as mmpose's 48 x 64, onto the square about it.
+    # A rectangular crop, like mmpose's 48 x 64, to the surrounding square.
     narrow = torch.stack([heatmaps.side * 0.75, heatmaps.side], 1)
     values = gaussian_heatmaps(torch.tensor([[0.5, 0.5]]).expand(2, 1, 2), torch.ones(2, 1), 2.0, 64)[..., 8:56]
     square = resample_heatmaps(values, heatmaps.center, narrow, heatmaps.center, heatmaps.side)
@@ -216,7 +216,7 @@ def test_selecting_and_joining_people() -> None:
 
 
 def test_raw_values_are_clamped_and_mapped_by_name() -> None:
-    names = ("left_ankle", "jaw", "nose")  # the middle one has no place in HALPE26
+    names = ("left_ankle", "jaw", "nose")  # the middle one has no counterpart in HALPE26
     raw = torch.randn(1, 3, 64, 64)
     built = heatmaps_from_values(raw, names, torch.zeros(1, 2), torch.ones(1))
     ankle, nose = HALPE26.index("left_ankle"), HALPE26.index("nose")
@@ -327,7 +327,7 @@ def test_real_heatmaps_load(shared_data: Path, photo: str) -> None:
     after, _ = heatmap_peaks(loaded.values[0, target])
     sure = confidence > 0.3
     distance = (before - after)[sure].norm(dim=-1) / PIXEL
-    # Their peaks are plateaus of up to three equal pixels of 96, two of ours, on which any place is the highest.
+    # Their peaks are plateaus of up to three equal pixels of 96, two of ours, with the maximum anywhere on them.
     assert len(distance) >= 8 and distance.median() < 0.5 and distance.max() < 2
     shift = soft_argmax(values[source].clamp_min(0)) - soft_argmax(loaded.values[0, target])
     assert shift[sure].norm(dim=-1).max() / PIXEL < 0.05

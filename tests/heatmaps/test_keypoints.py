@@ -1,4 +1,4 @@
-"""Keypoint files of every kind that is read, and the one-line errors of those that cannot be."""
+"""Every supported kind of keypoint file, and one-line errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_coco_annotations_are_matched_by_the_photos_name(tmp_path: Path) -> None
     assert person.box is not None and person.box.tolist() == [90, 40, 290, 340]
     with pytest.raises(UserError, match=r"none of its 2 images is 'third\.jpg'"):
         read_keypoints(path, "third.jpg")
-    # All flags 1 is 'labelled but hidden' here, while in a detector's results 1 is a confidence.
+    # All flags 1 means 'labelled but occluded' here, while in a detector's results 1 is a confidence.
     hidden = [number if i % 3 < 2 else 1 for i, number in enumerate(FLAGS)]
     (person,) = read_keypoints(write(tmp_path, coco(annotation(keypoints=hidden))), "photo.jpg")
     assert person.points[:, 2].eq(0.5).all()
@@ -86,14 +86,14 @@ def test_coco_results_of_several_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "names"), [(25, OPENPOSE25), (18, OPENPOSE18)])
 def test_openpose(tmp_path: Path, count: int, names: tuple[str, ...]) -> None:
     values = OPENPOSE[: 3 * count]
-    values[3:6] = [0, 0, 0]  # the neck was not found
+    values[3:6] = [0, 0, 0]  # no neck was detected
     path = write(tmp_path, {"version": 1.3, "people": [{"pose_keypoints_2d": values}] * 2})
     persons = read_keypoints(path, photo_size=(640, 480))
     assert len(persons) == 2 and persons[0].names == names
     heatmaps = heatmaps_from_keypoints(persons)
     peaks, confidence = heatmap_peaks(heatmaps.values)
     neck, ankle = HALPE26.index("neck"), HALPE26.index("left_ankle")
-    assert heatmaps.valid[0, neck] and confidence[0, neck] == 0  # this source knows necks, but saw none here
+    assert heatmaps.valid[0, neck] and confidence[0, neck] == 0  # this source has necks, but detected none here
     assert heatmaps.valid[0, HALPE26.index("mid_hip")] == (count == 25)
     assert not heatmaps.valid[0, HALPE26.index("top_head")]
     expected = heatmaps.crop.from_photo(persons[0].points[None, :, :2])[0]

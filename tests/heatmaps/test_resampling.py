@@ -1,4 +1,4 @@
-"""Heatmaps of other sizes and crops: a Gaussian's mean and peak come back, where bilinear steps would move them."""
+"""Heatmaps of other sizes and crops: a Gaussian's mean and peak are preserved, unlike with bilinear interpolation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hmdiff.heatmaps import (
 )
 from hmdiff.heatmaps.resampling import spline_weights
 
-PIXELS = HEATMAP_SIZE / 2  # ours, in a crop unit
+PIXELS = HEATMAP_SIZE / 2  # our pixels per crop unit
 CENTER, SIDE = torch.tensor([[205.0, 148.0]]), torch.tensor([180.0])
 
 
@@ -31,8 +31,8 @@ def places(spread: float) -> torch.Tensor:  # (1, 40, 2) crop coordinates, off e
 
 
 def errors(size: int, sigma: float) -> tuple[float, float, float]:
-    """Largest error of mean and peak in pixels of ours, and the lowest peak, of Gaussians of `sigma` source pixels."""
-    # Whole Gaussians alone: where the crop cuts one, its mean is another.
+    """Largest errors of mean and peak in our pixels, and the lowest peak, for Gaussians of `sigma` source pixels."""
+    # Only complete Gaussians: a truncated one has another mean.
     points = places(max(0.1, 1 - 9 * sigma / size))
     values = gaussian_heatmaps(points, torch.ones(points.shape[:2]), sigma, size)
     moved = resample_heatmaps(values, CENTER, SIDE, CENTER, SIDE)
@@ -48,12 +48,12 @@ def test_a_gaussian_comes_back(size: int, sigma: float) -> None:
         pytest.skip("narrower than our grid can hold")
     mean, peak, height = errors(size, sigma)
     assert mean < 0.05 and peak < 0.05
-    between = np.exp(-0.25 / (sigma * HEATMAP_SIZE / size) ** 2)  # what four pixels around a peak have of it
+    between = np.exp(-0.25 / (sigma * HEATMAP_SIZE / size) ** 2)  # relative height at the centre between four pixels
     assert 0.95 * between < height < 1.02
 
 
 def test_bilinear_would_not() -> None:
-    """What the bound above is worth: the way it was done before breaks it at the sizes of real estimators."""
+    """Bilinear interpolation, used before, violates the bound above at the sizes of real estimators."""
     points = places(0.6)
     values = gaussian_heatmaps(points, torch.ones(points.shape[:2]), 2.0, 48)
     ours = F.interpolate(values, (64, 64), mode="bilinear", align_corners=False)

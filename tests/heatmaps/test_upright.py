@@ -1,4 +1,4 @@
-"""Turning crops upright: by how much, whom, and that the same person comes out however the photo was turned."""
+"""Rotating crops upright: angle, selection of people, and the same result for any rotation of the photo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hmdiff.heatmaps.upright import torso_turn, turned_upright
 
 
 def heatmaps(degrees: float, count: int = 4, **missing: float) -> tuple[Heatmaps, Tensor, Tensor]:
-    """Upright people's keypoints, the photo turned clockwise about their crop's centre; and their confidences."""
+    """Keypoints of upright people, with the photo rotated clockwise about their crop's centre; and confidences."""
     sample = people_block("val")
     assert sample.joints_2d is not None
     points, angle = sample.joints_2d[:count], math.radians(degrees)
@@ -50,7 +50,7 @@ def test_keypoints_stay_where_they_are_in_the_photo() -> None:
     there = (confidence > 0.5) & (found > 0.5)
     assert there.float().mean() > 0.8
     difference = turned.crop.to_photo(before) - again.crop.to_photo(after)
-    assert difference[there].norm(dim=-1).max() < 2.5  # pixels of a crop of 200: less than one of its heatmap's
+    assert difference[there].norm(dim=-1).max() < 2.5  # pixels of a crop of 200: less than one heatmap pixel
 
 
 def test_upright_people_and_unknown_torsos_keep_their_crop() -> None:

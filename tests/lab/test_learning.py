@@ -1,4 +1,4 @@
-"""The learning curve: it stops at its budget, counts people, and what it trains learns."""
+"""The learning curve: it stops at its budget, counts people, and the model learns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_curve_has_its_points_and_falls() -> None:
         "training.batch_size=16",
     )
     ticks = itertools.count()
-    # A clock that ticks a second a call: a budget in steps, whatever the machine.
+    # The clock advances a second per call: the budget is in steps, on any machine.
     found = list(learning_curve(config, 1.0, (0.1, 1.0), clock=lambda: float(next(ticks))))
     assert [point.people for point in found] == [16 * (6 + 3), 16 * (60 + 3)]
     assert [point.minutes for point in found] == pytest.approx([0.1, 1.0])

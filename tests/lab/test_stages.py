@@ -1,4 +1,4 @@
-"""`hmdiff bench`: every stage has its row, and the peer it is held against has its size."""
+"""`hmdiff bench`: every stage has a row, and the reference regressor has the published size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hmdiff.lab.stages import Bench, Options, counted_flops
 
 @pytest.mark.slow
 def test_the_peer_has_the_size_of_its_paper() -> None:
-    """FastMETRO-L: 24.9 million parameters beside the backbone, HRNet-W64 128."""
+    """FastMETRO-L: 24.9 million parameters without the backbone, HRNet-W64 128 million."""
     model = direct_regressor("meta")
     with torch.device("meta"), torch.no_grad():
         vertices, camera = model(torch.zeros(2, 3, 224, 224))
@@ -26,7 +26,7 @@ def test_the_peer_has_the_size_of_its_paper() -> None:
     assert transformers == pytest.approx(24.9e6, rel=0.03)
     assert sizes["backbone"] == pytest.approx(128e6, rel=0.03)
     assert vertices.shape == (2, 6890, 3) and camera.shape == (2, 3)
-    assert 58e9 < flops < 90e9  # HRNet-W64's 29 billion products, counted as two each, and the transformers
+    assert 58e9 < flops < 90e9  # HRNet-W64's 29 billion products, counted as two FLOPs each, and the transformers
 
 
 def test_flops_and_the_share_of_the_peak() -> None:

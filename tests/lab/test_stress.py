@@ -1,4 +1,4 @@
-"""Stress maps: what a patch covers, that only the patch changes anything, the command on photos and synthetic."""
+"""Stress maps: what a patch covers, that only the patch matters, the command on photos and synthetic people."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.viz.overlays import overlay, overlay_all
 from hmdiff.viz.stress import cut_out, draw_patch, hidden_sheet, map_over, stress_sheet
 
-# The meshes as predicted: what an untrained model predicts is no body, and which one is nearest to it is a matter of
-# rounding. The commands below fit bodies.
+# Raw predicted meshes: those of an untrained model are no bodies, and which body is nearest depends on rounding. The
+# commands below fit bodies.
 QUICK = SamplingConfig(num_hypotheses=3, num_inference_steps=2, seed=1, surface="vertices")
 
 
@@ -83,12 +83,12 @@ def test_joints_under_the_patch_are_gone_and_the_others_untouched() -> None:
     maps = Heatmaps(values, torch.ones(1, 26, dtype=torch.bool), Crop.of(torch.zeros(1, 2), torch.ones(1)))
     covered, taken = cover_heatmaps(maps, torch.tensor([[-0.7, 0.0], [0.0, 0.9], [0.0, 0.0]]), 0.3)
     expected = (points[0, :, 0] + 0.7).abs() <= 0.3
-    expected[3] = False  # an estimator that did not find it has nothing to lose
+    expected[3] = False  # a joint that was not detected cannot be removed
     assert torch.equal(taken[0], expected) and not taken[1].any()
     assert (covered.values[0][expected] == 0).all() and torch.equal(covered.values[0][~expected], values[0][~expected])
     assert torch.equal(covered.values[1], values[0]) and covered.valid.all()
     whole, taken = cover_heatmaps(maps, torch.zeros(1, 2), 0.99)
-    assert taken.sum() == 25 and 0 < whole.values.sum() < 1e-5  # nothing is left, and it is still somebody
+    assert taken.sum() == 25 and 0 < whole.values.sum() < 1e-5  # nothing is left, but the heatmaps are valid
 
 
 def test_a_patch_that_hides_nothing_moves_nothing(pipe: HMDiffPipeline) -> None:
@@ -131,11 +131,11 @@ def test_the_error_is_that_of_the_evaluation(pipe: HMDiffPipeline) -> None:
 def test_an_image_model_sees_the_grey_patch() -> None:
     pipe = small_pipeline("model.inputs=image", "model.backbone=resnet18", "model.image_size=64")
     subject = dataclasses.replace(subject_of(), image=torch.rand(1, 3, 64, 64))
-    # Off every joint, so that the heatmaps, which place the camera alone, are the same.
+    # Away from every joint, so that the heatmaps, and so the camera, are unchanged.
     found = stress(pipe, subject, torch.tensor([[-0.9, -0.9]]), 0.1, QUICK)
     assert not found.hidden.any() and found.moved[0] > 1e-3
     blind = stress(small_pipeline(), subject, torch.tensor([[-0.9, -0.9]]), 0.1, QUICK)
-    assert blind.moved[0] < 1e-2  # heatmaps alone are read: the image is nothing to it
+    assert blind.moved[0] < 1e-2  # this model reads only heatmaps and ignores the image
 
 
 def test_a_depth_model_does_not_know_the_depth_under_the_patch() -> None:
@@ -143,10 +143,10 @@ def test_a_depth_model_does_not_know_the_depth_under_the_patch() -> None:
     assert covered.isnan().float().mean((1, 2)).tolist() == pytest.approx([1 / 16, (0.35 / 2) ** 2], abs=0.006)
     pipe = small_pipeline("model.depth_map=true")
     depth = torch.rand(1, 32, 32) + 2
-    place = torch.tensor([[-0.9, -0.9]])  # off every joint
+    place = torch.tensor([[-0.9, -0.9]])  # away from every joint
     found = stress(pipe, dataclasses.replace(subject_of(), depth=depth), place, 0.1, QUICK)
     assert not found.hidden.any() and found.moved[0] > 1e-3
-    unknown = stress(pipe, subject_of(), place, 0.1, QUICK)  # of a photo: nowhere known, so nothing to cover
+    unknown = stress(pipe, subject_of(), place, 0.1, QUICK)  # unknown everywhere: nothing to cover
     assert unknown.moved[0] < 1e-2 < (unknown.clear.vertices - found.clear.vertices).abs().max() * 1000
 
 
@@ -158,7 +158,7 @@ def test_the_map_is_drawn_where_the_patch_was() -> None:
     x, y = ((np.array([0.4, -0.4]) + 1) * 50).astype(int)
     dark = drawn.sum(-1)
     assert np.unravel_index(dark.argmin(), dark.shape) == pytest.approx((y, x), abs=1)
-    assert (drawn[0] == 128).all()  # no patch was centred at the very edge
+    assert (drawn[0] == 128).all()  # no patch is centred at the very edge
     with pytest.raises(UserError, match=r"map: shape \(3, 4\) found"):
         map_over(crop, torch.zeros(3, 4), 0.2, 0, 1)
     patched = draw_patch(np.zeros((100, 100, 3), np.uint8), (0.5, 0.0), 0.25)
@@ -173,14 +173,14 @@ def test_the_cut_out_shows_the_crop() -> None:
     side = torch.tensor([20.0])
     assert (cut_out(photo, Crop.of(torch.tensor([[40.0, 30.0]]), side), 40)[8:-8, 8:-8] == 200).all()
     corner = cut_out(photo, Crop.of(torch.zeros(1, 2), side), 40)
-    assert (corner[:18, :18] > 200).all()  # outside the photo it is light
+    assert (corner[:18, :18] > 200).all()  # light outside the photo
     turned = Crop.of(torch.tensor([[40.0, 20.0]]), side, torch.tensor([torch.pi / 2]))
-    shown = cut_out(photo, turned, 40)  # its x axis goes down the photo: the square's upper edge is a vertical one
+    shown = cut_out(photo, turned, 40)  # its x axis points down the photo: horizontal edges become vertical
     assert (shown[4:-4, 24:-4] == 200).all() and (shown[4:-4, 4:16] == 0).all()
 
 
 def test_bodies_are_drawn_where_a_turned_crop_shows_them() -> None:
-    """Oracle: the photo's camera projects, the crop says where in it that pixel is."""
+    """Oracle: project with the photo's camera, then convert the pixel to the crop."""
     where = torch.tensor([[40.0, 30.0]]), torch.tensor([20.0]), torch.tensor([0.7])
     crop = Crop.of(*where, (80, 60), 90.0, (35.0, 33.0))
     points = torch.tensor([[0.1, -0.2, 3.0], [-0.3, 0.4, 2.5]])
@@ -201,7 +201,7 @@ def test_translucent_bodies_agree_where_they_are_the_same() -> None:
     both = [torch.stack([vertices, vertices]), faces, torch.stack([shift, far]), 60.0, (30.0, 30.0)]
     one = overlay_all(photo, *both, colours)
     turned = overlay_all(photo, both[0], faces, torch.stack([far, shift]), 60.0, (30.0, 30.0), colours[::-1])
-    assert np.abs(one.astype(int) - turned).max() <= 1  # the order does not matter
+    assert np.abs(one.astype(int) - turned).max() <= 1  # independent of the order
     alone = overlay_all(photo, vertices[None], faces, shift[None], 60.0, (30.0, 30.0), colours[:1], opacity=1.0)
     solid = overlay(photo, vertices, faces, shift, 60.0, (30.0, 30.0), colours[0], opacity=1.0)
     inside = (alone != 90).any(-1) & (solid != 90).any(-1)

@@ -1,4 +1,4 @@
-"""Experiments: cells that resume and nest, paired differences, the Pareto front, the tables, and the two commands."""
+"""Sweeps: resumable and nested cells, paired differences, the Pareto front, tables, and the two commands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 
 class Counted:
-    """A pipeline that counts its calls, and may fail at one of them."""
+    """A pipeline that counts its calls, and optionally fails at one of them."""
 
     def __init__(self, pipe: HMDiffPipeline) -> None:
         self.pipe, self.calls, self.fail_at = pipe, 0, 0
@@ -121,7 +121,7 @@ def test_cells_are_what_evaluation_gives(tmp_path: Path) -> None:
 def test_numbers_of_hypotheses_share_a_run(tmp_path: Path, guidance: Guidance | None) -> None:
     here = study(tmp_path / "together")
     together = run_cells(here, [Setting("a", SamplingConfig(count, 2, guidance=guidance)) for count in (3, 1)])
-    # Two calls of two people, what is missing of five timings for each, and one call before anything is timed.
+    # Two calls of two people, the missing ones of five timings each, and one warm-up call.
     assert calls(here) == 2 + 3 + (5 + 1) + 1
     apart = study(tmp_path / "apart")
     for count, result in zip((3, 1), together, strict=True):
@@ -139,7 +139,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     again = study(tmp_path)
     assert run_cells(again, settings) == first and calls(again) == 0
     assert len(list(tmp_path.iterdir())) == 2
-    # A grid that grows computes its new cell alone.
+    # A larger grid computes only its new cell.
     more = run_cells(again, [*settings, Setting("a", SamplingConfig(2, 3))])
     assert more[:2] == first and len(list(tmp_path.iterdir())) == 3
     for changes in ({"people": 3}, {"split": "test"}, {"batch": 4}, {"heatmaps": "net 12"}):
@@ -164,11 +164,11 @@ def test_a_killed_grid_goes_on(tmp_path: Path) -> None:
     whole = run_cells(study(tmp_path / "whole"), settings)
     killed = study(tmp_path / "killed")
     counted: Any = killed.pipelines["a"]
-    counted.fail_at = 1 + 5 + 1  # the cheapest cell is whole, the next has begun
+    counted.fail_at = 1 + 5 + 1  # the cheapest cell is finished, the next has begun
     with pytest.raises(KeyboardInterrupt):
         run_cells(killed, settings)
     (kept,) = (tmp_path / "killed").iterdir()
-    assert json.loads(kept.read_text())["settings"]["steps"] == 1  # the cheap ones come first
+    assert json.loads(kept.read_text())["settings"]["steps"] == 1  # cheapest first
     resumed = run_cells(study(tmp_path / "killed"), settings)
     for one, other in zip(whole, resumed, strict=True):
         assert one["settings"] == other["settings"] and one["values"] == other["values"]
@@ -176,7 +176,7 @@ def test_a_killed_grid_goes_on(tmp_path: Path) -> None:
 
 
 def ticking(seconds: float) -> Callable[[], float]:
-    """A clock that moves on by as much with every look at it."""
+    """A clock that advances by `seconds` per call."""
     now = [0.0]
 
     def look() -> float:
@@ -200,7 +200,7 @@ def test_times_and_what_is_told(tmp_path: Path) -> None:
     found = run_cells(here, settings, told.append, bar, ticking(0.5))
     assert found[1] == found[2] and len(found) == 4
     for result in found:
-        # Half a second a call of two people; the last person alone is a call that does not count.
+        # Half a second per call of two people; the last call, of one person, does not count.
         assert result["time"]["milliseconds_per_image"] == result["time"]["low"] == result["time"]["high"] == 250
         assert result["time"]["calls"] == 5 and result["time"]["batch"] == 2 and result["time"]["device"] == "cpu"
     assert [(progress.done, progress.total, progress.setting.sampling.num_inference_steps) for progress in told] == [
@@ -209,7 +209,7 @@ def test_times_and_what_is_told(tmp_path: Path) -> None:
         (3, 3, 4),
     ]
     assert bars == [2, 2, 1] * 3
-    # Each run looked at the clock as often: two of them took as long as half of the work took, and so on.
+    # Each run reads the clock equally often: after two of them, half of the time has passed, and so on.
     one, two, four = (work(each.setting) for each in told)
     assert told[0].seconds_left / (two + four) == pytest.approx(told[1].seconds_left * (one + two) / (2 * four) / one)
     assert told[2].seconds_left == 0
@@ -223,7 +223,7 @@ def test_work_grows_with_steps_hypotheses_and_guidance() -> None:
 
 
 def cell(errors: list[float], milliseconds: float = 10.0, **settings: Any) -> dict[str, Any]:
-    """A cell as `run_cells` gives, made up: the oracle is 10 mm better than the mean."""
+    """A made-up cell in the format of `run_cells`: the oracle is 10 mm better than the mean."""
     values = {
         metric: {"first": errors, "mean": errors, "oracle": [error - 10 for error in errors]} for metric in METRICS
     }
@@ -291,7 +291,7 @@ def test_pareto_front_against_the_definition() -> None:
             for i, (cost, error) in enumerate(points)
             if any(c <= cost and e <= error and (c, e) != (cost, error) for c, e in points)
         }
-        # Of equal points one is enough.
+        # Of equal points, one suffices.
         assert {points[i] for i in front} == {points[i] for i in range(len(points)) if i not in beaten}
         assert not beaten & set(front) and len({points[i] for i in front}) == len(front)
         assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
@@ -350,7 +350,7 @@ def test_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert axes[5].get_xlabel().startswith("milliseconds an image, on 1 processor thread")
     assert axes[0].get_ylabel() == "PVE of the mean, mm"
 
-    # Without calibration there is no row of it, and without a reference there are no bars.
+    # No calibration row without calibration, no error bars without a reference.
     for result in cells:
         del result["expected_calibration_error"]
     plots.plot_sweep(cells, tmp_path / "few.svg", "pa_mpjpe", title="few")
@@ -405,16 +405,16 @@ def test_a_printed_table() -> None:
     rows = [RowCells(row, {0: cells[row.label]}) for row in table.rows if row.label in cells]
     _, lines = texts(table, rows)
     assert lines[0][:2] == ["A: one step", "120.0 (100.0-140.0)"]
-    assert lines[0][-2:] == ["-", "4.0"]  # nothing to compare the reference with
+    assert lines[0][-2:] == ["-", "4.0"]  # the reference has nothing to compare with
     assert lines[1][-2:] == ["-5.0 (-5.0 to -5.0)", "30.0"]
-    assert lines[2][1:] == ["-"] * 5 + ["30.0"]  # this model chooses no hypothesis
-    assert texts(table, rows[1:2])[1][0][-2] == "-"  # its reference is not there
+    assert lines[2][1:] == ["-"] * 5 + ["30.0"]  # this model selects no hypothesis
+    assert texts(table, rows[1:2])[1][0][-2] == "-"  # its reference is missing
 
     oracle = next(row for row in table.rows if row.label == "diffusion, oracle")
     found = list(csv_rows("diffusion", "val", [rows[0], RowCells(oracle, {0: ours})]))
     assert "pve_mean_difference_reference" not in found[0] and found[1]["row"] == "diffusion, oracle"
     assert found[1]["pve_mean_difference_reference"] == pytest.approx(-5) and found[1]["model"] == "a"
-    # The oracle against the one mesh that A has, each row's own kind.
+    # The oracle against A's single mesh: each row uses its own kind.
     assert texts(table, [rows[0], RowCells(oracle, {0: ours})])[1][1][-2] == "-15.0 (-15.0 to -15.0)"
     guided = cell([95.0, 135.0]) | {
         "guidance": {
@@ -492,7 +492,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few_people(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands' own people are blocks of 32; these are 8. Two timings do, and a coarse picture."""
+    """Blocks of 8 people instead of the commands' 32, two timings, and low-resolution plots."""
     monkeypatch.setattr("hmdiff.cli.splits.test_people", lambda *_: people(True))
     monkeypatch.setattr(experiments, "REPEATS", 2)
     monkeypatch.setattr(plots, "RESOLUTION", 40)
@@ -525,7 +525,7 @@ def test_sweep_command(checkpoints: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "another version" not in text and "not comparable" not in text
-    # Strength 0 is no guidance: 2 numbers of steps, 2 of hypotheses, with and without guidance.
+    # Strength 0 means no guidance: 2 step counts, 2 hypothesis counts, with and without guidance.
     assert "8 cells of 3 people of val\n" in text and "[8/8]" in text and "[9/" not in text
     assert re.search(
         r"\[1/8\] small, ddim, 1 step, N 2: PVE mean [\d.]+, oracle [\d.]+ mm, \d+ ms an image; "
@@ -541,7 +541,7 @@ def test_sweep_command(checkpoints: Path, tmp_path: Path, capsys: pytest.Capture
         assert (row["ece"] == "") == (row["num_hypotheses"] == "2")
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.size[0] > 300
-    for path in list((tmp_path / "cells").iterdir())[:2]:  # as if computed before, and on another machine
+    for path in list((tmp_path / "cells").iterdir())[:2]:  # as if computed earlier, on another machine
         cell = json.loads(path.read_text()) | {"code": "older"}
         cell["time"]["device"] = "cuda:0"
         path.write_text(json.dumps(cell))
@@ -587,7 +587,7 @@ def test_the_tables_of_dat_say_which_preset_they_are_of(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = TABLES["dat"]
-    monkeypatch.setitem(TABLES, "dat", dataclasses.replace(table, rows=table.rows[:3]))  # of 5 steps
+    monkeypatch.setitem(TABLES, "dat", dataclasses.replace(table, rows=table.rows[:3]))  # 5 steps
     words = ["ablate", "dat", "--checkpoint", str(checkpoints / "small"), "--num-hypotheses", "2", "--people", "2"]
     for preset, title, file in (
         ("ours", "DAT by preset ours, s 1, R 0.05", "dat.csv"),

@@ -1,4 +1,4 @@
-"""Trained ablations: tables as data, runs that resume and share, noisy labels, motion blur, tables, the command."""
+"""Trained ablations: tables as data, resumable and shared runs, noisy labels, motion blur, tables, the command."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_rows_of_several_tables_share_their_runs(tmp_path: Path) -> None:
     assert first["neither"] == plan.of["silhouette_masked"]["neither"] == plan.of["rendered_depth"]["no depth"]
     assert first["depth"] == plan.of["rendered_depth"]["rendered, tested degraded"]
     assert first["depth"] != plan.of["rendered_depth"]["degraded"]
-    # 4 + 4 + 3 models, "neither" counted once, "depth" once; two seeds, the first of all rows before the second.
+    # 4 + 4 + 3 models, with "neither" and "depth" shared; two seeds, ordered by seed.
     assert len(plan.runs) == 2 * 8 and [run.seed for run in plan.runs] == [0] * 8 + [1] * 8
 
 
@@ -147,7 +147,7 @@ def tiny_plan(folder: Path, seeds: int = 2, steps: int = 4, **options: Any) -> P
 
 
 class Stub:
-    """Trains nothing, but leaves what a training leaves; may be stopped, or killed, in one of its trainings."""
+    """Writes the files of a training without training; can be stopped or killed in one of its runs."""
 
     def __init__(self, stop_at: int = 0, kill_at: int = 0) -> None:
         self.seen: list[str] = []
@@ -184,7 +184,7 @@ def test_what_is_trained_is_not_trained_again(tmp_path: Path) -> None:
     again = Stub()
     assert train_runs(tiny_plan(tmp_path).runs, again) == [] and again.seen == []
     assert train_runs(tiny_plan(tmp_path, 3).runs, again) == [] and again.seen == ["one, seed 2", "two, seed 2"]
-    # Not whole: without its model, or its mark.
+    # Incomplete without its model or its mark.
     (plan.runs[1].pipeline / "hmdiff.json").unlink()
     (plan.runs[2].folder / "done.json").write_text("{")
     assert [is_done(run) for run in plan.runs] == [True, False, False, True]
@@ -222,7 +222,7 @@ def test_another_budget_is_refused(tmp_path: Path) -> None:
         tiny_plan(tmp_path, steps=5)
     with pytest.raises(UserError, match=r"holds a run with learning_rate 0\.003, and 0\.1 is asked for"):
         tiny_plan(tmp_path, changes=["training.learning_rate=0.1"])
-    # Another model is another folder; what changes no result is no other budget.
+    # Another model is another folder; options that do not affect results do not change the budget.
     assert not is_done(tiny_plan(tmp_path, changes=["loss.joints=2"]).runs[0])
     assert is_done(tiny_plan(tmp_path, changes=["training.threads=1", "data.workers=1"]).runs[0])
     stored = tiny_plan(tmp_path).runs[0].folder / "config.yaml"
@@ -257,7 +257,7 @@ def test_labels_are_displaced_in_training_alone() -> None:
     assert sample.joints_3d is not None and clean.joints_3d is not None
     moved = sample.joints_3d - clean.joints_3d
     assert (moved[:, 0] == 0).all() and (moved[:, 1:] != 0).all()
-    # Skin moves with its joints; a keypoint is still where the regressor finds it on the moved mesh.
+    # Skin moves with its joints; a keypoint is still where the regressor puts it on the displaced mesh.
     assert sample.coarse_vertices is not None and clean.coarse_vertices is not None
     skin = body.lbs_weights[mesh.coarse_ids] @ moved
     torch.testing.assert_close(sample.coarse_vertices - clean.coarse_vertices, skin, atol=1e-6, rtol=0)
@@ -283,7 +283,7 @@ def test_the_noise_is_what_was_asked_for() -> None:
     assert moved.square().mean().sqrt().item() == pytest.approx(0.04, rel=0.02)
     assert moved.mean().abs() < 1e-3
     person = moved.square().mean((1, 2)).sqrt()
-    assert person.log().std().item() == pytest.approx(0.5, rel=0.1)  # people are labelled unevenly well
+    assert person.log().std().item() == pytest.approx(0.5, rel=0.1)  # label quality varies between people
 
 
 def test_noise_is_of_the_training_source_of_a_config() -> None:
@@ -292,7 +292,7 @@ def test_noise_is_of_the_training_source_of_a_config() -> None:
         config = small_config("unused", f"data.label_noise={noise}")
         assert type(build_source(config, body, mesh)).__name__ == kind
         assert type(build_source(config, body, mesh, full_mesh=True)).__name__ == "SyntheticHumans"
-    for bad in (-0.1, math.nan):  # a config refuses them before there is anybody to label
+    for bad in (-0.1, math.nan):  # refused when the config is read
         with pytest.raises(UserError, match=rf"data\.label_noise {bad}: 0 to 0\.5 is possible"):
             small_config("unused", f"data.label_noise={bad}")
     for bad in (-0.1, 0.6, math.nan):
@@ -409,7 +409,7 @@ def test_differences_are_of_the_same_seed_and_person() -> None:
     assert found is not None and found["value"] == 135 and found["low"] == 105 and found["high"] == 165
     apart = difference_of(new, plain, "pve")
     assert apart is not None
-    # Person by person, averaged over the seeds: -5 and -25, so between these; in percent of 110 and of 190.
+    # Per person, averaged over seeds: -5 and -25, so the interval lies between; in percent of 110 and 190.
     assert (apart.absolute["value"], apart.absolute["low"], apart.absolute["high"]) == (-15, -25, -5)
     assert apart.relative["value"] == pytest.approx(-0.1)
     assert apart.relative["low"] == pytest.approx(-25 / 190) and apart.relative["high"] == pytest.approx(-5 / 110)
@@ -450,7 +450,7 @@ def test_bands_are_of_people() -> None:
     ]
     shares = band_texts(rows, "pve", relative=True)[1][1]
     assert shares[1:] == ["-4.5 (-4.5 to -4.5)", "-", "-13.2 (-13.2 to -13.2)", "-"]
-    # Any other function of the visible fraction will do.
+    # Any function of the visible fraction works.
     halves = band_texts(rows, "pve", bands=("low", "high"), band=lambda seen: (seen > 0.7).long())
     assert halves[0] == ["visible", "low (1)", "high (1)"] and halves[1][0][1].startswith("190.0")
     with pytest.raises(UserError, match="row 'plain': its people do not tell how much of them is visible"):
@@ -486,7 +486,7 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without the parts of a training's own evaluation that have tests of their own; on the processor."""
+    """Skips parts of the training's evaluation that have their own tests; runs on the CPU."""
     monkeypatch.setattr(Trainer, "_picture", lambda trainer: None)
     monkeypatch.setattr(training, "mean_mesh_error", lambda *_: 300.0)
     monkeypatch.setattr(ablation_plots, "RESOLUTION", 40)
@@ -500,7 +500,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("quick")
 def test_costs_are_medians_of_rows_in_turn() -> None:
     configs = [small_config("unused", "model.mode=direct", f"model.depth={depth}") for depth in (1, 2)]
-    now, looks = [0.0], itertools.cycle([0.0, 0.5, 0.0, 0.25])  # a step takes half a second, an image call a quarter
+    now, looks = [0.0], itertools.cycle([0.0, 0.5, 0.0, 0.25])  # half a second per step, a quarter per image call
 
     def clock() -> float:
         now[0] += next(looks)
@@ -508,9 +508,9 @@ def test_costs_are_medians_of_rows_in_turn() -> None:
 
     turns: list[int] = []
     first, second = measure_costs(configs, repeats=2, clock=clock, progress=turns.append)
-    assert len(turns) == 2 * 3  # the first turn does not count
+    assert len(turns) == 2 * 3  # the first turn is a warm-up
     assert first["step_milliseconds"] == second["step_milliseconds"] == 500
-    assert first["milliseconds"] == second["milliseconds"] == 250 / 4  # a block of four people
+    assert first["milliseconds"] == second["milliseconds"] == 250 / 4  # blocks of four people
     assert first["parameters"] < second["parameters"]
     assert not Path("unused").exists()
 

@@ -1,4 +1,4 @@
-"""Clips of a BVH skeleton: the row-vector convention, hinges, and what retargeting makes of a bent limb."""
+"""Clips of a BVH skeleton: row-vector convention, hinges, and retargeting of bent limbs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def archive(folder: Path, **angles: tuple[float, float, float]) -> Path:  # join
     return folder / "clips.npz"
 
 
-def angles(path: Path) -> dict[str, list[float]]:  # of the second frame, degrees
+def angles(path: Path) -> dict[str, list[float]]:  # second frame, degrees
     ((_, skeleton, world),) = read_clips(path)
     found = rotations_to_angles(torch.from_numpy(retarget(skeleton, world)[1:]).float())[0] * 180 / np.pi
     return dict(zip(SMPL24, found.round(decimals=1).tolist(), strict=True))
@@ -86,7 +86,7 @@ def test_rest_is_a_t_pose_with_legs_apart(tmp_path: Path) -> None:
 
 
 def test_a_bent_knee_and_elbow_are_flexions_alone(tmp_path: Path) -> None:
-    """The row-vector convention turns the other way: by minus the angle in the file."""
+    """The row-vector convention rotates by minus the angle in the file."""
     bent = {
         "LeftLeg": (-1.0 * COS, -1.0 * SIN, 0.0),
         "RightForeArm": (0.0, -0.8 * 0.866, 0.8 * 0.5),

@@ -1,4 +1,4 @@
-"""A small slice of each campaign, and that the campaigns see what they look for."""
+"""A small part of each campaign, and that the campaigns detect failures."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_file_that_was_there_and_is_damaged_is_seen(tmp_path: Path, change: Ca
 
 
 def test_pickles_that_call_do_not_unpickle_and_would_execute(tmp_path: Path) -> None:
-    """The campaign's hostile pickles are real: Python's own unpickler does what they ask."""
+    """The campaign's hostile pickles are effective: Python's own unpickler executes them."""
     content = mutations.HOSTILE[0] + b"."
     (found,) = attempts([Attempt(tmp_path, lambda: pickle.loads(content))])
     assert found[0] == "executed"
@@ -158,7 +158,7 @@ def test_kills_of_a_sampling(tmp_path: Path) -> None:
 
 
 def test_one_of_several_processes_is_found_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two children with ranks; the parent ends with what its children do."""
+    """Two children with ranks; the parent exits with them."""
 
     def ranks(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -186,7 +186,7 @@ def test_a_moment_that_differs_in_one_bit_is_seen(tmp_path: Path) -> None:
     for name in ("model.safetensors", "ema.safetensors"):
         (place / name).write_bytes(b"x")
     found = []
-    for moment in (torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])):  # of one sum
+    for moment in (torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])):  # with the same sum
         torch.save({"state": {0: {"exp_avg": moment, "step": torch.tensor(3.0)}}}, place / "optimizer.bin")
         found.append(trained(tmp_path))
     assert found[0]["moments"] != found[1]["moments"] and found[0]["losses"] == ["0.5"]
@@ -201,14 +201,14 @@ def test_results_of_photos_are_compared_by_their_arrays(tmp_path: Path) -> None:
     first = left(1.0, "a", "b")
     assert kills.same(first, left(1.0 + 1e-6, "b", "a"))
     assert not kills.same(first, left(1.01, "a", "b")) and not kills.same(first, left(1.0, "a"))
-    (tmp_path / ".a.npz.part").touch()  # what a kill left behind
+    (tmp_path / ".a.npz.part").touch()  # left by a kill
     assert not kills.same(first, left(1.0, "a", "b"))
 
 
 def test_a_loss_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loses(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        (folder / "count").write_text(str(len(list(folder.iterdir()))))  # another second time
+        (folder / "count").write_text(str(len(list(folder.iterdir()))))  # differs on a second run
         time.sleep(0.3)
 
     def left(folder: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Acclaim files: parsing, kinematics by hand, retargeting; and the recordings at hand, where they are."""
+"""Acclaim files: parsing, kinematics computed by hand, retargeting; and real recordings if available."""
 
 import math
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_kinematics_of_a_tiny_skeleton_by_hand():
     skeleton = acclaim.parse_asf(TINY_ASF)
     world = acclaim.world_rotations(skeleton, acclaim.parse_amc(TINY_AMC, skeleton))
     ends = acclaim.bone_ends(skeleton, world)
-    # Frame 1: the shank turns by 90 degrees about -z, so (0, -1, 0) goes to (-1, 0, 0).
+    # Frame 1: the shank rotates by 90 degrees about -z, so (0, -1, 0) goes to (-1, 0, 0).
     np.testing.assert_allclose(ends["thigh"][0], [0, -2, 0], atol=1e-12)
     np.testing.assert_allclose(ends["shank"][0], [-1, -2, 0], atol=1e-12)
     # Frame 2: the thigh is lifted to +z by -90 about x, then the root's 90 about y takes +z to +x.
@@ -139,7 +139,7 @@ def test_a_folder_is_read(tmp_path):
 
 
 def cmu_like_skeleton() -> acclaim.AcclaimSkeleton:
-    """The bones, rest directions and axes of CMU's skeletons, lengths of our own."""
+    """The bones, rest directions and axes of CMU's skeletons, with our own lengths."""
     leg, arm = (0.342, -0.94, 0.0), (1.0, 0.0, 0.0)
     bones = {
         "lhipjoint": ("root", (0.66, -0.71, 0.25), (0, 0, 0)),
@@ -186,7 +186,7 @@ def test_limbs_point_as_recorded():
     np.testing.assert_allclose(local @ local.swapaxes(-1, -2), np.broadcast_to(np.eye(3), local.shape), atol=1e-9)
     error = mocap.direction_error(skeleton, world, local)
     assert max(error[limb] for limb in mocap.DIRECTED) < 1e-5
-    # The same pose on a body of other proportions still points the same way.
+    # The same pose points the same way on a body of other proportions.
     offsets = mocap.MEAN_OFFSETS + random.normal(0, 0.02, (24, 3))
     error = mocap.direction_error(skeleton, world, mocap.retarget(skeleton, world, offsets), offsets)
     assert max(error[limb] for limb in mocap.DIRECTED) < 1e-5
@@ -195,14 +195,14 @@ def test_limbs_point_as_recorded():
 def test_known_poses_come_out_in_anatomical_terms():
     index = {name: number for number, name in enumerate(SMPL24)}
     rest = retargeted({})
-    for side in ("left", "right"):  # CMU rests with its legs 20 degrees apart
+    for side in ("left", "right"):  # CMU's rest pose has the legs 20 degrees apart
         torch.testing.assert_close(rest[index[f"{side}_hip"]], torch.tensor([0.0, 20, 0]).double(), atol=0.1, rtol=0)
     bent = retargeted({"ltibia": (70, 0, 0), "rradius": (50, 0, 0), "lhand": (40, 0, 0), "head": (0, 25, 0)})
     assert bent[index["left_knee"], 0] == pytest.approx(70, abs=0.01)
     assert bent[index["right_elbow"], 0] == pytest.approx(50, abs=0.01)
     assert bent[index["left_wrist"], 1] == pytest.approx(-40, abs=0.1)  # the palm folds down
     assert bent[index["head"], 2] == pytest.approx(25, abs=0.01)
-    # The recordings' clavicles never move: arms that hang leave the collars, raised arms take them along.
+    # The recordings' clavicles never move: hanging arms leave the collars, raised arms move them.
     assert bent[index["left_collar"], 1] == pytest.approx(12, abs=0.5)
 
 

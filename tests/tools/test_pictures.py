@@ -1,4 +1,4 @@
-"""The README's pictures come from what the demo wrote, at the width of a page."""
+"""The README's images are the demo's output, resized to the page's width."""
 
 from __future__ import annotations
 

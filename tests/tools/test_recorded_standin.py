@@ -1,4 +1,4 @@
-"""Synthetic people stored as recorded ones: read back they are the people that were drawn."""
+"""Synthetic people stored as recorded ones read back unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_recorded_stand_ins_are_the_people_that_were_drawn(tmp_path: Path) -> No
     people = drawn.block("val", 0).map(lambda tensor: tensor[:3])
     for name in ("vertices", "coarse_vertices"):
         moved = getattr(read, name) - getattr(people, name)
-        assert moved.norm(dim=-1).max() < 0.05  # the pelvis is found again from the mesh
+        assert moved.norm(dim=-1).max() < 0.05  # the pelvis is recomputed from the mesh
         assert (moved - moved.mean(1, keepdim=True)).norm(dim=-1).max() < 1e-4
     assert read.joints_2d is not None and people.joints_2d is not None and people.visible is not None
     seen = people.visible
@@ -45,4 +45,4 @@ def test_recorded_stand_ins_are_the_people_that_were_drawn(tmp_path: Path) -> No
         both = found.isfinite() & expected.isfinite()
         assert both.float().mean() > 0.5
         pair = torch.stack([found[both], expected[both]])
-        assert torch.corrcoef(pair)[0, 1] > 0.99  # unit and origin are gone, the order is not
+        assert torch.corrcoef(pair)[0, 1] > 0.99  # unit and origin are lost, the order is kept

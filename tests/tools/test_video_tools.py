@@ -1,4 +1,4 @@
-"""What the commands behind docs/video.md and docs/keypoints.md measure: known motions and known heatmaps."""
+"""Measurements behind docs/video.md and docs/keypoints.md, on known motions and known heatmaps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames of a video come whole and in order; a damaged one takes no other with it."""
+"""All frames of a video are read in order; a damaged one affects no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a clip to tracks: who is who, shared noise, gaps, resuming, files."""
+"""From a clip to tracks: tracking, shared noise, gaps, resuming, files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(clip: Path, source: Walkers | None = None, **options: object) -> Video:
 
 
 def test_two_people_are_two_tracks(tmp_path: Path) -> None:
-    """The order in which the source names them changes; their places, read from the tracks, do not."""
+    """The source's order of people changes; their positions, read from the tracks, do not."""
     found = run(write_clip(tmp_path / "clip.mp4", 5), smoothing=0.0)
     assert [track.number for track in found.tracks] == [0, 1] and not found.notes
     for track in found.tracks:
@@ -47,12 +47,12 @@ def test_two_people_are_two_tracks(tmp_path: Path) -> None:
 
 
 def test_a_hypothesis_keeps_its_noise(tmp_path: Path) -> None:
-    """The source sees one thing in all frames, so with shared noise nothing moves relative to the pelvis."""
+    """The source returns the same in all frames, so with shared noise nothing moves relative to the pelvis."""
     clip = write_clip(tmp_path / "clip.mp4", 4)
     shared, apart = (run(clip, smoothing=0.0, share_noise=share).tracks[0] for share in (True, False))
 
     def moves(track: recover.VideoTrack) -> float:
-        turned = axis_angle_to_matrix(track.pose[:, :, 1:])  # not the root, which turns with the place in the photo
+        turned = axis_angle_to_matrix(track.pose[:, :, 1:])  # not the root: it turns with the photo position
         return float((turned[:, 1:] - turned[:, :-1]).abs().mean())
 
     assert moves(shared) < 0.2 * moves(apart)
@@ -60,7 +60,7 @@ def test_a_hypothesis_keeps_its_noise(tmp_path: Path) -> None:
 
 def test_smoothing_keeps_still_what_stands_still(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 8)
-    # One noise: by noise of its own the untrained model makes other bodies, which no kernel takes for one.
+    # Shared noise: with independent noise the untrained model's bodies differ too much for the kernel.
     rough, smooth = (run(clip, smoothing=sigma).tracks[0] for sigma in (0.0, 0.2))
 
     def jitter(track: recover.VideoTrack) -> float:
@@ -85,7 +85,7 @@ def test_a_gap_is_filled_and_marked_and_a_flicker_left_out(tmp_path: Path) -> No
 
 
 def test_a_lone_jump_is_filled_in_and_said(tmp_path: Path) -> None:
-    """What a frame far from both neighbours shows has no part in the track; without smoothing it stays."""
+    """A frame far from both neighbours is excluded from the track; without smoothing it is kept."""
     clip, still = write_clip(tmp_path / "clip.mp4", 7), Walkers()
     still.place = lambda frame, person: (60.0, 50.0)  # type: ignore[method-assign]
     still.hidden = lambda frame, person: person == 1
@@ -135,7 +135,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: p
 
 def test_a_calibrated_model_says_how_far_to_trust_a_track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Calibration:
-        """As many hundredths as the hypotheses spread millimetres, at the radius that a person's confidence is of."""
+        """A confidence of one hundredth per millimetre of spread, at the radius of a person's confidence."""
 
         def within(self, radius: int, joints: torch.Tensor, surface: torch.Tensor) -> object:
             assert radius == 100

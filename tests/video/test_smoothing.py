@@ -1,4 +1,4 @@
-"""The kernel: constants stay, noise goes, modes stay apart, gaps are filled along the shortest way."""
+"""The kernel: keeps constants, reduces noise, separates modes; gaps are filled along the shortest rotation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TIMES = np.arange(30) / 30
 
 
 def turning(noise: float, seed: int = 0) -> np.ndarray:  # (30, 1, 3, 3)
-    """About z, a radian a second."""
+    """Rotation about z, a radian per second."""
     angles = np.zeros((30, 3))
     angles[:, 2] = TIMES
     angles += noise * np.random.default_rng(seed).standard_normal((30, 3))
@@ -23,7 +23,7 @@ def test_rows_of_the_kernel_sum_to_one_and_reach_no_further() -> None:
     weights = kernel(TIMES, None, 0.08)
     assert weights.sum(1) == pytest.approx(1)
     assert (weights[0, TIMES > 0.24 + 1e-9] == 0).all() and weights[0, 7] != 0
-    assert weights @ TIMES == pytest.approx(TIMES)  # who walks evenly is held back nowhere, not at the ends either
+    assert weights @ TIMES == pytest.approx(TIMES)  # uniform motion is not held back, not even at the ends
     assert (weights[8:-8] >= 0).all() and weights[0, 0] < 0.8
 
 
@@ -42,7 +42,7 @@ def test_noise_gets_less() -> None:
 
 
 def test_modes_stay_apart() -> None:
-    """An arm that jumps from front to back: no frame lies in between, as it does without the second factor."""
+    """An arm that jumps from front to back: no frame lies in between, as it would without the second factor."""
     joints = np.zeros((30, 2, 3))
     joints[:, 1, 2] = np.where(np.arange(30) < 15, -0.4, 0.4)
     apart = kernel(TIMES, joints, 0.08, 0.06) @ joints[:, 1, 2]

@@ -1,4 +1,4 @@
-"""People keep their numbers: through crossings, whatever the order they are seen in, and through short absences."""
+"""People keep their numbers through crossings, in any order of detection, and through short absences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def person(x: float, y: float = 50.0, sure: float = 0.9) -> np.ndarray:  # (5, 3
 
 
 def test_two_people_cross() -> None:
-    """At the crossing they are 6 pixels apart, less than each moves from frame to frame: only the velocity tells."""
+    """At the crossing they are 6 pixels apart, less than their motion per frame: only velocity separates them."""
     tracker, generator = Tracker(), np.random.default_rng(0)
     for frame in range(40):
         people = [person(100 + 8 * frame), person(420 - 8 * frame, 56.0)]
@@ -71,7 +71,7 @@ def test_sightings_without_a_common_joint_are_of_two() -> None:
 
 
 def test_a_replayed_tracker_goes_on_as_the_one_before() -> None:
-    """Also where somebody was found in a second look, after the others of their frame."""
+    """Including people found by the second search, after the others of their frame."""
     first, second = Tracker(), Tracker()
     for frame in range(12):
         people = np.stack([person(100 + 8 * frame), person(300 - 6 * frame, 60.0)])
@@ -82,7 +82,7 @@ def test_a_replayed_tracker_goes_on_as_the_one_before() -> None:
 
 
 def striding(frames: int, swing: float = 25.0, rate: float = 30.0) -> tuple[np.ndarray, np.ndarray]:
-    """Who walks: the whole to the right, the feet to and fro, a stride a second, a pixel of noise."""
+    """A walker: the whole body moves right, the feet back and forth, a stride per second, a pixel of noise."""
     times = np.arange(frames) / rate
     points = np.stack([person(100 + 90 * time) for time in times])
     swung = swing * np.sin(2 * np.pi * times)
@@ -104,7 +104,7 @@ def test_a_lone_frame_whose_joints_are_elsewhere_is_a_jump(rate: float) -> None:
 
 
 def test_what_does_not_come_back_is_no_jump() -> None:
-    """Another mode, two frames of it, the ends of a clip; and of frames that alternate no two neighbours go."""
+    """Another mode, two frames of it, the ends of a clip; and with alternating frames no two neighbours are removed."""
     times, points = striding(30)
     for part in (slice(15, None), slice(10, 12), slice(0, 1), slice(29, 30)):
         changed = points.copy()

@@ -1,4 +1,4 @@
-"""What was drawn comes back from the mp4, by either writer; the codec is the one that is said."""
+"""Frames are read back from the mp4 of either writer; the reported codec is correct."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hmdiff.errors import UserError
 from hmdiff.video import writing
 from hmdiff.video.reading import clip_info, read_frames
 
-RATE = 30000 / 1001  # of NTSC
+RATE = 30000 / 1001  # NTSC
 
 
 def frames(width: int, height: int) -> list[np.ndarray]:
-    """A light square that walks over a grey picture."""
+    """A light square that moves over a grey image."""
     found = []
     for number in range(6):
         picture = np.full((height, width, 3), (60, 90, 120), np.uint8)
@@ -45,7 +45,7 @@ def test_frames_come_back(tmp_path: Path, h264: bool, width: int, height: int, m
     assert len(found) == len(drawn)
     for picture, expected in zip(found, drawn, strict=True):
         assert picture is not None and abs(picture.shape[0] - height) <= 1 and abs(picture.shape[1] - width) <= 1
-        even = np.s_[: height // 2 * 2, : width // 2 * 2]  # OpenCV's leaves the last line of an odd picture out
+        even = np.s_[: height // 2 * 2, : width // 2 * 2]  # OpenCV's writer drops the last line of an odd image
         away = np.abs(picture[even].astype(int) - expected[even]).mean()
         assert away < 4, f"{away} grey levels"
 

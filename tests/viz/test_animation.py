@@ -1,4 +1,4 @@
-"""Animations come back: a reader of our own for glTF's and BVH's rules gives the body's own vertices and joints."""
+"""Exported animations: an independent reader of glTF and BVH recovers the body's vertices and joints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def body() -> Body:
 def motion(body: Body, frames: int = 4, seed: int = 0) -> Clip:
     generator = torch.Generator().manual_seed(seed)
     pose = 0.4 * torch.randn(frames, body.num_joints, 3, generator=generator)
-    pose[:, 0] = torch.tensor([2.8, 0.2, 0.1])  # upright in a camera that has y down
+    pose[:, 0] = torch.tensor([2.8, 0.2, 0.1])  # upright in a camera with y down
     return Clip(pose, torch.tensor([0.1, 0.3, 4.0]) + 0.1 * torch.randn(frames, 3, generator=generator), 25.0)
 
 
@@ -42,7 +42,7 @@ def expected(body: Body, clip: Clip, betas: torch.Tensor = BETAS) -> tuple[np.nd
 
 
 class Glb:
-    """What a player does: nodes' matrices at a key frame, and the skin's vertices by the rules of glTF 2.0."""
+    """A minimal player: node matrices at a key frame, and skinned vertices by the rules of glTF 2.0."""
 
     def __init__(self, path: Path) -> None:
         self.gltf = GLTF2().load_binary(str(path))
@@ -113,14 +113,14 @@ def test_other_programs_open_the_glb(body: Body, tmp_path: Path) -> None:
 
 def test_a_rotation_never_turns_the_long_way(body: Body, tmp_path: Path) -> None:
     pose = torch.zeros(40, body.num_joints, 3)
-    pose[:, 5, 0] = torch.linspace(0, 6.2, 40)  # past half a turn, where a quaternion flips its sign
+    pose[:, 5, 0] = torch.linspace(0, 6.2, 40)  # past half a turn, where a quaternion changes sign
     save_animated_glb(tmp_path / "a.glb", body, {"spin": Clip(pose, torch.zeros(40, 3))}, BETAS)
     glb = Glb(tmp_path / "a.glb")
     turns = glb.array(glb.gltf.animations[0].samplers[6].output)
     assert (turns[1:] * turns[:-1]).sum(1).min() > 0.9
 
 
-def read_bvh(path: Path) -> tuple[list[str], np.ndarray, float]:  # names, (F, J, 3) joints, seconds a frame
+def read_bvh(path: Path) -> tuple[list[str], np.ndarray, float]:  # names, (F, J, 3) joints, seconds per frame
     text = path.read_text()
     hierarchy, rows = text.split("MOTION")
     names, parents, offsets, stack = [], [], [], []
@@ -162,7 +162,7 @@ def test_a_reader_of_the_bvh_has_the_joints_in_centimetres(body: Body, tmp_path:
 
 def test_smpl_parameters_give_the_body_in_both_layouts(body: Body, tmp_path: Path) -> None:
     clip = motion(body)
-    clip.pose[:, 22:] = 0  # SMPL's two hand joints are no joints of SMPL-X
+    clip.pose[:, 22:] = 0  # SMPL's two hand joints do not exist in SMPL-X
     save_smpl_npz(tmp_path / "a.npz", body, clip, BETAS)
     found = np.load(tmp_path / "a.npz")
     assert found["poses"].shape == (4, 165) and found["body_pose"].shape == (4, 63) and found["gender"] == "neutral"
@@ -266,7 +266,7 @@ def test_export_writes_a_clip_of_every_hypothesis_and_a_motion_of_several_result
 def test_parameters_in_the_result_are_not_fitted_again(
     body: Body, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are the hypotheses' own; another fit would give others that are nearly as near."""
+    """They are the hypotheses' own parameters; a new fit would find others that are nearly as close."""
     path = tmp_path / "one.npz"
     write_result(path, body, 0)
     with np.load(path) as data:

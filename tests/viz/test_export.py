@@ -8,7 +8,7 @@ import trimesh
 from hmdiff.viz.export import save_glb, save_npz, save_obj, save_ply
 
 VERTICES = torch.tensor([[0.0, 0.1, 2.0], [0.3, -0.2, 2.5], [-0.4, 0.5, 1.5], [0.1, 0.2, 3.0], [0.0, 0.1, 2.0]])
-FACES = torch.tensor([[0, 1, 2], [1, 3, 2], [4, 2, 3]])  # vertex 4 repeats vertex 0: it must not be merged away
+FACES = torch.tensor([[0, 1, 2], [1, 3, 2], [4, 2, 3]])  # vertex 4 repeats vertex 0: it must not be merged
 TURNED = VERTICES.numpy() * [1, -1, -1]
 
 
@@ -42,7 +42,7 @@ def test_glb_holds_named_hypotheses_in_their_colours(tmp_path):
     for k, name in enumerate(meshes):
         mesh = scene.geometry[name]
         np.testing.assert_allclose(mesh.vertices, (VERTICES + k).numpy() * [1, -1, -1], atol=1e-5)
-        if k < 2:  # one colour is a matt material, a colour a vertex stays one
+        if k < 2:  # a single colour is a matt material, vertex colours stay
             material = mesh.visual.material
             assert (material.baseColorFactor[:3] == np.eye(3)[k] * 255).all() and material.metallicFactor == 0
         else:

@@ -1,4 +1,4 @@
-"""Pictures: reading with its errors, overlays where geometry puts them, sheets, colours, keypoints."""
+"""Images: reading with its errors, overlays at the projected positions, sheets, colours, keypoints."""
 
 import cv2
 import numpy as np
@@ -35,12 +35,12 @@ def test_overlay_covers_what_the_camera_sees_and_nothing_else(ball):
     changed = (drawn != photo).any(-1)
     assert changed[radius < 24].all() and not changed[radius > 32].any()
     blue = drawn[radius < 20].mean(0)
-    assert blue[2] > blue[0] > 0  # the first colour of the palette
+    assert blue[2] > blue[0] > 0  # the palette's first colour
     assert np.array_equal(photo, np.random.default_rng(0).integers(0, 255, (120, 200, 3)).astype(np.uint8))
 
 
 def test_overlay_outlines_are_smooth(ball):
-    """Along a row through the outline, the step from photo to mesh passes through values between."""
+    """Along a row through the outline, the step from photo to mesh passes through intermediate values."""
     vertices, faces = ball
     photo = np.full((120, 200, 3), 255, np.uint8)
     drawn = overlay(photo, vertices, faces, [0.0, 0.0, 4.0], 200.0, [100.3, 60.0], (0.0, 0.0, 0.0), opacity=1.0)
@@ -122,7 +122,7 @@ def test_other_kinds_of_picture_come_out_as_rgb(tmp_path):
     Image.fromarray(np.zeros((4, 5, 4), np.uint8)).save(tmp_path / "clear.png")
     assert (read_picture(tmp_path / "grey.png") == 77).all()
     assert (read_picture(tmp_path / "deep.png") == 77).all()
-    # 12 bits of a camera in a file of 16, grey and in colours, png and tiff: not black.
+    # 12 bits of a camera in a 16-bit file, grey and colour, png and tiff: not black.
     colours = np.array([[[4095, 2048, 0], [1024, 4095, 512]]], np.uint16)
     for suffix in ("png", "tiff"):
         cv2.imwrite(str(tmp_path / f"grey12.{suffix}"), np.array([[4095, 2048, 0]], np.uint16))

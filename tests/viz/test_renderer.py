@@ -1,4 +1,4 @@
-"""The renderer against geometry done by hand, and its two backends and its batches against each other."""
+"""The renderer against geometry computed by hand; its backends and batch sizes against each other."""
 
 import math
 import subprocess
@@ -40,7 +40,7 @@ def draw(vertices, faces, size=64, focal=1.0, centre=(0.0, 0.0), **options):
 
 def sphere(radius=0.5, distance=3.0, subdivisions=4):
     mesh = trimesh.creation.icosphere(subdivisions=subdivisions, radius=radius)
-    # (x, -y, -z) takes trimesh's y-up frame to the camera's without mirroring.
+    # (x, -y, -z) maps trimesh's y-up frame to the camera's without mirroring.
     points = torch.tensor(np.array(mesh.vertices), dtype=torch.float32) * torch.tensor([1.0, -1.0, -1.0])
     return points + torch.tensor([0.0, 0.0, distance]), torch.tensor(np.array(mesh.faces))
 
@@ -66,7 +66,7 @@ def test_triangle_has_known_coverage_barycentrics_and_depth(backend):
     b2 = (v + 0.5) / 0.75
     b1 = u + 0.5 - 0.25 * b2
     b0 = 1 - b1 - b2
-    inside = (b0 > -1e-6) & (b1 > -1e-6) & (b2 > -1e-6)  # pixel centres lie on the long edge: they belong to the face
+    inside = (b0 > -1e-6) & (b1 > -1e-6) & (b2 > -1e-6)  # pixel centres on the long edge belong to the face
     assert torch.equal(fragments.face_index[0] == 0, inside)
     depth = 1 / (b0 / 2 + b1 / 2 + b2 / 4)  # 1/z is affine on the screen
     weights = torch.stack([b0 / 2, b1 / 2, b2 / 4], -1) * depth[..., None]
@@ -77,7 +77,7 @@ def test_triangle_has_known_coverage_barycentrics_and_depth(backend):
 
 
 def test_interpolation_is_perspective_correct():
-    """A vertex attribute that is the position must come back as the point of the plane behind the pixel."""
+    """The position as a vertex attribute must give the point of the plane behind the pixel."""
     fragments = draw(TRIANGLE, [[0, 1, 2]], 32)
     points = interpolate(fragments, torch.tensor([[0, 1, 2]]), TRIANGLE[None])[0]
     row, column = (fragments.face_index[0] >= 0).nonzero(as_tuple=True)
@@ -195,7 +195,7 @@ def test_depth_and_barycentrics_have_the_right_gradient():
         fragments = rasterize(points, faces, points.new_ones(1), points.new_zeros(1, 2), 6)
         return fragments.depth, fragments.barycentric
 
-    # Off the pixel grid: a pixel centre on an edge would come and go.
+    # Off the pixel grid: pixel centres on an edge would be unstable.
     points = TRIANGLE.double()[None] * 1.07 + torch.tensor([0.031, 0.047, 0.0], dtype=torch.float64)
     assert (surface(points)[0] > 0).sum() >= 3
     assert torch.autograd.gradcheck(surface, (points.requires_grad_(),))

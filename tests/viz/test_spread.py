@@ -30,13 +30,13 @@ def test_what_spreads_is_dark_in_every_view() -> None:
     assert (sheet[10:110, 10:width] == certain[10:110, 10:width]).all()  # the photo itself
     bar = sheet[:, -100 + 20]
     column = bar[bar.sum(-1) < 765]
-    assert column[0].sum() < column[-1].sum()  # the highest on top, dark
+    assert column[0].sum() < column[-1].sum()  # highest on top, dark
     with pytest.raises(UserError, match=r"spread: shape \(3,\) found, \(642,\) expected, one number a vertex"):
         spread_sheet(photo, vertices, torch.zeros(3), mesh.faces, *place)
 
 
 def test_all_pictures_have_one_scale() -> None:
-    """Of two people the one who spreads less is paler, whoever else is in the picture."""
+    """Of two people, the one with less spread is paler, whoever else is in the image."""
     mesh = trimesh.creation.icosphere(subdivisions=2, radius=0.5)
     vertices = torch.tensor(np.array(mesh.vertices), dtype=torch.float32)
     photo, place = np.full((60, 60, 3), 255, np.uint8), ([0, 0, 4.0], 100.0, [30.0, 30.0])

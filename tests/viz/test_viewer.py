@@ -1,4 +1,4 @@
-"""The page of a result: whole in itself, small, and in a real browser it toggles and draws what the overlay draws."""
+"""The page of a result: self-contained, small, and in a real browser it toggles and matches the overlay."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FOCAL, POINT = 700.0, (230.0, 260.0)
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, np.ndarray]:
-    """Three bodies that differ in an arm, off the photo's middle, as `hmdiff sample` names them."""
+    """Three bodies that differ in an arm, off the photo's centre, with the names of `hmdiff sample`."""
     body = load_body()
     pose = torch.zeros(3, body.num_joints, 3)
     pose[:, 0, 0] = torch.pi
@@ -83,7 +83,7 @@ def page(result: dict[str, np.ndarray], photo: np.ndarray, tmp_path_factory: pyt
 
 
 def browse(page: Path, *flags: str, fragment: str = "") -> str:
-    """What the browser prints. One that hangs, as it does now and then on a busy machine, is started once more."""
+    """The browser's output. A browser that hangs, which happens on a busy machine, is restarted once."""
     try:
         done = started(page, "profile", *flags, fragment=fragment)
     except subprocess.TimeoutExpired:
@@ -104,7 +104,7 @@ def screenshot(page: Path, fragment: str, size: tuple[int, int]) -> np.ndarray:
 
 
 def in_page(page: Path, script: str) -> dict:
-    """What `script`, the body of an async function that is given `viewer`, returns in the browser."""
+    """The return value in the browser of `script`, the body of an async function with the argument `viewer`."""
     tested = page.with_name("tested.html")
     extra = f"""<pre id="answer"></pre><script>
       const wait = setInterval(() => {{ if (window.viewer && ready.photo) {{ clearInterval(wait);
@@ -137,12 +137,12 @@ def test_hypotheses_come_back_from_the_page_within_its_unit(page: Path, result: 
     mean, delta = unpack("mean").reshape(1, -1, 3), unpack("delta").reshape(3, -1, 3)
     assert np.abs((mean + delta.astype(int)) * person["unit"] - result["vertices"]).max() < 6e-5
     assert np.array_equal(unpack("faces").reshape(-1, 3), result["faces"])
-    assert [mode["hypothesis"] for mode in person["modes"]] == [2, 0]  # an empty one is left out
+    assert [mode["hypothesis"] for mode in person["modes"]] == [2, 0]  # an empty mode is omitted
 
 
 def test_25_hypotheses_take_less_than_3_megabytes(result: dict[str, np.ndarray], photo: np.ndarray) -> None:
     rng = np.random.default_rng(0)
-    bend = rng.normal(size=(25, 3, 4)) * 0.05  # each hypothesis leans its own way
+    bend = rng.normal(size=(25, 3, 4)) * 0.05  # each hypothesis leans differently
     base = np.concatenate([result["vertices"][0], np.ones((result["vertices"].shape[1], 1))], 1)
     many = result["vertices"][:1] + np.einsum("vk,nck->nvc", base, bend)
     large = {
@@ -226,7 +226,7 @@ def test_it_draws_what_the_overlay_draws(
 
     assert drawn.shape == (height, width)
     assert overlap(mask(number - 1)) > 0.985
-    assert overlap(mask(2 - number)) < 0.96  # the other hypothesis is told apart
+    assert overlap(mask(2 - number)) < 0.96  # the other hypothesis is distinguished
     assert overlap(mask(number - 1)[:, ::-1]) < 0.9  # and so is a mirror image
 
 
@@ -236,7 +236,7 @@ def test_view_makes_the_page_from_the_npz(
     picture = tmp_path / "photo.png"
     Image.fromarray(photo).save(picture)
     save_npz(tmp_path / "one.npz", **result, photo=np.array(str(picture)))
-    for name in ("one_smpl", "clip_track_0", "photo_heatmaps"):  # of an export, a video, an estimator
+    for name in ("one_smpl", "clip_track_0", "photo_heatmaps"):  # from an export, a video, an estimator
         np.savez(tmp_path / f"{name}.npz", poses=np.zeros(3), spread_mm=np.zeros(3))
     assert main(["view", str(tmp_path), "--no-open"]) == 0
     printed = capsys.readouterr().out.splitlines()
