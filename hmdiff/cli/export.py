@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         if kind == "glb":
             save_animated_glb(path, body, clips, betas)
         else:
-            frames = next(iter(clips.values())) if len(results) > 1 else _poses(clips)
+            frames = next(iter(clips.values())) if len(results) > 1 else mean_and_ends(clips)
             (save_bvh if kind == "bvh" else save_smpl_npz)(path, body, frames, betas)
         seconds = time.perf_counter() - started
         written.append(f"{path} ({path.stat().st_size / 1e6:.2f} MB, {seconds:.2f} s)")
@@ -156,7 +156,7 @@ def _fitted(body: Body, meshes: Any) -> tuple[Any, Any, Any]:
     return fitted.pose, fitted.betas, fitted.translation
 
 
-def _poses(clips: Mapping[str, Clip]) -> Clip:
+def mean_and_ends(clips: Mapping[str, Clip]) -> Clip:
     """The mean and the last frame of every clip as one clip: one hypothesis per second."""
     import torch
 

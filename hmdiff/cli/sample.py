@@ -209,6 +209,7 @@ class Run:
         self.options, self.source, self.camera_of, self.results = options, source, camera_of, results
         self.failures: list[str] = []
         self._pipeline: HMDiffPipeline | None = None
+        self._sizes: dict[tuple[int, ...], PhotoPeople] = {}  # a photo of each, upright or not
 
     def everything(
         self,
@@ -255,6 +256,7 @@ class Run:
                 continue
             for note in found.notes:
                 warn(note)
+            self._compare_sizes(found)
             people.append(found)
             names[photo] = name
         if not people:
@@ -266,6 +268,23 @@ class Run:
         self.failures += without
         if people:
             self.failures += sample_people(self._pipeline, people, options, self.results, names)
+
+    def _compare_sizes(self, found: PhotoPeople) -> None:
+        """One camera's photos have one size; one of another was cut out, and its centre is not the camera's."""
+        from hmdiff.cli.main import warn
+
+        options, size = self.options, tuple(sorted(found.size))
+        if options.focal is None or options.principal_point is not None or options.intrinsics is not None:
+            return
+        if len(self._sizes) == 1 and size not in self._sizes:
+            sizes = (
+                f"{each.photo} has {each.size[0]} x {each.size[1]} pixels" for each in (*self._sizes.values(), found)
+            )
+            warn(
+                f"{', '.join(sizes)}, with one --focal: each centre is taken for the principal point; where one "
+                "was cut out of another, give --principal-point CX,CY or --intrinsics FILE"
+            )
+        self._sizes.setdefault(size, found)
 
     def _failed(self, photo: Path, error: UserError) -> None:
         text = about(photo, error)

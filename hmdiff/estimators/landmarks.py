@@ -135,8 +135,10 @@ class LandmarkEstimator:
 
     def _detected(self, photo: np.ndarray, count: int) -> Detections:
         found = []
-        for affine in parts(photo.shape[1], photo.shape[0], count):
-            picture = _warp(photo, affine, DETECTOR_SIZE).astype(np.float32) / 127.5 - 1
+        affines = parts(photo.shape[1], photo.shape[0], count)
+        smooth = _smoothed(photo, affines[0])
+        for affine in affines:
+            picture = _cut(smooth, affine, DETECTOR_SIZE).astype(np.float32) / 127.5 - 1
             outputs = self._detector(picture)
             found.append(detections(outputs[2254 * 12], outputs[2254].ravel(), affine, _SECOND_LOOK, count))
         return merged([Detections(*map(np.concatenate, zip(*found, strict=True)))])
@@ -249,12 +251,19 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
 
 def _warp(photo: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
     """A square crop of the photo, smoothed before downsampling; black outside the photo."""
+    return _cut(_smoothed(photo, affine), affine, size)
+
+
+def _smoothed(photo: np.ndarray, affine: np.ndarray) -> np.ndarray:
     scale = float(np.sqrt(abs(np.linalg.det(affine[:, :2]))))
-    base = photo if scale >= 0.7 else cv2.GaussianBlur(photo, (0, 0), 0.4 / scale)
+    return photo if scale >= 0.7 else cv2.GaussianBlur(photo, (0, 0), 0.4 / scale)
+
+
+def _cut(photo: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
     # OpenCV's origin is the centre of the first pixel, ours its corner.
     shifted = affine.copy()
     shifted[:, 2] += shifted[:, :2] @ [0.5, 0.5] - 0.5
-    return cv2.warpAffine(base, shifted, (size, size), flags=cv2.INTER_LINEAR)
+    return cv2.warpAffine(photo, shifted, (size, size), flags=cv2.INTER_LINEAR)
 
 
 def _over_photo(mask: np.ndarray, affine: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -67,6 +67,22 @@ def test_other_sources_are_other_settings() -> None:
         assert found != usual and json.loads(json.dumps(found)) == found
 
 
+def test_photos_of_two_sizes_and_one_focal_length_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """The centre of a photo that was cut out of another is not where the optical axis meets it."""
+
+    def said(**given: object) -> str:
+        options = Namespace(**{"focal": 768.0, "principal_point": None, "intrinsics": None, **given})
+        run = Run(options, None, lambda photo: PhotoCamera(), None)  # type: ignore[arg-type]
+        for name, size in (("whole", (640, 425)), ("upright", (425, 640)), ("crop", (390, 425)), ("other", (9, 9))):
+            run._compare_sizes(Namespace(photo=Path(f"{name}.jpg"), size=size))  # type: ignore[arg-type]
+        return capsys.readouterr().err
+
+    found = said()
+    assert found.count("with one --focal") == 1 and "--principal-point" in found
+    assert "whole.jpg has 640 x 425 pixels, crop.jpg has 390 x 425 pixels" in found
+    assert not said(principal_point=(70.0, 212.0)) and not said(focal=None) and not said(intrinsics=Path("k.json"))
+
+
 def test_names_of_photos_that_share_one(tmp_path: Path) -> None:
     photos = [Path("/x/seq_a/0.jpg"), Path("/x/seq_b/0.jpg"), Path("/x/c.jpg")]
     assert photo_names(photos) == ["seq_a_0", "seq_b_0", "c"]
