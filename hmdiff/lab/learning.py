@@ -3,7 +3,7 @@
 The clock is the process's CPU time, so other programs affect the result only through shared caches; it is stopped
 during evaluation. The learning rate schedule is fitted to the budget: warm-up over 3 % of it, constant, then linear to
 zero over the last 30 %. Errors are those of the regressor (one evaluation at t = T) on `val` people: coarse vertices,
-root-relative, in the crop's frame, available for direct and diffusion models alike.
+root-relative, in the crop's frame, which direct and diffusion models both learn first.
 """
 
 from __future__ import annotations

@@ -96,8 +96,7 @@ def error_of(result: dict[str, Any], metric: str, kind: str) -> float | None:
 
 
 def in_series(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Group cells that differ only in their steps, sorted by steps; the key names the settings that differ between
-    groups."""
+    """Group cells that differ only in their steps, sorted by steps. Keys name the settings that vary between groups."""
     found: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
     for result in results:
         found.setdefault(tuple(_parts(result["settings"]).items()), []).append(result)
