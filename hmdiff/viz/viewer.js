@@ -1,13 +1,13 @@
-// The page of one person's result: bodies over the photo, seen by the photo's camera or from anywhere.
+// The page of one person's result: bodies over the photo, in the photo camera's view or a free view.
 // Written by hmdiff/viz/viewer.py beside every result. THREE (three.js, MIT) is inlined before this script.
-// Frame of the data: OpenCV's camera (x right, y down, z forward), metres; `world` turns it to three.js's (y up, z back).
+// Frame of the data: OpenCV's camera (x right, y down, z forward), metres; `world` converts to three.js's (y up, z back).
 "use strict";
 
 const person = JSON.parse(document.getElementById("person").textContent);
 const find = id => document.getElementById(id);
 const DTYPES = {int16: Int16Array, uint16: Uint16Array, uint32: Uint32Array, uint8: Uint8Array};
 
-async function unpack({dtype, data}) {  // as `_packed` of viewer.py: deflated, the low bytes of all numbers first
+async function unpack({dtype, data}) {  // inverse of `_packed` in viewer.py: inflate; the low bytes of all numbers come first
   const deflated = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
   const planes = new Uint8Array(await new Response(new Blob([deflated]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer());
   const width = DTYPES[dtype].BYTES_PER_ELEMENT, count = planes.length / width, bytes = new Uint8Array(planes.length);
@@ -40,7 +40,7 @@ async function start() {
   const pelvis = new THREE.Vector3(...person.translation[0]).applyAxisAngle(new THREE.Vector3(1, 0, 0), Math.PI);
   const [width, height] = person.crop.size, [cx, cy] = person.crop.principal_point, focal = person.crop.focal;
 
-  // The photo's crop on a plane behind the bodies: what a pixel of it shows lies on the ray through that pixel.
+  // The photo's crop on a plane behind the bodies, so that each pixel lies on its camera ray.
   const far = -pelvis.z + 1.6;
   const picture = new THREE.TextureLoader().load(person.photo, () => { ready.photo = true; draw(); });
   picture.encoding = THREE.sRGBEncoding;
@@ -50,7 +50,7 @@ async function start() {
   backdrop.position.set((width / 2 - cx) / focal * far, -(height / 2 - cy) / focal * far, -far);
   scene.add(backdrop);
 
-  // ---- the bodies: one topology, positions made when a body is first shown --------------------------------------------
+  // ---- bodies: one topology, positions computed when a body is first shown --------------------------------------------
   const index = new THREE.BufferAttribute(data.faces, 1);
   const bodies = Array.from({length: count}, () => null);
   const shown = new Set();
@@ -94,7 +94,7 @@ async function start() {
   }
 
   // ---- colours -----------------------------------------------------------------------------------------------------
-  const heat = share => {  // of 0..1; the stops of hmdiff's heat maps
+  const heat = share => {  // 0..1 -> colour; the stops of hmdiff's heat maps
     const place = Math.min(Math.max(share, 0), 1) * (person.heat.length - 1), low = Math.min(Math.floor(place), person.heat.length - 2);
     return person.heat[low].map((value, channel) => value + (place - low) * (person.heat[low + 1][channel] - value));
   };
@@ -116,7 +116,7 @@ async function start() {
 
   // ---- drawing -----------------------------------------------------------------------------------------------------
   const panelWidth = () => find("panel").hidden ? 0 : find("panel").offsetWidth;
-  let byPhoto = true;  // seen by the photo's camera; false: free
+  let byPhoto = true;  // view of the photo's camera; false: free
 
   function project() {
     const w = Math.max(1, innerWidth - panelWidth()), h = innerHeight;
@@ -136,7 +136,7 @@ async function start() {
     }
   }
 
-  function look(degrees) {  // null: as the photo's camera; else from so far round the person
+  function look(degrees) {  // null: the photo camera's view; else the angle around the person
     byPhoto = degrees === null;
     camera.up.set(0, 1, 0);
     if (byPhoto) {
@@ -228,7 +228,7 @@ async function start() {
   addEventListener("resize", () => { project(); draw(); });
   controls.addEventListener("start", () => {
     if (!byPhoto) return;
-    byPhoto = false;  // same place, free from now on: turn about the person
+    byPhoto = false;  // switch to the free view at the same position, orbiting the person
     controls.target.copy(pelvis);
     project();
   });
@@ -263,12 +263,12 @@ async function start() {
     find("pointer").textContent = text || "";
   });
 
-  // ---- the first view; #mean, #colour=spread&photo=0 ... in the address choose another ------------------------------------
+  // ---- the first view; #mean, #colour=spread&photo=0 ... in the URL select another ------------------------------------
   const asked = new URLSearchParams(location.hash.slice(1));
   find("panel").hidden = asked.get("panel") === "0";
   find("photo").checked = asked.get("photo") !== "0";
   find("skeleton").checked = asked.get("skeleton") === "1";
-  const colour = asked.get("colour");  // its beginning is enough, such as "confidence"
+  const colour = asked.get("colour");  // a prefix is enough, such as "confidence"
   find("colour").value = colour && Object.keys(person.maps).find(key => key.startsWith(colour)) || "";
   find("through").value = "modes";
   step();

@@ -1,8 +1,8 @@
 """Stand-in for a recorded data set with depth and masks: `python -m tools.build.recorded OUT --people 512`.
 
 Synthetic people in the format of `hmdiff prepare` (a mesh, 2D keypoints, a camera, a depth map corrupted like a
-monocular network's, a mask; no image), for experiments on recorded people without a data set: `data.sources=[{path:
-OUT, same_body: true}]`, with and without `model.depth_map`. A photo is the crop only.
+monocular network's, a mask; no image), for experiments on recorded people without a data set:
+`data.sources=[{path: OUT, same_body: true}]`, with and without `model.depth_map`. A photo is the crop only.
 """
 
 from __future__ import annotations
