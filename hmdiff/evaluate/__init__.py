@@ -1,1 +1,1 @@
-"""Evaluation: metrics, named protocols, the runs over a split or a data set, calibration."""
+"""Evaluation: metrics, named protocols, evaluation of a split or data set, calibration."""

@@ -1,9 +1,9 @@
-"""Calibration: the temperature that makes a pipeline's hypotheses spread as far as they are wrong.
+"""Calibration: fits the temperature that matches the spread of a pipeline's hypotheses to their error.
 
-Hypotheses drawn in few steps lie too close together. Their deviations from the mean are multiplied by a person's
-temperature: a factor of what the image shows (`hmdiff.diffusion.image_evidence`), the likeliest, and one scalar for all
-with which the expected calibration error (`hmdiff.evaluate.metrics`) is least, both fitted on people whose bodies are
-known. The split `calibration` has people of every kind, none of whom is in another split. All of it is our choice.
+Sampling in few steps gives too little spread. The deviations from the mean are scaled by a temperature per person: the
+product of an image evidence factor (`hmdiff.diffusion.image_evidence`), fitted by maximum likelihood, and one scalar
+that minimises the expected calibration error (`hmdiff.evaluate.metrics`). Both are fitted on people with ground truth.
+The split `calibration` has people of all splits' kinds, and shares none with them.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def fit_temperature(
     samples: Tensor,  # (B, S, J, 3) metres, root-relative
     target: Tensor,  # (B, J, 3)
 ) -> float:
-    """The temperature of least expected calibration error, found on a grid and then on a finer one about its best.
+    """The temperature of least expected calibration error, by a coarse and a fine grid search.
 
     Raises:
-        UserError: the samples of a person are all the same, or nobody is given.
+        UserError: no people, fewer than 2 samples, or all samples equal.
     """
     if len(samples) == 0 or samples.shape[1] < 2:
         raise UserError(f"temperature: {len(samples)} people with {samples.shape[1]} samples each; give more to fit it")
@@ -58,14 +58,14 @@ def tempered_error(
     samples: Tensor,  # (B, S, J, 3) metres, root-relative
     target: Tensor,  # (B, J, 3)
 ) -> Callable[[float], float]:
-    """`expected_calibration_error(apply_temperature(samples, T), target)` as a function of T, quick to evaluate.
+    """`expected_calibration_error(apply_temperature(samples, T), target)` as a function of T, fast to evaluate.
 
-    The median by coordinate and the distances to it follow a linear map: their quantiles are computed once.
+    The coordinate-wise median and the distances from it scale linearly with T, so quantiles are computed once.
     """
     mean = samples.mean(1)  # (B, J, 3)
     q = calibration_levels(samples)
     centers, radii = [], []
-    for person in samples - mean[:, None]:  # torch.quantile refuses more than 16 million numbers
+    for person in samples - mean[:, None]:  # torch.quantile takes at most 16 million numbers
         center = torch.quantile(person, 0.5, dim=0)
         centers.append(center)
         radii.append(torch.quantile((person - center).norm(dim=-1), q, dim=0))
@@ -82,20 +82,20 @@ def _best(error: Callable[[float], float], low: float, high: float, count: int) 
     grid = torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64).tolist()
     errors = [error(each) for each in grid]
     least = min(errors)
-    # The error moves in steps: of several equal ones the middle.
+    # The error is piecewise constant: take the middle of equal minima.
     equal = [each for each, error in zip(grid, errors, strict=True) if error <= least + 1e-9]
     return equal[len(equal) // 2]
 
 
 def calibrate(
     pipeline: HMDiffPipeline,
-    data: PeopleSource,  # with the bodies of `split`
+    data: PeopleSource,  # with the full mesh of `split`
     split: str,
     people: int,
     sampling: SamplingConfig,
-    progress: Callable[[int], None] | None = None,  # told how many people are done
+    progress: Callable[[int], None] | None = None,  # called with the number of people done
 ) -> Temperature:
-    """Fit the temperature and the confidence of one way of sampling, and set them in the pipeline, which saves them.
+    """Fit temperature and confidence for one set of sampling settings, and set them in the pipeline.
 
     Raises:
         UserError: a model without diffusion, a body without keypoints, or fewer than 2 hypotheses.
@@ -126,10 +126,10 @@ def store_temperature(
     folder: str | Path,  # of a saved pipeline
     fitted: Temperature,
 ) -> None:
-    """Write it into the pipeline's hmdiff.json, atomically; only the record of the same way of sampling is replaced.
+    """Write a temperature into the pipeline's hmdiff.json, atomically, replacing one for the same sampling settings.
 
     Raises:
-        UserError: no saved pipeline there, a damaged one, or the place may not be written.
+        UserError: no saved pipeline, a damaged one, or a folder that cannot be written.
     """
     path = Path(folder) / "hmdiff.json"
     try:

@@ -1,10 +1,10 @@
-"""A pipeline over a split: PVE, MPJPE, PA-MPJPE and PA-PVE of one hypothesis, of their mean, and of the best.
+"""Evaluation of a pipeline on a split: PVE, MPJPE, PA-MPJPE and PA-PVE of one hypothesis, the mean, and the oracle.
 
-Protocol of the synthetic splits (ours, nearest to the METRO lineage's): the 14 joints of `skeletons.J14`, regressed
-from predicted and true mesh by the same regressor; root = the middle of the hips; millimetres; PA = similarity
-Procrustes. A single posterior sample is expected to be worse than the mean: compare the mean with a regressor, and the
-oracle beside. *selected* is the hypothesis chosen without the ground truth. The oracle rewards
-hypotheses that spread too little at few steps and too much at many, so calibration and coverage stand beside it.
+Protocol of the synthetic splits (our choice, closest to METRO's): the 14 joints of `skeletons.J14`, regressed from
+predicted and ground truth mesh by the same regressor; root: mid-hip; millimetres; PA: similarity Procrustes. A single
+posterior sample is worse than the mean in expectation, so compare a regressor with the mean. *selected* is the
+hypothesis chosen without ground truth. The oracle rewards miscalibrated spread, so calibration error and coverage are
+reported with it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from hmdiff.heatmaps import Crop, Heatmaps
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
 ROOT = ("left_hip", "right_hip")
-KINDS = ("first", "mean", "oracle")  # of every report
-WEIGHTED = "weighted"  # the mean, those that agree with the heatmaps counting more (`hypotheses.weighted_mean`)
-AGGREGATED = "aggregated"  # of pipelines that have the MLP from N hypotheses to one mesh, for all that were drawn
-PHOTO = 64.0  # side of the photo that synthetic crops are said to be from, in crop half-sides; any size would do
-MESHES_AT_ONCE = 800  # people times hypotheses whose full meshes are in memory: bounds it, changes no result
+KINDS = ("first", "mean", "oracle")  # in every report
+WEIGHTED = "weighted"  # mean weighted by agreement with the heatmaps (`hypotheses.weighted_mean`)
+AGGREGATED = "aggregated"  # one mesh from all hypotheses, for pipelines with the aggregation MLP
+PHOTO = 64.0  # nominal side of the photo of synthetic crops, in crop half-sides; does not affect results
+MESHES_AT_ONCE = 800  # people times hypotheses with full meshes in memory: bounds memory, does not affect results
 _J14 = joint_indices(J14, HALPE26)
 
 
@@ -50,7 +50,7 @@ def split_batches(
     split: str,
     people: int,
 ) -> Iterator[Sample]:
-    """The first `people` people of a split, block by block; the last block is cut."""
+    """The first `people` people of a split, block by block; the last block is truncated."""
     for number in range((people + data.block_size - 1) // data.block_size):
         keep = min(data.block_size, people - number * data.block_size)
         yield data.block(split, number).map(lambda tensor, keep=keep: tensor[:keep])  # type: ignore[misc]
@@ -60,14 +60,14 @@ def measure(
     pipeline: HMDiffPipeline,
     samples: Iterable[Sample],  # with the full mesh
     sampling: SamplingConfig,
-    counts: Sequence[int] = (),  # numbers of hypotheses, the first ones of those that are drawn; none: all
+    counts: Sequence[int] = (),  # also evaluate the first n hypotheses, for each of these n
     progress: Callable[[int], None] | None = None,  # called with the number of people done
     *,
     clock: Callable[[], float] = time.perf_counter,
-    batch: int | None = None,  # people a call, at most; None: as the samples come
-    observe: Callable[[Sample, MeshOutput], None] | None = None,  # called with every batch and its hypotheses
+    batch: int | None = None,  # maximum people per call; None: the samples' own batches
+    observe: Callable[[Sample, MeshOutput], None] | None = None,  # called with each batch and its output
 ) -> dict[int, Measured]:  # by count
-    """The errors of every person. Hypotheses, guided ones too, are nested by seed: one run serves several counts."""
+    """Errors of every person. The first n of N hypotheses equal n drawn alone (guided or not): one run, all counts."""
     counts, direct = sorted({*counts, sampling.num_hypotheses}), pipeline.model.config.mode == "direct"
     found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     true: list[Tensor] = []
@@ -128,19 +128,19 @@ def measure(
 
 
 class Answer(NamedTuple):
-    """Some people of a data set, and what the pipeline recovered."""
+    """A batch of people and the pipeline's output for them."""
 
     sample: Sample
     output: MeshOutput
     seconds: float
 
     def seen(self, count: int) -> Reprojection | None:
-        """How far the first so many hypotheses project from the heatmaps' peaks."""
+        """Reprojection errors of the first `count` hypotheses."""
         reprojection = self.output.reprojection
         return None if reprojection is None else reprojection.first(count)
 
     def select(self, count: int) -> Tensor:  # (B,)
-        """Which of the first so many hypotheses is chosen without the truth."""
+        """Index of the hypothesis selected without ground truth among the first `count`."""
         output = self.output
         likely, regressed = (
             None if values is None else values[:, :count]
@@ -154,10 +154,10 @@ def answers(
     pipeline: HMDiffPipeline,
     samples: Iterable[Sample],
     sampling: SamplingConfig,
-    batch: int | None = None,  # people a call, at most; None: as the samples come
+    batch: int | None = None,  # maximum people per call; None: the samples' own batches
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Answer]:
-    """The people through the pipeline, so many at once that the memory of their meshes is bounded."""
+    """Run the pipeline on all people, in batches bounded by `MESHES_AT_ONCE`."""
     at_once = max(1, MESHES_AT_ONCE // sampling.num_hypotheses)
     size = at_once if batch is None else min(batch, at_once)
     for whole in samples:
@@ -175,7 +175,7 @@ def ask(
     heatmaps: Heatmaps | None,
     sampling: SamplingConfig,
 ) -> MeshOutput:
-    """One call of the pipeline; people are numbered by their place in the split. Returns when the device is done."""
+    """Call the pipeline once and synchronise. Random seeds depend on each person's index in the split."""
     people = None if sample.index is None else sample.index.tolist()
     given = photo_of(sample) | depth_of(pipeline, sample)
     output: MeshOutput = pipeline(sample.image, heatmaps, sampling, people=people, **given)
@@ -191,7 +191,7 @@ def _guidance_report(output: MeshOutput, count: int) -> dict[str, Tensor]:  # (B
     return {
         "gap_before": told.gap_before[:, :count].mean(1),
         "gap_after": told.gap_after[:, :count].mean(1),
-        "active": told.active.float().mean(0),  # share of the steps, over all hypotheses that were drawn
+        "active": told.active.float().mean(0),  # share of the steps, for all drawn hypotheses
         "fell_back": told.fell_back[:, :count].float().mean(1),  # share of the hypotheses
     }
 
@@ -216,7 +216,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Errors with 95 % bootstrap intervals over people: report["errors"][metric][kind] = {value, low, high} in mm.
 
-    People are numbered by their place in the split, so that the result does not depend on how they are batched.
+    The result does not depend on the batch size.
     """
     if not data.full_mesh:
         raise UserError("evaluation needs the full mesh of its people: build the data with full_mesh=True")
@@ -243,7 +243,7 @@ def evaluate(
 
 
 def asked(pipeline: HMDiffPipeline, sampling: SamplingConfig) -> dict[str, Any]:
-    """The settings as a report of a split holds them."""
+    """The sampling settings, as stored in a report."""
     return {
         "num_hypotheses": sampling.num_hypotheses,
         "num_inference_steps": sampling.num_inference_steps or pipeline.num_inference_steps,
@@ -258,7 +258,7 @@ def with_estimate(
     sample: Sample,  # with pictures
     estimate: Callable[[Tensor], Tensor],  # (B, 3, S, S) RGB 0..1 -> (B, 26, 64, 64)
 ) -> Sample:
-    """The sample with a pose estimator's heatmaps in place of its own."""
+    """The sample with its heatmaps replaced by a pose estimator's."""
     if sample.image is None:
         raise UserError("a pose estimator reads pictures, and these people have none: give the data an image size")
     values = estimate(sample.image).detach().float().clamp_min(0).to(sample.image.device)
@@ -266,13 +266,13 @@ def with_estimate(
 
 
 def as_heatmaps(sample: Sample) -> Heatmaps | None:
-    """A sample's heatmaps as the pipeline's input; the unit of its photo is the crop's half-side."""
+    """A sample's heatmaps as pipeline input; photo pixels are in units of crop half-sides."""
     if sample.heatmaps is None:
         return None
     assert sample.heatmap_valid is not None
     count = len(sample.heatmaps)
     values = sample.heatmaps
-    # Somebody of whom the estimator found nothing at all is still a person of the split: one faint pixel says no more.
+    # People without any detected joint are evaluated too: one faint pixel keeps the heatmaps valid.
     empty = (values.flatten(1).amax(-1) <= 0).nonzero()[:, 0]
     if len(empty):
         values = values.clone()
@@ -285,14 +285,14 @@ def as_heatmaps(sample: Sample) -> Heatmaps | None:
 
 
 def photo_of(sample: Sample) -> dict[str, Any]:
-    """What the pipeline is told of the photo that the crops are from, as a photo's user knows it."""
+    """Photo size and focal length as pipeline arguments; empty if the sample has no camera."""
     if sample.principal_point is None or sample.focal is None or sample.heatmaps is None:
         return {}
     return {"photo_sizes": torch.full((len(sample.focal), 2), PHOTO), "focal": sample.focal}
 
 
 def depth_of(pipeline: HMDiffPipeline, sample: Sample) -> dict[str, Any]:
-    """The depth maps, for a pipeline that reads them; NaN all over where the data has none."""
+    """Depth maps as a pipeline argument, if it takes them; all NaN if the data has none."""
     if not pipeline.model.config.depth_map:
         return {}
     if sample.depth_input is not None and sample.depth_input.isfinite().any():

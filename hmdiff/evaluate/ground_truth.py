@@ -1,10 +1,10 @@
-"""The true bodies of labelled people as a protocol wants them: gendered, neutral, or what the data set measured.
+"""Ground truth bodies of labelled people for a protocol:
 
-    gendered   the record's pose and shape on its own gender's SMPL, which the user's files must hold
+    gendered   the record's pose and shape on the SMPL model of its gender, which the user must provide
     neutral    the same pose and shape on the neutral SMPL
-    labelled   the model's own body: of MANO the data set's vertices and joints
+    labelled   the model's own body; for MANO the data set's vertices and joints
 
-A data set without bodies (Human3.6M's motion capture) gives its joints, to the protocols that take them.
+For data sets without bodies (Human3.6M's motion capture), protocols that allow it use the measured joints.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def body_kind(body: Body) -> str:
 
 
 def check_body(protocol: Protocol, body: Body, same_body: bool = False) -> None:
-    """Raises `UserError` where the protocol is about another kind of body than the model's."""
+    """Raises `UserError` if the protocol is defined for another kind of body than the model's."""
     kind = body_kind(body)
     if protocol.kind != "any" and kind != protocol.kind and not same_body:
         raise UserError(
@@ -42,7 +42,7 @@ def check_body(protocol: Protocol, body: Body, same_body: bool = False) -> None:
 
 
 def protocol_regressors(protocol: Protocol, body: Body) -> dict[str, Tensor]:  # (J, V) each
-    """The regressors that the protocol reads joints with. Raises `UserError` for the user's file that is missing."""
+    """The protocol's joint regressors. Raises `UserError` if a file that the user must provide is missing."""
     found = {}
     for name in protocol.needs_regressors():
         if name == "body":
@@ -61,18 +61,18 @@ def protocol_regressors(protocol: Protocol, body: Body) -> dict[str, Tensor]:  #
 
 
 class GroundTruth:
-    """True bodies of records, for one protocol."""
+    """Ground truth bodies of records, for one protocol."""
 
     def __init__(
         self,
         protocol: Protocol,
         body: Body,  # the model's
-        same_body: bool = False,  # records are about the model's body, whatever they say (stand-in data)
+        same_body: bool = False,  # treat records as labelled on the model's body (stand-in data)
     ) -> None:
         check_body(protocol, body, same_body)
         self.protocol, self.body, self.same_body = protocol, body, same_body
         self.bodies = LabelledBodies(body, torch.zeros(1, dtype=torch.long), full_mesh=True, same_body=same_body)
-        self.measured: bool | None = None  # bodies or measured joints: of all records the same
+        self.measured: bool | None = None  # True: measured joints without bodies; must be the same for all records
 
     def __call__(self, records: Sequence[Record]) -> Bodies:  # (B, ...)
         """Raises `UserError` naming the record whose label is missing."""
@@ -124,16 +124,16 @@ class GroundTruth:
                 betas.append(shape)
             posed = self.bodies.pose(key, poses, betas)
             assert posed.vertices is not None
-            # `pose` is about the root joint; raw output keeps it where the body's rest pose has it.
+            # `pose` returns meshes relative to the root joint; raw SMPL output has it at its rest position.
             root = torch.zeros_like(posed.root) if self.protocol.centre else posed.root
             vertices[rows], joints[rows] = posed.vertices + root[:, None], posed.joints + root[:, None]
         return vertices, joints
 
     def _key(self, record: Record) -> str:
-        """`load_body`'s name for the body that this record's truth is posed on."""
+        """Name, for `load_body`, of the body that this record's ground truth is posed on."""
         gender = "neutral" if self.protocol.mesh == "neutral" else record.gender
         if record.body != "smpl" or self.same_body or body_kind(self.body) != "smpl":
-            return self.bodies.key(record)  # or says why it is none
+            return self.bodies.key(record)  # or raises `UserError`
         name = "smpl" if gender == "neutral" else f"smpl_{gender}"
         return self.body.name if licensed_kind(self.body.name) == ("smpl", gender) else name
 
@@ -144,7 +144,7 @@ class GroundTruth:
 
 
 def named_joints(record: Record, names: Sequence[str]) -> Tensor:  # (J, 3)
-    """Labelled 3D joints by name. Raises `UserError` naming the record and the first that is missing."""
+    """Labelled 3D joints by name. Raises `UserError` naming the record and the first missing joint."""
     if record.joints_3d is None:
         raise record.error("no 3D joints are labelled")
     there = np.ones(len(record.joints_3d), bool) if record.joints_3d_valid is None else record.joints_3d_valid > 0
@@ -156,5 +156,5 @@ def named_joints(record: Record, names: Sequence[str]) -> Tensor:  # (J, 3)
 
 
 def raw_placement(protocol: Protocol, body: Body) -> Tensor:  # (3,) metres
-    """What to add to a mesh that is relative to its pelvis, for a protocol that moves nothing: the rest pose's root."""
+    """Offset for root-relative meshes: the rest pose's root if the protocol does not align roots, else zero."""
     return torch.zeros(3) if protocol.centre else body.joint_template[0].float()

@@ -1,7 +1,7 @@
-"""FreiHAND's measures (Zimmermann et al., ICCV 2019, arXiv 1909.04349): a Procrustes that may reflect, F-score, AUC.
+"""FreiHAND's metrics (Zimmermann et al., ICCV 2019, arXiv 1909.04349): Procrustes with reflections, F-score, AUC.
 
-As the data set's own evaluation computes them: orthogonal Procrustes with scale (the determinant of R is not looked
-at), distances strictly under a threshold for F, at most a threshold for the curve. Metres in, millimetres or 0..1 out.
+As in the data set's evaluation code: orthogonal Procrustes with scale (R may have determinant -1), distances strictly
+below the threshold for F, at most the threshold for the AUC. Metres in, millimetres or 0..1 out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def orthogonal_align(
     source: Tensor,  # (..., P, 3)
     target: Tensor,  # (..., P, 3)
 ) -> Tensor:  # (..., P, 3) source, moved onto target
-    """Least squares over scale, translation and every orthogonal matrix: a mirror image aligns with error 0."""
+    """Least-squares alignment by scale, translation and any orthogonal matrix: a mirror image aligns with error 0."""
     mean_source, mean_target = source.mean(-2, keepdim=True), target.mean(-2, keepdim=True)
     centred_source, centred_target = source - mean_source, target - mean_target
     u, singular, vh = torch.linalg.svd(centred_target.mT @ centred_source)
@@ -31,13 +31,13 @@ def f_score(
     target: Tensor,  # (..., Q, 3); leading dimensions broadcast
     thresholds: tuple[float, ...] = (0.005, 0.015),  # metres
 ) -> Tensor:  # (T, ...) 0..1
-    """Harmonic mean of two shares: predicted points near any true point, true points near any predicted one."""
+    """Harmonic mean of precision (predicted points near any target point) and recall (the converse)."""
     shape = torch.broadcast_shapes(predicted.shape[:-2], target.shape[:-2])
     predicted = predicted.expand(*shape, -1, -1).reshape(-1, *predicted.shape[-2:])
     target = target.expand(*shape, -1, -1).reshape(-1, *target.shape[-2:])
     scores = []
     for points, truth in zip(predicted, target, strict=True):
-        # The quick way by products is off by some tenths of a millimetre, near the thresholds a miss for a hit.
+        # The matrix product variant of cdist is off by tenths of a millimetre, which matters near the thresholds.
         distance = torch.cdist(points[None], truth[None], compute_mode="donot_use_mm_for_euclid_dist")[0]
         to_truth, to_points = distance.amin(1), distance.amin(0)
         recall = torch.stack([(to_truth < limit).double().mean() for limit in thresholds])
@@ -52,10 +52,10 @@ def curve_area(
     limit: float = AUC_LIMIT,
     steps: int = AUC_STEPS,
 ) -> Tensor:  # (...) 0..1
-    """Area under the share of points within t of their target, t from 0 to `limit`, by the trapezoid rule.
+    """Area under the curve of the share of points within t of their target, t from 0 to `limit`, by the trapezoid rule.
 
-    Where every person has all points, its mean over people is FreiHAND's number: the mean over points of each one's
-    area over all people.
+    FreiHAND averages over points the AUC of each point over all people; with no missing points, the mean over people of
+    this AUC is the same.
     """
     distance = (predicted - target).norm(dim=-1).double()
     thresholds = torch.linspace(0, limit, steps, dtype=torch.float64, device=distance.device)

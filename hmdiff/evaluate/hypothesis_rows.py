@@ -1,9 +1,8 @@
-"""What a protocol reports of N hypotheses: a row of errors for each way to make one number of them.
+"""Rows of a protocol's report: one row of errors per way to reduce N hypotheses to one.
 
-One estimate: `estimate`. Several, by a protocol of one: `first`, `mean of N`, `oracle of N`, `selected of N`, and
-`aggregated of N` of a pipeline that has the MLP from hypotheses to one mesh (HMDiff, arXiv 2308.13369). By min_of_n the
-same for every N that the literature reports, but the last for all alone. By biggs: `pick of n of N`, see
-`protocols.MANY`.
+A single estimate: `estimate`. Several hypotheses: `first`, `mean of N`, `oracle of N`, `selected of N`, and, with an
+aggregation MLP (HMDiff, arXiv 2308.13369), `aggregated of N`. min_of_n: the same for each N that the literature
+reports, `aggregated` only for all. biggs: `pick of n of N`, see `protocols.MANY`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from hmdiff.evaluate.protocols import Protocol
 
 COUNTS = (1, 5, 10, 25, 100)  # numbers of hypotheses that the literature reports
 REPRESENTATIVES = (5, 10, 25)
-Choose = Callable[[int], Tensor | None]  # count -> (B,) which of the first so many; None: nothing chooses
+Choose = Callable[[int], Tensor | None]  # count -> (B,) index among the first `count`; None: no selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Scores:
 
 
 def nobody(count: int) -> None:
-    """Nothing chooses."""
+    """No selection."""
 
 
 def score_hypotheses(
@@ -45,9 +44,9 @@ def score_hypotheses(
     target: Bodies,  # (B, ...)
     regressors: Mapping[str, Tensor] | None = None,
     choose: Choose = nobody,
-    aggregated: Bodies | None = None,  # (B, ...) all hypotheses as one
+    aggregated: Bodies | None = None,  # (B, ...) one body from all hypotheses
 ) -> Scores:
-    """All rows of these people by the protocol."""
+    """All rows of the protocol for these people."""
     regressors = regressors or {}
     one = None if aggregated is None else protocol.both(aggregated, target, regressors)
     predicted, target = protocol.both(predicted, target, regressors)
@@ -84,12 +83,12 @@ def score_hypotheses(
 
 def rows_of(
     each: Errors,  # metric -> (B, N), every hypothesis
-    count: int,  # of the hypotheses, the first ones
+    count: int,  # use the first `count` hypotheses
     mean_of: Callable[[int], Errors],  # count -> metric -> (B,), of the mean mesh
     choose: Choose = nobody,
-    higher: Collection[str] = (),  # metrics of which more is better
+    higher: Collection[str] = (),  # metrics for which higher is better
 ) -> dict[str, Errors]:  # kind -> metric -> (B,)
-    """first, mean, oracle (the best by each metric on its own) and, where one is chosen without the truth, selected."""
+    """first, mean, oracle (best hypothesis for each metric separately) and, if `choose` returns one, selected."""
     rows = {"first": {metric: errors[:, 0] for metric, errors in each.items()}, "mean": mean_of(count)}
     rows["oracle"] = {
         metric: errors[:, :count].amax(1) if metric in higher else errors[:, :count].amin(1)
@@ -104,7 +103,7 @@ def rows_of(
 
 
 def _about_root(protocol: Protocol, bodies: Bodies) -> Tensor:  # (..., J, 3)
-    """The protocol's joints about its root, or, where it moves nothing, about the middle of the hips."""
+    """The protocol's joints relative to its root, or to mid-hip if the protocol does not align roots."""
     centre = protocol.centre or HIPS
     return bodies.named(protocol.needed) - root_of(bodies.named(centre), centre, centre)
 
@@ -119,15 +118,15 @@ def _picked(each: Errors, joints: Tensor, count: int) -> Errors:  # (B, N) each,
 
 
 def representatives(
-    joints: Tensor,  # (N, J, 3) metres, about a root
+    joints: Tensor,  # (N, J, 3) metres, root-relative
     count: int,
 ) -> np.ndarray:  # (<= count,) ascending indices
-    """The hypothesis nearest to each centre of K-means (scipy's, seeded); fewer where they fall together."""
+    """The hypothesis nearest to each K-means centre (scipy, seeded); duplicates are removed."""
     points = joints.detach().double().cpu().flatten(1).numpy()
     if (points == points[0]).all():
         return np.zeros(1, np.int64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of an empty cluster, which then keeps its last centre
+        warnings.simplefilter("ignore", UserWarning)  # about empty clusters, which keep their last centre
         centres, _ = kmeans2(points, count, iter=20, minit="++", seed=np.random.default_rng(0))
     distance = np.linalg.norm(points[:, None] - centres[None], axis=-1)
     return np.unique(distance.argmin(0))

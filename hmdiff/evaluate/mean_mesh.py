@@ -1,4 +1,4 @@
-"""The errors of predicting the same mesh for everybody: what a model must beat to have learned anything."""
+"""Baseline: the errors of predicting the mean mesh for everyone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _J14 = joint_indices(J14, HALPE26)
 @functools.lru_cache(maxsize=4)
 def _mean_person(data: PeopleSource, people: int, split: str) -> tuple[Tensor, Tensor]:  # (V, 3), (J, 3)
     sample = concatenate(list(split_batches(data, "train", people)))
-    if sample.has_vertices is not None and not sample.has_vertices.any():  # keypoints alone are trained on
+    if sample.has_vertices is not None and not sample.has_vertices.any():  # the training data has no meshes
         sample = data.block(split, 0)
     assert sample.vertices is not None and sample.keypoints_3d is not None
     there = slice(None) if sample.has_vertices is None else sample.has_vertices
@@ -33,9 +33,9 @@ def mean_mesh_errors(
     people: int,
     training_people: int = 512,
 ) -> dict[str, dict[str, float]]:  # metric -> {value, low, high} mm
-    """The errors of predicting for everybody the mean mesh of training people, in the camera's frame.
+    """Errors of predicting the mean mesh of the training people, in the camera's frame, for everyone.
 
-    Where none of them has a mesh, the mean mesh of the split's first block.
+    If none of them has a mesh, the mean mesh of the split's first block is used.
     """
     vertices, keypoints = _mean_person(data, training_people, split)
     collected: dict[str, list[Tensor]] = {metric: [] for metric in METRICS}
@@ -55,5 +55,5 @@ def mean_mesh_errors(
 
 
 def mean_mesh_error(data: PeopleSource, split: str, people: int) -> float:
-    """PVE of the mean mesh, mm: what a model must beat to have learned anything."""
+    """PVE of the mean mesh, mm."""
     return mean_mesh_errors(data, split, people)["pve"]["value"]

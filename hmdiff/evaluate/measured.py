@@ -1,7 +1,7 @@
-"""What was measured of a pipeline, person by person, and its summary: intervals over people, calibration.
+"""Per-person measurements of a pipeline, and their summary: bootstrap intervals over people, calibration.
 
-Intervals are 95 % percentile bootstraps (Efron 1979), people drawn with replacement. Calibration is that of
-`hmdiff.evaluate.metrics`; its interval, and the mean coverage over the joints, are our choice.
+Intervals are 95 % percentile bootstraps over people (Efron 1979). Calibration metrics are those of
+`hmdiff.evaluate.metrics`; their intervals, and averaging coverage over joints, are our choice.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ LEAST_TO_CALIBRATE = 5  # hypotheses
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a pipeline gave for P people with n hypotheses each. Everything is on the CPU."""
+    """Measurements of P people with n hypotheses each. All tensors are on the CPU."""
 
     errors: dict[str, dict[str, Tensor]]  # metric -> kind -> (P,) mm
-    best_of: dict[str, dict[int, Tensor]]  # metric -> count -> (P,) mm, the oracle of the first so many
+    best_of: dict[str, dict[int, Tensor]]  # metric -> count -> (P,) mm, oracle of the first `count`
     joints: Tensor  # (P, n, 14, 3) metres, relative to the root
     true_joints: Tensor  # (P, 14, 3) metres
-    guidance: dict[str, Tensor]  # (P,) of what guidance tells: gap_before, gap_after, active, fell_back; {} without it
-    calls: tuple[tuple[int, float], ...]  # people and seconds of every call for n; none where more were drawn
-    temperatures: Tensor | None = None  # (P,) fitted for this way of sampling; None: none was
+    guidance: dict[str, Tensor]  # (P,) each: gap_before, gap_after, active, fell_back; {} for unguided sampling
+    calls: tuple[tuple[int, float], ...]  # (people, seconds) of each call; empty for fewer hypotheses than were drawn
+    temperatures: Tensor | None = None  # (P,) fitted for these sampling settings; None: not fitted
 
 
 def summary(
     measured: Measured,
     diffusion: bool = True,
 ) -> dict[str, Any]:
-    """Means with 95 % bootstrap intervals over people, as JSON; calibration where hypotheses differ (diffusion).
+    """Means with 95 % bootstrap intervals over people, as JSON; with calibration metrics for diffusion models.
 
-    The errors, and the calibration outside "tempered", are of the hypotheses as they are drawn.
+    Only "tempered" applies the temperatures; all other values are of the hypotheses as sampled.
     """
     report: dict[str, Any] = {
         "errors": {
@@ -76,7 +76,7 @@ def interval(values: Tensor) -> dict[str, float]:  # of (P,)
 
 
 def covered(measured: Measured) -> Tensor:  # (P,) share of a person's joints
-    """How many of a person's joints lie within the ball of the level's share of the hypotheses."""
+    """Share of each person's joints inside the ball that contains `COVERAGE_LEVEL` of the hypotheses."""
     level = measured.joints.new_tensor([COVERAGE_LEVEL])
     return inside_quantiles(measured.joints, measured.true_joints, level)[:, 0].mean(-1)
 
@@ -87,10 +87,10 @@ def calibration_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """`metrics.expected_calibration_error`, and its 95 % percentile-bootstrap interval over people.
+    """`metrics.expected_calibration_error` and its 95 % percentile-bootstrap interval over people.
 
-    The error is an absolute value, so that resampling, which adds noise, can only raise it: near 0 the interval lies
-    above the value. With few samples (S under about 50) even a perfect posterior has an error above 0.
+    The error is an absolute value, which the noise of resampling biases upwards: near 0 the interval lies above the
+    value. With few samples (S below about 50) even a perfect posterior has an error above 0.
     """
     levels = calibration_levels(samples)
     q, inside = levels.double(), inside_quantiles(samples, target, levels).double()  # (Q,), (P, Q, J)

@@ -1,9 +1,9 @@
 """Errors of recovered meshes: pure, batched functions; metres in, millimetres out.
 
-PVE: mean distance over the vertices; MPJPE: over the joints, both relative to a named root. PA-: after the similarity
-that fits best (proper rotation; Umeyama, PAMI 1991). With N hypotheses: the first, the error of the mean mesh, and the
-oracle, the smallest of N by each metric on its own, which needs the ground truth. The oracle rewards miscalibration
-(Pierzchlewicz et al., arXiv 2210.11179), so calibration error and coverage stand beside it.
+PVE: mean distance over the vertices; MPJPE: over the joints, both relative to a named root. PA-: after Procrustes
+alignment by a similarity (proper rotation; Umeyama, PAMI 1991). With N hypotheses: the first, the mean mesh, and the
+oracle, the smallest error of N for each metric separately, which needs the ground truth. The oracle rewards
+miscalibration (Pierzchlewicz et al., arXiv 2210.11179), so it is reported with calibration error and coverage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hmdiff.body.skeletons import joint_indices
 from hmdiff.geometry import similarity_align
 
 MILLIMETRES = 1000.0
-# Coordinates aligned at once: 25 hypotheses of 13,718 vertices stay near 30 MB whatever the batch.
+# Maximum number of coordinates aligned at once: bounds the memory for any batch size.
 _CHUNK = 1_000_000
 
 
@@ -26,7 +26,7 @@ def root_of(
     names: Sequence[str],
     root: str | Sequence[str] = "pelvis",
 ) -> Tensor:  # (..., 1, 3)
-    """The root joint, or the middle of several, such as ("left_hip", "right_hip"). `KeyError`: an unknown name."""
+    """The root joint, or the mean of several, such as ("left_hip", "right_hip"). `KeyError`: an unknown name."""
     wanted = [root] if isinstance(root, str) else root
     return joints[..., joint_indices(wanted, names), :].mean(-2, keepdim=True)
 
@@ -35,14 +35,14 @@ def mean_distance(
     predicted: Tensor,  # (..., P, 3) metres
     target: Tensor,  # (..., P, 3) metres; leading dimensions broadcast
 ) -> Tensor:  # (...) mm
-    """Mean Euclidean distance over the points, nothing aligned."""
+    """Mean Euclidean distance over the points, without alignment."""
     return (predicted - target).norm(dim=-1).mean(-1) * MILLIMETRES
 
 
 def vertex_error(
     predicted: Tensor,  # (..., V, 3) metres
     target: Tensor,  # (..., V, 3)
-    predicted_root: Tensor | None = None,  # (..., 1, 3) taken from the predicted vertices; None: they are root-relative
+    predicted_root: Tensor | None = None,  # (..., 1, 3); None: the vertices are already root-relative
     target_root: Tensor | None = None,  # (..., 1, 3)
 ) -> Tensor:  # (...) mm
     """PVE: mean distance over the vertices, each mesh relative to its own root."""
@@ -71,10 +71,10 @@ def procrustes_error(
     predicted: Tensor,  # (..., P, 3) metres
     target: Tensor,  # (..., P, 3); leading dimensions broadcast
 ) -> Tensor:  # (...) mm
-    """PA-MPJPE or PA-PVE: mean distance after each prediction is moved onto its target by the best similarity."""
+    """PA-MPJPE or PA-PVE: mean distance after Procrustes alignment of each prediction to its target."""
     predicted, target = torch.broadcast_tensors(predicted, target)
     shape = predicted.shape[:-2]
-    # expand keeps a broadcast target a view: only the chunks are ever copied.
+    # A broadcast target stays a view: only chunks are copied.
     index = torch.arange(shape.numel(), device=predicted.device)
     where = torch.unravel_index(index, shape) if shape else ()
     step = max(1, _CHUNK // (3 * predicted.shape[-2]))
@@ -94,7 +94,7 @@ def mesh_errors(
     names: Sequence[str],  # J joint names
     root: str | Sequence[str] = "pelvis",
 ) -> dict[str, Tensor]:  # "pve", "mpjpe", "pa_mpjpe", "pa_pve": (...) mm
-    """All four errors of meshes against their targets; leading dimensions broadcast."""
+    """All four errors; leading dimensions broadcast."""
     origin, target_origin = root_of(joints, names, root), root_of(target_joints, names, root)
     return {
         "pve": vertex_error(vertices, target_vertices, origin, target_origin),
@@ -108,18 +108,18 @@ def oracle_curve(
     errors: Tensor,  # (B, N) mm
     counts: Sequence[int] = (1, 5, 10, 25, 100),
 ) -> dict[int, Tensor]:  # count -> (B,) mm
-    """The best of the first n hypotheses, for every count that N reaches."""
+    """The oracle of the first n hypotheses, for every n in `counts` up to N."""
     best = errors.cummin(1).values
     return {count: best[:, count - 1] for count in counts if count <= errors.shape[1]}
 
 
 def bootstrap_interval(
-    values: Tensor,  # (B,) one number a person
+    values: Tensor,  # (B,) one value per person
     samples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """The mean and its percentile-bootstrap interval (Efron 1979), people drawn with replacement; NaN when empty."""
+    """(mean, low, high): the mean and its percentile-bootstrap interval over people (Efron 1979); NaN if empty."""
     values = values.detach().double().cpu().flatten()
     if not len(values):
         return float("nan"), float("nan"), float("nan")
@@ -138,10 +138,10 @@ def inside_quantiles(
     samples: Tensor,  # (B, S, J, 3) metres, root-relative; 200 samples are usual
     target: Tensor,  # (B, J, 3)
     q: Tensor,  # (Q,) levels
-) -> Tensor:  # (B, Q, J) 1 where the ball of level q about the median holds the truth
-    """[quantile_q |m - x_s| > |m - x_gt|], m the samples' median by coordinate."""
+) -> Tensor:  # (B, Q, J) 1 where the ball of level q about the median contains the ground truth
+    """[quantile_q |m - x_s| > |m - x_gt|], with m the coordinate-wise median of the samples."""
     inside = []
-    for drawn, truth in zip(samples, target, strict=True):  # torch.quantile refuses more than 16 million numbers
+    for drawn, truth in zip(samples, target, strict=True):  # torch.quantile takes at most 16 million numbers
         center = torch.quantile(drawn, 0.5, dim=0)
         radius = torch.quantile((drawn - center).norm(dim=-1), q, dim=0)
         inside.append((radius > (truth - center).norm(dim=-1)).to(drawn.dtype))
@@ -153,7 +153,7 @@ def calibration_levels(like: Tensor, levels: int = 21) -> Tensor:  # (Q,) from 0
 
 
 def calibration_error(
-    frequency: Tensor,  # (..., Q, J) how often the ball of a level holds the truth
+    frequency: Tensor,  # (..., Q, J) how often the ball of level q contains the ground truth
     q: Tensor,  # (Q,)
 ) -> Tensor:  # (...)
     """mean over q of |median over joints of freq_j(q) - q|; 0 is perfect, 0.5 the worst."""
@@ -174,5 +174,6 @@ def coverage(
     target: Tensor,  # (B, J, 3)
     level: float = 0.9,
 ) -> Tensor:  # (J,) 0..1
-    """How often the ball about the median with `level` of the samples holds the truth too; `level` when calibrated."""
+    """How often the ball about the median that contains `level` of the samples contains the ground truth; `level` if
+    calibrated."""
     return inside_quantiles(samples, target, samples.new_tensor([level])).mean(0)[0]

@@ -1,6 +1,6 @@
-"""The model card of a checkpoint: what it is, and figures that `hmdiff evaluate` measured of these very weights.
+"""The model card of a checkpoint: a description, and results of `hmdiff evaluate` for these weights.
 
-The form is the Hub's (a YAML head, then Markdown; Mitchell et al., Model Cards for Model Reporting, 2019).
+Format of the Hugging Face Hub: YAML header, then Markdown (Mitchell et al., Model Cards for Model Reporting, 2019).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ tags: [human-mesh-recovery, diffusion, 3d-human-pose]
 
 
 def read_reports(
-    path: str | Path,  # the all.json of `hmdiff evaluate`
+    path: str | Path,  # all.json of `hmdiff evaluate`
     model_hash: str,  # of the checkpoint's files
 ) -> list[dict[str, Any]]:
-    """The reports of this checkpoint. Raises `UserError` for a file without any, such as of other weights."""
+    """The reports of this checkpoint. Raises `UserError` if the file has none."""
     from hmdiff.files.reading import read_json
 
     try:
@@ -46,7 +46,7 @@ def model_card(
     reports: Sequence[Mapping[str, Any]],  # of `read_reports`
     reliability: Mapping[str, Mapping[str, Any]] | None = None,  # split -> report of `hmdiff evaluate --reliability`
 ) -> str:  # Markdown
-    """Every figure is one of the reports; how it was measured stands beside it."""
+    """The card. All figures are from the reports, and given with the command that measures them."""
     config = pipeline.model.config
     parameters = sum(each.numel() for each in pipeline.model.parameters())
     sampler = f"{pipeline.num_inference_steps} steps" if config.mode == "diffusion" else "one step"

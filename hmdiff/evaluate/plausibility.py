@@ -1,8 +1,8 @@
-"""Is every hypothesis a body? Torn edges, bent joints, and how far the body's skin lies from what was predicted.
+"""Plausibility of hypotheses: torn edges, joint limit violations, distance of the fitted body from the prediction.
 
-An edge of the full mesh counts as torn as in `hmdiff.evidence`; true bodies have such edges too (armpits, groins), so
-their share stands beside. Joint limits are those of
-`hmdiff/body/anatomy.py`. Our choice throughout. B people, N hypotheses, V vertices, E edges.
+Torn edges of the full mesh are defined in `hmdiff.evidence`; ground truth bodies have some too (armpits, groins), so
+their share is reported for comparison. Joint limits: `hmdiff/body/anatomy.py`. The metrics are our choice.
+B people, N hypotheses, V vertices, E edges.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hmdiff.output import MeshOutput
 
 
 class BodyWatch:
-    """Callback of an evaluation that collects these figures of every person."""
+    """Callback of an evaluation that collects these metrics for every person."""
 
     def __init__(self, body: Body) -> None:
         assert body.faces is not None
@@ -49,7 +49,7 @@ class BodyWatch:
         self.found.setdefault(name, []).append(values.float().cpu())
 
     def report(self) -> dict[str, Any]:
-        """Means over people with intervals, and the largest excess over a joint's limit of anybody's hypotheses."""
+        """Means over people with intervals, and the largest joint limit violation of all hypotheses."""
         joined = {name: torch.cat(parts) for name, parts in self.found.items()}
         report: dict[str, Any] = {name: interval(values) for name, values in joined.items()}
         if "beyond_limits_degrees" in joined:

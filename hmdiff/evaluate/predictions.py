@@ -1,13 +1,13 @@
-"""Predictions from files: other people's methods, scored by our protocols. FOLDER/*.npz, any number of files, each with
+"""Predictions of other methods from files, to be scored by the protocols: FOLDER/*.npz, any number of files, each with
 
-    names        (M,)             the people's names, as the data set's records have them
+    names        (M,)             names of the people, as in the data set's records
     vertices     (M, V, 3)        metres, camera frame (x right, y down, z forward); or (M, N, V, 3), N hypotheses
-    joints       (M, J, 3)        instead of vertices, or beside them; or (M, N, J, 3)
-    joint_names  (J,)             what they are called; joints need them
-    selected     (M,)             optional: which of the N hypotheses the method chooses, without the truth
+    joints       (M, J, 3)        instead of vertices, or in addition; or (M, N, J, 3)
+    joint_names  (J,)             required with joints
+    selected     (M,)             optional: index of the hypothesis that the method selects without ground truth
 
-The files together must predict everybody who is scored, once. Nothing is unpickled. Translation counts for nothing but
-in humaniflow, which compares SMPL's raw output.
+The files together must contain each scored person once. Nothing is unpickled. Translation only matters for humaniflow,
+which compares raw SMPL output.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Predicted(NamedTuple):
 
 
 class PredictionFiles:
-    """A folder of predictions; nothing but names and shapes is read at first.
+    """A folder of predictions; the constructor only reads names and shapes.
 
     Raises:
-        UserError: no such folder, no file, a file that is not of the layout above, or somebody predicted twice.
+        UserError: no such folder, no file, a file of another layout, or a person who is predicted twice.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        num_vertices: int,  # of the body that is scored
+        num_vertices: int,  # of the scored body
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -67,15 +67,15 @@ class PredictionFiles:
         return self._layout[1]
 
     def fingerprint(self) -> list[list[object]]:
-        """Of the files, by name, size and time: whether they are those of an earlier run."""
+        """Name, size and modification time of each file, to detect changes between runs."""
         return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.files]
 
     def check_names(
         self,
-        wanted: Sequence[str],  # that are scored
-        known: Sequence[str] | None = None,  # all of the data set; None: the same
+        wanted: Sequence[str],  # people to score
+        known: Sequence[str] | None = None,  # all people of the data set; None: `wanted`
     ) -> None:
-        """Raises `UserError` naming the first who has no prediction, or whom the data set does not know."""
+        """Raises `UserError` naming the first person without a prediction, or the first unknown name."""
         missing = [name for name in wanted if name not in self.places]
         if missing:
             raise UserError(
@@ -88,7 +88,7 @@ class PredictionFiles:
                 raise UserError(f"{self.files[file]}: {name!r} is nobody of this data; is it the right split?")
 
     def take(self, names: Sequence[str]) -> Predicted:
-        """The predictions of these people. Raises `UserError` naming the one whose numbers are not finite."""
+        """The predictions for these people. Raises `UserError` naming the first with non-finite values."""
         rows = []
         for name in names:
             file, row = self.places[name]
@@ -181,7 +181,7 @@ def _words(layout: tuple[tuple[str, ...], int] | None) -> str:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Of the arrays of an npz file, read off their headers."""
+    """Shapes of the arrays of an npz file, read from their headers."""
     archive = ArrayArchive(path)
     return {name: archive.shape(name) for name in archive.names}
 

@@ -1,7 +1,7 @@
-"""What each named protocol computes of predicted and true bodies: pure functions, any leading dimensions.
+"""Error functions of the named protocols: pure, with any leading dimensions.
 
-Every function takes bodies whose joints are already those of the protocol (`protocols` regresses them) and gives
-a dictionary of metrics: millimetres, or shares of 0..1. Vertices may be missing; what needs them is then left out.
+Each function takes bodies with the protocol's joints (regressed in `protocols`) and returns a dictionary of metrics,
+millimetres or shares 0..1. Without vertices, metrics that need them are omitted.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Bodies:
     joint_names: tuple[str, ...] = ()  # J
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Bodies:
-        """The same with `function` applied to both tensors."""
+        """Apply `function` to vertices and joints."""
         vertices, joints = (None if value is None else function(value) for value in (self.vertices, self.joints))
         return Bodies(vertices, joints, self.joint_names)
 
     def named(self, names: Sequence[str]) -> Tensor:  # (..., len(names), 3)
-        """Joints by name. Raises `UserError` for one that is missing."""
+        """Joints by name. Raises `UserError` for a missing one."""
         assert self.joints is not None
         missing = [name for name in names if name not in self.joint_names]
         if missing:
@@ -45,7 +45,7 @@ class Bodies:
         return self.joints[..., joint_indices(names, self.joint_names), :]
 
     def regressed(self, regressor: Tensor, names: tuple[str, ...]) -> Bodies:
-        """With joints of a regressor (J, V), read off the vertices, in place of its own."""
+        """With joints regressed from the vertices by a (J, V) regressor."""
         assert self.vertices is not None
         return Bodies(self.vertices, regressor.to(self.vertices) @ self.vertices, names)
 
@@ -53,10 +53,10 @@ class Bodies:
 def joint_errors(
     predicted: Bodies,
     target: Bodies,
-    joints: Sequence[str],  # that are compared
-    root: Sequence[str],  # relative to their middle
+    joints: Sequence[str],  # to compare
+    root: Sequence[str],  # joints whose mean is the root
 ) -> Errors:
-    """MPJPE about the root and PA-MPJPE (similarity of least squares, its rotation proper), over the same joints."""
+    """MPJPE relative to the root, and PA-MPJPE (similarity with proper rotation), over the same joints."""
     names = list(dict.fromkeys([*joints, *root]))
     guess, truth = predicted.named(names), target.named(names)
     chosen = joint_indices(joints, names)
@@ -67,7 +67,7 @@ def joint_errors(
 
 
 def vertex_errors(predicted: Bodies, target: Bodies, roots: tuple[Tensor, Tensor]) -> Errors:  # roots (..., 1, 3)
-    """PVE, each mesh about its own root; nothing where one of them has no vertices."""
+    """PVE, each mesh relative to its own root; empty if one of them has no vertices."""
     if predicted.vertices is None or target.vertices is None:
         return {}
     return {"pve": vertex_error(predicted.vertices, target.vertices, *roots)}
@@ -94,7 +94,7 @@ def jotr_errors(predicted: Bodies, target: Bodies, regressors: Mapping[str, Tens
     errors = joint_errors(predicted, target, H36M14, ("pelvis",))
     if predicted.vertices is None or target.vertices is None:
         return errors
-    row = regressors["body"][:1].to(predicted.vertices)  # SMPL's joint 0, its pelvis
+    row = regressors["body"][:1].to(predicted.vertices)  # SMPL's joint 0, the pelvis
     return errors | vertex_errors(predicted, target, (row @ predicted.vertices, row @ target.vertices))
 
 
@@ -114,7 +114,7 @@ def scaled_onto(
     source: Tensor,  # (..., P, 3)
     target: Tensor,  # (..., P, 3)
 ) -> Tensor:  # (..., P, 3)
-    """Source with the mean and the root mean square radius of target: HuManiFlow's scale correction, no rotation."""
+    """HuManiFlow's scale correction: source with the mean and RMS radius of target, without rotation."""
     centred = source - source.mean(-2, keepdim=True)
     goal = target - target.mean(-2, keepdim=True)
     radius, wanted = (points.square().sum((-2, -1), keepdim=True).sqrt() for points in (centred, goal))
@@ -126,7 +126,7 @@ def emdb_errors(predicted: Bodies, target: Bodies, regressors: Mapping[str, Tens
     if predicted.vertices is None or target.vertices is None:
         return errors
     errors |= vertex_errors(predicted, target, _roots(predicted, target, HIPS))
-    # The mesh goes where the joints' similarity takes it: it has none of its own.
+    # EMDB aligns the mesh by the similarity of the joints.
     guess, truth = torch.broadcast_tensors(predicted.named(SMPL24), target.named(SMPL24))
     scale, rotation, translation = similarity_transform(guess, truth)
     moved = scale[..., None, None] * predicted.vertices @ rotation.mT + translation[..., None, :]
@@ -142,7 +142,7 @@ def freihand_errors(predicted: Bodies, target: Bodies, regressors: Mapping[str, 
         if metric == "mpjpe":
             guess = predicted.named(target.joint_names)
         guess, truth = torch.broadcast_tensors(guess, truth)
-        aligned = orthogonal_align(guess, truth)  # joints and vertices apart, each its own
+        aligned = orthogonal_align(guess, truth)  # separately for joints and vertices
         errors[f"pa_{metric}"] = (aligned - truth).norm(dim=-1).mean(-1) * MILLIMETRES
         errors["auc_joints" if metric == "mpjpe" else "auc_vertices"] = curve_area(aligned, truth)
         if metric == "pve":

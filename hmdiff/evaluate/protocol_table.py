@@ -1,4 +1,4 @@
-"""A protocol's reports as a table: the protocol in words, all who were scored, what papers published by it."""
+"""A protocol's reports as a table: the protocol's definition, all scored methods, published results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _cell(protocol: Protocol, metric: str, value: float | dict[str, float] | Non
 
 
 def print_protocol(protocol: Protocol, data: str, synthetic: bool, reports: list[dict[str, Any]]) -> None:
-    """The protocol in words, a table of everybody who was scored by it, and what papers published by it."""
+    """Print the protocol's definition, and a table of all scored methods and published results."""
     width = shutil.get_terminal_size((WIDTH, 40)).columns if sys.stdout.isatty() else WIDTH
     print(f"\nprotocol {protocol.title}: {protocol.citation}")
     for word in ("ground_truth", "joints", "root", "alignment"):

@@ -1,10 +1,10 @@
-"""Named evaluation protocols: which ground truth, joints, root and alignment. The name goes with every number.
+"""Named evaluation protocols: ground truth, joints, root and alignment. Every number is reported with its protocol.
 
-Two protocols give two numbers for the same prediction, so none of them compares across names. A protocol is an object
-without data: bodies in, errors of every person out. `min_of_n` and `biggs` say what is reported of several hypotheses,
-and take what one hypothesis is worth from a base protocol. B people, N hypotheses, J joints, V vertices.
+Numbers of different protocols are not comparable. A protocol maps predicted and ground truth bodies to errors per
+person. `min_of_n` and `biggs` define what is reported for several hypotheses; each hypothesis is scored by a base
+protocol. B people, N hypotheses, J joints, V vertices.
 
-The facts were read in the authors' own evaluation code, cited below; what we add to it is marked as ours.
+Definitions follow the authors' evaluation code, cited below; our additions are marked "ours".
 """
 
 from __future__ import annotations
@@ -54,29 +54,29 @@ class Protocol:
     root: str
     alignment: str
     kind: str  # of body: smpl, mano, or any (the model's own)
-    mesh: str  # of the ground truth: gendered, neutral, or labelled (the model's own body as the data set has it)
-    regressor: str  # h36m, h36m_correct (the user's files), body (its J_regressor) or keypoints (the body's own)
+    mesh: str  # of the ground truth: gendered, neutral, or labelled (the data set's mesh on the model's own body)
+    regressor: str  # h36m, h36m_correct (the user's files), body (its J_regressor) or keypoints (the body's)
     skeleton: tuple[str, ...]  # names of the regressor's rows
-    needed: tuple[str, ...]  # joints that a prediction without vertices must give
-    centre: tuple[str, ...]  # what hypotheses are brought together at before their mean is taken; empty: nothing
-    metrics: Mapping[str, Metric]  # in the order in which they are shown
+    needed: tuple[str, ...]  # joints that a prediction without vertices must have
+    centre: tuple[str, ...]  # root at which hypotheses are aligned before averaging; empty: none
+    metrics: Mapping[str, Metric]  # in display order
     errors: ErrorFunction
-    mesh_joints: bool = True  # joints are read off the vertices, even where a prediction gives its own as well
-    same_source: bool = False  # joints read off a predicted mesh meet joints read off the true mesh
-    motion_capture: bool = False  # a data set without bodies is scored on its measured joints
+    mesh_joints: bool = True  # always regress joints from the vertices, even if a prediction also has joints
+    same_source: bool = False  # if predicted joints are regressed from the mesh, so are the ground truth's
+    motion_capture: bool = False  # data sets without bodies are scored on their measured joints
     base: Protocol | None = None  # of min_of_n and biggs
 
     @property
     def title(self) -> str:
-        """The name that goes with every number: `spin`, or `min_of_n/spin`."""
+        """The name reported with every number: `spin`, or `min_of_n/spin`."""
         return self.name if self.base is None else f"{self.name}/{self.base.name}"
 
     def completed(
         self,
         bodies: Bodies,
-        regressors: Mapping[str, Tensor],  # (J, V) each, of the names in `needs_regressors`
+        regressors: Mapping[str, Tensor],  # (J, V) each, for the names in `needs_regressors`
     ) -> Bodies:
-        """With the protocol's joints. Raises `UserError` where they cannot be had."""
+        """The bodies with the protocol's joints. Raises `UserError` if they can neither be found nor regressed."""
         own = bodies.joints is not None and not (self.mesh_joints and bodies.vertices is not None)
         if own:
             bodies.named(self.needed)
@@ -86,7 +86,7 @@ class Protocol:
         return bodies.regressed(regressors[self.regressor], self.skeleton)
 
     def both(self, predicted: Bodies, target: Bodies, regressors: Mapping[str, Tensor]) -> tuple[Bodies, Bodies]:
-        """Prediction and truth with the protocol's joints."""
+        """Prediction and ground truth with the protocol's joints."""
         if self.same_source and predicted.joints is None and target.vertices is not None:
             target = Bodies(target.vertices)
         return self.completed(predicted, regressors), self.completed(target, regressors)
@@ -97,7 +97,7 @@ class Protocol:
         target: Bodies,  # leading dimensions broadcast
         regressors: Mapping[str, Tensor] | None = None,
     ) -> Errors:  # metric -> (...)
-        """Errors of every prediction, by the metric's key."""
+        """Errors of every prediction, by metric."""
         regressors = regressors or {}
         predicted, target = self.both(predicted, target, regressors)
         found = self.errors(predicted, target, regressors)
@@ -108,7 +108,7 @@ class Protocol:
         predicted: Bodies,  # (B, N, ...)
         regressors: Mapping[str, Tensor] | None = None,
     ) -> Bodies:  # (B, ...)
-        """The mean of the hypotheses, each taken relative to the protocol's root first."""
+        """The mean of the hypotheses after aligning them at the protocol's root."""
         bodies = self.completed(predicted, regressors or {})
         if self.centre:
             origin = root_of(bodies.named(self.centre), self.centre, self.centre)
@@ -267,7 +267,7 @@ PROTOCOLS: dict[str, Protocol] = {
     )
 }
 
-MANY: dict[str, tuple[str, str]] = {  # of several hypotheses: citation, and what is reported of them
+MANY: dict[str, tuple[str, str]] = {  # for several hypotheses: citation, and what is reported
     "min_of_n": (
         "as ProHMR (Kolotouros et al., ICCV 2021, arXiv 2108.11944) and what followed it; calibration: Pierzchlewicz "
         "et al., arXiv 2210.11179",
@@ -284,10 +284,10 @@ MANY: dict[str, tuple[str, str]] = {  # of several hypotheses: citation, and wha
 
 def get_protocol(
     name: str,  # of PROTOCOLS, or of MANY
-    base: str | None = None,  # of min_of_n and biggs; None: spin on SMPL, freihand on MANO, synthetic on another body
-    body: str | None = None,  # kind of body, which decides the base: smpl, mano, or another
+    base: str | None = None,  # for min_of_n and biggs; None: spin on SMPL, freihand on MANO, else synthetic
+    body: str | None = None,  # kind of body, which determines the default base: smpl, mano, or another
 ) -> Protocol:
-    """A protocol by name. Raises `UserError` for an unknown one, and for a base where there is none to choose."""
+    """A protocol by name. Raises `UserError` for an unknown name, or an invalid base."""
     known = [*PROTOCOLS, *MANY]
     for word in (name, base):
         if word is not None and word not in known:

@@ -1,7 +1,7 @@
-"""Rows that papers published, to stand beside our numbers, each with where it is from. None of them was run by us.
+"""Published results for comparison, each with its source. None of them was reproduced by us.
 
-The protocol of a row is the one that the paper's own code or its table's neighbours use; where that is not known the
-note says so. Millimetres; `ece` is a share.
+The protocol of a row is that of the paper's code, or of the other rows in the paper's table; a note marks rows whose
+protocol is unknown. Millimetres; `ece` is a share.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ class Published(NamedTuple):
     protocol: str  # of `hmdiff.evaluate.protocols`
     method: str
     data: str
-    values: dict[str, float]  # metric -> what the paper prints
+    values: dict[str, float]  # metric -> value in the paper
     source: str
     note: str = ""
 
@@ -104,5 +104,5 @@ PUBLISHED: tuple[Published, ...] = (
 
 
 def published_rows(protocol: str) -> list[Published]:
-    """All rows of a protocol, by its name without its base."""
+    """All rows of a protocol; the name is without its base."""
     return [row for row in PUBLISHED if row.protocol == protocol]

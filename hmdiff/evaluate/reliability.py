@@ -1,10 +1,9 @@
-"""Does the confidence tell how often it is right? Reliability, conformal coverage and rank by split.
+"""Reliability of the confidence by split: ECE, Brier skill, conformal coverage and rank correlation.
 
-ECE is the mean difference of predicted and counted frequency over bins of the prediction, weighted by how many points
-are in them (Naeini et al., AAAI 2015); the Brier skill score is 1 less the Brier score over that of always predicting
-the split's own frequency, 0 where the confidence knows nothing of a point (Murphy 1973). Conformal intervals are those
-of `hmdiff.diffusion.confidence`: off the distribution that they were fitted on they promise nothing, which shows here.
-P people, K joints, V vertices.
+ECE: mean absolute difference between predicted and observed frequency over bins of the prediction, weighted by bin size
+(Naeini et al., AAAI 2015). Brier skill score: 1 - Brier score / Brier score of predicting the split's frequency, 0 for
+an uninformative confidence (Murphy 1973). Conformal intervals are those of `hmdiff.diffusion.confidence`; they have no
+guarantee outside the distribution they were fitted on. P people, K joints, V vertices.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ COLUMNS = (
 
 
 class Observed(NamedTuple):
-    """Spread of the hypotheses, uncalibrated, and error of their mean, both mm and relative to the pelvis."""
+    """Uncalibrated spread of the hypotheses and error of their mean, both mm and relative to the pelvis."""
 
     joint_spread: Tensor  # (P, K)
     joint_error: Tensor  # (P, K)
@@ -54,7 +53,7 @@ class Observed(NamedTuple):
     evidence: Tensor  # (P, 3) see `hmdiff.diffusion.image_evidence`
 
     def tempered(self, fitted: Temperature) -> Observed:
-        """With the spread as it is reported, times everybody's temperature."""
+        """The same with the spread multiplied by each person's temperature."""
         temperature = fitted.of(self.evidence)[:, None]
         return self._replace(
             joint_spread=temperature * self.joint_spread, vertex_spread=temperature * self.vertex_spread
@@ -62,7 +61,7 @@ class Observed(NamedTuple):
 
 
 class SpreadWatch:
-    """Callback of calls to the pipeline that collects what `Observed` holds."""
+    """Callback of an evaluation that collects `Observed`."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, ...]] = []
@@ -89,9 +88,9 @@ def observe(
     split: str,
     people: int,
     sampling: SamplingConfig,
-    progress: Callable[[int], None] | None = None,  # told how many people are done
+    progress: Callable[[int], None] | None = None,  # called with the number of people done
 ) -> tuple[Measured, Observed]:
-    """Draw a split's people, as `hmdiff.evaluate.evaluation` numbers and roots them."""
+    """Run the pipeline on a split, as `hmdiff.evaluate.evaluation.measure`."""
     watch = SpreadWatch()
     samples = split_batches(data, split, people)
     found = measure(pipeline, samples, sampling, progress=progress, observe=watch)[sampling.num_hypotheses]
@@ -99,10 +98,11 @@ def observe(
 
 
 def reliability(
-    observed: Observed,  # its spread with the temperature
+    observed: Observed,  # with calibrated spread
     confidence: Confidence,
 ) -> dict[str, Any]:
-    """kind -> radius -> said, counted, ece, skill, curve; "intervals"; "person": rank correlation with PVE."""
+    """kind -> radius -> said (mean prediction), counted (observed frequency), ece, skill, curve; "intervals": coverage
+    and mean radius; "person": rank correlation with PVE."""
     report: dict[str, Any] = {kind: {} for kind in KINDS}
     report["intervals"] = {kind: {} for kind in KINDS}
     person: dict[int, float] = {}
@@ -178,7 +178,7 @@ def reliability_rows(split: str, report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def reliability_picture(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
-    """The reliability diagram: predicted against counted frequency, a panel a radius and kind, a line a split."""
+    """Reliability diagram: predicted against observed frequency, a panel per radius and kind, a line per split."""
     from matplotlib.figure import Figure
 
     from hmdiff.files.storage import atomic_file

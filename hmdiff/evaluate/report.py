@@ -1,6 +1,6 @@
-"""A protocol over a data set: blocks of people shared by several processes and gathered by index.
+"""Scoring a data set by a protocol: blocks of people are distributed over processes and gathered by index.
 
-Everybody must be there once, and the report is made of the same numbers in the same order whoever computed them.
+Every person must be scored exactly once; the report does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INDEX, _INSIDE = "index", "inside"
 
 
 class People(Protocol):
-    """Who is scored: see `hmdiff.evaluate.scored_people`."""
+    """People to score, see `hmdiff.evaluate.scored_people`."""
 
     people: int
     block_size: int
@@ -39,19 +39,19 @@ class People(Protocol):
 
 
 class Processes:
-    """This process among those that torchrun or `accelerate launch` started; alone where none did."""
+    """The processes started by torchrun or `accelerate launch`; otherwise only this one."""
 
-    def __init__(self, cpu: bool = True) -> None:  # cpu: by gloo
+    def __init__(self, cpu: bool = True) -> None:  # cpu: use gloo
         self.number, self.count = 0, 1
         self._device: torch.device | None = None
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
         if wanted > 1:
             from accelerate import PartialState
 
-            # A process whose blocks are done waits for the slowest.
+            # Long timeout: finished processes wait for the slowest.
             state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=2))
             self.number, self.count, self._device = state.process_index, state.num_processes, state.device
-            if self.count != wanted:  # accelerate may silently start each as if it were alone
+            if self.count != wanted:  # accelerate may silently run each process as if it were the only one
                 raise UserError(
                     f"{wanted} processes were started and {self.count} found each other; start them with torchrun, and "
                     "on processors with --device cpu"
@@ -62,7 +62,7 @@ class Processes:
         return self.number == 0
 
     def device(self, wanted: torch.device) -> torch.device:
-        """Of this process: each has its own where several share the GPUs."""
+        """The device of this process; with several processes, each has its own GPU."""
         mine = self._device
         return mine if mine is not None and mine.type == wanted.type and wanted.index is None else wanted
 
@@ -71,7 +71,7 @@ class Processes:
             torch.distributed.barrier()
 
     def gather(self, mine: list[Any]) -> list[Any]:
-        """Everybody's items, in the order of the processes."""
+        """The items of all processes, in their order."""
         if self.count == 1:
             return mine
         found: list[Any] = [None] * self.count
@@ -81,10 +81,10 @@ class Processes:
 
 @dataclasses.dataclass(frozen=True)
 class PersonScores:
-    """What everybody's prediction is worth; P people in their order."""
+    """Scores of P people, in their order."""
 
     rows: dict[str, dict[str, Tensor]]  # row -> metric -> (P,) float64
-    inside: Tensor | None  # (P, Q, J), of min_of_n
+    inside: Tensor | None  # (P, Q, J) for the calibration error, only for min_of_n
 
 
 def score_people(
@@ -92,9 +92,9 @@ def score_people(
     people: People,
     regressors: Mapping[str, Tensor],
     processes: Processes | None = None,
-    progress: Callable[[int], None] | None = None,  # told how many people this process has done
+    progress: Callable[[int], None] | None = None,  # called with the number of people this process has done
 ) -> PersonScores:
-    """Score all people. Raises `UserError` where somebody is missing at the end, or there twice."""
+    """Score all people. Raises `UserError` if a person is missing or scored twice."""
     processes = processes or Processes()
     blocks = range((people.people + people.block_size - 1) // people.block_size)
     mine = []
@@ -108,7 +108,7 @@ def score_people(
 def _score_block(
     protocol: ScoringProtocol, people: People, number: int, regressors: Mapping[str, Tensor]
 ) -> dict[str, np.ndarray]:
-    """Index, and a column for every row and metric."""
+    """The index, and one column per row and metric."""
     columns: dict[str, list[np.ndarray]] = {}
     for part in people.parts(number):
         on = next(t for t in (part.predicted.vertices, part.predicted.joints) if t is not None)
@@ -123,7 +123,7 @@ def _score_block(
 
 
 def _assembled(blocks: list[dict[str, np.ndarray]], people: int) -> PersonScores:
-    """In the order of the people, each of whom must be there once."""
+    """Concatenate blocks and sort by index; each person must occur once."""
     index = np.concatenate([block[_INDEX] for block in blocks])
     counted = np.bincount(index, minlength=people)
     wrong = np.flatnonzero(counted != 1)
@@ -175,9 +175,9 @@ def save_scores(
     scores: PersonScores,
     names: list[str],  # P
     report: Mapping[str, Any],
-    path: Path,  # NAME.json; NAME.npz, everybody's values, beside it
+    path: Path,  # NAME.json; per-person values go to NAME.npz
 ) -> None:
-    """Write the report last: where it is, everything is."""
+    """Write values and report. The report is written last: if it exists, both are complete."""
     values = {
         f"{protocol.title}/{metric}/{row}": errors.numpy()
         for row, metrics in scores.rows.items()

@@ -1,7 +1,6 @@
-"""Who is scored, block by block: a pipeline's people or predictions from files, beside the truth of each.
+"""People to score, block by block: a pipeline's output or predictions from files, with their ground truth.
 
-A block is the unit of work: its people and the batches within it do not depend on how many processes share the blocks,
-so neither do the numbers.
+A block is the unit of work. Its people and batches do not depend on the number of processes, so neither do the results.
 """
 
 from __future__ import annotations
@@ -29,25 +28,25 @@ from hmdiff.pipeline import HMDiffPipeline
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some people, predicted and true."""
+    """A batch of people: predictions and ground truth."""
 
-    index: Tensor  # (B,) among all who are scored
+    index: Tensor  # (B,) among all scored people
     predicted: Bodies  # (B, N, ...)
     target: Bodies  # (B, ...)
     choose: Choose = nobody
-    aggregated: Bodies | None = None  # (B, ...) all hypotheses as one, by the pipeline's own MLP
+    aggregated: Bodies | None = None  # (B, ...) one body from all hypotheses, by the pipeline's aggregation MLP
 
 
 class Truths(Protocol):
-    """The true bodies of a data set, by position."""
+    """The ground truth bodies of a data set, by position."""
 
-    def names(self) -> list[str]: ...  # of everybody
+    def names(self) -> list[str]: ...  # of all people
 
     def take(self, positions: Sequence[int]) -> Bodies: ...  # (B, ...)
 
 
 class RecordTruths:
-    """Of records: prepared shards, or a part of them."""
+    """Ground truth of records: prepared shards, or a part of them."""
 
     def __init__(
         self,
@@ -69,7 +68,7 @@ class RecordTruths:
 
 
 class SampleTruths:
-    """Of synthetic people, whose bodies are the model's own; named SPLIT/000000."""
+    """Ground truth of synthetic people, on the model's own body; named SPLIT/000000."""
 
     def __init__(self, data: PeopleSource, split: str, people: int) -> None:
         self.data, self.split, self.people = data, split, people
@@ -113,7 +112,7 @@ class PredictedPeople:
 
 
 class PipelinePeople:
-    """What a pipeline recovers of the people of a data set."""
+    """A pipeline's output for the people of a data set."""
 
     def __init__(
         self,
@@ -147,5 +146,5 @@ class PipelinePeople:
 
 
 def _choice(chosen: Tensor | None, total: int) -> Choose:
-    """A file's choice is among all hypotheses, so it says nothing of the first few."""
+    """A file selects among all hypotheses, so there is no selection for smaller counts."""
     return lambda count: chosen if count == total else None

@@ -1,4 +1,4 @@
-"""The reports of `hmdiff evaluate` over the synthetic splits as tables, with a line on calibration and bodies."""
+"""Tables of `hmdiff evaluate` on the synthetic splits, with notes on calibration and plausibility."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hmdiff.names import METRICS
 
 
 def split_tables(reports: Sequence[dict[str, Any]]) -> Iterator[tuple[Table, list[str]]]:
-    """A table for each split, and lines about each of its checkpoints."""
+    """A table for each split, with notes on each of its checkpoints."""
     for split in dict.fromkeys(report["split"] for report in reports):
         mine = [report for report in reports if report["split"] == split]
         lines = [line for report in mine for line in _rows(report)]
@@ -26,9 +26,9 @@ def split_tables(reports: Sequence[dict[str, Any]]) -> Iterator[tuple[Table, lis
 
 
 def _rows(report: dict[str, Any]) -> Iterator[list[str]]:
-    """A row for each way to make one mesh of the hypotheses."""
+    """A row for each way to reduce the hypotheses to one mesh."""
     errors = report["errors"]
-    # The mean mesh, and a baseline without diffusion, whose hypotheses are all the same: one row holds all there is.
+    # One row for the mean mesh and for direct baselines, whose hypotheses are all equal.
     alone = all(len({json.dumps(value) for value in kinds.values()}) == 1 for kinds in errors.values())
     several = [*KINDS, *(kind for kind in (WEIGHTED, AGGREGATED) if kind in errors["pve"])]
     for number, kind in enumerate([next(iter(errors["pve"]))] if alone else several):
@@ -41,7 +41,7 @@ def _rows(report: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def calibration_line(report: dict[str, Any]) -> str:
-    """How well the spread is calibrated, and with the temperature that was fitted for this way of sampling."""
+    """Calibration error and coverage, without and with the temperature fitted for these sampling settings."""
     level = report["coverage"]["level"]
 
     def calibration(found: dict[str, Any]) -> str:
@@ -57,7 +57,7 @@ def calibration_line(report: dict[str, Any]) -> str:
 
 
 def bodies_line(report: dict[str, Any]) -> str:
-    """Whether the hypotheses are bodies: torn edges, bent joints, and how far skin and predicted vertices are apart."""
+    """Plausibility: torn edges, joint limit violations, and distance of fitted bodies from the predicted vertices."""
     found = report["bodies"]
     line = f"{report['checkpoint']}: {found['torn_edges']['value']:.2%} of the edges off by more than a factor of 2"
     if "torn_edges_of_true_bodies" in found:
@@ -70,7 +70,7 @@ def bodies_line(report: dict[str, Any]) -> str:
 
 
 def band_tables(reports: Sequence[dict[str, Any]]) -> Iterator[Table]:
-    """Errors and spread by how much of a person is visible, for each report that has them."""
+    """Errors and spread by visible fraction, for each report that has them."""
     for report in reports:
         if "bands" in report:
             title = f"{report['checkpoint']}, {report['split']}, by visible fraction: mm (95 % interval)"

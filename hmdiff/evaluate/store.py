@@ -1,7 +1,7 @@
-"""The store of results: a JSON file each, kept with the settings and the hash of the model that it was computed with.
+"""The store of results: one JSON file per result, with the settings and the model hash that it was computed with.
 
-What is there with the same settings is not computed again; a damaged file counts as not there. Evaluation, sweeps and
-ablations share it. Settings stand at the top of a report (`hmdiff evaluate`) or under "settings" (the lab's cells).
+Results with the same settings are not recomputed; damaged files are ignored. Shared by evaluation, sweeps and
+ablations. Settings are top-level keys of a report (`hmdiff evaluate`), or under "settings" (the lab).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 def stored(
     path: Path,
-    settings: Mapping[str, Any],  # as JSON gives them back
-    needs: Sequence[str] = ("errors",),  # keys without which a report is not whole
+    settings: Mapping[str, Any],  # JSON types only
+    needs: Sequence[str] = ("errors",),  # required keys of a complete report
 ) -> dict[str, Any] | None:
-    """The report that was written with the same settings; None where there is none, or it is damaged."""
+    """The stored report with the same settings; None if there is none, or it is damaged."""
     try:
         report: dict[str, Any] = json.loads(path.read_text())
         found = report.get("settings", report)
@@ -40,12 +40,12 @@ def save_report(report: dict[str, Any], path: str | Path) -> None:
 
 
 def digest(values: Any, digits: int = 10) -> str:
-    """Of anything that JSON takes, in hexadecimal digits: a part of a result's file name."""
+    """Hexadecimal hash of any JSON value, used in file names of results."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def model_hash(folder: Path) -> str:
-    """Of all files of a saved pipeline, names and bytes."""
+    """Hash of all files of a saved pipeline, names and contents."""
     found = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         found.update(str(path.relative_to(folder)).encode())
@@ -54,10 +54,10 @@ def model_hash(folder: Path) -> str:
 
 
 def guided_by(guidance: Guidance | None) -> dict[str, Any] | None:
-    """What a report is kept with: None where nothing steers, as in reports that knew of no guidance."""
+    """Guidance settings stored in a report; None if unguided, as in reports from before guidance existed."""
     return dataclasses.asdict(guidance) if guidance is not None and guidance.active else None
 
 
 def suffix(guided: dict[str, Any] | None) -> str:
-    """Of a report's file: guided and unguided ones stand beside each other."""
+    """Suffix of a report's file name, so that guided and unguided reports do not overwrite each other."""
     return "" if guided is None else f"_{guided['mode']}"

@@ -1,4 +1,4 @@
-"""Tables of results: numbers with their intervals as text, on a terminal or in a file, and as CSV."""
+"""Tables of results as text, for a terminal or a file, and as CSV; numbers with intervals."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 from hmdiff.files.storage import atomic_file
 
-WIDTH = 140  # where the output is no terminal
-NOTHING = "-"  # what a row does not have
-Number = Mapping[str, float]  # value, and perhaps low and high
+WIDTH = 140  # characters, if the output is not a terminal
+NOTHING = "-"  # a missing value
+Number = Mapping[str, float]  # value, optionally low and high
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A row without a first cell goes on with the row above; where `ruled`, lines part such groups."""
+    """A row with an empty first cell belongs to the row above; with `ruled`, lines separate such groups."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
     ruled: bool = False
-    names: int = 1  # columns of text; the others are numbers, to the right
+    names: int = 1  # number of text columns; the others are numbers, right-aligned
     width: int = WIDTH
 
     def print(self) -> None:
@@ -51,16 +51,16 @@ class Table:
             console.print(table)
 
     def _parted(self, index: int) -> bool:
-        """Whether a line stands before this row: where a group of several rows begins or has ended."""
+        """Whether a line precedes this row: at the start and after the end of a group of several rows."""
         rows = self.rows
         several = not rows[index - 1][0] or (index + 1 < len(rows) and not rows[index + 1][0])
         return self.ruled and bool(rows[index][0]) and several
 
     def _parts(self, width: int) -> list[list[int]]:
-        """Columns side by side, as many as fit without breaking a number; the rest below, with the names again."""
+        """Split the columns into tables that fit the width without breaking numbers; each repeats the name columns."""
 
         def needed(number: int) -> int:
-            words = max(map(len, self.columns[number].split()), default=0)  # a header may be broken between words
+            words = max(map(len, self.columns[number].split()), default=0)  # headers may wrap between words
             cells = max((len(row[number]) for row in self.rows), default=0)
             return 3 + max(words, min(cells, width // 3) if number < self.names else cells)
 
@@ -77,7 +77,7 @@ class Table:
 
 
 def interval_text(found: Number | None, digits: int = 1, scale: float = 1.0) -> str:
-    """`12.3 (11.0-13.6)`, or the value alone where there is no interval."""
+    """`12.3 (11.0-13.6)`, or only the value if there is no interval."""
     if found is None:
         return NOTHING
     shown = {name: f"{found[name] * scale:.{digits}f}" for name in ("value", "low", "high") if name in found}
@@ -85,7 +85,7 @@ def interval_text(found: Number | None, digits: int = 1, scale: float = 1.0) -> 
 
 
 def difference_text(found: Number | None, digits: int = 1, scale: float = 1.0) -> str:
-    """`-1.2 (-2.0 to +0.4)`, or the value alone where there is no interval."""
+    """`-1.2 (-2.0 to +0.4)`, or only the value if there is no interval."""
     if found is None:
         return NOTHING
     shown = {name: f"{found[name] * scale:+.{digits}f}" for name in ("value", "low", "high") if name in found}
@@ -93,7 +93,7 @@ def difference_text(found: Number | None, digits: int = 1, scale: float = 1.0) -
 
 
 def duration_text(seconds: float | None) -> str:
-    """In the unit that suits it: 35 s, 12 min, 1.5 h, 2.3 days."""
+    """In a suitable unit: 35 s, 12 min, 1.5 h, 2.3 days."""
     if seconds is None:
         return "an unknown time"
     if seconds < 90:
@@ -104,7 +104,7 @@ def duration_text(seconds: float | None) -> str:
 
 
 def save_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """One line a row, a column for every name in any of them; written whole."""
+    """Write rows atomically as CSV, with a column for every name in any row."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, names, restval="")

@@ -1,8 +1,8 @@
-"""Does an uncertainty know the error? Spearman's rank correlation of the two, and its interval over people.
+"""Spearman's rank correlation of uncertainty and error, with intervals over people.
 
-P people, K joints. The uncertainty is whatever should rise with the error: σ̂ of RLE, the spread of the hypotheses.
-Pooled over joints it also rewards knowing that wrists are harder than hips, which a constant table of the joints knows
-too; so the correlation within each joint stands beside it. Three numbers and their bootstrap are our choice.
+P people, K joints. The uncertainty is RLE's σ̂ or the spread of the hypotheses. Pooled over joints, the correlation also
+rewards knowing that wrists are harder than hips, which a constant per joint achieves too; so the correlation within
+each joint is reported as well. The three metrics and their bootstrap are our choice.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 def rank_correlation(
     uncertainty: Tensor,  # (...) any unit
     error: Tensor,  # (...) any unit
-) -> float:  # -1..1; NaN where one of them is constant, or fewer than 2 pairs are finite
-    """Spearman's, ties ranked by their mean. Pairs with a NaN (a joint without a label) are left out."""
+) -> float:  # -1..1; NaN if one of them is constant, or fewer than 2 pairs are finite
+    """Spearman's rank correlation, with mean ranks for ties. Pairs with a NaN (unlabelled joints) are ignored."""
     first, second = (np.asarray(values.detach().double().cpu().flatten()) for values in (uncertainty, error))
     known = np.isfinite(first) & np.isfinite(second)
     if known.sum() < 2:
@@ -38,9 +38,9 @@ def uncertainty_correlations(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, tuple[float, float, float]]:  # value, low, high
-    """By name: "pooled" over all joints of all people; "within_joint", the mean over joints of that among people;
-    "by_person", of each person's mean uncertainty and mean error. Percentile bootstraps, people drawn with replacement,
-    since the joints of one person are not independent.
+    """Correlations: "pooled" over all joints of all people; "within_joint" over people per joint, averaged over joints;
+    "by_person" of each person's mean uncertainty and mean error. Percentile bootstrap over people, since the joints of
+    a person are not independent.
     """
     uncertainty, error = uncertainty.detach().double().cpu(), error.detach().double().cpu()
     generator = torch.Generator().manual_seed(seed)
@@ -63,6 +63,6 @@ def _three(uncertainty: Tensor, error: Tensor) -> tuple[float, float, float]:
     joints = [rank_correlation(uncertainty[:, joint], error[:, joint]) for joint in range(error.shape[1])]
     known = [each for each in joints if math.isfinite(each)]
     within = sum(known) / len(known) if known else math.nan
-    # A person is judged by the joints that have a label, in both.
+    # Per-person means are over labelled joints only, for uncertainty and error.
     masked = torch.where(error.isfinite(), uncertainty, math.nan)
     return rank_correlation(uncertainty, error), within, rank_correlation(masked.nanmean(1), error.nanmean(1))

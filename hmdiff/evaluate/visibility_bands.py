@@ -1,13 +1,12 @@
-"""Errors and spread in bands of how much of a person is visible, and both of hidden against visible vertices.
+"""Errors and spread by visibility: in bins of the visible fraction of a person, and for hidden and visible vertices.
 
-The visible fraction is the share of the body's silhouette in the crop that nothing covers (`Sample.visible_fraction`).
-A vertex is *visible* when it is inside the crop with nothing in front of it, *hidden* when something in front of the
-person covers it or the crop leaves it out, and *turned away* when only the body itself is in front of it: that one is
-unseen but not unknown, so it counts as neither. Bands after JOTR's occlusion issue; the rest is our choice.
+The visible fraction is the unoccluded share of the body's silhouette in the crop (`Sample.visible_fraction`). A vertex
+is *visible* if it is inside the crop and nothing is in front of it, *hidden* if an occluder covers it or it is outside
+the crop, and *turned away* if only the body itself is in front of it; such vertices are unseen but constrained, so they
+are a separate group. The bins and groups are our choice.
 
-How much farther than visible vertices hidden ones should spread is not a matter of taste: the truth is as far from the
-mean of the posterior's samples as they are, so the ratio of the spreads is to be that of the mean mesh's errors,
-whatever that is. Both are reported.
+Under a calibrated posterior the ground truth is as far from the samples' mean as the samples are. The spread of hidden
+over visible vertices should therefore equal the same ratio of the mean mesh's errors. Both ratios are reported.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from hmdiff.evaluate.table import interval_text
 from hmdiff.output import MeshOutput
 from hmdiff.viz.renderer import rasterize, screen_points, visible_vertices
 
-EDGES = (0.8, 0.6, 0.4)  # a fraction on an edge belongs to the band below it: "over 80 %" is over
+EDGES = (0.8, 0.6, 0.4)  # a fraction on an edge belongs to the bin below it
 BANDS = ("over 80 %", "60-80 %", "40-60 %", "under 40 %")
 GROUPS = ("visible", "turned away", "hidden")  # of vertices
 METRICS = ("pve", "pa_mpjpe")
-_NO_SPREAD = 0.01  # mm: a one-step model's hypotheses are one, up to rounding; nothing can be said of a ratio
+_NO_SPREAD = 0.01  # mm: below, the hypotheses are equal up to rounding (one-step models), and ratios are meaningless
 KINDS = ("first", "mean", "oracle")
 
 
 def band_of(
     visible_fraction: Tensor,  # (B,) 0..1
-) -> Tensor:  # (B,) long: which of `BANDS`
-    """The band of each person; an edge (0.8, 0.6, 0.4) is the upper end of the band below it.
+) -> Tensor:  # (B,) long, index into `BANDS`
+    """The visibility bin of each person; an edge (0.8, 0.6, 0.4) belongs to the bin below it.
 
     Raises:
-        UserError: a fraction that is not one.
+        UserError: a fraction outside 0..1.
     """
     fraction = torch.as_tensor(visible_fraction, dtype=torch.float32)
     if not ((fraction >= 0) & (fraction <= 1)).all():
@@ -51,9 +50,9 @@ def band_of(
 def vertex_groups(
     sample: Sample,  # of B people, with the full mesh and their camera
     faces: Tensor,  # (F, 3)
-    size: int = 128,  # pixels a side of the drawing, where the sample has no map of what is in front
-) -> Tensor:  # (B, V) long: which of `GROUPS` each true vertex is in
-    """What can be seen of everybody's true mesh, by drawing it. Without `sample.occlusion` nothing is in front."""
+    size: int = 128,  # pixels, size of the rendering if the sample has no occlusion map
+) -> Tensor:  # (B, V) long, index into `GROUPS`
+    """The group of each ground truth vertex, by rendering. Without `sample.occlusion` there are no occluders."""
     vertices, pelvis, focal, principal = sample.vertices, sample.pelvis, sample.focal, sample.principal_point
     if vertices is None or pelvis is None or focal is None or principal is None:
         raise UserError("which vertices are visible: the people have no full mesh with a camera; build such data")
@@ -62,13 +61,13 @@ def vertex_groups(
         covered, size = covered.to(vertices.device) > 0.5, covered.shape[-1]
     faces = faces.to(vertices.device)
     groups = []
-    for person in range(len(vertices)):  # one at a time bounds the memory
+    for person in range(len(vertices)):  # one at a time to bound the memory
         one = slice(person, person + 1)
         placed = vertices[one] + pelvis[one, None]
         drawn = rasterize(placed, faces, focal[one], principal[one], size)
         front = visible_vertices(drawn, placed, focal[one], principal[one])
         points, _ = screen_points(placed, focal[one], principal[one], size, size)
-        # The pixel that `visible_vertices` looks at too.
+        # The same pixel as in `visible_vertices`.
         pixel = points.round().long()
         outside = ((points < -0.5) | (points >= size - 0.5)).any(-1)
         hidden = outside
@@ -80,7 +79,7 @@ def vertex_groups(
 
 
 class BandWatch:
-    """Looks on while people are measured, and remembers what the errors alone do not tell: `measure(observe=...)`."""
+    """Callback for `measure(observe=...)` that collects visible fraction, spread and vertex groups."""
 
     def __init__(self) -> None:
         self._fractions: list[Tensor] = []
@@ -98,7 +97,7 @@ class BandWatch:
         self._spread.append(output.spread.cpu())
         if sample.vertices is not None and sample.occlusion is not None:
             self._groups.append(vertex_groups(sample, output.faces).to("cpu", torch.int8))
-            # From the pelvis, as the spread is.
+            # Relative to the pelvis, as the spread.
             wrong = output.mean_vertices - sample.vertices.to(output.vertices.device)
             self._errors.append(wrong.norm(dim=-1).cpu() * 1000)
 
@@ -111,11 +110,11 @@ class BandWatch:
         return torch.cat(self._spread)
 
     @property
-    def groups(self) -> Tensor | None:  # (P, V) int8, which of `GROUPS`; None where it is not known of everybody
+    def groups(self) -> Tensor | None:  # (P, V) int8, index into `GROUPS`; None unless known for all people
         return torch.cat(self._groups) if len(self._groups) == len(self._spread) and self._groups else None
 
     def report(self, measured: Measured) -> list[dict[str, Any]]:
-        """One entry a band, then one of everybody."""
+        """One entry per bin, then one for all people."""
         groups = self.groups
         spread = None if groups is None else group_means(self.spread, groups)
         wrong = None if groups is None else group_means(torch.cat(self._errors), groups)
@@ -123,14 +122,14 @@ class BandWatch:
 
 
 def group_means(
-    values: Tensor,  # (P, V) mm, the vertices' spread or error
-    groups: Tensor,  # (P, V) which of `GROUPS`
+    values: Tensor,  # (P, V) mm, spread or error of the vertices
+    groups: Tensor,  # (P, V) index into `GROUPS`
 ) -> Tensor:  # (P, 4) mm
-    """Each person's mean over the vertices of each group, and fourth, what their hidden vertices would have had.
+    """Each person's mean over the vertices of each group, and, fourth, a reference for the hidden vertices.
 
-    Limbs spread more than the trunk, seen or not, so hidden and visible vertices of one person differ in what they
-    are. The fourth number is fair: the mean over a person's hidden vertices of what the same vertices have where they
-    are visible, on the average of all people. NaN where there is no such vertex.
+    Limbs have more spread than the trunk, visible or not, so hidden and visible vertices of one person are not directly
+    comparable. The reference is the mean over a person's hidden vertices of the average value of the same vertices in
+    the people in whom they are visible. NaN if there is no such vertex.
     """
     columns = []
     for number in range(len(GROUPS)):
@@ -150,9 +149,9 @@ def band_report(
     grouped_spread: Tensor | None = None,  # (P, 4) mm of `group_means`
     grouped_errors: Tensor | None = None,  # (P, 4) mm of `group_means`, of the mean mesh
 ) -> list[dict[str, Any]]:
-    """Of each band, and of all: how many people, errors, spread, what the oracle gains over the mean; JSON.
+    """For each bin and for all: number of people, errors, spread, relative gain of the oracle over the mean; JSON.
 
-    Intervals are 95 % percentile bootstraps over people. A band without people has `people: 0` and nothing else.
+    Intervals are 95 % percentile bootstraps over people. An empty bin only has `people: 0`.
     """
     band = band_of(visible_fraction)
     everybody = torch.ones_like(band, dtype=torch.bool)
@@ -204,12 +203,12 @@ def ratio_interval(
     samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Ratio of two means over the same people, with its 95 % percentile-bootstrap interval over them."""
+    """Ratio of two means over the same people, with its 95 % percentile-bootstrap interval."""
     above, below = above.double(), below.double()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(above), (samples, len(above)), generator=generator)
     ratios = above[drawn].sum(1) / below[drawn].sum(1)
-    # A resample may have nothing below: 0 / 0.
+    # A resample may be 0 / 0.
     low, high = torch.nanquantile(ratios, torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
     return {"value": (above.sum() / below.sum()).item(), "low": low, "high": high}
 
@@ -228,7 +227,7 @@ COLUMNS = (
 
 
 def band_rows(report: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The cells of a table with `COLUMNS`: three rows a band, one where nobody is in it."""
+    """The cells of a table with `COLUMNS`: three rows per bin, one for an empty bin."""
     rows = []
     for entry in report:
         name, people = entry["band"], str(entry["people"])
