@@ -56,7 +56,7 @@ class Sample:
     def to(self, device: torch.device | str) -> Sample:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def silenced(self) -> Sample:
+    def zero_unlabelled(self) -> Sample:
         """The same sample with 0 (also in place of NaN) wherever a mask marks the label as missing.
 
         Multiplying a loss by its mask is not enough: NaN times 0 is NaN, in the value or in the gradient.

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from hmdiff.diffusion.gap import Target, distribution_gap, project
 from hmdiff.diffusion.guidance import Guidance
-from hmdiff.diffusion.noising import clean_estimate
+from hmdiff.diffusion.noising import predict_x0
 from hmdiff.diffusion.sampling import Callback, Denoise, sample
 from hmdiff.errors import UserError
 from hmdiff.files.diffusers_parts import Scheduler
@@ -83,7 +83,7 @@ class AlignedDenoiser:
         if no_signal or float(step[0]) > guidance.last + 1e-4:
             prediction = self.denoise(x_t, step)
             if self.first_estimate is None:
-                self.first_estimate = clean_estimate(prediction, x_t, alpha_bar, self.kind)
+                self.first_estimate = predict_x0(prediction, x_t, alpha_bar, self.kind)
                 self._switch(self.gap(self.first_estimate))
             self.steps.append(torch.zeros_like(self.on))
             return prediction
@@ -91,7 +91,7 @@ class AlignedDenoiser:
             x_t_leaf = x_t.detach().requires_grad_(through or guidance.mode == "disrupted")
             with torch.set_grad_enabled(through):
                 prediction = self.denoise(x_t_leaf, step)
-                x0_pred = clean_estimate(prediction, x_t_leaf, alpha_bar, self.kind)
+                x0_pred = predict_x0(prediction, x_t_leaf, alpha_bar, self.kind)
             if self.first_estimate is None:
                 self.first_estimate = x0_pred.detach()
             place = (
@@ -201,7 +201,7 @@ def aligned_sample(
     the one with the smaller gap is returned. This is rare, so the cost is small.
     """
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise UserError(f"guidance needs a scheduler with a signal share; {type(scheduler).__name__} has none")
+        raise UserError(f"guidance needs a scheduler with alphas_cumprod; {type(scheduler).__name__} has none")
     aligned = AlignedDenoiser(denoise, scheduler, keypoints, target, guidance, people)
     noise, generators = start
     points = sample(aligned, scheduler, noise, num_inference_steps, generators, eta, callback=callback)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmdiff.diffusion.noising import clean_estimate
+from hmdiff.diffusion.noising import predict_x0
 from hmdiff.files.diffusers_parts import DDIMScheduler, DDIMSchedulerOutput, randn_tensor
 
 
@@ -42,7 +42,7 @@ class ListedDDIMScheduler(DDIMScheduler):
         later = self.timesteps[self.timesteps < timestep]
         alpha_bar = self.alphas_cumprod[int(timestep)]
         alpha_bar_next = self.alphas_cumprod[int(later[0])] if len(later) else self.final_alpha_cumprod
-        x0_pred = clean_estimate(model_output, sample, alpha_bar, prediction_type)
+        x0_pred = predict_x0(model_output, sample, alpha_bar, prediction_type)
         if prediction_type == "epsilon":
             noise = model_output
         elif prediction_type == "sample":

@@ -31,7 +31,7 @@ def draw_steps(
     return torch.where(terminal, num_train_timesteps - 1, steps)
 
 
-def signal_share(
+def alpha_bar_at(
     scheduler: Scheduler,
     steps: Tensor,  # (...) long
 ) -> Tensor:  # (...) alpha_bar_k
@@ -53,7 +53,7 @@ def training_target(
     return alpha * noise - sigma * clean
 
 
-def clean_estimate(
+def predict_x0(
     prediction: Tensor,  # (..., P, 3)
     noisy: Tensor,  # (..., P, 3) x_k
     share: Tensor,  # (...) alpha_bar_k

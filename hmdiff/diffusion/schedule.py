@@ -56,7 +56,7 @@ def _scheduler(name: str) -> tuple[Any, dict[str, Any]]:
     return ListedDDIMScheduler if name == "ddim" else getattr(import_module("diffusers"), kind), options
 
 
-def signal_shares(
+def alpha_bars(
     num_train_timesteps: int,
     schedule: str = "cosine",
     noise_shift: float = 1.0,
@@ -88,7 +88,7 @@ def make_scheduler(
     noise_shift: float = 1.0,
     prediction_type: str = "sample",
 ) -> Scheduler:
-    """A diffusers scheduler with the schedule of `signal_shares`. Raises `UserError` for an unknown name.
+    """A diffusers scheduler with the schedule of `alpha_bars`. Raises `UserError` for an unknown name.
 
     Timesteps are 'trailing', so sampling always starts at the last training step. The higher-order solvers work on log
     SNR, which must be finite: alpha_bar is at least 2^-24 for them, as in diffusers.
@@ -103,7 +103,7 @@ def make_scheduler(
     terminal = EPSILON_TERMINAL if prediction_type == "epsilon" else 0.0
     if name not in ("ddim", "ddpm"):
         terminal = max(terminal, 2.0**-24)
-    alpha_bar = signal_shares(num_train_timesteps, schedule, noise_shift, terminal)
+    alpha_bar = alpha_bars(num_train_timesteps, schedule, noise_shift, terminal)
     betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
     return kind(
         num_train_timesteps=num_train_timesteps,

@@ -65,7 +65,7 @@ def camera_error(
     return scale + (predicted[..., 1:] - target[..., 1:]).abs().sum(-1)
 
 
-def silence(
+def mask_unlabelled(
     error: Tensor,  # (B, ...)
     labelled: Tensor | None,  # (B,) bool, None = all
 ) -> Tensor:
@@ -86,7 +86,7 @@ def mean_over_labelled(
 
     A mean over the batch would down-weight the mesh term in a mixture with people without mesh labels.
     """
-    mean = silence(error, labelled).mean()
+    mean = mask_unlabelled(error, labelled).mean()
     share = mean.new_ones(()) if labelled is None else labelled.to(mean).mean()
     if shares is not None:
         shares[name] = share.detach()

@@ -15,7 +15,14 @@ from torch import Tensor
 from hmdiff.config import LossConfig
 from hmdiff.data.sample import Sample
 from hmdiff.geometry import weak_perspective_projection
-from hmdiff.losses.mesh import camera_error, edge_error, mean_over_labelled, point_error, reprojection_error, silence
+from hmdiff.losses.mesh import (
+    camera_error,
+    edge_error,
+    mask_unlabelled,
+    mean_over_labelled,
+    point_error,
+    reprojection_error,
+)
 from hmdiff.losses.paths import PathOutputs, path_terms
 from hmdiff.losses.processes import over_processes
 
@@ -37,7 +44,7 @@ def objective(
     shares: dict[str, Tensor] | None = None,  # labelled fraction of the batch for those terms
 ) -> dict[str, Tensor]:  # scalars: the weighted terms, and their sum as "loss"
     """Sum the terms. A sample without a label does not contribute to that label's term."""
-    sample = sample.silenced()
+    sample = sample.zero_unlabelled()
     weight = torch.ones(prediction.shape[-2], device=prediction.device)
     weight[num_coarse:] = config.joints
     labelled = None
@@ -102,7 +109,7 @@ def _camera_term(sample: Sample, camera: Tensor) -> tuple[Tensor, Tensor | None]
     known = camera.new_zeros(len(camera))
     has_camera = torch.zeros_like(known, dtype=torch.bool)
     if sample.camera is not None:
-        known = silence(camera_error(camera, sample.camera), sample.has_camera)
+        known = mask_unlabelled(camera_error(camera, sample.camera), sample.has_camera)
         if sample.has_camera is None:
             return known, None
         has_camera = sample.has_camera

@@ -44,7 +44,7 @@ class DenoiserBlock(nn.Module):
         keys_values: KeysValues,  # of the image, (B, H, L, C/H)
         context_mask: Tensor,  # (B, 1, 1, L) bool
         neighbours: Tensor | None,  # (T, T) bool or None for all
-        hidden: Tensor | None = None,  # (B*N, T) bool: tokens that may not read the image
+        token_mask: Tensor | None = None,  # (B*N, T) bool: tokens that may not read the image
     ) -> Tensor:
         first, second, third = self.modulation(step)
         changed = self.self_attention(modulated(self.norm, tokens, first), mask=neighbours)
@@ -53,8 +53,8 @@ class DenoiserBlock(nn.Module):
         images = len(keys_values[0])
         queries = modulated(self.norm, tokens, second).reshape(images, -1, tokens.shape[-1])
         attended = self.cross_attention(queries, keys_values, context_mask).reshape(tokens.shape)
-        if hidden is not None:
-            attended = attended.masked_fill(hidden[..., None], 0.0)
+        if token_mask is not None:
+            attended = attended.masked_fill(token_mask[..., None], 0.0)
         tokens = tokens + second.gate * attended
         return tokens + third.gate * self.feed_forward(modulated(self.norm, tokens, third))
 
@@ -141,7 +141,7 @@ class MeshDenoiser(nn.Module):
         step: Tensor,  # (B, N) timestep as a fraction of K, 0..1; or (1, 1): the same for all, embedded once
         conditioning: Conditioning,  # of the B images
         keys_values: tuple[KeysValues, ...],
-        hidden: Tensor | None = None,  # (B, N, T) bool token mask: True = mask token, no cross-attention
+        token_mask: Tensor | None = None,  # (B, N, T) bool token mask: True = mask token, no cross-attention
     ) -> Denoised:
         """Raises `ValueError` for a wrong number of points, or a token mask without a mask token.
 
@@ -153,11 +153,11 @@ class MeshDenoiser(nn.Module):
             raise ValueError(f"x has {num_points} points, not {self.num_vertices} vertices + {self.num_joints} joints")
         flat = points.flatten(0, 1)
         tokens = self.embed(flat)
-        if hidden is not None:
+        if token_mask is not None:
             if self.mask_token is None:
-                raise ValueError("tokens are hidden, and this denoiser was made without a mask token")
-            hidden = hidden.flatten(0, 1)
-            tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
+                raise ValueError("tokens are masked, and this denoiser was made without a mask token")
+            token_mask = token_mask.flatten(0, 1)
+            tokens = torch.where(token_mask[..., None], self.mask_token.to(tokens.dtype), tokens)
         tokens = self.with_context(tokens + self.identity, conditioning.tokens)
         embedded = self.embed_step(_step_waves(step.flatten()))
         context_mask = conditioning.mask[:, None, None, :]
@@ -167,7 +167,7 @@ class MeshDenoiser(nn.Module):
         if self.refinements:
             start = self.joint_bias.expand(len(flat), -1, -1)
         for number, (block, pair) in enumerate(zip(self.blocks, keys_values, strict=True)):
-            given = (tokens, embedded, pair, context_mask, self.neighbours, hidden)
+            given = (tokens, embedded, pair, context_mask, self.neighbours, token_mask)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, *given)
             else:

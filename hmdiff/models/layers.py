@@ -130,7 +130,7 @@ class EncoderBlock(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, ratio)
 
-    def silence(self) -> None:
+    def make_identity(self) -> None:
         """Zero-initialise the outputs: a block added to a trained encoder starts as an identity."""
         for layer in (self.attention.to_out, self.feed_forward[-1]):
             assert isinstance(layer, nn.Linear)

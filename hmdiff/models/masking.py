@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def draw_hidden(
+def draw_token_mask(
     shape: tuple[int, ...],  # (..., T), such as (B, N, T): N hypotheses of B people, T tokens
     most: float,  # 0..1: largest masking ratio; METRO: 0.3
     generator: torch.Generator | None = None,
@@ -20,7 +20,7 @@ def draw_hidden(
     outside 0..1.
     """
     if not 0 <= most <= 1:
-        raise ValueError(f"the share of hidden tokens is {most}: 0 to 1 is needed")
+        raise ValueError(f"the share of masked tokens is {most}: 0 to 1 is needed")
     rows, tokens = shape[:-1], shape[-1]
     device = None if generator is None else generator.device
     drawn = torch.rand((*rows, 1 + tokens), generator=generator, device=device)

@@ -271,14 +271,14 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         points: Tensor,  # (B, N, P, 3)
         step: Tensor,  # (B, N) fraction of the process, 1 = pure noise
         conditioning: Conditioning,
-        hidden: Tensor | None = None,  # (B, N, T) bool token mask
+        token_mask: Tensor | None = None,  # (B, N, T) bool token mask
     ) -> Denoised:
         """One evaluation of the denoiser(s), with the outputs of optional modules."""
         depth = self.config.depth
         found = Denoised(points)
         for index, denoiser in enumerate(self.denoisers):
             pairs = conditioning.keys_values[index * depth : (index + 1) * depth]
-            found = denoiser(found.points, step, conditioning, pairs, hidden)
+            found = denoiser(found.points, step, conditioning, pairs, token_mask)
         return found
 
     def denoise(
@@ -327,12 +327,12 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         heatmaps: Tensor | None = None,
         heatmap_valid: Tensor | None = None,
         depth: Tensor | None = None,
-        hidden: Tensor | None = None,  # (B, N, T) bool
+        token_mask: Tensor | None = None,  # (B, N, T) bool
         peaks: Tensor | None = None,  # (B, J, 2, 4)
     ) -> Prediction:
         """Encode and denoise in one call, for training and torch.compile."""
         conditioning, camera = self.encode(image, heatmaps, heatmap_valid, depth, peaks)
-        found = self.predict(points, step, conditioning, hidden)
+        found = self.predict(points, step, conditioning, token_mask)
         silhouette = None
         if self.silhouette_decoder is not None:
             silhouette = self.silhouette_decoder(conditioning.tokens, conditioning.mask)

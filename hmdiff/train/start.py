@@ -68,4 +68,4 @@ def take_weights(model: MeshRecoveryModel, name: str) -> None:
     if isinstance(model.encoder, torch.nn.ModuleList):
         for block in list(model.encoder)[stored.config.encoder_depth :]:
             assert isinstance(block, EncoderBlock)
-            block.silence()  # denoiser blocks need not: their gates are zero-initialised
+            block.make_identity()  # denoiser blocks need not: their gates are zero-initialised

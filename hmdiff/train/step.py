@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hmdiff.body.body import Body
 from hmdiff.config import LossConfig
 from hmdiff.data.sample import Sample
-from hmdiff.diffusion.noising import clean_estimate, loss_weight, signal_share, training_target
+from hmdiff.diffusion.noising import alpha_bar_at, loss_weight, predict_x0, training_target
 from hmdiff.errors import UserError
 from hmdiff.geometry import crop_rotation
 from hmdiff.losses.contrastive import joint_to_joint, joint_to_non_joint
@@ -34,12 +34,12 @@ class Draws(NamedTuple):
 
     steps: Tensor  # (B, M) long
     noise: Tensor  # (B, M, P, 3)
-    hidden: Tensor | None = None  # (B, M, T) bool, masked modelling's
+    token_mask: Tensor | None = None  # (B, M, T) bool, masked modelling's
     shared_seed: int = 0  # the same in every process
 
     def to(self, device: torch.device | str) -> Draws:
-        hidden = None if self.hidden is None else self.hidden.to(device)
-        return Draws(self.steps.to(device), self.noise.to(device), hidden, self.shared_seed)
+        token_mask = None if self.token_mask is None else self.token_mask.to(device)
+        return Draws(self.steps.to(device), self.noise.to(device), token_mask, self.shared_seed)
 
 
 def training_losses(
@@ -52,7 +52,7 @@ def training_losses(
     keypoints: KeypointMap | None = None,  # for the two keypoint terms
 ) -> dict[str, Tensor]:
     """One forward pass and the objective's terms."""
-    sample = sample.silenced()
+    sample = sample.zero_unlabelled()
     assert sample.coarse_vertices is not None and sample.joints_3d is not None
     truth = model.to_points(sample.coarse_vertices, sample.joints_3d)
     if model.config.frame == "crop" and sample.focal is not None and sample.principal_point is not None:
@@ -60,15 +60,15 @@ def training_losses(
             truth = truth @ crop_rotation(sample.principal_point, sample.focal)
     truth = truth[:, None]
     inputs: list[Tensor | None] = [sample.image, sample.heatmaps, sample.heatmap_valid]
-    if model.config.depth_map or draws.hidden is not None:
+    if model.config.depth_map or draws.token_mask is not None:
         inputs.append(sample.depth_input if model.config.depth_map else None)
     more = {} if sample.peaks is None else {"peaks": sample.peaks}
     steps, noise = draws.steps, draws.noise
     if model.config.mode == "direct":
         start = torch.zeros_like(truth)
         alpha_bar = weight = x0_weight = truth.new_ones(len(truth), 1)
-        hidden = () if draws.hidden is None else (draws.hidden[:, :1],)
-        found: Prediction = model(start, start.new_ones(len(truth), 1), *inputs, *hidden, **more)
+        masked = () if draws.token_mask is None else (draws.token_mask[:, :1],)
+        found: Prediction = model(start, start.new_ones(len(truth), 1), *inputs, *masked, **more)
         target, x0_pred = truth, found.points
     else:
         prediction_type = scheduler.config.prediction_type
@@ -76,13 +76,13 @@ def training_losses(
         for whole in (sample.has_vertices, sample.has_joints_3d):
             if whole is not None:
                 steps = torch.where(whole[:, None], steps, scheduler.config.num_train_timesteps - 1)
-        alpha_bar = signal_share(scheduler, steps).to(truth)
+        alpha_bar = alpha_bar_at(scheduler, steps).to(truth)
         x_t = alpha_bar.sqrt()[..., None, None] * truth + (1 - alpha_bar).sqrt()[..., None, None] * noise
         fraction = (steps + 1).to(truth) / scheduler.config.num_train_timesteps
-        hidden = () if draws.hidden is None else (draws.hidden,)
-        found = model(x_t, fraction, *inputs, *hidden, **more)
+        masked = () if draws.token_mask is None else (draws.token_mask,)
+        found = model(x_t, fraction, *inputs, *masked, **more)
         target = training_target(truth.expand_as(noise), noise, alpha_bar, prediction_type)
-        x0_pred = clean_estimate(found.points, x_t, alpha_bar, prediction_type)
+        x0_pred = predict_x0(found.points, x_t, alpha_bar, prediction_type)
         weight = loss_weight(alpha_bar, prediction_type, config.weighting, config.gamma)
         x0_weight = loss_weight(alpha_bar, "sample", config.weighting, config.gamma)
         if prediction_type == "epsilon":  # as alpha_bar -> 0, an epsilon prediction does not determine x_0

@@ -13,7 +13,7 @@ from hmdiff.data.sample import PeopleSource, Sample, concatenate
 from hmdiff.data.synthetic.people import block_generator
 from hmdiff.diffusion.noising import draw_steps
 from hmdiff.errors import UserError
-from hmdiff.models.masking import draw_hidden
+from hmdiff.models.masking import draw_token_mask
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.train.step import Draws
 
@@ -40,7 +40,7 @@ class TrainingStream(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Sample, Draws]:
         first = (index * self.processes + self.rank) * self.blocks
-        people, steps, noise, hidden = [], [], [], []
+        people, steps, noise, token_mask = [], [], [], []
         for number in range(first, first + self.blocks):
             people.append(self.data.block("train", number))
             generator = block_generator(self.seed, "noise", number)
@@ -48,8 +48,10 @@ class TrainingStream(Dataset):
             steps.append(draw_steps(shape, self.total, self.terminal, generator))
             noise.append(torch.randn(*shape, self.points, 3, generator=generator))
             if self.masked:
-                hidden.append(draw_hidden((*shape, self.tokens), self.masked, generator))
-        draws = Draws(torch.cat(steps), torch.cat(noise), torch.cat(hidden) if hidden else None, self._seed(index))
+                token_mask.append(draw_token_mask((*shape, self.tokens), self.masked, generator))
+        draws = Draws(
+            torch.cat(steps), torch.cat(noise), torch.cat(token_mask) if token_mask else None, self._seed(index)
+        )
         return concatenate(people), draws
 
     def _seed(self, index: int) -> int:

@@ -30,15 +30,17 @@ def test_what_is_kept() -> None:
         assert (sample.joints_2d_confidence > 0).any()
     assert both.has_keypoints_3d is None or both.has_keypoints_3d.all()
     assert not flat.has_keypoints_3d.any()
-    silenced = flat.silenced()
-    assert (silenced.coarse_vertices == 0).all() and (silenced.keypoints_3d == 0).all()
+    zero_unlabelled = flat.zero_unlabelled()
+    assert (zero_unlabelled.coarse_vertices == 0).all() and (zero_unlabelled.keypoints_3d == 0).all()
 
 
 def test_a_seed_of_its_own_and_splits_that_stay() -> None:
     assert torch.equal(first("keypoints_2d").joints_2d, first("all").joints_2d)
     assert not torch.equal(first("keypoints_2d", seed=7).joints_2d, first("all").joints_2d)
     source = KeptLabels(people(), "keypoints_2d")  # evaluation uses all labels
-    assert torch.equal(source.block("val", 0).silenced().coarse_vertices, people().block("val", 0).coarse_vertices)
+    assert torch.equal(
+        source.block("val", 0).zero_unlabelled().coarse_vertices, people().block("val", 0).coarse_vertices
+    )
 
 
 def test_a_training_on_keypoints_alone_is_evaluated() -> None:

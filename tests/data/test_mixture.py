@@ -337,7 +337,7 @@ def test_what_cannot_be_concatenated() -> None:
 def test_silenced_is_zero_exactly_where_it_is_masked() -> None:
     camera = torch.tensor([[1.0, 2, 3], [float("nan")] * 3])
     sample = Sample(camera=camera, has_camera=torch.tensor([True, False]), pelvis=torch.ones(2, 3))
-    quiet = sample.silenced()
+    quiet = sample.zero_unlabelled()
     assert quiet.camera.tolist() == [[1, 2, 3], [0, 0, 0]] and quiet.pelvis is sample.pelvis
 
 

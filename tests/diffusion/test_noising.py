@@ -7,10 +7,10 @@ import torch
 
 from hmdiff.diffusion.noising import (
     WEIGHTINGS,
-    clean_estimate,
+    alpha_bar_at,
     draw_steps,
     loss_weight,
-    signal_share,
+    predict_x0,
     training_target,
 )
 from hmdiff.diffusion.schedule import PREDICTION_TYPES, make_scheduler
@@ -26,8 +26,8 @@ def test_estimate_inverts_target(kind: str) -> None:
     clean, noise = torch.randn(2, 2, 3, 5, 3, dtype=torch.float64)
     points = noisy(share, clean, noise)
     target = training_target(clean, noise, share, kind)
-    torch.testing.assert_close(clean_estimate(target, points, share, kind), clean, rtol=1e-6, atol=1e-6)
-    wrong = clean_estimate(target + 0.1, points, share, kind)
+    torch.testing.assert_close(predict_x0(target, points, share, kind), clean, rtol=1e-6, atol=1e-6)
+    wrong = predict_x0(target + 0.1, points, share, kind)
     assert (wrong - clean).abs().amax((-1, -2)).min() > 1e-4
 
 
@@ -37,14 +37,14 @@ def test_targets_at_the_ends() -> None:
     assert torch.equal(training_target(clean, noise, nothing, "v_prediction"), -clean)
     assert torch.equal(training_target(clean, noise, everything, "v_prediction"), noise)
     # At pure noise the velocity determines x_0, whatever x_K is.
-    assert torch.equal(clean_estimate(-clean, noise, nothing, "v_prediction"), clean)
-    assert clean_estimate(noise, noise, nothing, "epsilon").isfinite().all()
+    assert torch.equal(predict_x0(-clean, noise, nothing, "v_prediction"), clean)
+    assert predict_x0(noise, noise, nothing, "epsilon").isfinite().all()
 
 
 def test_diffusers_agrees_about_noise_and_velocity() -> None:
     scheduler = make_scheduler("ddpm", 200, "cosine", 4.0, "v_prediction")
     clean, noise, steps = torch.randn(3, 5, 3), torch.randn(3, 5, 3), torch.tensor([0, 90, 199])
-    share = signal_share(scheduler, steps)
+    share = alpha_bar_at(scheduler, steps)
     torch.testing.assert_close(noisy(share, clean, noise), scheduler.add_noise(clean, noise, steps))
     velocity = scheduler.get_velocity(clean, noise, steps)
     torch.testing.assert_close(training_target(clean, noise, share, "v_prediction"), velocity)
@@ -64,7 +64,7 @@ def test_the_same_mesh_is_weighted_the_same_whatever_is_predicted(weighting: str
             "v_prediction": (alpha * points - guess) / sigma,
         }
         prediction = implied[kind]
-        torch.testing.assert_close(clean_estimate(prediction, points, share, kind), guess)
+        torch.testing.assert_close(predict_x0(prediction, points, share, kind), guess)
         target = training_target(clean, noise, share, kind)
         errors.append(loss_weight(share, kind, weighting) * (prediction - target).square().mean((1, 2)))
     torch.testing.assert_close(errors[0], errors[1])

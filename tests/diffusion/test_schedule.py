@@ -14,10 +14,10 @@ from hmdiff.diffusion.schedule import (
     PREDICTION_TYPES,
     SCHEDULER_NAMES,
     SCHEDULES,
+    alpha_bars,
     change_scheduler,
     make_scheduler,
     sampler_name,
-    signal_shares,
 )
 from hmdiff.errors import UserError
 from hmdiff.models.recovery import MeshRecoveryModel
@@ -37,26 +37,26 @@ def test_the_last_step_is_noise(name: str, kind: str, schedule: str) -> None:
     else:
         assert 0 < shares[-1] <= 2.0**-24 * 1.01  # solvers need a finite log SNR
     terminal = {"epsilon": EPSILON_TERMINAL}.get(kind, 0.0 if name in ("ddim", "ddpm") else 2.0**-24)
-    np.testing.assert_allclose(shares, signal_shares(200, schedule, 4.0, terminal), rtol=1e-3, atol=1e-8)
+    np.testing.assert_allclose(shares, alpha_bars(200, schedule, 4.0, terminal), rtol=1e-3, atol=1e-8)
 
 
 def test_the_linear_trap() -> None:
     """DDPM's betas over the paper's 200 steps leave a third of the amplitude; ours none."""
     plain = np.cumprod(1 - np.linspace(1e-4, 0.02, 200))
     assert plain[-1] == pytest.approx(0.13, abs=0.005)
-    assert signal_shares(200, "linear")[-1] == 0
-    assert signal_shares(200, "linear")[0] == pytest.approx(plain[0])
+    assert alpha_bars(200, "linear")[-1] == 0
+    assert alpha_bars(200, "linear")[0] == pytest.approx(plain[0])
 
 
 def test_cosine_without_shift_is_nichol_and_dhariwal() -> None:
     steps = np.arange(1, 201) / 200
     expected = np.cos((steps + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
-    np.testing.assert_allclose(signal_shares(200), expected, atol=2e-6)
+    np.testing.assert_allclose(alpha_bars(200), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("shift", [0.5, 2.0, 4.0])
 def test_shift_divides_the_snr(shift: float) -> None:
-    plain, shifted = signal_shares(200, "cosine"), signal_shares(200, "cosine", shift)
+    plain, shifted = alpha_bars(200, "cosine"), alpha_bars(200, "cosine", shift)
     middle = slice(0, 150)  # away from the end, where the rescaling to zero matters
     ratio = (plain / (1 - plain))[middle] / (shifted / (1 - shifted))[middle]
     np.testing.assert_allclose(ratio, shift**2, rtol=0.03)

@@ -14,10 +14,10 @@ from hmdiff.losses.mesh import (
     POINT_LOSSES,
     camera_error,
     edge_error,
+    mask_unlabelled,
     mean_over_labelled,
     point_error,
     reprojection_error,
-    silence,
 )
 from hmdiff.losses.objective import objective
 
@@ -71,9 +71,9 @@ def test_gradients_of_the_others() -> None:
 
 def test_silence() -> None:
     error = torch.arange(6.0).reshape(2, 3)
-    assert torch.equal(silence(error, None), error)
-    assert silence(error, torch.tensor([False, True])).tolist() == [[0, 0, 0], [3, 4, 5]]
-    assert silence(error[:, 0], torch.tensor([True, False])).tolist() == [0, 0]
+    assert torch.equal(mask_unlabelled(error, None), error)
+    assert mask_unlabelled(error, torch.tensor([False, True])).tolist() == [[0, 0, 0], [3, 4, 5]]
+    assert mask_unlabelled(error[:, 0], torch.tensor([True, False])).tolist() == [0, 0]
 
 
 COARSE, JOINTS, LEVELS = 6, 3, 2

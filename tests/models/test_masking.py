@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 
-from hmdiff.models.masking import draw_hidden
+from hmdiff.models.masking import draw_token_mask
 
 
 def drawn(*shape: int, most: float = 0.3, seed: int = 0) -> torch.Tensor:
-    return draw_hidden(shape, most, torch.Generator().manual_seed(seed))
+    return draw_token_mask(shape, most, torch.Generator().manual_seed(seed))
 
 
 def test_the_share_is_uniform_up_to_the_most() -> None:
-    hidden = drawn(40, 100, 50)
-    assert hidden.shape == (40, 100, 50) and hidden.dtype == torch.bool
-    count = hidden.sum(-1)
+    token_mask = drawn(40, 100, 50)
+    assert token_mask.shape == (40, 100, 50) and token_mask.dtype == torch.bool
+    count = token_mask.sum(-1)
     assert count.amax() == 14 and count.amin() == 0  # below 0.3 of 50, rounded down
     frequency = torch.bincount(count.flatten(), minlength=15) / count.numel()
     torch.testing.assert_close(frequency, torch.full((15,), 1 / 15), rtol=0, atol=4 * math.sqrt(1 / 15 / 4000))
@@ -41,5 +41,5 @@ def test_nothing_is_hidden_without_a_share() -> None:
     assert not drawn(5, 7, 30, most=0.0).any()
     assert drawn(4, 0).shape == (4, 0)
     for most in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=f"hidden tokens is {most}: 0 to 1"):
+        with pytest.raises(ValueError, match=f"masked tokens is {most}: 0 to 1"):
             drawn(2, 3, most=most)

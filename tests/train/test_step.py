@@ -82,7 +82,7 @@ def test_labels_keep_their_precision_under_autocast(monkeypatch: pytest.MonkeyPa
 def test_draws_move_together(hidden: torch.Tensor | None) -> None:
     draws = Draws(torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3, 7, 3), hidden, 9)
     moved = draws.to("meta")
-    assert moved.shared_seed == 9 and (moved.hidden is None) == (hidden is None)
+    assert moved.shared_seed == 9 and (moved.token_mask is None) == (hidden is None)
     for before, after in zip(draws[:3], moved[:3], strict=True):
         assert before is None or (after.is_meta and after.shape == before.shape and after.dtype == before.dtype)
 
