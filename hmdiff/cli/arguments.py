@@ -34,7 +34,7 @@ def whole(least: int) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least {least} is expected")
+            raise argparse.ArgumentTypeError(f"{text!r:.60}: a whole number of at least {least} is expected")
         return value
 
     return read
@@ -50,7 +50,7 @@ def number(least: float, above: bool = False) -> Callable[[str], float]:
             value = math.nan
         if not math.isfinite(value) or value < least or (above and value == least):
             kind = "above" if above else "of at least"
-            raise argparse.ArgumentTypeError(f"{text!r}: a number {kind} {least:g} is expected")
+            raise argparse.ArgumentTypeError(f"{text!r:.60}: a number {kind} {least:g} is expected")
         return value
 
     return read
@@ -63,7 +63,9 @@ def box(text: str) -> tuple[float, float, float, float]:
     except ValueError:
         x1 = math.nan
     if not math.isfinite(x1) or not all(map(math.isfinite, (y1, x2, y2))) or x2 <= x1 or y2 <= y1:
-        raise argparse.ArgumentTypeError(f"{text!r}: x1,y1,x2,y2 in photo pixels with x1 < x2 and y1 < y2 is expected")
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60}: x1,y1,x2,y2 in photo pixels with x1 < x2 and y1 < y2 is expected"
+        )
     return x1, y1, x2, y2
 
 
@@ -74,7 +76,7 @@ def pair(text: str) -> tuple[float, float]:
     except ValueError:
         x = y = math.nan
     if not (math.isfinite(x) and math.isfinite(y)):
-        raise argparse.ArgumentTypeError(f"{text!r}: x,y in photo pixels is expected, such as 320,240")
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: x,y in photo pixels is expected, such as 320,240")
     return x, y
 
 
@@ -203,7 +205,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"--device {name!r} is not a device; give auto, cpu, cuda or cuda:1") from None
     try:
-        torch.zeros(1, device=device)
+        float(torch.zeros(1, device=device))  # read back: "meta" has no values
     except Exception:  # torch raises different types, depending on the device
         raise UserError(f"--device {name!r}: torch finds no such device here; give --device cpu or auto") from None
     return device

@@ -39,6 +39,10 @@ def cameras(options: argparse.Namespace) -> Callable[[Path], PhotoCamera]:
     """The camera of each photo; --focal and --principal-point take precedence over a file."""
     from hmdiff.heatmaps.cameras import PhotoCamera, read_intrinsics
 
+    # Out of range is one line, and not one of each photo.
+    PhotoCamera(options.focal, source="--focal")
+    PhotoCamera(None, options.principal_point, "--principal-point")
+
     def camera(photo: Path) -> PhotoCamera:
         known = PhotoCamera() if options.intrinsics is None else read_intrinsics(options.intrinsics, photo)
         return PhotoCamera(

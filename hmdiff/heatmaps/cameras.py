@@ -21,6 +21,7 @@ from hmdiff.heatmaps.formats.picture_names import find_picture, last_name
 from hmdiff.heatmaps.photo import PhotoInfo
 
 _MATRIX = ("K", "intrinsics", "camera_matrix", "cam_intrinsics", "intrinsic_matrix", "k")
+_LONGEST = 100_000_000  # pixels, as `models.inputs.check_camera`
 _SQUARE = 0.03  # maximum relative difference of fx and fy: the model assumes square pixels
 
 
@@ -31,6 +32,14 @@ class PhotoCamera:
     focal: float | None = None  # None: the diagonal of the photo (CLIFF, arXiv 2208.00571)
     principal_point: tuple[float, float] | None = None  # None: the photo's centre
     source: str = ""  # origin of the focal length, for messages
+
+    def __post_init__(self) -> None:
+        where = f"{self.source}: " if self.source else ""
+        if self.focal is not None and not 0.1 <= self.focal <= _LONGEST:
+            raise UserError(f"{where}a focal length of {self.focal:g} pixels; 0.1 to {_LONGEST:,} are possible")
+        if self.principal_point is not None and not all(abs(value) <= _LONGEST for value in self.principal_point):
+            x, y = self.principal_point
+            raise UserError(f"{where}a principal point at {x:g},{y:g} pixels, which is beyond any photo")
 
     def applied(self, crop: Crop, photo: PhotoInfo) -> Crop:
         """The crop with the photo's size and this camera."""
@@ -90,7 +99,7 @@ def _camera(path: Path, data: Any) -> PhotoCamera:
         matrix = np.asarray(data, np.float64)
         if matrix.shape != (3, 3):
             raise ValueError(f"shape {matrix.shape}")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError) as error:  # of a list or mapping of another size
         raise UserError(f"{path}: no camera ({error}); a 3 x 3 matrix K, or fx, fy, cx, cy is expected") from None
     return _checked(path, matrix[0, 0], matrix[1, 1], (float(matrix[0, 2]), float(matrix[1, 2])))
 
@@ -101,4 +110,4 @@ def _checked(path: Path, fx: float, fy: float, point: tuple[float, float] | None
         raise UserError(f"{path}: focal lengths {fx:g}, {fy:g}: finite pixels above 0 are expected")
     if abs(fx / fy - 1) > _SQUARE:
         raise UserError(f"{path}: fx {fx:g} and fy {fy:g} differ: the pixels are not square; stretch the photo first")
-    return PhotoCamera(math.sqrt(fx * fy), point, str(path))
+    return PhotoCamera(math.sqrt(fx) * math.sqrt(fy), point, str(path))

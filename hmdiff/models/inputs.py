@@ -79,11 +79,11 @@ def check_camera(
 
 
 def check_weights(dtype: torch.dtype) -> None:
-    """Raises `UserError` for weights of half precision."""
-    if dtype not in (torch.float32, torch.float64):
+    """Raises `UserError` for weights of another precision."""
+    if dtype != torch.float32:
         raise UserError(
-            f"the model's weights are {dtype}, and it computes in float32: load it again without .half() or "
-            ".bfloat16(); save_pretrained(half=True) halves the files, torch.autocast the arithmetic"
+            f"the model's weights are {dtype}, and it computes in float32: load it again without .half(), "
+            ".bfloat16() or .double(); save_pretrained(half=True) halves the files, torch.autocast the arithmetic"
         )
 
 

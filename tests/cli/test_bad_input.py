@@ -243,8 +243,11 @@ def test_config_by_name_and_values(fails: Callable[..., str], tmp_path: Path) ->
         (["--sampler", "ddmi"], "choose one of ddim"),
         (["--eta", "-1"], "at least 0"),
         (["--focal", "0"], "above 0"),
+        (["--focal", "1e+300"], "0.1 to 100,000,000"),
+        (["--principal-point", "1e+300,5"], "beyond any photo"),
         (["--device", "quantum"], "give auto, cpu"),
         (["--device", "cuda:99"], "give --device cpu"),
+        (["--device", "meta"], "give --device cpu"),
         (["--seed", "-3"], "at least 0"),
     ],
 )

@@ -47,6 +47,12 @@ def test_npz(tmp_path: Path) -> None:
         ({"fx": 900, "fy": 1200}, "not square"),
         ({"fx": -1}, "above 0"),
         ({"K": [["a"]]}, "no camera"),
+        ({"f": []}, "no camera"),
+        ({"f": 900, "principal_point": [3]}, "no camera"),
+        ({"f": 900, "principal_point": {"x": 3}}, "no camera"),
+        ({"f": 1e300}, r"a focal length of 1e\+300 pixels"),
+        ({"fx": 1e-30}, "a focal length of 1e-30 pixels"),
+        ({"f": 900, "cx": 1e300, "cy": 3}, "beyond any photo"),
     ],
 )
 def test_what_is_no_camera_is_said(tmp_path: Path, data: Any, message: str) -> None:

@@ -125,7 +125,7 @@ def test_pictures_and_depths() -> None:
         with pytest.raises(UserError, match=r"depth: .* found; put NaN"):
             check_depth(torch.tensor([[[1.0, value]]]))
     check_weights(torch.float32)
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
         with pytest.raises(UserError, match=r"computes in float32: load it again"):
             check_weights(dtype)
 
