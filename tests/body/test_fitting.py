@@ -108,6 +108,7 @@ def test_precision_follows_the_body() -> None:
     assert fit_parameters(body.float(), vertices).pose.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_pose_blend_shapes_and_the_sex_count(tmp_path: Path) -> None:
     """Each stand-in's meshes are fitted by its own file; the other gender's file cannot."""
     bodies = [

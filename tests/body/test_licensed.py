@@ -344,6 +344,7 @@ def test_fingertips_end_the_fingers_they_are_named_after(tmp_path: Path) -> None
 # Coarse meshes.
 
 
+@pytest.mark.slow
 def test_meshes_of_smpls_size_are_decimated_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = load_body("smpl")
     cache = mesh_cache.cache_folder()

@@ -349,6 +349,7 @@ def test_train_takes_values_before_and_after_options(tmp_path: Path, monkeypatch
     assert (seen[0].seed, seen[0].training.steps, seen[0].name) == (3, 7, "quickstart")
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,6 +392,7 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "MISSING  nothing.npz" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_sample_is_a_rendered_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tools.build import sample as maker
 

@@ -72,6 +72,7 @@ def test_people_are_the_same_with_maps_as_without():
         assert three.depth_input.isnan().all()
 
 
+@pytest.mark.slow
 def test_a_block_s_maps_are_a_function_of_seed_stream_and_number():
     data = drawn(map_size=32)
     first = data.block("train", 2)

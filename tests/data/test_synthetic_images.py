@@ -235,6 +235,7 @@ def test_shipped_configs_load_and_build(path, body):
         assert (full - body.v_template).norm(dim=-1).mean() < 0.01
 
 
+@pytest.mark.slow
 def test_throughput_is_measured():
     config = load_config(
         overrides=[

@@ -194,6 +194,7 @@ def test_legs_below_the_photos_edge_are_no_evidence(estimator: landmarks.Landmar
     assert bottom[1] > 300  # the crop has room for the legs outside the photo
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_a_crowd_of_thirty_is_seen_in_parts(estimator: landmarks.LandmarkEstimator, shared_data: Path) -> None:
     """Each too small to be detected in the whole photo, the only pass for video frames."""

@@ -154,6 +154,7 @@ def test_the_command_prints_and_draws_it(
     assert (tmp_path / "out" / "reliability_pipe.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_diagram_and_the_table_have_every_split(fitted: Confidence, tmp_path: Path) -> None:
     reports = {"val": reliability(observed(60, 1), fitted), "ood": reliability(observed(60, 2, 0.6), fitted)}
     reliability_picture(reports, tmp_path / "a.png")

@@ -30,10 +30,12 @@ def loaded(code: str) -> set[str]:
     return set(found.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_pipeline_loads_nothing_slow() -> None:
     assert loaded("import hmdiff.pipeline") == set()
 
 
+@pytest.mark.slow
 def test_a_sampling_loads_nothing_slow_either() -> None:
     code = """
 import torch
@@ -63,6 +65,7 @@ def test_other_samplers_are_fetched_when_asked_for(name: str) -> None:
     assert sampler_name(make_scheduler(name)) == name
 
 
+@pytest.mark.slow
 def test_the_compiler_is_there_afterwards() -> None:
     program = "import hmdiff.pipeline, torch, torch._dynamo; print(torch._dynamo.is_compiling())"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

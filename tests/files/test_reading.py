@@ -206,6 +206,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path, monkeypatch
     one_line(path, error)
 
 
+@pytest.mark.slow
 def test_pictures_are_opened_in_one_place() -> None:
     """Images, and arrays, pickles and JSON of others, are opened only in `hmdiff.files`."""
     forbidden = {("Image", "open"), ("np", "load"), ("pickle", "load"), ("pickle", "loads"), ("torch", "load")}

@@ -144,6 +144,7 @@ print("intact")
 """
 
 
+@pytest.mark.slow
 def test_a_really_full_disk(tmp_path: Path) -> None:
     """On a tmpfs of 512 KB, in a separate mount namespace: torch, safetensors and plain files."""
     mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]

@@ -582,6 +582,7 @@ def test_ablate_command(checkpoints: Path, tmp_path: Path, capsys: pytest.Captur
     assert not rows["A: one step"]["pve_mean_difference_reference"] and rows["A: one step"]["sampler"] == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_people")
 def test_the_tables_of_dat_say_which_preset_they_are_of(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -216,6 +216,7 @@ def test_order_changes_nothing(tmp_path: Path) -> None:
     assert found[0] == found[1] and len(set(found[0].values())) == 4
 
 
+@pytest.mark.slow
 def test_another_budget_is_refused(tmp_path: Path) -> None:
     train_runs(tiny_plan(tmp_path).runs, Stub())
     with pytest.raises(UserError, match="holds a run with steps 4, and 5 is asked for; rows of a table have one"):
@@ -470,6 +471,7 @@ def test_csv_has_every_number() -> None:
     assert lines[8]["people"] == 1 and lines[8]["pve_mean"] == 165
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation_plots, "RESOLUTION", 40)
     rows = rows_of([0.9, 0.5])

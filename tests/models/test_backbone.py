@@ -109,6 +109,7 @@ def test_conv_backbone_sees_places_and_validity() -> None:
     assert ConvHeatmapBackbone(5, 16, 32)(torch.rand(1, 5, 16, 16), valid[:1])[0].shape == (1, 64, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [0, 3])
 def test_image_backbone(channels: int) -> None:
     backbone = ImageBackbone("resnet18", 64, 32, heatmap_channels=channels, pretrained=False).eval()

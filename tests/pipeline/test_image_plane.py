@@ -65,6 +65,7 @@ def test_a_peak_that_is_far_off_moves_nothing() -> None:
     torch.testing.assert_close(now[0, 1], peaks[0, 1], atol=1e-2, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_pipeline_does_it_after_dat_alone() -> None:
     pipe, block = small_pipeline(), people_block()
     maps = as_heatmaps(block)

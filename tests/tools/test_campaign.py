@@ -95,6 +95,7 @@ def test_every_outcome_is_seen(tmp_path: Path, work: Callable[[], None], outcome
     assert found == outcome, about
 
 
+@pytest.mark.slow
 def test_attempts_go_on_after_one_that_ends_its_process(tmp_path: Path) -> None:
     todo = [Attempt(tmp_path, work) for work in (lambda: None, crash, hang, refuse, execute, wrong)]
     found = [outcome for outcome, _ in attempts(todo, Bounds(seconds=1))]
@@ -128,6 +129,7 @@ def test_mutants_of_every_family(tmp_path: Path, family: mutants.Family) -> None
     assert found["tried"] >= 1 and not found["bad"], found["bad"]
 
 
+@pytest.mark.slow
 def test_a_campaign_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     (family,) = [family for family in FAMILIES if family.name == "configs"]
     whole = mutants.run(5, 4, tmp_path / "whole", [family], progress=False)
@@ -146,6 +148,7 @@ def test_mutations_repeat_and_change_something() -> None:
         assert sum(each != content for each in found) > 20
 
 
+@pytest.mark.slow
 def test_kills_of_a_preparation(tmp_path: Path) -> None:
     found = kills.run(0, 3, tmp_path, ["preparation"])
     assert set(found["total"]) == {"same"} and found["kills"]["preparation"] >= 3, found["bad"]
@@ -157,6 +160,7 @@ def test_kills_of_a_sampling(tmp_path: Path) -> None:
     assert found["total"] == {"same": 1}, found["bad"]
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_is_found_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two children with ranks; the parent exits with them."""
 
@@ -205,6 +209,7 @@ def test_results_of_photos_are_compared_by_their_arrays(tmp_path: Path) -> None:
     assert not kills.same(first, left(1.0, "a", "b"))
 
 
+@pytest.mark.slow
 def test_a_loss_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loses(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -219,6 +224,7 @@ def test_a_loss_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found["total"].get("lost", 0) >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", disks.FAULTS)
 def test_disks_that_fail_under_a_preparation(tmp_path: Path, fault: str) -> None:
     if not offline.available():

@@ -56,6 +56,7 @@ def files(folder: Path) -> set[str]:
 # ---- what it finds ----
 
 
+@pytest.mark.slow
 def test_synthetic_people(tmp_path: Path) -> None:
     told: list[str] = []
     result = dry_run(small_config(tmp_path / "run"), told.append)
