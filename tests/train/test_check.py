@@ -1,4 +1,4 @@
-"""`hmdiff train --dry-run`: every check finds what it is for, each fault has its line, and nothing is written."""
+"""`hmdiff train --dry-run`: each error has its row, and nothing is written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hmdiff.train.loop import Trainer
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six people of the free body, with photos."""
+    """Six people on the free body, with photos."""
     folder = tmp_path_factory.mktemp("shards")
     prepare_dataset(ListReader(make_records(folder / "photos")), folder / "people")
     return folder / "people"
@@ -36,7 +36,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TIMED_STEPS", 1)
-    monkeypatch.setattr("hmdiff.train.loop.mean_mesh_error", lambda *_: 0.0)  # over 512 people, and nothing of ours
+    monkeypatch.setattr("hmdiff.train.loop.mean_mesh_error", lambda *_: 0.0)  # slow (512 people), and tested elsewhere
 
 
 def recorded(shards: Path, *more: str) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-# ---- what it finds ----
+# ---- results ----
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_synthetic_people(tmp_path: Path) -> None:
 
 
 def test_recorded_people(shards: Path, tmp_path: Path) -> None:
-    """The numbers of the config's own data, and of the projected run."""
+    """Numbers of the config's data and of the projected run."""
     words = recorded(shards, "training.steps=30", "training.evaluate_every=10")
     result = dry_run(small_config(tmp_path / "run", *words))
     assert not result.failures
@@ -110,7 +110,7 @@ def test_a_mixture(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_step_is_the_trainings_own(tmp_path: Path) -> None:
-    """The first loss it sees is the one that the training logs."""
+    """Its first loss is the first loss that the training logs."""
     words = ("training.steps=1", "training.log_every=1")
     config = small_config(tmp_path / "run", *words)
     losses: list[float] = []
@@ -150,7 +150,7 @@ def test_what_would_be_resumed(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-# ---- what is wrong ----
+# ---- errors ----
 
 
 def faulty(result: DryRun, name: str, message: str) -> None:
@@ -166,7 +166,7 @@ def test_no_such_body(tmp_path: Path) -> None:
     faulty(result, "body", "nobody")
     states = {check.name: check.state for check in result.checks}
     assert states["data"] == states["splits"] == states["model"] == states["step"] == SKIPPED
-    assert states["output"] == FINE  # what does not need the body is looked at all the same
+    assert states["output"] == FINE  # does not need the body, so it is still checked
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def spoilt(shards: Path, folder: Path, spoil: Callable[[Path], object]) -> Path:
 
 
 def test_sources_have_their_own_lines(shards: Path, tmp_path: Path) -> None:
-    """Three sources, each wrong in its own way, and a fourth that is fine: all are told in one go."""
+    """Three sources with different errors and a valid one: all are reported in one run."""
     cut = spoilt(shards, tmp_path / "cut", lambda f: (f / "shard_00000.arrow").write_bytes(b"short"))
     unfinished = spoilt(
         shards,
@@ -221,7 +221,7 @@ def test_pictures_that_are_not_there(shards: Path, tmp_path: Path) -> None:
 
 
 def test_people_who_teach_nothing(tmp_path: Path) -> None:
-    """Keypoints alone, without a camera: no fault, but worth a word."""
+    """Keypoints without meshes or camera: a warning, not an error."""
     nothing: dict[str, Any] = {"pose": None, "betas": None, "translation": None, "intrinsics": None}
     records = make_records(tmp_path, **nothing, keypoints_2d=None, keypoints_2d_confidence=None, keypoint_names=())
     prepare_dataset(ListReader(records), tmp_path / "unlabelled")
@@ -258,12 +258,12 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
     result = dry_run(config)
     faulty(result, "disk", "0.0 GB free; free some, or lower training.keep_checkpoints")
-    assert found(result)["step"].state == FINE  # told beside the others
+    assert found(result)["step"].state == FINE  # reported together with the others
 
 
 @pytest.mark.slow
 def test_what_a_checkpoint_takes(tmp_path: Path) -> None:
-    """The estimate is not under what is written, nor twice as much."""
+    """The estimate is between 1 and 2 times the bytes written."""
     words = ("training.steps=2", "training.checkpoint_every=1", "training.keep_checkpoints=2")
     config = small_config(tmp_path / "run", *words)
     needed = dry_run(config).numbers["disk_bytes"]
@@ -311,11 +311,11 @@ def test_weights_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.M
     faulty(dry_run(small_config(tmp_path / "run")), "model", "network cannot be reached); where it is about weights")
 
 
-# ---- does the loading keep up? ----
+# ---- data loading ----
 
 
 def balance(workers: int, step: float, rate: float, cores: int, monkeypatch: pytest.MonkeyPatch) -> Check:
-    """The line for a step of so many seconds and a worker of so many people a second."""
+    """The row for given seconds per step and people per second of a worker."""
     config = small_config("unused", f"data.workers={workers}")
     run = module._Checks(config, lambda name: None)
     numbers = {"step_seconds": step, "loaded_a_second": rate, "people_a_step": 4.0}
@@ -379,14 +379,14 @@ def test_it_starts_from_a_pipeline(tmp_path: Path) -> None:
 
 
 def test_gates_that_start_at_zero_hide_no_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing behind a zero gate has a gradient in the first steps: that is the start's doing, not the data's."""
-    monkeypatch.setattr(module, "_TIMED_STEPS", 0)  # as on a machine where one takes ten seconds
+    """Zero-initialised gates block gradients in the first steps; the check must not blame the data."""
+    monkeypatch.setattr(module, "_TIMED_STEPS", 0)  # as on a slow machine, where one step exceeds the time limit
     result = dry_run(small_config(tmp_path / "run", "model.tokens=parts", "model.qk_norm=true", "model.depth=2"))
     assert result.numbers["without_gradient"] == 0
 
 
 def test_a_gradient_of_zero_is_none() -> None:
-    """Of a part that is on and gets nothing from this data, such as depth layers of people without any map."""
+    """A module without input in this data, such as depth layers without depth maps, has zero gradients."""
     watch = SimpleNamespace(unmoved={"a", "b"})
     look = module._Checks._moves(watch, "a")  # type: ignore[arg-type]
     look(torch.zeros(3))

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk, without a training: whole or absent, verified, swept; and folders for one process."""
+"""Checkpoint files, without a training: atomic, verified, swept; and folder locks."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_written_and_read(tmp_path: Path) -> None:
     places = [write(tmp_path, step) for step in (1, 2, 10)]
     assert checkpoints_in(tmp_path) == places[1:] and sorted(os.listdir(tmp_path)) == [p.name for p in places[1:]]
     assert read_progress(places[2]) == Progress(10, 10, {"loss": 0.1 + 0.2}, 3)
-    again = write(tmp_path, 10)  # at the same step, as a stop after a checkpoint does
+    again = write(tmp_path, 10)  # at the same step, as when stopped right after a checkpoint
     assert read_progress(again).step == 10 and len(os.listdir(tmp_path)) == 2
 
 
 def test_the_umask_decides_who_may_read_it(tmp_path: Path) -> None:
-    """safetensors makes its files private."""
+    """safetensors creates files with mode 0600; checkpoints must follow the umask."""
     before = os.umask(0o027)
     try:
         part = begin(tmp_path / "step_00000001")
@@ -79,7 +79,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
     ],
 )
 def test_progress_of_other_types_is_refused(tmp_path: Path, changed: dict, message: str) -> None:
-    """Of a checkpoint without checksums, as older ones are."""
+    """In old checkpoints without checksums."""
     place = tmp_path / "step_00000005"
     place.mkdir()
     good = {"step": 5, "ema_steps": 5}

@@ -1,4 +1,4 @@
-"""Every shipped config at its own size: it builds, its loss has every term that it weighs, and a step lowers it."""
+"""Every shipped config at full size: it builds, its loss has all weighted terms, and a step lowers the loss."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hmdiff.train.loop import TrainingStream
 from hmdiff.train.optimizer import build_optimizer
 from hmdiff.train.step import TrainingStep, keypoint_map
 
-pytestmark = pytest.mark.slow  # networks of their real size
+pytestmark = pytest.mark.slow  # full-size networks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-# Two people; no weights of others; float32, in which a loss can be compared.
+# Two people, no pretrained weights, float32 so that losses can be compared.
 FEW = (
     "training.batch_size=2",
     "data.block_size=2",
@@ -31,9 +31,9 @@ FEW = (
     "training.compile=false",
     "model.masked=0",
 )
-# Recipes of licensed bodies and recorded people, on the free body and synthetic ones: `test_recipes` has their data.
+# Recipes for licensed bodies and recorded data run on the free body and synthetic data; `test_recipes` tests the data.
 FREE = ("body=free", "model.num_coarse=432")
-# Weights of terms, by the term's name where it is another: of several, such as RLE's, one stands for all.
+# Loss term of a weight, if it has another name; if a weight has several terms (RLE), one of them.
 TERMS = (
     "vertices",
     "joints_3d",
@@ -85,7 +85,7 @@ def test_one_step(name: str) -> None:
         if any(key.startswith(part) for key, _ in model.named_parameters()):
             assert any(key.startswith(part) for key in grown), part
     assert all(bool(torch.isfinite(value.grad).all()) for value in model.parameters() if value.grad is not None)
-    # A short step down the gradient: batch statistics and dropout stay as they were.
+    # A short gradient step, with batch statistics and dropout unchanged.
     with torch.no_grad():
         squared = sum(float(value.grad.square().sum()) for value in model.parameters() if value.grad is not None)
         for value in model.parameters():
@@ -93,4 +93,4 @@ def test_one_step(name: str) -> None:
                 value -= 1e-3 * float(first["loss"]) / max(squared, 1e-12) * value.grad
     second = step(people, draws)["loss"]
     assert second < first["loss"], (float(first["loss"]), float(second))
-    build_optimizer(model, config.training).step()  # and the config's own optimiser takes these gradients
+    build_optimizer(model, config.training).step()  # the config's optimiser accepts these gradients

@@ -1,4 +1,4 @@
-"""The log of a training: log.csv and TensorBoard say the same, also after a resume; trackers are checked by name."""
+"""Training logs: log.csv and TensorBoard agree, also after a resume; unknown trackers are errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def logged(folder: Path, name: str) -> dict[int, float]:
 
 
 def test_a_resumed_run_leaves_one_value_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # TensorBoard reads files in the order of their names, which end in a process' count of them: 10 comes before 9.
+    # TensorBoard reads files in name order; names end in a per-process counter, so 10 comes before 9.
     monkeypatch.setattr(event_file_writer._global_uid, "get", itertools.count().__next__)
     config = small_config(tmp_path)
     accelerator = Accelerator(cpu=True, **tracker_options(config.training.trackers, tmp_path))
@@ -33,7 +33,7 @@ def test_a_resumed_run_leaves_one_value_a_step(tmp_path: Path, monkeypatch: pyte
         for step in (2, 4, 6):
             log({"step": step, "loss": step / 10})
         log({"step": 4, "val_pve_mean": 7.0})
-    with run_log(accelerator, tmp_path, config, 4, again=True) as log:  # killed after step 6, the checkpoint is of 4
+    with run_log(accelerator, tmp_path, config, 4, again=True) as log:  # killed after step 6, resumed from 4
         log({"step": 4, "val_pve_mean": 8.0})
         log({"step": 6, "loss": 0.9})
     with open(tmp_path / "log.csv", newline="") as handle:

@@ -1,4 +1,4 @@
-"""The optimiser: which matrices Muon takes, one state for both, and the course of the learning rate."""
+"""Optimiser: which matrices use Muon, one state for both optimisers, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hmdiff.train.optimizer import MuonWithAdamW, build_optimizer, rate_share
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.identity = nn.Parameter(torch.randn(70, 70))  # a table of tokens
+        self.identity = nn.Parameter(torch.randn(70, 70))  # a token embedding table
         self.hidden = nn.Linear(64, 96)
         self.out = nn.Linear(96, 3)
 

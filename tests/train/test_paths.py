@@ -1,4 +1,4 @@
-"""The optional paths inside the model: off means absent, on means trained, saved, and the same in any batch."""
+"""Optional modules of the model: absent when off; when on, trained, saved, and independent of the batch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def draws_for(model: MeshRecoveryModel, people: int) -> Draws:
 
 @pytest.mark.parametrize(("name", "mode"), [*((name, "direct") for name in PATHS), ("all", "diffusion")])
 def test_every_path_learns_with_and_without_diffusion(name: str, mode: str) -> None:
-    """One by one with diffusion: their numbers and gradients are in `test_recorded_numbers`."""
+    """For single modules with diffusion, `test_recorded_numbers` has numbers and gradients."""
     overrides = (*(EVERYTHING if name == "all" else PATHS[name]), f"model.mode={mode}", "loss.points=l1")
     values = small_config("unused", *overrides)
     body, mesh = free_body()
@@ -97,7 +97,7 @@ def test_every_path_learns_with_and_without_diffusion(name: str, mode: str) -> N
 @pytest.mark.parametrize("name", PATHS)
 @torch.no_grad()
 def test_a_path_that_is_not_used_changes_nothing(name: str) -> None:
-    """The weights that both have are the same from the first on, and so is what they say."""
+    """Models with and without the module have equal common weights and equal outputs at initialisation."""
     shared = [text for text in PATHS[name] if text in ("model.backbone=conv", "model.depth=2")]
     body, mesh = free_body()
     without = build_model(small_config("unused", *shared), body, mesh).eval()
@@ -107,7 +107,7 @@ def test_a_path_that_is_not_used_changes_nothing(name: str) -> None:
         assert torch.equal(value, model.state_dict()[key]), key
     people = people_of("model.backbone=conv")
     points, steps = torch.randn(len(people), 2, model.num_points, 3), torch.rand(len(people), 2)
-    # A lifted model at its start: its joints' gate is closed.
+    # A lifting model at initialisation: the gate of its joints is zero.
     expected = without(points, steps, None, people.heatmaps, people.heatmap_valid)
     found = model(points, steps, None, people.heatmaps, people.heatmap_valid)
     assert torch.equal(found.points, expected.points) and torch.equal(found.camera, expected.camera)
@@ -115,12 +115,12 @@ def test_a_path_that_is_not_used_changes_nothing(name: str) -> None:
 
 @torch.no_grad()
 def test_every_image_token_has_a_learned_place() -> None:
-    """One number of the table moves the tokens of every image alike; without a grid there is nothing to place."""
+    """Changing the position embedding changes the tokens of all images; a model without an image grid has none."""
     model = build_pipeline(small_config("unused", *PATHS["hybrid position"])).model
     people = people_of("model.backbone=conv")
     assert model.image_place.shape == (64, 32)
     before, _ = model.encode(None, people.heatmaps, people.heatmap_valid)
-    model.image_place[5, 3] += 1.0  # all channels alike would go with the first layer norm
+    model.image_place[5, 3] += 1.0  # one channel: a change of all is removed by the layer norm
     after, _ = model.encode(None, people.heatmaps, people.heatmap_valid)
     assert (after.tokens - before.tokens).abs().amax((1, 2)).min() > 1e-3
     with pytest.raises(UserError, match="hybrid_position is of a grid of image tokens"):
@@ -132,7 +132,7 @@ FINE = (*PATHS["coarse to fine"], "model.depth=4")
 
 @torch.no_grad()
 def test_joints_and_mesh_accumulate_from_block_to_block() -> None:
-    """JOTR's heads: every block adds to what the block before found, and the last sum is the result."""
+    """JOTR's heads: every block adds a correction to the previous estimate; the last sum is the result."""
     model, people = build_pipeline(small_config("unused", *FINE)).model, people_of("model.backbone=conv")
     wake(model)
     points, steps = torch.randn(len(people), 2, model.num_points, 3), torch.rand(len(people), 2)
@@ -140,7 +140,7 @@ def test_joints_and_mesh_accumulate_from_block_to_block() -> None:
     assert found.meshes.shape == (len(people), 2, 3, 432, 3) and found.estimates.shape == (len(people), 2, 3, 24, 3)
     result = found.points.clone()
     (denoiser,) = model.denoisers
-    denoiser.to_patch.weight.zero_()  # the last block adds nothing: the result is what the block before it found
+    denoiser.to_patch.weight.zero_()  # zero last block: the result is the previous estimate
     denoiser.to_joint.weight.zero_()
     before = model(points, steps, None, people.heatmaps, people.heatmap_valid)
     torch.testing.assert_close(before.points, torch.cat([before.meshes[:, :, -1], before.estimates[:, :, -1]], 2))
@@ -148,7 +148,7 @@ def test_joints_and_mesh_accumulate_from_block_to_block() -> None:
     for number in (2, 1, 0):
         denoiser.refinements[number].weight.zero_()
         less = model(points, steps, None, people.heatmaps, people.heatmap_valid).meshes
-        steps_left = less.diff(dim=2).flatten(3).std(-1)  # (B, 2, 2): from the first to the second, to the third
+        steps_left = less.diff(dim=2).flatten(3).std(-1)  # (B, 2, 2): first to second, second to third
         moving = max(number - 1, 0)
         assert (steps_left[..., :moving] > 0.001).all() and (steps_left[..., moving:] == 0).all()
     bias = denoiser.patch_bias.reshape(-1, 3)[denoiser.place]
@@ -156,7 +156,7 @@ def test_joints_and_mesh_accumulate_from_block_to_block() -> None:
 
 
 def test_every_block_is_supervised() -> None:
-    """A loss on the first block's joints and mesh alone would leave the others' heads where they are, and so on."""
+    """A loss on one block's joints and mesh alone gives the other blocks' heads no gradient."""
     values = small_config("unused", *FINE, "loss.camera=0", "loss.joint_contrast=0", "loss.non_joint_contrast=0")
     body, mesh = free_body()
     model, people = build_model(values, body, mesh), people_of("model.backbone=conv")
@@ -172,12 +172,12 @@ def test_every_block_is_supervised() -> None:
 
 
 def test_contrast_knows_whose_joints_are_outside_the_crop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the true joints through the true camera, for both losses; what they draw is a function of the step's seed."""
+    """Validity follows from the ground truth joints and camera, for both losses; draws depend on the step's seed."""
     values = small_config("unused", *PATHS["lifting"])
     body, mesh = free_body()
     model, people = build_model(values, body, mesh), people_of("model.backbone=conv")
     camera = people.camera.clone()
-    camera[0, 1] += 0.8  # half of the first person is beyond the right border
+    camera[0, 1] += 0.8  # half of the first person is outside the right border
     people = dataclasses.replace(people, camera=camera)
     given: list[Tensor] = []
     seeds: list[int] = []
@@ -207,7 +207,7 @@ def test_a_mesh_is_refined_where_a_mesh_is_predicted(kind: str) -> None:
 
 
 def wake(model: MeshRecoveryModel) -> None:
-    """Weights that were zero get values, so that every path is heard."""
+    """Randomise zero-initialised weights, so that every module affects the output."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for key, value in model.named_parameters():
@@ -241,7 +241,7 @@ def test_saved_and_loaded_with_every_path(tmp_path: Path, mode: str) -> None:
 def test_a_person_alone_and_in_a_batch() -> None:
     pipeline, people = all_paths()
     heatmaps = as_heatmaps(people)
-    # As predicted: the body nearest to a mesh of an untrained model enlarges the last bits of a batch's rounding.
+    # Raw vertices: fitting a body to an untrained model's mesh amplifies rounding differences between batch sizes.
     raw = {"num_hypotheses": 3, "num_inference_steps": 2, "surface": "vertices"}
     whole = pipeline(heatmaps=heatmaps, depth=people.depth_input, **raw)
     for person in (0, 2):
@@ -262,7 +262,7 @@ def test_depth_is_read_and_missing_depth_is_not() -> None:
     pipeline, people = all_paths()
     depth = people.depth_input
     before = heard(pipeline.model, people, depth)
-    assert not depth[:3].isnan().all() and depth[3].isnan().all()  # one has no map at all
+    assert not depth[:3].isnan().all() and depth[3].isnan().all()  # the fourth person has no map
     changed = (heard(pipeline.model, people, depth.flip(-1)) - before).abs().amax((1, 2, 3))
     assert changed[:3].min() > 1e-4 and changed[3] == 0
     half = depth.clone()
@@ -325,7 +325,7 @@ def test_a_hidden_token_shows_neither_itself_nor_the_image() -> None:
     hidden = torch.ones(len(people), 1, model.num_tokens, dtype=torch.bool)
     first = model.predict(points, steps, conditioning, hidden).points
     torch.testing.assert_close(first, model.predict(points + 1, steps, conditioning, hidden).points)
-    torch.testing.assert_close(first[1:], first[:1].expand_as(first[1:]))  # whoever is in the image
+    torch.testing.assert_close(first[1:], first[:1].expand_as(first[1:]))  # for all images
     hidden[..., 0] = False
     changed = model.predict(points, steps, conditioning, hidden).points
     assert (changed - first).abs().max() > 1e-5

@@ -1,4 +1,4 @@
-"""The pose estimator trained on our people: mmpose's conventions, learning, resume, save and load, errors."""
+"""The pose estimator trained on synthetic people: mmpose's conventions, learning, resume, save and load, errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from hmdiff.train.estimator_config import NETWORKS, estimator_config, write_conf
 from hmdiff.train.estimator_crops import Jitter, jitter_crops, target_heatmaps
 from hmdiff.train.estimator_figures import pck_figures, within
 
-pytestmark = pytest.mark.slow  # networks of full size, or mmpose
+pytestmark = pytest.mark.slow  # full-size networks, or mmpose
 
 MMPOSE = importlib.util.find_spec("mmpose") is not None
 needs_mmpose = pytest.mark.skipif(not MMPOSE, reason="mmpose is not installed: uv sync --extra mmpose")
@@ -53,7 +53,7 @@ STILL = Jitter(rotation=0, scale=(1.0, 1.0), shift=0, mirrored=0, gain=0)
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits in blocks of four, so that a look at a few people draws no more."""
+    """Blocks of four, so that evaluating a few people renders only those."""
     monkeypatch.setattr(preparing, "_BLOCK", 4)
 
 
@@ -67,7 +67,7 @@ def drawn(people: int = 4, size: int = 64) -> Sample:
 
 
 def test_jitter_moves_the_picture_and_the_points_alike() -> None:
-    """A white dot at every keypoint's place is found at the moved place."""
+    """White dots drawn at the keypoints are found at the transformed keypoints."""
     generator = torch.Generator().manual_seed(3)
     points = torch.rand(8, 26, 2, generator=generator) - 0.5
     dots = gaussian_heatmaps(points[:, :1], torch.ones(8, 1), 2.0, 96).expand(-1, 3, -1, -1)
@@ -95,12 +95,12 @@ def test_jitter_of_nothing_changes_nothing_and_scale_shows_more() -> None:
     wide = dataclasses.replace(STILL, scale=(2.0, 2.0))
     seen, moved = jitter_crops(images, points, torch.Generator().manual_seed(0), wide)
     torch.testing.assert_close(moved, points / 2)
-    assert (seen[..., :7, :] == 0).all() and seen[..., 12:20, 12:20].amin() > 0  # black where the photo ends
+    assert (seen[..., :7, :] == 0).all() and seen[..., 12:20, 12:20].amin() > 0  # black outside the photo
 
 
 @needs_mmpose
 def test_targets_are_those_of_mmpose() -> None:
-    """Against the codec's own `encode`, from pixel indices; a joint outside has weight 0 and an empty heatmap."""
+    """Compared with the codec's `encode` on pixel indices; a joint outside has weight 0 and an empty heatmap."""
     network: Any = build_network(estimator_config(64, 4))
     codec = network.head.decoder
     points = torch.rand(3, 26, 2, generator=torch.Generator().manual_seed(1)) * 2.4 - 1.2
@@ -129,7 +129,7 @@ def test_pck_is_that_of_mmpose() -> None:
 
 
 class Oracle:
-    """An estimator that knows: a Gaussian at the truth, displaced on joints that are hidden."""
+    """A perfect estimator: Gaussians at the ground truth, displaced for hidden joints."""
 
     def __init__(self, sample: Sample, displaced: float) -> None:
         assert sample.joints_2d is not None and sample.visible is not None
@@ -150,7 +150,7 @@ def test_figures_of_a_perfect_and_of_a_displaced_estimator() -> None:
     assert perfect["visible"]["joints"] == int(sample.visible.sum())
     assert perfect["hidden"]["joints"] == int((inside & ~sample.visible).sum()) > 0
     assert perfect["visible"]["pck@0.05"] == 1 and perfect["visible"]["pckh@0.5"] > 0.95
-    # 0.14 half-sides either way is 0.099 of the side away: outside 0.05, inside 0.1.
+    # 0.14 half-sides in x and y is a distance of 0.099 sides: outside 0.05, inside 0.1.
     displaced = pck_figures(Oracle(sample, 0.14), data, "test_occluded", 8)  # type: ignore[arg-type]
     assert displaced["visible"] == perfect["visible"]
     assert displaced["hidden"]["pck@0.05"] < 0.1 and displaced["hidden"]["pck@0.1"] > 0.75
@@ -161,7 +161,7 @@ def test_figures_of_a_perfect_and_of_a_displaced_estimator() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> EstimatorRun:
-    """Fifty steps on the same few crops: enough to see that the whole path learns."""
+    """Fifty steps on the same few crops, enough to overfit them."""
     torch.set_num_threads(1)
     values = EstimatorTraining(
         steps=200, people=4, views=1, image_size=64, width=16, warmup=5, ema_decay=0.8, learning_rate=1e-2
@@ -200,7 +200,7 @@ def test_estimates_are_mmposes_own_and_do_not_depend_on_the_batch(trained: Estim
     single = torch.cat([estimator.estimate(image[None]) for image in images])
     torch.testing.assert_close(values, single, atol=1e-5, rtol=1e-4)
 
-    # mmpose's own path takes 8 bits in BGR.
+    # mmpose's input is 8-bit BGR.
     network: Any = trained.averaged
     eight_bits = [(image.flip(0) * 255).round().to(torch.uint8) for image in images]
     prepared = network.data_preprocessor({"inputs": eight_bits, "data_samples": [PoseDataSample() for _ in images]})
@@ -209,7 +209,7 @@ def test_estimates_are_mmposes_own_and_do_not_depend_on_the_batch(trained: Estim
 
 @needs_mmpose
 def test_a_resnet_starts_the_backbone_of_a_model_that_reads_pictures(tmp_path: Path) -> None:
-    """mmpose's ResNet and timm's are the same function of the same weights."""
+    """mmpose's and timm's ResNet give the same output for the same weights."""
     config = estimator_config(64, 4, "resnet18")
     save_estimator(tmp_path, config, build_network(config))
     network: Any = SyntheticEstimator.load(tmp_path).network
@@ -231,7 +231,7 @@ def test_the_command_offers_the_networks_there_are(capsys: pytest.CaptureFixture
 
 @needs_mmpose
 def test_a_target_that_is_learnt_lies_where_the_joint_is() -> None:
-    """The shift between mmpose's grid and ours: a network that answered the target exactly would be exact here."""
+    """Between mmpose's grid and ours is a shift: decoding the target itself gives the exact joint."""
     network: Any = build_network(estimator_config(64, 4))
     estimator = SyntheticEstimator(network)
     points = torch.rand(2, 26, 2, generator=torch.Generator().manual_seed(2)) * 1.6 - 0.8
@@ -272,7 +272,7 @@ def test_saved_and_loaded_it_says_the_same(trained: EstimatorRun, tmp_path: Path
 
 @needs_mmpose
 def test_mmpose_reads_the_files_itself(trained: EstimatorRun, tmp_path: Path) -> None:
-    """`init_model` on the config gives the same network, with our names; one picture by mmpose's own pipeline."""
+    """`init_model` gives the same network and joint names; its pipeline gives the same keypoints for a picture."""
     openmmlab.import_openmmlab("mmpose.apis")
     from mmpose.apis import inference_topdown, init_model
 
@@ -284,19 +284,19 @@ def test_mmpose_reads_the_files_itself(trained: EstimatorRun, tmp_path: Path) ->
     assert meta["flip_indices"] == mirror_permutation(HALPE26)
     image = trained.batch(0)[0][:1]
     photo = np.ascontiguousarray((image[0].permute(1, 2, 0).numpy()[..., ::-1] * 255).round().astype(np.uint8))
-    low, high = 32 - 32 / 1.25, 32 + 32 / 1.25  # the box whose padded crop is the whole picture
+    low, high = 32 - 32 / 1.25, 32 + 32 / 1.25  # its padded crop is the whole picture
     result = inference_topdown(model, photo, np.array([[low, low, high, high]], np.float32))[0]
     theirs = result.pred_instances.keypoints[0] * (2 / 64) - 1 + 1 / 64  # pixel indices as crop coordinates
     maps = estimator.estimate((image * 255).round() / 255)
     ours, confidence = heatmap_peaks(maps)
-    # Of two peaks of about one height each decoder may take its own: those joints say nothing.
+    # With two peaks of similar height the decoders may differ: such joints are not compared.
     near = torch.nn.functional.max_pool2d((maps == maps.amax((-2, -1), keepdim=True)).float(), 9, 1, 4) > 0
     second = maps.masked_fill(near, 0.0).amax((-2, -1))
     sure = ((confidence[0] > 0.4) & (second[0] < 0.6 * confidence[0])).numpy()
     assert sure.sum() > 3
     np.testing.assert_allclose(theirs[sure], ours[0].numpy()[sure], atol=0.06)
 
-    # And by the provider for photos, which counts photo pixels as mmpose does: by their indices, half a pixel aside.
+    # The provider for photos uses mmpose's pixel indices, which differ by half a pixel from our coordinates.
     provider = MMPoseEstimator(tmp_path / CONFIG, tmp_path / WEIGHTS)
     assert provider.names == HALPE26
     found = provider.heatmaps(np.ascontiguousarray(photo[..., ::-1]), [[low, low, high, high]])
@@ -316,7 +316,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     first.one_step()
     first.one_step()
     first.save()
-    first.one_step()  # lost with the process
+    first.one_step()  # not saved when killed
     second = EstimatorRun(tmp_path / "cut", TINY)
     assert second.step == 2
     second.one_step()
@@ -348,7 +348,7 @@ def test_the_command_writes_the_estimator_and_its_figures(
     assert "a finished estimator is there" in capsys.readouterr().err
 
 
-# ---- what goes wrong ----
+# ---- errors ----
 
 
 @needs_mmpose

@@ -1,4 +1,4 @@
-"""The recipes of paper size: each loads, builds, says what it must, and makes a step on stand-ins of its data sets."""
+"""Recipes of paper size: each loads, builds, documents its data, and trains a step on stand-ins for its data sets."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.readers import open_reader
 from hmdiff.train.check import dry_run
 
-pytestmark = pytest.mark.slow  # networks of full size, or mmpose
+pytestmark = pytest.mark.slow  # full-size networks, or mmpose
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = ("hmdiff_3dpw", "hmdiff_h36m", "hmdiff_freihand")
-# Small enough for a step in a second: everything that decides how the parts fit together stays the recipe's own.
+# Small enough for a step per second; everything that affects how modules fit together is unchanged.
 TINY = (
     "model.backbone=resnet18",
     "model.encoder_width=32",
@@ -50,7 +50,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with prepared/ as the recipes' first lines make it, and stand-ins of the licensed bodies."""
+    """A folder with prepared/ as made by the recipes' first lines, and stand-ins for the licensed bodies."""
     folder = tmp_path_factory.mktemp("recipes")
     patch = pytest.MonkeyPatch()
     patch.setenv("HMDIFF_BODY_DIR", str(folder / "bodies"))
@@ -104,7 +104,7 @@ def test_a_step(name: str, inside: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_second_stage_starts_from_the_first(inside: Path, tmp_path: Path) -> None:
-    """The two recipes are about the same model: its weights fit."""
+    """Both recipes have the same model, so the weights fit."""
     from hmdiff.train.loop import Trainer
 
     first = Trainer(recipe("hmdiff_h36m", *TINY, f"output={tmp_path / 'first'}"))
@@ -121,7 +121,7 @@ def test_the_second_stage_starts_from_the_first(inside: Path, tmp_path: Path) ->
 
 
 def test_a_hand_is_about_one_unit_inside_the_diffusion(inside: Path) -> None:
-    """The stand-in is no hand, but of a hand's size; a body's scale would leave a quarter of the noise's."""
+    """The stand-in has a hand's size; with a body's mesh_scale its points would have a quarter of unit variance."""
     config = recipe("hmdiff_freihand", *TINY)
     body = load_body(config.body)
     mesh = build_mesh(config, body)
@@ -132,7 +132,7 @@ def test_a_hand_is_about_one_unit_inside_the_diffusion(inside: Path) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_full_size(name: str, inside: Path) -> None:
-    """Built with its real sizes, weights of HRNet-W64 included, which are not held."""
+    """Built at full size, including HRNet-W64, without allocating the weights."""
     config = recipe(name, "model.pretrained=false")
     body = load_body(config.body)
     mesh = build_mesh(config, body)
@@ -158,7 +158,7 @@ def test_full_size(name: str, inside: Path) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_it_says(name: str) -> None:
-    """Each opens with the way from raw data to numbers, and with what was never done."""
+    """Each begins with the commands from raw data to results, and states what was never run."""
     text = (CONFIGS / f"{name}.yaml").read_text()
     head = text[: text.index("\nname:")]
     assert "NEVER TRAINED HERE" in head and "--dry-run" in head and "hmdiff evaluate --protocol" in head
@@ -169,11 +169,11 @@ def test_what_it_says(name: str) -> None:
     config = recipe(name)
     used = [entry["path"] for entry in config.data.sources]
     used += [entry if isinstance(entry, str) else entry["path"] for entry in config.data.splits.values()]
-    assert set(used) <= prepared  # whatever is read was prepared by a command above
+    assert set(used) <= prepared  # all inputs are prepared by a command above
     for launcher in re.findall(r"configs/accelerate/\w+\.yaml", head):
         assert (CONFIGS.parent / launcher).is_file()
     assert f"runs/{name}/pipeline" in head and config.output == f"runs/{name}" and config.name == name
-    assert not any(path.endswith(("_test", "_p2", "_evaluation")) for path in used)  # no test split is trained on
+    assert not any(path.endswith(("_test", "_p2", "_evaluation")) for path in used)  # no training on test splits
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_what_it_says(name: str) -> None:
     [("ddp_4gpu", "MULTI_GPU", 4), ("ddp_8gpu", "MULTI_GPU", 8), ("fsdp", "FSDP", 8), ("deepspeed", "DEEPSPEED", 8)],
 )
 def test_launchers(name: str, kind: str, processes: int) -> None:
-    """As accelerate itself reads them; an unknown key is an error there."""
+    """Parsed by accelerate, which rejects unknown keys."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))

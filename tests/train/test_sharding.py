@@ -1,4 +1,4 @@
-"""Weights shared out among processes come whole again, and are filled from whole ones: two processes over gloo."""
+"""Sharded weights are gathered and filled correctly: two processes over gloo."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_what_is_not_shared_out_is_given_back() -> None:
 
 def gathers_and_fills(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
-    # 5 rows do not divide by 2, and one row leaves a process with nothing.
+    # 5 rows are not divisible by 2; 1 row leaves a process without a shard.
     values = [torch.arange(15.0).view(5, 3), torch.arange(4.0)[None], torch.tensor([2.0, 7.0])]
     parts = [distribute_tensor(value.clone(), mesh, [Shard(0)]) for value in values]
     parts.append(distribute_tensor(values[0].clone(), mesh, [Replicate()]))
@@ -51,7 +51,7 @@ def process(rank: int, folder: Path) -> None:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    # Without the interpreter's own end: gloo's threads may outlive what they use there, and abort the process.
+    # Skip the interpreter's shutdown, in which gloo's threads may abort the process.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""The step as a module gives all that it holds; its draws move as one; what it leaves without a gradient is known."""
+"""The training step as a module: its arguments, moving draws to a device, and parameters without a gradient."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PLAIN = {"inputs": "heatmaps", "silhouette": False, "rle": (), "depth_map": Fals
     ],
 )
 def test_what_no_loss_uses(model: dict[str, Any], loss: dict[str, float], expected: bool) -> None:
-    """DDP waits for ever for a gradient that is not announced as missing, and is slower where it is announced."""
+    """DDP hangs if unused parameters are not announced, and is slower if they are."""
     built: Any = SimpleNamespace(config=SimpleNamespace(**{**PLAIN, **model}))
     assert used_by_no_loss(built, LossConfig(**loss)) is expected
 
@@ -52,7 +52,7 @@ def test_the_module_gives_all_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_labels_keep_their_precision_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 the turn into the crop's frame would move them by millimetres: who knows them has a loss."""
+    """The bfloat16 rotation into the crop's frame would move labels by millimetres; perfect predictions have no loss."""
     values = small_config("unused", "model.frame=crop", "loss.keypoints_3d=0.5", "loss.keypoints_2d=0.5")
     (body, mesh), people = free_body(), people_block()
     model = build_model(values, body, mesh)
@@ -93,6 +93,6 @@ def test_the_keypoint_terms_need_a_body_with_keypoints() -> None:
     for name in ("keypoints_2d", "keypoints_3d"):
         found = keypoint_map(LossConfig(**{name: 0.1}), model, body)
         assert found is not None and found.regressor.device == model.coarse_ids.device
-        bare = body.select([0])  # without the vertices that its regressor reads
+        bare = body.select([0])  # without the vertices of its keypoint regressor
         with pytest.raises(UserError, match=r"body 'free' has no keypoints: .* give 0"):
             keypoint_map(LossConfig(**{name: 0.1}), model, bare)

@@ -1,4 +1,4 @@
-"""The training loop: it learns, resumes to the same weights after a stop or a kill, and processes add up to a batch."""
+"""Training loop: it learns, resumes to the same weights after a stop or kill, and several processes equal one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(autouse=True)
 def on_the_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Bit-equal results are promised for one kind of device; accelerate keeps its settings for the process."""
+    """Results are bit-equal only on one kind of device; accelerate's settings are global to the process."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
@@ -55,7 +55,7 @@ def on_the_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the parts of an evaluation that have tests of their own."""
+    """Skip parts of the evaluation that are tested elsewhere."""
     monkeypatch.setattr(Trainer, "_picture", lambda trainer: None)
     monkeypatch.setattr(training, "mean_mesh_error", lambda *_: 300.0)
 
@@ -70,7 +70,7 @@ def config(folder: Path, steps: int, *overrides: str) -> Config:
 
 
 def checkpoint(folder: Path, step: int) -> State:
-    """Weights, EMA and optimiser of a checkpoint, flat."""
+    """Weights, EMA and optimiser state of a checkpoint, as a flat dictionary."""
     place = folder / "checkpoints" / f"step_{step:08d}"
     flat = {f"model.{name}": value for name, value in load_file(place / "model.safetensors").items()}
     flat |= {f"ema.{name}": value for name, value in load_file(place / "ema.safetensors").items()}
@@ -92,7 +92,7 @@ def log_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def in_a_process(work: Callable[[], None], **environment: str) -> multiprocessing.process.BaseProcess:
-    """Started by fork: a fresh interpreter needs ten seconds to import torch and diffusers."""
+    """By fork, since importing torch and diffusers takes seconds."""
 
     def run() -> None:
         os.environ.update(environment)
@@ -131,7 +131,7 @@ def test_a_training_learns_and_leaves_a_pipeline(tmp_path: Path, quick: None) ->
     saved = HMDiffPipeline.from_pretrained(tmp_path / "pipeline")
     state = checkpoint(tmp_path, 60)
     for number, (name, value) in enumerate(saved.model.named_parameters()):
-        assert torch.equal(value, state[f"ema.{number:04d}"]), name  # the EMA is what is shipped
+        assert torch.equal(value, state[f"ema.{number:04d}"]), name  # the saved pipeline has the EMA weights
     assert any(not torch.equal(value, state[f"model.model.{name}"]) for name, value in saved.model.named_parameters())
 
 
@@ -147,7 +147,7 @@ def test_a_training_learns_and_leaves_a_pipeline(tmp_path: Path, quick: None) ->
     ids=lambda overrides: " ".join(overrides),
 )
 def test_every_variant_learns_a_batch(overrides: tuple[str, ...]) -> None:
-    """Every parameter too; the other variants' numbers and gradients are in `test_recorded_numbers`."""
+    """And all its parameters; `test_recorded_numbers` has numbers and gradients of the other variants."""
     values = small_config("unused", *overrides)
     body, mesh = free_body()
     model, scheduler = build_model(values, body, mesh), build_scheduler(values)
@@ -175,7 +175,7 @@ def test_every_variant_learns_a_batch(overrides: tuple[str, ...]) -> None:
 
 
 def test_losses_say_what_the_noise_level_was_told() -> None:
-    """A network that knows the mesh has no error at any noise level; x_k and its fraction are the sampler's."""
+    """A perfect network has zero loss at any noise level; x_k and its time fraction match the sampler's."""
     values = small_config("unused", "diffusion.num_train_timesteps=100")
     body, mesh = free_body()
     plain, scheduler, people = build_model(values, body, mesh), build_scheduler(values), people_block()
@@ -263,7 +263,7 @@ def test_accumulation_equals_a_bigger_batch(tmp_path: Path, quick: None) -> None
 
 
 def compare_runs(first: Path, second: Path, step: int) -> None:
-    """Equal but for the order of sums."""
+    """Equal up to the order of summation."""
     losses = [[float(row["loss"]) for row in log_rows(folder) if row["loss"]] for folder in (first, second)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     one, two = checkpoint(first, step), checkpoint(second, step)
@@ -273,7 +273,7 @@ def compare_runs(first: Path, second: Path, step: int) -> None:
 
 
 def assert_close_but_for_rounding(value: Tensor, other: Tensor, name: str) -> None:
-    """Adam divides by |gradient|: where that is rounding alone, a step may go either way."""
+    """Adam divides by |gradient|: where the gradient is only rounding, the step's sign is arbitrary."""
     difference = (value.double() - other.double()).abs()
     assert difference.mean() < 1e-4 and (difference > 1e-3).float().mean() < 0.02, name
 
@@ -308,7 +308,7 @@ def test_two_processes_equal_twice_the_batch(tmp_path: Path, quick: None, camera
 
 
 def as_if_on_gpus() -> None:
-    """accelerate knows FSDP on accelerators alone: it is told that these processes, which talk by gloo, have some."""
+    """accelerate supports FSDP only on accelerators: make these gloo processes report one."""
     real = AcceleratorState.__init__
 
     def init(self: AcceleratorState, *args: Any, **options: Any) -> None:
@@ -317,13 +317,13 @@ def as_if_on_gpus() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         real(self, *args, **options)
 
-    AcceleratorState.__init__ = init  # type: ignore[method-assign]  # in a process of its own
+    AcceleratorState.__init__ = init  # type: ignore[method-assign]  # in a separate process
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 def test_weights_that_are_shared_out_train_and_resume_the_same(tmp_path: Path, quick: None) -> None:
-    """configs/accelerate/fsdp.yaml on two processes: the weights of one process, and the same bits after a stop."""
+    """configs/accelerate/fsdp.yaml on two processes: the weights of one process, bit-equal after a resume."""
     launcher = yaml.safe_load((Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp.yaml").read_text())
     names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
     settings = {names.get(name, name.upper()): str(value) for name, value in launcher["fsdp_config"].items()}
@@ -390,7 +390,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [3, 5, 9])
 def test_stopped_and_started_again(tmp_path: Path, quick: None, uninterrupted: Path, stop_at: int) -> None:
-    """By SIGTERM at a checkpoint, between two, and when there is nothing left to do."""
+    """SIGTERM at a checkpoint, between two checkpoints, and at the last step."""
     values = config(tmp_path, STEPS, *STEADY)
     trainer = Trainer(values)
     step = trainer._one_step
@@ -410,7 +410,7 @@ def test_stopped_and_started_again(tmp_path: Path, quick: None, uninterrupted: P
     assert_same(checkpoint(tmp_path, STEPS), checkpoint(uninterrupted, STEPS))
     losses = [row for row in log_rows(tmp_path) if row["loss"]]
     expected = [row for row in log_rows(uninterrupted) if row["loss"]]
-    if stop_at != 5:  # else the average of a row is over the steps since the stop
+    if stop_at != 5:  # else the row's average only covers the steps since the stop
         assert [row["loss"] for row in losses if row["step"] in "89"] == [
             row["loss"] for row in expected if row["step"] in "89"
         ]
@@ -420,7 +420,7 @@ def test_stopped_and_started_again(tmp_path: Path, quick: None, uninterrupted: P
 @pytest.mark.slow
 def test_minutes_end_a_call_and_not_the_run(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 3, "training.minutes=1e-6")
-    for step in (1, 2, 3):  # a call each
+    for step in (1, 2, 3):  # one call each
         train(values)
         assert max(int(row["step"]) for row in log_rows(tmp_path)) == step
         assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "progress.json").is_file()
@@ -429,7 +429,7 @@ def test_minutes_end_a_call_and_not_the_run(tmp_path: Path, quick: None) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(2))
 def test_killed_at_any_moment(tmp_path: Path, quick: None, uninterrupted: Path, attempt: int) -> None:
-    """SIGKILL after the first checkpoint, at a random moment; the same command again gives the same weights."""
+    """SIGKILL at a random time after the first checkpoint; the same command then gives the same weights."""
     values = config(tmp_path, STEPS, *STEADY)
     moment = random.Random(time.time_ns()).uniform(0, 1.5)
     process = in_a_process(lambda: train(values) and None)
@@ -453,7 +453,7 @@ def test_killed_at_any_moment(tmp_path: Path, quick: None, uninterrupted: Path, 
 def test_killed_at_the_worst_moments(
     tmp_path: Path, quick: None, uninterrupted: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the last checkpoint is written, and between it and its evaluation."""
+    """While the last checkpoint is written, and between checkpoint and evaluation."""
     values = config(tmp_path, STEPS, *STEADY)
 
     class Killed(BaseException):
@@ -491,7 +491,7 @@ def test_killed_at_the_worst_moments(
 
 @pytest.mark.slow
 def test_looking_changes_nothing(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
-    """An evaluation puts the EMA into the model, and must take it out again."""
+    """An evaluation swaps the EMA weights in, and must restore the training weights."""
     train(config(tmp_path, STEPS, *STEADY, "training.evaluate_every=100"))
     assert_same(checkpoint(tmp_path, STEPS), checkpoint(uninterrupted, STEPS))
 
@@ -501,7 +501,7 @@ def test_another_experiment_in_the_same_folder_is_refused(tmp_path: Path, quick:
     for override, part in (("model.width=64", "model"), ("seed=3", "seed"), ("loss.camera=0.5", "loss")):
         with pytest.raises(UserError, match=f"holds a run with another '{part}' section; give output="):
             Trainer(config(tmp_path / "run", STEPS, *STEADY, override))
-    Trainer(config(tmp_path / "run", 20, *STEADY))  # longer is the same experiment
+    Trainer(config(tmp_path / "run", 20, *STEADY))  # more steps: the same experiment
 
 
 @pytest.mark.slow
@@ -536,16 +536,16 @@ def test_old_checkpoints_go_and_damaged_ones_are_named(tmp_path: Path, quick: No
     (places[-1] / "model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match=r"model.safetensors: not what was written, .*; remove it to go on"):
         train(values)
-    (places[-1] / "checksums.json").unlink()  # as one of before there were checksums
+    (places[-1] / "checksums.json").unlink()  # as in old checkpoints
     with pytest.raises(UserError, match=r"step_00000004: damaged checkpoint .*; remove it to go on"):
         train(values)
-    (places[-1] / "progress.json").unlink()  # not whole: as if it were not there
+    (places[-1] / "progress.json").unlink()  # incomplete: ignored
     train(values)
     assert json.loads((places[-1] / "progress.json").read_text())["step"] == 4
 
 
 class Evil:
-    """What a foreign checkpoint could hold: code that runs when it is unpickled."""
+    """A malicious checkpoint: code that runs when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -562,7 +562,7 @@ def test_a_second_training_in_the_folder_is_refused(tmp_path: Path, quick: None)
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(UserError, match=rf"another process \(number {os.getpid()}\) works in it; wait for it"):
             train(values)
-    # One that began and ended in between: what is in the folder is looked at again.
+    # Another run began and ended in between: the folder is checked again.
     AcceleratorState._reset_state(reset_partial_state=True)
     train(config(tmp_path, 2, "seed=5"))
     with pytest.raises(UserError, match="holds a run with another 'seed' section"):
@@ -571,7 +571,7 @@ def test_a_second_training_in_the_folder_is_refused(tmp_path: Path, quick: None)
 
 @pytest.mark.slow
 def test_the_log_goes_on_within_a_row(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of log.csv is the mean over its steps, whether or not the training was resumed among them."""
+    """A row of log.csv is the mean over its steps, also if the training was resumed between them."""
     every = ("training.log_every=3", "training.checkpoint_every=2")
     train(config(tmp_path / "whole", 3, *every))
     trainer = Trainer(config(tmp_path / "parts", 3, *every))
@@ -588,7 +588,7 @@ def test_nothing_is_unpickled(tmp_path: Path, quick: None) -> None:
     values = config(tmp_path, 2)
     train(values)
     place = tmp_path / "checkpoints" / "step_00000002"
-    (place / "checksums.json").unlink()  # they would refuse the file before it is opened
+    (place / "checksums.json").unlink()  # else the checksum fails before the file is opened
     whole = {path.name: path.read_bytes() for path in place.iterdir()}
     trap = tmp_path / "trap"
     for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"):
@@ -598,7 +598,7 @@ def test_nothing_is_unpickled(tmp_path: Path, quick: None) -> None:
             for file, content in whole.items():
                 (place / file).write_bytes(content)
             save(Evil(trap), place / name)
-            with contextlib.suppress(UserError):  # random states that cannot be read are left alone by accelerate
+            with contextlib.suppress(UserError):  # accelerate ignores unreadable random states
                 train(values)
             assert not trap.exists(), name
 
@@ -626,7 +626,7 @@ def test_a_path_joins_a_saved_pipeline(tmp_path: Path, quick: None, uninterrupte
     mine = trainer.plain.state_dict()
     assert_same({name: mine[name] for name in saved}, saved)
     assert any(name.startswith("depth_fusion") for name in mine.keys() - saved.keys())
-    # It says what it said: the new path adds nothing before it has learned.
+    # Same output: the added module is zero-initialised.
     plain = Trainer(config(tmp_path / "plain", 1, *STEADY, start_from, "seed=7")).plain.eval()
     heatmaps = torch.rand(2, plain.config.num_keypoints, 64, 64)
     valid = torch.ones(2, plain.config.num_keypoints, dtype=torch.bool)
@@ -654,7 +654,7 @@ def test_further_blocks_join_a_saved_pipeline(tmp_path: Path, quick: None, unint
     for model in (plain, grown):
         conditioning, camera = model.encode(heatmaps=heatmaps, heatmap_valid=valid)
         said.append((camera, model.regress(conditioning)))
-    for before, after in zip(*said, strict=True):  # it says what it said, and learns from there
+    for before, after in zip(*said, strict=True):  # same output at the start
         assert torch.equal(before, after)
     said[1][1].square().mean().backward()
     for block in (*list(grown.encoder)[encoder:],):
