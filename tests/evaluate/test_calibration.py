@@ -1,4 +1,4 @@
-"""Calibration: the temperature of a pipeline, fitted, used, kept with it, and what the hypotheses say with it."""
+"""Calibration: fitting, applying and saving a pipeline's temperature, and its effect on the hypotheses."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_output_selects_by_heatmaps_and_joints(pipe: HMDiffPipeline, maps: H
 
 
 def test_likelier_is_what_projects_onto_the_peaks(maps: Heatmaps) -> None:
-    """The true body, where it truly stood, is likelier than the same body elsewhere, turned, or mirrored."""
+    """The ground truth has a higher likelihood than the same body shifted, rotated or mirrored."""
     sample = people_block()
     assert sample.keypoints_3d is not None and sample.pelvis is not None and sample.focal is not None
     true = sample.keypoints_3d[:3]
@@ -100,7 +100,7 @@ def test_a_temperature_changes_what_is_said_of_the_spread_and_no_mesh(pipe: HMDi
     tempered = hot.calibrated(hot.joints)
     torch.testing.assert_close(tempered.mean(1), plain.mean_joints, rtol=0, atol=1e-6)
     torch.testing.assert_close(tempered - tempered.mean(1, True), 2.5 * (hot.joints - hot.joints.mean(1, True)))
-    # Another way of sampling was not fitted.
+    # Nothing was fitted for other sampling settings.
     first = {
         str(options): run(**options).temperature.tolist()
         for options in (  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def test_a_temperature_changes_what_is_said_of_the_spread_and_no_mesh(pipe: HMDi
 def test_temperatures_are_saved_with_the_pipeline(pipe: HMDiffPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "older")
     assert "temperatures" not in json.loads((tmp_path / "older" / "hmdiff.json").read_text())
-    assert HMDiffPipeline.from_pretrained(tmp_path / "older").temperatures == {}  # as all were before
+    assert HMDiffPipeline.from_pretrained(tmp_path / "older").temperatures == {}  # as in old pipelines
     guided = Temperature(Sampling.of(pipe.resolved(in_steps(5, guidance=Guidance(joint_weights=(1.0, 0.5))))), 3.0)
     for each in (fitted(2.5), fitted(1.25, 7, "ddim", 0.5), guided):
         pipe.set_temperature(each)

@@ -1,4 +1,4 @@
-"""Confidence: it is as often right as it says, knows who is uncertain, and travels with the checkpoint."""
+"""Confidence: calibrated, informative about the error, and saved with the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hmdiff.pipeline import HMDiffPipeline
 
 
 def observed(people: int, seed: int, scale: float = 1.0) -> Observed:
-    """Errors that are drawn from a Gaussian of the hypotheses' own width, which spread tells; `scale` misleads."""
+    """Gaussian errors with the hypotheses' standard deviation; `scale` miscalibrates the spread."""
     generator = torch.Generator().manual_seed(seed)
     whole = torch.exp(0.5 * torch.randn(people, 1, generator=generator))
     parts = []
@@ -116,7 +116,7 @@ def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) 
     again = HMDiffPipeline.from_pretrained(tmp_path / "saved")
     mine, saved = (each.calibration(SamplingConfig(num_inference_steps=2)) for each in (pipe, again))
     assert mine is not None and saved is not None and saved.confidence == mine.confidence is not None
-    other = ask(again, block, as_heatmaps(block), SamplingConfig(4, 3))  # three steps: nothing was fitted
+    other = ask(again, block, as_heatmaps(block), SamplingConfig(4, 3))  # three steps: not fitted
     assert other.within(50) is None and other.confidences(0) == {}
 
 

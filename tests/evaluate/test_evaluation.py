@@ -1,4 +1,4 @@
-"""Evaluation: known errors by hand, order of first, mean and oracle, and nothing depends on the blocks."""
+"""Evaluation: known errors, order of first, mean and oracle, and independence of block size."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def test_the_report_does_not_depend_on_the_blocks(pipe: HMDiffPipeline, monkeypa
 
 
 class Perfect:
-    """A pipeline that knows the truth, off by a known displacement of each hypothesis."""
+    """A pipeline that returns the ground truth plus a known displacement of each hypothesis."""
 
-    def __init__(self, sample: Sample, offsets: Tensor) -> None:  # (N, 3) metres, of the left hand's side alone
+    def __init__(self, sample: Sample, offsets: Tensor) -> None:  # (N, 3) metres, applied to the left hand's side only
         self.sample, self.offsets = sample, offsets
         self.model = small_pipeline("model.mode=direct").model
         self.num_inference_steps, self.body = 1, free_body()[0]
@@ -155,7 +155,7 @@ def test_people_of_whom_nothing_was_seen_are_still_evaluated(pipe: HMDiffPipelin
     maps[2] = 0
     given = as_heatmaps(dataclasses.replace(sample, heatmaps=maps, heatmap_valid=valid))
     assert given is not None and torch.equal(given.values[:2], maps[:2]) and given.values[2].sum() <= 1e-5
-    assert not maps[2].any()  # the sample itself is not touched
+    assert not maps[2].any()  # the sample itself is unchanged
     output = pipe(heatmaps=given, num_hypotheses=1, num_inference_steps=1)
     assert output.vertices.isfinite().all() and output.translation.isfinite().all()
     assert as_heatmaps(dataclasses.replace(sample, heatmaps=None)) is None
@@ -171,7 +171,7 @@ def test_bad_calls_and_saved_reports(pipe: HMDiffPipeline, tmp_path: Path) -> No
 
 
 class Chatty:
-    """A pipeline that remembers how it was called, and that tells of likelihoods and guidance as the real one does."""
+    """A pipeline that records its calls, and returns likelihoods and guidance reports like the real one."""
 
     def __init__(self, pipe: HMDiffPipeline) -> None:
         self.pipe, self.asked = pipe, []
@@ -312,7 +312,7 @@ def test_the_regressions_likelihood_counts_in_the_selected_one(
     pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = next(iter(split_batches(people(True), "val", 4)))
-    # The fitted bodies of an untrained model lie close together: its raw vertices do not.
+    # Raw vertices: the fitted bodies of an untrained model hardly differ.
     options = {"num_hypotheses": 5, "num_inference_steps": 2, "surface": "vertices"}
     plain = pipe(heatmaps=as_heatmaps(sample), **options, **photo_of(sample))
     far = (plain.vertices - plain.mean_vertices[:, None]).norm(dim=-1).mean(-1)

@@ -1,4 +1,4 @@
-"""`hmdiff evaluate --guidance`: the numbers of the same call from Python, beside the unguided ones; which samplers."""
+"""`hmdiff evaluate --guidance`: equals the call from Python, kept beside unguided reports, works with all samplers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_is_done_is_not_done_again(
     for strength in ("0.5", "0.5", "1"):
         assert run("--guidance", "dat", "--strength", strength) == 0
     assert calls == [0.5, 1.0]
-    # A report of before there was guidance is one without it.
+    # Reports from before guidance existed count as unguided.
     path = tmp_path / "small_test.json"
     assert run() == 0
     old = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Metrics against loops, known values and the properties that define them."""
+"""Metrics against loops, known values and their defining properties."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_known_values_in_millimetres() -> None:
     target = torch.randn(2, 24, 3)
     shifted = target + torch.tensor([0.0, 0.03, 0.04])
     torch.testing.assert_close(m.mean_distance(shifted, target), torch.full((2,), 50.0))
-    # A shift of everything is a matter of the root.
+    # A common translation is removed by the root.
     torch.testing.assert_close(m.joint_error(shifted, target, SMPL24), torch.zeros(2), rtol=0, atol=1e-3)
     only_root = target.clone()
     only_root[:, 0] += torch.tensor([0.0, 0.03, 0.04])
@@ -92,7 +92,7 @@ def test_hypotheses_equal_singles() -> None:
             single = m.mesh_errors(vertices[b, n], joints[b, n], target_vertices[b], target_joints[b], SMPL24)
             for name, value in single.items():
                 torch.testing.assert_close(each[name][b, n], value, rtol=1e-4, atol=1e-3)
-    # Where a hypothesis stands does not matter.
+    # Translation of a hypothesis does not matter.
     shift = torch.randn(3, 4, 1, 3)
     shifted = m.mesh_errors(vertices + shift, joints + shift, target_vertices[:, None], target_joints[:, None], SMPL24)
     for name in each:
@@ -134,7 +134,7 @@ def test_bootstrap_interval() -> None:
 
 
 def calibrated(spread: float) -> tuple[Tensor, Tensor]:
-    """300 people whose truth and whose samples come from the same Gaussian, but for the samples' spread."""
+    """300 people with ground truth and samples from the same Gaussian, except for the samples' spread."""
     centre = torch.randn(300, 1, 5, 3)
     truth = centre[:, 0] + 0.1 * torch.randn(300, 5, 3)
     return centre + 0.1 * spread * torch.randn(300, 200, 5, 3), truth

@@ -1,4 +1,4 @@
-"""Torn edges and bent joints: what they count, on known meshes and on a pipeline's two surfaces."""
+"""Torn edges and joint limit violations, on known meshes and on a pipeline's two surfaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protocols: answers by hand, invariances, the two orders of J14, and what is reported of many hypotheses."""
+"""Protocols: known values, invariances, the two orders of J14, and reports of several hypotheses."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def rotation(seed: int = 0) -> Tensor:
 
 
 def score(protocol: Protocol, predicted: Bodies, target: Bodies, regressors: dict[str, Tensor]) -> dict[str, float]:
-    """Means over people, who are all treated alike here."""
+    """Means over people, whose errors are equal here."""
     return {name: values.mean().item() for name, values in protocol.score(predicted, target, regressors).items()}
 
 
@@ -129,7 +129,7 @@ def test_orders_of_j14_are_the_published_ones() -> None:
 
 
 def test_the_two_orders_are_not_interchangeable() -> None:
-    """The same 17 rows, read once by each map: the legs change sides, by exactly what is between them."""
+    """The same 17 rows under both index maps: the legs are exchanged, so errors equal their distance."""
     rows = torch.zeros(1, 17, 3, dtype=torch.float64)
     for side, x in (("left", 0.1), ("right", -0.1)):
         for joint, y in (("hip", 0.0), ("knee", 0.4), ("ankle", 0.8)):
@@ -140,8 +140,8 @@ def test_the_two_orders_are_not_interchangeable() -> None:
     right = rows[:, joint_indices(J14, H36M17)]
     wrong = rows[:, joint_indices(J14, SPIN_H36M17)]
     assert joint_error(wrong, right, J14, HIPS).item() == pytest.approx(1000 * 6 * 0.2 / 14)  # six joints by 0.2 m
-    assert procrustes_error(wrong, right).item() > 10  # and no alignment mends it
-    # A regressor goes with its own map: rows in SPIN's order, read by SPIN's protocol, are the same joints again.
+    assert procrustes_error(wrong, right).item() > 10  # alignment does not remove it
+    # A regressor needs its own map: rows in SPIN's order under SPIN's protocol are the same joints.
     spin, metro = PROTOCOLS["spin"], PROTOCOLS["metro"]
     order = joint_indices(SPIN_H36M17, H36M17)
     mesh, correct = Bodies(rows), torch.eye(17, dtype=torch.float64)
@@ -175,7 +175,7 @@ def test_joints_off_the_mesh_are_what_most_protocols_compare() -> None:
     target, regressors = toy(spin)
     own = Bodies(target.vertices, torch.randn(3, 17, 3, dtype=torch.float64), SPIN_H36M17)
     assert score(spin, own, target, regressors)["mpjpe"] == 0
-    # EMDB takes a prediction's own joints, and else reads both off the meshes: the truth's own would be others.
+    # EMDB uses a prediction's own joints, or else regresses both: the labelled joints would differ.
     target, regressors = toy(emdb)
     assert target.vertices is not None
     labelled = Bodies(target.vertices, target.vertices[:, :24] + torch.randn(3, 24, 3, dtype=torch.float64), SMPL24)
@@ -185,7 +185,7 @@ def test_joints_off_the_mesh_are_what_most_protocols_compare() -> None:
     assert score(emdb, mixed, labelled, regressors)["mpjpe"] > 1
 
 
-# -- answers by hand -------------------------------------------------------------------------------------------------
+# -- known values ----------------------------------------------------------------------------------------------------
 
 
 def test_spin_by_hand() -> None:
@@ -198,7 +198,7 @@ def test_spin_by_hand() -> None:
     errors = score(protocol, moved(target, "pelvis", [0, 0.014, 0], protocol), target, regressors)
     assert errors["mpjpe"] == pytest.approx(14) and errors["pa_mpjpe"] == pytest.approx(0, abs=1e-6)
     assert errors["pve"] == pytest.approx(14 * (WIDE - 1) / WIDE)
-    # A joint that is not among the 14 counts for nothing.
+    # Joints outside the 14 are ignored.
     errors = score(protocol, moved(target, "spine", [1, 0, 0], protocol), target, regressors)
     assert errors["mpjpe"] == 0 and errors["pve"] == pytest.approx(1000 / WIDE)
 
@@ -230,7 +230,7 @@ def test_humaniflow_by_hand() -> None:
     protocol = PROTOCOLS["humaniflow"]
     target, regressors = toy(protocol)
     shifted = target.map(lambda points: points + torch.tensor([0.01, 0, 0], dtype=points.dtype))
-    errors = score(protocol, shifted, target, regressors)  # nothing is moved back
+    errors = score(protocol, shifted, target, regressors)  # no alignment
     assert errors["mpjpe"] == pytest.approx(10) and errors["pve"] == pytest.approx(10)
     assert max(errors[name] for name in errors if "_" in name) < 1e-6
     grown = target.map(lambda points: 1.1 * points)
@@ -257,7 +257,7 @@ def test_emdb_by_hand() -> None:
     # A hip moved by 24 moves the root by 12.
     errors = score(protocol, moved(target, "left_hip", [0, 0, 0.024], protocol), target, regressors)
     assert errors["mpjpe"] == pytest.approx(12) and errors["pve"] == pytest.approx(12)
-    # The mesh is moved as the joints are: joints that are right leave its error as it is.
+    # The mesh is aligned by the joints' similarity: with correct joints its error is unchanged.
     errors = score(protocol, moved(target, 30, [0.04, 0, 0], protocol), target, regressors)
     assert errors["pa_mpjpe"] < 1e-6 and errors["pa_pve"] == pytest.approx(40 / WIDE)
     flat = target.map(lambda points: torch.cat([points[..., :24, :], 2 * points[..., 24:, :]], -2))
@@ -293,7 +293,7 @@ def test_f_score_and_curve_by_hand() -> None:
     for distance, f in ((0.0049, 1), (0.0051, 0)):
         assert f_score(truth + torch.tensor([distance, 0, 0]), truth)[0].item() == f
     zero = torch.zeros(1, 1, 3)
-    assert f_score(zero, zero, (0.0,)).item() == 0  # at the threshold is not under it
+    assert f_score(zero, zero, (0.0,)).item() == 0  # strictly below the threshold
     for distance, area in ((0.0, 1.0), (0.06, 0.0), (0.025, 0.5)):
         found = curve_area(truth + torch.tensor([0, distance, 0]), truth).item()
         assert found == pytest.approx(area, abs=0.01), distance
@@ -303,7 +303,7 @@ def test_f_score_and_curve_by_hand() -> None:
 
 
 def test_freihand_is_what_the_data_set_s_own_evaluation_computes() -> None:
-    """Against a reference by scipy and plain loops, one keypoint at a time over all people."""
+    """Compared with a reference by scipy and loops, one keypoint at a time over all people."""
     random = np.random.default_rng(0)
     truth = 0.08 * random.normal(size=(4, 21, 3))
     guess = truth + 0.01 * random.normal(size=truth.shape)
@@ -419,7 +419,7 @@ def test_one_estimate_and_several_hypotheses() -> None:
 
 
 def test_hypotheses_in_other_places_have_the_mean_of_their_shapes() -> None:
-    """Each is taken about its root first, but for humaniflow, which moves nothing."""
+    """Hypotheses are root-aligned before averaging, except by humaniflow."""
     for name in ("spin", "humaniflow"):
         predicted, target, regressors = several(PROTOCOLS[name], 4)
         far = Bodies(predicted.vertices + torch.randn(3, 4, 1, 3))  # type: ignore[operator]
@@ -473,7 +473,7 @@ def test_biggs_picks_one_of_the_representatives_for_all_metrics() -> None:
             assert rows[row]["pa_mpjpe"][person] == each["pa_mpjpe"][person, pick]
             assert rows[row]["pve"][person] == each["pve"][person, pick]
     apart = sum((rows["pick of 25 of 30"][m] - each[m].amin(1)).sum() for m in ("pa_mpjpe", "pve"))
-    assert apart > 0  # an oracle by each metric is better than one pick
+    assert apart > 0  # the oracle of each metric is better than a single pick
 
 
 def test_representatives_are_one_of_each_group() -> None:
@@ -482,11 +482,11 @@ def test_representatives_are_one_of_each_group() -> None:
     found = representatives(joints, 5)
     assert sorted((found // 6).tolist()) == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(found, representatives(joints, 5))
-    assert representatives(joints[:1].expand(30, -1, -1), 5).tolist() == [0]  # a regressor's copies
+    assert representatives(joints[:1].expand(30, -1, -1), 5).tolist() == [0]  # equal hypotheses, as from a regressor
 
 
 def test_a_calibrated_posterior_has_little_error() -> None:
-    """Truth drawn as the hypotheses are, against hypotheses that spread too little."""
+    """Ground truth from the hypotheses' distribution, compared with hypotheses of too little spread."""
     protocol: Any = get_protocol("min_of_n", "spin")
     eye = {"h36m": torch.eye(17, dtype=torch.float64)}
     truth, drawn = torch.randn(150, 17, 3).double(), torch.randn(150, 60, 17, 3).double()

@@ -1,4 +1,4 @@
-"""Scoring: predictions from files, the truth of records, blocks over processes, resuming, and the command over all."""
+"""Scoring: prediction files, ground truth of records, several processes, resuming, and the command."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def names_of(records: list[Record]) -> list[str]:
     return [record.name for record in records]
 
 
-# -- the truth -------------------------------------------------------------------------------------------------------
+# -- ground truth -----------------------------------------------------------------------------------------------------
 
 
 def test_gendered_and_neutral_meshes() -> None:
@@ -121,13 +121,13 @@ def test_gendered_and_neutral_meshes() -> None:
         assert found.vertices is not None and found.joints is None
         torch.testing.assert_close(found.vertices - found.vertices[:, :1], expected - expected[:, :1])
     assert not torch.allclose(meshes(records), meshes(records, "neutral"), atol=1e-2)
-    # Raw output stays where the body's own rest pose has its root.
+    # Raw output keeps the root at its rest position.
     raw = GroundTruth(PROTOCOLS["humaniflow"], body)(records)
     torch.testing.assert_close(raw.vertices, meshes(records))
     assert not torch.allclose(root, torch.zeros(3), atol=1e-3)
     torch.testing.assert_close(raw_placement(PROTOCOLS["humaniflow"], body), body.joint_template[0])
     assert not raw_placement(PROTOCOLS["spin"], body).any()
-    # EMDB's joints are the labels' own, of the kinematic tree.
+    # EMDB's joints are those of the labels' kinematic tree.
     emdb = GroundTruth(PROTOCOLS["emdb"], body)(records)
     assert emdb.joint_names == SMPL24 and emdb.joints is not None
     torch.testing.assert_close(emdb.joints[:, 0], torch.zeros(len(records), 3))
@@ -277,7 +277,7 @@ def test_missing_unknown_and_not_finite_people_are_named(tmp_path: Path) -> None
 
 
 def predicted_people(folder: Path, protocol_name: str = "spin", hypotheses: int = 6) -> tuple[Any, Any, Any]:
-    """Predictions of all toy people: the truth and noise, scored in blocks of 2."""
+    """Predictions of all toy people: ground truth plus noise, scored in blocks of 2."""
     records = make_people()
     noise = torch.randn(PEOPLE, hypotheses, VERTICES, 3, generator=torch.Generator().manual_seed(0))
     write(folder, names=names_of(records), vertices=meshes(records)[:, None] + 0.03 * noise)
@@ -289,7 +289,7 @@ def predicted_people(folder: Path, protocol_name: str = "spin", hypotheses: int 
 
 
 class OneOf(Processes):
-    """One of several processes, run one after the other: each leaves its items, the last sees all."""
+    """One of several simulated processes, run one after the other: the last gathers all items."""
 
     def __init__(self, number: int, count: int, left: list[Any]) -> None:
         self.number, self.count, self.left, self._device = number, count, left, None
@@ -300,7 +300,7 @@ class OneOf(Processes):
     def gather(self, mine: list[Any]) -> list[Any]:
         self.left += mine
         if self.number + 1 < self.count:
-            raise KeyboardInterrupt  # what it would make of all is the same as the last one's
+            raise KeyboardInterrupt  # only the last process has all items
         return self.left
 
 
@@ -315,7 +315,7 @@ def same(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_several_processes_give_the_numbers_of_one(tmp_path: Path, count: int) -> None:
-    """Seven people in four blocks: no number of processes divides them, the fifth process has nothing to do."""
+    """Seven people in four blocks: uneven shares, and a fifth process without work."""
     setting = predicted_people(tmp_path / "p", "min_of_n")
     alone = score_people(*setting)
     assert {len(v) for metrics in alone.rows.values() for v in metrics.values()} == {PEOPLE}
@@ -387,7 +387,7 @@ def test_a_report_names_its_protocol(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_is_scored_as_evaluate_does(tmp_path: Path) -> None:
-    """`synthetic` is the protocol of hmdiff evaluate without one, and files of the same meshes give the same."""
+    """`synthetic` equals hmdiff evaluate without a protocol, for a pipeline and for files of its meshes."""
     pipe, data, count = small_pipeline(), people(True), 5
     protocol, (body, _) = PROTOCOLS["synthetic"], free_body()
     truths = SampleTruths(data, "val", count)
@@ -439,7 +439,7 @@ def test_predictions_by_the_command(
         report = json.loads((out / f"theirs_{title}_toys.json").read_text())
         assert report["people"] == report["of"] == PEOPLE
         found[name] = {key.rpartition("/")[2]: v["estimate"]["value"] for key, v in report["errors"].items()}
-    # Right but for a shift, which only the protocol that moves nothing sees, and for the gender, which METRO has not.
+    # Correct except for a shift, visible only to humaniflow, and for the gender, which METRO does not use.
     for name in ("spin", "jotr", "emdb", "min_of_n"):
         assert max(found[name].values()) < 0.01
     assert found["humaniflow"]["pve"] == pytest.approx(20, rel=1e-4) and found["humaniflow"]["pve_sc"] < 0.01
@@ -453,7 +453,7 @@ def test_predictions_by_the_command(
 
 
 def test_freihand_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The evaluation split in its own files, prepared; predictions that are mirror images, which FreiHAND lets pass."""
+    """The prepared evaluation split, with mirrored predictions, which FreiHAND's alignment allows."""
     hand = load_body("mano", "right")
     make_freihand(tmp_path / "source", hand)
     reader = open_reader("freihand", tmp_path / "source", "evaluation")
@@ -480,7 +480,7 @@ def test_freihand_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 def test_a_checkpoint_over_a_prepared_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Stand-in records of the model's own body, seen as their own 2D keypoints."""
+    """Stand-in records on the model's own body, with heatmaps of their 2D labels."""
     records = make_records(tmp_path, 5, photos=False)
     prepare_dataset(ListReader(records), tmp_path / "standin", shard_records=4)  # type: ignore[arg-type]
     small_pipeline().save_pretrained(tmp_path / "small")
@@ -505,7 +505,7 @@ def test_a_checkpoint_over_a_prepared_data_set(tmp_path: Path, capsys: pytest.Ca
     assert "emdb on standin (standin), 5 people" in text and "oracle of 3" in text
     report = json.loads((tmp_path / "out" / "small_emdb_standin.json").read_text())
     assert report["heatmaps"] == "labels" and report["same_body"] is True and report["num_hypotheses"] == 3
-    # By hand, of the first person: the truth posed by the body itself.
+    # Reference for the first person: ground truth posed by the body itself.
     body, _ = free_body()
     assert records[0].pose is not None and records[0].betas is not None
     turns = axis_angle_to_matrix(torch.from_numpy(records[0].pose).float())
@@ -564,7 +564,7 @@ def test_faults_of_the_command(tmp_path: Path, prepared: Path, capsys: pytest.Ca
 @pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_by_torchrun(tmp_path: Path, prepared: Path) -> None:
-    """The command over two gloo processes writes the bytes that one writes."""
+    """The command on two gloo processes writes the same bytes as on one."""
     records = make_people()
     noise = torch.randn(PEOPLE, 5, VERTICES, 3)
     write(tmp_path / "theirs", names=names_of(records), vertices=meshes(records)[:, None] + 0.03 * noise)
@@ -602,7 +602,7 @@ def test_two_processes_by_torchrun(tmp_path: Path, prepared: Path) -> None:
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("protocol min_of_n/spin:") == 1  # only the first process speaks
+    assert run.stdout.count("protocol min_of_n/spin:") == 1  # only the first process prints
     name = "theirs_min_of_n-spin_toys"
     one, two = (json.loads((tmp_path / folder / f"{name}.json").read_text()) for folder in ("one", "two"))
     assert one == two

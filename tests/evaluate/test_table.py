@@ -1,4 +1,4 @@
-"""Tables fit the width they are printed at, no number broken."""
+"""Tables fit the output width without breaking numbers."""
 
 from __future__ import annotations
 

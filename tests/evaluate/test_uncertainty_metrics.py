@@ -1,4 +1,4 @@
-"""Whether an uncertainty ranks the errors: by hand, against a readable ranking, with intervals over people."""
+"""Rank correlation of uncertainty and error: known values, a readable reference, intervals over people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_ranks_by_hand() -> None:
     assert rank_correlation(up, -up) == pytest.approx(-1)
     # Ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * 4 / (4 * 15).
     assert rank_correlation(up, torch.tensor([2.0, 1.0, 4.0, 3.0])) == pytest.approx(0.6)
-    # Ties share their mean rank: Pearson's correlation of 1 2 3 4 and 1.5 1.5 3 4.
+    # Ties get their mean rank: Pearson's correlation of 1 2 3 4 and 1.5 1.5 3 4.
     ranks = torch.tensor([[1.0, 2, 3, 4], [1.5, 1.5, 3, 4]])
     expected = torch.corrcoef(ranks)[0, 1].item()
     assert rank_correlation(up, torch.tensor([0.0, 0.0, 1.0, 2.0])) == pytest.approx(expected)
@@ -33,7 +33,7 @@ def test_what_has_no_label_or_no_order() -> None:
 
 
 def test_a_table_of_the_joints_is_pooled_and_nothing_else() -> None:
-    """Always the same σ̂ for a joint: right about wrists against hips, silent about people."""
+    """A constant σ̂ per joint correlates pooled over joints, but neither within joints nor by person."""
     scale = torch.linspace(0.1, 3, 6)
     error = torch.rand(150, 6) * scale
     constant = uncertainty_correlations(scale.expand(150, -1), error, resamples=40)

@@ -1,4 +1,4 @@
-"""Bands of the visible fraction: edges, means by hand, hidden and visible vertices, and that nothing else changes."""
+"""Visibility bins: edges, known means, hidden and visible vertices, and unchanged other results."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_ratio_of_proportional_numbers_is_sure() -> None:
     wide = ratio_interval(other, values)
     assert wide["low"] < wide["value"] < wide["high"]
     assert wide["value"] == pytest.approx((other.mean() / values.mean()).item(), rel=1e-5)
-    nothing = ratio_interval(torch.zeros(5), torch.zeros(5))  # a direct baseline spreads nowhere
+    nothing = ratio_interval(torch.zeros(5), torch.zeros(5))  # a direct baseline has no spread
     assert all(value != value for value in nothing.values())
 
 
@@ -162,7 +162,7 @@ def test_vertices_behind_a_box_are_hidden(mapped: SyntheticHumans) -> None:
     halves = vertex_groups(dataclasses.replace(sample, occlusion=left), faces)
     clear = (points[..., 0].abs() > 0.05) & ~outside
     assert ((halves == 2) == (points[..., 0] < 0))[clear].float().mean() > 0.999
-    # Without a map nothing is in front: some vertices are seen and some are turned away, of everybody.
+    # Without an occlusion map, everyone has visible vertices and vertices turned away.
     bare = vertex_groups(dataclasses.replace(sample, occlusion=None), faces)
     inside = ~outside
     assert (bare[inside] != 2).float().mean() > 0.999
@@ -176,7 +176,7 @@ def test_the_maps_occlusion_is_that_of_the_keypoints(mapped: SyntheticHumans) ->
     inside = (sample.joints_2d.abs() < 0.98).all(-1)
     pixel = ((sample.joints_2d + 1) * 32).long().clamp(0, 63)
     at = sample.occlusion.flatten(1).gather(1, pixel[..., 1] * 64 + pixel[..., 0])
-    assert (at == ~sample.visible)[inside].float().mean() > 0.95  # but on a box's edge
+    assert (at == ~sample.visible)[inside].float().mean() > 0.95  # except at box edges
     boxes = OccluderBoxes(torch.zeros(4, 1, 2), torch.full((4, 1, 2), 0.5), torch.ones(4, dtype=torch.bool))
     assert (boxes.mask(64) > 0.5).float().mean() == pytest.approx(0.25)
 
@@ -203,7 +203,7 @@ def test_errors_of_hidden_and_visible_vertices_are_told_apart(mapped: SyntheticH
     sample = mapped.block("test_occluded", 0)
     output = ask(small_pipeline(), sample, as_heatmaps(sample), SamplingConfig(2, 1))
     groups = vertex_groups(sample, output.faces)
-    # A mesh that is the truth but for 30 mm at hidden vertices and 10 mm at the others, from hypotheses on both sides.
+    # Ground truth plus an error of 30 mm at hidden and 10 mm at other vertices, with symmetric hypotheses.
     off = torch.where(groups == GROUPS.index("hidden"), 0.03, 0.01)[:, None, :, None] * torch.tensor([0.0, 0.6, 0.8])
     apart = torch.tensor([-0.05, 0.05])[None, :, None, None]
     watch = BandWatch()
@@ -249,7 +249,7 @@ def test_the_command_prints_and_keeps_the_bands(tmp_path: Path, capsys: pytest.C
     path = tmp_path / "out" / "tiny_test_occluded.json"
     plain = json.loads(path.read_text())
     assert "bands" not in plain and "by visible fraction" not in capsys.readouterr().out
-    assert main([*arguments, "--bands"]) == 0  # what is stored does not tell, so it is computed
+    assert main([*arguments, "--bands"]) == 0  # the stored report has no bins, so it is recomputed
     found = json.loads(path.read_text())
     assert found.pop("bands")[-1]["people"] == 3 and found == plain
     assert "tiny, test_occluded, by visible fraction" in capsys.readouterr().out

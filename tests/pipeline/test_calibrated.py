@@ -1,4 +1,4 @@
-"""What the pipeline tells of the evidence: lengths of the picture are shares of the crop."""
+"""The pipeline's image evidence: lengths are relative to the crop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frames of a call: the crop's axis is the ray through its centre, and what is fitted turns with what is shown."""
+"""The frames of a call: the crop's z axis is the ray through its centre; fitted parameters rotate with the vertices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DAT for hands: 21 keypoints of heatmaps steer MANO's mesh, through the body's own keypoint regressor."""
+"""DAT for hands: heatmaps of 21 keypoints guide MANO's mesh through its keypoint regressor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEPS = SamplingConfig(3, 6, surface="vertices")
 
 @pytest.fixture(scope="module")
 def hands(tmp_path_factory: pytest.TempPathFactory) -> tuple[HMDiffPipeline, RecordedPeople]:
-    """A pipeline whose hands vary with the noise, and FreiHAND's hands with heatmaps of their labels."""
+    """A pipeline whose output depends on the noise, and FreiHAND records with heatmaps of their labels."""
     folder, patch = tmp_path_factory.mktemp("hands"), pytest.MonkeyPatch()
     patch.setenv("HMDIFF_BODY_DIR", str(folder / "bodies"))
     patch.setenv("HMDIFF_CACHE_DIR", str(folder / "cache"))
@@ -66,7 +66,7 @@ def test_freihand_is_steered_by_its_21_keypoints(hands: tuple[HMDiffPipeline, Re
     assert plain.output.reprojection is not None
     before = plain.output.reprojection.error
     assert before.shape == (2, 3, 21)
-    # An untrained network's Jacobian leads some of the way, the move to the peaks some more.
+    # With an untrained network DAT reduces part of the gap, the move to the peaks a further part.
     errors = [float(before.mean())]
     for guidance in (Guidance(peaks=0.0), Guidance()):
         (guided,) = answers(pipeline, [sample], STEPS.but(guidance=guidance))
@@ -80,7 +80,7 @@ def test_freihand_is_steered_by_its_21_keypoints(hands: tuple[HMDiffPipeline, Re
 
 
 def test_the_target_is_where_the_hands_own_keypoints_are(hands: tuple[HMDiffPipeline, RecordedPeople]) -> None:
-    """By the body's regressor, in HAND21's order: heatmaps of a hand's own keypoints have no gap to it."""
+    """Heatmaps of a hand's own regressed keypoints (HAND21) have zero gap to it."""
     pipeline, data = hands
     sample = data.block("val", 0)
     assert sample.heatmaps is not None and sample.keypoints_3d is not None and sample.vertices is not None

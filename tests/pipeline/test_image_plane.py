@@ -1,4 +1,4 @@
-"""The last step of guidance: surface and keypoints go to certain peaks, in the picture's plane, and no further."""
+"""The last step of guidance: surface and keypoints move to confident peaks, in the image plane, and not beyond."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOCAL, SIDE = 500.0, 200.0
 
 
 def scene() -> tuple[Tensor, Tensor, Crop]:
-    """Two keypoints far apart, five metres away and the second half a metre further; a point at each."""
+    """Two distant keypoints, at depths of 5 m and 5.5 m, with a surface point at each."""
     keypoints = torch.tensor([[[[0.0, -0.8, 0.0], [0.0, 0.8, 0.5]]]])
     translation = torch.tensor([[[0.2, 0.0, 5.0]]])
     crop = Crop.of(torch.tensor([[320.0, 240.0]]), torch.tensor([SIDE])).with_camera(

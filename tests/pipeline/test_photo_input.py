@@ -59,7 +59,7 @@ def test_people_have_cameras_and_parameters(pipe: HMDiffPipeline, photo: np.ndar
     output = pipe(photo, num_hypotheses=2, num_inference_steps=1)
     person = output.people[1]
     homogeneous = person.camera_vertices @ person.intrinsics.mT
-    before = homogeneous[..., 2] > 0.1  # an untrained body reaches behind the camera
+    before = homogeneous[..., 2] > 0.1  # an untrained model's body may reach behind the camera
     assert before.float().mean() > 0.2
     expected = homogeneous[..., :2] / homogeneous[..., 2:]
     torch.testing.assert_close(person.pixels[before], expected[before], rtol=1e-4, atol=1e-2)
@@ -92,7 +92,7 @@ def test_saving_never_replaces_an_input(
         before = (keypoints[..., 2] > 0.1).numpy()
         seen = output.people[1].project(keypoints).numpy()
         np.testing.assert_allclose(arrays["keypoints_2d"][before], seen[before], rtol=1e-4)
-    output.save(tmp_path / "out")  # its own are replaced
+    output.save(tmp_path / "out")  # replaces its own files
     with pytest.raises(UserError, match="save needs the photo"):
         pipe(heatmaps=Source().see(photo).heatmaps, num_hypotheses=1, num_inference_steps=1).people[0].save("x")
 

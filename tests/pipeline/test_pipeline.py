@@ -1,4 +1,4 @@
-"""The pipeline: saved and loaded bit for bit, the same for everybody whatever the batch, and errors by name."""
+"""The pipeline: bit-equal after save and load, independent of the batch, and clear errors."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_saved_and_loaded_is_bit_equal(tmp_path: Path, overrides: tuple[str, ...
     configs = [{k: v for k, v in p.scheduler.config.items() if not k.startswith("_")} for p in (first, second)]
     assert configs[0] == configs[1]
     assert not any(path.suffix in (".pkl", ".pt", ".bin", ".npz") for path in (tmp_path / "saved").rglob("*"))
-    second.save_pretrained(tmp_path / "saved")  # over the older one
+    second.save_pretrained(tmp_path / "saved")  # overwrites the older one
     assert same(
         HMDiffPipeline.from_pretrained(tmp_path / "saved")(heatmaps=heatmaps(1), num_hypotheses=1),
         first(heatmaps=heatmaps(1), num_hypotheses=1),
@@ -109,7 +109,7 @@ def test_results_do_not_depend_on_the_batch(
     for person in (0, 3):
         torch.testing.assert_close(run(everyone[person], 7, [person])[0], whole[person], **close)
     torch.testing.assert_close(run(everyone[[2, 1]], 3, [2, 1]), whole[[2, 1], :3], **close)  # the first 3 of 7
-    # The bodies of an untrained network's crumpled meshes are badly conditioned.
+    # Fitting bodies to an untrained network's meshes is badly conditioned.
     fitted = [run(given, 7, people, "body") for given, people in ((everyone, [0, 1, 2, 3]), (everyone[3], [3]))]
     torch.testing.assert_close(fitted[1][0], fitted[0][3], rtol=0, atol=1e-3)
     monkeypatch.setattr(reverse, "ROWS_AT_ONCE", 9)  # 2 hypotheses at a time
@@ -132,7 +132,7 @@ def test_every_sampler_runs(pipe: HMDiffPipeline, scheduler: str, steps: int) ->
 
 
 def test_one_step_is_the_direct_estimate_at_every_noise(pipe: HMDiffPipeline) -> None:
-    """x̂_0 at the last step is what one DDIM step returns."""
+    """One DDIM step returns x̂_0 at t = T."""
     given = heatmaps(2)
     conditioning, _ = pipe.model.encode(None, given.values, given.valid)
     seen: list[Tensor] = []
@@ -158,7 +158,7 @@ def test_the_translation_shows_the_pelvis_where_the_crop_camera_does(pipe: HMDif
         pixel = perspective_projection(output.translation, output.focal, output.principal_point)[:, 0]
         expected = given.center + output.camera[:, 1:] * given.side[:, None] / 2
         torch.testing.assert_close(pixel, expected, rtol=1e-4, atol=1e-2)
-        size = output.focal / output.translation[:, 0, 2]  # pixels that a metre at the pelvis covers
+        size = output.focal / output.translation[:, 0, 2]  # pixels per metre at the pelvis
         torch.testing.assert_close(size, output.camera[:, 0] * given.side / 2, rtol=1e-4, atol=1e-3)
 
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path, pipe: HMDiffPip
 
 @pytest.mark.slow
 def test_compiled_is_the_same(tmp_path: Path) -> None:
-    """With dynamo's tracing and no code generation, which takes minutes: encoder and denoiser are what is compiled."""
+    """Encoder and denoiser are compiled, with dynamo's tracing only, since code generation takes minutes."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> object:

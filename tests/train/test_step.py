@@ -52,7 +52,7 @@ def test_the_module_gives_all_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_labels_keep_their_precision_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bfloat16 rotation into the crop's frame would move labels by millimetres; perfect predictions have no loss."""
+    """The bfloat16 rotation into the crop's frame moves labels by millimetres; a perfect prediction has no loss."""
     values = small_config("unused", "model.frame=crop", "loss.keypoints_3d=0.5", "loss.keypoints_2d=0.5")
     (body, mesh), people = free_body(), people_block()
     model = build_model(values, body, mesh)
