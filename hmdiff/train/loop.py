@@ -37,7 +37,7 @@ from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train import checkpoint
 from hmdiff.train.logger import run_log, tracker_options
 from hmdiff.train.maps import check_maps
-from hmdiff.train.optimizer import build_optimizer, rate_share
+from hmdiff.train.optimizer import build_optimizer, rate_share, set_rates
 from hmdiff.train.sharding import fill, shared_out, whole
 from hmdiff.train.start import check_names, take_weights
 from hmdiff.train.step import TrainingStep, keypoint_map, used_by_no_loss
@@ -181,8 +181,7 @@ class Trainer:
     def _one_step(self, batches: Iterator) -> dict[str, Tensor]:
         values = self.config.training
         device = self.accelerator.device
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
+        set_rates(self.optimizer, values, self.step)
         totals: dict[str, Tensor] = {}
         for micro in range(values.gradient_accumulation):
             people, draws = next(batches)

@@ -64,6 +64,17 @@ def build_optimizer(model: nn.Module, values: TrainingConfig) -> torch.optim.Opt
     return MuonWithAdamW(hidden, groups, values)
 
 
+def set_rates(optimizer: torch.optim.Optimizer, values: TrainingConfig, step: int) -> None:
+    """Give every group the learning rate of a step that is about to be taken.
+
+    Muon's matrices follow the same schedule from `training.muon_learning_rate`.
+    """
+    share = rate_share(values, step)
+    for group in optimizer.param_groups:
+        highest = values.muon_learning_rate if "ns_steps" in group else values.learning_rate
+        group["lr"] = highest * share
+
+
 def rate_share(
     values: TrainingConfig,
     step: int,  # from 0

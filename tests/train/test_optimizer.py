@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from hmdiff.build import build_model
 from hmdiff.config import TrainingConfig
+from hmdiff.train.loop import Trainer
 from hmdiff.train.optimizer import MuonWithAdamW, build_optimizer, rate_share
 
 
@@ -99,3 +101,12 @@ def test_the_models_own_matrices_are_found() -> None:
     taken = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
     assert "denoisers.0.blocks.0.self_attention.to_query.weight" in taken
     assert not any("identity" in name or name.endswith("bias") or "read" in name for name in taken)
+
+
+def test_each_optimiser_has_its_own_rate_on_one_schedule(tmp_path: Path) -> None:
+    values = ["training.optimizer=muon", "training.learning_rate=1e-3", "training.muon_learning_rate=0.02"]
+    trainer = Trainer(small_config(tmp_path / "run", *values, "training.warmup_steps=4", "model.width=64"))
+    trainer.step = 1  # half of the warm-up
+    trainer._one_step(itertools.repeat(trainer.stream[0]))
+    muon, *adamw = trainer.optimizer.param_groups
+    assert muon["lr"] == pytest.approx(0.01) and [group["lr"] for group in adamw] == pytest.approx([5e-4, 5e-4])
