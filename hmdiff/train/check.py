@@ -33,17 +33,16 @@ from hmdiff.train.check_machine import (
     describe_gradients,
     describe_memory,
     disk_room,
+    randomise_zeros,
     writable,
 )
 from hmdiff.train.checkpoint import checkpoints_in
 from hmdiff.train.loop import Trainer
 from hmdiff.train.memory import parameters
-from hmdiff.train.sharding import whole
 from hmdiff.train.timing import timings
 
 FINE, WRONG, SKIPPED = "ok", "wrong", "-"  # and CAREFUL
 _TIMED_STEPS, _TIMED_SECONDS = 3, 10.0  # limits on the steps that are timed after the first
-_WOKEN = 0.02  # standard deviation given to zero-initialised parameters before the gradient check
 _EVALUATED = 2  # people of the validation split in the trial evaluation
 
 
@@ -261,12 +260,7 @@ class _Checks:
                 times.append(time.perf_counter() - started)
                 if sum(times) > _TIMED_SECONDS:
                     break
-            # Zero-initialised gates and output layers block the gradient of all layers before them for the first
-            # steps. This model is discarded, so randomise them to find parameters that never get a gradient.
-            with torch.no_grad():
-                for _, parameter in _trained(trainer):
-                    if not whole([parameter])[0].any():
-                        parameter.normal_(std=_WOKEN)
+            randomise_zeros(parameter for _, parameter in _trained(trainer))
             trainer._one_step(batches)
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and "out of memory" not in str(error):

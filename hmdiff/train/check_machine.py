@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -13,8 +13,21 @@ from hmdiff.config import Config
 from hmdiff.errors import UserError
 from hmdiff.train.check_data import CAREFUL, Found
 from hmdiff.train.memory import parameters, peak_gigabytes
+from hmdiff.train.sharding import whole
 
 _NEARLY_FULL = 0.9  # share of GPU memory above which a larger batch may not fit
+
+
+@torch.no_grad()
+def randomise_zeros(weights: Iterable[torch.nn.Parameter]) -> None:
+    """Give zero-initialised parameters small random values, of a model that is discarded afterwards.
+
+    Zero gates and output layers block the gradient of all layers before them for the first steps. Without them a
+    parameter that gets no gradient gets none from this data.
+    """
+    for parameter in weights:
+        if not whole([parameter])[0].any():
+            parameter.normal_(std=0.02)
 
 
 def describe_gradients(
