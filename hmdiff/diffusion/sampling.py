@@ -19,7 +19,8 @@ from hmdiff.errors import UserError
 from hmdiff.files.diffusers_parts import Scheduler
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x_k (M, P, 3), step as a fraction of K (M,) -> prediction (M, P, 3)
-Callback = Callable[[int, Tensor, Tensor], None]  # step index, x_k, prediction
+# At the end of a step: its index, the timestep, x_t after it, the prediction -> another x_t, or None to keep it
+Callback = Callable[[int, int, Tensor, Tensor], Tensor | None]
 
 
 def hypothesis_generators(
@@ -78,9 +79,10 @@ def sample(
         prediction = denoise(scaled, fraction)
         if scheduler.config.prediction_type == "epsilon" and hasattr(scheduler, "alphas_cumprod"):
             prediction = _bounded_noise(prediction, scaled, timestep, scheduler, clip)
-        if callback is not None:
-            callback(number, x_t, prediction)
         x_t = scheduler.step(prediction, timestep, x_t, **options).prev_sample
+        if callback is not None:
+            replaced = callback(number, int(timestep), x_t, prediction)
+            x_t = x_t if replaced is None else replaced
     return x_t
 
 

@@ -5,7 +5,7 @@ B people, N hypotheses, V vertices, K body joints, J keypoints (HALPE26).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from hmdiff.models.inputs import check_call, check_camera, check_result, check_w
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.output import MeshOutput, log_likelihood
 from hmdiff.pipeline.calibrated import Calibrated, calibrated
+from hmdiff.pipeline.callbacks import Progress, StepEnd, progress_bar, step_callback
 from hmdiff.pipeline.cameras import CropCamera
 from hmdiff.pipeline.image_plane import REACH, ROUNDS, moved_to_peaks
 from hmdiff.pipeline.inputs import depth_input, model_inputs, photo_inputs
@@ -77,6 +78,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         self.aggregator: HypothesisAggregator | None = None  # optional MLP from N hypotheses to one mesh
         self._source: PoseSource | None = None
         self.dtype = torch.float32  # compute dtype of the networks
+        self._progress_bar_config: dict[str, Any] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +104,10 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
             self.faces = self.faces.to(device)
         return self
 
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Show a tqdm bar over the hypotheses of every call, with these options; `disable=True` hides it."""
+        self._progress_bar_config = config
+
     def compile(self, **options: Any) -> HMDiffPipeline:
         """Compile the encoder and the denoiser, DAT's gradient included, by `torch.compile`, whose options these are.
 
@@ -123,8 +129,8 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         focal: Tensor | None = None,  # (B,) pixels; None: from the crop
         fit_camera: bool = True,  # fit each hypothesis' translation to the heatmaps' peaks; False: the camera head
         people: Sequence[int] | None = None,  # index of each person for the random seed; None: 0, 1, ...
-        callback: Callback | None = None,
-        progress: Callable[[int], None] | None = None,  # called with the number of hypotheses done
+        callback_on_step_end: StepEnd | None = None,  # as in diffusers; "latents" are the points, (B N, P, 3)
+        progress: Progress | None = None,  # called with the number of hypotheses done
         depth: Tensor | None = None,  # (B, S, S) of the crops, larger = farther, any scale and shift, NaN = unknown
         **settings: Any,  # of `SamplingConfig`, override `sampling`: num_hypotheses=5, guidance=Guidance(), ...
     ) -> MeshOutput:
@@ -171,8 +177,9 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         frames = CropCamera.of(crop.with_camera(photo_sizes, focal), self.model.config.frame == "crop")
 
         plan = guidance_plan(self.model, self.body, sampling.steered, heatmaps, camera, frames)
-        with self._autocast():
-            points, report = self.denoised(conditioning, people, sampling, callback, progress, plan)
+        callback, total = step_callback(self, callback_on_step_end), count * sampling.num_hypotheses
+        with self._autocast(), progress_bar(self._progress_bar_config, total, progress) as done:
+            points, report = self.denoised(conditioning, people, sampling, callback, done, plan)
         points = points.float()
         confidence, joint_scale, regressed = self._certainty(conditioning, points) or (None, None, None)
         one = None
@@ -262,7 +269,7 @@ class HMDiffPipeline(SavedPipeline, Calibrated):
         people: Sequence[int],
         sampling: SamplingConfig,
         callback: Callback | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
         plan: GuidancePlan | None = None,
     ) -> tuple[Tensor, GuidanceReport | None]:  # (B, N, P, 3) points of the diffusion
         """Run the reverse process for all hypotheses. The direct baseline returns N copies."""

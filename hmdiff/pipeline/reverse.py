@@ -21,6 +21,7 @@ from hmdiff.files.diffusers_parts import Scheduler
 from hmdiff.heatmaps import Heatmaps
 from hmdiff.models.conditioning import Conditioning
 from hmdiff.models.recovery import MeshRecoveryModel
+from hmdiff.pipeline.callbacks import Progress
 from hmdiff.pipeline.cameras import CropCamera
 
 GUIDANCE_STREAM = 1 << 32  # added to the seed for guidance's random draws
@@ -72,7 +73,7 @@ def draw_hypotheses(
     people: Sequence[int],
     sampling: SamplingConfig,  # resolved
     callback: Callback | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     plan: GuidancePlan | None = None,
 ) -> tuple[Tensor, GuidanceReport | None]:  # (B, N, P, 3) points of the diffusion
     """Run the reverse process for all hypotheses. The direct baseline returns N copies.

@@ -178,7 +178,7 @@ def test_steps_and_callback() -> None:
         scheduler,
         torch.randn(2, 3, 3),
         4,
-        callback=lambda number, points, prediction: seen.append((number, prediction.mean().item())),
+        callback=lambda number, timestep, points, prediction: seen.append((number, prediction.mean().item())),
     )
     assert fractions == pytest.approx([1.0, 0.75, 0.5, 0.25])
     assert [number for number, _ in seen] == [0, 1, 2, 3] and all(mean == 0.25 for _, mean in seen)

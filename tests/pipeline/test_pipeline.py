@@ -137,7 +137,7 @@ def test_one_step_is_the_direct_estimate_at_every_noise(pipe: HMDiffPipeline) ->
     conditioning, _ = pipe.model.encode(None, given.values, given.valid)
     seen: list[Tensor] = []
     asked = SamplingConfig(3, 1)
-    result, _ = pipe.denoised(conditioning, [0, 1], asked, callback=lambda number, points, said: seen.append(said))
+    result, _ = pipe.denoised(conditioning, [0, 1], asked, callback=lambda *seen_now: seen.append(seen_now[3]))
     assert len(seen) == 1 and torch.equal(result.flatten(0, 1), seen[0])
 
 
@@ -267,3 +267,33 @@ def test_compiled_is_the_same(tmp_path: Path) -> None:
     compiled.save_pretrained(tmp_path / "saved")
     again = HMDiffPipeline.from_pretrained(tmp_path / "saved")(heatmaps=heatmaps(1), **options)
     assert torch.equal(again.vertices, before.vertices)
+
+
+def test_a_callback_and_a_progress_bar_as_diffusers_has_them(
+    pipe: HMDiffPipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[int, int, bool]] = []
+
+    def frozen(caller: HMDiffPipeline, step: int, timestep: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append((step, timestep, caller is pipe and tensors["latents"].shape == tensors["prediction"].shape))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    options = {"num_hypotheses": 2, "num_inference_steps": 3, "seed": 1}
+    plain = pipe(heatmaps=heatmaps(1), **options)
+    watched = pipe(heatmaps=heatmaps(1), callback_on_step_end=lambda *_: None, **options)
+    assert torch.equal(plain.vertices, watched.vertices)
+    replaced = pipe(heatmaps=heatmaps(1), callback_on_step_end=frozen, surface="vertices", **options)
+    assert [step for step, _, _ in seen] == [0, 1, 2] and all(fine for *_, fine in seen)
+    timesteps = [timestep for _, timestep, _ in seen]
+    assert timesteps[0] == 199 and timesteps == sorted(timesteps, reverse=True)
+    assert replaced.vertices.eq(0).all()  # the points that the callback gave
+    assert capsys.readouterr().err == ""
+    try:
+        pipe.set_progress_bar_config(desc="bodies")
+        pipe(heatmaps=heatmaps(1), **options)
+        assert "bodies: 100%" in capsys.readouterr().err
+        pipe.set_progress_bar_config(disable=True)
+        pipe(heatmaps=heatmaps(1), **options)
+        assert capsys.readouterr().err == ""
+    finally:
+        pipe._progress_bar_config = None
