@@ -109,7 +109,7 @@ def _confidence(reliability: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "The confidence (`hmdiff evaluate --reliability`): vertices within the radius, how many are and how many were "
         "predicted, expected calibration error, and the coverage of the 90 % conformal interval:",
         "",
-        "| split | radius | it is | said | ECE | 90 % interval |",
+        "| split | radius | observed | predicted | ECE | 90 % interval |",
         "|---|---|---|---|---|---|",
     ]
     for split, report in reliability.items():

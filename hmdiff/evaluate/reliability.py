@@ -34,8 +34,8 @@ COLUMNS = (
     "split",
     "of",
     "within",
-    "it is",
-    "said",
+    "observed",
+    "predicted",
     "ECE",
     "skill",
     *(f"{level:.0%} interval" for level in LEVELS),
@@ -191,8 +191,10 @@ def reliability_picture(reports: Mapping[str, Mapping[str, Any]], path: str | Pa
             curve = [point for point in report[kind][radius]["curve"] if point["share"] >= 0.005]
             said, counted = [[point[key] for point in curve] for key in ("said", "counted")]
             panel.plot(said, counted, marker="o", markersize=3, label=f"{split}, ECE {report[kind][radius]['ece']:.2f}")
-        panel.set(title=f"{kind} within {radius} mm", xlabel="said", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        panel.set(
+            title=f"{kind} within {radius} mm", xlabel="predicted probability", xlim=(0, 1), ylim=(0, 1), aspect="equal"
+        )
         panel.legend(fontsize=6, loc="upper left", frameon=False)
-    panels[0].set_ylabel("counted")
+    panels[0].set_ylabel("observed frequency")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:], dpi=140)
