@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,9 +164,14 @@ def _sampled(
     print(f"loading {options.checkpoint}", flush=True)
     run = Run(options, source, cameras(options), results)
     bar = tqdm(total=len(files), desc="photos", unit="photo", disable=None if len(files) > 1 else True, leave=False)
+    started = time.perf_counter()
     run.everything(files, bar.update)
     bar.close()
     failures = run.failures
+    if len(files) > PHOTOS_AT_ONCE:  # until here every part of the folder had its own line
+        failed = f"; {len(failures)} of them could not be done" if failures else ""
+        seconds = time.perf_counter() - started
+        print(f"in all {run.people} people in {len(files)} photos, {seconds:.0f} s{failed}", flush=True)
     if source is not None and named_clips:
         failures = failures + sample_clips(options, named_clips, source, run.camera_of, results.settings)
     return failures
@@ -208,6 +214,7 @@ class Run:
     ) -> None:
         self.options, self.source, self.camera_of, self.results = options, source, camera_of, results
         self.failures: list[str] = []
+        self.people = 0  # sampled so far
         self._pipeline: HMDiffPipeline | None = None
         self._sizes: dict[tuple[int, ...], PhotoPeople] = {}  # a photo of each, upright or not
 
@@ -267,6 +274,7 @@ class Run:
         people, without = with_depth(people, self._pipeline, options)
         self.failures += without
         if people:
+            self.people += sum(len(photo.heatmaps) for photo in people)
             self.failures += sample_people(self._pipeline, people, options, self.results, names)
 
     def _compare_sizes(self, found: PhotoPeople) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hmdiff.cli.main import main
 from hmdiff.cli.photo_list import Results, photos_of
 from hmdiff.cli.sample import Run, one_photo_s, settings_of
 from hmdiff.errors import UserError
 from hmdiff.files.outputs import output_names, photo_names, protect_inputs
+from hmdiff.files.resources import asset_path
 from hmdiff.heatmaps.cameras import PhotoCamera
 
 
@@ -161,6 +163,24 @@ def test_the_next_photos_are_read_while_these_are_sampled(tmp_path: Path, monkey
     run = Run(options, None, lambda photo: PhotoCamera(), Results.open(tmp_path, {}))
     run.everything([(photo, None, None, photo.stem) for photo in options.photos], lambda count: None)
     assert sampled == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+def test_a_folder_of_several_parts_ends_with_a_line_about_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hmdiff.cli.sample.PHOTOS_AT_ONCE", 1)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in "ab":
+        for suffix in (".jpg", ".json"):
+            (folder / f"{name}{suffix}").write_bytes(asset_path(f"sample{suffix}").read_bytes())
+    (folder / "c.jpg").write_bytes(b"no picture")
+    options = ["--num-hypotheses", "2", "--steps", "1", "--guidance", "none", "--save", "npz"]
+    assert main(["sample", str(folder), "--output", str(tmp_path / "out"), *options]) == 2
+    said = capsys.readouterr().out
+    assert said.count("1 of 1 people") == 2
+    assert "in all 2 people in 3 photos" in said and "; 1 of them could not be done" in said
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
