@@ -521,7 +521,7 @@ def test_costs_are_medians_of_rows_in_turn() -> None:
 @pytest.mark.usefixtures("quick")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     save_config(small_config("unused", *SMALL), tmp_path / "base.yaml")
-    monkeypatch.setitem(TRAINED, "tiny", dataclasses.replace(TINY, splits=("val", "val_blur")))
+    monkeypatch.setitem(TRAINED, "tiny", dataclasses.replace(TINY, splits=("val", "val_blur"), banded=True))
     words = [
         "ablate",
         "tiny",
@@ -550,6 +550,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert main([*words, "--train"]) == 0
     text = capsys.readouterr().out
     assert "[1/2] one, seed 0: trained in" in text and "[2/2] two, seed 0: trained in" in text
+    # A table by visible part, of people who carry none: the rest of it is still there.
+    assert "no rows by visible part" in text and "PVE by visible part" not in text
     with open(tmp_path / "out" / "tiny_direct.csv", newline="") as handle:
         rows = {(row["row"], row["split"]): row for row in csv.DictReader(handle)}
     assert set(rows) == {(row, split) for row in ("one", "two") for split in ("val", "val_blur")}

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as distributed
+from gloo import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -311,31 +308,17 @@ def one_step(net: nn.Module, people: slice, case: str) -> list[Tensor]:
     return [joints.detach(), nothing.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
-def share(rank: int, count: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        distributed.init_process_group("gloo", f"file://{folder}/store_{count}", rank=rank, world_size=count)
-        net = DistributedDataParallel(Net())
-        size = 6 // count
-        results = {case: one_step(net, slice(rank * size, (rank + 1) * size), case) for case in CASES}
-        torch.save(results, folder / f"{count}_{rank}.pt")
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_equal_one(tmp_path: Path, count: int) -> None:
     """A batch split over gloo processes has the value and DDP gradient of the whole batch."""
-    context = multiprocessing.get_context("fork")  # a fresh interpreter needs ten seconds to import torch
-    processes = [context.Process(target=share, args=(rank, count, tmp_path)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(90)
-    assert [process.exitcode for process in processes] == [0] * count
+    size = 6 // count
+
+    def share(rank: int) -> None:
+        net = DistributedDataParallel(Net())
+        results = {case: one_step(net, slice(rank * size, (rank + 1) * size), case) for case in CASES}
+        torch.save(results, tmp_path / f"{count}_{rank}.pt")
+
+    run_processes(share, count, tmp_path)
     for rank in range(count):
         results = torch.load(tmp_path / f"{count}_{rank}.pt", weights_only=True)
         for case in CASES:

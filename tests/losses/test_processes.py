@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as distributed
+from gloo import run_processes
 from torch import Tensor
 
 from hmdiff.config import LossConfig
@@ -70,34 +68,20 @@ def one_step(config: LossConfig, case: str, people: slice) -> list[Tensor]:
     return [factor.grad, *(terms.get(name, torch.tensor(0.0)).detach() for name in names)]
 
 
-def work(rank: int, count: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        distributed.init_process_group("gloo", f"file://{folder}/store_{count}", rank=rank, world_size=count)
-        size = PEOPLE // count
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_equal_one(tmp_path: Path, count: int) -> None:
+    size = PEOPLE // count
+
+    def work(rank: int) -> None:
         results = {}
         for config in (CONFIG, APART):
             for case in CASES:
                 found = torch.stack(one_step(config, case, slice(rank * size, (rank + 1) * size)))
                 distributed.all_reduce(found)
                 results[config.vertices, case] = found / count
-        torch.save(results, folder / f"{count}_{rank}.pt")
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        torch.save(results, tmp_path / f"{count}_{rank}.pt")
 
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_equal_one(tmp_path: Path, count: int) -> None:
-    context = multiprocessing.get_context("fork")  # a fresh interpreter needs ten seconds to import torch
-    processes = [context.Process(target=work, args=(rank, count, tmp_path)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(90)
-    assert [process.exitcode for process in processes] == [0] * count
+    run_processes(work, count, tmp_path)
     results = torch.load(tmp_path / f"{count}_0.pt", weights_only=True)
     for config in (CONFIG, APART):
         for case in CASES:

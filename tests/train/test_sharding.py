@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from gloo import run_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -41,27 +39,7 @@ def gathers_and_fills(rank: int) -> None:
         assert torch.equal(found, value + 1)
 
 
-def process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-        gathers_and_fills(rank)
-        dist.barrier()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    # Skip the interpreter's shutdown, in which gloo's threads may abort the process.
-    os._exit(0)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_two_processes(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=process, args=(rank, tmp_path)) for rank in range(2)]
-    for started in processes:
-        started.start()
-    for started in processes:
-        started.join(90)
-    assert [started.exitcode for started in processes] == [0, 0]
+    run_processes(gathers_and_fills, 2, tmp_path)
