@@ -307,6 +307,7 @@ def test_sources_without_a_body_are_named(fresh: Path, monkeypatch: pytest.Monke
 # Keypoints.
 
 
+@pytest.mark.slow
 def test_keypoints_of_smpl_follow_its_joints(folder: Path) -> None:
     body = load_body("smpl")
     assert body.keypoint_names == HALPE26 and body.keypoint_regressor is not None

@@ -147,6 +147,7 @@ def spoiled(checkpoint: Path, folder: Path, name: str, content: bytes | None, ch
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

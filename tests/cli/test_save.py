@@ -24,6 +24,7 @@ def test_kinds_of_files() -> None:
             kinds_of_files(text)
 
 
+@pytest.mark.slow
 def test_only_what_was_asked_for_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -45,6 +46,7 @@ def test_only_what_was_asked_for_is_written(tmp_path: Path, capsys: pytest.Captu
     assert files() == {".npz", ".obj", ".jsonl", ".glb"}
 
 
+@pytest.mark.slow
 def test_the_line_of_a_person_has_the_confidence_of_the_npz(tmp_path: Path) -> None:
     photo = tmp_path / "one.jpg"
     for suffix in (".jpg", ".json"):

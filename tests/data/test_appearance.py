@@ -59,6 +59,7 @@ def test_a_person_does_not_depend_on_the_batch(figure):
     assert batch.image.min() >= 0 and batch.image.max() <= 1
 
 
+@pytest.mark.slow
 def test_the_seed_decides(figure):
     one, same, other = (picture(figure, seeds(seed)).image for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)

@@ -91,6 +91,7 @@ def drawn(options: Augment, count: int = 64, seed: int = 0) -> tuple[InFront, to
     return FrontDrawer(options)(points, known, torch.Generator().manual_seed(seed)), points
 
 
+@pytest.mark.slow
 def test_shares_are_kept_and_seeds_repeat(folder: Path) -> None:
     options = Augment(objects=0.3, people=0.3, cutouts=str(folder), pasted=0.3)
     front, _ = drawn(options, 160)

@@ -83,6 +83,7 @@ def test_a_block_s_maps_are_a_function_of_seed_stream_and_number():
     assert not torch.equal(first.depth_input.nan_to_num(-9), data.block("train", 3).depth_input.nan_to_num(-9))
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_the_pictures():
     """The same rasteriser, with and without the image."""
     pictured, mapped = drawn(4, image_size=32).block("train", 1), drawn(4, map_size=32).block("train", 1)

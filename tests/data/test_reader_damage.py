@@ -83,6 +83,7 @@ FILES: dict[str, tuple[str, Callable[[Path], Any], str, Damage]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
 def test_any_damage_is_one_line_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.delenv("HMDIFF_BODY_DIR", raising=False)

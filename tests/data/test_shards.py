@@ -425,6 +425,7 @@ def test_an_index_of_other_types_is_refused(tmp_path: Path, field: str, value: o
         PreparedShards(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_mutants_of_a_prepared_folder(tmp_path: Path) -> None:
     """Mutated shards, with and without the checksums that would detect it: a record or one error line, no crash."""
     folder = tmp_path / "out"

@@ -79,6 +79,7 @@ def test_people_are_the_same_with_pictures_as_without(body, mesh, full_mesh):
                 assert (values[0] is None and values[1] is None) or torch.equal(*values), field.name
 
 
+@pytest.mark.slow
 def test_a_block_is_a_function_of_seed_stream_and_number(drawn, sample):
     again, next_block, split = drawn.block("train", 0), drawn.block("train", 1), drawn.block("val", 0)
     assert torch.equal(again.image, sample.image) and torch.equal(again.depth, sample.depth)

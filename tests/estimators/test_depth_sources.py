@@ -265,6 +265,7 @@ def network(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @needs_transformers
 def test_a_network_gives_negative_disparity_of_the_photo_s_size(network):
     images = torch.rand(2, 3, HEIGHT, WIDTH)

@@ -212,6 +212,7 @@ def test_a_crowd_of_thirty_is_seen_in_parts(estimator: landmarks.LandmarkEstimat
     assert len(limited.heatmaps) == landmarks.MOST_PEOPLE and limited.more >= 18
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_people_beyond_the_most_are_said(shared_data: Path, tmp_path: Path) -> None:
     """The skier twice, side by side."""

@@ -55,6 +55,7 @@ def test_oracle_and_first(pipe: HMDiffPipeline) -> None:
     assert "expected_calibration_error" not in single
 
 
+@pytest.mark.slow
 def test_the_report_does_not_depend_on_the_blocks(pipe: HMDiffPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"num_hypotheses": 2, "num_inference_steps": 2, "seed": 4}
     whole = evaluate(pipe, people(True), "test", 7, SamplingConfig(**options))
@@ -194,6 +195,7 @@ class Chatty:
         return types.SimpleNamespace(**fields)
 
 
+@pytest.mark.slow
 def test_one_run_serves_several_counts(pipe: HMDiffPipeline) -> None:
     samples = list(split_batches(people(True), "val", 5))
     found = measure(pipe, samples, SamplingConfig(6, 2, 3), (6, 1, 2))
@@ -269,6 +271,7 @@ def test_the_selected_hypothesis_is_reported(pipe: HMDiffPipeline) -> None:
     assert kinds["oracle"]["value"] <= kinds["selected"]["value"]
 
 
+@pytest.mark.slow
 def test_calibration_in_a_report(pipe: HMDiffPipeline) -> None:
     report = evaluate(pipe, people(True), "val", 8, SamplingConfig(5, 2))
     measured = measure(pipe, split_batches(people(True), "val", 8), SamplingConfig(5, 2))[5]

@@ -48,6 +48,7 @@ def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     return words
 
 
+@pytest.mark.slow
 def test_guided_numbers(
     run: Callable[..., int], pipe: HMDiffPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +80,7 @@ def test_what_is_done_is_not_done_again(
     assert run() == 0 and len(calls) == 3
 
 
+@pytest.mark.slow
 def test_strength_zero_is_none(run: Callable[..., int], tmp_path: Path) -> None:
     assert run("--guidance", "dat", "--strength", "0") == 0
     assert json.loads((tmp_path / "small_test.json").read_text())["guided_by"] is None

@@ -386,6 +386,7 @@ def test_a_report_names_its_protocol(tmp_path: Path) -> None:
         np.testing.assert_array_equal(archive["min_of_n/spin/pve/first"], scores.rows["first"]["pve"])
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_scored_as_evaluate_does(tmp_path: Path) -> None:
     """`synthetic` equals hmdiff evaluate without a protocol, for a pipeline and for files of its meshes."""
     pipe, data, count = small_pipeline(), people(True), 5

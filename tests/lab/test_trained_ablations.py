@@ -60,6 +60,7 @@ def stored_cell(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None
     return stored(cell_path(folder, settings), settings, NEEDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_row_is_a_config(name: str) -> None:
     table = TRAINED[name]
@@ -76,6 +77,7 @@ def test_every_row_is_a_config(name: str) -> None:
     assert all(row.reference is not None for row in table.rows[1:])
 
 
+@pytest.mark.slow
 def test_rows_of_several_tables_share_their_runs(tmp_path: Path) -> None:
     names = ("depth_rle", "silhouette_masked", "rendered_depth")
     plan = make_plan({name: TRAINED[name] for name in names}, tmp_path, 2)

@@ -73,6 +73,7 @@ def test_people_have_cameras_and_parameters(pipe: HMDiffPipeline, photo: np.ndar
         raw.people[0].to_smpl()
 
 
+@pytest.mark.slow
 def test_saving_never_replaces_an_input(
     pipe: HMDiffPipeline, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

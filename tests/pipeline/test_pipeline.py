@@ -44,6 +44,7 @@ def same(first: MeshOutput, second: MeshOutput) -> bool:
     return all(name == "body" or equal(a, b) for (name, a), b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -85,6 +86,7 @@ def test_shapes_and_means(pipe: HMDiffPipeline) -> None:
     assert torch.equal(output.faces, body.faces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheduler", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("sde-dpm++", 0.0), ("heun", 0.0)]
 )

@@ -85,6 +85,7 @@ def test_synthetic_people(tmp_path: Path) -> None:
     assert not files(tmp_path)
 
 
+@pytest.mark.slow
 def test_recorded_people(shards: Path, tmp_path: Path) -> None:
     """Numbers of the config's data and of the projected run."""
     words = recorded(shards, "training.steps=30", "training.evaluate_every=10")
@@ -246,6 +247,7 @@ def test_splits(shards: Path, tmp_path: Path, words: list[str], message: str) ->
     assert found(result)["data 1"].state == FINE and found(result)["step"].state == SKIPPED
 
 
+@pytest.mark.slow
 def test_the_output_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     faulty(dry_run(small_config(tmp_path / "file" / "run")), "output", "a file of that name is in the way")

@@ -447,6 +447,7 @@ def test_killed_at_any_moment(tmp_path: Path, quick: None, uninterrupted: Path, 
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment", ["saving", *(pytest.param(name, marks=pytest.mark.slow) for name in ("saved", "evaluating"))]
 )

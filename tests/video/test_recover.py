@@ -58,6 +58,7 @@ def test_a_hypothesis_keeps_its_noise(tmp_path: Path) -> None:
     assert moves(shared) < 0.2 * moves(apart)
 
 
+@pytest.mark.slow
 def test_smoothing_keeps_still_what_stands_still(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 8)
     # Shared noise: with independent noise the untrained model's bodies differ too much for the kernel.

@@ -184,6 +184,7 @@ def test_one_shape_for_all_frames_leaves_the_root_joint_in_its_place(body: Body)
     assert (before - after).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_another_bodys_parameters_follow_the_motion(body: Body, tmp_path: Path) -> None:
     target = load_body(write_pickle(tmp_path / "taller.pkl", smpl_arrays(seed=1)))
     clip = motion(body)
@@ -241,6 +242,7 @@ def write_result(path: Path, body: Body, seed: int) -> np.ndarray:
     return (vertices + clip.translation[:, None].numpy()) * HALF_TURN
 
 
+@pytest.mark.slow
 def test_export_writes_a_clip_of_every_hypothesis_and_a_motion_of_several_results(
     body: Body, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,6 +159,7 @@ def test_a_title_cannot_end_the_page(result: dict[str, np.ndarray], photo: np.nd
     assert "</script><b>me" not in text and "&lt;/script&gt;&lt;b&gt;me" in text
 
 
+@pytest.mark.slow
 @needs_browser
 def test_it_toggles_without_a_network(page: Path) -> None:
     answer = in_page(
@@ -201,6 +202,7 @@ def test_it_toggles_without_a_network(page: Path) -> None:
     assert answer["fetched"] == []
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("number", [1, 2])
 def test_it_draws_what_the_overlay_draws(
