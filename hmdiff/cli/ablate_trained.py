@@ -162,7 +162,7 @@ def _train(plan: Plan) -> list[Run]:
 
 def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, Comparison], mode: str) -> int:
     from hmdiff.evaluate.table import Table, save_csv
-    from hmdiff.evaluate.visibility_bands import BANDS
+    from hmdiff.evaluate.visibility_bins import VISIBILITY_BINS
     from hmdiff.lab.table_rows import SPREAD, band_texts, csv_rows, texts
     from hmdiff.lab.trained_ablations import COSTS
     from hmdiff.lab.trained_cells import Asked
@@ -178,7 +178,7 @@ def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, Compariso
         lines: list[dict[str, Any]] = []
         banded = table.banded and all(row.tells_visibility for rows in found.values() for row in rows if row.cells)
         for split, rows in found.items():
-            lines += csv_rows(name, split, rows, mode, BANDS if banded else ())
+            lines += csv_rows(name, split, rows, mode, VISIBILITY_BINS if banded else ())
             title = f"{table.title}: {mode}, {split}, {asked.people} people, mm (95 % interval)"
             if mode == "diffusion":
                 title += f", N = {asked.num_hypotheses}"

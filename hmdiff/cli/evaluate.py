@@ -130,8 +130,8 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from hmdiff.cli.protocol_run import run_protocols
-    from hmdiff.evaluate.evaluation import asked, evaluate
-    from hmdiff.evaluate.split_tables import band_tables, split_tables
+    from hmdiff.evaluate.evaluation import evaluate, sampling_settings
+    from hmdiff.evaluate.split_tables import split_tables, visibility_tables
     from hmdiff.evaluate.store import guided_by, save_report, stored, suffix
     from hmdiff.files.storage import make_folder
 
@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
                 "model": model,
                 "split": split,
                 "people": options.people,
-                **asked(pipeline, sampling),
+                **sampling_settings(pipeline, sampling),
                 "guided_by": guided,
                 "temperature": _calibration_key(pipeline.calibration(sampling)),
             }
@@ -172,7 +172,9 @@ def run(options: argparse.Namespace) -> int:
             if found is None or (options.bands and "bands" not in found):
                 people = splits.people_for(pipeline, maps=options.bands)  # built only when something must be computed
                 with progress(f"{label} {split}", options.people) as update:
-                    found = evaluate(pipeline, people, split, options.people, sampling, update, bands=options.bands)
+                    found = evaluate(
+                        pipeline, people, split, options.people, sampling, update, visibility_bins=options.bands
+                    )
                     found |= settings
                 save_report(found, path)
             reports.append(found)
@@ -188,7 +190,7 @@ def run(options: argparse.Namespace) -> int:
         for line in notes:
             print(line)
     if options.bands:
-        for table in band_tables(reports):
+        for table in visibility_tables(reports):
             table.print()
     print(f"written: {folder}/all.json, and a JSON for each checkpoint and split")
     return 0

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from hmdiff.body.body import Body
     from hmdiff.data.shards import PreparedShards
     from hmdiff.evaluate.protocols import Protocol
-    from hmdiff.evaluate.report import People, Processes
-    from hmdiff.evaluate.scored_people import Truths
+    from hmdiff.evaluate.report import Processes, ScoredPeople
+    from hmdiff.evaluate.scored_people import Targets
     from hmdiff.pipeline import HMDiffPipeline
 
 DATA_VARIABLE = "HMDIFF_DATA_DIR"
@@ -125,17 +125,17 @@ class Data:
 
     def people(
         self, options: argparse.Namespace, scored: Scored, protocol: Protocol
-    ) -> tuple[People, Any, dict[str, Any]]:  # people, a function that names them, settings
+    ) -> tuple[ScoredPeople, Any, dict[str, Any]]:  # people, a function that names them, settings
         """The people to score for one checkpoint (or folder of predictions) and one protocol."""
         from hmdiff.evaluate.predictions import PredictionFiles
-        from hmdiff.evaluate.scored_people import PipelinePeople, PredictedPeople
+        from hmdiff.evaluate.scored_people import FilePredictions, PipelinePredictions
 
-        truths, count, settings = self._truths(options, scored, protocol)
+        targets, count, settings = self._targets(options, scored, protocol)
         if options.predictions is not None:
             files = PredictionFiles(options.predictions, scored.body.num_vertices)
-            predicted = PredictedPeople(files, truths, count)
+            predicted = FilePredictions(files, targets, count)
             return predicted, lambda: predicted.names, settings | {"predictions": files.fingerprint()}
-        from hmdiff.evaluate.evaluation import asked
+        from hmdiff.evaluate.evaluation import sampling_settings
         from hmdiff.evaluate.ground_truth import raw_placement
         from hmdiff.evaluate.store import guided_by
 
@@ -143,19 +143,19 @@ class Data:
         assert pipeline is not None
         source, split = self._source(options, pipeline), self.split or self.label
         sampling = arguments.sampling_of(options, pipeline)
-        found = asked(pipeline, sampling)
+        found = sampling_settings(pipeline, sampling)
         settings |= {name: found[name] for name in ("num_hypotheses", "num_inference_steps", "sampler", "seed")}
         if guided := guided_by(sampling.guidance):
             settings |= {"guided_by": guided}
         placement = None if protocol.centre else raw_placement(protocol, scored.body)
-        people = PipelinePeople(pipeline, source, split, truths, count, sampling, placement)
-        return people, lambda: truths.names()[:count], settings
+        people = PipelinePredictions(pipeline, source, split, targets, count, sampling, placement)
+        return people, lambda: targets.names()[:count], settings
 
-    def _truths(
+    def _targets(
         self, options: argparse.Namespace, scored: Scored, protocol: Protocol
-    ) -> tuple[Truths, int, dict[str, Any]]:
+    ) -> tuple[Targets, int, dict[str, Any]]:
         from hmdiff.evaluate.ground_truth import GroundTruth
-        from hmdiff.evaluate.scored_people import RecordTruths, SampleTruths
+        from hmdiff.evaluate.scored_people import RecordTargets, SampleTargets
 
         if self.split is not None:
             if not protocol.centre:
@@ -164,11 +164,11 @@ class Data:
                     "prepared data set"
                 )
             count = options.people or PEOPLE
-            truths = SampleTruths(splits.test_people(scored.body), self.split, count)
-            return truths, count, {"data": self.split, "people": count}
+            targets = SampleTargets(splits.test_people(scored.body), self.split, count)
+            return targets, count, {"data": self.split, "people": count}
         assert self.store is not None
         numbers = None if self.numbers is None else self.numbers.tolist()
-        recorded = RecordTruths(self.store, GroundTruth(protocol, scored.body, options.same_body), numbers)
+        recorded = RecordTargets(self.store, GroundTruth(protocol, scored.body, options.same_body), numbers)
         total = len(recorded.numbers)
         count = options.people or total
         if count > total:
@@ -216,7 +216,7 @@ def data_folder(name: str) -> Path:
     raise UserError(f"--data {name}: no such folder here {where}; hmdiff prepare writes one, or give a synthetic split")
 
 
-def bar(title: str, people: People, processes: Processes) -> Any:
+def bar(title: str, people: ScoredPeople, processes: Processes) -> Any:
     """A progress bar in the first process, over its own part."""
     import contextlib
 

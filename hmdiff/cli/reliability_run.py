@@ -14,7 +14,7 @@ from hmdiff.errors import UserError
 def run_reliability(options: argparse.Namespace) -> int:
     """A table for each checkpoint, and reliability_NAME.json and .png in the output folder."""
     from hmdiff.diffusion.temperature import Sampling
-    from hmdiff.evaluate.reliability import COLUMNS, observe, reliability, reliability_picture, reliability_rows
+    from hmdiff.evaluate.reliability import COLUMNS, measure_spread, plot_reliability, reliability, reliability_rows
     from hmdiff.evaluate.store import save_report
     from hmdiff.evaluate.table import Table
     from hmdiff.files.storage import make_folder
@@ -32,11 +32,11 @@ def run_reliability(options: argparse.Namespace) -> int:
         reports: dict[str, Any] = {}
         for split in dict.fromkeys(options.split):
             with progress(f"{label} {split}", options.people) as update:
-                _, observed = observe(pipeline, people_for(pipeline), split, options.people, sampling, update)
-            reports[split] = reliability(observed.tempered(fitted), fitted.confidence)
+                _, spread = measure_spread(pipeline, people_for(pipeline), split, options.people, sampling, update)
+            reports[split] = reliability(spread.scaled_by(fitted), fitted.confidence)
         rows = [row for split, report in reports.items() for row in reliability_rows(split, report)]
         Table(f"{label}: {options.people} people of each split", COLUMNS, rows).print()
         save_report(reports, folder / f"reliability_{label}.json")
-        reliability_picture(reports, folder / f"reliability_{label}.png")
+        plot_reliability(reports, folder / f"reliability_{label}.png")
         print(f"written: {folder}/reliability_{label}.json and .png")
     return 0

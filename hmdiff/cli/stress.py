@@ -162,7 +162,7 @@ def _of_photo(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sho
 def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Shown]:
     import torch
 
-    from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
+    from hmdiff.evaluate.evaluation import as_heatmaps, camera_arguments
     from hmdiff.heatmaps import Crop
     from hmdiff.lab.stress import Subject
     from hmdiff.viz.canvas import to_bytes
@@ -176,7 +176,7 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
             whole = data.block(options.split, block)
         sample = whole.map(lambda tensor, row=row: tensor[row : row + 1])  # type: ignore[misc]
         assert sample.image is not None
-        heatmaps, photo = as_heatmaps(sample), photo_of(sample)
+        heatmaps, photo = as_heatmaps(sample), camera_arguments(sample)
         assert heatmaps is not None
         subject = Subject(
             heatmaps,

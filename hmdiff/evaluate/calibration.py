@@ -27,7 +27,7 @@ from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluate.measured import COVERAGE_LEVEL
 from hmdiff.evaluate.metrics import calibration_error, calibration_levels, coverage, expected_calibration_error
-from hmdiff.evaluate.reliability import observe
+from hmdiff.evaluate.reliability import measure_spread
 from hmdiff.files.storage import atomic_file
 from hmdiff.pipeline import HMDiffPipeline
 
@@ -104,20 +104,20 @@ def calibrate(
         raise UserError("temperature: a direct baseline gives one mesh; there is no spread to calibrate")
     if pipeline.body.keypoint_regressor is None:
         raise UserError(f"temperature: body {pipeline.body.name!r} has no keypoints to calibrate by")
-    measured, observed = observe(pipeline, data, split, people, sampling, progress)
+    measured, spread = measure_spread(pipeline, data, split, people, sampling, progress)
     samples, target = measured.joints, measured.true_joints
-    factor = fit_evidence_factor(samples, target, observed.evidence) if people >= LEAST_PEOPLE else None
-    scales = torch.ones(len(samples)) if factor is None else factor(observed.evidence)
+    factor = fit_evidence_factor(samples, target, spread.evidence) if people >= LEAST_PEOPLE else None
+    scales = torch.ones(len(samples)) if factor is None else factor(spread.evidence)
     temperature = fit_temperature(apply_temperature(samples, scales), target)
-    about: dict[str, Any] = {"split": split, "people": people}
-    about |= {"num_hypotheses": sampling.num_hypotheses, "seed": sampling.seed}
+    metadata: dict[str, Any] = {"split": split, "people": people}
+    metadata |= {"num_hypotheses": sampling.num_hypotheses, "seed": sampling.seed}
     for name, scale in (("before", 1.0), ("after", temperature * scales)):
         tempered = apply_temperature(samples, scale)
-        about[f"expected_calibration_error_{name}"] = expected_calibration_error(tempered, target)
-        about[f"coverage_{name}"] = coverage(tempered, target, COVERAGE_LEVEL).mean().item()
-    fitted = Temperature(Sampling.of(pipeline.resolved(sampling)), temperature, about, evidence=factor)
+        metadata[f"expected_calibration_error_{name}"] = expected_calibration_error(tempered, target)
+        metadata[f"coverage_{name}"] = coverage(tempered, target, COVERAGE_LEVEL).mean().item()
+    fitted = Temperature(Sampling.of(pipeline.resolved(sampling)), temperature, metadata, evidence=factor)
     if people >= LEAST_PEOPLE:
-        fitted = dataclasses.replace(fitted, confidence=fit_confidence(*observed.tempered(fitted)[:4]))
+        fitted = dataclasses.replace(fitted, confidence=fit_confidence(*spread.scaled_by(fitted)[:4]))
     pipeline.set_temperature(fitted)
     return fitted
 
@@ -133,13 +133,13 @@ def store_temperature(
     """
     path = Path(folder) / "hmdiff.json"
     try:
-        about = json.loads(path.read_text())
-        older = about.get("temperatures", [])
+        metadata = json.loads(path.read_text())
+        older = metadata.get("temperatures", [])
         kept = [each for each in older if Temperature.from_json(each).sampling != fitted.sampling]
     except FileNotFoundError:
         raise UserError(f"{folder}: not a saved hmdiff pipeline (it has no hmdiff.json)") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path}: damaged ({error!r}); save the pipeline again") from None
-    about["temperatures"] = [*kept, fitted.as_json()]
+    metadata["temperatures"] = [*kept, fitted.as_json()]
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(about, indent=2) + "\n")
+        temporary.write_text(json.dumps(metadata, indent=2) + "\n")

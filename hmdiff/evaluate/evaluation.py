@@ -24,15 +24,15 @@ from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.diffusion.hypotheses import Reprojection, select, weighted_mean
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.evaluate.hypothesis_rows import COUNTS, rows_of
+from hmdiff.evaluate.hypothesis_rows import COUNTS, reduce_hypotheses
 from hmdiff.evaluate.measured import Measured, summary
 from hmdiff.evaluate.metrics import (
     mesh_errors,
     oracle_curve,
     root_of,
 )
-from hmdiff.evaluate.plausibility import BodyWatch
-from hmdiff.evaluate.visibility_bands import BandWatch
+from hmdiff.evaluate.plausibility import PlausibilityCollector
+from hmdiff.evaluate.visibility_bins import VisibilityCollector
 from hmdiff.heatmaps import Crop, Heatmaps
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
@@ -65,21 +65,21 @@ def measure(
     *,
     clock: Callable[[], float] = time.perf_counter,
     batch: int | None = None,  # maximum people per call; None: the samples' own batches
-    observe: Callable[[Sample, MeshOutput], None] | None = None,  # called with each batch and its output
+    on_batch: Callable[[Sample, MeshOutput], None] | None = None,  # called with each batch and its output
 ) -> dict[int, Measured]:  # by count
     """Errors of every person. The first n of N hypotheses equal n drawn alone (guided or not): one run, all counts."""
     counts, direct = sorted({*counts, sampling.num_hypotheses}), pipeline.model.config.mode == "direct"
-    found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
-    true: list[Tensor] = []
+    parts_by_count: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
+    true_joints: list[Tensor] = []
     calls: list[tuple[int, float]] = []
-    for answer in answers(pipeline, samples, sampling, batch, clock):
-        sample, output = answer.sample, answer.output
-        calls.append((len(output.vertices), answer.seconds))
+    for batch_prediction in predict_batches(pipeline, samples, sampling, batch, clock):
+        sample, output = batch_prediction.sample, batch_prediction.output
+        calls.append((len(output.vertices), batch_prediction.seconds))
         assert output.keypoints is not None and sample.keypoints_3d is not None and sample.vertices is not None
-        place = output.vertices.device
-        predicted, target = output.keypoints[:, :, _J14], sample.keypoints_3d[:, _J14].to(place)
-        vertices = sample.vertices.to(place)
-        each = mesh_errors(output.vertices, predicted, vertices[:, None], target[:, None], J14, ROOT)
+        device = output.vertices.device
+        predicted, target = output.keypoints[:, :, _J14], sample.keypoints_3d[:, _J14].to(device)
+        vertices = sample.vertices.to(device)
+        per_hypothesis = mesh_errors(output.vertices, predicted, vertices[:, None], target[:, None], J14, ROOT)
         origin = root_of(predicted, J14, ROOT)
 
         def mean_of(
@@ -91,50 +91,53 @@ def measure(
             return mesh_errors(meshes[:, :count].mean(1), joints[:, :count].mean(1), *truth, J14, ROOT)
 
         for count in counts:
-            errors = rows_of(each, count, mean_of, answer.select)
-            seen = answer.seen(count)
-            whole = {
+            errors = reduce_hypotheses(per_hypothesis, count, mean_of, batch_prediction.select)
+            reprojection = batch_prediction.reprojection(count)
+            combined = {
                 WEIGHTED: None
-                if direct or count == 1 or seen is None
-                else weighted_mean(output.vertices[:, :count], seen),
+                if direct or count == 1 or reprojection is None
+                else weighted_mean(output.vertices[:, :count], reprojection),
                 AGGREGATED: output.aggregated_vertices if count == counts[-1] else None,
             }
-            for kind, one in whole.items():
-                if one is not None:
-                    keypoints = pipeline.body.keypoints(one)[:, _J14]
-                    errors[kind] = mesh_errors(one, keypoints, vertices, target, J14, ROOT)
-            found[count].append(
+            for kind, mesh in combined.items():
+                if mesh is not None:
+                    keypoints = pipeline.body.keypoints(mesh)[:, _J14]
+                    errors[kind] = mesh_errors(mesh, keypoints, vertices, target, J14, ROOT)
+            parts_by_count[count].append(
                 {
-                    "errors": {metric: {kind: values[metric] for kind, values in errors.items()} for metric in each},
+                    "errors": {
+                        metric: {kind: values[metric] for kind, values in errors.items()} for metric in per_hypothesis
+                    },
                     "best_of": {
-                        metric: oracle_curve(errors[:, :count], (*COUNTS, count)) for metric, errors in each.items()
+                        metric: oracle_curve(errors[:, :count], (*COUNTS, count))
+                        for metric, errors in per_hypothesis.items()
                     },
                     "joints": (predicted - origin)[:, :count],
                     "guidance": _guidance_report(output, count),
                     **({"temperatures": output.temperature} if output.calibrated_spread else {}),
                 }
             )
-        true.append((target - root_of(target, J14, ROOT)).cpu())
-        if observe is not None:
-            observe(sample, output)
+        true_joints.append((target - root_of(target, J14, ROOT)).cpu())
+        if on_batch is not None:
+            on_batch(sample, output)
         if progress is not None:
             progress(len(target))
     return {
         count: Measured(
-            **_joined(parts), true_joints=torch.cat(true), calls=tuple(calls) if count == counts[-1] else ()
+            **_concatenate(parts), true_joints=torch.cat(true_joints), calls=tuple(calls) if count == counts[-1] else ()
         )
-        for count, parts in found.items()
+        for count, parts in parts_by_count.items()
     }
 
 
-class Answer(NamedTuple):
+class BatchPrediction(NamedTuple):
     """A batch of people and the pipeline's output for them."""
 
     sample: Sample
     output: MeshOutput
     seconds: float
 
-    def seen(self, count: int) -> Reprojection | None:
+    def reprojection(self, count: int) -> Reprojection | None:
         """Reprojection errors of the first `count` hypotheses."""
         reprojection = self.output.reprojection
         return None if reprojection is None else reprojection.first(count)
@@ -142,64 +145,64 @@ class Answer(NamedTuple):
     def select(self, count: int) -> Tensor:  # (B,)
         """Index of the hypothesis selected without ground truth among the first `count`."""
         output = self.output
-        likely, regressed = (
+        log_likelihood, rle = (
             None if values is None else values[:, :count]
             for values in (output.log_likelihood, output.rle_log_likelihood)
         )
         roots = output.joints[:, :count, 0]
-        return select(output.vertices[:, :count], roots, likely, regressed, self.seen(count))
+        return select(output.vertices[:, :count], roots, log_likelihood, rle, self.reprojection(count))
 
 
-def answers(
+def predict_batches(
     pipeline: HMDiffPipeline,
     samples: Iterable[Sample],
     sampling: SamplingConfig,
     batch: int | None = None,  # maximum people per call; None: the samples' own batches
     clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[Answer]:
+) -> Iterator[BatchPrediction]:
     """Run the pipeline on all people, in batches bounded by `MESHES_AT_ONCE`."""
-    at_once = max(1, MESHES_AT_ONCE // sampling.num_hypotheses)
-    size = at_once if batch is None else min(batch, at_once)
-    for whole in samples:
-        for first in range(0, len(whole), size):
-            sample = whole.map(lambda tensor, first=first: tensor[first : first + size])  # type: ignore[misc]
+    max_people = max(1, MESHES_AT_ONCE // sampling.num_hypotheses)
+    size = max_people if batch is None else min(batch, max_people)
+    for block in samples:
+        for first in range(0, len(block), size):
+            sample = block.map(lambda tensor, first=first: tensor[first : first + size])  # type: ignore[misc]
             heatmaps = as_heatmaps(sample)
             started = clock()
-            output = ask(pipeline, sample, heatmaps, sampling)
-            yield Answer(sample, output, clock() - started)
+            output = predict_batch(pipeline, sample, heatmaps, sampling)
+            yield BatchPrediction(sample, output, clock() - started)
 
 
-def ask(
+def predict_batch(
     pipeline: HMDiffPipeline,
     sample: Sample,
     heatmaps: Heatmaps | None,
     sampling: SamplingConfig,
 ) -> MeshOutput:
     """Call the pipeline once and synchronise. Random seeds depend on each person's index in the split."""
-    people = None if sample.index is None else sample.index.tolist()
-    given = photo_of(sample) | depth_of(pipeline, sample)
-    output: MeshOutput = pipeline(sample.image, heatmaps, sampling, people=people, **given)
+    indices = None if sample.index is None else sample.index.tolist()
+    arguments = camera_arguments(sample) | depth_argument(pipeline, sample)
+    output: MeshOutput = pipeline(sample.image, heatmaps, sampling, people=indices, **arguments)
     if output.vertices.is_cuda:
         torch.cuda.synchronize(output.vertices.device)
     return output
 
 
 def _guidance_report(output: MeshOutput, count: int) -> dict[str, Tensor]:  # (B,) each
-    told = output.guidance
-    if told is None:
+    guidance = output.guidance
+    if guidance is None:
         return {}
     return {
-        "gap_before": told.gap_before[:, :count].mean(1),
-        "gap_after": told.gap_after[:, :count].mean(1),
-        "active": told.active.float().mean(0),  # share of the steps, for all drawn hypotheses
-        "fell_back": told.fell_back[:, :count].float().mean(1),  # share of the hypotheses
+        "gap_before": guidance.gap_before[:, :count].mean(1),
+        "gap_after": guidance.gap_after[:, :count].mean(1),
+        "active": guidance.active.float().mean(0),  # share of the steps, for all drawn hypotheses
+        "fell_back": guidance.fell_back[:, :count].float().mean(1),  # share of the hypotheses
     }
 
 
-def _joined(parts: list[Any]) -> Any:
+def _concatenate(parts: list[Any]) -> Any:
     """Nested dictionaries of (B, ...) tensors, joined along B."""
     if isinstance(parts[0], dict):
-        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+        return {key: _concatenate([part[key] for part in parts]) for key in parts[0]}
     return torch.cat([part.cpu() for part in parts])
 
 
@@ -212,7 +215,7 @@ def evaluate(
     progress: Callable[[int], None] | None = None,  # called with the number of people done
     *,
     estimate: Callable[[Tensor], Tensor] | None = None,  # a pose estimator in place of the split's own heatmaps
-    bands: bool = False,  # also report["bands"], see `evaluate.visibility_bands`; the data needs pictures or maps
+    visibility_bins: bool = False,  # also report["bands"]; the data needs pictures or maps
 ) -> dict[str, Any]:
     """Errors with 95 % bootstrap intervals over people: report["errors"][metric][kind] = {value, low, high} in mm.
 
@@ -222,27 +225,27 @@ def evaluate(
         raise UserError("evaluation needs the full mesh of its people: build the data with full_mesh=True")
     samples: Iterable[Sample] = split_batches(data, split, people)
     if estimate is not None:
-        samples = (with_estimate(sample, estimate) for sample in samples)
-    watch, bodies = BandWatch() if bands else None, BodyWatch(pipeline.body)
+        samples = (with_estimated_heatmaps(sample, estimate) for sample in samples)
+    visibility, plausibility = VisibilityCollector() if visibility_bins else None, PlausibilityCollector(pipeline.body)
 
-    def observe(sample: Sample, output: MeshOutput) -> None:
-        bodies(sample, output)
-        if watch is not None:
-            watch(sample, output)
+    def on_batch(sample: Sample, output: MeshOutput) -> None:
+        plausibility(sample, output)
+        if visibility is not None:
+            visibility(sample, output)
 
-    measured = measure(pipeline, samples, sampling, progress=progress, observe=observe)[sampling.num_hypotheses]
+    measured = measure(pipeline, samples, sampling, progress=progress, on_batch=on_batch)[sampling.num_hypotheses]
     return {
         "split": split,
         "people": people,
-        **asked(pipeline, sampling),
+        **sampling_settings(pipeline, sampling),
         "protocol": "J14 regressed from the mesh, root mid-hip, mm",
         **summary(measured, pipeline.model.config.mode == "diffusion"),
-        "bodies": bodies.report(),
-        **({} if watch is None else {"bands": watch.report(measured)}),
+        "bodies": plausibility.report(),
+        **({} if visibility is None else {"bands": visibility.report(measured)}),
     }
 
 
-def asked(pipeline: HMDiffPipeline, sampling: SamplingConfig) -> dict[str, Any]:
+def sampling_settings(pipeline: HMDiffPipeline, sampling: SamplingConfig) -> dict[str, Any]:
     """The sampling settings, as stored in a report."""
     return {
         "num_hypotheses": sampling.num_hypotheses,
@@ -254,7 +257,7 @@ def asked(pipeline: HMDiffPipeline, sampling: SamplingConfig) -> dict[str, Any]:
     }
 
 
-def with_estimate(
+def with_estimated_heatmaps(
     sample: Sample,  # with pictures
     estimate: Callable[[Tensor], Tensor],  # (B, 3, S, S) RGB 0..1 -> (B, 26, 64, 64)
 ) -> Sample:
@@ -284,23 +287,23 @@ def as_heatmaps(sample: Sample) -> Heatmaps | None:
     return Heatmaps(values, sample.heatmap_valid, Crop.of(center, values.new_full((count,), 2.0)), names)
 
 
-def photo_of(sample: Sample) -> dict[str, Any]:
+def camera_arguments(sample: Sample) -> dict[str, Any]:
     """Photo size and focal length as pipeline arguments; empty if the sample has no camera."""
     if sample.principal_point is None or sample.focal is None or sample.heatmaps is None:
         return {}
     return {"photo_sizes": torch.full((len(sample.focal), 2), PHOTO), "focal": sample.focal}
 
 
-def depth_of(pipeline: HMDiffPipeline, sample: Sample) -> dict[str, Any]:
+def depth_argument(pipeline: HMDiffPipeline, sample: Sample) -> dict[str, Any]:
     """Depth maps as a pipeline argument, if it takes them; all NaN if the data has none."""
     if not pipeline.model.config.depth_map:
         return {}
     if sample.depth_input is not None and sample.depth_input.isfinite().any():
         return {"depth": sample.depth_input}
-    _say_once("people without a depth map: scored without the depth path, so this is no figure of D2A-HMR")
+    _warn_once("people without a depth map: scored without the depth path, so this is no figure of D2A-HMR")
     return {"depth": torch.full((len(sample), 2, 2), float("nan"))}
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def _warn_once(line: str) -> None:
     print(line, file=sys.stderr)

@@ -82,16 +82,16 @@ class GroundTruth:
             if without != self.measured:
                 found, others = ("no body", "a body") if without else ("a body", "no body")
                 raise record.error(f"{found} is labelled, and the people before have {others}; score them apart")
-        return self._joints(records) if self.measured else self._meshes(records)
+        return self._measured_joints(records) if self.measured else self._meshes(records)
 
-    def _joints(self, records: Sequence[Record]) -> Bodies:
+    def _measured_joints(self, records: Sequence[Record]) -> Bodies:
         if not self.protocol.motion_capture and self.protocol.name != "emdb":
             raise records[0].error(f"no body is labelled, and protocol {self.protocol.title} needs one")
         return Bodies(None, torch.stack([named_joints(r, self.protocol.needed) for r in records]), self.protocol.needed)
 
     def _meshes(self, records: Sequence[Record]) -> Bodies:
         with_joints = self.protocol.kind == "mano" and all(record.joints_3d is not None for record in records)
-        vertices, own = self._given(records) if records[0].pose is None else self._posed(records)
+        vertices, own = self._labelled_meshes(records) if records[0].pose is None else self._posed_meshes(records)
         if with_joints:
             joints = torch.stack([named_joints(record, self.protocol.skeleton) for record in records])
             return Bodies(vertices, joints, self.protocol.skeleton)
@@ -99,7 +99,7 @@ class GroundTruth:
             return Bodies(vertices)
         return Bodies(vertices, own, self.body.joint_names)
 
-    def _given(self, records: Sequence[Record]) -> tuple[Tensor, None]:
+    def _labelled_meshes(self, records: Sequence[Record]) -> tuple[Tensor, None]:
         for record in records:
             if record.vertices is None or len(record.vertices) != self.body.num_vertices:
                 found = "none" if record.vertices is None else len(record.vertices)
@@ -107,13 +107,13 @@ class GroundTruth:
             self._check_hand(record)
         return torch.stack([torch.from_numpy(np.asarray(record.vertices)).float() for record in records]), None
 
-    def _posed(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+    def _posed_meshes(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
         vertices = torch.zeros(len(records), self.body.num_vertices, 3)
         joints = torch.zeros(len(records), self.body.num_joints, 3)
         by_key: dict[str, list[int]] = {}
         for row, record in enumerate(records):
             self._check_hand(record)
-            by_key.setdefault(self._key(record), []).append(row)
+            by_key.setdefault(self._body_name(record), []).append(row)
         for key, rows in by_key.items():
             poses, betas = [], []
             for row in rows:
@@ -129,7 +129,7 @@ class GroundTruth:
             vertices[rows], joints[rows] = posed.vertices + root[:, None], posed.joints + root[:, None]
         return vertices, joints
 
-    def _key(self, record: Record) -> str:
+    def _body_name(self, record: Record) -> str:
         """Name, for `load_body`, of the body that this record's ground truth is posed on."""
         gender = "neutral" if self.protocol.mesh == "neutral" else record.gender
         if record.body != "smpl" or self.same_body or body_kind(self.body) != "smpl":
@@ -147,8 +147,8 @@ def named_joints(record: Record, names: Sequence[str]) -> Tensor:  # (J, 3)
     """Labelled 3D joints by name. Raises `UserError` naming the record and the first missing joint."""
     if record.joints_3d is None:
         raise record.error("no 3D joints are labelled")
-    there = np.ones(len(record.joints_3d), bool) if record.joints_3d_valid is None else record.joints_3d_valid > 0
-    places = {name: row for row, name in enumerate(record.joint_names) if there[row]}
+    labelled = np.ones(len(record.joints_3d), bool) if record.joints_3d_valid is None else record.joints_3d_valid > 0
+    places = {name: row for row, name in enumerate(record.joint_names) if labelled[row]}
     for name in names:
         if name not in places:
             raise record.error(f"its 3D joint {name!r} is not labelled, and the protocol needs it")

@@ -27,14 +27,14 @@ Choose = Callable[[int], Tensor | None]  # count -> (B,) index among the first `
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class BlockScores:
     """Rows of one block of people."""
 
     rows: dict[str, Errors]  # row -> metric -> (B,)
     inside: Tensor | None = None  # (B, Q, J) for the calibration error, see `metrics.inside_quantiles`
 
 
-def nobody(count: int) -> None:
+def no_selection(count: int) -> None:
     """No selection."""
 
 
@@ -43,61 +43,62 @@ def score_hypotheses(
     predicted: Bodies,  # (B, N, ...)
     target: Bodies,  # (B, ...)
     regressors: Mapping[str, Tensor] | None = None,
-    choose: Choose = nobody,
+    choose: Choose = no_selection,
     aggregated: Bodies | None = None,  # (B, ...) one body from all hypotheses
-) -> Scores:
+) -> BlockScores:
     """All rows of the protocol for these people."""
     regressors = regressors or {}
-    one = None if aggregated is None else protocol.both(aggregated, target, regressors)
+    aggregated_bodies = None if aggregated is None else protocol.both(aggregated, target, regressors)
     predicted, target = protocol.both(predicted, target, regressors)
     assert predicted.joints is not None
     total = predicted.joints.shape[1]
     each = protocol.score(predicted, target.map(lambda points: points[:, None]), regressors)
     if total == 1:
-        return Scores({"estimate": {metric: errors[:, 0] for metric, errors in each.items()}})
+        return BlockScores({"estimate": {metric: errors[:, 0] for metric, errors in each.items()}})
     rows = {"first": {metric: errors[:, 0] for metric, errors in each.items()}}
     if protocol.name == "biggs":
         joints = _about_root(protocol, predicted)
         for count in REPRESENTATIVES:
             if count < total:
-                rows[f"pick of {count} of {total}"] = _picked(each, joints, count)
-        return Scores(rows)
-    wanted = {count for count in (COUNTS if protocol.name == "min_of_n" else ()) if 1 < count <= total}
+                rows[f"pick of {count} of {total}"] = _best_representative(each, joints, count)
+        return BlockScores(rows)
+    counts = {count for count in (COUNTS if protocol.name == "min_of_n" else ()) if 1 < count <= total}
 
     def mean_of(count: int) -> Errors:
         first = predicted.map(lambda points: points[:, :count])
         return protocol.score(protocol.mean(first, regressors), target, regressors)
 
     higher = {metric for metric, each in protocol.metrics.items() if each.higher_is_better}
-    for count in sorted({*wanted, total}):
-        found = rows_of(each, count, mean_of, choose, higher)
-        rows |= {f"{kind} of {count}": errors for kind, errors in found.items() if kind != "first"}
-    if one is not None:
-        rows[f"aggregated of {total}"] = protocol.score(*one, regressors)
+    for count in sorted({*counts, total}):
+        reduced = reduce_hypotheses(each, count, mean_of, choose, higher)
+        rows |= {f"{kind} of {count}": errors for kind, errors in reduced.items() if kind != "first"}
+    if aggregated_bodies is not None:
+        rows[f"aggregated of {total}"] = protocol.score(*aggregated_bodies, regressors)
     inside = None
     if protocol.name == "min_of_n" and total >= LEAST_TO_CALIBRATE:
-        drawn, truth = _about_root(protocol, predicted), _about_root(protocol, target)
-        inside = inside_quantiles(drawn, truth, calibration_levels(drawn))
-    return Scores(rows, inside)
+        samples, truth = _about_root(protocol, predicted), _about_root(protocol, target)
+        inside = inside_quantiles(samples, truth, calibration_levels(samples))
+    return BlockScores(rows, inside)
 
 
-def rows_of(
-    each: Errors,  # metric -> (B, N), every hypothesis
+def reduce_hypotheses(
+    per_hypothesis: Errors,  # metric -> (B, N), every hypothesis
     count: int,  # use the first `count` hypotheses
     mean_of: Callable[[int], Errors],  # count -> metric -> (B,), of the mean mesh
-    choose: Choose = nobody,
+    choose: Choose = no_selection,
     higher: Collection[str] = (),  # metrics for which higher is better
 ) -> dict[str, Errors]:  # kind -> metric -> (B,)
     """first, mean, oracle (best hypothesis for each metric separately) and, if `choose` returns one, selected."""
-    rows = {"first": {metric: errors[:, 0] for metric, errors in each.items()}, "mean": mean_of(count)}
+    rows = {"first": {metric: errors[:, 0] for metric, errors in per_hypothesis.items()}, "mean": mean_of(count)}
     rows["oracle"] = {
         metric: errors[:, :count].amax(1) if metric in higher else errors[:, :count].amin(1)
-        for metric, errors in each.items()
+        for metric, errors in per_hypothesis.items()
     }
     chosen = choose(count)
     if chosen is not None:
         rows["selected"] = {
-            metric: errors.gather(1, chosen.to(errors.device)[:, None])[:, 0] for metric, errors in each.items()
+            metric: errors.gather(1, chosen.to(errors.device)[:, None])[:, 0]
+            for metric, errors in per_hypothesis.items()
         }
     return rows
 
@@ -108,16 +109,18 @@ def _about_root(protocol: Protocol, bodies: Bodies) -> Tensor:  # (..., J, 3)
     return bodies.named(protocol.needed) - root_of(bodies.named(centre), centre, centre)
 
 
-def _picked(each: Errors, joints: Tensor, count: int) -> Errors:  # (B, N) each, (B, N, J, 3) -> (B,) each
-    picks = []
+def _best_representative(
+    per_hypothesis: Errors, joints: Tensor, count: int
+) -> Errors:  # (B, N) each, (B, N, J, 3) -> (B,) each
+    indices = []
     for person in range(len(joints)):
-        chosen = torch.from_numpy(representatives(joints[person], count)).to(joints.device)
-        picks.append(chosen[each["mpjpe"][person, chosen].argmin()])
-    pick = torch.stack(picks)[:, None]
-    return {metric: errors.gather(1, pick)[:, 0] for metric, errors in each.items()}
+        chosen = torch.from_numpy(cluster_representatives(joints[person], count)).to(joints.device)
+        indices.append(chosen[per_hypothesis["mpjpe"][person, chosen].argmin()])
+    index = torch.stack(indices)[:, None]
+    return {metric: errors.gather(1, index)[:, 0] for metric, errors in per_hypothesis.items()}
 
 
-def representatives(
+def cluster_representatives(
     joints: Tensor,  # (N, J, 3) metres, root-relative
     count: int,
 ) -> np.ndarray:  # (<= count,) ascending indices

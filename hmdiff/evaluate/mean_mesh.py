@@ -23,8 +23,8 @@ def _mean_person(data: PeopleSource, people: int, split: str) -> tuple[Tensor, T
     if sample.has_vertices is not None and not sample.has_vertices.any():  # the training data has no meshes
         sample = data.block(split, 0)
     assert sample.vertices is not None and sample.keypoints_3d is not None
-    there = slice(None) if sample.has_vertices is None else sample.has_vertices
-    return sample.vertices[there].mean(0), sample.keypoints_3d[there].mean(0)
+    labelled = slice(None) if sample.has_vertices is None else sample.has_vertices
+    return sample.vertices[labelled].mean(0), sample.keypoints_3d[labelled].mean(0)
 
 
 def mean_mesh_errors(

@@ -66,7 +66,7 @@ def _calibration(measured: Measured) -> dict[str, Any]:
     return {
         "expected_calibration_error": value,
         "expected_calibration_error_interval": {"low": low, "high": high},
-        "coverage": {"level": COVERAGE_LEVEL, **interval(covered(measured))},
+        "coverage": {"level": COVERAGE_LEVEL, **interval(coverage_per_person(measured))},
     }
 
 
@@ -75,7 +75,7 @@ def interval(values: Tensor) -> dict[str, float]:  # of (P,)
     return {"value": value, "low": low, "high": high}
 
 
-def covered(measured: Measured) -> Tensor:  # (P,) share of a person's joints
+def coverage_per_person(measured: Measured) -> Tensor:  # (P,) share of a person's joints
     """Share of each person's joints inside the ball that contains `COVERAGE_LEVEL` of the hypotheses."""
     level = measured.joints.new_tensor([COVERAGE_LEVEL])
     return inside_quantiles(measured.joints, measured.true_joints, level)[:, 0].mean(-1)

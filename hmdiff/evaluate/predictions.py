@@ -28,7 +28,7 @@ from hmdiff.files.reading import ArrayArchive
 _ARRAYS = ("vertices", "joints")
 
 
-class Predicted(NamedTuple):
+class PredictionBatch(NamedTuple):
     bodies: Bodies  # (B, N, ...)
     selected: Tensor | None  # (B,) long
 
@@ -58,7 +58,7 @@ class PredictionFiles:
         self.joint_names: tuple[str, ...] = ()
         self._layout: tuple[tuple[str, ...], int] | None = None
         for number, path in enumerate(self.files):
-            self._add(number, path)
+            self._index_file(number, path)
         self._read = functools.lru_cache(maxsize=2)(self._arrays)
 
     @property
@@ -87,7 +87,7 @@ class PredictionFiles:
             if name not in there:
                 raise UserError(f"{self.files[file]}: {name!r} is nobody of this data; is it the right split?")
 
-    def take(self, names: Sequence[str]) -> Predicted:
+    def take(self, names: Sequence[str]) -> PredictionBatch:
         """The predictions for these people. Raises `UserError` naming the first with non-finite values."""
         rows = []
         for name in names:
@@ -100,38 +100,41 @@ class PredictionFiles:
             if "selected" in arrays:
                 values["selected"] = arrays["selected"][row]
             rows.append(values)
-        found: dict[str, Tensor] = {}
+        stacked: dict[str, Tensor] = {}
         for key in rows[0]:
-            found[key] = torch.from_numpy(np.stack([values[key] for values in rows]))
-            if key in _ARRAYS and found[key].dim() == 3:
-                found[key] = found[key][:, None]
-        selected = found["selected"].long() if "selected" in found else None
-        return Predicted(Bodies(found.get("vertices"), found.get("joints"), self.joint_names), selected)
+            stacked[key] = torch.from_numpy(np.stack([values[key] for values in rows]))
+            if key in _ARRAYS and stacked[key].dim() == 3:
+                stacked[key] = stacked[key][:, None]
+        selected = stacked["selected"].long() if "selected" in stacked else None
+        return PredictionBatch(Bodies(stacked.get("vertices"), stacked.get("joints"), self.joint_names), selected)
 
     # -- one file ----------------------------------------------------------------------------------------------------
 
-    def _add(self, number: int, path: Path) -> None:
+    def _index_file(self, number: int, path: Path) -> None:
         shapes = _shapes(path)
         if "names" not in shapes:
             raise UserError(f"{path}: no array 'names' in it; found {', '.join(shapes) or 'nothing'}")
         if not set(_ARRAYS) & set(shapes):
             raise UserError(f"{path}: neither vertices nor joints in it; found {', '.join(shapes)}")
-        small = _load(path, [key for key in ("names", "joint_names", "selected") if key in shapes])
-        if small["names"].ndim != 1 or small["names"].dtype.kind not in "US":
-            found = f"{small['names'].dtype} {small['names'].shape}"
+        metadata = _load(path, [key for key in ("names", "joint_names", "selected") if key in shapes])
+        if metadata["names"].ndim != 1 or metadata["names"].dtype.kind not in "US":
+            found = f"{metadata['names'].dtype} {metadata['names'].shape}"
             raise UserError(f"{path}: names: {found} found, text of shape (M,) is expected")
-        hypotheses = self._check_arrays(path, shapes, len(small["names"]))
-        self._check_joint_names(path, shapes, small)
-        layout = (tuple(key for key in (*_ARRAYS, "selected") if key in shapes), hypotheses)
+        count = self._check_arrays(path, shapes, len(metadata["names"]))
+        self._check_joint_names(path, shapes, metadata)
+        layout = (tuple(key for key in (*_ARRAYS, "selected") if key in shapes), count)
         if self._layout not in (None, layout):
-            raise UserError(f"{path}: {_words(layout)}, and {self.files[0]} has {_words(self._layout)}; all must agree")
+            raise UserError(
+                f"{path}: {_describe_layout(layout)}, and {self.files[0]} has {_describe_layout(self._layout)}; "
+                "all must agree"
+            )
         self._layout = layout
-        if "selected" in small:
-            chosen = small["selected"]
-            fits = chosen.dtype.kind in "iu" and chosen.shape == small["names"].shape
-            if not fits or (chosen < 0).any() or (chosen >= hypotheses).any():
-                raise UserError(f"{path}: selected: whole numbers (M,) from 0 to {hypotheses - 1} are expected")
-        for row, raw in enumerate(small["names"]):
+        if "selected" in metadata:
+            selected = metadata["selected"]
+            valid = selected.dtype.kind in "iu" and selected.shape == metadata["names"].shape
+            if not valid or (selected < 0).any() or (selected >= count).any():
+                raise UserError(f"{path}: selected: whole numbers (M,) from 0 to {count - 1} are expected")
+        for row, raw in enumerate(metadata["names"]):
             name = raw.decode() if isinstance(raw, bytes) else str(raw)
             if name in self.places:
                 file, before = self.places[name]
@@ -159,13 +162,15 @@ class PredictionFiles:
             raise UserError(f"{path}: hypotheses: {counts}; vertices and joints need the same number, at least 1")
         return next(iter(counts.values()))
 
-    def _check_joint_names(self, path: Path, shapes: dict[str, tuple[int, ...]], small: dict[str, np.ndarray]) -> None:
+    def _check_joint_names(
+        self, path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, np.ndarray]
+    ) -> None:
         if "joints" not in shapes:
             return
-        if "joint_names" not in small or small["joint_names"].shape != (shapes["joints"][-2],):
-            found = small["joint_names"].shape if "joint_names" in small else "none"
+        if "joint_names" not in metadata or metadata["joint_names"].shape != (shapes["joints"][-2],):
+            found = metadata["joint_names"].shape if "joint_names" in metadata else "none"
             raise UserError(f"{path}: joint_names: {found}; {shapes['joints'][-2]} names are expected")
-        names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in small["joint_names"])
+        names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in metadata["joint_names"])
         if self.joint_names not in ((), names):
             raise UserError(f"{path}: its joint_names are not those of {self.files[0]}; all files must agree")
         self.joint_names = names
@@ -175,7 +180,7 @@ class PredictionFiles:
         return _load(self.files[file], list(self._layout[0]))
 
 
-def _words(layout: tuple[tuple[str, ...], int] | None) -> str:
+def _describe_layout(layout: tuple[tuple[str, ...], int] | None) -> str:
     assert layout is not None
     return f"{', '.join(layout[0])} of {layout[1]} hypotheses"
 

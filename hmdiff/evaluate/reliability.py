@@ -43,7 +43,7 @@ COLUMNS = (
 )
 
 
-class Observed(NamedTuple):
+class SpreadAndError(NamedTuple):
     """Uncalibrated spread of the hypotheses and error of their mean, both mm and relative to the pelvis."""
 
     joint_spread: Tensor  # (P, K)
@@ -52,7 +52,7 @@ class Observed(NamedTuple):
     vertex_error: Tensor  # (P, V)
     evidence: Tensor  # (P, 3) see `hmdiff.diffusion.image_evidence`
 
-    def tempered(self, fitted: Temperature) -> Observed:
+    def scaled_by(self, fitted: Temperature) -> SpreadAndError:
         """The same with the spread multiplied by each person's temperature."""
         temperature = fitted.of(self.evidence)[:, None]
         return self._replace(
@@ -60,8 +60,8 @@ class Observed(NamedTuple):
         )
 
 
-class SpreadWatch:
-    """Callback of an evaluation that collects `Observed`."""
+class SpreadCollector:
+    """Callback of an evaluation that collects `SpreadAndError`."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, ...]] = []
@@ -69,36 +69,36 @@ class SpreadWatch:
     def __call__(self, sample: Sample, output: MeshOutput) -> None:
         if sample.vertices is None or sample.joints_3d is None:
             raise UserError("confidence is fitted to vertices and joints: build the data with full_mesh=True")
-        found = []
-        for drawn, true in ((output.joints, sample.joints_3d), (output.vertices, sample.vertices)):
-            error = (drawn.mean(1) - true.to(drawn)).norm(dim=-1)
-            found += [1000 * spread(drawn).cpu(), 1000 * error.cpu()]
+        values = []
+        for samples, true in ((output.joints, sample.joints_3d), (output.vertices, sample.vertices)):
+            error = (samples.mean(1) - true.to(samples)).norm(dim=-1)
+            values += [1000 * spread(samples).cpu(), 1000 * error.cpu()]
         assert output.evidence is not None
-        found.append(output.evidence.cpu())
-        self.parts.append(tuple(found))
+        values.append(output.evidence.cpu())
+        self.parts.append(tuple(values))
 
-    def observed(self) -> Observed:
-        return Observed(*(torch.cat(values) for values in zip(*self.parts, strict=True)))
+    def result(self) -> SpreadAndError:
+        return SpreadAndError(*(torch.cat(values) for values in zip(*self.parts, strict=True)))
 
 
 @torch.no_grad()
-def observe(
+def measure_spread(
     pipeline: HMDiffPipeline,
     data: PeopleSource,  # with the full mesh
     split: str,
     people: int,
     sampling: SamplingConfig,
     progress: Callable[[int], None] | None = None,  # called with the number of people done
-) -> tuple[Measured, Observed]:
+) -> tuple[Measured, SpreadAndError]:
     """Run the pipeline on a split, as `hmdiff.evaluate.evaluation.measure`."""
-    watch = SpreadWatch()
+    collector = SpreadCollector()
     samples = split_batches(data, split, people)
-    found = measure(pipeline, samples, sampling, progress=progress, observe=watch)[sampling.num_hypotheses]
-    return found, watch.observed()
+    measured = measure(pipeline, samples, sampling, progress=progress, on_batch=collector)[sampling.num_hypotheses]
+    return measured, collector.result()
 
 
 def reliability(
-    observed: Observed,  # with calibrated spread
+    measured: SpreadAndError,  # with calibrated spread
     confidence: Confidence,
 ) -> dict[str, Any]:
     """kind -> radius -> said (mean prediction), counted (observed frequency), ece, skill, curve; "intervals": coverage
@@ -107,45 +107,45 @@ def reliability(
     report["intervals"] = {kind: {} for kind in KINDS}
     person: dict[int, float] = {}
     for radius in RADII:
-        found = confidence.within(radius, observed.joint_spread, observed.vertex_spread)
-        for kind, said, error in (
-            ("joints", found.joints[:, 1:], observed.joint_error[:, 1:]),
-            ("vertices", found.vertices, observed.vertex_error),
+        probability = confidence.within(radius, measured.joint_spread, measured.vertex_spread)
+        for kind, predicted, error in (
+            ("joints", probability.joints[:, 1:], measured.joint_error[:, 1:]),
+            ("vertices", probability.vertices, measured.vertex_error),
         ):
-            report[kind][radius] = _frequencies(said.flatten().double(), (error < radius).flatten().double())
-        person[radius] = rank_correlation(-found.person, observed.vertex_error.mean(1))
-    for kind, drawn, error in (
-        ("joints", observed.joint_spread[:, 1:], observed.joint_error[:, 1:]),
-        ("vertices", observed.vertex_spread, observed.vertex_error),
+            report[kind][radius] = _calibration_curve(predicted.flatten().double(), (error < radius).flatten().double())
+        person[radius] = rank_correlation(-probability.person, measured.vertex_error.mean(1))
+    for kind, spread_of_kind, error in (
+        ("joints", measured.joint_spread[:, 1:], measured.joint_error[:, 1:]),
+        ("vertices", measured.vertex_spread, measured.vertex_error),
     ):
         for level in LEVELS:
-            reach = confidence.interval(level, drawn, kind)
+            interval = confidence.interval(level, spread_of_kind, kind)
             report["intervals"][kind][level] = {
-                "coverage": (error <= reach).double().mean().item(),
-                "radius_mm": reach.mean().item(),
+                "coverage": (error <= interval).double().mean().item(),
+                "radius_mm": interval.mean().item(),
             }
     report["person"] = {"rank_correlation": person}
     return report
 
 
-def _frequencies(said: Tensor, inside: Tensor) -> dict[str, Any]:  # (M,) probabilities; (M,) 0 or 1
-    place = (said * BINS).long().clamp(max=BINS - 1)
-    count = torch.zeros(BINS, dtype=said.dtype).index_add(0, place, torch.ones_like(said))
-    mean_said, frequency = (
-        torch.zeros(BINS, dtype=said.dtype).index_add(0, place, values) / count.clamp_min(1)
-        for values in (said, inside)
+def _calibration_curve(predicted: Tensor, inside: Tensor) -> dict[str, Any]:  # (M,) probabilities; (M,) 0 or 1
+    bin_index = (predicted * BINS).long().clamp(max=BINS - 1)
+    count = torch.zeros(BINS, dtype=predicted.dtype).index_add(0, bin_index, torch.ones_like(predicted))
+    mean_predicted, frequency = (
+        torch.zeros(BINS, dtype=predicted.dtype).index_add(0, bin_index, values) / count.clamp_min(1)
+        for values in (predicted, inside)
     )
-    base = inside.mean()
-    constant = (base * (1 - base)).item()
-    brier = (said - inside).square().mean().item()
+    base_rate = inside.mean()
+    reference_brier = (base_rate * (1 - base_rate)).item()
+    brier = (predicted - inside).square().mean().item()
     return {
-        "said": said.mean().item(),
-        "counted": base.item(),
-        "ece": ((mean_said - frequency).abs() * count / count.sum()).sum().item(),
-        "skill": 1 - brier / constant if constant > 0 else float("nan"),
+        "said": predicted.mean().item(),
+        "counted": base_rate.item(),
+        "ece": ((mean_predicted - frequency).abs() * count / count.sum()).sum().item(),
+        "skill": 1 - brier / reference_brier if reference_brier > 0 else float("nan"),
         "curve": [
             {"said": s, "counted": f, "share": c}
-            for s, f, c in zip(mean_said.tolist(), frequency.tolist(), (count / count.sum()).tolist(), strict=True)
+            for s, f, c in zip(mean_predicted.tolist(), frequency.tolist(), (count / count.sum()).tolist(), strict=True)
             if c > 0
         ],
     }
@@ -177,7 +177,7 @@ def reliability_rows(split: str, report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def reliability_picture(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+def plot_reliability(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
     """Reliability diagram: predicted against observed frequency, a panel per radius and kind, a line per split."""
     from matplotlib.figure import Figure
 
@@ -189,8 +189,10 @@ def reliability_picture(reports: Mapping[str, Mapping[str, Any]], path: str | Pa
         panel.plot([0, 1], [0, 1], color="0.7", linewidth=1)
         for split, report in reports.items():
             curve = [point for point in report[kind][radius]["curve"] if point["share"] >= 0.005]
-            said, counted = [[point[key] for point in curve] for key in ("said", "counted")]
-            panel.plot(said, counted, marker="o", markersize=3, label=f"{split}, ECE {report[kind][radius]['ece']:.2f}")
+            predicted, observed = [[point[key] for point in curve] for key in ("said", "counted")]
+            panel.plot(
+                predicted, observed, marker="o", markersize=3, label=f"{split}, ECE {report[kind][radius]['ece']:.2f}"
+            )
         panel.set(
             title=f"{kind} within {radius} mm", xlabel="predicted probability", xlim=(0, 1), ylim=(0, 1), aspect="equal"
         )

@@ -22,20 +22,20 @@ from hmdiff.evaluate.measured import interval
 from hmdiff.evaluate.metrics import calibration_error, calibration_levels
 from hmdiff.evaluate.protocols import Protocol as ScoringProtocol
 from hmdiff.evaluate.published import published_rows
-from hmdiff.evaluate.scored_people import Part
+from hmdiff.evaluate.scored_people import ScoringBatch
 from hmdiff.evaluate.store import save_report
 from hmdiff.files.storage import atomic_file
 
 _INDEX, _INSIDE = "index", "inside"
 
 
-class People(Protocol):
+class ScoredPeople(Protocol):
     """People to score, see `hmdiff.evaluate.scored_people`."""
 
     people: int
     block_size: int
 
-    def parts(self, number: int) -> Iterator[Part]: ...  # of one block
+    def batches(self, number: int) -> Iterator[ScoringBatch]: ...  # of one block
 
 
 class Processes:
@@ -89,7 +89,7 @@ class PersonScores:
 
 def score_people(
     protocol: ScoringProtocol,
-    people: People,
+    people: ScoredPeople,
     regressors: Mapping[str, Tensor],
     processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,  # called with the number of people this process has done
@@ -102,39 +102,41 @@ def score_people(
         mine.append(_score_block(protocol, people, number, regressors))
         if progress is not None:
             progress(len(mine[-1][_INDEX]))
-    return _assembled(processes.gather(mine), people.people)
+    return _merge_blocks(processes.gather(mine), people.people)
 
 
 def _score_block(
-    protocol: ScoringProtocol, people: People, number: int, regressors: Mapping[str, Tensor]
+    protocol: ScoringProtocol, people: ScoredPeople, number: int, regressors: Mapping[str, Tensor]
 ) -> dict[str, np.ndarray]:
     """The index, and one column per row and metric."""
     columns: dict[str, list[np.ndarray]] = {}
-    for part in people.parts(number):
-        on = next(t for t in (part.predicted.vertices, part.predicted.joints) if t is not None)
-        moved = {name: regressor.to(on.device) for name, regressor in regressors.items()}
-        scores = score_hypotheses(protocol, part.predicted, part.target, moved, part.choose, part.aggregated)
-        found = {f"{row}|{metric}": v for row, errors in scores.rows.items() for metric, v in errors.items()}
-        found |= {_INDEX: part.index} | ({} if scores.inside is None else {_INSIDE: scores.inside})
-        for name, values in found.items():
-            whole = values.long() if name == _INDEX else values.bool() if name == _INSIDE else values.double()
-            columns.setdefault(name, []).append(whole.cpu().numpy())
+    for batch in people.batches(number):
+        points = next(t for t in (batch.predicted.vertices, batch.predicted.joints) if t is not None)
+        regressors_on_device = {name: regressor.to(points.device) for name, regressor in regressors.items()}
+        scores = score_hypotheses(
+            protocol, batch.predicted, batch.target, regressors_on_device, batch.choose, batch.aggregated
+        )
+        columns_of_batch = {f"{row}|{metric}": v for row, errors in scores.rows.items() for metric, v in errors.items()}
+        columns_of_batch |= {_INDEX: batch.index} | ({} if scores.inside is None else {_INSIDE: scores.inside})
+        for name, values in columns_of_batch.items():
+            converted = values.long() if name == _INDEX else values.bool() if name == _INSIDE else values.double()
+            columns.setdefault(name, []).append(converted.cpu().numpy())
     return {name: np.concatenate(values) for name, values in columns.items()}
 
 
-def _assembled(blocks: list[dict[str, np.ndarray]], people: int) -> PersonScores:
+def _merge_blocks(blocks: list[dict[str, np.ndarray]], people: int) -> PersonScores:
     """Concatenate blocks and sort by index; each person must occur once."""
     index = np.concatenate([block[_INDEX] for block in blocks])
-    counted = np.bincount(index, minlength=people)
-    wrong = np.flatnonzero(counted != 1)
-    if len(counted) != people or len(wrong):
-        who, times = (wrong[0], counted[wrong[0]]) if len(wrong) else (people, 1)
-        raise UserError(f"person {who} was scored {times} times, once is expected")
+    times_scored = np.bincount(index, minlength=people)
+    invalid = np.flatnonzero(times_scored != 1)
+    if len(times_scored) != people or len(invalid):
+        person, times = (invalid[0], times_scored[invalid[0]]) if len(invalid) else (people, 1)
+        raise UserError(f"person {person} was scored {times} times, once is expected")
     names = {name for block in blocks for name in block}
     for block in blocks:
         if names - set(block):
-            lacking = min(names - set(block))
-            raise UserError(f"the people from {block[_INDEX][0]} on have no {lacking}, others have; score them apart")
+            missing = min(names - set(block))
+            raise UserError(f"the people from {block[_INDEX][0]} on have no {missing}, others have; score them apart")
     order = np.argsort(index)
     joined = {name: torch.from_numpy(np.concatenate([block[name] for block in blocks])[order]) for name in blocks[0]}
     rows: dict[str, dict[str, Tensor]] = {}

@@ -18,26 +18,26 @@ from hmdiff.data.sample import PeopleSource
 from hmdiff.data.shards import RecordStore
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import MESHES_AT_ONCE, answers
+from hmdiff.evaluate.evaluation import MESHES_AT_ONCE, predict_batches
 from hmdiff.evaluate.ground_truth import GroundTruth
-from hmdiff.evaluate.hypothesis_rows import Choose, nobody
+from hmdiff.evaluate.hypothesis_rows import Choose, no_selection
 from hmdiff.evaluate.predictions import PredictionFiles
 from hmdiff.evaluate.protocol_errors import Bodies
 from hmdiff.pipeline import HMDiffPipeline
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ScoringBatch:
     """A batch of people: predictions and ground truth."""
 
     index: Tensor  # (B,) among all scored people
     predicted: Bodies  # (B, N, ...)
     target: Bodies  # (B, ...)
-    choose: Choose = nobody
+    choose: Choose = no_selection
     aggregated: Bodies | None = None  # (B, ...) one body from all hypotheses, by the pipeline's aggregation MLP
 
 
-class Truths(Protocol):
+class Targets(Protocol):
     """The ground truth bodies of a data set, by position."""
 
     def names(self) -> list[str]: ...  # of all people
@@ -45,7 +45,7 @@ class Truths(Protocol):
     def take(self, positions: Sequence[int]) -> Bodies: ...  # (B, ...)
 
 
-class RecordTruths:
+class RecordTargets:
     """Ground truth of records: prepared shards, or a part of them."""
 
     def __init__(
@@ -67,7 +67,7 @@ class RecordTruths:
         return self.store[self.numbers[position]].record
 
 
-class SampleTruths:
+class SampleTargets:
     """Ground truth of synthetic people, on the model's own body; named SPLIT/000000."""
 
     def __init__(self, data: PeopleSource, split: str, people: int) -> None:
@@ -88,30 +88,30 @@ class SampleTruths:
         return Bodies(torch.stack(found))
 
 
-class PredictedPeople:
+class FilePredictions:
     """Predictions from files."""
 
-    def __init__(self, files: PredictionFiles, truths: Truths, people: int, block_size: int = 32) -> None:
-        known = truths.names()
+    def __init__(self, files: PredictionFiles, targets: Targets, people: int, block_size: int = 32) -> None:
+        known = targets.names()
         self.names = known[:people]
         files.check_names(self.names, known)
-        self.files, self.truths, self.people, self.block_size = files, truths, people, block_size
+        self.files, self.targets, self.people, self.block_size = files, targets, people, block_size
 
-    def parts(self, number: int) -> Iterator[Part]:
+    def batches(self, number: int) -> Iterator[ScoringBatch]:
         positions = range(number * self.block_size, min((number + 1) * self.block_size, self.people))
         size = max(1, min(self.block_size, MESHES_AT_ONCE // self.files.num_hypotheses))
         for first in range(positions.start, positions.stop, size):
             chosen = list(range(first, min(first + size, positions.stop)))
             found = self.files.take([self.names[position] for position in chosen])
-            yield Part(
+            yield ScoringBatch(
                 torch.tensor(chosen),
                 found.bodies,
-                self.truths.take(chosen),
+                self.targets.take(chosen),
                 _choice(found.selected, self.files.num_hypotheses),
             )
 
 
-class PipelinePeople:
+class PipelinePredictions:
     """A pipeline's output for the people of a data set."""
 
     def __init__(
@@ -119,27 +119,27 @@ class PipelinePeople:
         pipeline: HMDiffPipeline,
         data: PeopleSource,
         split: str,
-        truths: Truths,
+        targets: Targets,
         people: int,
         sampling: SamplingConfig,
         placement: Tensor | None = None,  # (3,) added to every mesh, see `ground_truth.raw_placement`
     ) -> None:
-        self.pipeline, self.data, self.split, self.truths, self.people = pipeline, data, split, truths, people
+        self.pipeline, self.data, self.split, self.targets, self.people = pipeline, data, split, targets, people
         self.sampling, self.placement, self.block_size = sampling, placement, data.block_size
 
-    def parts(self, number: int) -> Iterator[Part]:
+    def batches(self, number: int) -> Iterator[ScoringBatch]:
         first_of_block = number * self.block_size
         count = min(self.block_size, self.people - first_of_block)
         block = self.data.block(self.split, number).map(lambda tensor: tensor[:count])
         done = first_of_block
-        for answer in answers(self.pipeline, [block], self.sampling):
-            positions = list(range(done, done + len(answer.sample)))
+        for batch in predict_batches(self.pipeline, [block], self.sampling):
+            positions = list(range(done, done + len(batch.sample)))
             done += len(positions)
-            vertices = answer.output.vertices
-            predicted, one = self._placed(vertices), answer.output.aggregated_vertices
-            target = self.truths.take(positions).map(lambda tensor: tensor.to(vertices.device))  # noqa: B023
-            aggregated = None if one is None else self._placed(one)
-            yield Part(torch.tensor(positions), predicted, target, answer.select, aggregated)
+            vertices = batch.output.vertices
+            predicted, aggregated_vertices = self._placed(vertices), batch.output.aggregated_vertices
+            target = self.targets.take(positions).map(lambda tensor: tensor.to(vertices.device))  # noqa: B023
+            aggregated = None if aggregated_vertices is None else self._placed(aggregated_vertices)
+            yield ScoringBatch(torch.tensor(positions), predicted, target, batch.select, aggregated)
 
     def _placed(self, vertices: Tensor) -> Bodies:
         return Bodies(vertices if self.placement is None else vertices + self.placement.to(vertices))

@@ -8,7 +8,7 @@ from typing import Any
 
 from hmdiff.evaluate.evaluation import AGGREGATED, KINDS, WEIGHTED
 from hmdiff.evaluate.table import Table, interval_text
-from hmdiff.evaluate.visibility_bands import COLUMNS, band_rows
+from hmdiff.evaluate.visibility_bins import COLUMNS, visibility_rows
 from hmdiff.names import METRICS
 
 
@@ -20,7 +20,7 @@ def split_tables(reports: Sequence[dict[str, Any]]) -> Iterator[tuple[Table, lis
         notes = []
         for report in mine:
             notes += [calibration_line(report)] if "coverage" in report else []
-            notes += [bodies_line(report)] if "bodies" in report else []
+            notes += [plausibility_line(report)] if "bodies" in report else []
         title = f"{split}: {mine[0]['people']} people, mm (95 % interval)"
         yield Table(title, ["checkpoint", "hypothesis", *METRICS.values()], lines, ruled=True, names=2), notes
 
@@ -56,7 +56,7 @@ def calibration_line(report: dict[str, Any]) -> str:
     return line
 
 
-def bodies_line(report: dict[str, Any]) -> str:
+def plausibility_line(report: dict[str, Any]) -> str:
     """Plausibility: torn edges, joint limit violations, and distance of fitted bodies from the predicted vertices."""
     found = report["bodies"]
     line = f"{report['checkpoint']}: {found['torn_edges']['value']:.2%} of the edges off by more than a factor of 2"
@@ -69,9 +69,9 @@ def bodies_line(report: dict[str, Any]) -> str:
     return line
 
 
-def band_tables(reports: Sequence[dict[str, Any]]) -> Iterator[Table]:
+def visibility_tables(reports: Sequence[dict[str, Any]]) -> Iterator[Table]:
     """Errors and spread by visible fraction, for each report that has them."""
     for report in reports:
         if "bands" in report:
             title = f"{report['checkpoint']}, {report['split']}, by visible fraction: mm (95 % interval)"
-            yield Table(title, COLUMNS, band_rows(report["bands"]), ruled=True, width=172)
+            yield Table(title, COLUMNS, visibility_rows(report["bands"]), ruled=True, width=172)

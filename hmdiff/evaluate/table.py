@@ -36,7 +36,7 @@ class Table:
         console = Console()
         if not console.is_terminal:
             console = Console(width=self.width, file=sys.stdout)
-        parts = self._parts(console.width)
+        parts = self._split_columns(console.width)
         for part in parts:
             first, last = part is parts[0], part is parts[-1]
             table = RichTable(title=escape(self.title) if first else None, title_justify="left")
@@ -45,18 +45,18 @@ class Table:
                 justify: Any = "right" if number >= self.names else "left"
                 table.add_column(escape(self.columns[number]), justify=justify, overflow="fold")
             for index, row in enumerate(self.rows):
-                if index and self._parted(index):
+                if index and self._starts_group(index):
                     table.add_section()
                 table.add_row(*(escape(row[number]) for number in part))
             console.print(table)
 
-    def _parted(self, index: int) -> bool:
+    def _starts_group(self, index: int) -> bool:
         """Whether a line precedes this row: at the start and after the end of a group of several rows."""
         rows = self.rows
         several = not rows[index - 1][0] or (index + 1 < len(rows) and not rows[index + 1][0])
         return self.ruled and bool(rows[index][0]) and several
 
-    def _parts(self, width: int) -> list[list[int]]:
+    def _split_columns(self, width: int) -> list[list[int]]:
         """Split the columns into tables that fit the width without breaking numbers; each repeats the name columns."""
 
         def needed(number: int) -> int:

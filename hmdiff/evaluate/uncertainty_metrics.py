@@ -47,8 +47,8 @@ def uncertainty_correlations(
     drawn: Iterable[Tensor] = ()
     if len(error):
         drawn = torch.randint(len(error), (resamples, len(error)), generator=generator)
-    value = _three(uncertainty, error)
-    spread = np.array([_three(uncertainty[rows], error[rows]) for rows in drawn]).reshape(-1, len(value))
+    value = _correlations(uncertainty, error)
+    spread = np.array([_correlations(uncertainty[rows], error[rows]) for rows in drawn]).reshape(-1, len(value))
     names = ("pooled", "within_joint", "by_person")
     result = {}
     for name, middle, samples in zip(names, value, spread.T, strict=True):
@@ -59,7 +59,7 @@ def uncertainty_correlations(
     return result
 
 
-def _three(uncertainty: Tensor, error: Tensor) -> tuple[float, float, float]:
+def _correlations(uncertainty: Tensor, error: Tensor) -> tuple[float, float, float]:
     joints = [rank_correlation(uncertainty[:, joint], error[:, joint]) for joint in range(error.shape[1])]
     known = [each for each in joints if math.isfinite(each)]
     within = sum(known) / len(known) if known else math.nan

@@ -28,12 +28,12 @@ from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import (
     MESHES_AT_ONCE,
     as_heatmaps,
-    ask,
     measure,
+    predict_batch,
     split_batches,
-    with_estimate,
+    with_estimated_heatmaps,
 )
-from hmdiff.evaluate.measured import Measured, covered, summary
+from hmdiff.evaluate.measured import Measured, coverage_per_person, summary
 from hmdiff.evaluate.store import digest, save_report, stored
 from hmdiff.lab.comparison import UNGUIDED
 from hmdiff.pipeline import HMDiffPipeline
@@ -106,7 +106,7 @@ class Study:
         kept = self._estimated.setdefault(id(data), [])
         for number, sample in enumerate(batches):
             if number == len(kept):
-                maps = with_estimate(sample, self.estimate)
+                maps = with_estimated_heatmaps(sample, self.estimate)
                 kept.append(Sample(heatmaps=maps.heatmaps, heatmap_valid=maps.heatmap_valid))
             maps = kept[number]
             yield dataclasses.replace(sample, heatmaps=maps.heatmaps, heatmap_valid=maps.heatmap_valid)
@@ -209,7 +209,7 @@ def cell(
     }
     report = summary(measured, diffusion)
     if "coverage" in report:
-        values["coverage"] = _rounded(covered(measured), 6)
+        values["coverage"] = _rounded(coverage_per_person(measured), 6)
     values |= {name: _rounded(numbers, 6) for name, numbers in measured.guidance.items()}
     calls = [call for call in measured.calls if call[0] == measured.calls[0][0]]  # without a smaller last batch
     if len(calls) < REPEATS:
@@ -258,7 +258,7 @@ def timed_calls(
     heatmaps, calls = as_heatmaps(sample), []
     for _ in range(repeats + warm):
         started = clock()
-        ask(pipeline, sample, heatmaps, _call(setting))
+        predict_batch(pipeline, sample, heatmaps, _call(setting))
         calls.append((size, clock() - started))
     return calls[warm:]
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from hmdiff.errors import UserError
 from hmdiff.evaluate.measured import interval
 from hmdiff.evaluate.table import NOTHING, Number, difference_text, interval_text
-from hmdiff.evaluate.visibility_bands import BANDS, band_of, ratio_interval
+from hmdiff.evaluate.visibility_bins import VISIBILITY_BINS, ratio_interval, visibility_bin
 from hmdiff.lab.ablations import Column, Comparison, Row
 from hmdiff.lab.comparison import check_same_people, other_numbers, put, settings_row
 from hmdiff.names import METRICS
 
-BandOf = Callable[[Tensor], Tensor]  # visible fraction (P,) -> bin index (P,)
+VisibilityBinning = Callable[[Tensor], Tensor]  # visible fraction (P,) -> bin index (P,)
 _KINDS = ("first", "mean", "selected", "oracle")
 SPREAD = "spread"
 
@@ -58,7 +58,7 @@ class RowCells:
         """Whether visible fractions are stored: those of people with images or maps are."""
         return self.values("visible_fraction") is not None
 
-    def mask(self, number: int, band: BandOf) -> Tensor:  # (P,) bool
+    def mask(self, number: int, band: VisibilityBinning) -> Tensor:  # (P,) bool
         """Membership in a visibility bin. Raises `UserError` if the cells store no visibility."""
         fractions = self.values("visible_fraction")
         if fractions is None:
@@ -178,8 +178,8 @@ def band_texts(
     rows: Sequence[RowCells],
     metric: str,  # or SPREAD
     kind: str = "mean",
-    bands: Sequence[str] = BANDS,
-    band: BandOf = band_of,
+    bands: Sequence[str] = VISIBILITY_BINS,
+    band: VisibilityBinning = visibility_bin,
     relative: bool = False,  # show the relative difference to the reference instead
 ) -> tuple[list[str], list[list[str]]]:
     """One line per row, one column per bin; the titles give the number of people per bin."""
@@ -206,7 +206,7 @@ def csv_rows(
     rows: Sequence[RowCells],
     mode: str = "diffusion",
     bands: Sequence[str] = (),  # also write a line for each bin
-    band: BandOf = band_of,
+    band: VisibilityBinning = visibility_bin,
 ) -> Iterator[dict[str, Any]]:
     """Every number: a line for each row and, if `bands` are given, for each row and bin."""
     by_label = {cells.row.label: cells for cells in rows}

@@ -85,21 +85,21 @@ def compute_cell(
     progress: Callable[[int], None] | None = None,  # called with the number of people done
 ) -> dict[str, Any]:
     """Evaluate, and write the cell. Raises `UserError` for an unknown split."""
-    watch = _Watch()
+    collector = _UncertaintyCollector()
     count = settings["num_hypotheses"]
     sampling = SamplingConfig(count, settings["steps"], settings["seed"])
     people = split_batches(data, settings["split"], settings["people"])
-    measured = measure(pipeline, people, sampling, progress=progress, observe=watch)[count]
+    measured = measure(pipeline, people, sampling, progress=progress, on_batch=collector)[count]
     values: dict[str, Any] = {
         metric: {kind: _rounded(errors) for kind, errors in kinds.items()} for metric, kinds in measured.errors.items()
     }
     if count > 1:
         values["spread"] = _rounded(spread_of(measured))
-    if watch.fractions:
-        values["visible_fraction"] = _rounded(torch.cat(watch.fractions))
+    if collector.fractions:
+        values["visible_fraction"] = _rounded(torch.cat(collector.fractions))
     cell = {"settings": settings, "values": values}
-    if watch.uncertainty:
-        found = uncertainty_correlations(torch.cat(watch.uncertainty), torch.cat(watch.errors))
+    if collector.uncertainty:
+        found = uncertainty_correlations(torch.cat(collector.uncertainty), torch.cat(collector.errors))
         cell["correlation"] = {name: list(three) for name, three in found.items()}
     save_report(cell, cell_path(folder, settings))
     return cell
@@ -111,7 +111,7 @@ def spread_of(measured: Measured) -> Tensor:  # (P,) mm
     return 1000 * (joints - joints.mean(1, keepdim=True)).norm(dim=-1).mean((1, 2))
 
 
-class _Watch:
+class _UncertaintyCollector:
     """Callback that collects visibility and RLE's scale with the joint errors during evaluation."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.diffusion.sampling_config import SamplingConfig
-from hmdiff.evaluate.evaluation import as_heatmaps, ask
+from hmdiff.evaluate.evaluation import as_heatmaps, predict_batch
 from hmdiff.train.loop import Trainer
 from hmdiff.train.timing import timings
 
@@ -73,7 +73,9 @@ class _Timed:
         self.trainer.plain.eval()
         count = num_hypotheses if self.mode == "diffusion" else 1
         heatmaps = as_heatmaps(self.sample)
-        call = functools.partial(ask, self.trainer.pipeline, self.sample, heatmaps, SamplingConfig(count, steps))
+        call = functools.partial(
+            predict_batch, self.trainer.pipeline, self.sample, heatmaps, SamplingConfig(count, steps)
+        )
         taken = timings(call, 1, self.trainer.accelerator.device, clock)
         if counts:
             self.image_times += [seconds / len(self.sample) for seconds in taken]

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hmdiff.evaluate.visibility_bands import BANDS, band_of
+from hmdiff.evaluate.visibility_bins import VISIBILITY_BINS, visibility_bin
 from hmdiff.files.storage import atomic_file
-from hmdiff.lab.table_rows import SPREAD, BandOf, RowCells, difference_of, mean_of
+from hmdiff.lab.table_rows import SPREAD, RowCells, VisibilityBinning, difference_of, mean_of
 
 RESOLUTION = 130  # dpi
 
@@ -57,8 +57,8 @@ def plot_bands(
     splits: Mapping[str, Sequence[RowCells]],
     path: str | Path,
     metric: str = "pve",
-    bands: Sequence[str] = BANDS,
-    band: BandOf = band_of,
+    bands: Sequence[str] = VISIBILITY_BINS,
+    band: VisibilityBinning = visibility_bin,
     title: str = "",
 ) -> bool:
     """One column per split: error of the mean and, if stored, the spread, against the visible fraction."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hmdiff.data.sample import PeopleSource
-from hmdiff.evaluate.evaluation import as_heatmaps, depth_of, photo_of
+from hmdiff.evaluate.evaluation import as_heatmaps, camera_arguments, depth_argument
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.viz.canvas import contact_sheet, save_picture
 from hmdiff.viz.overlays import PALETTE, turntable_view
@@ -27,7 +27,7 @@ def validation_picture(
 ) -> None:
     """Write a picture to `path`: per person a row of heatmaps, ground truth and hypotheses, from front and side."""
     sample = data.block(split, 0).map(lambda tensor: tensor[:people])
-    given = photo_of(sample) | depth_of(pipeline, sample)
+    given = camera_arguments(sample) | depth_argument(pipeline, sample)
     output = pipeline(sample.image, as_heatmaps(sample), num_hypotheses=hypotheses, **given)
     assert sample.vertices is not None
     cells, captions = [], []

@@ -18,10 +18,10 @@ from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.temperature import Sampling, Temperature
 from hmdiff.errors import UserError
 from hmdiff.evaluate.calibration import calibrate, store_temperature
-from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
+from hmdiff.evaluate.evaluation import as_heatmaps, camera_arguments
 from hmdiff.evaluate.measured import Measured, summary
 from hmdiff.evaluate.metrics import expected_calibration_error
-from hmdiff.evaluate.reliability import observe
+from hmdiff.evaluate.reliability import measure_spread
 from hmdiff.evaluate.split_tables import calibration_line
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Heatmaps
@@ -46,7 +46,7 @@ def maps() -> Heatmaps:
 
 
 def photo(first: int = 0, last: int = 3) -> dict[str, Any]:
-    return {name: value[first:last] for name, value in photo_of(people_block()).items()}
+    return {name: value[first:last] for name, value in camera_arguments(people_block()).items()}
 
 
 def fitted(temperature: float, steps: int = 2, sampler: str = "ddim", eta: float = 0.0) -> Temperature:
@@ -173,7 +173,7 @@ def test_calibration_sets_the_temperature_and_lowers_the_error(pipe: HMDiffPipel
     about = found.fitted_on
     assert about["expected_calibration_error_after"] < about["expected_calibration_error_before"]
     assert (about["split"], about["people"], about["num_hypotheses"]) == ("val", 8, 6)
-    measured, _ = observe(pipe, people(True), "val", 8, SamplingConfig(6, 2))
+    measured, _ = measure_spread(pipe, people(True), "val", 8, SamplingConfig(6, 2))
     samples, target = measured.joints, measured.true_joints
     assert samples.shape == (8, 6, 14, 3)
     assert about["expected_calibration_error_before"] == pytest.approx(expected_calibration_error(samples, target))

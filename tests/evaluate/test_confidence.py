@@ -15,11 +15,11 @@ from hmdiff.diffusion.confidence import Confidence, fit_confidence
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.calibration import calibrate
-from hmdiff.evaluate.reliability import Observed, observe, reliability, reliability_picture, reliability_rows
+from hmdiff.evaluate.reliability import SpreadAndError, measure_spread, plot_reliability, reliability, reliability_rows
 from hmdiff.pipeline import HMDiffPipeline
 
 
-def observed(people: int, seed: int, scale: float = 1.0) -> Observed:
+def observed(people: int, seed: int, scale: float = 1.0) -> SpreadAndError:
     """Gaussian errors with the hypotheses' standard deviation; `scale` miscalibrates the spread."""
     generator = torch.Generator().manual_seed(seed)
     whole = torch.exp(0.5 * torch.randn(people, 1, generator=generator))
@@ -28,7 +28,7 @@ def observed(people: int, seed: int, scale: float = 1.0) -> Observed:
         sigma = 40 * whole * torch.exp(0.4 * torch.randn(people, points, generator=generator))
         error = (sigma[..., None] * torch.randn(people, points, 3, generator=generator)).norm(dim=-1)
         parts += [scale * 1.6 * sigma, error]  # the mean distance of a Gaussian to its middle is 1.6 sigma
-    return Observed(*parts, torch.full((people, 3), float("nan")))
+    return SpreadAndError(*parts, torch.full((people, 3), float("nan")))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_new_people_are_within_as_often_as_it_says_and_misleading_spread_shows(f
 
 
 def test_what_always_is_within_keeps_finite_numbers() -> None:
-    certain = Observed(
+    certain = SpreadAndError(
         torch.full((20, 24), 5.0),
         torch.full((20, 24), 2.0),
         torch.full((20, 50), 5.0),
@@ -92,12 +92,12 @@ def test_it_travels_as_json_and_refuses_what_it_is_not(fitted: Confidence) -> No
 def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) -> None:
     pipe = small_pipeline()
     data = people(True)
-    _, before = observe(pipe, data, "val", 8, SamplingConfig(4, 2))
+    _, before = measure_spread(pipe, data, "val", 8, SamplingConfig(4, 2))
     temperature = calibrate(pipe, data, "val", 16, SamplingConfig(4, 2)).temperature
     block = data.block("val", 0)
-    from hmdiff.evaluate.evaluation import as_heatmaps, ask
+    from hmdiff.evaluate.evaluation import as_heatmaps, predict_batch
 
-    output = ask(pipe, block, as_heatmaps(block), SamplingConfig(4, 2))
+    output = predict_batch(pipe, block, as_heatmaps(block), SamplingConfig(4, 2))
     own = output.temperature[:, None]
     assert own.unique().numel() > 1 and own.min() < temperature < own.max()
     torch.testing.assert_close(output.joint_spread, before.joint_spread * own, rtol=1e-3, atol=1e-2)
@@ -116,7 +116,7 @@ def test_a_pipeline_learns_it_with_the_temperature_and_keeps_it(tmp_path: Path) 
     again = HMDiffPipeline.from_pretrained(tmp_path / "saved")
     mine, saved = (each.calibration(SamplingConfig(num_inference_steps=2)) for each in (pipe, again))
     assert mine is not None and saved is not None and saved.confidence == mine.confidence is not None
-    other = ask(again, block, as_heatmaps(block), SamplingConfig(4, 3))  # three steps: not fitted
+    other = predict_batch(again, block, as_heatmaps(block), SamplingConfig(4, 3))  # three steps: not fitted
     assert other.within(50) is None and other.confidences(0) == {}
 
 
@@ -157,7 +157,7 @@ def test_the_command_prints_and_draws_it(
 @pytest.mark.slow
 def test_the_diagram_and_the_table_have_every_split(fitted: Confidence, tmp_path: Path) -> None:
     reports = {"val": reliability(observed(60, 1), fitted), "ood": reliability(observed(60, 2, 0.6), fitted)}
-    reliability_picture(reports, tmp_path / "a.png")
+    plot_reliability(reports, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
     rows = reliability_rows("ood", reports["ood"])
     assert [row[0] for row in rows] == ["ood", "", "", ""] and rows[3][2] == "100 mm"

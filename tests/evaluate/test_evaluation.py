@@ -22,11 +22,11 @@ from hmdiff.errors import UserError
 from hmdiff.evaluate import evaluation
 from hmdiff.evaluate.evaluation import (
     as_heatmaps,
+    camera_arguments,
     evaluate,
     measure,
-    photo_of,
     split_batches,
-    with_estimate,
+    with_estimated_heatmaps,
 )
 from hmdiff.evaluate.mean_mesh import mean_mesh_error, mean_mesh_errors
 from hmdiff.evaluate.measured import calibration_interval
@@ -252,7 +252,7 @@ def test_the_selected_hypothesis_is_reported(pipe: HMDiffPipeline) -> None:
     assert torch.equal(found[1].errors["pve"]["selected"], found[1].errors["pve"]["first"])
     maps = as_heatmaps(samples[0])
     for count in (2, 5):
-        alone = pipe(heatmaps=maps, num_hypotheses=count, num_inference_steps=2, **photo_of(samples[0]))
+        alone = pipe(heatmaps=maps, num_hypotheses=count, num_inference_steps=2, **camera_arguments(samples[0]))
         likely = torch.arange(float(count)).expand(4, -1) * 1000
         chosen = select(alone.vertices, alone.joints[:, :, 0], likely, seen=alone.reprojection)
         each = mesh_errors(
@@ -300,10 +300,10 @@ def test_calibration_interval_holds_the_known_error_of_a_gaussian() -> None:
 def test_an_estimator_takes_the_place_of_the_heatmaps(pipe: HMDiffPipeline) -> None:
     sample = people_block("val").map(lambda tensor: tensor[:2])
     with pytest.raises(UserError, match="reads pictures, and these people have none"):
-        with_estimate(sample, lambda images: images)
+        with_estimated_heatmaps(sample, lambda images: images)
     pictured = dataclasses.replace(sample, image=torch.rand(2, 3, 32, 32))
     maps = torch.randn(2, 26, 64, 64)
-    found = with_estimate(pictured, lambda images: maps * images.shape[0] / 2)
+    found = with_estimated_heatmaps(pictured, lambda images: maps * images.shape[0] / 2)
     assert found.heatmaps is not None and torch.equal(found.heatmaps, maps.clamp_min(0))
     assert found.heatmap_valid is not None and found.heatmap_valid.all() and found.heatmap_valid.shape == (2, 26)
     assert found.vertices is pictured.vertices
@@ -317,11 +317,11 @@ def test_the_regressions_likelihood_counts_in_the_selected_one(
     sample = next(iter(split_batches(people(True), "val", 4)))
     # Raw vertices: the fitted bodies of an untrained model hardly differ.
     options = {"num_hypotheses": 5, "num_inference_steps": 2, "surface": "vertices"}
-    plain = pipe(heatmaps=as_heatmaps(sample), **options, **photo_of(sample))
+    plain = pipe(heatmaps=as_heatmaps(sample), **options, **camera_arguments(sample))
     far = (plain.vertices - plain.mean_vertices[:, None]).norm(dim=-1).mean(-1)
     output = dataclasses.replace(plain, log_likelihood=None, rle_log_likelihood=100 * far**2, reprojection=None)
     assert not torch.equal(output.selected, dataclasses.replace(output, rle_log_likelihood=None).selected)
-    monkeypatch.setattr(evaluation, "ask", lambda *_: output)
+    monkeypatch.setattr(evaluation, "predict_batch", lambda *_: output)
     found = measure(pipe, [sample], SamplingConfig(5, 2))[5].errors["pve"]
     each = mesh_errors(
         output.vertices,

@@ -18,7 +18,7 @@ from hmdiff.cli.main import main
 from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.diffusion.schedule import SCHEDULER_NAMES
-from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
+from hmdiff.evaluate.evaluation import as_heatmaps, camera_arguments
 from hmdiff.pipeline import HMDiffPipeline
 
 FEW = ["--people", "3", "--num-hypotheses", "2", "--steps", "2"]
@@ -122,7 +122,9 @@ def test_bad_words(run: Callable[..., int], words: list[str], message: str, caps
 def test_every_sampler_can_be_guided(pipe: HMDiffPipeline, name: str) -> None:
     """None has to be refused: each tells the denoiser's step as a share of the process, which is all that DAT asks."""
     sample = people(True).block("val", 0).map(lambda tensor: tensor[:2])
-    output = pipe(None, as_heatmaps(sample), SamplingConfig(2, 3, 0, name, guidance=Guidance()), **photo_of(sample))
+    output = pipe(
+        None, as_heatmaps(sample), SamplingConfig(2, 3, 0, name, guidance=Guidance()), **camera_arguments(sample)
+    )
     assert output.guidance is not None and output.vertices.isfinite().all()
     assert output.guidance.gap_after.isfinite().all()
     assert output.guidance.active.max() > 0 and not torch.equal(output.vertices[0], output.vertices[1])

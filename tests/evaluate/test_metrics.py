@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17, SMPL24
 from hmdiff.evaluate import metrics as m
-from hmdiff.evaluate.hypothesis_rows import rows_of
+from hmdiff.evaluate.hypothesis_rows import reduce_hypotheses
 from hmdiff.geometry import axis_angle_to_matrix
 
 
@@ -102,7 +102,7 @@ def test_hypotheses_equal_singles() -> None:
 def test_first_mean_oracle_selected() -> None:
     each = {"pve": torch.tensor([[3.0, 1, 2], [5, 6, 4]]), "mpjpe": torch.tensor([[1.0, 2, 3], [9, 8, 9]])}
     mean = {"pve": torch.tensor([2.5, 3.5]), "mpjpe": torch.tensor([0.5, 7.0])}
-    result = rows_of(each, 3, lambda count: mean, lambda count: torch.tensor([2, 0]))
+    result = reduce_hypotheses(each, 3, lambda count: mean, lambda count: torch.tensor([2, 0]))
     assert {name: values["pve"].tolist() for name, values in result.items()} == {
         "first": [3, 5],
         "mean": [2.5, 3.5],
@@ -110,8 +110,8 @@ def test_first_mean_oracle_selected() -> None:
         "selected": [2, 5],
     }
     assert result["oracle"]["mpjpe"].tolist() == [1, 8]
-    assert rows_of(each, 2, lambda count: mean, higher={"mpjpe"})["oracle"]["mpjpe"].tolist() == [2, 9]
-    assert "selected" not in rows_of(each, 2, lambda count: mean)
+    assert reduce_hypotheses(each, 2, lambda count: mean, higher={"mpjpe"})["oracle"]["mpjpe"].tolist() == [2, 9]
+    assert "selected" not in reduce_hypotheses(each, 2, lambda count: mean)
     curve = m.oracle_curve(each["pve"], (1, 2, 3, 100))
     assert {count: value.tolist() for count, value in curve.items()} == {1: [3, 5], 2: [1, 5], 3: [1, 4]}
     vertices, joints, target_vertices, target_joints = bodies(3, 8)

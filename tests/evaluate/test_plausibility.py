@@ -8,8 +8,8 @@ from small import people_block, small_pipeline
 
 from hmdiff.body.surface import mesh_edges
 from hmdiff.diffusion.sampling_config import SamplingConfig
-from hmdiff.evaluate.evaluation import as_heatmaps, ask
-from hmdiff.evaluate.plausibility import BodyWatch
+from hmdiff.evaluate.evaluation import as_heatmaps, predict_batch
+from hmdiff.evaluate.plausibility import PlausibilityCollector
 from hmdiff.evidence import torn_share
 
 SQUARE = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]])
@@ -32,10 +32,10 @@ def test_the_body_surface_is_a_body_and_the_vertices_of_an_untrained_model_are_n
     sample = people_block("val").map(lambda tensor: tensor[:2])
     reports = {}
     for surface in ("body", "vertices"):
-        watch = BodyWatch(pipeline.body)
-        output = ask(pipeline, sample, as_heatmaps(sample), SamplingConfig(3, 2, surface=surface))
-        watch(sample, output)
-        reports[surface] = watch.report()
+        collector = PlausibilityCollector(pipeline.body)
+        output = predict_batch(pipeline, sample, as_heatmaps(sample), SamplingConfig(3, 2, surface=surface))
+        collector(sample, output)
+        reports[surface] = collector.report()
     body, vertices = reports["body"], reports["vertices"]
     assert vertices["torn_edges"]["value"] > 0.3 and body["torn_edges"]["value"] < 0.2
     assert body["torn_edges_of_true_bodies"] == vertices["torn_edges_of_true_bodies"]
@@ -48,7 +48,7 @@ def test_the_body_surface_is_the_skin_of_its_parameters() -> None:
 
     pipeline = small_pipeline()
     sample = people_block("val").map(lambda tensor: tensor[:2])
-    output = ask(pipeline, sample, as_heatmaps(sample), SamplingConfig(3, 2))
+    output = predict_batch(pipeline, sample, as_heatmaps(sample), SamplingConfig(3, 2))
     assert output.fitted is not None and output.fitted.pose.shape == (2, 3, 24, 3)
     skin = pipeline.body(output.fitted.betas, axis_angle_to_matrix(output.fitted.pose), output.fitted.translation)
     torch.testing.assert_close(skin.vertices, output.vertices, atol=1e-5, rtol=1e-4)

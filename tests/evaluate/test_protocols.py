@@ -14,7 +14,7 @@ from torch import Tensor
 from hmdiff.body.skeletons import H36M14, H36M17, HAND21, J14, SMPL24, SPIN_H36M17, joint_indices
 from hmdiff.errors import UserError
 from hmdiff.evaluate.hand_metrics import curve_area, f_score
-from hmdiff.evaluate.hypothesis_rows import COUNTS, representatives, score_hypotheses
+from hmdiff.evaluate.hypothesis_rows import COUNTS, cluster_representatives, score_hypotheses
 from hmdiff.evaluate.metrics import (
     calibration_error,
     calibration_levels,
@@ -479,10 +479,12 @@ def test_biggs_picks_one_of_the_representatives_for_all_metrics() -> None:
 def test_representatives_are_one_of_each_group() -> None:
     centres = 10 * torch.randn(5, 4, 3)
     joints = (centres[:, None] + 0.01 * torch.randn(5, 6, 4, 3)).flatten(0, 1)
-    found = representatives(joints, 5)
+    found = cluster_representatives(joints, 5)
     assert sorted((found // 6).tolist()) == [0, 1, 2, 3, 4]
-    np.testing.assert_array_equal(found, representatives(joints, 5))
-    assert representatives(joints[:1].expand(30, -1, -1), 5).tolist() == [0]  # equal hypotheses, as from a regressor
+    np.testing.assert_array_equal(found, cluster_representatives(joints, 5))
+    assert cluster_representatives(joints[:1].expand(30, -1, -1), 5).tolist() == [
+        0
+    ]  # equal hypotheses, as from a regressor
 
 
 def test_a_calibrated_posterior_has_little_error() -> None:

@@ -34,7 +34,7 @@ from hmdiff.evaluate.predictions import PredictionFiles
 from hmdiff.evaluate.protocol_errors import HIPS
 from hmdiff.evaluate.protocols import PROTOCOLS, get_protocol
 from hmdiff.evaluate.report import Processes, report_of, save_scores, score_people
-from hmdiff.evaluate.scored_people import PipelinePeople, PredictedPeople, RecordTruths, SampleTruths
+from hmdiff.evaluate.scored_people import FilePredictions, PipelinePredictions, RecordTargets, SampleTargets
 from hmdiff.geometry import axis_angle_to_matrix
 from hmdiff.pipeline import HMDiffPipeline
 
@@ -283,8 +283,8 @@ def predicted_people(folder: Path, protocol_name: str = "spin", hypotheses: int 
     write(folder, names=names_of(records), vertices=meshes(records)[:, None] + 0.03 * noise)
     protocol = get_protocol(protocol_name, body="smpl")
     body = load_body("smpl")
-    truths = RecordTruths(RecordFiles(records), GroundTruth(protocol, body))
-    people = PredictedPeople(PredictionFiles(folder, VERTICES), truths, PEOPLE, block_size=2)
+    truths = RecordTargets(RecordFiles(records), GroundTruth(protocol, body))
+    people = FilePredictions(PredictionFiles(folder, VERTICES), truths, PEOPLE, block_size=2)
     return protocol, people, protocol_regressors(protocol, body)
 
 
@@ -345,14 +345,14 @@ def test_nobody_is_counted_twice_or_left_out(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         score_people(protocol, people, regressors, OneOf(0, 2, everything))
     with pytest.raises(UserError, match="person 2 was scored 0 times, once is expected"):
-        scoring._assembled(everything, PEOPLE)
+        scoring._merge_blocks(everything, PEOPLE)
     with pytest.raises(UserError, match="person 0 was scored 2 times, once is expected"):
-        scoring._assembled(everything * 2, PEOPLE)
+        scoring._merge_blocks(everything * 2, PEOPLE)
     with pytest.raises(UserError, match="person 3 was scored 0 times"):
-        scoring._assembled([{"index": np.arange(3), "first|pve": np.zeros(3)}], 5)
+        scoring._merge_blocks([{"index": np.arange(3), "first|pve": np.zeros(3)}], 5)
     with pytest.raises(UserError, match=r"the people from 3 on have no first\|pve, others have"):
         blocks = [{"index": np.arange(3), "first|pve": np.zeros(3)}, {"index": np.arange(3, 5)}]
-        scoring._assembled(blocks, 5)
+        scoring._merge_blocks(blocks, 5)
 
 
 def test_processes_that_do_not_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,17 +391,17 @@ def test_a_pipeline_is_scored_as_evaluate_does(tmp_path: Path) -> None:
     """`synthetic` equals hmdiff evaluate without a protocol, for a pipeline and for files of its meshes."""
     pipe, data, count = small_pipeline(), people(True), 5
     protocol, (body, _) = PROTOCOLS["synthetic"], free_body()
-    truths = SampleTruths(data, "val", count)
+    truths = SampleTargets(data, "val", count)
     regressors = protocol_regressors(protocol, body)
-    scored = PipelinePeople(pipe, data, "val", truths, count, SamplingConfig(3, 2, 4))
+    scored = PipelinePredictions(pipe, data, "val", truths, count, SamplingConfig(3, 2, 4))
     scores = score_people(protocol, scored, regressors)
     expected = evaluate(pipe, data, "val", count, SamplingConfig(3, 2, 4))["errors"]
     for metric in protocol.metrics:
         for row, kind in (("first", "first"), ("mean of 3", "mean"), ("oracle of 3", "oracle")):
             assert scores.rows[row][metric].mean().item() == pytest.approx(expected[metric][kind]["value"], rel=1e-4)
-    output = torch.cat([part.predicted.vertices for part in scored.parts(0)])  # type: ignore[misc]
+    output = torch.cat([part.predicted.vertices for part in scored.batches(0)])  # type: ignore[misc]
     write(tmp_path / "p", names=truths.names(), vertices=output)
-    files = PredictedPeople(PredictionFiles(tmp_path / "p", body.num_vertices), truths, count)
+    files = FilePredictions(PredictionFiles(tmp_path / "p", body.num_vertices), truths, count)
     again = score_people(protocol, files, regressors)
     for row, metrics in again.rows.items():
         torch.testing.assert_close(metrics, scores.rows[row], rtol=1e-5, atol=1e-4)

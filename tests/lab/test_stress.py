@@ -17,7 +17,7 @@ from hmdiff.cli.main import main
 from hmdiff.cli.stress import crop_camera
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import as_heatmaps, evaluate, photo_of
+from hmdiff.evaluate.evaluation import as_heatmaps, camera_arguments, evaluate
 from hmdiff.heatmaps import Crop, Heatmaps, gaussian_heatmaps
 from hmdiff.lab.stress import (
     Subject,
@@ -44,7 +44,7 @@ def pipe() -> HMDiffPipeline:
 
 def subject_of(row: int = 2) -> Subject:
     sample = people(True).block("test", 0).map(lambda tensor: tensor[row : row + 1])
-    photo = photo_of(sample)
+    photo = camera_arguments(sample)
     return Subject(
         as_heatmaps(sample), None, None, row, photo["photo_sizes"], photo["focal"], sample.vertices, sample.keypoints_3d
     )

@@ -20,7 +20,7 @@ from hmdiff.evaluate.evaluation import as_heatmaps, evaluate
 from hmdiff.evaluate.ground_truth import protocol_regressors
 from hmdiff.evaluate.hypothesis_rows import score_hypotheses
 from hmdiff.evaluate.protocols import get_protocol
-from hmdiff.evaluate.scored_people import PipelinePeople, SampleTruths
+from hmdiff.evaluate.scored_people import PipelinePredictions, SampleTargets
 from hmdiff.evaluate.split_tables import split_tables
 from hmdiff.models.aggregation import AggregatorSizes, HypothesisAggregator
 from hmdiff.pipeline import HMDiffPipeline
@@ -162,8 +162,8 @@ def test_a_protocol_reports_it_as_a_row(pipe: HMDiffPipeline) -> None:
     regressors = protocol_regressors(protocol, pipe.body)
 
     def rows() -> dict[str, Any]:
-        scored = PipelinePeople(pipe, people(True), "test", SampleTruths(people(True), "test", 4), 4, sampling)
-        (part,) = scored.parts(0)
+        scored = PipelinePredictions(pipe, people(True), "test", SampleTargets(people(True), "test", 4), 4, sampling)
+        (part,) = scored.batches(0)
         return score_hypotheses(protocol, part.predicted, part.target, regressors, part.choose, part.aggregated).rows
 
     assert "aggregated of 3" not in rows()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from small import people_block, small_pipeline
 
-from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
+from hmdiff.evaluate.evaluation import as_heatmaps, camera_arguments
 from hmdiff.heatmaps import Crop, Heatmaps
 
 
 def test_a_photo_of_twice_the_size_is_the_same_evidence() -> None:
     pipe, block = small_pipeline(), people_block()
-    maps, photo = as_heatmaps(block), photo_of(block)
+    maps, photo = as_heatmaps(block), camera_arguments(block)
     assert maps is not None
     options = {"num_hypotheses": 3, "num_inference_steps": 2}
     output = pipe(heatmaps=maps, **options, **photo)

@@ -22,7 +22,7 @@ from hmdiff.data.shards import PreparedShards
 from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import answers, as_heatmaps
+from hmdiff.evaluate.evaluation import as_heatmaps, predict_batches
 from hmdiff.heatmaps import Heatmaps, heatmap_peaks
 from hmdiff.heatmaps.arrays import load_heatmaps, save_heatmaps
 from hmdiff.heatmaps.keypoints import PersonKeypoints, heatmaps_from_keypoints
@@ -62,20 +62,20 @@ def test_freihand_is_steered_by_its_21_keypoints(hands: tuple[HMDiffPipeline, Re
     assert sample.heatmaps is not None and sample.heatmaps.shape == (2, 21, 64, 64)
     seen = as_heatmaps(sample)
     assert seen is not None and seen.names == HAND21 == pipeline.body.keypoint_names
-    (plain,) = answers(pipeline, [sample], STEPS)
+    (plain,) = predict_batches(pipeline, [sample], STEPS)
     assert plain.output.reprojection is not None
     before = plain.output.reprojection.error
     assert before.shape == (2, 3, 21)
     # With an untrained network DAT reduces part of the gap, the move to the peaks a further part.
     errors = [float(before.mean())]
     for guidance in (Guidance(peaks=0.0), Guidance()):
-        (guided,) = answers(pipeline, [sample], STEPS.but(guidance=guidance))
+        (guided,) = predict_batches(pipeline, [sample], STEPS.but(guidance=guidance))
         report, found = guided.output.guidance, guided.output.reprojection
         assert report is not None and report.active.any() and found is not None
         assert (report.gap_after <= report.gap_before).float().mean() > 0.5
         errors.append(float(found.error.mean()))
     assert errors[1] < 0.97 * errors[0] and errors[2] < errors[1], errors
-    (off,) = answers(pipeline, [sample], STEPS.but(guidance=Guidance(strength=0.0)))
+    (off,) = predict_batches(pipeline, [sample], STEPS.but(guidance=Guidance(strength=0.0)))
     assert torch.equal(off.output.vertices, plain.output.vertices)
 
 

@@ -13,7 +13,7 @@ from hmdiff.body.skeletons import HALPE26
 from hmdiff.diffusion.guidance import PAPER, Guidance
 from hmdiff.diffusion.hypotheses import keypoint_nearness
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import as_heatmaps, photo_of
+from hmdiff.evaluate.evaluation import as_heatmaps, camera_arguments
 from hmdiff.geometry import perspective_projection
 from hmdiff.heatmaps import Crop
 from hmdiff.pipeline.image_plane import FARTHEST, REACH, moved_to_peaks
@@ -69,7 +69,7 @@ def test_a_peak_that_is_far_off_moves_nothing() -> None:
 def test_the_pipeline_does_it_after_dat_alone() -> None:
     pipe, block = small_pipeline(), people_block()
     maps = as_heatmaps(block)
-    options = {"num_hypotheses": 3, "num_inference_steps": 2, "surface": "vertices", **photo_of(block)}
+    options = {"num_hypotheses": 3, "num_inference_steps": 2, "surface": "vertices", **camera_arguments(block)}
 
     def distance(guidance: Guidance) -> Tensor:
         output = pipe(heatmaps=maps, guidance=guidance, **options)
@@ -92,7 +92,7 @@ def test_the_pipeline_does_it_after_dat_alone() -> None:
 def test_joints_without_weight_pull_at_nothing() -> None:
     pipe, block = small_pipeline(), people_block()
     legs = [float(name.endswith(("knee", "ankle", "heel", "toe"))) for name in HALPE26]
-    options = {"num_hypotheses": 2, "num_inference_steps": 2, "surface": "vertices", **photo_of(block)}
+    options = {"num_hypotheses": 2, "num_inference_steps": 2, "surface": "vertices", **camera_arguments(block)}
 
     def vertices(peaks: float) -> Tensor:
         guidance = Guidance(joint_weights=tuple(legs), peaks=peaks, fall_back=False)

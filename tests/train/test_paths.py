@@ -15,7 +15,7 @@ from hmdiff.build import build_model, build_pipeline, build_scheduler
 from hmdiff.data.sample import Sample
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import as_heatmaps, depth_of, evaluate
+from hmdiff.evaluate.evaluation import as_heatmaps, depth_argument, evaluate
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train import step
@@ -283,8 +283,8 @@ def test_depth_is_asked_for_and_refused_by_name() -> None:
     plain = build_pipeline(small_config("unused"))
     with pytest.raises(UserError, match="this model reads no depth maps"):
         plain(heatmaps=heatmaps, num_hypotheses=1, depth=people.depth_input)
-    assert depth_of(plain, people) == {} and depth_of(pipeline, people)["depth"] is people.depth_input
-    assert depth_of(pipeline, people_of())["depth"].isnan().all()
+    assert depth_argument(plain, people) == {} and depth_argument(pipeline, people)["depth"] is people.depth_input
+    assert depth_argument(pipeline, people_of())["depth"].isnan().all()
 
 
 def test_a_split_is_evaluated_with_every_path() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hmdiff.build import build_data, build_mesh
 from hmdiff.config import Config
-from hmdiff.evaluate.evaluation import as_heatmaps, photo_of, split_batches
+from hmdiff.evaluate.evaluation import as_heatmaps, camera_arguments, split_batches
 from hmdiff.names import SPLITS
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.viz.canvas import contact_sheet, save_picture
@@ -38,7 +38,7 @@ def people_sheet(
             heatmaps=as_heatmaps(sample),
             num_hypotheses=num_hypotheses,
             people=sample.index.tolist(),
-            **photo_of(sample),
+            **camera_arguments(sample),
         )
         for truth, chosen in zip(sample.vertices, found.selected_vertices, strict=True):
             cells += [

@@ -17,27 +17,27 @@ from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.rendering import OccluderBoxes
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
-from hmdiff.evaluate.evaluation import as_heatmaps, ask, evaluate
+from hmdiff.evaluate.evaluation import as_heatmaps, evaluate, predict_batch
 from hmdiff.evaluate.measured import Measured
-from hmdiff.evaluate.split_tables import band_tables
-from hmdiff.evaluate.visibility_bands import (
-    BANDS,
+from hmdiff.evaluate.split_tables import visibility_tables
+from hmdiff.evaluate.visibility_bins import (
     COLUMNS,
     GROUPS,
-    BandWatch,
-    band_of,
-    band_report,
-    band_rows,
+    VISIBILITY_BINS,
+    VisibilityCollector,
     group_means,
     ratio_interval,
     vertex_groups,
+    visibility_bin,
+    visibility_report,
+    visibility_rows,
 )
 from hmdiff.geometry import perspective_projection
 
 
 def test_edges_belong_to_the_band_below() -> None:
     fractions = torch.tensor([1.0, 0.81, 0.8, 0.61, 0.6, 0.41, 0.4, 0.0])
-    assert [BANDS[number] for number in band_of(fractions)] == [
+    assert [VISIBILITY_BINS[number] for number in visibility_bin(fractions)] == [
         "over 80 %",
         "over 80 %",
         "60-80 %",
@@ -52,7 +52,7 @@ def test_edges_belong_to_the_band_below() -> None:
 @pytest.mark.parametrize("value", [1.2, -0.1, float("nan")])
 def test_a_fraction_is_a_share(value: float) -> None:
     with pytest.raises(UserError, match="a share from 0 to 1 is expected"):
-        band_of(torch.tensor([0.5, value]))
+        visibility_bin(torch.tensor([0.5, value]))
 
 
 def by_hand() -> list[dict]:
@@ -62,12 +62,20 @@ def by_hand() -> list[dict]:
     grouped = torch.tensor(
         [[10.0, 11.0, 30.0, 12.0], [10.0, 9.0, torch.nan, torch.nan], [20.0, 5.0, 30.0, 10.0], [30.0, 5.0, 90.0, 45.0]]
     )
-    return band_report(errors, fraction, torch.tensor([10.0, 12.0, 20.0, 50.0]), grouped, 2 * grouped[:, [2, 1, 0, 3]])
+    return visibility_report(
+        errors, fraction, torch.tensor([10.0, 12.0, 20.0, 50.0]), grouped, 2 * grouped[:, [2, 1, 0, 3]]
+    )
 
 
 def test_a_report_by_hand() -> None:
     report = {entry["band"]: entry for entry in by_hand()}
-    assert list(report) == [*BANDS, "all"] and [entry["people"] for entry in report.values()] == [2, 0, 1, 1, 4]
+    assert list(report) == [*VISIBILITY_BINS, "all"] and [entry["people"] for entry in report.values()] == [
+        2,
+        0,
+        1,
+        1,
+        4,
+    ]
     assert report["60-80 %"] == {"band": "60-80 %", "people": 0}
     clear = report["over 80 %"]
     assert clear["errors"]["pve"]["first"]["value"] == 15 and clear["errors"]["pve"]["first"]["low"] == 10
@@ -89,7 +97,7 @@ def test_no_ratio_is_taken_of_what_rounding_left_of_one_step_models() -> None:
     errors = {name: {"first": same, "mean": same, "oracle": same} for name in ("pve", "pa_mpjpe")}
     for scale, there in ((1e-4, False), (1.0, True)):
         grouped = scale * torch.tensor([[1.0, 1.0, 2.0, 1.0], [1.0, 1.0, 2.0, 1.0]])
-        entry = band_report(errors, torch.tensor([0.5, 0.9]), grouped[:, 0], grouped)[-1]
+        entry = visibility_report(errors, torch.tensor([0.5, 0.9]), grouped[:, 0], grouped)[-1]
         assert ("hidden_over_visible" in entry) == there
         assert ("hidden_over_same_vertices_visible" in entry) == there
         assert entry["spread_of"]["hidden"]["value"] == pytest.approx(2 * scale)
@@ -108,7 +116,7 @@ def test_a_ratio_of_proportional_numbers_is_sure() -> None:
 
 
 def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = band_rows(by_hand())
+    rows = visibility_rows(by_hand())
     assert all(len(row) == len(COLUMNS) for row in rows) and len(rows) == 3 * 4 + 1
     assert rows[0] == [
         "over 80 %",
@@ -124,7 +132,7 @@ def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[1][7:] == ["the same 2.50 (2.50-2.50)", "the same 0.83 (0.83-0.83)"]
     assert rows[2][5:7] == ["oracle gains 33 %", "hidden 30 (30-30)"] and rows[3][1:4] == ["0", "-", "-"]
     reports = [{"checkpoint": "a", "split": "test", "bands": by_hand()}, {"checkpoint": "b", "split": "test"}]
-    for table in band_tables(reports):
+    for table in visibility_tables(reports):
         table.print()
     text = capsys.readouterr().out
     assert "a, test, by visible fraction" in text and "15 (10-20)" in text and "b, test" not in text
@@ -185,7 +193,7 @@ def test_the_maps_occlusion_is_that_of_the_keypoints(mapped: SyntheticHumans) ->
 def test_evaluate_reports_bands_and_changes_nothing_else(mapped: SyntheticHumans) -> None:
     pipe = small_pipeline()
     options = {"num_hypotheses": 3, "num_inference_steps": 2}
-    report = evaluate(pipe, mapped, "test_occluded", 7, SamplingConfig(**options), bands=True)
+    report = evaluate(pipe, mapped, "test_occluded", 7, SamplingConfig(**options), visibility_bins=True)
     plain = evaluate(pipe, mapped, "test_occluded", 7, SamplingConfig(**options))
     bands = report.pop("bands")
     assert report == plain
@@ -196,21 +204,21 @@ def test_evaluate_reports_bands_and_changes_nothing_else(mapped: SyntheticHumans
     assert bands[-1]["spread"]["value"] > 0 and set(bands[-1]["spread_of"]) == set(GROUPS)
     assert set(bands[-1]["error_of"]) == set(GROUPS)
     with pytest.raises(UserError, match=r"do not carry one; give them pictures \(data.pictures\) or maps"):
-        evaluate(pipe, people(True), "test", 2, SamplingConfig(**options), bands=True)
+        evaluate(pipe, people(True), "test", 2, SamplingConfig(**options), visibility_bins=True)
 
 
 def test_errors_of_hidden_and_visible_vertices_are_told_apart(mapped: SyntheticHumans) -> None:
     sample = mapped.block("test_occluded", 0)
-    output = ask(small_pipeline(), sample, as_heatmaps(sample), SamplingConfig(2, 1))
+    output = predict_batch(small_pipeline(), sample, as_heatmaps(sample), SamplingConfig(2, 1))
     groups = vertex_groups(sample, output.faces)
     # Ground truth plus an error of 30 mm at hidden and 10 mm at other vertices, with symmetric hypotheses.
     off = torch.where(groups == GROUPS.index("hidden"), 0.03, 0.01)[:, None, :, None] * torch.tensor([0.0, 0.6, 0.8])
     apart = torch.tensor([-0.05, 0.05])[None, :, None, None]
-    watch = BandWatch()
-    watch(sample, dataclasses.replace(output, vertices=sample.vertices[:, None] + off + apart))
+    collector = VisibilityCollector()
+    collector(sample, dataclasses.replace(output, vertices=sample.vertices[:, None] + off + apart))
     same = torch.full((len(sample),), 20.0)
     errors = {name: {"first": same, "mean": same, "oracle": same} for name in ("pve", "pa_mpjpe")}
-    entry = watch.report(Measured(errors, {}, torch.empty(0), torch.empty(0), {}, ()))[-1]
+    entry = collector.report(Measured(errors, {}, torch.empty(0), torch.empty(0), {}, ()))[-1]
     assert {group: round(entry["error_of"][group]["value"], 2) for group in GROUPS} == {
         "visible": 10.0,
         "turned away": 10.0,

@@ -25,16 +25,16 @@ from hmdiff.output import MeshOutput
 from hmdiff.viz.renderer import rasterize, screen_points, visible_vertices
 
 EDGES = (0.8, 0.6, 0.4)  # a fraction on an edge belongs to the bin below it
-BANDS = ("over 80 %", "60-80 %", "40-60 %", "under 40 %")
+VISIBILITY_BINS = ("over 80 %", "60-80 %", "40-60 %", "under 40 %")
 GROUPS = ("visible", "turned away", "hidden")  # of vertices
 METRICS = ("pve", "pa_mpjpe")
 _NO_SPREAD = 0.01  # mm: below, the hypotheses are equal up to rounding (one-step models), and ratios are meaningless
 KINDS = ("first", "mean", "oracle")
 
 
-def band_of(
+def visibility_bin(
     visible_fraction: Tensor,  # (B,) 0..1
-) -> Tensor:  # (B,) long, index into `BANDS`
+) -> Tensor:  # (B,) long, index into `VISIBILITY_BINS`
     """The visibility bin of each person; an edge (0.8, 0.6, 0.4) belongs to the bin below it.
 
     Raises:
@@ -56,29 +56,29 @@ def vertex_groups(
     vertices, pelvis, focal, principal = sample.vertices, sample.pelvis, sample.focal, sample.principal_point
     if vertices is None or pelvis is None or focal is None or principal is None:
         raise UserError("which vertices are visible: the people have no full mesh with a camera; build such data")
-    covered = sample.occlusion
-    if covered is not None:
-        covered, size = covered.to(vertices.device) > 0.5, covered.shape[-1]
+    occlusion = sample.occlusion
+    if occlusion is not None:
+        occlusion, size = occlusion.to(vertices.device) > 0.5, occlusion.shape[-1]
     faces = faces.to(vertices.device)
     groups = []
     for person in range(len(vertices)):  # one at a time to bound the memory
         one = slice(person, person + 1)
-        placed = vertices[one] + pelvis[one, None]
-        drawn = rasterize(placed, faces, focal[one], principal[one], size)
-        front = visible_vertices(drawn, placed, focal[one], principal[one])
-        points, _ = screen_points(placed, focal[one], principal[one], size, size)
+        camera_points = vertices[one] + pelvis[one, None]
+        fragments = rasterize(camera_points, faces, focal[one], principal[one], size)
+        visible = visible_vertices(fragments, camera_points, focal[one], principal[one])
+        points, _ = screen_points(camera_points, focal[one], principal[one], size, size)
         # The same pixel as in `visible_vertices`.
         pixel = points.round().long()
         outside = ((points < -0.5) | (points >= size - 0.5)).any(-1)
         hidden = outside
-        if covered is not None:
+        if occlusion is not None:
             column, row = pixel.clamp(0, size - 1).unbind(-1)
-            hidden = outside | covered[one].flatten(1).gather(1, row * size + column)
-        groups.append(torch.where(hidden, 2, torch.where(front, 0, 1)))
+            hidden = outside | occlusion[one].flatten(1).gather(1, row * size + column)
+        groups.append(torch.where(hidden, 2, torch.where(visible, 0, 1)))
     return torch.cat(groups)
 
 
-class BandWatch:
+class VisibilityCollector:
     """Callback for `measure(observe=...)` that collects visible fraction, spread and vertex groups."""
 
     def __init__(self) -> None:
@@ -98,8 +98,8 @@ class BandWatch:
         if sample.vertices is not None and sample.occlusion is not None:
             self._groups.append(vertex_groups(sample, output.faces).to("cpu", torch.int8))
             # Relative to the pelvis, as the spread.
-            wrong = output.mean_vertices - sample.vertices.to(output.vertices.device)
-            self._errors.append(wrong.norm(dim=-1).cpu() * 1000)
+            error = output.mean_vertices - sample.vertices.to(output.vertices.device)
+            self._errors.append(error.norm(dim=-1).cpu() * 1000)
 
     @property
     def visible_fraction(self) -> Tensor:  # (P,)
@@ -117,8 +117,8 @@ class BandWatch:
         """One entry per bin, then one for all people."""
         groups = self.groups
         spread = None if groups is None else group_means(self.spread, groups)
-        wrong = None if groups is None else group_means(torch.cat(self._errors), groups)
-        return band_report(measured.errors, self.visible_fraction, self.spread.mean(-1), spread, wrong)
+        error = None if groups is None else group_means(torch.cat(self._errors), groups)
+        return visibility_report(measured.errors, self.visible_fraction, self.spread.mean(-1), spread, error)
 
 
 def group_means(
@@ -135,14 +135,14 @@ def group_means(
     for number in range(len(GROUPS)):
         mask = groups == number
         columns.append((values * mask).sum(-1) / mask.sum(-1))
-    seen, hidden = groups == GROUPS.index("visible"), groups == GROUPS.index("hidden")
-    usual = (values * seen).sum(0) / seen.sum(0)  # (V,) NaN: never seen
-    known = hidden & usual.isfinite()
-    columns.append((usual.nan_to_num() * known).sum(-1) / known.sum(-1))
+    visible, hidden = groups == GROUPS.index("visible"), groups == GROUPS.index("hidden")
+    mean_visible = (values * visible).sum(0) / visible.sum(0)  # (V,) NaN: never seen
+    has_reference = hidden & mean_visible.isfinite()
+    columns.append((mean_visible.nan_to_num() * has_reference).sum(-1) / has_reference.sum(-1))
     return torch.stack(columns, -1)
 
 
-def band_report(
+def visibility_report(
     errors: dict[str, dict[str, Tensor]],  # metric -> kind -> (P,) mm
     visible_fraction: Tensor,  # (P,)
     spread: Tensor,  # (P,) mm
@@ -153,9 +153,9 @@ def band_report(
 
     Intervals are 95 % percentile bootstraps over people. An empty bin only has `people: 0`.
     """
-    band = band_of(visible_fraction)
-    everybody = torch.ones_like(band, dtype=torch.bool)
-    masks = [(name, band == number) for number, name in enumerate(BANDS)] + [("all", everybody)]
+    bin_index = visibility_bin(visible_fraction)
+    everyone = torch.ones_like(bin_index, dtype=torch.bool)
+    masks = [(name, bin_index == number) for number, name in enumerate(VISIBILITY_BINS)] + [("all", everyone)]
     return [
         _entry(name, mask, errors, visible_fraction, spread, grouped_spread, grouped_errors) for name, mask in masks
     ]
@@ -181,14 +181,14 @@ def _entry(
     entry["spread"] = interval(spread[mask])
     pve = errors["pve"]
     entry["oracle_gain"] = ratio_interval((pve["mean"] - pve["oracle"])[mask], pve["mean"][mask])
-    for grouped, of, prefix in ((grouped_spread, "spread_of", ""), (grouped_errors, "error_of", "error_")):
+    for grouped, section, prefix in ((grouped_spread, "spread_of", ""), (grouped_errors, "error_of", "error_")):
         if grouped is None:
             continue
-        entry[of] = {}
+        entry[section] = {}
         for number, group in enumerate(GROUPS):
             known = grouped[mask][:, number]
             known = known[known.isfinite()]
-            entry[of][group] = interval(known) | {"people": len(known)} if len(known) else {"people": 0}
+            entry[section][group] = interval(known) | {"people": len(known)} if len(known) else {"people": 0}
         for key, column in (("hidden_over_visible", GROUPS.index("visible")), ("hidden_over_same_vertices_visible", 3)):
             both = grouped[mask][:, [GROUPS.index("hidden"), column]]
             both = both[both.isfinite().all(-1)]
@@ -226,7 +226,7 @@ COLUMNS = (
 )
 
 
-def band_rows(report: Sequence[dict[str, Any]]) -> list[list[str]]:
+def visibility_rows(report: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The cells of a table with `COLUMNS`: three rows per bin, one for an empty bin."""
     rows = []
     for entry in report:
@@ -234,22 +234,24 @@ def band_rows(report: Sequence[dict[str, Any]]) -> list[list[str]]:
         if not entry["people"]:
             rows.append([name, people, *["-"] * (len(COLUMNS) - 2)])
             continue
-        gain, groups = entry["oracle_gain"], entry.get("spread_of", {})
-        gained = f"oracle gains {100 * gain['value']:.0f} %"
-        spread = {"first": interval_text(entry["spread"], 0), "mean": "", "oracle": gained}
-        of, ratio, wrong = (dict.fromkeys(KINDS, "") for _ in range(3))
+        oracle_gain, groups = entry["oracle_gain"], entry.get("spread_of", {})
+        oracle_text = f"oracle gains {100 * oracle_gain['value']:.0f} %"
+        spread = {"first": interval_text(entry["spread"], 0), "mean": "", "oracle": oracle_text}
+        group_cells, ratio_cells, error_ratio_cells = (dict.fromkeys(KINDS, "") for _ in range(3))
         for kind, group in zip(KINDS, GROUPS, strict=True):
             if groups.get(group, {}).get("people"):
-                of[kind] = f"{group} {interval_text(groups[group], 0)}"
+                group_cells[kind] = f"{group} {interval_text(groups[group], 0)}"
         for kind, key, word in (
             ("first", "hidden_over_visible", "theirs"),
             ("mean", "hidden_over_same_vertices_visible", "the same"),
         ):
-            for cells, prefix in ((ratio, ""), (wrong, "error_")):
+            for cells, prefix in ((ratio_cells, ""), (error_ratio_cells, "error_")):
                 if prefix + key in entry:
                     cells[kind] = f"{word} {interval_text(entry[prefix + key], 2)}"
         for kind in KINDS:
-            start = [name, people] if kind == "first" else ["", ""]
+            leading = [name, people] if kind == "first" else ["", ""]
             errors = [interval_text(entry["errors"][metric].get(kind), 0) for metric in METRICS]
-            rows.append([*start, kind, *errors, spread[kind], of[kind], ratio[kind], wrong[kind]])
+            rows.append(
+                [*leading, kind, *errors, spread[kind], group_cells[kind], ratio_cells[kind], error_ratio_cells[kind]]
+            )
     return rows
