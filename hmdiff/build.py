@@ -17,11 +17,11 @@ from hmdiff.body.mesh import MeshSampler
 from hmdiff.body.mesh_cache import load_mesh
 from hmdiff.body.surface import partition_patches
 from hmdiff.config import Config
-from hmdiff.data.kept_labels import KeptLabels
 from hmdiff.data.label_noise import NoisyLabels
-from hmdiff.data.mixture import Mixture, WithSplits
+from hmdiff.data.label_subset import LabelSubset
+from hmdiff.data.mixture import Mixture, NamedSplits
 from hmdiff.data.sample import PeopleSource
-from hmdiff.data.synthetic.in_front import FrontDrawer
+from hmdiff.data.synthetic.occluders import OccluderSampler
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.pose_prior import PosePrior
 from hmdiff.data.synthetic.poses import PoseMixture
@@ -111,7 +111,7 @@ def build_data(
         _picture_size(config),
         _map_size(config),
         config.data.depth_faults,
-        FrontDrawer(config.data.augment),
+        OccluderSampler(config.data.augment),
         training_poses,
         peaks=_reads_peaks(config) and not full_mesh,
     )
@@ -155,7 +155,7 @@ def build_source(
         splits[name] = _recorded(config, body, mesh, True, _source_entry(entry, f"data.splits.{name}"), "labels")
     if full_mesh:
         _check_splits(config, splits)
-    return _labelled(config, body, mesh, WithSplits(Mixture(sources, weights), splits))
+    return _labelled(config, body, mesh, NamedSplits(Mixture(sources, weights), splits))
 
 
 def _labelled(config: Config, body: Body, mesh: MeshSampler, source: PeopleSource) -> PeopleSource:
@@ -186,7 +186,7 @@ def _recorded(
     """One source or split."""
     if entry.get("labels", "all") != "all":
         source = _recorded(config, body, mesh, full_mesh, {**entry, "labels": "all"}, heatmaps)
-        return KeptLabels(source, str(entry["labels"]))
+        return LabelSubset(source, str(entry["labels"]))
     if "path" not in entry:
         # Two synthetic sources with the same seed would give the same people.
         seed = entry.get("seed", config.seed)
@@ -201,7 +201,7 @@ def _recorded(
     store = PreparedShards(entry["path"])
     numbers = None
     if "groups" in entry:
-        numbers = store.numbers_of(entry["groups"])
+        numbers = store.select_groups(entry["groups"])
     return RecordedPeople(
         store,
         body,

@@ -40,7 +40,7 @@ class Augment:
     rotation: float = 30.0  # degrees, standard deviation, clipped at twice that
     upright: float = 0.6  # probability of no rotation
     scale: float = 0.25  # standard deviation of the crop's relative size, clipped at 1 standard deviation
-    # Synthetic occluders, at most one kind per person, see hmdiff/data/synthetic/in_front.py
+    # Synthetic occluders, at most one kind per person, see hmdiff/data/synthetic/occluders.py
     objects: float = 0.0  # probability of textured shapes
     people: float = 0.0  # probability of another person of the block
     cutouts: str = ""  # a folder of RGBA pictures to paste

@@ -120,7 +120,7 @@ class Data:
         self.store, self.label = PreparedShards(folder), folder.resolve().name
         self.words = f"{self.label} ({self.store.index['settings'].get('reader') or 'prepared'})"
         if options.group:
-            self.numbers = self.store.numbers_of(options.group)
+            self.numbers = self.store.select_groups(options.group)
             self.words += f", groups {' '.join(options.group)}"
 
     def people(

@@ -20,8 +20,8 @@ from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.data.synthetic.people import block_generator
 from hmdiff.errors import UserError
 
-_UNEVEN = 0.5  # standard deviation of the log noise level over people, the same as of the estimator's jitter
-MOST = 0.5  # metres: larger noise would leave nothing of the label
+_LEVEL_STD = 0.5  # standard deviation of the log noise level over people, the same as of the estimator's jitter
+MAX_NOISE = 0.5  # metres: larger noise would leave nothing of the label
 
 
 class NoisyLabels:
@@ -39,8 +39,8 @@ class NoisyLabels:
         noise: float,  # metres: root mean square over people of each coordinate of a joint's displacement
         seed: int,
     ) -> None:
-        if not math.isfinite(noise) or not 0 <= noise <= MOST:
-            raise UserError(f"data.label_noise {noise}: metres from 0 to {MOST} are expected, such as 0.05")
+        if not math.isfinite(noise) or not 0 <= noise <= MAX_NOISE:
+            raise UserError(f"data.label_noise {noise}: metres from 0 to {MAX_NOISE} are expected, such as 0.05")
         if source.full_mesh:
             raise UserError("data.label_noise is of training labels: these people have the full mesh, for evaluation")
         self.source, self.noise, self.seed = source, noise, seed
@@ -55,24 +55,24 @@ class NoisyLabels:
         if stream != "train" or self.noise == 0:
             return sample
         generator = block_generator(self.seed, "label_noise", number)
-        moved = self.displacements(len(sample), generator)
+        displacements = self.displacements(len(sample), generator)
         return dataclasses.replace(
             sample,
-            coarse_vertices=_added(sample.coarse_vertices, moved, self._coarse),
-            joints_3d=_added(sample.joints_3d, moved, None),
-            keypoints_3d=_added(sample.keypoints_3d, moved, self._keypoints),
+            coarse_vertices=_displaced(sample.coarse_vertices, displacements, self._coarse),
+            joints_3d=_displaced(sample.joints_3d, displacements, None),
+            keypoints_3d=_displaced(sample.keypoints_3d, displacements, self._keypoints),
         )
 
     def displacements(self, count: int, generator: torch.Generator) -> Tensor:  # (count, K, 3) metres, 0 at the root
         # E[exp(2 (s z - s^2))] = 1, so that the root mean square over people is `noise`.
-        level = (_UNEVEN * torch.randn(count, 1, 1, generator=generator) - _UNEVEN**2).exp()
-        moved = self.noise * level * torch.randn(count, self._coarse.shape[1], 3, generator=generator)
-        moved[:, self._root] = 0
-        return moved
+        level = (_LEVEL_STD * torch.randn(count, 1, 1, generator=generator) - _LEVEL_STD**2).exp()
+        displacements = self.noise * level * torch.randn(count, self._coarse.shape[1], 3, generator=generator)
+        displacements[:, self._root] = 0
+        return displacements
 
 
-def _added(label: Tensor | None, moved: Tensor, shares: Tensor | None) -> Tensor | None:
+def _displaced(label: Tensor | None, displacements: Tensor, weights: Tensor | None) -> Tensor | None:
     if label is None:
         return None
-    moved = moved.to(label)
-    return label + (moved if shares is None else shares.to(label) @ moved)
+    displacements = displacements.to(label)
+    return label + (displacements if weights is None else weights.to(label) @ displacements)

@@ -43,30 +43,31 @@ class LabelledBodies:
         self.body, self.coarse_ids, self.full_mesh, self.same_body = body, coarse_ids, full_mesh, same_body
         self.has_keypoints = body.keypoint_regressor is not None
         self._coarse = coarse_ids if full_mesh else torch.arange(len(coarse_ids))
-        self._posed: dict[str, Body] = {}
+        self._loaded: dict[str, Body] = {}
 
-    def key(self, record: Record) -> str:
+    def body_name(self, record: Record) -> str:
         """The name, for `load_body`, of a record's body. Raises `UserError` if its topology is not the model's."""
-        mine = licensed_kind(self.body.name)
-        own = self.body.name
+        licensed = licensed_kind(self.body.name)
+        model_body = self.body.name
         if self.same_body:
-            return own
-        if mine is None or mine[0] != record.body:
+            return model_body
+        if licensed is None or licensed[0] != record.body:
             raise record.error(
-                f"its labels are of the body {record.body!r}, and the model's is {own!r}; give body={record.body}, or, "
-                "if the labels were made with the model's own body, same_body: true for this source"
+                f"its labels are of the body {record.body!r}, and the model's is {model_body!r}; "
+                f"give body={record.body}, or, if the labels were made with the model's own body, same_body: true for "
+                "this source"
             )
-        if record.body == "mano" or record.gender == mine[1]:  # hands are mirrored to the model's side
-            return own
+        if record.body == "mano" or record.gender == licensed[1]:  # hands are mirrored to the model's side
+            return model_body
         return record.body if record.gender == "neutral" else f"{record.body}_{record.gender}"
 
     def pose(
         self,
-        key: str,
+        body_name: str,
         poses: Sequence[np.ndarray],  # n of (J, 3) axis-angle, already augmented
         betas: Sequence[np.ndarray],  # n of (B,); cropped or padded with 0 to the body's number of betas
     ) -> PosedBodies:
-        body = self._body(key)
+        body = self._body(body_name)
         rotations = axis_angle_to_matrix(torch.from_numpy(np.stack([self._full_pose(body, pose) for pose in poses])))
         shape = np.zeros((len(betas), body.num_betas), np.float32)
         for row, beta in zip(shape, betas, strict=True):
@@ -94,9 +95,13 @@ class LabelledBodies:
         joints = regressor @ vertices
         root = joints[:, :1]
         keypoints = self.body.keypoints(vertices - root) if self.has_keypoints else None
-        whole = vertices - root
+        root_relative = vertices - root
         return PosedBodies(
-            whole if self.full_mesh else None, whole[:, self.coarse_ids], joints - root, keypoints, root[:, 0]
+            root_relative if self.full_mesh else None,
+            root_relative[:, self.coarse_ids],
+            joints - root,
+            keypoints,
+            root[:, 0],
         )
 
     def _full_pose(self, body: Body, pose: np.ndarray) -> np.ndarray:  # (K, 3) float32
@@ -108,16 +113,16 @@ class LabelledBodies:
             full += body.mean_pose.numpy()
         return full
 
-    def _body(self, key: str) -> Body:
-        if key not in self._posed:
-            body = self.body if key == self.body.name else load_body(key)
+    def _body(self, body_name: str) -> Body:
+        if body_name not in self._loaded:
+            body = self.body if body_name == self.body.name else load_body(body_name)
             if body.num_vertices != self.body.num_vertices:
                 raise UserError(
-                    f"body {key!r} has {body.num_vertices} vertices, the model's {self.body.name!r} "
+                    f"body {body_name!r} has {body.num_vertices} vertices, the model's {self.body.name!r} "
                     f"{self.body.num_vertices}: labels of one cannot train the other"
                 )
             if not self.full_mesh:
                 support = [body.keypoint_support()] if body.keypoint_regressor is not None else []
                 body = body.select(torch.cat([self.coarse_ids, *support]))
-            self._posed[key] = body
-        return self._posed[key]
+            self._loaded[body_name] = body
+        return self._loaded[body_name]

@@ -36,42 +36,42 @@ class Mixture:
         self.sources = list(sources)
         self.block_size, self.image_size = sources[0].block_size, sources[0].image_size
         self.full_mesh = all(source.full_mesh for source in sources)
-        self._turn = schedule(weights)
+        self._order = schedule(weights)
         counts = np.zeros((len(sources), PERIOD), np.int64)
-        counts[self._turn, np.arange(PERIOD)] = 1
-        self._total = counts.sum(1)
+        counts[self._order, np.arange(PERIOD)] = 1
+        self._blocks_per_period = counts.sum(1)
         self._before = counts.cumsum(1) - counts  # blocks of each source before each place of the period
 
     def block(self, stream: str, number: int) -> Sample:
-        source, own = self.turn(number)
-        return self.sources[source].block(stream, own)
+        source, source_block = self.source_of(number)
+        return self.sources[source].block(stream, source_block)
 
-    def turn(self, number: int) -> tuple[int, int]:
+    def source_of(self, number: int) -> tuple[int, int]:
         """The index of the source that gives this block, and the block's number in that source."""
         period, place = divmod(number, PERIOD)
-        source = int(self._turn[place])
-        return source, int(period * self._total[source] + self._before[source, place])
+        source = int(self._order[place])
+        return source, int(period * self._blocks_per_period[source] + self._before[source, place])
 
 
 def schedule(weights: Sequence[float]) -> np.ndarray:  # (PERIOD,) int
     """Source index of each block: always the source furthest behind its weight. Each source occurs at least once."""
     share = np.asarray(weights, np.float64) / np.sum(weights)
-    turns = np.maximum(1, np.floor(share * PERIOD).astype(np.int64))
-    while turns.sum() != PERIOD:  # the rest goes to the sources with the largest rounding error
-        step = 1 if turns.sum() < PERIOD else -1
-        behind = step * (share * PERIOD - turns)
-        behind[turns + step < 1] = -np.inf
-        turns[int(np.argmax(behind))] += step
-    given = np.zeros(len(turns))
+    counts = np.maximum(1, np.floor(share * PERIOD).astype(np.int64))
+    while counts.sum() != PERIOD:  # the rest goes to the sources with the largest rounding error
+        step = 1 if counts.sum() < PERIOD else -1
+        deficit = step * (share * PERIOD - counts)
+        deficit[counts + step < 1] = -np.inf
+        counts[int(np.argmax(deficit))] += step
+    assigned = np.zeros(len(counts))
     order = np.zeros(PERIOD, np.int64)
-    for place in range(PERIOD):
-        source = int(np.argmax(turns * (place + 1) / PERIOD - given))
-        order[place] = source
-        given[source] += 1
+    for position in range(PERIOD):
+        source = int(np.argmax(counts * (position + 1) / PERIOD - assigned))
+        order[position] = source
+        assigned[source] += 1
     return order
 
 
-class WithSplits:
+class NamedSplits:
     """A source for the stream `train`, and one for each named split."""
 
     def __init__(self, train: PeopleSource, splits: Mapping[str, PeopleSource]) -> None:

@@ -30,15 +30,15 @@ def line_kernels(
     """Line segments through the centre, a pixel wide. Length 0 is a single 1."""
     offset = torch.arange(size, dtype=length.dtype, device=length.device) - size // 2
     direction = torch.stack([angle.cos(), angle.sin()], -1)[:, None, None]  # (B, 1, 1, 2)
-    place = torch.stack(torch.meshgrid(offset, offset, indexing="xy"), -1)[None]  # (1, S, S, 2)
-    along = (place * direction).sum(-1)
+    position = torch.stack(torch.meshgrid(offset, offset, indexing="xy"), -1)[None]  # (1, S, S, 2)
+    along_line = (position * direction).sum(-1)
     half = length[:, None, None] / 2
-    nearest = torch.minimum(torch.maximum(along, -half), half)[..., None] * direction
-    weight = (1 - (place - nearest).norm(dim=-1)).clamp_min(0)
+    nearest = torch.minimum(torch.maximum(along_line, -half), half)[..., None] * direction
+    weight = (1 - (position - nearest).norm(dim=-1)).clamp_min(0)
     return weight / weight.sum((1, 2), keepdim=True)
 
 
-def smear(
+def blur_along_lines(
     maps: Tensor,  # (B, C, H, W)
     length: Tensor,  # (B,) crop half-sides
     angle: Tensor,  # (B,) radians, 0 along x
@@ -65,7 +65,7 @@ def motion_blur(
     for name, padding in (("image", "replicate"), ("heatmaps", "constant")):
         maps = getattr(sample, name)
         if maps is not None:
-            changed[name] = smear(maps, length.to(maps.device), angle.to(maps.device), padding)
+            changed[name] = blur_along_lines(maps, length.to(maps.device), angle.to(maps.device), padding)
     return dataclasses.replace(sample, **changed)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmdiff.data.transforms import crop_picture
+from hmdiff.data.transforms import warp_crop
 from hmdiff.errors import UserError
 from hmdiff.files.images import open_image
 
@@ -31,16 +31,16 @@ def encode_depth(
 ) -> bytes | None:  # None: no known depth in the region
     """The region of a depth map as a png."""
     known = np.isfinite(depth)
-    middle = np.median(depth[known]) if known.any() else 0.0
-    layers = np.stack([np.where(known, depth - middle, 0), known], -1).astype(np.float32)
-    layers = _cut(layers, photo_size, region, size)
-    there = layers[..., 1] >= 0.5
-    if not there.any():
+    median = np.median(depth[known]) if known.any() else 0.0
+    layers = np.stack([np.where(known, depth - median, 0), known], -1).astype(np.float32)
+    layers = _resize_region(layers, photo_size, region, size)
+    valid = layers[..., 1] >= 0.5
+    if not valid.any():
         return None
     values = layers[..., 0] / np.maximum(layers[..., 1], 1e-6)
-    low, high = values[there].min(), values[there].max()
+    low, high = values[valid].min(), values[valid].max()
     scaled = 1 + (values - low) * (65534 / max(high - low, 1e-12))
-    return _png(np.where(there, scaled.round().clip(1, 65535), 0).astype(np.uint16))
+    return _encode_png(np.where(valid, scaled.round().clip(1, 65535), 0).astype(np.uint16))
 
 
 def encode_mask(
@@ -50,7 +50,9 @@ def encode_mask(
     size: tuple[int, int],
 ) -> bytes:
     """The region of a mask as a png of each pixel's coverage."""
-    return _png((255 * _cut(mask.astype(np.float32), photo_size, region, size)).round().astype(np.uint8))
+    return _encode_png(
+        (255 * _resize_region(mask.astype(np.float32), photo_size, region, size)).round().astype(np.uint8)
+    )
 
 
 def crop_depth(
@@ -59,11 +61,11 @@ def crop_depth(
     affine: np.ndarray,  # (2, 3) photo pixels to crop coordinates, with the image's rotation and flip
     size: int,  # S
 ) -> np.ndarray:  # (S, S) float32, NaN = unknown
-    values = _decoded(stored).astype(np.float32)
+    values = _decode_png(stored).astype(np.float32)
     known = values > 0
     layers = np.stack([values, known], -1).astype(np.float32)
-    found = crop_picture(layers, region, affine, size)
-    return np.where(found[..., 1] >= 0.5, found[..., 0] / np.maximum(found[..., 1], 1e-6), np.nan).astype(np.float32)
+    warped = warp_crop(layers, region, affine, size)
+    return np.where(warped[..., 1] >= 0.5, warped[..., 0] / np.maximum(warped[..., 1], 1e-6), np.nan).astype(np.float32)
 
 
 def crop_mask(
@@ -72,7 +74,7 @@ def crop_mask(
     affine: np.ndarray,
     size: int,
 ) -> np.ndarray:  # (S, S) float32, 0..1
-    return crop_picture(_decoded(stored).astype(np.float32) / 255, region, affine, size).clip(0, 1)
+    return warp_crop(_decode_png(stored).astype(np.float32) / 255, region, affine, size).clip(0, 1)
 
 
 def map_fields(
@@ -83,11 +85,11 @@ def map_fields(
     """A sample's `depth_input`, `silhouette` and `has_silhouette`; a field that no person has is left out."""
     fields = {}
     if any(depth is not None for depth in depths):
-        nothing = np.full((size, size), np.nan, np.float32)
-        fields["depth_input"] = torch.from_numpy(np.stack([nothing if depth is None else depth for depth in depths]))
+        unknown = np.full((size, size), np.nan, np.float32)
+        fields["depth_input"] = torch.from_numpy(np.stack([unknown if depth is None else depth for depth in depths]))
     if any(mask is not None for mask in masks):
-        nobody = np.zeros((size, size), np.float32)
-        fields["silhouette"] = torch.from_numpy(np.stack([nobody if mask is None else mask for mask in masks]))
+        empty = np.zeros((size, size), np.float32)
+        fields["silhouette"] = torch.from_numpy(np.stack([empty if mask is None else mask for mask in masks]))
         fields["has_silhouette"] = torch.tensor([mask is not None for mask in masks])
     return fields
 
@@ -107,7 +109,7 @@ def read_mask(
         return found
     try:
         if isinstance(mask, dict):
-            return _runs(mask, width, height)
+            return _decode_rle(mask, width, height)
         drawn = np.zeros((height, width), np.uint8)
         for polygon in mask:
             points = np.asarray(polygon, np.float64).reshape(-1, 2)
@@ -118,13 +120,13 @@ def read_mask(
         raise UserError(f"{source}: a damaged segmentation ({error!r:.120}); polygons or RLE are expected") from None
 
 
-def _runs(rle: dict[str, Any], width: int, height: int) -> np.ndarray:  # (H, W) bool
+def _decode_rle(rle: dict[str, Any], width: int, height: int) -> np.ndarray:  # (H, W) bool
     """COCO's RLE: run lengths of 0s, 1s, 0s ... in column order, as a list or as text with 5 bits a character."""
     if [int(value) for value in rle["size"]] != [height, width]:
         raise ValueError(f"a mask of {rle['size']} in a photo of {[height, width]}")
     counts = rle["counts"]
     if isinstance(counts, str | bytes):
-        counts = _unpacked(counts.encode() if isinstance(counts, str) else counts)
+        counts = _decode_rle_text(counts.encode() if isinstance(counts, str) else counts)
     lengths = np.asarray(counts, np.int64)
     if (lengths < 0).any() or lengths.sum() != width * height:
         raise ValueError(f"runs of {lengths.sum()} pixels, {width * height} expected")
@@ -132,7 +134,7 @@ def _runs(rle: dict[str, Any], width: int, height: int) -> np.ndarray:  # (H, W)
     return values.reshape(width, height).T > 0
 
 
-def _unpacked(text: bytes) -> list[int]:
+def _decode_rle_text(text: bytes) -> list[int]:
     """Decode COCO's RLE text: 5 bits a character from code 48 on, lowest first, bit 6 = more follows; from the third
     run on, the difference to the run two before; bit 5 of the last character is the sign.
     """
@@ -151,27 +153,29 @@ def _unpacked(text: bytes) -> list[int]:
     return counts
 
 
-def _cut(values: np.ndarray, photo_size: tuple[int, int], region: Region, size: tuple[int, int]) -> np.ndarray:
+def _resize_region(
+    values: np.ndarray, photo_size: tuple[int, int], region: Region, size: tuple[int, int]
+) -> np.ndarray:
     """A region of a map of the whole photo, resized from any map resolution; low-pass filtered where it shrinks."""
     x0, y0, x1, y1 = region
     stretch = np.array([photo_size[0] / values.shape[1], photo_size[1] / values.shape[0]])  # photo pixels per map pixel
     scale = np.array([size[0] / (x1 - x0), size[1] / (y1 - y0)])
     linear = np.diag(stretch * scale)
     offset = -np.array([x0, y0]) * scale + linear @ np.array([0.5, 0.5]) - 0.5
-    coarser = float((stretch * scale).min())
-    if coarser < 0.7:
-        values = cv2.GaussianBlur(values, (0, 0), 0.4 / coarser, borderType=cv2.BORDER_REPLICATE)
+    magnification = float((stretch * scale).min())
+    if magnification < 0.7:
+        values = cv2.GaussianBlur(values, (0, 0), 0.4 / magnification, borderType=cv2.BORDER_REPLICATE)
     matrix = np.concatenate([linear, offset[:, None]], 1)
     return cv2.warpAffine(values, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _png(values: np.ndarray) -> bytes:
+def _encode_png(values: np.ndarray) -> bytes:
     encoded, data = cv2.imencode(".png", values)
     assert encoded
     return data.tobytes()
 
 
-def _decoded(stored: Sequence[int] | np.ndarray) -> np.ndarray:
+def _decode_png(stored: Sequence[int] | np.ndarray) -> np.ndarray:
     found = cv2.imdecode(np.asarray(stored, np.uint8), cv2.IMREAD_UNCHANGED)
     if found is None or found.ndim != 2:
         raise UserError("a stored depth map or mask cannot be decoded; prepare the data set again")

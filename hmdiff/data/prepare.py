@@ -37,7 +37,7 @@ RESOLUTION = 384
 QUALITY = 92
 
 
-class Kept(NamedTuple):
+class EncodedPerson(NamedTuple):
     """What is stored for one person of a photo."""
 
     picture: bytes | None  # None: the record has no photo
@@ -47,9 +47,9 @@ class Kept(NamedTuple):
 
 
 # From a photo's pixels (H, W, 3) and path to its depth (h, w), larger = farther, NaN = unknown; None: no depth.
-DepthOf = Callable[[np.ndarray, Path], np.ndarray | None]
+DepthFunction = Callable[[np.ndarray, Path], np.ndarray | None]
 # From the pixels, the path and a person's box (x1, y1, x2, y2 photo pixels) to a mask (H, W) bool; None: no person.
-MaskOf = Callable[[np.ndarray, Path, tuple[float, float, float, float]], np.ndarray | None]
+MaskFunction = Callable[[np.ndarray, Path, tuple[float, float, float, float]], np.ndarray | None]
 
 
 def prepare_dataset(
@@ -63,10 +63,10 @@ def prepare_dataset(
     name: str = "",  # key of `hmdiff.data.readers.READERS`, kept in the index with the next two
     source: str | Path = "",  # the reader's folder
     split: str = "",
-    depth: DepthOf | None = None,  # D2A-HMR's pseudo-depth
+    depth: DepthFunction | None = None,  # D2A-HMR's pseudo-depth
     depth_name: str = "",  # source of the depth, kept in the index
     masks: bool = True,  # keep the data set's masks, where it has them
-    mask_of: MaskOf | None = None,  # makes a mask where the data set has none
+    mask_function: MaskFunction | None = None,  # makes a mask where the data set has none
     mask_name: str = "",  # source of those masks, kept in the index
 ) -> dict[str, Any]:
     """Write every record of a reader. If interrupted, the same call continues after the last complete shard.
@@ -90,57 +90,59 @@ def prepare_dataset(
         settings["masks of"] = mask_name
     writer = ShardWriter(folder, settings, shard_records)
     maps: dict[str, int] = {}
-    promised = reader.count()
-    resumed = writer.records
-    if promised == 0:
+    expected = reader.count()
+    already_written = writer.records
+    if expected == 0:
         raise UserError(f"{source or reader.name}: no record in it; check the folder and the split")
     if not writer.complete:
-        counts = _write(reader, writer, promised, _Cutter(margin, resolution, quality, depth, masks, mask_of), workers)
+        counts = _write(
+            reader, writer, expected, _Cropper(margin, resolution, quality, depth, masks, mask_function), workers
+        )
         writer.finish({"summary": list(reader.summary)})
-        asked = {"depth": depth is not None, "masks": mask_of is not None}
-        maps = {f"with {what}, of those new": count for what, count in counts.items() if count or asked[what]}
+        requested = {"depth": depth is not None, "masks": mask_function is not None}
+        maps = {f"with {what}, of those new": count for what, count in counts.items() if count or requested[what]}
     prepared = PreparedShards(folder)
-    if len(prepared) != promised:
-        raise UserError(f"{folder}: {len(prepared)} records are prepared, the source has {promised}; remove the folder")
-    with tqdm(total=promised, desc="verifying", unit="record") as bar:
+    if len(prepared) != expected:
+        raise UserError(f"{folder}: {len(prepared)} records are prepared, the source has {expected}; remove the folder")
+    with tqdm(total=expected, desc="verifying", unit="record") as bar:
         prepared.verify(bar.update)
     size = sum(shard["bytes"] for shard in prepared.index["shards"])
     seconds = time.perf_counter() - started
     return {
-        "records": promised,
-        "of them there already": resumed,
+        "records": expected,
+        "of them there already": already_written,
         "groups": len(prepared.index["groups"]),
         "shards": len(prepared.index["shards"]),
         "megabytes": size / 1e6,
-        "kilobytes a record": size / 1e3 / promised,
-        "records a second": (promised - resumed) / seconds,
+        "kilobytes a record": size / 1e3 / expected,
+        "records a second": (expected - already_written) / seconds,
         **maps,
     }
 
 
-def _write(reader: Reader, writer: ShardWriter, promised: int, cutter: _Cutter, workers: int) -> dict[str, int]:
+def _write(reader: Reader, writer: ShardWriter, expected: int, cropper: _Cropper, workers: int) -> dict[str, int]:
     """Number of written records with depth and with a mask."""
     counts = {"depth": 0, "masks": 0}
-    with tqdm(total=promised, initial=writer.records, desc=reader.name, unit="record") as bar:
-        for record, kept in _encoded(_remaining(reader, writer), cutter, workers):
-            writer.add(record, *kept)
-            counts["depth"] += kept.depth is not None
-            counts["masks"] += kept.mask is not None
+    with tqdm(total=expected, initial=writer.records, desc=reader.name, unit="record") as bar:
+        for record, encoded in _encode_in_threads(_remaining(reader, writer), cropper, workers):
+            writer.add(record, *encoded)
+            counts["depth"] += encoded.depth is not None
+            counts["masks"] += encoded.mask is not None
             bar.update(1)
     return counts
 
 
 def _remaining(reader: Reader, writer: ShardWriter) -> Iterator[Record]:
     """The records that are not written yet. Checks that written ones are unchanged and that names are unique."""
-    borders, names, number = writer.borders(), set[str](), -1
+    known_names, names, number = writer.boundary_names(), set[str](), -1
     for number, record in enumerate(reader.records()):
         if record.name in names:
             raise record.error(f"a second record of the name {record.name!r}; the reader must tell them apart")
         names.add(record.name)
-        if borders.get(number, record.name) != record.name:
+        if known_names.get(number, record.name) != record.name:
             raise record.error(
-                f"record {number} is {record.name!r}, and was {borders[number]!r} when {writer.folder} was begun; the "
-                "source has changed: remove the folder and start again"
+                f"record {number} is {record.name!r}, and was {known_names[number]!r} when {writer.folder} was begun; "
+                "the source has changed: remove the folder and start again"
             )
         if number >= writer.records:
             yield record
@@ -148,22 +150,24 @@ def _remaining(reader: Reader, writer: ShardWriter) -> Iterator[Record]:
         raise UserError(f"{reader.name}: {number + 1} records found, {reader.count()} promised; its files disagree")
 
 
-def _encoded(records: Iterable[Record], cutter: _Cutter, workers: int) -> Iterator[tuple[Record, Kept]]:
+def _encode_in_threads(
+    records: Iterable[Record], cropper: _Cropper, workers: int
+) -> Iterator[tuple[Record, EncodedPerson]]:
     """Encode in threads (PIL and OpenCV release the GIL); results in order."""
     read = lru_cache(maxsize=2 * workers)(_read_photo)  # people of one photo are consecutive
-    waiting: deque[tuple[Record, Future[Kept]]] = deque()
+    pending: deque[tuple[Record, Future[EncodedPerson]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for record in records:
-                waiting.append((record, pool.submit(cutter, record, read)))
-                if len(waiting) > 4 * workers:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
+                pending.append((record, pool.submit(cropper, record, read)))
+                if len(pending) > 4 * workers:
+                    oldest, future = pending.popleft()
+                    yield oldest, future.result()
+            while pending:
+                oldest, future = pending.popleft()
+                yield oldest, future.result()
         finally:
-            for _, future in waiting:
+            for _, future in pending:
                 future.cancel()
 
 
@@ -182,7 +186,7 @@ def _read_photo(path: Path) -> _Photo:
         return _Photo(pixels, original, opened.format == "JPEG" and opened.mode == "RGB")
 
 
-class _Cutter:
+class _Cropper:
     """Cuts the stored crop and maps of one person from a photo."""
 
     def __init__(
@@ -190,17 +194,17 @@ class _Cutter:
         margin: float,
         resolution: int,
         quality: int,
-        depth: DepthOf | None,
+        depth: DepthFunction | None,
         masks: bool,
-        mask_of: MaskOf | None = None,
+        mask_function: MaskFunction | None = None,
     ) -> None:
         self.margin, self.resolution, self.quality, self.masks = margin, resolution, quality, masks
-        self.depth, self.mask_of, self._lock = depth, mask_of, threading.Lock()
+        self.depth, self.mask_function, self._lock = depth, mask_function, threading.Lock()
         self._last: tuple[Path, np.ndarray | None] | None = None  # people of one photo are consecutive
 
-    def __call__(self, record: Record, read: Any) -> Kept:
+    def __call__(self, record: Record, read: Any) -> EncodedPerson:
         if record.image is None:
-            return Kept(None, None)
+            return EncodedPerson(None, None)
         try:
             photo = read(record.image)
         except UserError as error:
@@ -220,7 +224,9 @@ class _Cutter:
         region = (float(x0), float(y0), float(x1), float(y1))
         scale = min(1.0, self.resolution / record.side)
         size = (max(2, round((x1 - x0) * scale)), max(2, round((y1 - y0) * scale)))
-        return Kept(self._picture(photo, region, scale, size), region, *self._maps(record, photo, region, size))
+        return EncodedPerson(
+            self._picture(photo, region, scale, size), region, *self._maps(record, photo, region, size)
+        )
 
     def _picture(
         self, photo: _Photo, region: tuple[float, float, float, float], scale: float, size: tuple[int, int]
@@ -243,17 +249,17 @@ class _Cutter:
         height, width = photo.pixels.shape[:2]
         size = (max(2, size[0] // 2), max(2, size[1] // 2))  # models read maps at a third of the image's resolution
         mask = None
-        found = None
+        pixels_of_person = None
         if self.masks and record.mask is not None:
-            found = read_mask(record.mask, (width, height), record.source)
-        elif self.masks and self.mask_of is not None and record.image is not None:
-            found = self.mask_of(photo.pixels, record.image, _box(record, width, height))
-        if found is not None:
-            mask = encode_mask(found, (width, height), region, size)
-        depth = None if self.depth is None else self._depth_of(record, photo)
+            pixels_of_person = read_mask(record.mask, (width, height), record.source)
+        elif self.masks and self.mask_function is not None and record.image is not None:
+            pixels_of_person = self.mask_function(photo.pixels, record.image, _box(record, width, height))
+        if pixels_of_person is not None:
+            mask = encode_mask(pixels_of_person, (width, height), region, size)
+        depth = None if self.depth is None else self._photo_depth(record, photo)
         return None if depth is None else encode_depth(depth, (width, height), region, size), mask
 
-    def _depth_of(self, record: Record, photo: _Photo) -> np.ndarray | None:
+    def _photo_depth(self, record: Record, photo: _Photo) -> np.ndarray | None:
         assert record.image is not None and self.depth is not None
         with self._lock:  # one network call at a time
             if self._last is None or self._last[0] != record.image:

@@ -23,30 +23,30 @@ from hmdiff.config import Augment, EstimatorFaults
 from hmdiff.data.labelled_bodies import LabelledBodies, PosedBodies
 from hmdiff.data.person_maps import crop_depth, crop_mask, map_fields
 from hmdiff.data.record import Record
-from hmdiff.data.record_crops import by_name, read_crop, read_heatmaps
+from hmdiff.data.record_crops import read_crop, read_heatmaps, reorder_by_name
 from hmdiff.data.sample import Sample
 from hmdiff.data.shards import RecordStore
 from hmdiff.data.synthetic.corruption import estimate_heatmaps, face_visibility
-from hmdiff.data.synthetic.in_front import FrontDrawer
+from hmdiff.data.synthetic.occluders import OccluderSampler
 from hmdiff.data.synthetic.people import block_generator
 from hmdiff.data.transforms import (
-    NO_CHANGE,
-    Change,
+    NO_AUGMENTATION,
+    Augmentation,
+    augment_points,
+    augment_pose,
+    crop_affine,
     crop_camera,
-    crop_map,
-    draw_change,
     map_points,
-    mirrored,
-    turn_points,
-    turn_pose,
+    sample_augmentation,
+    swap_left_right,
 )
 from hmdiff.errors import UserError
 from hmdiff.geometry import perspective_projection, weak_perspective_fit
 from hmdiff.heatmaps.distribution import gaussian_heatmaps
 
 _SIGMA = 2.0  # heatmap pixels of a labelled keypoint
-_LEAST_TO_FIT = 6  # keypoints known in 2D and in 3D from which a weak-perspective camera is fitted
-_NEAREST = 0.1  # metres: minimum depth for a camera label and for projected keypoints
+_MIN_KEYPOINTS_TO_FIT = 6  # keypoints known in 2D and in 3D from which a weak-perspective camera is fitted
+_MIN_DEPTH = 0.1  # metres: minimum depth for a camera label and for projected keypoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class _Person:
     """A record after the crop: everything in the image plane."""
 
     record: Record
-    change: Change
+    augmentation: Augmentation
     affine: np.ndarray  # (2, 3) photo pixels to crop coordinates
     image: np.ndarray | None  # (S, S, 3) uint8 RGB
     points: np.ndarray  # (J, 2) crop coordinates
@@ -90,7 +90,7 @@ class RecordedPeople:
         self.store, self.body, self.map_size = store, body, map_size
         self.block_size, self.seed, self.full_mesh, self.image_size = block_size, seed, full_mesh, image_size
         self.augment, self.faults = augment or Augment(), faults or EstimatorFaults()
-        self._front = FrontDrawer(self.augment)
+        self._occluder_sampler = OccluderSampler(self.augment)
         self.heatmaps = heatmaps
         if heatmaps not in ("faults", "labels", "none") and not Path(heatmaps).is_dir():
             raise UserError(f"heatmaps {str(heatmaps)!r}: faults, labels, none or a folder of NAME.npz is expected")
@@ -100,17 +100,17 @@ class RecordedPeople:
         if not len(self.numbers):
             raise UserError("no record is left of the data set; choose other groups")
         self._side = "left" if body.name == "mano_left" else "right"
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+        self._epoch_order = functools.lru_cache(maxsize=2)(self._permutation)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_order"}
+        return {key: value for key, value in self.__dict__.items() if key != "_epoch_order"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+        self._epoch_order = functools.lru_cache(maxsize=2)(self._permutation)
 
     def block(
         self,
@@ -133,42 +133,42 @@ class RecordedPeople:
                     raise person.record.error(f"no body is labelled, so split {stream!r} cannot be evaluated on it")
         generator = block_generator(self.seed if stream == "train" else 0, f"{stream}/heatmaps", number)
         occluders = None
-        if stream == "train" and self._front.active:
+        if stream == "train" and self._occluder_sampler.active:
             occluders = block_generator(self.seed, f"{stream}/front", number)
         return self._sample(people, torch.tensor(list(positions)), generator, occluders)
 
     # -- one person --------------------------------------------------------------------------------------------------
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
+    def _permutation(self, epoch: int) -> np.ndarray:
         words = [self.seed % 2**32, self.seed >> 32, zlib.crc32(b"order"), epoch]
         return np.random.default_rng(words).permutation(len(self.numbers))
 
     def _person(self, stream: str, position: int) -> _Person:
-        change, chosen = NO_CHANGE, position
+        augmentation, chosen = NO_AUGMENTATION, position
         if stream == "train":
             epoch, place = divmod(position, len(self))
-            chosen = self._order(epoch)[place]
+            chosen = self._epoch_order(epoch)[place]
             words = [self.seed % 2**32, self.seed >> 32, zlib.crc32(b"change"), position]
-            change = draw_change(self.augment, np.random.default_rng(words))
+            augmentation = sample_augmentation(self.augment, np.random.default_rng(words))
         stored = self.store[int(self.numbers[chosen])]
         record = stored.record
         if record.body == "mano":  # MANO models one hand: the other is mirrored, and hands are not flipped otherwise
-            change = dataclasses.replace(change, flip=record.hand is not None and record.hand != self._side)
+            augmentation = dataclasses.replace(augmentation, flip=record.hand is not None and record.hand != self._side)
         elif record.vertices is not None and record.pose is None:
-            change = dataclasses.replace(change, flip=False)  # the topology of a bare mesh is not mirror symmetric
-        affine = crop_map(record.center, record.side, change)
-        image = None if self.image_size is None else read_crop(stored, affine, self.image_size, change)
-        points, confidence = by_name(
+            augmentation = dataclasses.replace(augmentation, flip=False)  # meshes are not mirror symmetric
+        affine = crop_affine(record.center, record.side, augmentation)
+        image = None if self.image_size is None else read_crop(stored, affine, self.image_size, augmentation)
+        points, confidence = reorder_by_name(
             record.keypoints_2d, record.keypoints_2d_confidence, record.keypoint_names, self.names, 2
         )
-        points = mirrored(map_points(points, affine), self.names, change)
+        points = swap_left_right(map_points(points, affine), self.names, augmentation)
         depth = mask = None
         if self.map_size is not None:
             region = stored.region or (0.0, 0.0, 1.0, 1.0)
             depth = None if stored.depth is None else crop_depth(stored.depth, region, affine, self.map_size)
             mask = None if stored.mask is None else crop_mask(stored.mask, region, affine, self.map_size)
-        confidence = mirrored(confidence, self.names, change)
-        return _Person(record, change, affine, image, points, confidence, depth, mask)
+        confidence = swap_left_right(confidence, self.names, augmentation)
+        return _Person(record, augmentation, affine, image, points, confidence, depth, mask)
 
     # -- a block -----------------------------------------------------------------------------------------------------
 
@@ -194,55 +194,55 @@ class RecordedPeople:
         }
         if self.full_mesh:
             fields["vertices"] = torch.zeros(n, self.body.num_vertices, 3)
-        for rows, posed in self._posed(people):
+        for rows, posed in self._pose_bodies(people):
             self._fill_bodies(fields, rows, posed)
         fields["has_joints_3d"] = fields["has_vertices"].clone()
         roots = fields.pop("root", torch.full((n, 3), torch.nan))
         for row, person in enumerate(people):
             root = self._fill_joints(fields, row, person)
-            bodiless = person.record.pose is None and person.record.vertices is None
-            self._fill_camera(fields, row, person, root if bodiless and root is not None else roots[row].numpy())
+            without_body = person.record.pose is None and person.record.vertices is None
+            self._fill_camera(fields, row, person, root if without_body and root is not None else roots[row].numpy())
         self._fill_projections(fields)
         self._fill_weak_camera(fields)
         inside = (fields["joints_2d"].abs() <= 1).all(-1)
         labelled = fields["joints_2d_confidence"] > 0
         fields["visible"] = labelled & inside
-        front = None
-        covered = torch.zeros_like(labelled)
+        training_occluders = None
+        occluded = torch.zeros_like(labelled)
         if occluders is not None:
-            front = self._front(fields["joints_2d"], labelled, occluders, self.names)
-            covered = front.cover(fields["joints_2d"])
-            fields["visible"] &= ~covered
+            training_occluders = self._occluder_sampler(fields["joints_2d"], labelled, occluders, self.names)
+            occluded = training_occluders.cover(fields["joints_2d"])
+            fields["visible"] &= ~occluded
         if self.image_size is not None:
             pictures = np.stack([person.image for person in people])  # type: ignore[misc]
             fields["image"] = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-            if front is not None:
-                fields["image"] = front.paint(fields["image"])
+            if training_occluders is not None:
+                fields["image"] = training_occluders.paint(fields["image"])
         if self.map_size is not None:
             fields |= map_fields([p.depth for p in people], [p.mask for p in people], self.map_size)
         if self.heatmaps != "none" and (self.names == HALPE26 or self.heatmaps != "faults"):  # made for bodies
-            fields["heatmaps"], fields["heatmap_valid"] = self._heatmaps(people, fields, generator, covered)
+            fields["heatmaps"], fields["heatmap_valid"] = self._heatmaps(people, fields, generator, occluded)
         return Sample(index=index, **fields)
 
-    def _posed(self, people: list[_Person]) -> list[tuple[list[int], PosedBodies]]:
+    def _pose_bodies(self, people: list[_Person]) -> list[tuple[list[int], PosedBodies]]:
         """Pose the records that have body parameters, in one batch per body model."""
-        by_key: dict[str, list[int]] = {}
+        rows_by_body: dict[str, list[int]] = {}
         for row, person in enumerate(people):
             if person.record.pose is not None:
-                by_key.setdefault(self.bodies.key(person.record), []).append(row)
+                rows_by_body.setdefault(self.bodies.body_name(person.record), []).append(row)
             elif person.record.vertices is not None:
-                self.bodies.key(person.record)
-                by_key.setdefault("", []).append(row)
-        found = []
-        for key, rows in by_key.items():
-            chosen = [people[row] for row in rows]
+                self.bodies.body_name(person.record)
+                rows_by_body.setdefault("", []).append(row)
+        posed = []
+        for key, rows in rows_by_body.items():
+            group = [people[row] for row in rows]
             if key:
                 names = self.body.joint_names
-                poses = [turn_pose(p.record.pose, names[: len(p.record.pose)], p.change) for p in chosen]  # type: ignore
-                found.append((rows, self.bodies.pose(key, poses, [p.record.betas for p in chosen])))  # type: ignore
+                poses = [augment_pose(p.record.pose, names[: len(p.record.pose)], p.augmentation) for p in group]  # type: ignore
+                posed.append((rows, self.bodies.pose(key, poses, [p.record.betas for p in group])))  # type: ignore
             else:
-                found.append((rows, self.bodies.from_vertices(torch.stack([self._mesh(p) for p in chosen]))))
-        return found
+                posed.append((rows, self.bodies.from_vertices(torch.stack([self._mesh(p) for p in group]))))
+        return posed
 
     def _mesh(self, person: _Person) -> Tensor:  # (V, 3)
         vertices = person.record.vertices
@@ -252,7 +252,7 @@ class RecordedPeople:
                 f"a mesh of {len(vertices)} vertices, and the model's body {self.body.name!r} has "
                 f"{self.body.num_vertices}; give the body it is of"
             )
-        return torch.from_numpy(turn_points(vertices, person.change)).float()
+        return torch.from_numpy(augment_points(vertices, person.augmentation)).float()
 
     def _fill_bodies(self, fields: dict[str, Tensor], rows: list[int], posed: PosedBodies) -> None:
         fields["has_vertices"][rows] = True
@@ -268,23 +268,23 @@ class RecordedPeople:
 
         Returns the root joint (3,) that they are relative to, in the camera frame; None where they were not used.
         """
-        record, change = person.record, person.change
+        record, augmentation = person.record, person.augmentation
         if record.joints_3d is None or fields["has_keypoints_3d"][row].any():
             return None
-        joints = turn_points(record.joints_3d.astype(np.float64), change)
-        there = np.ones(len(joints), bool) if record.joints_3d_valid is None else record.joints_3d_valid > 0
-        places = {name: joints[number] for number, name in enumerate(record.joint_names) if there[number]}
-        root = next((places[name] for name in ("pelvis", "mid_hip", "wrist") if name in places), None)
-        if root is None and {"left_hip", "right_hip"} <= places.keys():
-            root = (places["left_hip"] + places["right_hip"]) / 2
+        joints = augment_points(record.joints_3d.astype(np.float64), augmentation)
+        labelled = np.ones(len(joints), bool) if record.joints_3d_valid is None else record.joints_3d_valid > 0
+        positions = {name: joints[number] for number, name in enumerate(record.joint_names) if labelled[number]}
+        root = next((positions[name] for name in ("pelvis", "mid_hip", "wrist") if name in positions), None)
+        if root is None and {"left_hip", "right_hip"} <= positions.keys():
+            root = (positions["left_hip"] + positions["right_hip"]) / 2
         if root is None:
             return None  # without a root joint they cannot be made relative
-        known, valid = by_name(joints - root, there.astype(np.float64), record.joint_names, self.names, 3)
-        fields["keypoints_3d"][row] = torch.from_numpy(mirrored(known, self.names, change)).float()
-        fields["has_keypoints_3d"][row] = torch.from_numpy(mirrored(valid, self.names, change) > 0)
+        known, valid = reorder_by_name(joints - root, labelled.astype(np.float64), record.joint_names, self.names, 3)
+        fields["keypoints_3d"][row] = torch.from_numpy(swap_left_right(known, self.names, augmentation)).float()
+        fields["has_keypoints_3d"][row] = torch.from_numpy(swap_left_right(valid, self.names, augmentation) > 0)
         names = self.body.joint_names
-        if record.joint_names == names and not fields["has_vertices"][row] and there.all():
-            fields["joints_3d"][row] = torch.from_numpy(mirrored(joints - root, names, change)).float()
+        if record.joint_names == names and not fields["has_vertices"][row] and labelled.all():
+            fields["joints_3d"][row] = torch.from_numpy(swap_left_right(joints - root, names, augmentation)).float()
             fields["has_joints_3d"][row] = True
         return root
 
@@ -296,8 +296,8 @@ class RecordedPeople:
         if record.pose is not None:
             if record.translation is None:
                 return
-            root = turn_points(root + record.translation, person.change)
-        if root[2] < _NEAREST:
+            root = augment_points(root + record.translation, person.augmentation)
+        if root[2] < _MIN_DEPTH:
             return
         focal, principal = crop_camera(record.intrinsics.astype(np.float64), person.affine)
         fields["pelvis"][row], fields["focal"][row] = torch.from_numpy(root).float(), focal
@@ -310,41 +310,41 @@ class RecordedPeople:
         if not len(rows):
             return
         points = fields["keypoints_3d"][rows] + fields["pelvis"][rows, None]
-        points = torch.cat([points[..., :2], points[..., 2:].clamp_min(_NEAREST)], -1)
-        seen = perspective_projection(points, fields["focal"][rows], fields["principal_point"][rows])
-        fields["joints_2d"][rows] = seen
+        points = torch.cat([points[..., :2], points[..., 2:].clamp_min(_MIN_DEPTH)], -1)
+        projected = perspective_projection(points, fields["focal"][rows], fields["principal_point"][rows])
+        fields["joints_2d"][rows] = projected
         fields["joints_2d_confidence"][rows] = fields["has_keypoints_3d"][rows].float()
 
     def _fill_weak_camera(self, fields: dict[str, Tensor]) -> None:
-        known = fields["has_perspective"]
-        z = torch.where(known, fields["pelvis"][:, 2], 1.0)
+        has_perspective = fields["has_perspective"]
+        z = torch.where(has_perspective, fields["pelvis"][:, 2], 1.0)
         scale = fields["focal"] / z
-        exact = torch.cat([scale[:, None], fields["pelvis"][:, :2] * scale[:, None] + fields["principal_point"]], -1)
+        camera = torch.cat([scale[:, None], fields["pelvis"][:, :2] * scale[:, None] + fields["principal_point"]], -1)
         weight = fields["joints_2d_confidence"] * fields["has_keypoints_3d"]
         fitted = weak_perspective_fit(fields["keypoints_3d"], fields["joints_2d"], weight)
-        fits = ~known & ((weight > 0).sum(-1) >= _LEAST_TO_FIT)
-        fields["camera"] = torch.where(known[:, None], exact, torch.where(fits[:, None], fitted, 0.0))
-        fields["has_camera"] = known | fits
+        can_fit = ~has_perspective & ((weight > 0).sum(-1) >= _MIN_KEYPOINTS_TO_FIT)
+        fields["camera"] = torch.where(has_perspective[:, None], camera, torch.where(can_fit[:, None], fitted, 0.0))
+        fields["has_camera"] = has_perspective | can_fit
 
     def _heatmaps(
         self,
         people: list[_Person],
         fields: dict[str, Tensor],
         generator: torch.Generator,
-        covered: Tensor,  # (n, J) bool: behind an added occluder
+        occluded: Tensor,  # (n, J) bool: behind an added occluder
     ) -> tuple[Tensor, Tensor]:  # (n, J, 64, 64), (n, J) bool
         points, confidence = fields["joints_2d"], fields["joints_2d_confidence"]
         if self.heatmaps == "labels":
-            inside = (points.abs() <= 1).all(-1) & ~covered
+            inside = (points.abs() <= 1).all(-1) & ~occluded
             return gaussian_heatmaps(points, confidence.clamp(max=1) * inside, _SIGMA), confidence > 0
         if self.heatmaps == "faults":
             labelled = confidence > 0
-            face = torch.ones_like(labelled)
-            whole = fields["has_keypoints_3d"].all(-1)
-            face[whole] = face_visibility(fields["keypoints_3d"][whole])
-            values, valid = estimate_heatmaps(points, labelled & ~covered, face, self.faults, generator)
+            face_visible = torch.ones_like(labelled)
+            complete = fields["has_keypoints_3d"].all(-1)
+            face_visible[complete] = face_visibility(fields["keypoints_3d"][complete])
+            values, valid = estimate_heatmaps(points, labelled & ~occluded, face_visible, self.faults, generator)
             return values * labelled[..., None, None], valid & labelled
-        read = [read_heatmaps(Path(self.heatmaps), p.record, p.affine, p.change) for p in people]
-        values = torch.cat([values for values, _ in read])
+        loaded = [read_heatmaps(Path(self.heatmaps), p.record, p.affine, p.augmentation) for p in people]
+        values = torch.cat([values for values, _ in loaded])
         # Covered joints get no peak: files of heatmaps are assumed to come from an estimator that omits unseen joints.
-        return torch.where(covered[..., None, None], 0.0, values), torch.cat([valid for _, valid in read])
+        return torch.where(occluded[..., None, None], 0.0, values), torch.cat([valid for _, valid in loaded])

@@ -30,11 +30,11 @@ from hmdiff.errors import UserError
 from hmdiff.files.reading import read_bytes
 from hmdiff.files.storage import atomic_file, make_folder
 
-_WORDS = ("name", "group", "body", "gender", "hand", "source")
+_STRINGS = ("name", "group", "body", "gender", "hand", "source")
 _NAMES = ("joint_names", "keypoint_names")
 _SCHEMA = pa.schema(
     [
-        *((word, pa.string()) for word in _WORDS),
+        *((word, pa.string()) for word in _STRINGS),
         *((names, pa.list_(pa.string())) for names in _NAMES),
         ("side", pa.float64()),
         *((field, pa.list_(pa.float64() if field == "center" else pa.float32())) for field in SHAPES),
@@ -44,11 +44,11 @@ _SCHEMA = pa.schema(
         ("mask", pa.large_binary()),
     ]
 )
-_BEFORE_MAPS = pa.schema(list(_SCHEMA)[:-2])  # folders prepared before depth and masks were stored
+_SCHEMA_WITHOUT_MAPS = pa.schema(list(_SCHEMA)[:-2])  # folders prepared before depth and masks were stored
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredRecord:
     """A record and its encoded image."""
 
     record: Record
@@ -63,7 +63,7 @@ class RecordStore(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int) -> Stored: ...
+    def __getitem__(self, number: int) -> StoredRecord: ...
 
 
 class RecordFiles:
@@ -75,10 +75,10 @@ class RecordFiles:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, number: int) -> Stored:
+    def __getitem__(self, number: int) -> StoredRecord:
         record = self.records[number]
         picture = None if record.image is None else np.frombuffer(read_bytes(record.image), np.uint8)
-        return Stored(record, picture, None)
+        return StoredRecord(record, picture, None)
 
 
 class ShardWriter:
@@ -131,7 +131,7 @@ class ShardWriter:
     def complete(self) -> bool:
         return self.index["complete"]
 
-    def borders(self) -> dict[int, str]:
+    def boundary_names(self) -> dict[int, str]:
         """Names of each shard's first and last record by record number, to detect a changed source."""
         names, start = {}, 0
         for shard in self.index["shards"]:
@@ -149,7 +149,7 @@ class ShardWriter:
     ) -> None:
         """Add one record; a full shard is written at once."""
         row: dict[str, Any] = {
-            **{field: getattr(record, field) for field in (*_WORDS, *_NAMES)},
+            **{field: getattr(record, field) for field in (*_STRINGS, *_NAMES)},
             "side": float(record.side),
             "picture": picture,
             "region": region,
@@ -221,17 +221,17 @@ class PreparedShards:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, number: int) -> Stored:
+    def __getitem__(self, number: int) -> StoredRecord:
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)}")
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         batch, row = self._batch(shard), number - int(self._starts[shard])
-        about = self.index["shards"][shard]
-        path = self.folder / about["file"]
-        if "crc32" in about and _row_checksum(batch, row) != about["crc32"][row]:
+        entry = self.index["shards"][shard]
+        path = self.folder / entry["file"]
+        if "crc32" in entry and _row_checksum(batch, row) != entry["crc32"][row]:
             raise UserError(f"{path}: record {row} has another checksum than when it was written; prepare it again")
         try:
-            return _stored(batch, row)
+            return _decode_row(batch, row)
         except (ValueError, TypeError, pa.ArrowException) as error:
             raise UserError(f"{path}: record {row} is damaged ({error}); prepare the data set again") from None
 
@@ -240,28 +240,28 @@ class PreparedShards:
 
     def groups(self) -> np.ndarray:  # (len,) of str
         """The group (the sequence) of every record."""
-        return self._words("group")
+        return self._strings("group")
 
     def names(self) -> np.ndarray:  # (len,) of str
         """The name of every record, without reading its image."""
-        return self._words("name")
+        return self._strings("name")
 
-    def _words(self, column: str) -> np.ndarray:  # (len,) of str
+    def _strings(self, column: str) -> np.ndarray:  # (len,) of str
         columns = [self._batch(shard).column(column).to_pylist() for shard in range(len(self.index["shards"]))]
-        return np.array([word for words in columns for word in words], dtype=str)
+        return np.array([value for values in columns for value in values], dtype=str)
 
-    def numbers_of(self, patterns: Sequence[str]) -> np.ndarray:  # (N,) ascending
+    def select_groups(self, patterns: Sequence[str]) -> np.ndarray:  # (N,) ascending
         """The records whose group matches a pattern (`*` for anything). Raises `UserError` if one matches none."""
         groups = self.groups()
-        chosen = np.zeros(len(groups), bool)
+        selected = np.zeros(len(groups), bool)
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            fitting = [group for group in self.index["groups"] if fnmatch.fnmatchcase(group, str(pattern))]
-            if not fitting:
+            matching = [group for group in self.index["groups"] if fnmatch.fnmatchcase(group, str(pattern))]
+            if not matching:
                 known = list(self.index["groups"])
-                some = ", ".join(known[:8])
-                raise UserError(f"{self.folder}: no group is {pattern!r}; there are {len(known)}, such as {some}")
-            chosen |= np.isin(groups, fitting)
-        return np.flatnonzero(chosen)
+                examples = ", ".join(known[:8])
+                raise UserError(f"{self.folder}: no group is {pattern!r}; there are {len(known)}, such as {examples}")
+            selected |= np.isin(groups, matching)
+        return np.flatnonzero(selected)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Read every byte. Raises `UserError` naming the first shard whose content has changed."""
@@ -273,10 +273,10 @@ class PreparedShards:
 
     def _batch(self, shard: int) -> pa.RecordBatch:
         if shard not in self._batches:
-            about = self.index["shards"][shard]
-            path = self.folder / about["file"]
-            if "crc32" not in about:
-                verify_shard(path, about)
+            entry = self.index["shards"][shard]
+            path = self.folder / entry["file"]
+            if "crc32" not in entry:
+                verify_shard(path, entry)
             try:
                 reader = pa.ipc.open_file(pa.memory_map(str(path)))
                 batch = reader.get_batch(0)
@@ -285,16 +285,16 @@ class PreparedShards:
             except (OSError, MemoryError, pa.ArrowException) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{path}: a damaged shard ({reason}); prepare the data set again") from None
-            if not (batch.schema.equals(_SCHEMA) or batch.schema.equals(_BEFORE_MAPS)):
+            if not (batch.schema.equals(_SCHEMA) or batch.schema.equals(_SCHEMA_WITHOUT_MAPS)):
                 raise UserError(f"{path}: its columns are not this version's; prepare the data set again")
-            if batch.num_rows != about["records"]:
-                raise UserError(f"{path}: {batch.num_rows} records, {INDEX} says {about['records']}; prepare it again")
+            if batch.num_rows != entry["records"]:
+                raise UserError(f"{path}: {batch.num_rows} records, {INDEX} says {entry['records']}; prepare it again")
             self._batches[shard] = batch
         return self._batches[shard]
 
 
-def _stored(batch: pa.RecordBatch, row: int) -> Stored:
-    words: dict[str, Any] = {word: batch.column(word)[row].as_py() for word in _WORDS}
+def _decode_row(batch: pa.RecordBatch, row: int) -> StoredRecord:
+    strings: dict[str, Any] = {name: batch.column(name)[row].as_py() for name in _STRINGS}
     arrays: dict[str, Any] = {}
     for field, shape in SHAPES.items():
         value = batch.column(field)[row].values
@@ -302,15 +302,15 @@ def _stored(batch: pa.RecordBatch, row: int) -> Stored:
         arrays[field] = None if value is None else np.array(value.to_numpy()).reshape(_sizes(shape))
     if arrays["joints_3d_valid"] is not None:
         arrays["joints_3d_valid"] = arrays["joints_3d_valid"] > 0
-    names: dict[str, Any] = {field: tuple(batch.column(field)[row].as_py()) for field in _NAMES}
+    name_lists: dict[str, Any] = {field: tuple(batch.column(field)[row].as_py()) for field in _NAMES}
     region = batch.column("region")[row].as_py()
-    kept = [
+    blobs = [
         _bytes(batch.column(name)[row]) if name in batch.schema.names else None for name in ("picture", "depth", "mask")
     ]
-    record = Record(side=batch.column("side")[row].as_py(), **words, **names, **arrays).check()
+    record = Record(side=batch.column("side")[row].as_py(), **strings, **name_lists, **arrays).check()
     if region is not None and not (len(region) == 4 and np.isfinite(region).all()):
         raise ValueError(f"a region of {region}")
-    return Stored(record, kept[0], None if region is None else tuple(region), *kept[1:])
+    return StoredRecord(record, blobs[0], None if region is None else tuple(region), *blobs[1:])
 
 
 def _bytes(value: pa.LargeBinaryScalar) -> np.ndarray | None:

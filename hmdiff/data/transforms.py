@@ -23,7 +23,7 @@ from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
+class Augmentation:
     """One crop's augmentation. The default changes nothing."""
 
     flip: bool = False
@@ -32,42 +32,42 @@ class Change:
     gains: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of red, green, blue
 
     @property
-    def plane(self) -> np.ndarray:  # (2, 2)
+    def linear_2d(self) -> np.ndarray:  # (2, 2)
         """F R, applied to directions in the image plane."""
         cosine, sine = math.cos(self.angle), math.sin(self.angle)
         mirror = -1.0 if self.flip else 1.0
         return np.array([[mirror * cosine, -mirror * sine], [sine, cosine]])
 
     @property
-    def space(self) -> np.ndarray:  # (3, 3) orthogonal, of determinant -1 with a flip
+    def linear_3d(self) -> np.ndarray:  # (3, 3) orthogonal, of determinant -1 with a flip
         """F R about the optical axis, in 3D."""
         matrix = np.eye(3)
-        matrix[:2, :2] = self.plane
+        matrix[:2, :2] = self.linear_2d
         return matrix
 
 
-NO_CHANGE = Change()
+NO_AUGMENTATION = Augmentation()
 
 
-def draw_change(options: Augment, generator: np.random.Generator) -> Change:
+def sample_augmentation(options: Augment, generator: np.random.Generator) -> Augmentation:
     """Uses a fixed number of draws, so that one option does not change the values of another."""
     flip, upright, angle, scale = generator.random(), generator.random(), generator.normal(), generator.normal()
     gains = 1 + options.noise * (2 * generator.random(3) - 1)
-    turned = 0.0 if upright < options.upright else options.rotation * float(np.clip(angle, -2, 2))
-    return Change(
+    degrees = 0.0 if upright < options.upright else options.rotation * float(np.clip(angle, -2, 2))
+    return Augmentation(
         flip=bool(flip < options.flip),
-        angle=math.radians(turned),
+        angle=math.radians(degrees),
         scale=1 + options.scale * float(np.clip(scale, -1, 1)),
         gains=(float(gains[0]), float(gains[1]), float(gains[2])),
     )
 
 
-def crop_map(
+def crop_affine(
     center: np.ndarray,  # (2,) photo pixels
     side: float,  # photo pixels
-    change: Change = NO_CHANGE,
+    augmentation: Augmentation = NO_AUGMENTATION,
 ) -> np.ndarray:  # (2, 3): photo pixels to crop coordinates
-    linear = change.plane * (2 / (change.scale * side))
+    linear = augmentation.linear_2d * (2 / (augmentation.scale * side))
     return np.concatenate([linear, -(linear @ np.asarray(center, np.float64))[:, None]], 1)
 
 
@@ -78,41 +78,41 @@ def map_points(
     return points @ affine[:, :2].T + affine[:, 2]
 
 
-def turn_points(
+def augment_points(
     points: np.ndarray,  # (..., 3) metres, camera frame
-    change: Change,
+    augmentation: Augmentation,
 ) -> np.ndarray:  # (..., 3)
-    return points @ change.space.T
+    return points @ augmentation.linear_3d.T
 
 
-def mirrored(
+def swap_left_right(
     values: np.ndarray,  # (J, ...)
     names: Sequence[str],  # J
-    change: Change,
+    augmentation: Augmentation,
 ) -> np.ndarray:
     """Per-joint values of the mirrored person: with a flip, left and right joints are exchanged."""
-    return values[mirror_permutation(names)] if change.flip else values
+    return values[mirror_permutation(names)] if augmentation.flip else values
 
 
-def turn_pose(
+def augment_pose(
     pose: np.ndarray,  # (J, 3) axis-angle, the root's in the camera frame
     names: Sequence[str],  # J
-    change: Change,
+    augmentation: Augmentation,
 ) -> np.ndarray:  # (J, 3)
     """The pose of the turned, then mirrored person. A reflection R -> F R F maps the axis (x, y, z) to (x, -y, -z).
 
     Exact for a mirror-symmetric body; SMPL's template is symmetric within a few millimetres.
     """
     pose = np.array(pose, np.float64)
-    turn = axis_angle_to_matrix(torch.tensor([0.0, 0.0, change.angle], dtype=torch.float64))
-    root = turn @ axis_angle_to_matrix(torch.from_numpy(pose[0]))
+    rotation = axis_angle_to_matrix(torch.tensor([0.0, 0.0, augmentation.angle], dtype=torch.float64))
+    root = rotation @ axis_angle_to_matrix(torch.from_numpy(pose[0]))
     pose[0] = matrix_to_axis_angle(root).numpy()
-    return mirrored(pose, names, change) * np.array([1.0, -1.0, -1.0]) if change.flip else pose
+    return swap_left_right(pose, names, augmentation) * np.array([1.0, -1.0, -1.0]) if augmentation.flip else pose
 
 
 def crop_camera(
     intrinsics: np.ndarray,  # (3, 3) photo pixels
-    affine: np.ndarray,  # (2, 3) of `crop_map`
+    affine: np.ndarray,  # (2, 3) of `crop_affine`
 ) -> tuple[float, np.ndarray]:  # focal length in crop half-sides, principal point (2,) in crop coordinates
     """The photo's camera for the crop. fx and fy, which differ by under 1 % in real cameras, are averaged."""
     magnification = math.sqrt(abs(np.linalg.det(affine[:, :2])))
@@ -120,10 +120,10 @@ def crop_camera(
     return float(focal), map_points(intrinsics[:2, 2], affine)
 
 
-def crop_picture(
+def warp_crop(
     picture: np.ndarray,  # (H, W, 3) uint8
     region: Sequence[float],  # x0, y0, x1, y1 photo pixels: the part of the photo that `picture` shows
-    affine: np.ndarray,  # (2, 3) of `crop_map`
+    affine: np.ndarray,  # (2, 3) of `crop_affine`
     size: int,  # S
 ) -> np.ndarray:  # (S, S, 3) uint8, black outside the picture
     """The crop by a single warp; low-pass filtered first where it is coarser than the image, to avoid aliasing."""
@@ -140,12 +140,12 @@ def crop_picture(
     return cv2.warpAffine(picture, np.concatenate([linear, offset[:, None]], 1), (size, size), flags=cv2.INTER_LINEAR)
 
 
-def change_colours(
+def scale_channels(
     picture: np.ndarray,  # (H, W, 3) uint8 RGB
-    change: Change,
+    augmentation: Augmentation,
 ) -> np.ndarray:  # (H, W, 3) uint8 RGB
     """The channels multiplied by the change's gains, clipped at white."""
-    if change.gains == NO_CHANGE.gains:
+    if augmentation.gains == NO_AUGMENTATION.gains:
         return picture
-    table = np.clip(np.arange(256)[:, None] * np.array(change.gains), 0, 255).round().astype(np.uint8)
+    table = np.clip(np.arange(256)[:, None] * np.array(augmentation.gains), 0, 255).round().astype(np.uint8)
     return cv2.LUT(picture, table[None])

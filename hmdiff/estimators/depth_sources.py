@@ -161,10 +161,10 @@ def crop_depth(
 def warp_depth(
     depth: Tensor,  # (h, w) of the whole photo, NaN = unknown
     photo_size: tuple[int, int],  # width, height in pixels
-    affine: np.ndarray,  # (2, 3) photo pixels to crop coordinates, as `data.transforms.crop_map`
+    affine: np.ndarray,  # (2, 3) photo pixels to crop coordinates, as `data.transforms.crop_affine`
     size: int,  # S
 ) -> Tensor:  # (S, S), NaN = unknown or outside the photo
-    """One crop, warped like the photo in `data.transforms.crop_picture`: smoothed before downsampling, then bilinear.
+    """One crop, warped like the photo in `data.transforms.warp_crop`: smoothed before downsampling, then bilinear.
 
     Only known pixels are averaged; a pixel is unknown if less than half of its weight is known.
     """

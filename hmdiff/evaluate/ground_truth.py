@@ -133,7 +133,7 @@ class GroundTruth:
         """Name, for `load_body`, of the body that this record's ground truth is posed on."""
         gender = "neutral" if self.protocol.mesh == "neutral" else record.gender
         if record.body != "smpl" or self.same_body or body_kind(self.body) != "smpl":
-            return self.bodies.key(record)  # or raises `UserError`
+            return self.bodies.body_name(record)  # or raises `UserError`
         name = "smpl" if gender == "neutral" else f"smpl_{gender}"
         return self.body.name if licensed_kind(self.body.name) == ("smpl", gender) else name
 

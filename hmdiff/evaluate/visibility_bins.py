@@ -79,7 +79,7 @@ def vertex_groups(
 
 
 class VisibilityCollector:
-    """Callback for `measure(observe=...)` that collects visible fraction, spread and vertex groups."""
+    """Callback for `measure(on_batch=...)` that collects visible fraction, spread and vertex groups."""
 
     def __init__(self) -> None:
         self._fractions: list[Tensor] = []

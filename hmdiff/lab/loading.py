@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from hmdiff.config import Augment
 from hmdiff.data.record_crops import read_crop
 from hmdiff.data.shards import PreparedShards, RecordFiles, RecordStore
-from hmdiff.data.transforms import crop_map, draw_change
+from hmdiff.data.transforms import crop_affine, sample_augmentation
 from hmdiff.errors import UserError
 from hmdiff.train.memory import peak_gigabytes
 
@@ -42,9 +42,9 @@ class Crops(Dataset):
         pictures = []
         for number in generator.integers(len(self.store), size=self.batch_size):
             stored = self.store[int(number)]
-            change = draw_change(Augment(), generator)
-            affine = crop_map(stored.record.center, stored.record.side, change)
-            pictures.append(read_crop(stored, affine, self.image_size, change))
+            augmentation = sample_augmentation(Augment(), generator)
+            affine = crop_affine(stored.record.center, stored.record.side, augmentation)
+            pictures.append(read_crop(stored, affine, self.image_size, augmentation))
         batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
         return batch, peak_gigabytes() or 0.0
 

@@ -10,7 +10,7 @@ from hmdiff.body.body import Body
 from hmdiff.body.mesh import MeshSampler
 from hmdiff.build import build_source
 from hmdiff.config import Config
-from hmdiff.data.mixture import PERIOD, Mixture, WithSplits
+from hmdiff.data.mixture import PERIOD, Mixture, NamedSplits
 from hmdiff.data.sample import PeopleSource, Sample
 
 CAREFUL = "care"
@@ -49,8 +49,8 @@ def describe_mixture(config: Config, body: Body, mesh: MeshSampler) -> str:
     """The share of blocks that each source of a mixture contributes."""
     source = build_source(config, body, mesh)
     while not isinstance(source, Mixture):
-        source = source.train if isinstance(source, WithSplits) else source.source  # type: ignore[attr-defined]
-    turns = [source.turn(number)[0] for number in range(PERIOD)]
+        source = source.train if isinstance(source, NamedSplits) else source.source  # type: ignore[attr-defined]
+    turns = [source.source_of(number)[0] for number in range(PERIOD)]
     shares = [turns.count(number) / PERIOD for number in range(len(source.sources))]
     return "shares of the blocks: " + ", ".join(f"{share:.1%}" for share in shares)
 
@@ -64,7 +64,7 @@ def describe_splits(config: Config, body: Body, mesh: MeshSampler) -> str:
             words.append(f"{name}: none")
             continue
         sample = source.block(name, 0)
-        held = held_by(source.splits[name] if isinstance(source, WithSplits) else source)
+        held = held_by(source.splits[name] if isinstance(source, NamedSplits) else source)
         words.append(f"{name}: {people} synthetic people" if held is None else f"{name}: {people} of {held:,} records")
         assert sample.vertices is not None
     return "; ".join(words)
@@ -72,8 +72,8 @@ def describe_splits(config: Config, body: Body, mesh: MeshSampler) -> str:
 
 def held_by(source: PeopleSource) -> int | None:
     """Number of people in a source; None for synthetic people, which are unlimited."""
-    while isinstance(source, WithSplits | Mixture):
-        source = source.train if isinstance(source, WithSplits) else source.sources[0]
+    while isinstance(source, NamedSplits | Mixture):
+        source = source.train if isinstance(source, NamedSplits) else source.sources[0]
     return len(source) if isinstance(source, Sized) else None
 
 

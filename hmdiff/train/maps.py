@@ -7,7 +7,7 @@ the label of the silhouette decoder.
 from __future__ import annotations
 
 from hmdiff.config import Config
-from hmdiff.data.mixture import Mixture, WithSplits
+from hmdiff.data.mixture import Mixture, NamedSplits
 from hmdiff.data.sample import PeopleSource
 from hmdiff.errors import UserError
 
@@ -40,7 +40,7 @@ def check_maps(config: Config, source: PeopleSource) -> list[str]:
 
 def _parts(source: PeopleSource) -> list[PeopleSource]:
     while not isinstance(source, Mixture):
-        inner = source.train if isinstance(source, WithSplits) else getattr(source, "source", None)
+        inner = source.train if isinstance(source, NamedSplits) else getattr(source, "source", None)
         if inner is None:
             return [source]
         source = inner

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.synthetic.appearance import Wardrobe, compose_rgb, random_lights
+from hmdiff.data.synthetic.appearance import Clothing, random_lights, render_photo
 from hmdiff.data.synthetic.backgrounds import random_backgrounds
 from hmdiff.data.synthetic.camera_effects import _blur, _jpeg, camera_effects
 from hmdiff.data.synthetic.draws import gaussian, hsv_to_rgb, uniform
@@ -26,13 +26,13 @@ def figure():
     order = ("left_foot", "left_ankle", "left_knee", "left_hip", "pelvis", "spine1", "spine2", "spine3", "neck", "head")
     owner = torch.tensor([SMPL24.index(order[min(9, int((h + 0.9) / 1.7 * 10))]) for h in points[:, 1]])
     weights = torch.nn.functional.one_hot(owner, 24).float()
-    return Wardrobe(points, weights), points * torch.tensor([1.0, -1.0, -1.0]) + torch.tensor([0.0, 0.0, 4.0]), faces
+    return Clothing(points, weights), points * torch.tensor([1.0, -1.0, -1.0]) + torch.tensor([0.0, 0.0, 4.0]), faces
 
 
 def picture(figure, generators, occluder=None):
     wardrobe, points, faces = figure
     count = len(generators)
-    return compose_rgb(
+    return render_photo(
         generators,
         wardrobe,
         points.expand(count, -1, -1),

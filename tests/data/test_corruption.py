@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, joint_indices, mirror_permutation
 from hmdiff.config import EstimatorFaults
-from hmdiff.data.synthetic.corruption import estimate_heatmaps, estimate_peaks, face_visibility, two_peaks
+from hmdiff.data.synthetic.corruption import estimate_heatmaps, estimate_peaks, face_visibility, two_gaussians
 from hmdiff.heatmaps import gaussian_heatmaps, heatmap_peaks
 
 NONE = EstimatorFaults(
@@ -46,7 +46,7 @@ def test_two_peaks_are_a_sum_of_gaussians() -> None:
     points = torch.rand(3, 5, 2, 2) - 0.5
     share, sigma = torch.rand(3, 5, 2), torch.rand(3, 5) + 1.5
     expected = sum(gaussian_heatmaps(points[:, :, i], share[:, :, i], sigma) for i in range(2))
-    torch.testing.assert_close(two_peaks(points, share, sigma), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two_gaussians(points, share, sigma), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_peaks_are_as_wide_as_they_were_asked_for() -> None:

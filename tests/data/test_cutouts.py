@@ -21,7 +21,15 @@ from hmdiff.data.sample import Sample
 from hmdiff.data.shards import RecordFiles
 from hmdiff.data.synthetic.cutouts import SIZE, Cutouts
 from hmdiff.data.synthetic.draws import grid
-from hmdiff.data.synthetic.in_front import CUTOUT, NOTHING, OBJECTS, PERSON, BoxesAndFront, FrontDrawer, InFront
+from hmdiff.data.synthetic.occluders import (
+    CUTOUT,
+    NOTHING,
+    OBJECTS,
+    PERSON,
+    CombinedOccluders,
+    OccluderSampler,
+    TrainingOccluders,
+)
 from hmdiff.data.synthetic.rendering import OccluderBoxes
 from hmdiff.errors import UserError
 
@@ -59,7 +67,7 @@ def test_a_cutout_is_cut_to_its_thing_and_its_colour_does_not_bleed(folder: Path
     blue = cutouts.pictures[0, 2].float() / 255
     assert blue.mean() == pytest.approx(0.25, abs=0.02) and blue[SIZE // 2].min() > 0.9 and blue[0].max() == 0
     points = torch.tensor([[[0.0, 0.0], [0.99, 0.99], [3.0, 0.0]]])
-    assert cutouts.sampled(torch.tensor([1]), points)[0, 3].tolist() == pytest.approx([1, 0, 0], abs=0.01)
+    assert cutouts.sample(torch.tensor([1]), points)[0, 3].tolist() == pytest.approx([1, 0, 0], abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +90,13 @@ def test_a_bad_folder_is_named(tmp_path: Path, make, message: str) -> None:  # t
 
 def test_bad_shares_are_named() -> None:
     with pytest.raises(UserError, match=r"objects, people and pasted are 0\.7, 0\.4, 0, over 1 together"):
-        FrontDrawer(Augment(objects=0.7, people=0.4))
+        OccluderSampler(Augment(objects=0.7, people=0.4))
 
 
-def drawn(options: Augment, count: int = 64, seed: int = 0) -> tuple[InFront, torch.Tensor]:
+def drawn(options: Augment, count: int = 64, seed: int = 0) -> tuple[TrainingOccluders, torch.Tensor]:
     points = torch.cat([people_block("train", number).joints_2d for number in range(count // 8)])
     known = torch.ones(points.shape[:2], dtype=torch.bool)
-    return FrontDrawer(options)(points, known, torch.Generator().manual_seed(seed)), points
+    return OccluderSampler(options)(points, known, torch.Generator().manual_seed(seed)), points
 
 
 @pytest.mark.slow
@@ -105,7 +113,7 @@ def test_shares_are_kept_and_seeds_repeat(folder: Path) -> None:
     fewer, _ = drawn(dataclasses.replace(options, pasted=0.0), 160)
     others = front.kind != CUTOUT
     assert torch.equal(fewer.shapes, front.shapes) and torch.equal(fewer.kind[others], front.kind[others])
-    assert not FrontDrawer(Augment(pasted=1.0)).active  # nothing to paste
+    assert not OccluderSampler(Augment(pasted=1.0)).active  # nothing to paste
 
 
 @pytest.mark.parametrize("kind", [OBJECTS, PERSON, CUTOUT])
@@ -142,7 +150,7 @@ def test_points_mask_and_picture_agree(kind: int, folder: Path) -> None:
 
 def test_the_person_in_front_is_the_next_one_moved() -> None:
     front, points = drawn(Augment(people=1), 16)
-    limb = 5  # left shoulder to left elbow: see in_front._LIMBS
+    limb = 5  # left shoulder to left elbow: see occluders._LIMBS
     a, b = HALPE26.index("left_shoulder"), HALPE26.index("left_hip")
     along = front.limbs[:, 4, 2:4] - front.limbs[:, 4, :2]
     other = points.roll(-1, 0)
@@ -156,17 +164,17 @@ def test_the_person_in_front_is_the_next_one_moved() -> None:
     points = points.clone()
     points[1, 5:] = torch.nan
     points[3, 9], known[3, 9] = torch.nan, False
-    front = FrontDrawer(Augment(people=1))(points, known, torch.Generator().manual_seed(0))
+    front = OccluderSampler(Augment(people=1))(points, known, torch.Generator().manual_seed(0))
     assert front.kind[0] == NOTHING and (front.kind[1:] == PERSON).all()
     assert front.limbs[2].isfinite().all() and (front.limbs[2, :, 4] == 0).sum() == 1  # a limb of that joint
-    hand = FrontDrawer(Augment(people=1))(points[:, :21], known[:, :21], torch.Generator(), ["wrist"] * 21)
+    hand = OccluderSampler(Augment(people=1))(points[:, :21], known[:, :21], torch.Generator(), ["wrist"] * 21)
     assert (hand.kind == NOTHING).all()
 
 
 def test_boxes_and_what_is_in_front_cover_together() -> None:
     front, points = drawn(Augment(objects=1), 8)
     boxes = OccluderBoxes(torch.full((8, 1, 2), -0.5), torch.full((8, 1, 2), 0.3), torch.arange(8) < 4)
-    both = BoxesAndFront.of(boxes, front)
+    both = CombinedOccluders.of(boxes, front)
     assert torch.equal(both.cover(points), boxes.cover(points) | front.cover(points))
     assert torch.equal(both.mask(16) > 0.5, (boxes.mask(16) > 0.5) | (front.mask(16) > 0.5))
     assert both.cover(points).sum() > boxes.cover(points).sum()

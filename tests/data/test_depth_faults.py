@@ -12,7 +12,7 @@ from hmdiff.data.sample import Sample, concatenate
 from hmdiff.data.synthetic.depth_faults import estimate_depth
 from hmdiff.data.synthetic.depth_scene import FARTHEST, compose_depth
 from hmdiff.data.synthetic.people import SyntheticHumans
-from hmdiff.data.synthetic.rendering import MapDrawer
+from hmdiff.data.synthetic.rendering import MapRenderer
 from hmdiff.errors import UserError
 from hmdiff.models.depth import normalise_depth
 
@@ -104,7 +104,7 @@ def test_the_config_asks_for_maps():
     with pytest.raises(UserError, match=r"data.map_size 8: 0, or at least 16 pixels, is expected"):
         build_data(small_config("x", "data.map_size=8"), body, mesh)
     with pytest.raises(UserError, match="no faces, so no depth can be drawn"):
-        MapDrawer(body.select(torch.arange(100)), 64)
+        MapRenderer(body.select(torch.arange(100)), 64)
 
 
 def test_a_mixture_without_depth_gets_unknown_maps(clean):

@@ -18,7 +18,7 @@ from hmdiff.body.mesh import MeshSampler
 from hmdiff.body.skeletons import HALPE26, SMPL24, mirror_permutation
 from hmdiff.build import build_data, build_model, build_scheduler, build_source
 from hmdiff.config import Augment, Config, LossConfig
-from hmdiff.data.mixture import PERIOD, Mixture, WithSplits, schedule
+from hmdiff.data.mixture import PERIOD, Mixture, NamedSplits, schedule
 from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.record import Record
 from hmdiff.data.recorded import RecordedPeople
@@ -274,11 +274,11 @@ def test_every_source_gives_its_blocks_one_after_the_other() -> None:
     mixture = Mixture([people(), people()], [3, 1])
     seen: dict[int, list[int]] = {0: [], 1: []}
     for number in range(2 * PERIOD + 10):
-        source, own = mixture.turn(number)
+        source, own = mixture.source_of(number)
         seen[source].append(own)
     assert all(numbers == list(range(len(numbers))) for numbers in seen.values())
     assert Counter({source: len(numbers) for source, numbers in seen.items()})[1] == pytest.approx(502, abs=2)
-    source, own = mixture.turn(7)
+    source, own = mixture.source_of(7)
     assert equal(mixture.block("train", 7), people().block("train", own)) and source in (0, 1)
 
 
@@ -291,7 +291,7 @@ def test_mixtures_that_cannot_be() -> None:
     with pytest.raises(UserError, match=r"the sources of a mixture differ in block_size: \['4', '8'\]"):
         Mixture([people(), people(False, 4)], [1, 1])
     with pytest.raises(UserError, match=r"split 'test' is not there \(val\); give data.splits.test"):
-        WithSplits(people(), {"val": people()}).block("test", 0)
+        NamedSplits(people(), {"val": people()}).block("test", 0)
 
 
 def test_missing_labels_are_marked() -> None:

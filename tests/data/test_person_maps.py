@@ -19,7 +19,7 @@ from hmdiff.data.person_maps import crop_depth, crop_mask, encode_depth, encode_
 from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.recorded import RecordedPeople
 from hmdiff.data.shards import PreparedShards
-from hmdiff.data.transforms import Change, crop_map
+from hmdiff.data.transforms import Augmentation, crop_affine
 from hmdiff.errors import UserError
 from hmdiff.train.check import CAREFUL, dry_run
 from hmdiff.train.loop import Trainer
@@ -39,15 +39,17 @@ def places(affine: np.ndarray) -> np.ndarray:  # (S, S, 2) photo pixels of the c
     return ((crop - affine[:, 2]) @ np.linalg.inv(affine[:, :2]).T).reshape(SIZE, SIZE, 2)
 
 
-@pytest.mark.parametrize("change", [Change(), Change(flip=True), Change(angle=0.6, flip=True, scale=1.1)], ids=str)
+@pytest.mark.parametrize(
+    "change", [Augmentation(), Augmentation(flip=True), Augmentation(angle=0.6, flip=True, scale=1.1)], ids=str
+)
 @pytest.mark.parametrize("coarser", [1, 4])
-def test_a_crop_of_depth_is_at_its_own_place(change: Change, coarser: int) -> None:
+def test_a_crop_of_depth_is_at_its_own_place(change: Augmentation, coarser: int) -> None:
     """For any map resolution and augmentation, the crop samples the plane at the photo positions of its pixels."""
     depth = cv2.resize(plane(), (WIDTH // coarser, HEIGHT // coarser), interpolation=cv2.INTER_AREA)
     region = (100.0, 60.0, 420.0, 380.0)
     stored = encode_depth(depth, (WIDTH, HEIGHT), region, (160, 160))
     assert stored is not None
-    affine = crop_map(np.array([260.0, 220.0]), 180.0, change)
+    affine = crop_affine(np.array([260.0, 220.0]), 180.0, change)
     found = crop_depth(np.frombuffer(stored, np.uint8), region, affine, SIZE)
     at = places(affine)
     expected = 2 * at[..., 0] + at[..., 1]
@@ -60,11 +62,13 @@ def test_what_is_not_known_stays_so() -> None:
     depth[:, :320] = np.nan
     region = (160.0, 100.0, 480.0, 420.0)
     stored = encode_depth(depth, (WIDTH, HEIGHT), region, (160, 160))
-    affine = crop_map(np.array([320.0, 260.0]), 200.0, Change())
+    affine = crop_affine(np.array([320.0, 260.0]), 200.0, Augmentation())
     found = crop_depth(np.frombuffer(stored, np.uint8), region, affine, SIZE)
     assert np.isnan(found[:, : SIZE // 2 - 1]).all() and np.isfinite(found[:, SIZE // 2 + 1 :]).all()
     assert encode_depth(depth, (WIDTH, HEIGHT), (0.0, 0.0, 200.0, 200.0), (50, 50)) is None
-    outside = crop_depth(np.frombuffer(stored, np.uint8), region, crop_map(np.array([600.0, 260.0]), 100, Change()), 8)
+    outside = crop_depth(
+        np.frombuffer(stored, np.uint8), region, crop_affine(np.array([600.0, 260.0]), 100, Augmentation()), 8
+    )
     assert np.isnan(outside).all()
 
 
@@ -99,8 +103,8 @@ def test_masks_by_polygon_and_by_runs() -> None:
 def test_a_mask_lies_on_its_person() -> None:
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[200:260, 240:300] = True
-    region, change = (100.0, 60.0, 420.0, 380.0), Change(angle=0.4, flip=True)
-    affine = crop_map(np.array([260.0, 220.0]), 180.0, change)
+    region, change = (100.0, 60.0, 420.0, 380.0), Augmentation(angle=0.4, flip=True)
+    affine = crop_affine(np.array([260.0, 220.0]), 180.0, change)
     stored = np.frombuffer(encode_mask(mask, (WIDTH, HEIGHT), region, (160, 160)), np.uint8)
     found, at = crop_mask(stored, region, affine, SIZE), places(affine)
     inside = (abs(at[..., 0] - 270) < 25) & (abs(at[..., 1] - 230) < 25)

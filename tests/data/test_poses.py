@@ -36,7 +36,7 @@ def pose(**degrees: tuple[float, float, float]) -> torch.Tensor:  # (1, 24, 3, 3
 
 
 def bone(rotations: torch.Tensor, start: str, end: str) -> torch.Tensor:  # (3,) unit length
-    joints, _ = collision.joints_of_pose(rotations)
+    joints, _ = collision.forward_kinematics(rotations)
     return torch.nn.functional.normalize(joints[0, INDEX[end]] - joints[0, INDEX[start]], dim=-1)
 
 
@@ -88,9 +88,9 @@ def test_mirror_is_an_involution_and_mirrors_the_joints():
     rotations = anatomy.angles_to_rotations(torch.randn(5, 24, 3, generator=seeded()))
     mirrored = mirror_pose(rotations)
     torch.testing.assert_close(mirror_pose(mirrored), rotations)
-    joints, _ = collision.joints_of_pose(rotations)
+    joints, _ = collision.forward_kinematics(rotations)
     expected = joints[:, mirror_permutation(SMPL24)] * MIRRORED
-    torch.testing.assert_close(collision.joints_of_pose(mirrored)[0], expected)
+    torch.testing.assert_close(collision.forward_kinematics(mirrored)[0], expected)
     assert (mirrored - rotations).abs().max() > 0.1
     torch.testing.assert_close(pose_features(mirrored), mirror_features(pose_features(rotations)), atol=1e-4, rtol=0)
 
@@ -125,7 +125,7 @@ def test_kinematics_equal_a_plain_loop():
     for joint, parent in list(enumerate(SMPL24_PARENTS))[1:]:
         joints.append(joints[parent] + world[parent] @ collision.OFFSETS[joint])
         world.append(world[parent] @ rotations[:, joint])
-    found = collision.joints_of_pose(rotations)
+    found = collision.forward_kinematics(rotations)
     torch.testing.assert_close(found[0], torch.stack(joints, 1))
     torch.testing.assert_close(found[1], torch.stack(world, 1))
 

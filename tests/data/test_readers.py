@@ -20,7 +20,7 @@ from hmdiff.body.body import Body, load_body
 from hmdiff.body.skeletons import COCO17, H36M17, HALPE26, J14, SMPL24, SPIN24, joint_indices
 from hmdiff.data.readers import READERS, open_reader
 from hmdiff.data.readers import splits as parts
-from hmdiff.data.readers.lens import Lens, pinhole_about
+from hmdiff.data.readers.lens import Lens, fit_pinhole
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 
@@ -507,10 +507,10 @@ def test_human36m_json_is_read_with_either_meaning_of_t(tmp_path: Path) -> None:
 def test_human36m_json_gives_the_fitted_bodies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     truths = tables.make_human36m(tmp_path, "json")
     body = s.small_free_body()
-    monkeypatch.setattr("hmdiff.data.readers.human36m_json.body_if_there", lambda *_: body)
+    monkeypatch.setattr("hmdiff.data.readers.human36m_json.load_body_if_installed", lambda *_: body)
     for record in _records("human36m", tmp_path).values():
         np.testing.assert_allclose(_mesh(record, body), truths[record.name].vertices, atol=1e-6)
-    monkeypatch.setattr("hmdiff.data.readers.human36m_json.body_if_there", lambda *_: None)
+    monkeypatch.setattr("hmdiff.data.readers.human36m_json.load_body_if_installed", lambda *_: None)
     record = next(iter(_records("human36m", tmp_path).values()))
     assert record.translation is None and record.pose is not None
     for path in (tmp_path / "annotations").glob("*_smpl_param.json"):
@@ -607,13 +607,13 @@ def test_pinhole_about_a_person_takes_most_of_the_distortion() -> None:
         points = random.normal(size=(17, 3)).clip(-1.5, 1.5) * [0.25, 0.45, 0.2] + middle
         pixels = lens.project(points)
         for found, intrinsics in (
-            (fitted, pinhole_about(points, pixels, lens)),
+            (fitted, fit_pinhole(points, pixels, lens)),
             (plain, np.array([[focal[0], 0, principal[0]], [0, focal[1], principal[1]], [0, 0, 1]])),
         ):
             found.append(np.linalg.norm(s.project(points, intrinsics) - pixels, axis=1).mean())
     assert np.mean(fitted) < 0.5 * np.mean(plain) and np.mean(fitted) < 0.6
     straight = Lens(np.eye(3), np.zeros(3), focal, principal, np.zeros(3), np.zeros(2))
-    intrinsics = pinhole_about(points, straight.project(points), straight)
+    intrinsics = fit_pinhole(points, straight.project(points), straight)
     np.testing.assert_allclose(intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]], [*focal, *principal], rtol=1e-9)
 
 

@@ -162,7 +162,7 @@ def test_gendered_bodies(tmp_path: Path, bodies: Path) -> None:
         "one", np.zeros(2), 9.0, "row 5", body="smplx", gender="female", pose=np.zeros((22, 3)), betas=np.ones(11)
     )
     posing = LabelledBodies(neutral, torch.arange(9), full_mesh=True)
-    assert posing.key(record) == "smplx_female"
+    assert posing.body_name(record) == "smplx_female"
     with pytest.raises(UserError, match=r"SMPLX_FEMALE.npz not found"):
         posing.pose("smplx_female", [record.pose], [record.betas])
     arrays = s.body_arrays(90, s.SMPLX_PARENTS, scale=0.7)

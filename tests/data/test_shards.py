@@ -21,7 +21,7 @@ from hmdiff.data.prepare import prepare_dataset
 from hmdiff.data.record import SHAPES, Record
 from hmdiff.data.record_crops import read_crop
 from hmdiff.data.shards import INDEX, PreparedShards, RecordFiles, ShardWriter
-from hmdiff.data.transforms import Change, crop_map, map_points
+from hmdiff.data.transforms import Augmentation, crop_affine, map_points
 from hmdiff.errors import UserError
 from hmdiff.lab.loading import Crops, compare_loading, measure_loading
 
@@ -80,10 +80,10 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     same(shards[0].record, records[0])
     assert shards.groups().tolist() == [record.group for record in records]
     assert shards.names().tolist() == [record.name for record in records]
-    assert shards.numbers_of(["sequence_0", "sequence_2"]).tolist() == [0, 1, 4, 5]
-    assert shards.numbers_of("*_1").tolist() == [2, 3]
+    assert shards.select_groups(["sequence_0", "sequence_2"]).tolist() == [0, 1, 4, 5]
+    assert shards.select_groups("*_1").tolist() == [2, 3]
     with pytest.raises(UserError, match=r"no group is 'sequence_9'; there are 3, such as sequence_0"):
-        shards.numbers_of(["sequence_9"])
+        shards.select_groups(["sequence_9"])
     with pytest.raises(IndexError):
         shards[6]
     assert json.loads((tmp_path / "out" / INDEX).read_text())["groups"] == {f"sequence_{i}": 2 for i in range(3)}
@@ -110,7 +110,7 @@ def test_the_stored_part_shows_the_person(tmp_path: Path) -> None:
         # The whole crop at scale 1.25, rotated by 45 degrees, lies inside it or outside the photo.
         reach = 0.5 * 1.25 * 2**0.5 * record.side
         assert x0 <= max(0, record.center[0] - reach) and x1 >= min(WIDTH, record.center[0] + reach)
-        affine = crop_map(record.center, record.side, Change(flip=True, angle=0.4))
+        affine = crop_affine(record.center, record.side, Augmentation(flip=True, angle=0.4))
         for source in (stored, RecordFiles(records)[number]):  # the original file gives the same crop
             place = red_place(read_crop(source, affine, 96))
             np.testing.assert_allclose(place, map_points(record.keypoints_2d[MARKED], affine), atol=0.02)
@@ -134,7 +134,7 @@ def test_exif_orientation_is_not_followed(tmp_path: Path) -> None:
     record = dataclasses.replace(
         make_records(tmp_path, 1)[0], image=tmp_path / "turned.jpg", center=np.array([110.0, 90]), side=60.0
     )
-    affine = crop_map(record.center, record.side)
+    affine = crop_affine(record.center, record.side)
     for stored in (prepared(tmp_path / "out", [record])[0], RecordFiles([record])[0]):
         place = red_place(read_crop(stored, affine, 96))
         np.testing.assert_allclose(place, map_points(np.array([100.0, 80]), affine), atol=0.02)
@@ -302,7 +302,7 @@ def test_a_writer_takes_records_one_by_one(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "out", {"of": "nothing"}, shard_records=2)
     for record in make_records(tmp_path, 3, photos=False):
         writer.add(record, None, None)
-    assert writer.records == 2 and writer.borders() == {0: "standin/0/000", 1: "standin/0/001"}
+    assert writer.records == 2 and writer.boundary_names() == {0: "standin/0/000", 1: "standin/0/001"}
     writer.finish({"summary": ["three"]})
     assert PreparedShards(tmp_path / "out").index["summary"] == ["three"]
 

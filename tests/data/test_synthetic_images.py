@@ -14,7 +14,7 @@ from hmdiff.build import build_data, build_mesh, build_model, build_scheduler
 from hmdiff.config import Config, load_config
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.poses import PoseMixture
-from hmdiff.data.synthetic.rendering import OccluderBoxes, Photographer
+from hmdiff.data.synthetic.rendering import ImageRenderer, OccluderBoxes
 from hmdiff.errors import UserError
 from hmdiff.lab.throughput import measure_throughput
 from hmdiff.train.stream import TrainingStream
@@ -138,7 +138,7 @@ def test_depth_is_that_of_the_nearest_vertices(body, mesh, sample):
 def test_visible_is_what_the_painted_boxes_leave(body):
     """A centred body behind a box that covers the left half of the crop."""
     size, n = 64, 2
-    photographer = Photographer(body, size)
+    photographer = ImageRenderer(body, size)
     turn = torch.eye(3).repeat(n, 24, 1, 1)
     turn[:, 0] = torch.diag(torch.tensor([1.0, -1.0, -1.0]))
     behind = torch.tensor([True, False])
@@ -211,9 +211,9 @@ def test_pictures_come_where_they_are_read_or_asked_for(body, mesh):
 
 def test_bodies_and_sizes_that_cannot_be_drawn_are_named(body):
     with pytest.raises(UserError, match="no faces"):
-        Photographer(body.select(torch.arange(100)), 64)
+        ImageRenderer(body.select(torch.arange(100)), 64)
     with pytest.raises(UserError, match="image_size 4"):
-        Photographer(body, 4)
+        ImageRenderer(body, 4)
 
 
 @pytest.mark.slow

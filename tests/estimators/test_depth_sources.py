@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hmdiff.body.skeletons import COCO17
-from hmdiff.data.transforms import Change, crop_map, crop_picture
+from hmdiff.data.transforms import Augmentation, crop_affine, warp_crop
 from hmdiff.errors import UserError
 from hmdiff.estimators.depth_network import EstimatedDepth
 from hmdiff.estimators.depth_sources import (
@@ -99,8 +99,8 @@ def test_millimetres_and_another_origin_give_the_same_crop():
 def test_a_turned_and_mirrored_crop_is_that_of_the_picture():
     photo = np.random.default_rng(1).integers(20, 200, (30, 40), np.uint8)
     photo = cv2.resize(photo, (160, 120), interpolation=cv2.INTER_CUBIC)
-    affine = crop_map(np.array([80.0, 62.0]), 60.0, Change(flip=True, angle=0.4, scale=1.1))
-    expected = crop_picture(np.repeat(photo[..., None], 3, 2), (0, 0, 160, 120), affine, 48)[..., 0]
+    affine = crop_affine(np.array([80.0, 62.0]), 60.0, Augmentation(flip=True, angle=0.4, scale=1.1))
+    expected = warp_crop(np.repeat(photo[..., None], 3, 2), (0, 0, 160, 120), affine, 48)[..., 0]
     found = warp_depth(torch.from_numpy(photo).float(), (160, 120), affine, 48)
     torch.testing.assert_close(found, torch.from_numpy(expected).float(), rtol=0, atol=1.5)
 

@@ -91,13 +91,13 @@ def test_prepare_keeps_the_data_sets_own_mask_and_asks_the_source_for_the_others
     box = [[x - 20, y - 40, x + 20, y - 40, x + 20, y + 40, x - 20, y + 40]]
     records[0] = dataclasses.replace(records[0], mask=box)
 
-    def mask_of(photo: np.ndarray, path: Path, box: tuple[float, float, float, float]) -> np.ndarray | None:
+    def mask_function(photo: np.ndarray, path: Path, box: tuple[float, float, float, float]) -> np.ndarray | None:
         asked.append((path, box))
         found = np.zeros(photo.shape[:2], bool)
         found[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = True
         return None if path == records[3].image else found
 
-    figures = prepare_dataset(ListReader(records), tmp_path / "out", mask_of=mask_of, mask_name="mine")
+    figures = prepare_dataset(ListReader(records), tmp_path / "out", mask_function=mask_function, mask_name="mine")
     assert figures["with masks, of those new"] == 3
     assert sorted(path for path, _ in asked) == sorted(record.image for record in records[1:])
     for _, (x1, y1, x2, y2) in asked:  # the crop without its padding, within the photo
@@ -105,5 +105,7 @@ def test_prepare_keeps_the_data_sets_own_mask_and_asks_the_source_for_the_others
     store = PreparedShards(tmp_path / "out")
     assert store.index["settings"]["masks of"] == "mine"
     assert [store[number].mask is not None for number in range(4)] == [True, True, True, False]
-    none = prepare_dataset(ListReader(records), tmp_path / "none", masks=False, mask_of=mask_of, mask_name="mine")
+    none = prepare_dataset(
+        ListReader(records), tmp_path / "none", masks=False, mask_function=mask_function, mask_name="mine"
+    )
     assert none["with masks, of those new"] == 0

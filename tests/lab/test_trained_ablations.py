@@ -24,7 +24,7 @@ from hmdiff.build import build_source
 from hmdiff.cli.main import main
 from hmdiff.config import Config, load_config, save_config
 from hmdiff.data.label_noise import NoisyLabels
-from hmdiff.data.motion_blur import Blurred, line_kernels, smear
+from hmdiff.data.motion_blur import Blurred, blur_along_lines, line_kernels
 from hmdiff.diffusion.sampling_config import SamplingConfig
 from hmdiff.errors import UserError
 from hmdiff.evaluate.evaluation import evaluate
@@ -326,14 +326,16 @@ def test_smearing_is_an_average_along_the_line(generator: torch.Generator) -> No
     maps = torch.zeros(2, 3, 32, 32)
     maps[:, :, 8:24, 8:24] = torch.rand(2, 3, 16, 16, generator=generator)
     # 0.25 half-sides of 32 pixels are 4: the mean of five shifts, along x for the first, along y for the second.
-    found = smear(maps, torch.tensor([0.25, 0.25]), torch.tensor([0.0, math.pi / 2]))
+    found = blur_along_lines(maps, torch.tensor([0.25, 0.25]), torch.tensor([0.0, math.pi / 2]))
     for person, axis in ((0, -1), (1, -2)):
         expected = torch.stack([maps[person].roll(shift, axis) for shift in range(-2, 3)]).mean(0)
         torch.testing.assert_close(found[person], expected, atol=1e-6, rtol=0)
-        alone = smear(maps[person : person + 1], torch.tensor([0.25]), torch.tensor([[0.0, math.pi / 2][person]]))
+        alone = blur_along_lines(
+            maps[person : person + 1], torch.tensor([0.25]), torch.tensor([[0.0, math.pi / 2][person]])
+        )
         torch.testing.assert_close(alone[0], found[person])
     flat = torch.full((1, 3, 16, 16), 0.7)
-    torch.testing.assert_close(smear(flat, torch.tensor([0.4]), torch.tensor([0.5]), "replicate"), flat)
+    torch.testing.assert_close(blur_along_lines(flat, torch.tensor([0.4]), torch.tensor([0.5]), "replicate"), flat)
 
 
 def test_blurred_splits_are_the_same_people() -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hmdiff.data.synthetic.corruption import scaled_peaks, two_peaks
+from hmdiff.data.synthetic.corruption import scaled_peaks, two_gaussians
 from hmdiff.errors import UserError
 from hmdiff.heatmaps import gaussian_heatmaps
 from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
@@ -191,7 +191,7 @@ def test_peaks_read_as_the_heatmaps_they_draw(kind: str) -> None:
         place = place.sign() * 0.97
     confidence = 0.2 + 0.8 * torch.rand(n, joints, generator=generator)
     peaks = torch.cat([place, share[..., None], sigma[..., None, None].expand(n, joints, 2, 1)], -1)
-    drawn = two_peaks(place, share, sigma)
+    drawn = two_gaussians(place, share, sigma)
     drawn = drawn * (confidence / drawn.amax((-2, -1)))[..., None, None]
     backbone = JointHeatmapBackbone(joints, 64, 32)
     seen: list[tuple[Tensor, ...]] = []

@@ -18,7 +18,7 @@ from torch import Tensor
 from hmdiff.body.anatomy import angles_to_rotations, clamp_angles, rotations_to_angles
 from hmdiff.body.body import Body
 from hmdiff.body.mesh_cache import load_mesh
-from hmdiff.data.synthetic.appearance import Wardrobe
+from hmdiff.data.synthetic.appearance import Clothing
 from hmdiff.errors import UserError
 from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix
@@ -87,7 +87,7 @@ def render_clip(
     """Draw every frame with the same appearance; the focal length is the diagonal, the pipeline's default."""
     mesh = load_mesh(body, _DRAWN, fitted=False)
     small = body.select(mesh.coarse_ids)
-    wardrobe = Wardrobe(small.v_template, small.lbs_weights, body.joint_names)
+    wardrobe = Clothing(small.v_template, small.lbs_weights, body.joint_names)
     colours = wardrobe.colours(torch.Generator().manual_seed(seed), 1)[0]
     height, width = size
     shade = np.linspace(150, 205, height)[:, None, None] - 12 * np.linspace(-1, 1, width)[None, :, None] ** 2

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hmdiff.body.body import load_body
 from hmdiff.body.skeletons import COCO17, HALPE26, joint_indices
-from hmdiff.data.synthetic.appearance import Wardrobe, compose_rgb
+from hmdiff.data.synthetic.appearance import Clothing, render_photo
 from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.files.storage import atomic_file
 from hmdiff.geometry import axis_angle_to_matrix, perspective_projection
@@ -84,9 +84,9 @@ def render_person(seed: int) -> tuple[Tensor, Tensor, float]:
     place = torch.tensor([-float(low[0] + high[0]) / 2, -float(low[1] + high[1]) / 2, distance])
     vertices = relative + place
     focal_halves = torch.tensor([[2 * focal / width, 2 * focal / height]])
-    photo = compose_rgb(
+    photo = render_photo(
         generator,
-        Wardrobe(body.v_template, body.lbs_weights, body.joint_names),
+        Clothing(body.v_template, body.lbs_weights, body.joint_names),
         vertices,
         body.faces,
         focal_halves,

@@ -25,11 +25,11 @@ from hmdiff.body.skeletons import SMPL24, SMPLX76
 from hmdiff.data.readers.boxes import PIXELS_PER_SCALE
 from hmdiff.data.readers.labels import (
     RowReader,
-    body_if_there,
-    gender_word,
-    moved_translation,
-    root_at_rest,
-    turned_root,
+    load_body_if_installed,
+    parse_gender,
+    rest_pose_root,
+    rotate_root,
+    rotate_translation,
 )
 from hmdiff.data.readers.tables import Table, stem_name
 from hmdiff.data.record import Record
@@ -37,7 +37,9 @@ from hmdiff.errors import UserError
 from hmdiff.files.images import open_image
 
 _LABELS = ("training_labels/all_npz_12_training", "processed_labels", ".")
-_LEFT = np.array([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0]])  # upright to stored camera frame: x' = y, y' = -x
+_UPRIGHT_TO_STORED = np.array(
+    [[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0]]
+)  # upright to stored camera frame: x' = y, y' = -x
 # gtkps of SMPL-X start with SMPLX76; the smplx package's SMPL has 24 joints, then the same face and limb points.
 _POINTS = {55: SMPLX76, 24: (*SMPL24, *SMPLX76[55:])}
 
@@ -87,9 +89,9 @@ class _Scene:
         places = (f"training_images/{self.scene}/png", f"images/{self.scene}/png", f"{self.scene}/png")
         self.images = table.image_folder([*(source / place for place in places), source / "training_images/images"])
         self._bodies: dict[str, Body | None] = {}  # by gender; only turned scenes need them
-        self.lying = bool(len(table)) and self._lies()
+        self.rotated = bool(len(table)) and self._is_rotated()
 
-    def _lies(self) -> bool:
+    def _is_rotated(self) -> bool:
         """Whether the stored image is turned by 90 degrees against its labels, judged by its width and height."""
         path = self.images / self.table.names[0]
         with open_image(path) as image:
@@ -100,19 +102,19 @@ class _Scene:
     def record(self, row: int) -> Record:
         labels: dict[str, Any] = {key: column[row] for key, column in self.columns.items()}
         kind = "smplx" if self.joints == 55 else "smpl"
-        gender = "neutral" if len(labels["betas"]) > 10 else gender_word(labels["gender"])
+        gender = "neutral" if len(labels["betas"]) > 10 else parse_gender(labels["gender"])
         pose, intrinsics, center = labels["pose"], labels["cam_int"], labels["center"]
         points = labels["gtkps"][: len(self.names), :2]
         translation = labels["trans_cam"] + labels["cam_ext"][:3, 3]
-        if self.lying:
+        if self.rotated:
             width = 2 * intrinsics[0, 2]  # of the upright image: the stored image's height
             if gender not in self._bodies:
-                self._bodies[gender] = body_if_there(kind, gender)
+                self._bodies[gender] = load_body_if_installed(kind, gender)
             body = self._bodies[gender]
-            pose = turned_root(pose, _LEFT[:, :3])
-            root = None if body is None else root_at_rest(body, labels["betas"])
-            translation = None if root is None else moved_translation(translation, root, _LEFT)
-            points, center = _laid(points, width), _laid(center, width)
+            pose = rotate_root(pose, _UPRIGHT_TO_STORED[:, :3])
+            root = None if body is None else rest_pose_root(body, labels["betas"])
+            translation = None if root is None else rotate_translation(translation, root, _UPRIGHT_TO_STORED)
+            points, center = _rotate_to_stored(points, width), _rotate_to_stored(center, width)
             (fx, cx), (fy, cy) = intrinsics[0, [0, 2]], intrinsics[1, [1, 2]]
             intrinsics = np.array([[fy, 0, cy], [0, fx, width - cx], [0, 0, 1]])
         return Record(
@@ -133,6 +135,6 @@ class _Scene:
         )
 
 
-def _laid(points: np.ndarray, width: float) -> np.ndarray:  # (..., 2)
+def _rotate_to_stored(points: np.ndarray, width: float) -> np.ndarray:  # (..., 2)
     """Map points of the upright image to the stored one, which a clockwise quarter turn makes upright."""
     return np.stack([points[..., 1], width - points[..., 0]], -1)

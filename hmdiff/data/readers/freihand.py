@@ -20,7 +20,7 @@ import numpy as np
 
 from hmdiff.body.body import Body, load_body
 from hmdiff.body.skeletons import HAND21
-from hmdiff.data.readers.labels import RowReader, body_if_there, root_at_rest
+from hmdiff.data.readers.labels import RowReader, load_body_if_installed, rest_pose_root
 from hmdiff.data.readers.tables import json_rows
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
@@ -36,7 +36,7 @@ def read(source: Path, split: str) -> RowReader:
     if split == "training":
         # Without the vertices file, MANO is required, so its absence is an error.
         with_vertices = (source / "training_verts.json").is_file()
-        hand = body_if_there("mano", "right") if with_vertices else load_body("mano", "right")
+        hand = load_body_if_installed("mano", "right") if with_vertices else load_body("mano", "right")
     columns = {key: _column(source, split, key) for key in ("K", "xyz", "verts" if hand is None else "mano")}
     rows = len(columns["K"])
     for key, column in columns.items():
@@ -97,7 +97,7 @@ def _column(source: Path, split: str, key: str) -> np.ndarray:
 
 def _pose(hand: Body, mano: np.ndarray, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     betas = mano[48:58]
-    return mano[:48].reshape(16, 3), betas, joints[0] - root_at_rest(hand, betas)
+    return mano[:48].reshape(16, 3), betas, joints[0] - rest_pose_root(hand, betas)
 
 
 def _image(folder: Path, number: int) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hmdiff.body.skeletons import OPENPOSE25, SPIN24
-from hmdiff.data.readers.labels import RowReader, gender_word, merged_points
+from hmdiff.data.readers.labels import RowReader, merge_keypoints, parse_gender
 from hmdiff.data.readers.tables import Table, label_files, stem_name
 from hmdiff.data.record import Record
 
@@ -50,7 +50,7 @@ def read(source: Path, split: str) -> RowReader:
             source=table.place(row),
             image=images / table.names[row],
             group=str(Path(table.names[row]).parent),
-            gender="neutral" if gender is None else gender_word(gender[row]),
+            gender="neutral" if gender is None else parse_gender(gender[row]),
             pose=pose[row].reshape(24, 3) if fitted and pose is not None else None,
             betas=betas[row] if fitted and betas is not None else None,
             joints_3d=joints,
@@ -76,4 +76,4 @@ def _sets(table: Table, dimensions: str, size: int) -> list[tuple[np.ndarray, tu
 def _merged(
     sets: list[tuple[np.ndarray, tuple[str, ...]]], row: int
 ) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
-    return merged_points(*((points[row], names) for points, names in sets)) if sets else (None, None, ())
+    return merge_keypoints(*((points[row], names) for points, names in sets)) if sets else (None, None, ())

@@ -22,7 +22,7 @@ from hmdiff.data.readers.boxes import PIXELS_PER_SCALE
 from hmdiff.data.readers.human36m_frames import Frame, frame_of, in_split
 from hmdiff.data.readers.human36m_json import read_annotations
 from hmdiff.data.readers.labels import RowReader, naming
-from hmdiff.data.readers.lens import Lens, pinhole_about
+from hmdiff.data.readers.lens import Lens, fit_pinhole
 from hmdiff.data.readers.spin import SpinTable
 from hmdiff.data.readers.tables import Table, stem_name
 from hmdiff.data.record import Record
@@ -121,7 +121,7 @@ def _mmpose(source: Path, path: Path, split: str) -> RowReader:
         lens, points = lenses[key], part[row, :, :2]
         # The converter's S is in the camera frame, in some copies in the world frame: the 2D joints decide.
         frames = (joints[row, :, :3], lens.to_camera(joints[row, :, :3]))
-        misses = [lens.miss(places, points) for places in frames]
+        misses = [lens.reprojection_error(places, points) for places in frames]
         best = int(np.argmin(misses))
         if np.isfinite(joints[row]).all() and np.isfinite(part[row]).all() and not misses[best] < _AGREEMENT:
             raise UserError(
@@ -137,7 +137,7 @@ def _mmpose(source: Path, path: Path, split: str) -> RowReader:
             keypoints_2d=points,
             keypoints_2d_confidence=part[row, :, 2].clip(0, 1),
             keypoint_names=H36M17,
-            intrinsics=pinhole_about(frames[best], points, lens),
+            intrinsics=fit_pinhole(frames[best], points, lens),
         )
 
     notes = [f"mmpose's {path}: {len(rows)} of its {len(table)} rows are in {split}"]

@@ -21,11 +21,11 @@ from hmdiff.data.readers.boxes import square_of_points
 from hmdiff.data.readers.human36m_frames import EVERY, P2_CAMERA, TEST_SUBJECTS, TRAIN_SUBJECTS
 from hmdiff.data.readers.labels import (
     RowReader,
-    body_if_there,
-    moved_translation,
+    load_body_if_installed,
     naming,
-    root_at_rest,
-    turned_root,
+    rest_pose_root,
+    rotate_root,
+    rotate_translation,
 )
 from hmdiff.data.readers.tables import read_json, stem_name
 from hmdiff.data.record import Record
@@ -76,15 +76,15 @@ class _Subject:
         fits = [path for name in _SMPL_FILES if (path := Path(f"{self.start}_{name}.json")).is_file()]
         self.fits = fits[0] if fits else None
         self.smpl = read_json(fits[0]) if fits else None
-        self._smpl = None if self.smpl is None else body_if_there("smpl", "neutral")
+        self._smpl = None if self.smpl is None else load_body_if_installed("smpl", "neutral")
         self._inverse: dict[int, bool] = {}  # by camera: whether t is the camera's position
 
     def record(self, row: int) -> Record:
         image, item = self.rows[row]
         source = f"{self.path}, annotation {row}"
         x, y, width, height = item["bbox"]
-        where = (str(image["action_idx"]), str(image["subaction_idx"]), str(image["frame_idx"]))
-        action, subaction, frame = where
+        frame_key = (str(image["action_idx"]), str(image["subaction_idx"]), str(image["frame_idx"]))
+        action, subaction, frame = frame_key
         place = f"{self.start}_joint_3d.json, action {action}, subaction {subaction}, frame {frame} (of {source})"
         with naming(place):
             world = np.array(self.joints[action][subaction][frame], np.float64).reshape(17, 3) / _MILLIMETRES
@@ -101,21 +101,21 @@ class _Subject:
         extrinsics = self._extrinsics(image["cam_idx"], camera, world, intrinsics, (x, y, width, height), source)
         joints = world @ extrinsics[:, :3].T + extrinsics[:, 3]
         pixels = joints @ intrinsics.T
-        seen = pixels[:, :2] / pixels[:, 2:]
-        center, side = square_of_points(seen, np.ones(17, bool))
+        projected = pixels[:, :2] / pixels[:, 2:]
+        center, side = square_of_points(projected, np.ones(17, bool))
         return Record(
             name=f"human36m/{stem_name(Path(image['file_name']).name)}",
             center=center,
             side=side,
             source=source,
             image=self.images / str(image["file_name"]).replace("\\", "/"),
-            group=f"S{self.number}_{where[0]}_{where[1]}",
+            group=f"S{self.number}_{frame_key[0]}_{frame_key[1]}",
             joints_3d=joints,
             joint_names=H36M17,
-            keypoints_2d=seen,
+            keypoints_2d=projected,
             keypoint_names=H36M17,
             intrinsics=intrinsics,
-            **self._body(where, extrinsics),
+            **self._body(frame_key, extrinsics),
         )
 
     def _extrinsics(
@@ -128,30 +128,30 @@ class _Subject:
         source: str,
     ) -> np.ndarray:  # (3, 4)
         rotation, t = camera["R"], camera["t"] / _MILLIMETRES
-        both = [np.concatenate([rotation, shift[:, None]], 1) for shift in (t, -rotation @ t)]
+        candidates = [np.concatenate([rotation, shift[:, None]], 1) for shift in (t, -rotation @ t)]
         if number not in self._inverse:
             x, y, width, height = box
-            edges, misses = np.array([[x, y], [x + width, y + height]]), []
-            for extrinsics in both:
+            box_corners, errors = np.array([[x, y], [x + width, y + height]]), []
+            for extrinsics in candidates:
                 pixels = (world @ extrinsics[:, :3].T + extrinsics[:, 3]) @ intrinsics.T
-                seen = pixels[:, :2] / pixels[:, 2:]
-                miss = np.abs(np.stack([seen.min(0), seen.max(0)]) - edges).max()
-                misses.append(miss if (pixels[:, 2] > 0.1).all() else np.inf)
-            if not min(misses) <= max(width, height):
+                projected = pixels[:, :2] / pixels[:, 2:]
+                error = np.abs(np.stack([projected.min(0), projected.max(0)]) - box_corners).max()
+                errors.append(error if (pixels[:, 2] > 0.1).all() else np.inf)
+            if not min(errors) <= max(width, height):
                 raise UserError(
                     f"{source}: camera {number} does not see the joints in their box; {self.start}_camera.json, "
                     f"{self.start}_joint_3d.json and this file are not one set"
                 )
-            self._inverse[number] = bool(misses[1] < misses[0])
-        return both[self._inverse[number]]
+            self._inverse[number] = bool(errors[1] < errors[0])
+        return candidates[self._inverse[number]]
 
-    def _body(self, where: tuple[str, str, str], extrinsics: np.ndarray) -> dict[str, Any]:
+    def _body(self, frame_key: tuple[str, str, str], extrinsics: np.ndarray) -> dict[str, Any]:
         """Fitted pose and shape, if present; the translation needs SMPL's file, for the root joint of the rest pose."""
         if self.smpl is None:
             return {}
-        with naming(f"{self.fits}, action {where[0]}, subaction {where[1]}, frame {where[2]}"):
+        with naming(f"{self.fits}, action {frame_key[0]}, subaction {frame_key[1]}, frame {frame_key[2]}"):
             try:
-                fit = self.smpl[where[0]][where[1]][where[2]]
+                fit = self.smpl[frame_key[0]][frame_key[1]][frame_key[2]]
             except KeyError:
                 return {}
             return self._labels(fit, extrinsics)
@@ -160,9 +160,9 @@ class _Subject:
         pose, betas = np.array(fit["pose"], np.float64).reshape(-1, 3), np.array(fit["shape"], np.float64).reshape(-1)
         if not (np.isfinite(pose).all() and np.isfinite(betas).all()):
             raise ValueError("pose or shape is not finite")
-        labels: dict[str, Any] = {"pose": turned_root(pose[:24], extrinsics[:, :3]), "betas": betas[:10]}
+        labels: dict[str, Any] = {"pose": rotate_root(pose[:24], extrinsics[:, :3]), "betas": betas[:10]}
         if "trans" in fit:
             trans = np.array(fit["trans"], np.float64).reshape(3)
             if self._smpl is not None:
-                labels["translation"] = moved_translation(trans, root_at_rest(self._smpl, betas), extrinsics)
+                labels["translation"] = rotate_translation(trans, rest_pose_root(self._smpl, betas), extrinsics)
         return labels

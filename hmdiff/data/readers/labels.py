@@ -52,7 +52,7 @@ class RowReader:
             yield record
 
 
-def turned_root(
+def rotate_root(
     pose: np.ndarray,  # (J, 3) axis-angle
     rotation: np.ndarray,  # (3, 3)
 ) -> np.ndarray:  # (J, 3)
@@ -65,16 +65,16 @@ def turned_root(
     return turned
 
 
-def moved_translation(
+def rotate_translation(
     translation: np.ndarray,  # (3,) of the body model, in the world
     root: np.ndarray,  # (3,) the root joint of the shaped body at rest
     extrinsics: np.ndarray,  # (>= 3, 4) world to camera
 ) -> np.ndarray:  # (3,)
-    """The translation matching `turned_root`: a body model turns about its root joint, not about the origin."""
+    """The translation matching `rotate_root`: a body model turns about its root joint, not about the origin."""
     return extrinsics[:3, :3] @ (root + translation) + extrinsics[:3, 3] - root
 
 
-def body_if_there(kind: str, gender: str) -> Body | None:
+def load_body_if_installed(kind: str, gender: str) -> Body | None:
     """A licensed body, or None if its file is not installed: readers need only its root joint in the rest pose."""
     try:
         return load_body(kind, gender)
@@ -82,7 +82,7 @@ def body_if_there(kind: str, gender: str) -> Body | None:
         return None
 
 
-def root_at_rest(
+def rest_pose_root(
     body: Body,
     betas: np.ndarray,  # (B,); those beyond the body's number are dropped
 ) -> np.ndarray:  # (3,) metres
@@ -92,7 +92,7 @@ def root_at_rest(
     return body.joint_template[0].double().numpy() + shift[:, :count] @ betas[:count]
 
 
-def plain_text(value: object) -> str:
+def first_text(value: object) -> str:
     """Text from a string, bytes, or a numpy array of one of them."""
     while isinstance(value, list | tuple) and value:  # not by numpy, which pads each text to the longest
         value = value[0]
@@ -100,13 +100,13 @@ def plain_text(value: object) -> str:
     return item.decode("latin1") if isinstance(item, bytes) else str(item)
 
 
-def gender_word(value: object) -> str:
+def parse_gender(value: object) -> str:
     """neutral, male or female from any spelling; other words unchanged, for `Record.check` to report."""
-    text = plain_text(value)
+    text = first_text(value)
     return _GENDERS.get(text[:1].lower(), text)
 
 
-def merged_points(
+def merge_keypoints(
     *sources: tuple[np.ndarray, Sequence[str]],  # points (J, D + 1) with confidence, and names; best source first
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:  # (P, D), confidence (P,) 0..1, P names
     """Merge points of several joint sets by name; of duplicates, the first source that has it labelled counts."""

@@ -31,14 +31,14 @@ class Lens:
         self,
         points: np.ndarray,  # (P, 3) metres, camera frame
     ) -> np.ndarray:  # (P, 2) pixels
-        plane = points[:, :2] / points[:, 2:]
-        squared = (plane * plane).sum(1)
-        radial = 1 + sum(k * squared ** (power + 1) for power, k in enumerate(self.radial))
-        tangential = 2 * plane @ self.tangential[::-1]
-        bent = plane * (radial + tangential)[:, None] + squared[:, None] * self.tangential[::-1]
-        return bent * self.focal + self.principal
+        normalized = points[:, :2] / points[:, 2:]
+        r_squared = (normalized * normalized).sum(1)
+        radial = 1 + sum(k * r_squared ** (power + 1) for power, k in enumerate(self.radial))
+        tangential = 2 * normalized @ self.tangential[::-1]
+        distorted = normalized * (radial + tangential)[:, None] + r_squared[:, None] * self.tangential[::-1]
+        return distorted * self.focal + self.principal
 
-    def miss(
+    def reprojection_error(
         self,
         points: np.ndarray,  # (P, 3) metres, camera frame
         target: np.ndarray,  # (P, 2) pixels
@@ -49,7 +49,7 @@ class Lens:
         return float(np.median(np.linalg.norm(self.project(points) - target, axis=1)))
 
 
-def pinhole_about(
+def fit_pinhole(
     points: np.ndarray,  # (P, 3) metres, camera frame
     pixels: np.ndarray,  # (P, 2) their distorted projections
     lens: Lens,

@@ -13,7 +13,7 @@ import numpy as np
 
 from hmdiff.body.skeletons import OPENPOSE25, SPIN24
 from hmdiff.data.readers.boxes import PIXELS_PER_SCALE
-from hmdiff.data.readers.labels import RowReader, gender_word, merged_points
+from hmdiff.data.readers.labels import RowReader, merge_keypoints, parse_gender
 from hmdiff.data.readers.tables import Table, label_files, stem_name
 from hmdiff.data.record import Record
 
@@ -40,7 +40,7 @@ class SpinTable:
         return self.pose[row].reshape(24, 3), self.shape[row]
 
     def person(self, row: int) -> str:
-        return "neutral" if self.gender is None else gender_word(self.gender[row])
+        return "neutral" if self.gender is None else parse_gender(self.gender[row])
 
     def side(self, row: int) -> float:
         return float(self.scale[row]) * PIXELS_PER_SCALE
@@ -60,7 +60,7 @@ def read(source: Path, split: str) -> RowReader:
             for points, names in ((data.part, SPIN24), (data.openpose, OPENPOSE25))
             if points is not None
         ]
-        points, confidence, names = merged_points(*sets) if sets else (None, None, ())
+        points, confidence, names = merge_keypoints(*sets) if sets else (None, None, ())
         joints = None if data.joints is None else data.joints[row]
         return Record(
             name=f"{name}/{stem_name(data.table.names[row])}/{row}",

@@ -18,7 +18,7 @@ import numpy as np
 
 from hmdiff.body.skeletons import SMPL24
 from hmdiff.data.readers.boxes import square_of_box
-from hmdiff.data.readers.labels import RowReader, turned_root
+from hmdiff.data.readers.labels import RowReader, rotate_root
 from hmdiff.data.readers.tables import read_json, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
@@ -66,11 +66,16 @@ def _record(path: Path, folder: Path, key: str, entry: dict[str, Any]) -> Record
     scale, camera, intrinsics = float(labels["scale"]), labels["extri"], labels["intri"]
     if not scale > 0:
         raise UserError(f"{source}: scale {scale}, more than 0 was expected")
-    given, seen = labels["smpl_joints_3d"], labels["smpl_joints_2d"]
-    joints = min((given, given @ camera[:3, :3].T + camera[:3, 3]), key=lambda points: _miss(points, intrinsics, seen))
-    if (miss := _miss(joints, intrinsics, seen)) > _AGREEMENT and all(np.isfinite(v).all() for v in labels.values()):
+    raw_joints, keypoints = labels["smpl_joints_3d"], labels["smpl_joints_2d"]
+    joints = min(
+        (raw_joints, raw_joints @ camera[:3, :3].T + camera[:3, 3]),
+        key=lambda points: _reprojection_error(points, intrinsics, keypoints),
+    )
+    if (distance := _reprojection_error(joints, intrinsics, keypoints)) > _AGREEMENT and all(
+        np.isfinite(v).all() for v in labels.values()
+    ):
         raise UserError(
-            f"{source}: its 3D joints are {miss:.1f} pixels from its 2D ones, within {_AGREEMENT:g} was expected"
+            f"{source}: its 3D joints are {distance:.1f} pixels from its 2D ones, within {_AGREEMENT:g} was expected"
         )
     center, side = square_of_box(*labels["bbox"].ravel())
     return Record(
@@ -80,22 +85,22 @@ def _record(path: Path, folder: Path, key: str, entry: dict[str, Any]) -> Record
         source=source,
         image=folder / image,
         group=folder.name,
-        pose=turned_root(labels["pose"], camera[:3, :3]),
+        pose=rotate_root(labels["pose"], camera[:3, :3]),
         betas=labels["betas"],
         translation=_translation(joints[0], scale, camera, labels["trans"]),
         joints_3d=joints / scale,
         joint_names=SMPL24,
-        keypoints_2d=seen,
+        keypoints_2d=keypoints,
         keypoint_names=SMPL24,
         intrinsics=intrinsics,
     )
 
 
-def _miss(points: np.ndarray, intrinsics: np.ndarray, pixels: np.ndarray) -> float:
+def _reprojection_error(points: np.ndarray, intrinsics: np.ndarray, pixels: np.ndarray) -> float:
     if not (points[:, 2] > 0).all():
         return float("inf")
-    seen = points @ intrinsics.T
-    return float(np.median(np.linalg.norm(seen[:, :2] / seen[:, 2:] - pixels, axis=1)))
+    projected = points @ intrinsics.T
+    return float(np.median(np.linalg.norm(projected[:, :2] / projected[:, 2:] - pixels, axis=1)))
 
 
 def _translation(pelvis: np.ndarray, scale: float, camera: np.ndarray, trans: np.ndarray) -> np.ndarray | None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from hmdiff.body.skeletons import OPENPOSE18, SMPL24
 from hmdiff.data.readers.boxes import square_of_points
-from hmdiff.data.readers.labels import RowReader, gender_word, moved_translation, naming, plain_text, turned_root
+from hmdiff.data.readers.labels import RowReader, first_text, naming, parse_gender, rotate_root, rotate_translation
 from hmdiff.data.readers.splits import SPLITS_OF, has_frame, has_sequence
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
@@ -111,11 +111,11 @@ def _load(path: Path, source: Path) -> _Sequence:
                 arrays["root"] = np.median(root[valid], 0)
         people.append(arrays)
     with naming(f"{path}, sequence"):
-        name = plain_text(data.get("sequence", path.stem))
+        name = first_text(data.get("sequence", path.stem))
     genders = []
     for person in range(count):
         with naming(f"{path}, genders of person {person}"):
-            genders.append(gender_word(data["genders"][person]))
+            genders.append(parse_gender(data["genders"][person]))
     return _Sequence(path, name, source / "imageFiles" / name, people, genders, cameras, intrinsics)
 
 
@@ -146,7 +146,7 @@ def _record(sequence: _Sequence, person: int, frame: int) -> Record:
     if "jointPositions" in arrays:
         joints = arrays["jointPositions"][frame].reshape(24, 3) @ camera[:3, :3].T + camera[:3, 3]
     if "root" in arrays:
-        translation = moved_translation(arrays["trans"][frame], arrays["root"], camera)
+        translation = rotate_translation(arrays["trans"][frame], arrays["root"], camera)
     return Record(
         name=f"3dpw/{sequence.name}/{frame:05d}/{person}",
         center=center,
@@ -155,7 +155,7 @@ def _record(sequence: _Sequence, person: int, frame: int) -> Record:
         image=sequence.images / f"image_{frame:05d}.jpg",
         group=sequence.name,
         gender=sequence.genders[person],
-        pose=turned_root(arrays["poses"][frame].reshape(24, 3), camera[:3, :3]),
+        pose=rotate_root(arrays["poses"][frame].reshape(24, 3), camera[:3, :3]),
         betas=arrays["betas"],
         translation=translation,
         joints_3d=joints,

@@ -18,11 +18,11 @@ from torch import Tensor
 from hmdiff.body.skeletons import SMPL24
 from hmdiff.data.synthetic.backgrounds import random_backgrounds
 from hmdiff.data.synthetic.camera_effects import camera_effects
-from hmdiff.data.synthetic.draws import Generators, any_colour, gaussian, hsv_to_rgb, paint_occluder, uniform
+from hmdiff.data.synthetic.draws import Generators, gaussian, hsv_to_rgb, occluder_texture, random_colours, uniform
 from hmdiff.viz.renderer import Fragments, Lights, rasterize, shade, silhouette
 
 
-class Wardrobe:
+class Clothing:
     """Dresses a body. What a garment may cover is computed once, from the template and its skinning weights."""
 
     def __init__(
@@ -33,12 +33,12 @@ class Wardrobe:
     ):
         device = template.device
         names = [name.removeprefix("left_").removeprefix("right_") for name in joint_names]
-        owner = lbs_weights.argmax(-1)
+        dominant_joint = lbs_weights.argmax(-1)
 
-        def part(*wanted: str) -> Tensor:  # (V,) bool
-            return torch.tensor([name in wanted for name in names], device=device)[owner]
+        def vertices_of(*wanted: str) -> Tensor:  # (V,) bool
+            return torch.tensor([name in wanted for name in names], device=device)[dominant_joint]
 
-        def along(mask: Tensor, axis: int, absolute: bool = False) -> Tensor:  # (V,) 0..1 over the part
+        def position_along(mask: Tensor, axis: int, absolute: bool = False) -> Tensor:  # (V,) 0..1 over the part
             value = template[:, axis].abs() if absolute else template[:, axis]
             if not mask.any():
                 return torch.zeros_like(value)
@@ -46,18 +46,20 @@ class Wardrobe:
             return ((value - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
 
         self.template = template
-        self.head = part("head", "neck")
-        self.torso = part("spine1", "spine2", "spine3", "collar")
-        self.hips = part("pelvis", "hip")  # the `hip` joint moves the thigh
-        self.shins = part("knee")
-        self.arms = part("shoulder", "elbow")
-        self.feet = part("ankle", "foot")
-        self.hands = part("wrist", "hand")
-        legs = part("hip", "knee")
-        self.down_leg = 1 - along(legs | part("pelvis"), 1)  # 0 at the waist, 1 at the ankle
-        self.down_arm = along(self.arms, 0, absolute=True)  # 0 at the shoulder, 1 at the wrist (a T- or A-pose)
-        self.up_head = along(part("head"), 1) * part("head")
-        self.front_head = along(part("head"), 2)
+        self.head = vertices_of("head", "neck")
+        self.torso = vertices_of("spine1", "spine2", "spine3", "collar")
+        self.hips = vertices_of("pelvis", "hip")  # the `hip` joint moves the thigh
+        self.shins = vertices_of("knee")
+        self.arms = vertices_of("shoulder", "elbow")
+        self.feet = vertices_of("ankle", "foot")
+        self.hands = vertices_of("wrist", "hand")
+        legs = vertices_of("hip", "knee")
+        self.down_leg = 1 - position_along(legs | vertices_of("pelvis"), 1)  # 0 at the waist, 1 at the ankle
+        self.down_arm = position_along(
+            self.arms, 0, absolute=True
+        )  # 0 at the shoulder, 1 at the wrist (a T- or A-pose)
+        self.up_head = position_along(vertices_of("head"), 1) * vertices_of("head")
+        self.front_head = position_along(vertices_of("head"), 2)
         self.legs = legs
 
     def colours(
@@ -102,7 +104,7 @@ class Wardrobe:
     def _cloth(self, generator: Generators, count: int) -> Tensor:  # (B, V, 3)
         """Two colours mixed by stripes, checks, blotches or nothing; the pattern is defined on the canonical body."""
         device = self.template.device
-        first, second = any_colour(generator, count, 2, device=device).unbind(1)
+        first, second = random_colours(generator, count, 2, device=device).unbind(1)
         kind = uniform(generator, count, 1, device=device)
         choice = uniform(generator, count, 4, device=device)
         period = 0.04 + 0.14 * choice[:, :1]  # metres; finer would alias on the vertices
@@ -137,7 +139,7 @@ def random_lights(
 
 
 @dataclasses.dataclass(frozen=True)
-class Photo:
+class RenderedPhoto:
     """A synthetic photo with its labels."""
 
     image: Tensor  # (B, 3, H, W) RGB 0..1
@@ -146,9 +148,9 @@ class Photo:
     fragments: Fragments
 
 
-def compose_rgb(
+def render_photo(
     generator: Generators,
-    wardrobe: Wardrobe,
+    clothing: Clothing,
     vertices: Tensor,  # (B, V, 3) metres, camera frame (absolute)
     faces: Tensor,  # (F, 3)
     focal: Tensor,  # (B,) crop half-sides
@@ -158,7 +160,7 @@ def compose_rgb(
     strength: float = 1.0,  # of the camera effects
     fragments: Fragments | None = None,  # from `rasterize` at the same size, if already computed
     cull: bool = True,  # back-face culling; the body is closed
-) -> Photo:
+) -> RenderedPhoto:
     """Render a dressed, lit person before a background, behind an occluder, with camera effects."""
     height, width = (size, size) if isinstance(size, int) else size
     count, device = len(vertices), vertices.device
@@ -170,14 +172,14 @@ def compose_rgb(
         faces,
         focal,
         principal_point,
-        wardrobe.colours(generator, count),
+        clothing.colours(generator, count),
         random_lights(generator, count, device),
         random_backgrounds(generator, count, (height, width), device),
     )
     person = silhouette(fragments)
     occlusion = torch.zeros_like(person, dtype=torch.bool)
     if occluder is not None:
-        colour = paint_occluder(generator, torch.zeros_like(occluder, dtype=torch.long), 1)
+        colour = occluder_texture(generator, torch.zeros_like(occluder, dtype=torch.long), 1)
         image = image + occluder[:, None] * (colour - image)
         occlusion = occluder > 0.5
-    return Photo(camera_effects(generator, image, strength), person, occlusion, fragments)
+    return RenderedPhoto(camera_effects(generator, image, strength), person, occlusion, fragments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hmdiff.data.synthetic.draws import Generators, any_colour, grid, noise, uniform
+from hmdiff.data.synthetic.draws import Generators, grid, noise, random_colours, uniform
 
 
 def random_backgrounds(
@@ -21,7 +21,7 @@ def random_backgrounds(
     height, width = size
     x, y = grid(height, width, device)
     kind = uniform(generator, count, device=device)[:, None, None, None]
-    colours = any_colour(generator, count, 4, device=device)[..., None, None]  # (B, 4, 3, 1, 1)
+    colours = random_colours(generator, count, 4, device=device)[..., None, None]  # (B, 4, 3, 1, 1)
     smooth = noise(generator, count, height, width, device)
     raw = uniform(generator, count, 8, device=device)[:, :, None, None]
 
@@ -47,7 +47,7 @@ def random_backgrounds(
     # Objects: rectangles and ellipses on most backgrounds.
     things = 6
     place = uniform(generator, count, things, 6, device=device)[..., None, None]
-    tint = any_colour(generator, count, things, device=device)[..., None, None]
+    tint = random_colours(generator, count, things, device=device)[..., None, None]
     busy = uniform(generator, count, things, device=device)[..., None, None]
     for thing in range(things):
         centre_x, centre_y, half_x, half_y, round_, turn = place[:, thing].unbind(1)

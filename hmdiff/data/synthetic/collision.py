@@ -69,8 +69,8 @@ _POINTS: dict[str, tuple[str, tuple[float, float, float]]] = {
     },
 }
 _NAMES = (*SMPL24, *_POINTS)
-_CARRIER = [SMPL24.index(joint) for joint, _ in _POINTS.values()]
-_CARRIED = torch.tensor([offset for _, offset in _POINTS.values()])
+_POINT_JOINTS = [SMPL24.index(joint) for joint, _ in _POINTS.values()]
+_POINT_OFFSETS = torch.tensor([offset for _, offset in _POINTS.values()])
 
 # Capsules: name -> (end, end, radius).
 _CAPSULES: dict[str, tuple[str, str, float]] = {
@@ -123,7 +123,7 @@ _FIRST = torch.tensor([_ORDER[a] for a, _ in _PAIRS])
 _SECOND = torch.tensor([_ORDER[b] for _, b in _PAIRS])
 _ENDS = torch.tensor([[_NAMES.index(a), _NAMES.index(b)] for a, b, _ in _CAPSULES.values()])
 _RADII = torch.tensor([radius for *_, radius in _CAPSULES.values()])
-_REACH = _RADII[_FIRST] + _RADII[_SECOND]
+_CONTACT_DISTANCE = _RADII[_FIRST] + _RADII[_SECOND]
 SLACK = 0.015  # metres: tolerated penetration, as skin and cloth are soft
 
 # Joints by depth, so that forward kinematics take one matrix product per level instead of one per joint.
@@ -134,24 +134,24 @@ _BY_DEPTH = [[joint for joint in range(24) if _DEPTH[joint] == depth] for depth 
 _LEVELS = [  # joints of each depth, and their parents' rows in the depth above
     (level, [above.index(SMPL24_PARENTS[joint]) for joint in level]) for above, level in itertools.pairwise(_BY_DEPTH)
 ]
-_ORDERED = [joint for level in _BY_DEPTH for joint in level]
-_BACK = [_ORDERED.index(joint) for joint in range(24)]
+_DEPTH_ORDER = [joint for level in _BY_DEPTH for joint in level]
+_FROM_DEPTH_ORDER = [_DEPTH_ORDER.index(joint) for joint in range(24)]
 
 
-def joints_of_pose(
+def forward_kinematics(
     rotations: Tensor,  # (N, 24, 3, 3) local rotations
     offsets: Tensor = OFFSETS,  # (24, 3) metres
 ) -> tuple[Tensor, Tensor]:  # joints (N, 24, 3) metres, pelvis at 0; world rotations (N, 24, 3, 3)
     """Forward kinematics of the 24 joints."""
     # (R | offset) of each joint, so that one product a level transforms both.
     local = torch.cat([rotations, offsets.to(rotations)[:, :, None].expand(len(rotations), -1, -1, -1)], -1)
-    placed = [F.pad(rotations[:, :1], (0, 1))]
+    transforms = [F.pad(rotations[:, :1], (0, 1))]
     for level, parents in _LEVELS:
-        above = placed[-1][:, parents]
-        below = above[..., :3] @ local[:, level]
-        below[..., 3] += above[..., 3]
-        placed.append(below)
-    world = torch.cat(placed, 1)[:, _BACK]
+        parent = transforms[-1][:, parents]
+        child = parent[..., :3] @ local[:, level]
+        child[..., 3] += parent[..., 3]
+        transforms.append(child)
+    world = torch.cat(transforms, 1)[:, _FROM_DEPTH_ORDER]
     return world[..., 3], world[..., :3]
 
 
@@ -175,12 +175,12 @@ def capsule_penetration(
     rotations: Tensor,  # (N, 24, 3, 3) local rotations; the root's does not matter
 ) -> Tensor:  # (N,) metres
     """Penetration depth summed over capsule pairs; 0 for a collision-free pose."""
-    joints, world = joints_of_pose(rotations)
-    carried = joints[:, _CARRIER] + (world[:, _CARRIER] @ _CARRIED.to(rotations)[..., None])[..., 0]
-    ends = torch.cat([joints, carried], 1)[:, _ENDS.to(rotations.device)]  # (N, C, 2, 3)
+    joints, world = forward_kinematics(rotations)
+    points = joints[:, _POINT_JOINTS] + (world[:, _POINT_JOINTS] @ _POINT_OFFSETS.to(rotations)[..., None])[..., 0]
+    ends = torch.cat([joints, points], 1)[:, _ENDS.to(rotations.device)]  # (N, C, 2, 3)
     a, b = ends[:, _FIRST.to(ends.device)], ends[:, _SECOND.to(ends.device)]
     distance = segment_distance(a[:, :, 0], a[:, :, 1], b[:, :, 0], b[:, :, 1])
-    return (_REACH.to(rotations) - SLACK - distance).clamp_min(0).sum(-1)
+    return (_CONTACT_DISTANCE.to(rotations) - SLACK - distance).clamp_min(0).sum(-1)
 
 
 ROUNDS = 3  # a quarter of the first samples collide, and a fiftieth after these rounds
@@ -197,7 +197,7 @@ def penalty(
     return capsule_penetration(rotations) + torch.where(reach < 1e-4, torch.zeros_like(reach), reach)
 
 
-def least_blocked(
+def sample_least_penalised(
     draw: Callable[[int, Tensor | None], Tensor],  # (number, slots; None: all in order) -> angles
     count: int,
     score: Callable[[Tensor], Tensor] | None = None,  # of rotations, lower is better; None: `penalty`
@@ -211,12 +211,12 @@ def least_blocked(
     score = score or penalty
     poses = angles_to_rotations(clamp_angles(draw(count, None)))
     cost = score(poses)
-    again = math.ceil(share * count)
+    num_resampled = math.ceil(share * count)
     for _ in range(rounds - 1):
-        slots = cost.topk(again).indices
-        fresh = angles_to_rotations(clamp_angles(draw(again, slots)))
-        fresh_cost = score(fresh)
-        better = fresh_cost < cost[slots]
-        poses[slots] = torch.where(better[:, None, None, None], fresh, poses[slots])
-        cost[slots] = torch.minimum(fresh_cost, cost[slots])
+        slots = cost.topk(num_resampled).indices
+        candidates = angles_to_rotations(clamp_angles(draw(num_resampled, slots)))
+        candidate_cost = score(candidates)
+        better = candidate_cost < cost[slots]
+        poses[slots] = torch.where(better[:, None, None, None], candidates, poses[slots])
+        cost[slots] = torch.minimum(candidate_cost, cost[slots])
     return poses

@@ -65,7 +65,7 @@ def estimate_heatmaps(
 ) -> tuple[Tensor, Tensor]:  # heatmaps (n, J, 64, 64), valid (n, J) bool
     """The peaks of `estimate_peaks`, drawn as heatmaps."""
     peaks, confidence, valid = estimate_peaks(points, visible, face_visible, faults, generator)
-    heatmaps = two_peaks(peaks[..., :2], peaks[..., 2], peaks[..., 0, 3])
+    heatmaps = two_gaussians(peaks[..., :2], peaks[..., 2], peaks[..., 0, 3])
     heatmaps = heatmaps * (confidence / heatmaps.amax((-2, -1)).clamp_min(1e-6))[..., None, None]
     return heatmaps * valid[..., None, None], valid
 
@@ -95,27 +95,27 @@ def estimate_peaks(
     level = torch.where(exact, 0.3 * level, level)
     level = level * torch.where(_HIPS.to(device), 1.8, 1.0) * torch.where(visible & face_visible, 1.0, 2.5)
     # Heavy tails: a few joints are far off.
-    heavy = torch.where(uniform(n, joints) < 0.04, 3.0, 1.0)
-    first = points + (level * torch.where(exact, 1.0, heavy))[..., None] * normal(n, joints, 2)
+    tail = torch.where(uniform(n, joints) < 0.04, 3.0, 1.0)
+    main = points + (level * torch.where(exact, 1.0, tail))[..., None] * normal(n, joints, 2)
 
-    second, share = first, torch.zeros(n, joints, device=device)
+    other, relative_height = main, torch.zeros(n, joints, device=device)
     has_second = (uniform(n, joints) < faults.second_peak) & ~exact
-    elsewhere = torch.where(
-        (uniform(n, joints) < 0.5)[..., None], first[:, _MIRROR.to(device)], first + 0.25 * normal(n, joints, 2)
+    second_position = torch.where(
+        (uniform(n, joints) < 0.5)[..., None], main[:, _MIRROR.to(device)], main + 0.25 * normal(n, joints, 2)
     )
-    second = torch.where(has_second[..., None], elsewhere, second)
-    share = torch.where(has_second, 0.2 + 0.8 * uniform(n, joints), share)
+    other = torch.where(has_second[..., None], second_position, other)
+    relative_height = torch.where(has_second, 0.2 + 0.8 * uniform(n, joints), relative_height)
 
     # Left-right confusion of arms, legs or both: swapped, or as two peaks.
     kind = uniform(n, 1)
     arms, legs = _ARMS.to(device), _LEGS.to(device)
-    limb = torch.where(kind < 0.4, legs, torch.where(kind < 0.7, arms, arms | legs))
-    swapped = (uniform(n, 1) < faults.swap) & ~exact & limb
-    doubled = uniform(n, 1) < 0.5
-    mirrored = first[:, _MIRROR.to(device)]
-    second = torch.where((swapped & doubled)[..., None], mirrored, second)
-    share = torch.where(swapped & doubled, 0.5 + uniform(n, joints), share)
-    first = torch.where((swapped & ~doubled)[..., None], mirrored, first)
+    swapped_limb = torch.where(kind < 0.4, legs, torch.where(kind < 0.7, arms, arms | legs))
+    is_swapped = (uniform(n, 1) < faults.swap) & ~exact & swapped_limb
+    as_two_peaks = uniform(n, 1) < 0.5
+    mirrored = main[:, _MIRROR.to(device)]
+    other = torch.where((is_swapped & as_two_peaks)[..., None], mirrored, other)
+    relative_height = torch.where(is_swapped & as_two_peaks, 0.5 + uniform(n, joints), relative_height)
+    main = torch.where((is_swapped & ~as_two_peaks)[..., None], mirrored, main)
 
     confidence = (1 - 0.15 * normal(n, joints).abs()).clamp(0.3, 1)
     confidence = confidence * torch.where(visible & face_visible, 1.0, 0.25 + 0.6 * uniform(n, joints))
@@ -123,30 +123,35 @@ def estimate_peaks(
     missing = uniform(n, joints) < torch.where(exact, 0.0, torch.tensor(faults.missing, device=device))
     missing |= (uniform(n, joints) < faults.missing_hidden) & ~visible
     missing |= (uniform(n, joints) < 0.75) & ~face_visible
-    missing |= (first.abs() > 1.0).any(-1)  # an estimator does not see outside the crop
+    missing |= (main.abs() > 1.0).any(-1)  # an estimator does not see outside the crop
     confidence = torch.where(missing, 0.0, confidence)
 
     sources = _WIDE_SOURCES if faults.few_joints else _SOURCES
-    source = torch.multinomial(torch.tensor([rate for _, rate in sources]), n, replacement=True, generator=generator)
-    table = torch.tensor([[name in names for name in _NAMES] for names, _ in sources])
-    valid = table[source].to(device) | faults.all_joints
+    source = torch.multinomial(
+        torch.tensor([frequency for _, frequency in sources]), n, replacement=True, generator=generator
+    )
+    joint_in_source = torch.tensor([[name in names for name in _NAMES] for names, _ in sources])
+    valid = joint_in_source[source].to(device) | faults.all_joints
 
     width = faults.narrowest + (faults.widest - faults.narrowest) * uniform(n, 1)
     sigma = width * (0.1 * normal(n, joints)).exp()
     if faults.hidden > 0:  # drawn last, so that without guesses the random numbers are unchanged
-        unsure = faults.hidden * (0.3 * normal(n, joints)).exp()
-        guessed = ~visible & ~exact
-        wide = (uniform(n, 1) < 0.5) & guessed
-        guess = points + unsure[..., None] * normal(n, joints, 2)
-        first, second = (torch.where(guessed[..., None], guess, place) for place in (first, second))
-        confidence = torch.where(guessed & (guess.abs() > 1.0).any(-1), 0.0, confidence)
-        broad = (sigma**2 + (unsure * (HEATMAP_SIZE / 2)) ** 2).sqrt()
+        hidden_std = faults.hidden * (0.3 * normal(n, joints)).exp()
+        is_guess = ~visible & ~exact
+        is_wide = (uniform(n, 1) < 0.5) & is_guess
+        guess_position = points + hidden_std[..., None] * normal(n, joints, 2)
+        main, other = (torch.where(is_guess[..., None], guess_position, position) for position in (main, other))
+        confidence = torch.where(is_guess & (guess_position.abs() > 1.0).any(-1), 0.0, confidence)
+        wide_sigma = (sigma**2 + (hidden_std * (HEATMAP_SIZE / 2)) ** 2).sqrt()
         # The mass is kept, so the peak sinks.
-        confidence = confidence * torch.where(wide, (sigma / broad) ** 2, 1.0)
-        sigma = torch.where(wide, broad, sigma)
-    places, heights = torch.stack([first, second], 2), torch.stack([torch.ones_like(share), share], 2)
+        confidence = confidence * torch.where(is_wide, (sigma / wide_sigma) ** 2, 1.0)
+        sigma = torch.where(is_wide, wide_sigma, sigma)
+    positions, heights = (
+        torch.stack([main, other], 2),
+        torch.stack([torch.ones_like(relative_height), relative_height], 2),
+    )
     widths = sigma[..., None].expand_as(heights)
-    return torch.cat([places, heights[..., None], widths[..., None]], -1), confidence * valid, valid
+    return torch.cat([positions, heights[..., None], widths[..., None]], -1), confidence * valid, valid
 
 
 def scaled_peaks(
@@ -155,22 +160,22 @@ def scaled_peaks(
 ) -> Tensor:  # (n, J, 2, 4) x, y (crop), height, sigma (heatmap pixels)
     """The peaks with their heights in the heatmap, whose maximum is the confidence."""
     x, y, height, sigma = peaks.unbind(-1)
-    pixels = HEATMAP_SIZE / 2
-    distance = ((x[..., 0] - x[..., 1]).square() + (y[..., 0] - y[..., 1]).square()) * pixels**2
+    half_size = HEATMAP_SIZE / 2
+    distance = ((x[..., 0] - x[..., 1]).square() + (y[..., 0] - y[..., 1]).square()) * half_size**2
     # The maximum of the sum lies close to one of the two peaks: exactly there if they are far apart or coincide.
     overlap = torch.exp(-0.5 * distance / sigma[..., 0].square())[..., None]
-    highest = (height + height.flip(-1) * overlap).amax(-1, keepdim=True)
-    height = height * confidence[..., None] / highest.clamp_min(1e-6)
+    maximum = (height + height.flip(-1) * overlap).amax(-1, keepdim=True)
+    height = height * confidence[..., None] / maximum.clamp_min(1e-6)
     return torch.stack([x, y, height, sigma], -1)
 
 
-def two_peaks(
+def two_gaussians(
     points: Tensor,  # (n, J, 2, 2) positions of two peaks, crop coordinates
-    share: Tensor,  # (n, J, 2) their heights
+    height: Tensor,  # (n, J, 2) their heights
     sigma: Tensor,  # (n, J) heatmap pixels
 ) -> Tensor:  # (n, J, 64, 64)
     """The sum of two Gaussians, as one small matrix product per joint."""
     coordinates = (torch.arange(HEATMAP_SIZE, device=points.device) + 0.5) * (2 / HEATMAP_SIZE) - 1
     width = (sigma * (2 / HEATMAP_SIZE))[..., None, None, None]
-    waves = torch.exp(-0.5 * ((coordinates - points[..., None]) / width) ** 2)  # (n, J, 2 peaks, xy, 64)
-    return (waves[..., 1, :] * share[..., None]).transpose(-1, -2) @ waves[..., 0, :]
+    profiles = torch.exp(-0.5 * ((coordinates - points[..., None]) / width) ** 2)  # (n, J, 2 peaks, xy, 64)
+    return (profiles[..., 1, :] * height[..., None]).transpose(-1, -2) @ profiles[..., 0, :]

@@ -44,7 +44,7 @@ class Cutouts:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def sampled(
+    def sample(
         self,
         index: Tensor,  # (n,) cut-out, 0 .. M - 1
         points: Tensor,  # (n, P, 2) coordinates in the cut-out, -1..1 over the square

@@ -29,7 +29,7 @@ def estimate_depth(
         return depth
     n, size = depth.shape[:2]
     device = depth.device
-    draw = uniform(generator, n, 8, device=device)
+    random = uniform(generator, n, 8, device=device)
     smooth = gaussian(generator, n, 3, 4, 4, device=device)
     fine = gaussian(generator, n, 2, 8, 8, device=device)
     grain = gaussian(generator, n, size, size, device=device)
@@ -38,39 +38,41 @@ def estimate_depth(
     known = depth.isfinite()
     values = torch.where(known, depth, 0.0)
     count = known.flatten(1).sum(1).clamp_min(1)[:, None, None]
-    turned = (draw[:, 0] < faults.disparity)[:, None, None] & known
-    values = torch.where(turned, -1 / torch.where(turned, values, 1.0), values)
+    inverted = (random[:, 0] < faults.disparity)[:, None, None] & known
+    values = torch.where(inverted, -1 / torch.where(inverted, values, 1.0), values)
     # Relative to the map's mean and spread, so that corruptions are the same in depth and in disparity.
     mean = values.sum((1, 2), keepdim=True) / count
     values = torch.where(known, values - mean, 0.0)
     spread = (values.square().sum((1, 2), keepdim=True) / count).sqrt()
-    bent = F.interpolate(smooth[:, :1], (size, size), mode="bicubic", align_corners=False)[:, 0]
-    values = values + faults.bend * spread * bent
+    bending = F.interpolate(smooth[:, :1], (size, size), mode="bicubic", align_corners=False)[:, 0]
+    values = values + faults.bend * spread * bending
 
     # A smooth displacement field: where depth is discontinuous, the edge moves.
     x, y = grid(size, size, device)
     shift = 0.5 * F.interpolate(smooth[:, 1:], (size, size), mode="bicubic", align_corners=False)
     shift = faults.edges * (shift + 0.9 * F.interpolate(fine, (size, size), mode="bicubic", align_corners=False))
-    places = torch.stack([x + shift[:, 0], y + shift[:, 1]], -1)
+    positions = torch.stack([x + shift[:, 0], y + shift[:, 1]], -1)
     layers = torch.stack([torch.where(known, values, 0.0), known.to(values.dtype)], 1)
-    layers = F.grid_sample(layers, places, padding_mode="border", align_corners=False)
-    layers = _blurred(layers, faults.blur * draw[:, 1] * (size / 2))
+    layers = F.grid_sample(layers, positions, padding_mode="border", align_corners=False)
+    layers = _blurred(layers, faults.blur * random[:, 1] * (size / 2))
     known = layers[:, 1] >= 0.5
-    values = layers[:, 0] / layers[:, 1].clamp_min(1e-6) + faults.grain * draw[:, 2, None, None] * spread * grain
+    values = layers[:, 0] / layers[:, 1].clamp_min(1e-6) + faults.grain * random[:, 2, None, None] * spread * grain
 
     # Unknown ellipses: a real map is unknown on glass, in the sky, or where two networks disagree.
-    wanted = (draw[:, 3] < faults.missing)[:, None] & (torch.arange(_SPOTS, device=device) < _SPOTS * draw[:, 4, None])
-    middle, half = 2 * spots[..., :2] - 1, 0.08 + 0.4 * spots[..., 2:]
-    across = ((x[:, None] - middle[..., 0, None, None]) / half[..., 0, None, None]).square()
-    down = ((y[:, None] - middle[..., 1, None, None]) / half[..., 1, None, None]).square()
-    lost = ((across + down < 1) & wanted[..., None, None]).any(1)
-    lost |= (draw[:, 5] < faults.missing_map)[:, None, None]
+    has_spot = (random[:, 3] < faults.missing)[:, None] & (
+        torch.arange(_SPOTS, device=device) < _SPOTS * random[:, 4, None]
+    )
+    center, half = 2 * spots[..., :2] - 1, 0.08 + 0.4 * spots[..., 2:]
+    dx_squared = ((x[:, None] - center[..., 0, None, None]) / half[..., 0, None, None]).square()
+    dy_squared = ((y[:, None] - center[..., 1, None, None]) / half[..., 1, None, None]).square()
+    missing = ((dx_squared + dy_squared < 1) & has_spot[..., None, None]).any(1)
+    missing |= (random[:, 5] < faults.missing_map)[:, None, None]
     if faults.affine:
-        unit = 1000 ** (2 * draw[:, 6, None, None] - 1)
-        values = (values + mean) * unit + spread * unit * (4 * draw[:, 7, None, None] - 2)
+        unit = 1000 ** (2 * random[:, 6, None, None] - 1)
+        values = (values + mean) * unit + spread * unit * (4 * random[:, 7, None, None] - 2)
     else:
         values = values + mean
-    return torch.where(known & ~lost, values, torch.nan)
+    return torch.where(known & ~missing, values, torch.nan)
 
 
 def _blurred(

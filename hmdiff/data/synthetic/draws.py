@@ -55,7 +55,7 @@ def hsv_to_rgb(
     return value[..., None] * (1 - saturation[..., None] * ramp)
 
 
-def any_colour(
+def random_colours(
     generator: Generators,
     count: int,  # B
     *shape: int,
@@ -95,7 +95,7 @@ def noise(
     return F.interpolate(total, (height, width), mode="bicubic", align_corners=False)
 
 
-def paint_occluder(
+def occluder_texture(
     generator: Generators,
     shape: Tensor,  # (B, H, W) long: the occluder of each pixel, 0 .. things - 1
     things: int,
@@ -104,7 +104,7 @@ def paint_occluder(
     count, height, width = shape.shape
     device = shape.device
     x, y = grid(height, width, device)
-    base = any_colour(generator, count, things, 2, device=device)
+    base = random_colours(generator, count, things, 2, device=device)
     picked = base[torch.arange(count, device=device)[:, None, None], shape]  # (B, H, W, 2, 3)
     style = uniform(generator, count, 4, device=device)[:, :, None, None]
     stripes = ((x * (style[:, 0] - 0.5) + y * (style[:, 1] - 0.5)) * (10 + 50 * style[:, 2])).sin() > 0

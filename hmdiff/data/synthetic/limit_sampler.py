@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hmdiff.body.anatomy import scapular_rhythm, shoulder_turn_center, upper_arm_direction
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.synthetic.collision import least_blocked
+from hmdiff.data.synthetic.collision import sample_least_penalised
 
 _Styles = dict[str, tuple[tuple[float, ...], float, float]]
 
@@ -76,7 +76,7 @@ class JointLimitSampler:
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:  # (count, 24, 3, 3)
         """Poses inside the limits; colliding ones are resampled."""
-        return least_blocked(lambda number, _: self.draw(number, generator), count)
+        return sample_least_penalised(lambda number, _: self.draw(number, generator), count)
 
     def _limbs(
         self, ranges: Tensor, weights: Tensor, count: int, symmetric: Tensor, generator: torch.Generator

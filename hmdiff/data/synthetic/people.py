@@ -24,10 +24,10 @@ from hmdiff.data.synthetic.corruption import (
     face_visibility,
     scaled_peaks,
 )
-from hmdiff.data.synthetic.in_front import BoxesAndFront, FrontDrawer
+from hmdiff.data.synthetic.occluders import CombinedOccluders, OccluderSampler
 from hmdiff.data.synthetic.poses import PoseMixture, sample_orientation
 from hmdiff.data.synthetic.postures import PostureSampler
-from hmdiff.data.synthetic.rendering import MapDrawer, OccluderBoxes, Photographer
+from hmdiff.data.synthetic.rendering import ImageRenderer, MapRenderer, OccluderBoxes
 from hmdiff.errors import UserError
 from hmdiff.names import SPLITS
 
@@ -67,7 +67,7 @@ _SPLIT_SCENES = {
 # `calibration` alternates between these scenes by block, with separate people: the spread must be calibrated on all
 # kinds of photos, but not on test people.
 _CALIBRATION = tuple(_SPLIT_SCENES[split] for split in SPLITS if split.startswith("test"))
-_PEOPLE_OF = {"test_guessed": "test_occluded"}  # the same people behind the same occluders
+_SAME_PEOPLE_AS = {"test_guessed": "test_occluded"}  # the same people behind the same occluders
 
 
 def block_generator(seed: int, stream: str, number: int) -> torch.Generator:
@@ -99,23 +99,23 @@ class SyntheticHumans:
         image_size: int | None = None,  # S: also image, silhouette, depth (each S x S) and visible_fraction
         map_size: int | None = None,  # size of silhouette, depth and depth_input, drawn with or without images
         depth_faults: DepthFaults | None = None,  # corruption of depth_input
-        in_front: FrontDrawer | None = None,  # additional occluders in the stream `train`
+        occluder_sampler: OccluderSampler | None = None,  # additional occluders in the stream `train`
         training_poses: PoseMixture | None = None,  # for the stream `train`, from more recordings; None: `poses`
         peaks: bool = False,  # stream `train`: `Sample.peaks` instead of heatmaps, whose drawing dominated the time
     ) -> None:
         self.block_size, self.seed, self.full_mesh = block_size, seed, full_mesh
         self.faults = faults or EstimatorFaults()
         self.poses, self.training_poses = poses, training_poses or poses
-        self.in_front, self.peaks = in_front, peaks
+        self.occluder_sampler, self.peaks = occluder_sampler, peaks
         self.device = torch.device(device)
         if body.keypoint_regressor is None:
             raise UserError(f"body {body.name!r} has no keypoint regressor: synthetic heatmaps need one, as free has")
         body.from_smpl(torch.eye(3).expand(24, 3, 3))  # reject a body without SMPL's joints now, not in a worker
         self.coarse_ids = coarse_ids
         self.image_size = image_size
-        self._photographer = None if image_size is None else Photographer(body, image_size, self.device)
+        self._image_renderer = None if image_size is None else ImageRenderer(body, image_size, self.device)
         self.map_size = map_size
-        self._maps = None if map_size is None else MapDrawer(body, map_size, depth_faults, self.device)
+        self._map_renderer = None if map_size is None else MapRenderer(body, map_size, depth_faults, self.device)
         if full_mesh:
             self.body = body.to(self.device)
             self._coarse = coarse_ids.to(self.device)
@@ -137,18 +137,18 @@ class SyntheticHumans:
             scene = _CALIBRATION[number % len(_CALIBRATION)]
         faults = self.faults if scene.guess is None else dataclasses.replace(self.faults, hidden=scene.guess)
         faults = dataclasses.replace(faults, few_joints=faults.few_joints or scene.wide)
-        stream = _PEOPLE_OF.get(stream, stream)
+        stream = _SAME_PEOPLE_AS.get(stream, stream)
         seed = self.seed if stream == "train" else 0
         generator = block_generator(seed, stream, number)
         n = self.block_size
         betas = torch.randn(n, self.body.num_betas, generator=generator).clamp(-2.5, 2.5).to(self.device)
-        poses_of = self.training_poses if stream == "train" else self.poses
-        rotations = poses_of.sample(n, generator, tail=scene.tail).clone()
-        leaning = None
+        pose_mixture = self.training_poses if stream == "train" else self.poses
+        rotations = pose_mixture.sample(n, generator, tail=scene.tail).clone()
+        lean = None
         if count := round(scene.postures * n):
-            poses, leaning = PostureSampler().sample(count, generator)
+            poses, lean = PostureSampler().sample(count, generator)
             rotations[: len(poses)] = poses
-        rotations[:, 0] = sample_orientation(n, generator, scene.tail, leaning, scene.wide)
+        rotations[:, 0] = sample_orientation(n, generator, scene.tail, lean, scene.wide)
         rotations = self.body.from_smpl(rotations.to(self.device))
         output = self.body(betas, rotations)
         pelvis = output.joints[:, :1]
@@ -156,39 +156,41 @@ class SyntheticHumans:
         keypoints = self.body.keypoints(vertices)
         coarse = vertices[:, self._coarse]
 
-        place, center, side = self._camera(coarse, keypoints, scene, generator)
+        position, center, side = self._camera(coarse, keypoints, scene, generator)
         focal, principal = 2 / side, -center * (2 / side)[:, None]
-        camera_points = keypoints + place[:, None]
+        camera_points = keypoints + position[:, None]
         points = camera_points[..., :2] / camera_points[..., 2:] * focal[:, None, None] + principal[:, None]
-        scale = focal / place[:, 2]
-        camera = torch.cat([scale[:, None], place[:, :2] / place[:, 2:] * focal[:, None] + principal], -1)
+        scale = focal / position[:, 2]
+        camera = torch.cat([scale[:, None], position[:, :2] / position[:, 2:] * focal[:, None] + principal], -1)
 
-        boxes, front = self._occluders(scene, generator), None
-        if stream == "train" and self.in_front is not None and self.in_front.active:
+        occluders, training_occluders = self._occluders(scene, generator), None
+        if stream == "train" and self.occluder_sampler is not None and self.occluder_sampler.active:
             inside = (points.abs() <= 1).all(-1)
-            front = self.in_front(points, inside, block_generator(seed, f"{stream}/front", number))
-            boxes = BoxesAndFront.of(boxes, front)
-        visible = ~boxes.cover(points)
+            training_occluders = self.occluder_sampler(points, inside, block_generator(seed, f"{stream}/front", number))
+            occluders = CombinedOccluders.of(occluders, training_occluders)
+        visible = ~occluders.cover(points)
         heatmaps = peaks = None
-        seen = (points, visible, face_visibility(keypoints), faults, generator)
+        estimator_inputs = (points, visible, face_visibility(keypoints), faults, generator)
         if self.peaks and stream == "train":
-            found, confidence, valid = estimate_peaks(*seen)
-            peaks = scaled_peaks(found, confidence)
+            peak_parameters, confidence, valid = estimate_peaks(*estimator_inputs)
+            peaks = scaled_peaks(peak_parameters, confidence)
         else:
-            heatmaps, valid = estimate_heatmaps(*seen)
+            heatmaps, valid = estimate_heatmaps(*estimator_inputs)
         inside = (points.abs() <= 1).all(-1)
         everyone = torch.ones(n, dtype=torch.bool, device=self.device)
-        pictures = {}
-        if self._photographer is not None:
-            looks = block_generator(seed, f"{stream}/picture", number)
-            drawn = self._photographer(betas, rotations, place, focal, principal, boxes, looks)
-            pictures = {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
-            if front is not None:
-                pictures["image"] = front.paint(pictures["image"])
-        if self._maps is not None:
-            scenery = block_generator(seed, f"{stream}/depth", number)
-            maps = self._maps(betas, rotations, place, focal, principal, boxes, scenery)
-            pictures |= {field.name: getattr(maps, field.name) for field in dataclasses.fields(maps)}
+        images = {}
+        if self._image_renderer is not None:
+            appearance_generator = block_generator(seed, f"{stream}/picture", number)
+            rendered = self._image_renderer(
+                betas, rotations, position, focal, principal, occluders, appearance_generator
+            )
+            images = {field.name: getattr(rendered, field.name) for field in dataclasses.fields(rendered)}
+            if training_occluders is not None:
+                images["image"] = training_occluders.paint(images["image"])
+        if self._map_renderer is not None:
+            scene_generator = block_generator(seed, f"{stream}/depth", number)
+            maps = self._map_renderer(betas, rotations, position, focal, principal, occluders, scene_generator)
+            images |= {field.name: getattr(maps, field.name) for field in dataclasses.fields(maps)}
         return Sample(
             heatmaps=heatmaps,
             heatmap_valid=valid,
@@ -203,11 +205,11 @@ class SyntheticHumans:
             joints_2d_confidence=inside.float(),
             visible=visible & inside,
             camera=camera,
-            pelvis=place,
+            pelvis=position,
             focal=focal,
             principal_point=principal,
             index=torch.arange(number * n, (number + 1) * n, device=self.device),
-            **pictures,
+            **images,
         )
 
     def _camera(
@@ -219,30 +221,30 @@ class SyntheticHumans:
     ) -> tuple[Tensor, Tensor, Tensor]:  # pelvis (n, 3) metres; crop centre (n, 2) and side (n,) on the plane z = 1
         """The person's position, and a detector's square crop."""
         n = len(coarse)
-        draw = torch.rand(n, 6, generator=generator).to(self.device)
+        random = torch.rand(n, 6, generator=generator).to(self.device)
         normal = torch.randn(n, 4, generator=generator).to(self.device)
         low, high = scene.distance
-        distance = low * (high / low) ** draw[:, 0]
+        distance = low * (high / low) ** random[:, 0]
         off_axis = (scene.off_axis * normal[:, :2] * torch.tensor([1.0, 0.5], device=self.device)).clamp(-0.5, 0.5)
-        place = torch.cat([off_axis, torch.ones_like(distance)[:, None]], -1) * distance[:, None]
+        position = torch.cat([off_axis, torch.ones_like(distance)[:, None]], -1) * distance[:, None]
         # At least half a metre between the camera and the nearest point of the body.
-        nearest = coarse[..., 2].amin(-1) + place[:, 2]
-        place = place * (1 + (0.5 - nearest).clamp_min(0) / place[:, 2])[:, None]
+        nearest = coarse[..., 2].amin(-1) + position[:, 2]
+        position = position * (1 + (0.5 - nearest).clamp_min(0) / position[:, 2])[:, None]
 
-        around = coarse + place[:, None]
-        projected = around[..., :2] / around[..., 2:]
+        camera_points = coarse + position[:, None]
+        projected = camera_points[..., :2] / camera_points[..., 2:]
         low_corner, high_corner = projected.amin(1), projected.amax(1)
         center, side = (low_corner + high_corner) / 2, (high_corner - low_corner).amax(-1)
-        truncated = draw[:, 1] < scene.truncated
-        chest = keypoints[:, 17:19].mean(1) + place  # top of the head and neck
+        truncated = random[:, 1] < scene.truncated
+        chest = keypoints[:, 17:19].mean(1) + position  # top of the head and neck
         chest = chest[:, :2] / chest[:, 2:]
-        center = torch.where(truncated[:, None], chest + 0.1 * side[:, None] * (draw[:, 2:4] - 0.3), center)
+        center = torch.where(truncated[:, None], chest + 0.1 * side[:, None] * (random[:, 2:4] - 0.3), center)
         smallest, largest = scene.truncation
-        side = side * torch.where(truncated, smallest + (largest - smallest) * draw[:, 4], 1.0)
-        tight, loose = scene.padding
-        side = side * (tight + (loose - tight) * draw[:, 5])
+        side = side * torch.where(truncated, smallest + (largest - smallest) * random[:, 4], 1.0)
+        min_padding, max_padding = scene.padding
+        side = side * (min_padding + (max_padding - min_padding) * random[:, 5])
         center = center + scene.shift * side[:, None] * normal[:, 2:]
-        return place, center, side
+        return position, center, side
 
     def _occluders(
         self,
@@ -250,9 +252,11 @@ class SyntheticHumans:
         generator: torch.Generator,
     ) -> OccluderBoxes:
         """Random boxes in front of people."""
-        n, (small, large) = self.block_size, scene.occluder_size
-        behind = torch.rand(n, 1, generator=generator)[:, 0] < scene.occluded
-        draw = torch.stack([torch.rand(n, 4, generator=generator) for _ in range(scene.occluders)], 1)
-        half = small + (large - small) * draw[..., 2:]  # in crop half-sides, so equal to the fraction of the side
-        middle = 1.6 * draw[..., :2] - 0.8
-        return OccluderBoxes(middle.to(self.device), half.to(self.device), behind.to(self.device))
+        n, (min_size, max_size) = self.block_size, scene.occluder_size
+        enabled = torch.rand(n, 1, generator=generator)[:, 0] < scene.occluded
+        random = torch.stack([torch.rand(n, 4, generator=generator) for _ in range(scene.occluders)], 1)
+        half = (
+            min_size + (max_size - min_size) * random[..., 2:]
+        )  # in crop half-sides, so equal to the fraction of the side
+        center = 1.6 * random[..., :2] - 0.8
+        return OccluderBoxes(center.to(self.device), half.to(self.device), enabled.to(self.device))

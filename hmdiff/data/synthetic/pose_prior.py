@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hmdiff.body.anatomy import rotations_to_angles
 from hmdiff.body.skeletons import SMPL24, mirror_permutation
-from hmdiff.data.synthetic.collision import least_blocked
+from hmdiff.data.synthetic.collision import sample_least_penalised
 from hmdiff.errors import UserError
 from hmdiff.files.reading import read_npz
 from hmdiff.files.resources import asset_path
@@ -86,7 +86,7 @@ class PosePrior:
 
     def sample(self, count: int, generator: torch.Generator, spread: float = 1.0) -> Tensor:  # (count, 24, 3, 3)
         """Poses of the prior; colliding ones are resampled. `spread` scales the standard deviations."""
-        return least_blocked(lambda number, _: self.draw(number, generator, spread), count)
+        return sample_least_penalised(lambda number, _: self.draw(number, generator, spread), count)
 
     def log_prob(
         self,

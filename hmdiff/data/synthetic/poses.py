@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hmdiff.body.anatomy import joint_limit_violation, kind, mirror_pose
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.synthetic.collision import least_blocked, penalty
+from hmdiff.data.synthetic.collision import penalty, sample_least_penalised
 from hmdiff.data.synthetic.limit_sampler import JointLimitSampler
 from hmdiff.data.synthetic.pose_prior import PosePrior
 from hmdiff.errors import UserError
@@ -64,7 +64,7 @@ class PoseMixture:
         """Poses in the given shares; `tail`: only poses far from the prior, inside the limits, with few collisions."""
         if tail:
             # Collisions dominate the score: among collision-free poses, the least likely under the prior is kept.
-            return least_blocked(
+            return sample_least_penalised(
                 lambda number, _: self.extremes.draw(number, generator),
                 count,
                 lambda poses: self.prior.log_prob(poses) + 1e6 * penalty(poses),
@@ -87,7 +87,7 @@ class PoseMixture:
             chosen = limit if slots is None else limit[slots]  # a slot keeps its source, so the shares are exact
             return torch.where(chosen[..., None], from_limits, from_prior)
 
-        return least_blocked(draw, count)
+        return sample_least_penalised(draw, count)
 
 
 def sample_orientation(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import SMPL24
-from hmdiff.data.synthetic.collision import least_blocked
+from hmdiff.data.synthetic.collision import sample_least_penalised
 from hmdiff.data.synthetic.limit_sampler import ARM_STYLES, LEG_STYLES, JointLimitSampler
 from hmdiff.geometry import axis_angle_to_matrix
 
@@ -196,7 +196,7 @@ class PostureSampler:
         def draw(number: int, slots: Tensor | None) -> Tensor:
             return self._angles(which if slots is None else which[slots], generator)
 
-        poses = least_blocked(draw, count)
+        poses = sample_least_penalised(draw, count)
         low, high = _LEAN.to(device)[which][:, 1:].unbind(-1)
         tilt = (low + (high - low) * torch.rand(count, 2, generator=generator, device=device)) * (math.pi / 180)
         side = torch.where(torch.rand(count, generator=generator, device=device) < 0.5, -1.0, 1.0)

@@ -2,7 +2,7 @@
 
 Draws a coarser mesh of the body, 3,000 vertices of its hierarchy: at 128 pixels 1.7 times as fast as the free body's
 12,410, and within a pixel of it. Appearance: `hmdiff.data.synthetic.appearance`. Where only silhouette and depth are
-needed, `MapDrawer` draws them without the image, at a separate size. n people, O boxes, S pixels a side.
+needed, `MapRenderer` draws them without the image, at a separate size. n people, O boxes, S pixels a side.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hmdiff.body.body import Body
 from hmdiff.body.mesh import MeshSampler
 from hmdiff.body.mesh_cache import load_mesh
 from hmdiff.config import DepthFaults
-from hmdiff.data.synthetic.appearance import Wardrobe, compose_rgb
+from hmdiff.data.synthetic.appearance import Clothing, render_photo
 from hmdiff.data.synthetic.depth_faults import estimate_depth
 from hmdiff.data.synthetic.depth_scene import compose_depth
 from hmdiff.data.synthetic.draws import grid
@@ -29,34 +29,36 @@ RENDERED_VERTICES = 3000
 
 @dataclasses.dataclass(frozen=True)
 class OccluderBoxes:
-    """Axis-aligned boxes in front of people. `behind` masks them: unoccluded people have boxes that do not count."""
+    """Axis-aligned boxes in front of people. `enabled` masks them: unoccluded people have boxes that do not count."""
 
-    middle: Tensor  # (n, O, 2) crop coordinates
+    center: Tensor  # (n, O, 2) crop coordinates
     half: Tensor  # (n, O, 2) half their sides
-    behind: Tensor  # (n,) bool: whether this person's boxes count
+    enabled: Tensor  # (n,) bool: whether this person's boxes count
 
     def cover(
         self,
         points: Tensor,  # (n, J, 2) crop coordinates
     ) -> Tensor:  # (n, J) bool
         """Whether each point lies behind a box."""
-        inside = ((points[:, :, None] - self.middle[:, None]).abs() < self.half[:, None]).all(-1).any(-1)
-        return inside & self.behind[:, None]
+        inside = ((points[:, :, None] - self.center[:, None]).abs() < self.half[:, None]).all(-1).any(-1)
+        return inside & self.enabled[:, None]
 
     def mask(
         self,
         size: int,  # S
     ) -> Tensor:  # (n, S, S) 0..1, over 0.5 exactly where `cover` holds for the pixel's centre
         """The boxes as a mask with edges one pixel soft."""
-        x, y = grid(size, size, self.middle.device)
-        centre, half = self.middle[..., None, None], self.half[..., None, None]
-        margin = torch.minimum(half[:, :, 0] - (x - centre[:, :, 0]).abs(), half[:, :, 1] - (y - centre[:, :, 1]).abs())
+        x, y = grid(size, size, self.center.device)
+        box_center, half = self.center[..., None, None], self.half[..., None, None]
+        margin = torch.minimum(
+            half[:, :, 0] - (x - box_center[:, :, 0]).abs(), half[:, :, 1] - (y - box_center[:, :, 1]).abs()
+        )
         alpha = (0.5 + margin * (size / 2)).clamp(0, 1).amax(1)
-        return alpha * self.behind[:, None, None]
+        return alpha * self.enabled[:, None, None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class RenderedImages:
     """Rendered people. The labels are the whole body's, including parts hidden by an occluder."""
 
     image: Tensor  # (n, 3, S, S) RGB 0..1
@@ -65,7 +67,7 @@ class Pictures:
     visible_fraction: Tensor  # (n,) fraction of the silhouette in the crop that no occluder covers; 0 where it is empty
 
 
-class Photographer:
+class ImageRenderer:
     """Renders people from shape, pose and camera.
 
     Raises:
@@ -83,10 +85,10 @@ class Photographer:
         if size < 16:
             raise UserError(f"data.image_size {size}: at least 16 pixels are needed")
         self.size = size
-        mesh = _drawn_mesh(body)
+        mesh = _render_mesh(body)
         self.body = body.select(mesh.coarse_ids.to(body.v_template.device)).to(device)
         self.faces = mesh.coarse_faces.to(device)
-        self.wardrobe = Wardrobe(self.body.v_template, self.body.lbs_weights, body.joint_names)
+        self.clothing = Clothing(self.body.v_template, self.body.lbs_weights, body.joint_names)
 
     def __call__(
         self,
@@ -97,12 +99,12 @@ class Photographer:
         principal_point: Tensor,  # (n, 2) crop coordinates
         boxes: OccluderBoxes,
         generator: torch.Generator,  # CPU, for the appearance only
-    ) -> Pictures:
+    ) -> RenderedImages:
         output = self.body(betas, rotations)
         vertices = output.vertices + (pelvis - output.joints[:, 0])[:, None]
-        photo = compose_rgb(
+        photo = render_photo(
             generator,
-            self.wardrobe,
+            self.clothing,
             vertices,
             self.faces,
             focal,
@@ -110,13 +112,15 @@ class Photographer:
             self.size,
             occluder=boxes.mask(self.size),
         )
-        pixels = photo.silhouette.sum((1, 2))
-        seen = (photo.silhouette * ~photo.occlusion).sum((1, 2))
-        return Pictures(photo.image, photo.silhouette, photo.fragments.depth, seen / pixels.clamp_min(1))
+        body_pixels = photo.silhouette.sum((1, 2))
+        visible_pixels = (photo.silhouette * ~photo.occlusion).sum((1, 2))
+        return RenderedImages(
+            photo.image, photo.silhouette, photo.fragments.depth, visible_pixels / body_pixels.clamp_min(1)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Maps:
+class RenderedMaps:
     """Silhouette and depth without the image. Labels are the whole body's; the input shows the occluded scene."""
 
     silhouette: Tensor  # (n, S, S) 0 or 1
@@ -126,7 +130,7 @@ class Maps:
     depth_input: Tensor  # (n, S, S) a depth network's estimate, NaN = unknown
 
 
-class MapDrawer:
+class MapRenderer:
     """Draws silhouette and depth from shape, pose and camera, and a corrupted estimate of the depth.
 
     Raises:
@@ -145,7 +149,7 @@ class MapDrawer:
         if size < 16:
             raise UserError(f"data.map_size {size}: 0, or at least 16 pixels, is expected")
         self.size, self.faults = size, faults or DepthFaults()
-        mesh = _drawn_mesh(body)
+        mesh = _render_mesh(body)
         self.body = body.select(mesh.coarse_ids.to(body.v_template.device)).to(device)
         self.faces = mesh.coarse_faces.to(device)
 
@@ -158,18 +162,20 @@ class MapDrawer:
         principal_point: Tensor,  # (n, 2) crop coordinates
         boxes: OccluderBoxes,
         generator: torch.Generator,  # CPU, for the scene and the corruptions only
-    ) -> Maps:
+    ) -> RenderedMaps:
         output = self.body(betas, rotations)
         vertices = output.vertices + (pelvis - output.joints[:, 0])[:, None]
         depth = rasterize(vertices, self.faces, focal, principal_point, self.size).depth
-        there = depth > 0
-        covered = boxes.mask(self.size) > 0.5
-        seen = (there & ~covered).sum((1, 2)) / there.sum((1, 2)).clamp_min(1)
-        scene = compose_depth(depth, covered, vertices, focal, principal_point, generator, self.faults.scene)
-        return Maps(there.to(depth.dtype), depth, seen, covered, estimate_depth(scene, self.faults, generator))
+        body = depth > 0
+        occlusion = boxes.mask(self.size) > 0.5
+        visible_fraction = (body & ~occlusion).sum((1, 2)) / body.sum((1, 2)).clamp_min(1)
+        scene = compose_depth(depth, occlusion, vertices, focal, principal_point, generator, self.faults.scene)
+        return RenderedMaps(
+            body.to(depth.dtype), depth, visible_fraction, occlusion, estimate_depth(scene, self.faults, generator)
+        )
 
 
 @functools.lru_cache(maxsize=2)
-def _drawn_mesh(body: Body) -> MeshSampler:
+def _render_mesh(body: Body) -> MeshSampler:
     """Cached: takes a second or more, and training and validation data share it."""
     return load_mesh(body, min(RENDERED_VERTICES, body.num_vertices), fitted=False)

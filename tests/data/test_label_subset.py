@@ -7,7 +7,7 @@ import torch
 from small import free_body, people, small_config
 
 from hmdiff.build import build_source
-from hmdiff.data.kept_labels import KeptLabels
+from hmdiff.data.label_subset import LabelSubset
 from hmdiff.data.sample import Sample
 from hmdiff.errors import UserError
 from hmdiff.evaluate.mean_mesh import mean_mesh_errors
@@ -37,7 +37,7 @@ def test_what_is_kept() -> None:
 def test_a_seed_of_its_own_and_splits_that_stay() -> None:
     assert torch.equal(first("keypoints_2d").joints_2d, first("all").joints_2d)
     assert not torch.equal(first("keypoints_2d", seed=7).joints_2d, first("all").joints_2d)
-    source = KeptLabels(people(), "keypoints_2d")  # evaluation uses all labels
+    source = LabelSubset(people(), "keypoints_2d")  # evaluation uses all labels
     assert torch.equal(
         source.block("val", 0).zero_unlabelled().coarse_vertices, people().block("val", 0).coarse_vertices
     )
@@ -45,7 +45,7 @@ def test_a_seed_of_its_own_and_splits_that_stay() -> None:
 
 def test_a_training_on_keypoints_alone_is_evaluated() -> None:
     """Without meshes in training there is no mean mesh to compare with."""
-    assert 50 < mean_mesh_errors(KeptLabels(people(True, 4), "keypoints_2d"), "val", 4, 8)["pve"]["value"] < 2000
+    assert 50 < mean_mesh_errors(LabelSubset(people(True, 4), "keypoints_2d"), "val", 4, 8)["pve"]["value"] < 2000
 
 
 def test_bad_words() -> None:

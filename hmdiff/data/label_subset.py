@@ -13,15 +13,15 @@ import torch
 from hmdiff.data.sample import PeopleSource, Sample
 from hmdiff.errors import UserError
 
-KEPT = ("all", "keypoints", "keypoints_2d")  # the last two have no mesh, body joints and camera
+LABELS = ("all", "keypoints", "keypoints_2d")  # the last two have no mesh, body joints and camera
 
 
-class KeptLabels:
+class LabelSubset:
     """The source's training people with only these labels; its other streams are unchanged."""
 
     def __init__(self, source: PeopleSource, labels: str) -> None:
-        if labels not in KEPT:
-            raise UserError(f"labels {labels!r} of a source are not known; choose one of {', '.join(KEPT)}")
+        if labels not in LABELS:
+            raise UserError(f"labels {labels!r} of a source are not known; choose one of {', '.join(LABELS)}")
         self.source, self.labels = source, labels
         self.block_size, self.full_mesh, self.image_size = source.block_size, source.full_mesh, source.image_size
 
@@ -29,8 +29,8 @@ class KeptLabels:
         sample = self.source.block(stream, number)
         if stream != "train" or self.labels == "all":
             return sample
-        nobody = torch.zeros(len(sample), dtype=torch.bool)
-        gone = {"has_vertices": nobody, "has_joints_3d": nobody, "has_camera": nobody, "has_perspective": nobody}
+        none = torch.zeros(len(sample), dtype=torch.bool)
+        masks = {"has_vertices": none, "has_joints_3d": none, "has_camera": none, "has_perspective": none}
         if self.labels == "keypoints_2d" and sample.keypoints_3d is not None:
-            gone["has_keypoints_3d"] = torch.zeros(sample.keypoints_3d.shape[:2], dtype=torch.bool)
-        return dataclasses.replace(sample, **gone)
+            masks["has_keypoints_3d"] = torch.zeros(sample.keypoints_3d.shape[:2], dtype=torch.bool)
+        return dataclasses.replace(sample, **masks)
