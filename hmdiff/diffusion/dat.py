@@ -117,7 +117,7 @@ class AlignedDenoiser:
             if guidance.step == "score":
                 move = move / (2 * gap.detach().clamp_min(1e-8).sqrt())[:, None, None]
         length = move.square().mean((-2, -1), keepdim=True).sqrt()
-        move = move * (_LONGEST / length.clamp_min(1e-12)).clamp(max=1) * self.on[:, None, None]
+        move = move * (_LONGEST / length.clamp_min(1e-12)).clamp(max=1)
         x0_pred = x0_pred - guidance.strength * move.nan_to_num()
         return torch.where(self.on[:, None, None], self._prediction(x0_pred, x_t, alpha_bar), prediction.detach())
 

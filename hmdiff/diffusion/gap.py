@@ -26,7 +26,7 @@ class Target:
     points: Tensor  # (M, J, 2) u_i, crop coordinates
     weight: Tensor  # (M, J) w, rows sum to 1; 0 for a joint that was not detected
     floor: Tensor  # (M,) D of a perfect mesh: weighted squared distance of the u_i to the mean of U
-    variance: Tensor  # (M,) weighted variance of U if the u_i are drawn; 0 if they are its mean
+    variance: Tensor  # (M,) weighted variance of U
     heatmaps: Tensor  # (B, J, H, W) U, each sums to 1 or is all 0
     camera: Tensor  # (M, 3) weak perspective of the camera head
     principal_point: Tensor  # (M, 2) of the photo, crop coordinates
@@ -72,7 +72,7 @@ def make_target(
         # Floor of these draws, not its expectation: the variation of single draws is as large as the gap itself.
         floor = (weight * (points - means).square().sum(-1)).sum(-1)
     else:
-        points, floor, variance = means, torch.zeros_like(variance), torch.zeros_like(variance)
+        points, floor = means, torch.zeros_like(variance)
     centre = torch.zeros_like(mean[:, 0]) if principal_point is None else principal_point
     return Target(
         points,

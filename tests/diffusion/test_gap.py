@@ -87,3 +87,57 @@ def test_joint_weights_decide_whose_distance_counts(weights: tuple[float, ...]) 
     torch.testing.assert_close(aim.weight.sum(-1), torch.ones(2))
     assert (aim.weight[:, 3] == 1).all() if sum(weights) == 1 else (aim.weight > 0.05).all()
     torch.testing.assert_close(distribution_gap(guidance, off, aim), 0.25 * aim.weight[:, 3])
+
+
+def blurred(places: Tensor, peak: Tensor, sigma: float = 2.0) -> Tensor:  # (B, J, 2), (B, J) -> (B, J, 64, 64)
+    return gaussian_heatmaps(places, peak, sigma)
+
+
+def test_every_hypothesis_is_compared_with_its_own_person() -> None:
+    """Rows of a person are adjacent: draws, camera and principal point are repeated in blocks."""
+    guidance = Guidance(pairing="paired")
+    principal = torch.tensor([[0.8, -0.5], [-0.6, 0.3]])
+    aim = target(guidance, count=3, principal_point=principal)
+    own = places().repeat_interleave(3, 0)
+    assert (aim.points - own).norm(dim=-1).max() < 0.3 < (aim.points - own.flip(0)).norm(dim=-1).max()
+    assert aim.camera[:, 0].tolist() == [1.5] * 3 + [2.0] * 3
+    torch.testing.assert_close(aim.principal_point, principal.repeat_interleave(3, 0))
+    spread = (aim.points.unflatten(0, (2, 3)) - places()[:, None]).norm(dim=-1)
+    assert (spread > 0).float().mean() > 0.5  # they are drawn
+
+
+def test_the_sharpness_narrows_the_heatmap_and_its_background_is_no_place() -> None:
+    """A Gaussian to the power 4 has a quarter of the variance. Background moves the mean to the centre of the crop."""
+    camera, draws = torch.ones(2, 3), hypothesis_generators(0, range(2), 1)
+    heatmaps = blurred(places(), torch.ones(2, J), 4.0)
+    wide, narrow = (make_target(Guidance(sharpness=s), heatmaps, camera, draws).variance for s in (1.0, 4.0))
+    assert ((wide / narrow > 2.0) & (wide / narrow < 4.0)).all()  # less than 4, as the wide one is without its tails
+    veiled = heatmaps.clamp_min(0.09)
+    aim = make_target(Guidance(sharpness=1.0), veiled, camera, draws)
+    torch.testing.assert_close(aim.points, places(), atol=0.01, rtol=0)
+
+
+def test_joints_count_by_the_height_of_their_peak_and_faint_ones_not_at_all() -> None:
+    height = torch.ones(2, J)
+    height[:, 1], height[:, 2] = 0.25, 0.01
+    aim = make_target(Guidance(), blurred(places(), height), torch.ones(2, 3), hypothesis_generators(0, range(2), 1))
+    torch.testing.assert_close(aim.weight[:, 0], 4 * aim.weight[:, 1], rtol=0.05, atol=0)
+    assert (aim.weight[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("pairing", ["mean", "paired"])
+def test_the_likelihood_gap_has_the_unit_of_a_squared_distance(pairing: str) -> None:
+    """-2 s² log U with s² = 2 sigma² over two axes is twice the squared distance; far away it has its gradient."""
+    points = (places() * 32).round() / 32 + 1 / 64  # centres of pixels, where bilinear sampling is exact
+    heatmaps = blurred(points, torch.ones(2, J), 3.0)
+    guidance = Guidance(gap="likelihood", pairing=pairing, sharpness=1.0)
+    aim = make_target(guidance, heatmaps, torch.ones(2, 3), hypothesis_generators(0, range(2), 1))
+    assert distribution_gap(guidance, points, aim).abs().max() < 1e-5
+    for way in (torch.tensor([2 / 32, 0.0]), torch.tensor([0.0, -2 / 32])):
+        gap, other = (distribution_gap(guidance, points + side * way, aim) for side in (1, -1))
+        torch.testing.assert_close(gap, other, rtol=0.02, atol=1e-6)
+        ratio = gap / way.square().sum()
+        assert ((ratio > 1.2) & (ratio < 2.2)).all()
+    far = (points + 0.9).requires_grad_()
+    (pull,) = torch.autograd.grad(distribution_gap(guidance, far, aim).sum(), far)
+    torch.testing.assert_close(pull, 2 * aim.weight[..., None] * (far - aim.points))

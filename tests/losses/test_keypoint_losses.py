@@ -171,6 +171,48 @@ def test_joints_that_are_keypoints(model: MeshRecoveryModel) -> None:
     assert [body.keypoint_names[number] for number in keypoints.root] == ["left_hip", "right_hip"]
 
 
+def test_terms_are_weighted_and_tell_how_many_have_labels(model: MeshRecoveryModel) -> None:
+    sample, mesh, joints, camera = photo("camera")
+    assert sample.joints_2d is not None and sample.keypoints_3d is not None
+    confidence, known = torch.ones(PEOPLE, 26), torch.ones(PEOPLE, 26, dtype=torch.bool)
+    confidence[0], known[:2] = 0, False
+    sample = dataclasses.replace(sample, joints_2d_confidence=confidence, has_keypoints_3d=known)
+    found, shares = [], {}
+    for two, three in ((1.0, 1.0), (2.0, 5.0)):
+        config = LossConfig(keypoints_2d=two, keypoints_3d=three)
+        given = (config, sample, the_map(model), mesh + 0.1 * torch.randn(mesh.shape), joints, camera)
+        torch.manual_seed(1)
+        found.append(keypoint_terms(*given, torch.ones(PEOPLE, 1), shares=shares))
+        torch.manual_seed(0)
+    assert {name: share.item() for name, share in shares.items()} == {"keypoints_2d": 0.75, "keypoints_3d": 0.5}
+
+
+def test_labels_without_hips_are_compared_where_they_are(model: MeshRecoveryModel) -> None:
+    """Without both hips the labels' own origin counts: a mesh that is moved as a whole is off."""
+    sample, mesh, joints, camera = photo("camera")
+    keypoints, ones, shift = the_map(model), torch.ones(PEOPLE, 1), torch.tensor([0.0, 0.0, 0.3])
+    assert sample.has_keypoints_3d is not None
+    known = sample.has_keypoints_3d.clone()
+    for hips, expected in ((keypoints.root, 0.1), (keypoints.root[:1], 0.1), (keypoints.root[:0], 0.0)):
+        known[:] = True
+        known[:, hips] = False
+        unrooted = dataclasses.replace(sample, has_keypoints_3d=known)
+        terms = keypoint_terms(BOTH, unrooted.zero_unlabelled(), keypoints, mesh + shift, joints + shift, camera, ones)
+        assert terms["keypoints_3d"].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_point_is_projected_from_behind_the_camera() -> None:
+    """Points nearer than 0.1 m are moved there, and a scale that is not positive is a far camera."""
+    points = torch.tensor([0.2, 0.1, -9.0]).expand(1, 1, 1, 3)
+    camera, focal, centre = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([2.0]), torch.zeros(1, 2)
+    seen = project_to_crop(points, camera, focal, centre, None)
+    torch.testing.assert_close(seen.flatten(), torch.tensor([2 * 0.2 / 0.1, 2 * 0.1 / 0.1]))
+    for scale in (0.0, -1.0):
+        camera = torch.tensor([[scale, 0.3, -0.2]])
+        seen = project_to_crop(points, camera, focal, centre, None)
+        torch.testing.assert_close(seen.flatten(), torch.tensor([0.3, -0.2]), atol=1e-3, rtol=0)
+
+
 # -- in a training step ------------------------------------------------------------------------------------------------
 
 

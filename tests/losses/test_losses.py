@@ -191,3 +191,59 @@ def test_without_a_true_camera_the_keypoints_tell() -> None:
     assert off["camera"].item() == pytest.approx(0.1, abs=1e-5)
     blind = dataclasses.replace(sample, joints_2d=None)
     assert objective(config, **{**given, "sample": blind})["camera"] == 0
+
+
+def test_a_true_camera_goes_before_the_keypoints_and_both_need_their_labels() -> None:
+    """The first person has a camera, the second 3D and 2D keypoints, the third keypoints without depth."""
+    given = batch(3)
+    keypoints, camera = torch.randn(3, 5, 3), torch.tensor([[0.8, 0.1, -0.2], [1.1, 0.0, 0.3], [1.0, 0.0, 0.0]])
+    seen = keypoints[..., :2] * camera[:, None, :1] + camera[:, None, 1:]
+    sample = Sample(
+        camera=camera,
+        has_camera=torch.tensor([True, False, False]),
+        keypoints_3d=keypoints,
+        has_keypoints_3d=torch.tensor([True, True, False])[:, None].expand(3, 5),
+        joints_2d=seen + 7.0 * torch.tensor([1.0, 0.0, 1.0])[:, None, None],  # wrong for the first and the third
+        joints_2d_confidence=torch.ones(3, 5),
+    )
+    config = LossConfig(camera=1.0)
+    exact = objective(config, **{**given, "sample": sample, "camera": camera})["camera"]
+    assert exact.item() == pytest.approx(0, abs=1e-5)
+    off = objective(config, **{**given, "sample": sample, "camera": camera + torch.tensor([0.0, 0.1, 0.0])})["camera"]
+    assert off.item() == pytest.approx(0.1, abs=1e-5)  # 0.1 for each of the two who have labels
+
+
+def test_a_camera_of_no_size_has_a_finite_error() -> None:
+    scale = torch.tensor([[0.0, 0, 0], [-1.0, 0, 0]], requires_grad=True)
+    error = camera_error(scale, torch.tensor([[1.0, 0, 0], [0.0, 0, 0]]))
+    error.sum().backward()
+    assert error.isfinite().all() and scale.grad is not None and scale.grad.isfinite().all()
+
+
+def test_what_is_not_labelled_may_be_nan() -> None:
+    """In the objective's own hands: a NaN behind a mask reaches neither the value nor a gradient."""
+    there = torch.tensor([True, False, True])
+    given = batch(3, there, there)
+    camera = given["sample"].camera.clone()
+    camera[1] = torch.nan
+    given["sample"] = dataclasses.replace(given["sample"], camera=camera, has_camera=there)
+    terms = objective(LossConfig(camera=1.0), **given)
+    terms["loss"].backward()
+    assert terms["camera"].isfinite() and given["camera"].grad.isfinite().all() and (given["camera"].grad[1] == 0).all()
+
+
+def test_a_label_without_a_mask_is_everybodys() -> None:
+    """Joints of all, vertices of some: the others' joints count, and the other way round."""
+    some = torch.tensor([True, False, True])
+    for given, part in ((batch(3, some, None), slice(COARSE, None)), (batch(3, None, some), slice(COARSE))):
+        objective(LossConfig(camera=0.0), **given)["points"].backward()
+        gradient = given["prediction"].grad
+        assert (gradient[1, :, part] != 0).any(-1).all()
+        other = slice(COARSE) if part.start else slice(COARSE, None)
+        assert (gradient[1, :, other] == 0).all()
+
+
+def test_edges_are_those_of_the_clean_mesh_whatever_is_predicted() -> None:
+    given = batch(2)
+    given["clean"] = given["truth"].expand(-1, LEVELS, -1, -1) + 3.0  # moved: its edges are right
+    assert objective(LossConfig(edges=1.0), **given)["edges"].item() == pytest.approx(0, abs=1e-5)
