@@ -105,7 +105,7 @@ def _estimator(options: argparse.Namespace) -> Any:
 
 
 def _map_of(photo: PhotoPeople, estimator: Any, file: Path | None, disparity: bool) -> tuple[Tensor | None, str]:
-    from hmdiff.estimators.depth_sources import beside, read_depth
+    from hmdiff.estimators.depth_sources import depth_file_beside, read_depth
 
     if estimator is not None:
         import torch
@@ -114,7 +114,7 @@ def _map_of(photo: PhotoPeople, estimator: Any, file: Path | None, disparity: bo
 
         picture = torch.from_numpy(read_picture(photo.photo)).permute(2, 0, 1)[None].float() / 255
         return estimator(picture)[0], f"depth of {estimator.name}"
-    path = file or beside(photo.photo)
+    path = file or depth_file_beside(photo.photo)
     if path is None:
         return None, "no depth"
     return read_depth(path, photo.size, "disparity" if disparity else "depth"), f"depth of {path}"
@@ -129,7 +129,7 @@ def photo_depth(
         return None
     import torch
 
-    from hmdiff.estimators.depth_sources import SUFFIXES, beside, read_depth
+    from hmdiff.estimators.depth_sources import SUFFIXES, depth_file_beside, read_depth
 
     if source.startswith(ESTIMATOR):
         from hmdiff.estimators.depth_network import EstimatedDepth
@@ -145,7 +145,9 @@ def photo_depth(
 
     def read(pixels: Any, path: Path) -> Any:
         places = [Path(source) / f"{path.stem}{suffix}" for suffix in SUFFIXES]
-        found = beside(path) if source == "files" else next((place for place in places if place.is_file()), None)
+        found = (
+            depth_file_beside(path) if source == "files" else next((place for place in places if place.is_file()), None)
+        )
         return None if found is None else read_depth(found, (pixels.shape[1], pixels.shape[0]), gives).numpy()
 
     return read

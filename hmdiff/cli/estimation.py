@@ -13,7 +13,7 @@ from hmdiff.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from hmdiff.estimators.source import Box, PoseSource, SeenPeople
+    from hmdiff.estimators.source import Box, DetectedPeople, PoseSource
 
 NONE, EMBEDDED = "none", "embedded"
 MOST_PEOPLE = 10
@@ -78,22 +78,22 @@ class Estimation:
             )
         return self._source
 
-    def see(
+    def estimate(
         self,
         photo: np.ndarray,  # (H, W, 3) uint8 RGB
         boxes: Sequence[Box] | None = None,  # None: detect everybody
-    ) -> SeenPeople:
+    ) -> DetectedPeople:
         from hmdiff.estimators.source import check_boxes
 
         if boxes is not None:  # fail before the model is loaded, which takes seconds
             check_boxes(boxes, photo.shape[1], photo.shape[0])
-        return self.source.see(photo, boxes)
+        return self.source.estimate(photo, boxes)
 
-    def glance(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> SeenPeople:
+    def estimate_frame(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> DetectedPeople:
         """As the source does at the frames of a video."""
-        from hmdiff.estimators.source import glance_of
+        from hmdiff.estimators.source import frame_estimator
 
-        return glance_of(self.source)(photo, boxes)
+        return frame_estimator(self.source)(photo, boxes)
 
 
 def estimation_of(options: argparse.Namespace) -> Estimation | None:

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     for photo, name in zip(bar, names, strict=True):
         try:
             picture = read_picture(photo)
-            seen = source.see(picture, options.box)
+            seen = source.estimate(picture, options.box)
             maps, boxes = seen.heatmaps, seen.boxes
             path = options.output / f"{name}_heatmaps.npz"
             save_heatmaps(path, maps)

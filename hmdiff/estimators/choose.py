@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hmdiff.errors import UserError
-from hmdiff.estimators.source import Box, PoseSource, SeenPeople, check_boxes
+from hmdiff.estimators.source import Box, DetectedPeople, PoseSource, check_boxes
 
 EMBEDDED = "embedded"
 VITPOSE = "vitpose:"
@@ -55,17 +55,17 @@ class MMPoseSource:
         self.most_people = most_people
         self._estimator = MMPoseEstimator(model, checkpoint, device)
         self._detector: Any = None
-        self._named = (detector, detector_checkpoint, device)
+        self._detector_arguments = (detector, detector_checkpoint, device)
 
-    def see(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> SeenPeople:
+    def estimate(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> DetectedPeople:
         if boxes is None:
             if self._detector is None:
                 from hmdiff.estimators.detector import PersonDetector
 
-                self._detector = PersonDetector(*self._named)
-            everybody = self._detector.boxes(photo)
-            found = everybody[: self.most_people]
+                self._detector = PersonDetector(*self._detector_arguments)
+            detected = self._detector.boxes(photo)
+            selected = detected[: self.most_people]
         else:
-            everybody = found = check_boxes(boxes, photo.shape[1], photo.shape[0])
+            detected = selected = check_boxes(boxes, photo.shape[1], photo.shape[0])
         with torch.no_grad():
-            return SeenPeople(self._estimator.heatmaps(photo, found), found, len(everybody) - len(found))
+            return DetectedPeople(self._estimator.heatmaps(photo, selected), selected, len(detected) - len(selected))

@@ -53,8 +53,8 @@ class EstimatedDepth:
             network: Any = AutoModelForDepthEstimation.from_pretrained(self.name, use_safetensors=True)
             self.processor: Any = AutoImageProcessor.from_pretrained(self.name)
         except (OSError, ValueError, KeyError) as error:
-            raise _not_loaded(self.name, error) from None
-        self.gives = _what_it_gives(self.name, network.config) if gives is None else gives
+            raise _loading_error(self.name, error) from None
+        self.gives = _output_kind(self.name, network.config) if gives is None else gives
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
 
@@ -73,7 +73,7 @@ class EstimatedDepth:
         return farther_is_larger(maps.cpu(), self.gives)
 
 
-def _what_it_gives(name: str, config: Any) -> str:
+def _output_kind(name: str, config: Any) -> str:
     kind = str(config.model_type)
     if kind == "depth_anything":
         return "depth" if getattr(config, "depth_estimation_type", "relative") == "metric" else "disparity"
@@ -85,7 +85,7 @@ def _what_it_gives(name: str, config: Any) -> str:
     return _GIVES[kind]
 
 
-def _not_loaded(name: str, error: Exception) -> UserError:
+def _loading_error(name: str, error: Exception) -> UserError:
     reason = " ".join(str(error).strip().split("\n")[0].split())[:160]
     if Path(name).is_dir():
         return UserError(f"{name}: no depth model can be read from this folder ({reason}); give one of save_pretrained")

@@ -60,16 +60,16 @@ class CallableDepth:
         self.function, self.gives = function, gives
 
     def __call__(self, images: Tensor) -> Tensor:
-        found = torch.as_tensor(self.function(images))
-        if found.dim() == 4 and found.shape[1] == 1:
-            found = found[:, 0]
-        if found.dim() != 3 or len(found) != len(images) or 0 in found.shape:
+        depth = torch.as_tensor(self.function(images))
+        if depth.dim() == 4 and depth.shape[1] == 1:
+            depth = depth[:, 0]
+        if depth.dim() != 3 or len(depth) != len(images) or 0 in depth.shape:
             raise UserError(
-                f"the depth source gave shape {tuple(found.shape)}; ({len(images)}, h, w) is expected, a map of each "
+                f"the depth source gave shape {tuple(depth.shape)}; ({len(images)}, h, w) is expected, a map of each "
                 "photo"
             )
-        check_aspect("the depth source's map", found.shape[1:], images.shape[-2:])
-        return farther_is_larger(found, self.gives)
+        check_aspect("the depth source's map", depth.shape[1:], images.shape[-2:])
+        return farther_is_larger(depth, self.gives)
 
 
 class DepthFile:
@@ -121,7 +121,7 @@ def read_depth(
     return found
 
 
-def beside(photo: Path) -> Path | None:
+def depth_file_beside(photo: Path) -> Path | None:
     """The depth map beside a photo: NAME_depth.npz, .npy or .png; None if missing."""
     places = [photo.with_name(f"{photo.stem}_depth{suffix}") for suffix in (".npz", ".npy", ".png")]
     return next((place for place in places if place.is_file()), None)
@@ -169,23 +169,23 @@ def warp_depth(
     Only known pixels are averaged; a pixel is unknown if less than half of its weight is known.
     """
     height, width = depth.shape
-    stretch = np.array([photo_size[0] / width, photo_size[1] / height])  # photo pixels per map pixel
-    linear = affine[:, :2] * stretch * (size / 2)
+    photo_per_map_pixel = np.array([photo_size[0] / width, photo_size[1] / height])  # photo pixels per map pixel
+    linear = affine[:, :2] * photo_per_map_pixel * (size / 2)
     offset = (affine[:, 2] + 1) * (size / 2)
     # OpenCV's origin is the centre of the first pixel, ours its corner.
     offset = offset + linear @ np.array([0.5, 0.5]) - 0.5
     values = depth.float().numpy()
     known = np.isfinite(values)
     # Subtract the median, so that a large offset costs no precision.
-    middle = np.float32(np.median(values[known])) if known.any() else np.float32(0)
-    layers: np.ndarray[Any, Any] = np.stack([np.where(known, values - middle, 0), known], -1).astype(np.float32)
+    median = np.float32(np.median(values[known])) if known.any() else np.float32(0)
+    layers: np.ndarray[Any, Any] = np.stack([np.where(known, values - median, 0), known], -1).astype(np.float32)
     scale = math.sqrt(abs(np.linalg.det(linear)))
     if scale < 0.7:
         layers = cv2.GaussianBlur(layers, (0, 0), 0.4 / scale, borderType=cv2.BORDER_CONSTANT)
     matrix = np.concatenate([linear, offset[:, None]], 1)
     layers = cv2.warpAffine(layers, matrix, (size, size), flags=cv2.INTER_LINEAR)
-    total, share = torch.from_numpy(layers).unbind(-1)
-    return torch.where(share >= 0.5, total / share.clamp_min(1e-6) + float(middle), torch.nan)
+    total, known_weight = torch.from_numpy(layers).unbind(-1)
+    return torch.where(known_weight >= 0.5, total / known_weight.clamp_min(1e-6) + float(median), torch.nan)
 
 
 def _read_png(path: Path) -> np.ndarray[Any, Any]:  # (h, w) float32

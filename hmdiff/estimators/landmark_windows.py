@@ -21,19 +21,19 @@ DETECTOR_SIZE = 224
 _LAYERS = ((28, 2), (14, 2), (7, 6))  # cells per side, anchors per cell
 _WINDOW = 1.25  # MediaPipe's scale for twice the distance of the two points
 _OVERLAP = 0.3  # minimum IoU of boxes of the same face
-_SAME_PLACE = 0.5  # relative to the smaller hip-to-head distance: closer hips belong to one person
-_SMALLER = 0.6  # relative to another detection's hip-to-head distance
-_SHARED = 0.3  # minimum overlap of neighbouring tiles, relative to their side
+_SAME_PERSON = 0.5  # relative to the smaller hip-to-head distance: closer hips belong to one person
+_MUCH_SMALLER = 0.6  # relative to another detection's hip-to-head distance
+_TILE_OVERLAP = 0.3  # minimum overlap of neighbouring tiles, relative to their side
 
 
 @functools.cache
 def anchors() -> np.ndarray:  # (2254, 2) centres, x and y, 0..1
-    parts = []
+    layers = []
     for cells, count in _LAYERS:
         middle = (np.arange(cells) + 0.5) / cells
         x, y = np.meshgrid(middle, middle)
-        parts.append(np.repeat(np.stack([x.ravel(), y.ravel()], -1), count, 0))
-    return np.concatenate(parts)
+        layers.append(np.repeat(np.stack([x.ravel(), y.ravel()], -1), count, 0))
+    return np.concatenate(layers)
 
 
 def letterbox(
@@ -48,33 +48,33 @@ def letterbox(
 class Detections(NamedTuple):
     points: np.ndarray  # (P, 4, 2) photo pixels
     scores: np.ndarray  # (P,)
-    look: np.ndarray  # (P,) tiles along the photo's longer side, see `parts`
+    tiles_per_side: np.ndarray  # (P,) tiles along the photo's longer side, see `tiles`
 
-    def of(self, chosen: np.ndarray) -> Detections:  # indices, or a mask
-        return Detections(*(values[chosen] for values in self))
+    def of(self, selection: np.ndarray) -> Detections:  # indices, or a mask
+        return Detections(*(values[selection] for values in self))
 
 
-def merged(looks: Sequence[Detections]) -> Detections:
+def merge_passes(passes: Sequence[Detections]) -> Detections:
     """Merge detections of several passes without duplicates, by falling score; earlier passes take precedence.
 
     Passes over larger areas come first: a small tile may cut a body off, or mistake a hand for a head. A much smaller
     detection that overlaps a person is therefore dropped, and so are hips near another person's. Our choice.
     """
-    sorted_looks = [look.of(np.argsort(-look.scores, kind="stable")) for look in looks]
-    every = Detections(*map(np.concatenate, zip(*sorted_looks, strict=True)))
-    hips, reach = every.points[:, 0], np.linalg.norm(every.points[:, 1] - every.points[:, 0], axis=-1)
+    sorted_passes = [one.of(np.argsort(-one.scores, kind="stable")) for one in passes]
+    candidates = Detections(*map(np.concatenate, zip(*sorted_passes, strict=True)))
+    hips, size = candidates.points[:, 0], np.linalg.norm(candidates.points[:, 1] - candidates.points[:, 0], axis=-1)
     kept: list[int] = []
-    for index in range(len(reach)):
-        apart = np.linalg.norm(hips[kept] - hips[index], axis=-1)
-        near = apart < _SAME_PLACE * np.minimum(reach[kept], reach[index])
-        on = (apart < reach[kept]) & (reach[index] < _SMALLER * reach[kept])
-        if not (near | on).any():
+    for index in range(len(size)):
+        distance = np.linalg.norm(hips[kept] - hips[index], axis=-1)
+        same_hips = distance < _SAME_PERSON * np.minimum(size[kept], size[index])
+        inside_larger = (distance < size[kept]) & (size[index] < _MUCH_SMALLER * size[kept])
+        if not (same_hips | inside_larger).any():
             kept.append(index)
-    found = every.of(np.array(kept, int))
-    return found.of(np.argsort(-found.scores, kind="stable"))
+    merged = candidates.of(np.array(kept, int))
+    return merged.of(np.argsort(-merged.scores, kind="stable"))
 
 
-def parts(
+def tiles(
     width: int,  # of the photo
     height: int,
     count: int,  # number of non-overlapping tiles along its longer side; 1: the whole photo
@@ -84,25 +84,25 @@ def parts(
         return [letterbox(width, height)]
     side = max(width, height) / count
 
-    def starts(length: int) -> np.ndarray:
+    def offsets(length: int) -> np.ndarray:
         if length <= side:
             return np.array([(length - side) / 2])
-        return np.linspace(0, length - side, math.ceil((length - side) / (side * (1 - _SHARED))) + 1)
+        return np.linspace(0, length - side, math.ceil((length - side) / (side * (1 - _TILE_OVERLAP))) + 1)
 
     scale = DETECTOR_SIZE / side
-    return [np.array([[scale, 0, -scale * x], [0, scale, -scale * y]]) for y in starts(height) for x in starts(width)]
+    return [np.array([[scale, 0, -scale * x], [0, scale, -scale * y]]) for y in offsets(height) for x in offsets(width)]
 
 
-def detections(
+def decode_detections(
     raw: np.ndarray,  # (2254, 12) the network's boxes: centre and size, four points
     logits: np.ndarray,  # (2254,)
     affine: np.ndarray,  # (2, 3) photo pixels to pixels of the detector's input
-    least: float = 0.5,  # minimum score
-    look: int = 1,
+    min_score: float = 0.5,  # minimum score
+    tiles_per_side: int = 1,
 ) -> Detections:
     """Detections by falling score. Weighted non-maximum suppression: overlapping boxes are averaged by score."""
     score = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
-    kept = np.flatnonzero(score >= least)
+    kept = np.flatnonzero(score >= min_score)
     if not len(kept):
         return Detections(np.zeros((0, 4, 2)), np.zeros(0), np.zeros(0, int))
     values, score = raw[kept] / DETECTOR_SIZE, score[kept]
@@ -120,7 +120,7 @@ def detections(
         scores.append(score[rest[0]])
         rest = rest[~np.isin(rest, same)]
     pixels = (np.stack(found) * DETECTOR_SIZE - affine[:, 2]) / affine[0, 0]
-    return Detections(pixels, np.array(scores), np.full(len(scores), look))
+    return Detections(pixels, np.array(scores), np.full(len(scores), tiles_per_side))
 
 
 def _iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -130,23 +130,23 @@ def _iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     return common / np.maximum(area - common, 1e-12)
 
 
-def window(
-    middle: np.ndarray,  # (2,) middle of the hips, photo pixels
+def landmark_window(
+    hips: np.ndarray,  # (2,) middle of the hips, photo pixels
     above: np.ndarray,  # (2,) the point that sets the window's size and rotation
 ) -> Crop | None:  # one person; None if the points coincide
-    x, y = above - middle
-    reach = math.hypot(x, y)
-    if not math.isfinite(reach) or reach < 1.0:
+    x, y = above - hips
+    size = math.hypot(x, y)
+    if not math.isfinite(size) or size < 1.0:
         return None
     return Crop.of(
-        torch.tensor(middle[None], dtype=torch.float32),
-        torch.tensor([2 * _WINDOW * reach], dtype=torch.float32),
+        torch.tensor(hips[None], dtype=torch.float32),
+        torch.tensor([2 * _WINDOW * size], dtype=torch.float32),
         torch.tensor([math.atan2(x, -y)], dtype=torch.float32),
     )
 
 
-def window_of_box(box: tuple[float, float, float, float]) -> Crop:
+def landmark_window_of_box(box: tuple[float, float, float, float]) -> Crop:
     """An upright window around a given box; the second pass rotates it."""
     x1, y1, x2, y2 = box
-    middle = torch.tensor([[(x1 + x2) / 2, (y1 + y2) / 2]])
-    return Crop.of(middle, torch.tensor([_WINDOW * max(x2 - x1, y2 - y1)]))
+    center = torch.tensor([[(x1 + x2) / 2, (y1 + y2) / 2]])
+    return Crop.of(center, torch.tensor([_WINDOW * max(x2 - x1, y2 - y1)]))

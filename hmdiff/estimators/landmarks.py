@@ -28,13 +28,13 @@ from hmdiff.estimators.landmark_files import DETECTOR, INSTALL, LANDMARKS, read_
 from hmdiff.estimators.landmark_windows import (
     DETECTOR_SIZE,
     Detections,
-    detections,
-    merged,
-    parts,
-    window,
-    window_of_box,
+    decode_detections,
+    landmark_window,
+    landmark_window_of_box,
+    merge_passes,
+    tiles,
 )
-from hmdiff.estimators.source import Box, SeenPeople, check_boxes
+from hmdiff.estimators.source import Box, DetectedPeople, check_boxes
 from hmdiff.heatmaps import HEATMAP_SIZE, Crop, Heatmaps, concatenate_heatmaps, crop_from_keypoints
 from hmdiff.heatmaps.distribution import pixel_coordinates
 from hmdiff.heatmaps.formats.joint_names import MEDIAPIPE33
@@ -42,17 +42,19 @@ from hmdiff.heatmaps.keypoints import body_turn
 
 WINDOW = 256
 MOST_PEOPLE = 10
-_LEAST_SCORE = 0.5  # minimum score of a person in the window
-_LEAST_FACE = 0.5  # minimum detection score; 0.2 if that detects nobody
-_SECOND_LOOK = 0.2
-_CLOSER = (2, 4)  # tiles along the photo's longer side, in the passes after the whole photo
-_ALONE = 0.24  # relative to the photo's longer side: one person of at least this hip-to-head distance ends the search
-_LEAST_MEDIAN = 0.5  # median joint confidence, for people found in tiles: above 0.6 for people, below 0.4 for others
-_LEAST_PART = 160  # minimum side of a tile, photo pixels
-_PRESENT = 0.5  # presence from which a joint's peak sets the crop instead of its landmark
-_PASSES = 2
+_MIN_PERSON_SCORE = 0.5  # minimum score of a person in the window
+_MIN_FACE_SCORE = 0.5  # minimum detection score; 0.2 if that detects nobody
+_MIN_FACE_SCORE_RETRY = 0.2
+_TILE_PASSES = (2, 4)  # tiles along the photo's longer side, in the passes after the whole photo
+# Relative to the photo's longer side: one person of at least this hip-to-head distance ends the search.
+_FILLS_PHOTO = 0.24
+# Median joint confidence of people found in tiles: above 0.6 for people, below 0.4 for others.
+_MIN_MEDIAN_CONFIDENCE = 0.5
+_MIN_TILE_SIDE = 160  # minimum side of a tile, photo pixels
+_MIN_PRESENCE = 0.5  # presence from which a joint's peak sets the crop instead of its landmark
+_LANDMARK_PASSES = 2
 _SAME_PERSON = 0.25  # mean joint distance, relative to their extent, below which two detections are one person
-_NEXT = (33, 34)  # landmarks that set the next window, like the detector's first two points
+_WINDOW_LANDMARKS = (33, 34)  # landmarks that set the next window, like the detector's first two points
 
 
 class LandmarkEstimator:
@@ -76,42 +78,46 @@ class LandmarkEstimator:
         )
         self.most_people = most_people
 
-    def see(
+    def estimate(
         self,
         photo: np.ndarray,  # (H, W, 3) uint8 RGB
         boxes: Sequence[Box] | None = None,
-    ) -> SeenPeople:
+    ) -> DetectedPeople:
         """Everybody, by falling score. Raises `UserError` if nobody is detected.
 
         Unless one person fills the photo, tiles of it are searched too: the detector misses small people.
         """
-        return self._seen(photo, boxes, _CLOSER)
+        return self._estimate(photo, boxes, _TILE_PASSES)
 
-    def glance(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> SeenPeople:
-        """As `see`, without tiles: for video frames, where tiles would be slow."""
-        return self._seen(photo, boxes, ())
+    def estimate_frame(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> DetectedPeople:
+        """As `estimate`, without tiles: for video frames, where tiles would be slow."""
+        return self._estimate(photo, boxes, ())
 
-    def _seen(self, photo: np.ndarray, boxes: Sequence[Box] | None, closer: Sequence[int]) -> SeenPeople:
+    def _estimate(self, photo: np.ndarray, boxes: Sequence[Box] | None, tile_passes: Sequence[int]) -> DetectedPeople:
         height, width = photo.shape[:2]
         if boxes is not None:
-            starts = [(window_of_box(box), False) for box in check_boxes(boxes, width, height).tolist()]
+            windows = [(landmark_window_of_box(box), False) for box in check_boxes(boxes, width, height).tolist()]
         else:
-            seen = self._detections(photo, closer)
-            both = zip(seen.points, seen.look > 1, strict=True)
-            starts = [(each, part) for points, part in both if (each := window(points[0], points[1])) is not None]
+            detected = self._detect(photo, tile_passes)
+            pairs = zip(detected.points, detected.tiles_per_side > 1, strict=True)
+            windows = [
+                (window, from_tile)
+                for points, from_tile in pairs
+                if (window := landmark_window(points[0], points[1])) is not None
+            ]
         found: list[_Person] = []
-        more = 0
-        for number, (start, part) in enumerate(starts):
-            person = self._person(photo, start)
-            if person is not None and part and float(person.confidence.median()) < _LEAST_MEDIAN:
+        num_skipped = 0
+        for number, (initial, from_tile) in enumerate(windows):
+            person = self._person(photo, initial)
+            if person is not None and from_tile and float(person.confidence.median()) < _MIN_MEDIAN_CONFIDENCE:
                 continue
-            if boxes is None and (person is None or any(_same(person, other) for other in found)):
+            if boxes is None and (person is None or any(_is_same_person(person, other) for other in found)):
                 continue
             if person is None:
                 raise UserError("no person is seen in the given box; give the box of a whole person, or none")
             found.append(person)
             if boxes is None and len(found) == self.most_people:
-                more = len(starts) - number - 1
+                num_skipped = len(windows) - number - 1
                 break
         if not found:
             raise UserError(
@@ -119,47 +125,56 @@ class LandmarkEstimator:
                 "--keypoints FILE, or another estimator by --pose MODEL"
             )
         heatmaps = concatenate_heatmaps([_heatmaps(person) for person in found])
-        masks = tuple(each.silhouette for each in found)
-        return SeenPeople(heatmaps, torch.stack([_box(person) for person in found]), more, masks)
+        masks = tuple(person.silhouette for person in found)
+        return DetectedPeople(heatmaps, torch.stack([_box(person) for person in found]), num_skipped, masks)
 
-    def _detections(self, photo: np.ndarray, closer: Sequence[int]) -> Detections:
+    def _detect(self, photo: np.ndarray, tile_passes: Sequence[int]) -> Detections:
         height, width = photo.shape[:2]
-        whole = self._detected(photo, 1)
-        sure = whole.of(whole.scores >= _LEAST_FACE)
-        if len(sure.scores) == 1:
-            (hips, above) = sure.points[0, :2]
-            if np.linalg.norm(above - hips) > _ALONE * max(width, height):
-                closer = ()
-        looks = [self._detected(photo, count) for count in closer if max(width, height) >= count * _LEAST_PART]
-        return merged([sure if len(sure.scores) else whole, *(look.of(look.scores >= _LEAST_FACE) for look in looks)])
+        whole = self._detect_in_tiles(photo, 1)
+        confident = whole.of(whole.scores >= _MIN_FACE_SCORE)
+        if len(confident.scores) == 1:
+            (hips, above) = confident.points[0, :2]
+            if np.linalg.norm(above - hips) > _FILLS_PHOTO * max(width, height):
+                tile_passes = ()
+        passes = [
+            self._detect_in_tiles(photo, count) for count in tile_passes if max(width, height) >= count * _MIN_TILE_SIDE
+        ]
+        return merge_passes(
+            [
+                confident if len(confident.scores) else whole,
+                *(detected.of(detected.scores >= _MIN_FACE_SCORE) for detected in passes),
+            ]
+        )
 
-    def _detected(self, photo: np.ndarray, count: int) -> Detections:
-        found = []
-        affines = parts(photo.shape[1], photo.shape[0], count)
-        smooth = _smoothed(photo, affines[0])
+    def _detect_in_tiles(self, photo: np.ndarray, count: int) -> Detections:
+        detections = []
+        affines = tiles(photo.shape[1], photo.shape[0], count)
+        smoothed = _smoothed(photo, affines[0])
         for affine in affines:
-            picture = _cut(smooth, affine, DETECTOR_SIZE).astype(np.float32) / 127.5 - 1
+            picture = _warp_affine(smoothed, affine, DETECTOR_SIZE).astype(np.float32) / 127.5 - 1
             outputs = self._detector(picture)
-            found.append(detections(outputs[2254 * 12], outputs[2254].ravel(), affine, _SECOND_LOOK, count))
-        return merged([Detections(*map(np.concatenate, zip(*found, strict=True)))])
+            detections.append(
+                decode_detections(outputs[2254 * 12], outputs[2254].ravel(), affine, _MIN_FACE_SCORE_RETRY, count)
+            )
+        return merge_passes([Detections(*map(np.concatenate, zip(*detections, strict=True)))])
 
-    def _person(self, photo: np.ndarray, start: Crop) -> _Person | None:
+    def _person(self, photo: np.ndarray, initial: Crop) -> _Person | None:
         """The landmark network's outputs in the window given by its own first pass."""
-        current = start
-        for number in range(_PASSES):
+        current = initial
+        for number in range(_LANDMARK_PASSES):
             affine = np.array(current.affine(0, WINDOW))
             picture = _warp(photo, affine, WINDOW).astype(np.float32) / 255
             outputs = self._landmarks(picture)
-            if float(outputs[1].ravel()[0]) < _LEAST_SCORE:
+            if float(outputs[1].ravel()[0]) < _MIN_PERSON_SCORE:
                 return None
             landmarks = outputs[39 * 5].reshape(39, 5)
-            if number < _PASSES - 1:
-                local = torch.tensor(landmarks[list(_NEXT), :2] / (WINDOW / 2) - 1)[None]
-                middle, above = current.to_photo(local)[0].numpy()
-                current = window(middle, above) or current
+            if number < _LANDMARK_PASSES - 1:
+                local = torch.tensor(landmarks[list(_WINDOW_LANDMARKS), :2] / (WINDOW / 2) - 1)[None]
+                hips, above = current.to_photo(local)[0].numpy()
+                current = landmark_window(hips, above) or current
         values = _sigmoid(outputs[HEATMAP_SIZE**2 * 39].reshape(HEATMAP_SIZE, HEATMAP_SIZE, 39)[..., :33])
         mask = _sigmoid(outputs[WINDOW * WINDOW].reshape(WINDOW, WINDOW))
-        silhouette = functools.partial(_over_photo, mask, affine, photo.shape[:2])
+        silhouette = functools.partial(_mask_in_photo, mask, affine, photo.shape[:2])
         return _Person(current, values.transpose(2, 0, 1), landmarks[:33], silhouette)
 
 
@@ -183,24 +198,24 @@ class _Person:
     def __init__(
         self,
         window: Crop,
-        heat: np.ndarray,  # (33, 64, 64) 0..1 over the window
+        heatmaps: np.ndarray,  # (33, 64, 64) 0..1 over the window
         landmarks: np.ndarray,  # (33, 5) x, y, z pixels of the window, logits of visibility and presence
         silhouette: Callable[[], np.ndarray],  # (H, W) 0..1 over the photo
     ) -> None:
         self.window, self.silhouette = window, silhouette
         presence = _sigmoid(landmarks[:, 4])
-        self.heat = heat * presence[:, None, None]
-        best = heat.reshape(33, -1).argmax(1)
-        places = np.stack([best % HEATMAP_SIZE, best // HEATMAP_SIZE], -1)
-        local = torch.tensor((places + 0.5) * (2 / HEATMAP_SIZE) - 1, dtype=torch.float32)
+        self.heatmaps = heatmaps * presence[:, None, None]
+        best = heatmaps.reshape(33, -1).argmax(1)
+        pixels = np.stack([best % HEATMAP_SIZE, best // HEATMAP_SIZE], -1)
+        local = torch.tensor((pixels + 0.5) * (2 / HEATMAP_SIZE) - 1, dtype=torch.float32)
         peaks = window.to_photo(local[None])[0]
-        self.confidence = torch.tensor(self.heat.reshape(33, -1).max(1))
+        self.confidence = torch.tensor(self.heatmaps.reshape(33, -1).max(1))
         regressed = torch.tensor(landmarks[:, :2] / (WINDOW / 2) - 1, dtype=torch.float32)
-        present = torch.tensor(presence >= _PRESENT)[:, None]
-        self.places = torch.where(present, peaks, window.to_photo(regressed[None])[0])  # (33, 2) photo pixels
+        present = torch.tensor(presence >= _MIN_PRESENCE)[:, None]
+        self.points = torch.where(present, peaks, window.to_photo(regressed[None])[0])  # (33, 2) photo pixels
 
 
-def into_crop(
+def resample_to_crop(
     values: np.ndarray,  # (J, S, S) over a window
     window: Crop,  # one person
     crop: Crop,  # one person
@@ -211,23 +226,23 @@ def into_crop(
     y, x = torch.meshgrid(grid, grid, indexing="ij")
     local = window.from_photo(crop.to_photo(torch.stack([x, y], -1)[None]))[0]
     count = values.shape[-1]
-    places = ((local + 1) * (count / 2) - 0.5).numpy()
-    coordinates = np.stack([places[..., 1], places[..., 0]])
-    moved = [map_coordinates(each, coordinates, order=3, mode="nearest") for each in values.astype(np.float64)]
+    positions = ((local + 1) * (count / 2) - 0.5).numpy()
+    coordinates = np.stack([positions[..., 1], positions[..., 0]])
+    resampled = [map_coordinates(each, coordinates, order=3, mode="nearest") for each in values.astype(np.float64)]
     inside = (local.abs() <= 1).all(-1).numpy()
-    return torch.from_numpy(np.stack(moved) * inside).float().clamp_min(0)
+    return torch.from_numpy(np.stack(resampled) * inside).float().clamp_min(0)
 
 
 def _heatmaps(person: _Person) -> Heatmaps:
     source, target = shared_joints(MEDIAPIPE33, HALPE26)
     points, confidence = torch.zeros(len(HALPE26), 2), torch.zeros(len(HALPE26))
-    points[target], confidence[target] = person.places[source], person.confidence[source]
+    points[target], confidence[target] = person.points[source], person.confidence[source]
     turn = body_turn(points, confidence)
     axes = torch.tensor([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]], dtype=torch.float32)
     center, side = crop_from_keypoints(points @ axes, confidence)
     crop = Crop.of((axes @ center)[None], side[None], torch.tensor([turn], dtype=torch.float32))
     values = torch.zeros(len(HALPE26), HEATMAP_SIZE, HEATMAP_SIZE)
-    values[target] = into_crop(person.heat[source], person.window, crop)
+    values[target] = resample_to_crop(person.heatmaps[source], person.window, crop)
     valid = torch.zeros(len(HALPE26), dtype=torch.bool)
     valid[target] = True
     return Heatmaps(values[None], valid[None], crop)
@@ -235,14 +250,14 @@ def _heatmaps(person: _Person) -> Heatmaps:
 
 def _box(person: _Person) -> Tensor:  # (4,)
     """Bounding box of the landmarks, enlarged by a tenth to cover the person's outline."""
-    low, high = person.places.amin(0), person.places.amax(0)
+    low, high = person.points.amin(0), person.points.amax(0)
     margin = 0.1 * (high - low).amax()
     return torch.cat([low - margin, high + margin])
 
 
-def _same(person: _Person, other: _Person) -> bool:
-    extent = (other.places.amax(0) - other.places.amin(0)).amax()
-    return bool((person.places - other.places).norm(dim=-1).mean() < _SAME_PERSON * extent)
+def _is_same_person(person: _Person, other: _Person) -> bool:
+    extent = (other.points.amax(0) - other.points.amin(0)).amax()
+    return bool((person.points - other.points).norm(dim=-1).mean() < _SAME_PERSON * extent)
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:
@@ -251,7 +266,7 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
 
 def _warp(photo: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
     """A square crop of the photo, smoothed before downsampling; black outside the photo."""
-    return _cut(_smoothed(photo, affine), affine, size)
+    return _warp_affine(_smoothed(photo, affine), affine, size)
 
 
 def _smoothed(photo: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -259,14 +274,14 @@ def _smoothed(photo: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return photo if scale >= 0.7 else cv2.GaussianBlur(photo, (0, 0), 0.4 / scale)
 
 
-def _cut(photo: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
+def _warp_affine(photo: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
     # OpenCV's origin is the centre of the first pixel, ours its corner.
     shifted = affine.copy()
     shifted[:, 2] += shifted[:, :2] @ [0.5, 0.5] - 0.5
     return cv2.warpAffine(photo, shifted, (size, size), flags=cv2.INTER_LINEAR)
 
 
-def _over_photo(mask: np.ndarray, affine: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _mask_in_photo(mask: np.ndarray, affine: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     shifted = affine.copy()
     shifted[:, 2] += shifted[:, :2] @ [0.5, 0.5] - 0.5
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

@@ -103,32 +103,37 @@ class MMPoseEstimator:
         Raises:
             UserError: no boxes; a box that is invalid or outside the photo; NaN or only zeros from the model.
         """
-        people = check_boxes(boxes, photo.shape[1], photo.shape[0])
-        parts = (self._some(photo, people[i : i + PEOPLE_AT_ONCE]) for i in range(0, len(people), PEOPLE_AT_ONCE))
+        valid_boxes = check_boxes(boxes, photo.shape[1], photo.shape[0])
+        batches = (
+            self._heatmaps_of_batch(photo, valid_boxes[i : i + PEOPLE_AT_ONCE])
+            for i in range(0, len(valid_boxes), PEOPLE_AT_ONCE)
+        )
         try:
-            return concatenate_heatmaps(list(parts))
+            return concatenate_heatmaps(list(batches))
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
 
     @torch.no_grad()
-    def _some(self, photo: np.ndarray, boxes: Tensor) -> Heatmaps:
+    def _heatmaps_of_batch(self, photo: np.ndarray, boxes: Tensor) -> Heatmaps:
         from mmpose.apis import inference_topdown
 
-        head, bins = self.model.head, _Bins(self.model.head)
-        with quiet(), bins if self._simcc else contextlib.nullcontext():
-            found = inference_topdown(self.model, np.ascontiguousarray(photo[..., ::-1]), boxes.numpy())
+        head, simcc = self.model.head, _SimCCOutput(self.model.head)
+        with quiet(), simcc if self._simcc else contextlib.nullcontext():
+            results = inference_topdown(self.model, np.ascontiguousarray(photo[..., ::-1]), boxes.numpy())
         center, scale = (
-            torch.from_numpy(np.stack([one.metainfo[key] for one in found])).double()
+            torch.from_numpy(np.stack([result.metainfo[key] for result in results])).double()
             for key in ("input_center", "input_scale")
         )
         crop = (self.names, head.decoder, center, scale, self.use_udp, *crop_from_box(boxes))
         if self._simcc:
-            x, y, scores = (part[:, self._chosen] for part in bins.distributions())
+            x, y, scores = (part[:, self._chosen] for part in simcc.distributions())
             return heatmaps_from_simcc(x, y, scores, *crop)
-        return heatmaps_from_codec(torch.stack([one.pred_fields.heatmaps for one in found]).cpu().float(), *crop)
+        return heatmaps_from_codec(
+            torch.stack([result.pred_fields.heatmaps for result in results]).cpu().float(), *crop
+        )
 
 
-class _Bins:
+class _SimCCOutput:
     """Captures a SimCC head's output, averaged with its flip, before decoding.
 
     mmpose's own heatmaps of these heads are the bins scaled to a peak of 1, independent of the loss.
@@ -140,11 +145,11 @@ class _Bins:
     def __enter__(self) -> None:
         decode = self.head.decode
 
-        def taking(outputs: tuple[Tensor, Tensor]) -> Any:
+        def capture(outputs: tuple[Tensor, Tensor]) -> Any:
             self.raw = outputs
             return decode(outputs)
 
-        self.head.decode = taking
+        self.head.decode = capture
 
     def __exit__(self, *error: object) -> None:
         del self.head.decode  # restores the class's method
@@ -171,12 +176,12 @@ def joint_names(
     meta: dict[str, Any],  # mmpose's data set metadata, parsed
 ) -> tuple[str, ...]:
     """The model's joint names, in its order, as canonical names where they differ."""
-    others = {}
-    for start, table in _NAMES.items():
-        if str(meta.get("dataset_name", "")).lower().startswith(start):
-            others = table
-    named = {int(index): str(name) for index, name in meta["keypoint_id2name"].items()}
-    return tuple(others.get(named[index], named[index]) for index in sorted(named))
+    renamed = {}
+    for dataset, names in _NAMES.items():
+        if str(meta.get("dataset_name", "")).lower().startswith(dataset):
+            renamed = names
+    by_index = {int(index): str(name) for index, name in meta["keypoint_id2name"].items()}
+    return tuple(renamed.get(by_index[index], by_index[index]) for index in sorted(by_index))
 
 
 def _check_kind(name: str, config: Any) -> None:

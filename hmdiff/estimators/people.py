@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from hmdiff.estimators.source import Box, PoseSource, SeenPeople
+    from hmdiff.estimators.source import Box, DetectedPeople, PoseSource
     from hmdiff.heatmaps import Heatmaps, PersonKeypoints
     from hmdiff.heatmaps.cameras import PhotoCamera
     from hmdiff.heatmaps.photo import PhotoInfo
@@ -87,17 +87,17 @@ def people_in(photo: Photo, source: PoseSource) -> PhotoPeople:
     from hmdiff.heatmaps.photo import PhotoInfo
 
     info = PhotoInfo(picture.shape[1], picture.shape[0])
-    seen, camera = source.see(picture), PhotoCamera()
-    maps = seen.heatmaps
+    detected, camera = source.estimate(picture), PhotoCamera()
+    maps = detected.heatmaps
     maps = dataclasses.replace(maps, crop=camera.applied(maps.crop, info))
-    said = f"heatmaps of the {source.name}"
+    description = f"heatmaps of the {source.name}"
     return PhotoPeople(
         Path("photo"),
         info.size,
         maps,
         peaks(maps),
-        said,
-        notes=tuple(_left_out("photo", seen)),
+        description,
+        notes=tuple(_skipped_note("photo", detected)),
         focal_from=camera.described(info),
         picture=picture,
     )
@@ -155,29 +155,31 @@ def read_people(
     if heatmaps is not None:
         found = _from_heatmaps(photo, info, heatmaps, keypoints, given, box, notes)
     else:
-        about_us = keypoints is not None and (given or _has_keypoints(keypoints))
-        if source is not None and not about_us:
+        has_keypoints = keypoints is not None and (given or _has_keypoints(keypoints))
+        if source is not None and not has_keypoints:
             if keypoints is not None and _json_box(keypoints) is None:
                 notes.append(f"{keypoints}: no keypoints in it, so it was not used")
-            seen = source.see(picture, boxes or _json_box(keypoints))
-            maps = seen.heatmaps
-            notes += _left_out(str(photo), seen)
+            detected = source.estimate(picture, boxes or _json_box(keypoints))
+            maps = detected.heatmaps
+            notes += _skipped_note(str(photo), detected)
             found = PhotoPeople(photo, info.size, maps, peaks(maps), f"heatmaps of the {source.name}")
         else:
             found = _from_keypoints(photo, info, keypoints, box, boxes, notes)
     camera = PhotoCamera() if camera is None else camera
     maps = dataclasses.replace(found.heatmaps, crop=camera.applied(found.heatmaps.crop, info))
-    faint = float(maps.values.amax())
-    if faint < FAINT:
-        notes.append(f"all confidences are below {FAINT:g} (at most {faint:.2g}): hardly anything is known of the pose")
+    highest = float(maps.values.amax())
+    if highest < FAINT:
+        notes.append(
+            f"all confidences are below {FAINT:g} (at most {highest:.2g}): hardly anything is known of the pose"
+        )
     return dataclasses.replace(found, heatmaps=maps, notes=(*found.notes, *notes), focal_from=camera.described(info))
 
 
-def _left_out(photo: str, seen: SeenPeople) -> list[str]:
-    if not seen.more:
+def _skipped_note(photo: str, detected: DetectedPeople) -> list[str]:
+    if not detected.num_skipped:
         return []
-    taken = len(seen.heatmaps)
-    return [f"{photo}: more people may be in it than the {taken} that were taken; --max-people N takes more"]
+    num_taken = len(detected.heatmaps)
+    return [f"{photo}: more people may be in it than the {num_taken} that were taken; --max-people N takes more"]
 
 
 def _from_heatmaps(

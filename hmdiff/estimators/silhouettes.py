@@ -62,7 +62,7 @@ class EmbeddedSilhouettes:
     def __call__(self, photo: np.ndarray, path: Path, box: Box) -> np.ndarray | None:
         with self._lock:
             try:
-                seen = self._estimator.see(photo, [box])
+                seen = self._estimator.estimate(photo, [box])
             except UserError:  # nobody detected in the box
                 return None
         mask: np.ndarray = seen.silhouettes[0]() > 0.5

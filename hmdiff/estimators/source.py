@@ -21,12 +21,12 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 photo pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class SeenPeople:
+class DetectedPeople:
     """The people that a source detected in one photo."""
 
     heatmaps: Heatmaps  # P people, by falling score; their crops do not have the photo's camera yet
     boxes: Tensor  # (P, 4) x1, y1, x2, y2 photo pixels
-    more: int = 0  # detections skipped because the requested number of people was reached
+    num_skipped: int = 0  # detections skipped because the requested number of people was reached
     # Per person, if the source provides them: (H, W) 0..1 over the photo, computed lazily.
     silhouettes: tuple[Callable[[], np.ndarray], ...] = ()
 
@@ -37,18 +37,18 @@ class PoseSource(Protocol):
         """Name that is printed and saved with the result."""
         ...
 
-    def see(
+    def estimate(
         self,
         photo: np.ndarray,  # (H, W, 3) uint8 RGB
         boxes: Sequence[Box] | None = None,  # people to estimate; None: all detected
-    ) -> SeenPeople:
+    ) -> DetectedPeople:
         """Raises `UserError` if nobody is detected, or for an invalid box."""
         ...
 
 
-def glance_of(source: PoseSource) -> Callable[..., SeenPeople]:
-    """A source's method for video frames: its `glance`, a faster `see`, if it has one."""
-    found: Callable[..., SeenPeople] = getattr(source, "glance", source.see)
+def frame_estimator(source: PoseSource) -> Callable[..., DetectedPeople]:
+    """A source's method for video frames: its `estimate_frame`, a faster `estimate`, if it has one."""
+    found: Callable[..., DetectedPeople] = getattr(source, "estimate_frame", source.estimate)
     return found
 
 

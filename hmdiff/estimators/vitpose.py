@@ -15,7 +15,7 @@ import torch
 
 from hmdiff.body.skeletons import COCO17
 from hmdiff.errors import UserError
-from hmdiff.estimators.source import Box, SeenPeople, check_boxes
+from hmdiff.estimators.source import Box, DetectedPeople, check_boxes
 from hmdiff.heatmaps import Heatmaps, crop_from_box, heatmaps_from_values
 
 _PADDING = 1.25  # the processor's box enlargement
@@ -48,30 +48,30 @@ class VitPoseSource:
         self._device = device
 
     @torch.no_grad()
-    def see(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> SeenPeople:
+    def estimate(self, photo: np.ndarray, boxes: Sequence[Box] | None = None) -> DetectedPeople:
         if boxes is None:
             from hmdiff.estimators.landmarks import LandmarkEstimator
 
-            seen = LandmarkEstimator(most_people=self.most_people).see(photo)
-            people, unseen = seen.boxes, seen.more
+            detected = LandmarkEstimator(most_people=self.most_people).estimate(photo)
+            people, num_skipped = detected.boxes, detected.num_skipped
         else:
-            unseen = 0
+            num_skipped = 0
             people = check_boxes(boxes, photo.shape[1], photo.shape[0])
         xywh = torch.cat([people[:, :2], people[:, 2:] - people[:, :2]], 1).numpy()
         inputs = self._processor(photo, boxes=[xywh.tolist()], return_tensors="pt").to(self._device)
-        more = {}
+        options = {}
         if getattr(self._model.config.backbone_config, "num_experts", 1) > 1:
-            more["dataset_index"] = torch.zeros(len(people), dtype=torch.long, device=self._device)
-        values = self._model(**inputs, **more).heatmaps.float().cpu()
-        return SeenPeople(self._mapped(values, people), people, unseen)
+            options["dataset_index"] = torch.zeros(len(people), dtype=torch.long, device=self._device)
+        values = self._model(**inputs, **options).heatmaps.float().cpu()
+        return DetectedPeople(self._to_crops(values, people), people, num_skipped)
 
-    def _mapped(self, values: torch.Tensor, people: torch.Tensor) -> Heatmaps:
+    def _to_crops(self, values: torch.Tensor, people: torch.Tensor) -> Heatmaps:
         """UDP's pixel centres lie at the ends of the box: extend the area by half a pixel on every side."""
         height, width = values.shape[-2:]
         size = people[:, 2:] - people[:, :2]
         aspect = width / height
-        wide = torch.maximum(size[:, 0], size[:, 1] * aspect)
-        extent = torch.stack([wide, wide / aspect], -1) * _PADDING
+        extent_x = torch.maximum(size[:, 0], size[:, 1] * aspect)
+        extent = torch.stack([extent_x, extent_x / aspect], -1) * _PADDING
         extent = extent * torch.tensor([width / (width - 1), height / (height - 1)])
         center, side = crop_from_box(people)
         return heatmaps_from_values(values, self.names, (people[:, :2] + people[:, 2:]) / 2, extent, center, side)

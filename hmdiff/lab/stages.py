@@ -148,7 +148,7 @@ def _rows(bench: Bench, checkpoint: str | Path, device: torch.device, options: O
     with contextlib.suppress(UserError):  # not installed
         source = pipe.source
         pixels = read_people(photo).pixels()
-        yield bench.row("estimator, a photo", lambda: source.see(pixels))
+        yield bench.row("estimator, a photo", lambda: source.estimate(pixels))
     found = read_people(photo)
 
     def run(count: int, steps: int | None, mode: str = "dat", people: int = options.people) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hmdiff.errors import UserError
 from hmdiff.estimators.people import crops, peaks
-from hmdiff.estimators.source import PoseSource, glance_of
+from hmdiff.estimators.source import PoseSource, frame_estimator
 from hmdiff.heatmaps import Heatmaps, PhotoInfo, concatenate_heatmaps
 from hmdiff.heatmaps.cameras import PhotoCamera
 from hmdiff.output import keypoint_distance
@@ -163,7 +163,7 @@ class _Look:
         self, picture: np.ndarray, box: tuple[float, ...] | None
     ) -> list[tuple[Heatmaps, np.ndarray]]:  # empty if nobody is detected
         try:
-            maps = glance_of(self.source)(picture, None if box is None else [box]).heatmaps
+            maps = frame_estimator(self.source)(picture, None if box is None else [box]).heatmaps
         except UserError:
             return []
         maps = dataclasses.replace(maps, crop=self.camera.applied(maps.crop, self.info))

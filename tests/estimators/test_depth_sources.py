@@ -15,8 +15,8 @@ from hmdiff.estimators.depth_network import EstimatedDepth
 from hmdiff.estimators.depth_sources import (
     CallableDepth,
     DepthFile,
-    beside,
     crop_depth,
+    depth_file_beside,
     farther_is_larger,
     read_depth,
     warp_depth,
@@ -189,9 +189,9 @@ def test_bad_files_are_refused_by_name(tmp_path, name, make, message):
 
 def test_the_map_beside_a_photo(tmp_path):
     photo = tmp_path / "walk.01.jpg"
-    assert beside(photo) is None
+    assert depth_file_beside(photo) is None
     np.save(tmp_path / "walk.01_depth.npy", ramp())
-    assert beside(photo) == tmp_path / "walk.01_depth.npy"
+    assert depth_file_beside(photo) == tmp_path / "walk.01_depth.npy"
     source = DepthFile(tmp_path / "walk.01_depth.npy")
     assert source(torch.rand(1, 3, HEIGHT, WIDTH)).shape == (1, HEIGHT, WIDTH)
     with pytest.raises(UserError, match="depth of one photo, 2 were given"):
@@ -318,14 +318,14 @@ def test_models_that_cannot_be_had_are_named(network, tmp_path, monkeypatch):
 def test_kinds_of_networks_whose_sign_is_not_known_are_asked_about():
     from types import SimpleNamespace
 
-    from hmdiff.estimators.depth_network import _what_it_gives
+    from hmdiff.estimators.depth_network import _output_kind
 
-    assert _what_it_gives("x", SimpleNamespace(model_type="dpt")) == "disparity"
-    assert _what_it_gives("x", SimpleNamespace(model_type="zoedepth")) == "depth"
+    assert _output_kind("x", SimpleNamespace(model_type="dpt")) == "disparity"
+    assert _output_kind("x", SimpleNamespace(model_type="zoedepth")) == "depth"
     metres = SimpleNamespace(model_type="dpt", backbone_config=SimpleNamespace(model_type="dinov2"))
     for config in (metres, SimpleNamespace(model_type="marigold")):
         with pytest.raises(UserError, match=r"x: whether a model of kind .* gives depth or disparity is not known"):
-            _what_it_gives("x", config)
+            _output_kind("x", config)
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch):

@@ -17,11 +17,11 @@ from hmdiff.estimators.landmark_windows import (
     DETECTOR_SIZE,
     Detections,
     anchors,
-    detections,
+    decode_detections,
+    landmark_window,
     letterbox,
-    merged,
-    parts,
-    window,
+    merge_passes,
+    tiles,
 )
 from hmdiff.heatmaps import Crop, gaussian_heatmaps, heatmap_peaks, soft_argmax
 
@@ -38,7 +38,7 @@ def test_a_synthetic_landmark_comes_back_within_half_a_photo_pixel(turn: float, 
         ours = Crop.of(torch.tensor([[512.0, 405.0]]), torch.tensor([0.9 * side]), torch.tensor([crop_turn]))
         points = (torch.rand(1, 20, 2, generator=generator) - 0.5) * 0.8
         values = gaussian_heatmaps(points, torch.ones(1, 20), 1.4)[0].numpy()
-        moved = landmarks.into_crop(values, of_window, ours)
+        moved = landmarks.resample_to_crop(values, of_window, ours)
         expected = of_window.to_photo(points)[0]
         found = ours.to_photo(heatmap_peaks(moved)[0][None])[0]
         mean = ours.to_photo(soft_argmax(moved)[None])[0]
@@ -50,18 +50,18 @@ def test_a_synthetic_landmark_comes_back_within_half_a_photo_pixel(turn: float, 
 def test_outside_the_window_there_is_nothing() -> None:
     of_window = Crop.of(torch.tensor([[100.0, 100.0]]), torch.tensor([50.0]))
     far = Crop.of(torch.tensor([[400.0, 100.0]]), torch.tensor([50.0]))
-    assert landmarks.into_crop(np.ones((2, 64, 64)), of_window, far).eq(0).all()
+    assert landmarks.resample_to_crop(np.ones((2, 64, 64)), of_window, far).eq(0).all()
 
 
 def test_the_window_is_turned_so_that_the_second_point_is_above_the_first() -> None:
     for angle in (0.0, 1.0, -2.5):
         middle = np.array([200.0, 150.0])
         above = middle + 80 * np.array([math.sin(angle), -math.cos(angle)])
-        found = window(middle, above)
+        found = landmark_window(middle, above)
         assert found is not None and found.side.item() == pytest.approx(200)
         local = found.from_photo(torch.tensor(above[None], dtype=torch.float32))[0]
         assert local[0] == pytest.approx(0, abs=1e-5) and local[1] == pytest.approx(-0.8, abs=1e-5)
-    assert window(middle, middle) is None
+    assert landmark_window(middle, middle) is None
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 900)])
@@ -77,11 +77,11 @@ def test_boxes_of_the_detector_come_back_in_photo_pixels(width: int, height: int
             raw[index, :4] = *shift, 30, 30
             raw[index, 4:] = np.tile(shift, 4)
             logits[index] = 3.0 - person
-    points, scores, _ = detections(raw, logits, affine)
+    points, scores, _ = decode_detections(raw, logits, affine)
     assert len(points) == 2 and scores[0] > scores[1] > 0.8
     np.testing.assert_allclose(points[0], np.tile([0.3 * width, 0.4 * height], (4, 1)), atol=1e-6)
     np.testing.assert_allclose(points[1], np.tile([0.8 * width, 0.5 * height], (4, 1)), atol=1e-6)
-    assert len(detections(raw, np.full_like(logits, -9.0), affine)[0]) == 0
+    assert len(decode_detections(raw, np.full_like(logits, -9.0), affine)[0]) == 0
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 900), (3000, 200)])
@@ -89,8 +89,8 @@ def test_boxes_of_the_detector_come_back_in_photo_pixels(width: int, height: int
 def test_parts_cover_the_photo_and_overlap(width: int, height: int, count: int) -> None:
     """Anything up to three tenths of a tile is complete in one of them."""
     side = max(width, height) / count
-    corners = [-affine[:, 2] / affine[0, 0] for affine in parts(width, height, count)]
-    assert all(affine[0, 0] == pytest.approx(DETECTOR_SIZE / side) for affine in parts(width, height, count))
+    corners = [-affine[:, 2] / affine[0, 0] for affine in tiles(width, height, count)]
+    assert all(affine[0, 0] == pytest.approx(DETECTOR_SIZE / side) for affine in tiles(width, height, count))
     size = 0.3 * side
     for x in np.linspace(0, max(width - size, 0), 23):
         for y in np.linspace(0, max(height - size, 0), 23):
@@ -99,16 +99,16 @@ def test_parts_cover_the_photo_and_overlap(width: int, height: int, count: int) 
 
 
 def test_one_person_of_several_looks_is_one() -> None:
-    def look(*people: tuple[float, float, float, float], count: int = 1) -> Detections:  # x, y, reach, score
+    def detected_at(*people: tuple[float, float, float, float], count: int = 1) -> Detections:  # x, y, reach, score
         points = np.array([[[x, y], [x, y - reach], [x, y], [x, y]] for x, y, reach, _ in people]).reshape(-1, 4, 2)
         return Detections(points, np.array([each[3] for each in people]), np.full(len(people), count))
 
-    wide = look((100, 100, 80, 0.6), (400, 100, 80, 0.9))
-    close = look((105, 98, 85, 0.95), (130, 60, 30, 0.9), (250, 100, 75, 0.7), count=4)
-    found = merged([wide, close])
+    wide = detected_at((100, 100, 80, 0.6), (400, 100, 80, 0.9))
+    close = detected_at((105, 98, 85, 0.95), (130, 60, 30, 0.9), (250, 100, 75, 0.7), count=4)
+    found = merge_passes([wide, close])
     assert found.points[:, 0, 0].tolist() == [400, 250, 100], "the same again, and a hand on somebody, are left out"
-    assert found.look.tolist() == [1, 4, 1]
-    assert len(merged([look(), look(count=2)]).scores) == 0
+    assert found.tiles_per_side.tolist() == [1, 4, 1]
+    assert len(merge_passes([detected_at(), detected_at(count=2)]).scores) == 0
 
 
 # -- the networks themselves
@@ -123,9 +123,9 @@ def estimator() -> landmarks.LandmarkEstimator:
 def test_nobody_in_a_grey_photo(estimator: landmarks.LandmarkEstimator) -> None:
     for size in ((200, 300), (1, 1)):
         with pytest.raises(UserError, match=r"no person was found.*--box"):
-            estimator.see(np.full((*size, 3), 120, np.uint8))
+            estimator.estimate(np.full((*size, 3), 120, np.uint8))
     with pytest.raises(UserError, match="lies outside"):
-        estimator.see(np.zeros((20, 20, 3), np.uint8), [(50, 50, 60, 60)])
+        estimator.estimate(np.zeros((20, 20, 3), np.uint8), [(50, 50, 60, 60)])
 
 
 @NETWORKS
@@ -138,7 +138,7 @@ def test_joints_lie_where_the_labels_say(
     from hmdiff.viz.canvas import read_picture
 
     photo = shared_data / "photos" / f"{name}.jpg"
-    seen = estimator.see(read_picture(photo))
+    seen = estimator.estimate(read_picture(photo))
     assert len(seen.heatmaps) == 1 and seen.heatmaps.valid[0].sum() == 21
     labels, valid = on_halpe26(read_keypoints(photo.with_suffix(".json"), photo))
     places, confidence = heatmap_peaks(seen.heatmaps.values)
@@ -156,7 +156,7 @@ def test_somebody_who_hangs_upside_down_is_seen_in_a_turned_crop(
     from hmdiff.viz.canvas import read_picture
 
     photo = read_picture(shared_data / "photos" / "warrior_yoga.jpg")
-    upright, turned = estimator.see(photo), estimator.see(np.ascontiguousarray(photo[::-1, ::-1]))
+    upright, turned = estimator.estimate(photo), estimator.estimate(np.ascontiguousarray(photo[::-1, ::-1]))
     assert upright.heatmaps.crop.rotation.item() == 0 and abs(turned.heatmaps.crop.rotation.item()) > 2.5
     size = torch.tensor([photo.shape[1], photo.shape[0]])
     places = [each.heatmaps.crop.to_photo(heatmap_peaks(each.heatmaps.values)[0])[0] for each in (upright, turned)]
@@ -173,9 +173,9 @@ def test_a_joint_that_is_not_in_the_picture_has_no_peak_and_its_landmark_sets_th
     ankle = 27
     found[ankle, 4] = -4.0  # 0.018
     person = landmarks._Person(of_window, heat, found, np.zeros((600, 600), np.float32))
-    assert person.heat[ankle].max() < 0.02 < 0.7 < person.heat[26].max()
-    assert person.places[ankle].tolist() == pytest.approx([428, 492])  # 300 + 512 (192 / 256 - 1 / 2), ...
-    assert person.places[26].tolist() == pytest.approx([172, 172], abs=5)  # the peak, up to a heatmap pixel
+    assert person.heatmaps[ankle].max() < 0.02 < 0.7 < person.heatmaps[26].max()
+    assert person.points[ankle].tolist() == pytest.approx([428, 492])  # 300 + 512 (192 / 256 - 1 / 2), ...
+    assert person.points[26].tolist() == pytest.approx([172, 172], abs=5)  # the peak, up to a heatmap pixel
 
 
 @NETWORKS
@@ -185,7 +185,7 @@ def test_legs_below_the_photos_edge_are_no_evidence(estimator: landmarks.Landmar
 
     photo = read_picture(shared_data / "photos" / "skier.jpg")
     cut = np.ascontiguousarray(photo[:235])
-    whole, seen = estimator.see(photo).heatmaps, estimator.see(cut).heatmaps
+    whole, seen = estimator.estimate(photo).heatmaps, estimator.estimate(cut).heatmaps
     ankles = [HALPE26.index(f"{side}_ankle") for side in ("left", "right")]
     shoulders = [HALPE26.index(f"{side}_shoulder") for side in ("left", "right")]
     before, after = (heatmap_peaks(each.values)[1][0] for each in (whole, seen))
@@ -204,12 +204,12 @@ def test_a_crowd_of_thirty_is_seen_in_parts(estimator: landmarks.LandmarkEstimat
     crowd = np.tile(person, (5, 6, 1))
     crowds = landmarks.LandmarkEstimator(threads=1, most_people=40)
     with pytest.raises(UserError, match="no person was found"):
-        crowds.glance(crowd)
-    seen = crowds.see(crowd)
+        crowds.estimate_frame(crowd)
+    seen = crowds.estimate(crowd)
     cells = {(int(x // 340), int(y // 425)) for x, y in seen.heatmaps.crop.center.tolist()}
     assert len(cells) >= 28 and len(seen.heatmaps) == len(cells)
-    limited = estimator.see(crowd)
-    assert len(limited.heatmaps) == landmarks.MOST_PEOPLE and limited.more >= 18
+    limited = estimator.estimate(crowd)
+    assert len(limited.heatmaps) == landmarks.MOST_PEOPLE and limited.num_skipped >= 18
 
 
 @pytest.mark.slow

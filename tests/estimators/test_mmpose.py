@@ -30,7 +30,7 @@ from hmdiff.estimators.mmpose_codecs import heatmaps_from_codec, heatmaps_from_s
 from hmdiff.estimators.mmpose_source import MMPoseEstimator, joint_names
 from hmdiff.estimators.openmmlab import find_checkpoint, find_model, import_openmmlab, read_config
 from hmdiff.estimators.people import read_people
-from hmdiff.estimators.source import SeenPeople, check_boxes
+from hmdiff.estimators.source import DetectedPeople, check_boxes
 from hmdiff.files.foreign_weights import read_checkpoint
 from hmdiff.heatmaps import Crop, Heatmaps, crop_from_box, heatmap_peaks, load_heatmaps
 
@@ -679,7 +679,7 @@ def test_bad_input_of_the_commands(
     def nobody(self: Any, *args: Any) -> Tensor:
         raise UserError("nobody was found")
 
-    monkeypatch.setattr(estimation.Estimation, "see", nobody)
+    monkeypatch.setattr(estimation.Estimation, "estimate", nobody)
     line = fails(capsys, "sample", picture, *model, *out)
     assert str(picture) in line and "nobody was found" in line
     picture.with_suffix(".json").write_text(json.dumps({"keypoints_coco17": [[9, 9, 1]] * 16 + [[90, 90, 1]]}))
@@ -696,8 +696,8 @@ def test_one_bad_photo_does_not_keep_the_others(
     again.write_bytes(picture.read_bytes())
     valid = torch.ones(1, 26, dtype=torch.bool)
     maps = Heatmaps(torch.ones(1, 26, 64, 64), valid, Crop.of(torch.zeros(1, 2), torch.ones(1) * 9))
-    seen = SeenPeople(maps, torch.ones(1, 4))
-    monkeypatch.setattr(estimation.Estimation, "see", lambda self, photo, boxes: seen)
+    seen = DetectedPeople(maps, torch.ones(1, 4))
+    monkeypatch.setattr(estimation.Estimation, "estimate", lambda self, photo, boxes: seen)
     photos = map(str, (bad, picture, again))
     assert main(["heatmaps", *photos, "--pose", "human", "--output", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
@@ -716,10 +716,10 @@ def test_what_is_found_beside_a_photo_wins_over_the_estimator(picture: Path, pho
     class Source:
         name = "pose estimator"
 
-        def see(self, given: np.ndarray, boxes: Any = None) -> SeenPeople:
+        def estimate(self, given: np.ndarray, boxes: Any = None) -> DetectedPeople:
             assert np.array_equal(given, photo)
             seen.append(boxes)
-            return SeenPeople(maps, torch.ones(1, 4))
+            return DetectedPeople(maps, torch.ones(1, 4))
 
     source = Source()
     found = read_people(picture, source=source)

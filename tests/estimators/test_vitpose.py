@@ -44,7 +44,7 @@ def photo() -> np.ndarray:
 def test_a_model_from_a_folder_sees_the_boxes(folder: Path) -> None:
     source = load_source(f"vitpose:{folder}")
     assert source.name == f"vitpose {folder}"
-    seen = source.see(photo(), [BOX, (10.0, 5.0, 60.0, 150.0)])
+    seen = source.estimate(photo(), [BOX, (10.0, 5.0, 60.0, 150.0)])
     assert len(seen.heatmaps) == 2 and seen.boxes.tolist()[0] == list(BOX)
     known = torch.zeros(26, dtype=torch.bool)
     known[joint_indices(COCO17, HALPE26)] = True
@@ -64,7 +64,7 @@ def test_peaks_are_where_its_processor_puts_them(
     output = SimpleNamespace(heatmaps=torch.tensor(maps[None], dtype=torch.float32))
     answers = type("Answers", (), {"config": source._model.config, "__call__": lambda *a, **k: output})
     monkeypatch.setattr(source, "_model", answers())
-    seen = source.see(photo(), [box]).heatmaps
+    seen = source.estimate(photo(), [box]).heatmaps
     xywh = [[box[0], box[1], box[2] - box[0], box[3] - box[1]]]
     expected = source._processor.post_process_pose_estimation(output, boxes=[xywh], threshold=0.0)[0][0]["keypoints"]
     peaks, _ = heatmap_peaks(seen.values)

@@ -95,7 +95,7 @@ def test_saving_never_replaces_an_input(
         np.testing.assert_allclose(arrays["keypoints_2d"][before], seen[before], rtol=1e-4)
     output.save(tmp_path / "out")  # replaces its own files
     with pytest.raises(UserError, match="save needs the photo"):
-        pipe(heatmaps=Source().see(photo).heatmaps, num_hypotheses=1, num_inference_steps=1).people[0].save("x")
+        pipe(heatmaps=Source().estimate(photo).heatmaps, num_hypotheses=1, num_inference_steps=1).people[0].save("x")
 
 
 def test_keypoints_beside_a_photo_are_used(pipe: HMDiffPipeline, photo: np.ndarray, tmp_path: Path) -> None:

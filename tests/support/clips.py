@@ -12,7 +12,7 @@ import torch
 from small import people_block
 
 from hmdiff.errors import UserError
-from hmdiff.estimators.source import SeenPeople
+from hmdiff.estimators.source import DetectedPeople
 from hmdiff.heatmaps import Crop, Heatmaps
 
 WIDTH, HEIGHT, RATE = 160, 96, 25.0
@@ -46,7 +46,7 @@ class Walkers:
     def place(self, frame: int, person: int) -> tuple[float, float]:
         return (40.0 + 5 * frame, 50.0) if person == 0 else (120.0 - 5 * frame, 50.0)
 
-    def see(self, photo: np.ndarray, boxes: Any = None) -> SeenPeople:
+    def estimate(self, photo: np.ndarray, boxes: Any = None) -> DetectedPeople:
         frame = round(float(photo.mean()) / STEP)
         self.asked.append(frame)
         people = [p for p in ((0, 1) if frame % 2 else (1, 0)) if not self.hidden(frame, p)]
@@ -55,4 +55,4 @@ class Walkers:
         sample = people_block()
         assert sample.heatmaps is not None and sample.heatmap_valid is not None
         crop = Crop.of(torch.tensor([self.place(frame, p) for p in people]), torch.tensor([60.0, 70.0])[people])
-        return SeenPeople(Heatmaps(sample.heatmaps[people], sample.heatmap_valid[people], crop), torch.zeros(2, 4))
+        return DetectedPeople(Heatmaps(sample.heatmaps[people], sample.heatmap_valid[people], crop), torch.zeros(2, 4))

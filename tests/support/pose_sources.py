@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from small import people_block
 
-from hmdiff.estimators.source import SeenPeople
+from hmdiff.estimators.source import DetectedPeople
 from hmdiff.heatmaps import Crop, Heatmaps
 
 
@@ -17,8 +17,8 @@ class Source:
 
     name = "test source"
 
-    def see(self, photo: np.ndarray, boxes: Any = None) -> SeenPeople:
+    def estimate(self, photo: np.ndarray, boxes: Any = None) -> DetectedPeople:
         sample = people_block()
         assert sample.heatmaps is not None and sample.heatmap_valid is not None
         crop = Crop.of(torch.tensor([[60.0, 50.0], [100.0, 60.0]]), torch.tensor([70.0, 80.0]))
-        return SeenPeople(Heatmaps(sample.heatmaps[:2], sample.heatmap_valid[:2], crop), torch.zeros(2, 4))
+        return DetectedPeople(Heatmaps(sample.heatmaps[:2], sample.heatmap_valid[:2], crop), torch.zeros(2, 4))

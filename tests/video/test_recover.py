@@ -116,10 +116,10 @@ def test_a_stopped_run_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: p
     whole = run(clip)
 
     class Killed(Walkers):
-        def see(self, photo: np.ndarray, boxes: object = None) -> object:  # type: ignore[override]
+        def estimate(self, photo: np.ndarray, boxes: object = None) -> object:  # type: ignore[override]
             if len(self.asked) == 7:
                 raise KeyboardInterrupt
-            return super().see(photo, boxes)
+            return super().estimate(photo, boxes)
 
     with pytest.raises(KeyboardInterrupt):
         run(clip, Killed(), folder=kept)

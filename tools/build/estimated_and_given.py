@@ -74,7 +74,9 @@ def of_photo(
     sure = box[box[:, 2] >= _SURE, :2]
     margin = 0.1 * float((sure.amax(0) - sure.amin(0)).max())
     low, high = sure.amin(0) - margin, sure.amax(0) + margin
-    seen = source.see(read_picture(photo), [(float(low[0]), float(low[1]), float(high[0]), float(high[1]))]).heatmaps
+    seen = source.estimate(
+        read_picture(photo), [(float(low[0]), float(low[1]), float(high[0]), float(high[1]))]
+    ).heatmaps
     crop = known.heatmaps.crop
     seen = Heatmaps(seen.values, seen.valid, seen.crop.with_camera(crop.photo_size[:1], crop.focal[:1]))
     rows = compared(seen, box)
@@ -115,7 +117,7 @@ def of_clip(pipe: HMDiffPipeline, source: PoseSource, recordings: Path, clip: Pa
     for frame in read_frames(info):
         assert frame.picture is not None
         try:
-            seen = source.see(frame.picture).heatmaps[0]
+            seen = source.estimate(frame.picture).heatmaps[0]
         except UserError:
             continue
         posed = body(motion.betas, motion.rotations[frame.number : frame.number + 1])

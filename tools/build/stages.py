@@ -25,7 +25,7 @@ STAGES = (
     ("loading the checkpoint", "load_pipeline", "arguments.py"),
     ("reading the photo", "read_picture", "canvas.py"),
     ("pose estimator: networks loaded", "__init__", "landmarks.py"),
-    ("pose estimator: detector, landmarks, crops", "see", "landmarks.py"),
+    ("pose estimator: detector, landmarks, crops", "estimate", "landmarks.py"),
     ("encoder", "encode", "recovery.py"),
     ("denoising with DAT", "draw_hypotheses", "reverse.py"),
     ("bodies fitted to the hypotheses", "fit_coarse", "fitting.py"),
