@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     from hmdiff.diffusion.sampling_config import SamplingConfig
     from hmdiff.evaluate.table import Table, save_csv
     from hmdiff.lab.ablations import ROLES, TABLES, settings_of
-    from hmdiff.lab.table_rows import RowCells, csv_rows, texts
+    from hmdiff.lab.table_rows import RowCells, csv_rows, table_cells
     from hmdiff.lab.trained_ablations import TRAINED
 
     names = list(dict.fromkeys(options.tables)) or list(TABLES)
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
         if guided is not None:
             used = guide(guided)
             title += f"; DAT by preset {options.preset}, s {used.strength:g}, R {used.threshold:g}"
-        Table(title, *texts(table, found), table.note).print()
+        Table(title, *table_cells(table, found), table.note).print()
         left_out = [f"--{role}" for role in dict.fromkeys(row.role for row in table.rows) if role not in roles]
         if left_out:
             print(f"left out, since no model was given for them: the rows of {', '.join(left_out)}")

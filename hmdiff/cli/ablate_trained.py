@@ -15,8 +15,8 @@ from hmdiff.names import SPLITS
 if TYPE_CHECKING:
     from hmdiff.lab.ablations import Comparison
     from hmdiff.lab.table_rows import RowCells
-    from hmdiff.lab.trained_cells import Asked
-    from hmdiff.lab.trained_runs import Plan, Run, Trained
+    from hmdiff.lab.trained_cells import EvaluationSettings
+    from hmdiff.lab.trained_runs import Plan, Run, RunReport
 
 OUTPUT = Path("runs/ablate")
 SEEDS = 3
@@ -119,23 +119,23 @@ def _check_splits(options: argparse.Namespace, tables: dict[str, Comparison]) ->
 
 def _print_plan(options: argparse.Namespace, plan: Plan) -> None:
     from hmdiff.evaluate.table import Table
-    from hmdiff.lab.trained_runs import is_done, reached, seconds_left
+    from hmdiff.lab.trained_runs import is_done, last_step, seconds_left
 
-    for name, rows in plan.of.items():
+    for name, rows in plan.runs_of.items():
         lines = []
         for label, runs in rows.items():
             states = [
-                "trained" if is_done(run) else f"at {reached(run)}" if reached(run) else "to train" for run in runs
+                "trained" if is_done(run) else f"at {last_step(run)}" if last_step(run) else "to train" for run in runs
             ]
             row = plan.rows[name][label]
-            changes = " ".join((*row.overrides, *(f"tested:{text}" for text in row.tested)))
+            changes = " ".join((*row.overrides, *(f"tested:{text}" for text in row.evaluation_overrides)))
             lines.append([label, changes or "-", ", ".join(states), str(runs[0].folder.parent.name)])
         first = next(iter(rows.values()))[0].config.training
         title = f"{name}: {first.steps} steps of {first.batch_size * first.gradient_accumulation} people a training"
         Table(title, ["row", "over the base", "seeds", f"in {options.output}/runs"], lines).print()
     runs = plan.runs
     left = sum(not is_done(run) for run in runs)
-    needed = sum(len(each) for rows in plan.of.values() for each in rows.values())
+    needed = sum(len(each) for rows in plan.runs_of.values() for each in rows.values())
     words = f"{len(runs)} trainings for {needed} rows and seeds of the tables, {left} of them still to do"
     print(f"{words}; about {duration_text(seconds_left(runs))}" if left else words)
 
@@ -152,7 +152,7 @@ def _train(plan: Plan) -> list[Run]:
     there = sum(is_done(run) for run in runs)
     print(f"{len(runs)} trainings, {there} of them there already" if there else f"{len(runs)} trainings", flush=True)
 
-    def told(trained: Trained) -> None:
+    def told(trained: RunReport) -> None:
         left = "" if trained.done == trained.total else f"; about {duration_text(trained.seconds_left)} left"
         seconds = duration_text(trained.seconds)
         print(f"[{trained.done}/{trained.total}] {trained.run.name}: trained in {seconds}{left}", flush=True)
@@ -163,47 +163,51 @@ def _train(plan: Plan) -> list[Run]:
 def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, Comparison], mode: str) -> int:
     from hmdiff.evaluate.table import Table, save_csv
     from hmdiff.evaluate.visibility_bins import VISIBILITY_BINS
-    from hmdiff.lab.table_rows import SPREAD, band_texts, csv_rows, texts
+    from hmdiff.lab.table_rows import SPREAD, csv_rows, table_cells, visibility_table_cells
     from hmdiff.lab.trained_ablations import COSTS
-    from hmdiff.lab.trained_cells import Asked
-    from hmdiff.lab.trained_plots import plot_bands, plot_differences
+    from hmdiff.lab.trained_cells import EvaluationSettings
+    from hmdiff.lab.trained_plots import plot_differences, plot_visibility_bins
     from hmdiff.lab.trained_runs import is_done
 
     if not any(is_done(run) for run in plan.runs):
         raise UserError(f"{options.output}: nothing of {', '.join(tables)} is trained there; add --train")
-    asked = Asked(options.people, options.num_hypotheses, options.denoising_steps, options.seed)
+    asked = EvaluationSettings(options.people, options.num_hypotheses, options.denoising_steps, options.seed)
     costs = _costs(options, plan, asked, mode)
     for name, table in tables.items():
         found = _evaluate(options, plan, name, table, asked, costs)
         lines: list[dict[str, Any]] = []
-        banded = table.banded and all(row.tells_visibility for rows in found.values() for row in rows if row.cells)
+        by_visibility = table.by_visibility and all(
+            row.has_visibility for rows in found.values() for row in rows if row.cells
+        )
         for split, rows in found.items():
-            lines += csv_rows(name, split, rows, mode, VISIBILITY_BINS if banded else ())
+            lines += csv_rows(name, split, rows, mode, VISIBILITY_BINS if by_visibility else ())
             title = f"{table.title}: {mode}, {split}, {asked.people} people, mm (95 % interval)"
             if mode == "diffusion":
                 title += f", N = {asked.num_hypotheses}"
-            Table(title, *texts(table, rows, mode), table.note).print()
-            if banded:
-                Table(f"PVE by visible part (people), {split}", *band_texts(rows, "pve")).print()
-                Table(f"% of the reference's PVE, {split}", *band_texts(rows, "pve", relative=True)).print()
+            Table(title, *table_cells(table, rows, mode), table.note).print()
+            if by_visibility:
+                Table(f"PVE by visible part (people), {split}", *visibility_table_cells(rows, "pve")).print()
+                Table(f"% of the reference's PVE, {split}", *visibility_table_cells(rows, "pve", relative=True)).print()
                 if mode == "diffusion":
-                    Table(f"spread by visible part, {split}", *band_texts(rows, SPREAD)).print()
-                    Table(f"PVE of the best by visible part, {split}", *band_texts(rows, "pve", "oracle")).print()
+                    Table(f"spread by visible part, {split}", *visibility_table_cells(rows, SPREAD)).print()
+                    Table(
+                        f"PVE of the best by visible part, {split}", *visibility_table_cells(rows, "pve", "oracle")
+                    ).print()
         if costs:
             any_rows = next(iter(found.values()))
             note = next(iter(costs.values()))
             title = f"cost: {note['device']}, {note['threads']} threads, medians"
-            Table(title, *texts(table, any_rows, mode, COSTS)).print()
+            Table(title, *table_cells(table, any_rows, mode, COSTS)).print()
         place = options.output / f"{name}_{mode}"
         save_csv(lines, place.with_suffix(".csv"))
         written = [f"{place}.csv"]
         if plot_differences(found, f"{place}.png", title=table.title):
             written.append(f"{place}.png")
-        if table.banded and not banded:
+        if table.by_visibility and not by_visibility:
             print("no rows by visible part: these people carry none; --set data.map_size=64 draws what tells it")
-        if banded and plot_bands(found, f"{place}_bands.png", title=table.title):
+        if by_visibility and plot_visibility_bins(found, f"{place}_bands.png", title=table.title):
             written.append(f"{place}_bands.png")
-        missing = [run.name for runs in plan.of[name].values() for run in runs if not is_done(run)]
+        missing = [run.name for runs in plan.runs_of[name].values() for run in runs if not is_done(run)]
         if missing:
             print(f"not trained yet, and left out: {'; '.join(missing)}; add --train")
         print(f"written: {', '.join(written)}")
@@ -211,20 +215,25 @@ def _tables(options: argparse.Namespace, plan: Plan, tables: dict[str, Compariso
 
 
 def _evaluate(
-    options: argparse.Namespace, plan: Plan, name: str, table: Comparison, asked: Asked, costs: dict[str, Any]
+    options: argparse.Namespace,
+    plan: Plan,
+    name: str,
+    table: Comparison,
+    asked: EvaluationSettings,
+    costs: dict[str, Any],
 ) -> dict[str, list[RowCells]]:  # split -> rows
     """Read stored cells and compute the others; each row's people are built once."""
     from tqdm import tqdm
 
     from hmdiff.evaluate.store import digest, model_hash, stored
     from hmdiff.lab.table_rows import RowCells
-    from hmdiff.lab.trained_cells import NEEDS, cell_path, compute_cell, people_of, tested_config
-    from hmdiff.lab.trained_runs import essence, is_done
+    from hmdiff.lab.trained_cells import NEEDS, cell_path, compute_cell, evaluation_config, evaluation_data
+    from hmdiff.lab.trained_runs import identifying_config, is_done
 
     folder = options.output / "cells"
     splits = list(options.splits or table.splits)
     found: dict[str, list[RowCells]] = {split: [] for split in splits}
-    for label, runs in plan.of[name].items():
+    for label, runs in plan.runs_of[name].items():
         row = plan.rows[name][label]
         cells: dict[str, dict[int, dict[str, Any]]] = {split: {} for split in splits}
         data = None
@@ -237,26 +246,28 @@ def _evaluate(
                     if pipeline is None:
                         pipeline = arguments.load_pipeline(str(run.pipeline), arguments.resolve_device(options.device))
                     if data is None:
-                        data = people_of(tested_config(run.config, row, run.folder), pipeline.body)
+                        data = evaluation_data(evaluation_config(run.config, row, run.folder), pipeline.body)
                     words = f"{label}, seed {run.seed}, {split}"
                     with tqdm(total=asked.people, desc=words, unit="person", disable=None, leave=False) as bar:
                         cell = compute_cell(folder, settings, pipeline, data, bar.update)
                 cells[split][run.seed] = cell
-        cost = costs.get(digest(essence(runs[0].config)))
+        cost = costs.get(digest(identifying_config(runs[0].config)))
         for split in splits:
             found[split].append(RowCells(row, cells[split], cost))
     return found
 
 
-def _costs(options: argparse.Namespace, plan: Plan, asked: Asked, mode: str) -> dict[str, Any]:  # by the run's digest
+def _costs(
+    options: argparse.Namespace, plan: Plan, asked: EvaluationSettings, mode: str
+) -> dict[str, Any]:  # by the run's digest
     """Measure or read the costs. All rows are timed in one call, since timings of separate calls are not comparable."""
     from tqdm import tqdm
 
     from hmdiff.evaluate.store import digest, save_report, stored
     from hmdiff.lab.trained_costs import REPEATS, measure_costs
-    from hmdiff.lab.trained_runs import essence
+    from hmdiff.lab.trained_runs import identifying_config
 
-    rows = {digest(essence(run.config)): run for run in _one_each(plan)}
+    rows = {digest(identifying_config(run.config)): run for run in _one_each(plan)}
     path = options.output / f"costs_{mode}_{digest([sorted(rows), asked.num_hypotheses, asked.steps])}.json"
     if not options.costs:
         return stored(path, {}, ()) or {}

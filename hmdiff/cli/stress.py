@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hmdiff.diffusion.sampling_config import SamplingConfig
     from hmdiff.heatmaps import Crop
-    from hmdiff.lab.stress import Stress, Subject
+    from hmdiff.lab.stress import StressMap, Subject
     from hmdiff.output import MeshOutput
     from hmdiff.pipeline import HMDiffPipeline
 
@@ -195,7 +195,7 @@ def _synthetic(pipeline: HMDiffPipeline, options: argparse.Namespace) -> list[Sh
     return people
 
 
-def write(found: Stress, person: Shown, stem: Path) -> str:
+def write(found: StressMap, person: Shown, stem: Path) -> str:
     """Write one person's npz and png; returns a one-line summary."""
     from hmdiff.body.skeletons import HALPE26
     from hmdiff.evaluate.uncertainty_metrics import rank_correlation
@@ -206,21 +206,21 @@ def write(found: Stress, person: Shown, stem: Path) -> str:
     arrays: dict[str, Any] = {
         "centres": found.centres,
         "patch": found.half,
-        "moved_mm": found.map(found.moved),
+        "moved_mm": found.map(found.displacement),
         "spread_mm": found.map(found.spread),
-        "hidden": found.hidden,
+        "hidden": found.removed_joints,
         "joints": list(HALPE26),
-        "clear_spread_mm": found.clear_spread,
-        "clear_vertices": found.clear.vertices[0],
+        "clear_spread_mm": found.unoccluded_spread,
+        "clear_vertices": found.unoccluded.vertices[0],
     }
     maps = [("the mesh moves", arrays["moved_mm"]), ("the hypotheses spread", arrays["spread_mm"])]
-    worst = int(found.moved.argmax())
-    told = f"moved {float(found.moved.mean()):.0f} mm, most {float(found.moved[worst]):.0f} mm"
-    told += f"{_joints(found, worst)}; spread {found.clear_spread:.0f} mm, most {float(found.spread.max()):.0f} mm"
-    if found.error is not None and found.clear_error is not None:
-        arrays |= {"error_mm": found.map(found.error), "clear_error_mm": found.clear_error}
+    worst = int(found.displacement.argmax())
+    told = f"moved {float(found.displacement.mean()):.0f} mm, most {float(found.displacement[worst]):.0f} mm"
+    told += f"{_joints(found, worst)}; spread {found.unoccluded_spread:.0f} mm, most {float(found.spread.max()):.0f} mm"
+    if found.error is not None and found.unoccluded_error is not None:
+        arrays |= {"error_mm": found.map(found.error), "clear_error_mm": found.unoccluded_error}
         maps.append(("error (PVE)", arrays["error_mm"]))
-        told += f"; error {found.clear_error:.0f} mm, most {float(found.error.max()):.0f} mm; rank correlation of "
+        told += f"; error {found.unoccluded_error:.0f} mm, most {float(found.error.max()):.0f} mm; rank correlation of "
         told += f"spread and error {rank_correlation(found.spread, found.error):.2f}"
     save_npz(stem.with_name(stem.name + ".npz"), **arrays)
     sheet = stress_sheet(person.picture, maps, found.half, found.centres[worst])
@@ -228,18 +228,20 @@ def write(found: Stress, person: Shown, stem: Path) -> str:
     return f"{person.name} -> {stem}.npz .png  ({told})"
 
 
-def _joints(found: Stress, place: int) -> str:
+def _joints(found: StressMap, place: int) -> str:
     """The joints hidden by the patch at that position, as text."""
     from hmdiff.body.skeletons import HALPE26
 
-    names = [HALPE26[joint].replace("_", " ") for joint in found.hidden[place].nonzero()[:, 0].tolist()]
+    names = [HALPE26[joint].replace("_", " ") for joint in found.removed_joints[place].nonzero()[:, 0].tolist()]
     if not names:
         return ""
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f" without {', '.join(names[:3])}{rest}"
 
 
-def write_picture(pipeline: HMDiffPipeline, found: Stress, person: Shown, sampling: SamplingConfig, path: Path) -> str:
+def write_picture(
+    pipeline: HMDiffPipeline, found: StressMap, person: Shown, sampling: SamplingConfig, path: Path
+) -> str:
     """Draw the hypotheses without the patch, and with it at the position of the largest spread."""
     from hmdiff.lab.stress import recover_covered
     from hmdiff.viz.canvas import save_picture
@@ -249,17 +251,19 @@ def write_picture(pipeline: HMDiffPipeline, found: Stress, person: Shown, sampli
     centre = found.centres[place : place + 1]
     covered, _ = recover_covered(pipeline, person.subject, centre, found.half, sampling)
 
-    crop = person.crop.to(found.clear.focal).with_camera(None, found.clear.focal, found.clear.principal_point)
+    crop = person.crop.to(found.unoccluded.focal).with_camera(
+        None, found.unoccluded.focal, found.unoccluded.principal_point
+    )
     turn, focal, principal = crop_camera(crop, SHOWN)
 
     def row(picture: np.ndarray, output: MeshOutput) -> tuple[Any, ...]:
         vertices, translation = output.vertices[0] @ turn, output.translation[0] @ turn
         return picture, vertices.cpu(), translation.cpu(), output.spread[0].cpu()
 
-    rows = [row(person.picture, found.clear), row(draw_patch(person.picture, centre[0], found.half), covered)]
-    sheet = hidden_sheet(rows, found.clear.faces.cpu(), focal, principal, ["all is seen", "behind a patch"])
+    rows = [row(person.picture, found.unoccluded), row(draw_patch(person.picture, centre[0], found.half), covered)]
+    sheet = hidden_sheet(rows, found.unoccluded.faces.cpu(), focal, principal, ["all is seen", "behind a patch"])
     save_picture(path, sheet)
-    spreads = f"spread {found.clear_spread:.0f} mm without, {float(found.spread[place]):.0f} mm behind the patch"
+    spreads = f"spread {found.unoccluded_spread:.0f} mm without, {float(found.spread[place]):.0f} mm behind the patch"
     return f"{path}: {person.name}, {spreads}{_joints(found, place)}"
 
 

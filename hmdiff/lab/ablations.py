@@ -29,7 +29,7 @@ ROLES = {
     "stacked": "baseline B: the same network stacked",
 }
 MODES = ("diffusion", "direct")
-MAY_DIFFER = ("model.", "loss.", "data.")  # what a trained row may change: not its budget, not its seed
+TRAINABLE_OVERRIDES = ("model.", "loss.", "data.")  # what a trained row may change: not its budget, not its seed
 Guide = Callable[[str], "Guidance | None"]  # mode -> guidance with the requested strength and threshold
 
 
@@ -41,7 +41,7 @@ class Row:
     overrides: tuple[str, ...] = ()  # trained rows: key=value over the base config
     reference: str | None = None  # label of the row that this row is compared with
     builds_on: str | None = None  # label of the row that this row extends by one component, if different
-    tested: tuple[str, ...] = ()  # trained rows: data.key=value that apply to evaluation only
+    evaluation_overrides: tuple[str, ...] = ()  # trained rows: data.key=value that apply to evaluation only
     kind: str = "mean"  # hypothesis kind for columns that do not set one
     role: str = "checkpoint"  # given checkpoints: one of ROLES
     num_hypotheses: int | None = None  # given checkpoints; None: as requested
@@ -70,7 +70,7 @@ class Comparison:
     note: str = ""
     base: str | None = None  # trained tables: a config file or the name of a shipped config
     splits: tuple[str, ...] = ("test",)  # trained tables; SPLIT_blur adds motion blur
-    banded: bool = False  # trained tables: also report errors by visibility bin
+    by_visibility: bool = False  # trained tables: also report errors by visibility bin
 
 
 _CALIBRATION = (Column("ECE", "ece", digits=2), Column("cover .9", "coverage", digits=2))
@@ -144,12 +144,12 @@ def check_table(name: str, table: Comparison) -> None:
             if other is not None and (other not in labels or other == row.label):
                 raise UserError(f"table {name!r}, row {row.label!r}: there is no other row {other!r} to compare with")
         for text in row.overrides:
-            if not text.startswith(MAY_DIFFER):
+            if not text.startswith(TRAINABLE_OVERRIDES):
                 raise UserError(
                     f"table {name!r}, row {row.label!r}: {text!r} is not of the model, the loss or the data; the "
                     "budget and the seed are the same for all rows"
                 )
-        for text in row.tested:
+        for text in row.evaluation_overrides:
             if not text.startswith("data."):
                 raise UserError(f"table {name!r}, row {row.label!r}: {text!r} is not of the data that it is tested on")
 

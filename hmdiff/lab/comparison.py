@@ -32,9 +32,9 @@ def difference(
         UserError: the two cells cover different people.
     """
     check_same_people(result, reference)
-    mine = torch.tensor(result["values"][metric][kind], dtype=torch.float64)
-    other = torch.tensor(reference["values"][metric][reference_kind or kind], dtype=torch.float64)
-    return interval(mine - other)
+    errors = torch.tensor(result["values"][metric][kind], dtype=torch.float64)
+    reference_errors = torch.tensor(reference["values"][metric][reference_kind or kind], dtype=torch.float64)
+    return interval(errors - reference_errors)
 
 
 def check_same_people(result: dict[str, Any], reference: dict[str, Any]) -> None:
@@ -60,11 +60,11 @@ def table_row(result: dict[str, Any], reference: dict[str, Any] | None = None) -
     row = settings_row(result["settings"])
     for metric, kinds in result["errors"].items():
         for kind, found in kinds.items():
-            put(row, f"{metric}_{kind}", found)
+            add_number(row, f"{metric}_{kind}", found)
             if reference is not None and kind in reference["errors"][metric]:
-                put(row, f"{metric}_{kind}_difference", difference(result, reference, metric, kind))
-    for name, found in other_numbers(result).items():
-        put(row, name, found)
+                add_number(row, f"{metric}_{kind}_difference", difference(result, reference, metric, kind))
+    for name, found in other_values(result).items():
+        add_number(row, name, found)
     times = result["time"]
     return row | {"batch": times["batch"], "device": times["device"], "threads": times["threads"]}
 
@@ -79,7 +79,7 @@ def settings_row(settings: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def other_numbers(cell: Mapping[str, Any]) -> dict[str, Number]:
+def other_values(cell: Mapping[str, Any]) -> dict[str, Number]:
     """Values of a cell other than errors: calibration, guidance statistics, time, rank correlations of RLE."""
     found: dict[str, Number] = {}
     if "expected_calibration_error" in cell:
@@ -93,7 +93,7 @@ def other_numbers(cell: Mapping[str, Any]) -> dict[str, Number]:
     return found
 
 
-def put(row: dict[str, Any], name: str, found: Number | None) -> None:
+def add_number(row: dict[str, Any], name: str, found: Number | None) -> None:
     """Add a number and, if present, the ends of its interval, as separate columns."""
     if found is not None:
         row[name] = found["value"]

@@ -84,12 +84,12 @@ class Bench:
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.options, self.device = options, device
-        alone = device.type == "cpu" and torch.get_num_threads() == 1
-        self.clock = time.process_time if alone else time.perf_counter
-        self.clock_name = "processor time" if alone else "wall time"
-        side = torch.randn(_MATRIX, _MATRIX, device=device).to(options.dtype)
-        best = min(timings(lambda: side @ side, 5, device, self.clock)[1:])
-        self.peak = 2 * _MATRIX**3 / best
+        single_thread = device.type == "cpu" and torch.get_num_threads() == 1
+        self.clock = time.process_time if single_thread else time.perf_counter
+        self.clock_name = "processor time" if single_thread else "wall time"
+        matrix = torch.randn(_MATRIX, _MATRIX, device=device).to(options.dtype)
+        fastest = min(timings(lambda: matrix @ matrix, 5, device, self.clock)[1:])
+        self.peak = 2 * _MATRIX**3 / fastest
 
     def row(self, stage: str, action: Callable[[], Any], count: bool = False) -> Row:
         """Time an action; with `count`, count its FLOPs too."""
@@ -149,28 +149,28 @@ def _rows(bench: Bench, checkpoint: str | Path, device: torch.device, options: O
         source = pipe.source
         pixels = read_people(photo).pixels()
         yield bench.row("estimator, a photo", lambda: source.estimate(pixels))
-    found = read_people(photo)
+    people_of_photo = read_people(photo)
 
     def run(count: int, steps: int | None, mode: str = "dat", people: int = options.people) -> Any:
-        heatmaps = found.heatmaps[[0] * people]
+        heatmaps = people_of_photo.heatmaps[[0] * people]
         guidance = Guidance(mode=mode)
         return pipe(heatmaps=heatmaps, num_hypotheses=count, num_inference_steps=steps, guidance=guidance)
 
-    asked = options.hypotheses
+    num_hypotheses = options.hypotheses
     # Before the rows that count FLOPs, so that the peak of memory is a result's own.
-    yield bench.row(f"all of it, N = {asked}, without DAT", lambda: run(asked, options.steps, "none"))
-    yield bench.row(f"all of it, N = {asked}, with DAT", lambda: run(asked, options.steps))
-    yield from _network_rows(bench, pipe, found, options)
+    yield bench.row(f"all of it, N = {num_hypotheses}, without DAT", lambda: run(num_hypotheses, options.steps, "none"))
+    yield bench.row(f"all of it, N = {num_hypotheses}, with DAT", lambda: run(num_hypotheses, options.steps))
+    yield from _network_rows(bench, pipe, people_of_photo, options)
     for count in options.counts:
         yield bench.row(f"curve: N = {count}, with DAT", functools.partial(run, count, options.steps))
     for length in options.lengths:
-        yield bench.row(f"curve: K = {length}, with DAT", functools.partial(run, asked, length))
+        yield bench.row(f"curve: K = {length}, with DAT", functools.partial(run, num_hypotheses, length))
     for people in options.batches:
-        together = functools.partial(run, asked, options.steps, people=people)
-        row = bench.row(f"curve: B = {people}, a person, with DAT", together)
+        batched = functools.partial(run, num_hypotheses, options.steps, people=people)
+        row = bench.row(f"curve: B = {people}, a person, with DAT", batched)
         yield dataclasses.replace(row, seconds=row.seconds / people, spread=row.spread / people)
     yield from _token_rows(bench, pipe, options)
-    yield from _file_rows(bench, pipe, photo, run(asked, options.steps), options)
+    yield from _file_rows(bench, pipe, photo, run(num_hypotheses, options.steps), options)
     if options.regressor:
         model = direct_regressor(device, options.dtype)
         picture = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device).to(options.dtype)
@@ -179,11 +179,11 @@ def _rows(bench: Bench, checkpoint: str | Path, device: torch.device, options: O
 
 def _token_rows(bench: Bench, pipe: HMDiffPipeline, options: Options) -> Iterator[Row]:
     """One denoising step of the same network with other token settings and random weights."""
-    given = {name: value for name, value in pipe.model.config.items() if not name.startswith("_")}
+    settings = {name: value for name, value in pipe.model.config.items() if not name.startswith("_")}
     mesh = load_mesh(pipe.body)
     for tokens, patch in (("parts", 8), ("patches", 8), ("patches", 1)):
         with contextlib.suppress(UserError):  # lifting and refinement need patches
-            config = Config(model={**given, "tokens": tokens, "patch_size": patch, "pretrained": False})
+            config = Config(model={**settings, "tokens": tokens, "patch_size": patch, "pretrained": False})
             model = build_model(config, pipe.body, mesh).to(pipe.device).eval()
             values = torch.zeros(options.people, model.config.num_keypoints, *[model.config.heatmap_size] * 2)
             valid = torch.ones(values.shape[:2], dtype=torch.bool)
@@ -195,14 +195,14 @@ def _token_rows(bench: Bench, pipe: HMDiffPipeline, options: Options) -> Iterato
             yield bench.row(f"curve: one denoising step, tokens {name}", run, count=True)
 
 
-def _network_rows(bench: Bench, pipe: HMDiffPipeline, found: PhotoPeople, options: Options) -> Iterator[Row]:
+def _network_rows(bench: Bench, pipe: HMDiffPipeline, people_of_photo: PhotoPeople, options: Options) -> Iterator[Row]:
     model, device = pipe.model, pipe.device
-    heatmaps = found.heatmaps[[0] * options.people]
+    heatmaps = people_of_photo.heatmaps[[0] * options.people]
     values, valid = heatmaps.values.to(device), heatmaps.valid.to(device)
-    narrow = options.dtype != torch.float32
+    reduced_precision = options.dtype != torch.float32
 
     def autocast() -> torch.autocast:
-        return torch.autocast(device.type, options.dtype, enabled=narrow)
+        return torch.autocast(device.type, options.dtype, enabled=reduced_precision)
 
     def encoded() -> Any:
         with autocast():
@@ -217,32 +217,34 @@ def _network_rows(bench: Bench, pipe: HMDiffPipeline, found: PhotoPeople, option
             return model.denoise(noisy, step, conditioning)
 
     yield bench.row("encode", encoded, count=True)
-    one = f"of {options.people} x {options.hypotheses}"
-    yield bench.row(f"one denoising step {one}", lambda: denoised(points), count=True)
+    size = f"of {options.people} x {options.hypotheses}"
+    yield bench.row(f"one denoising step {size}", lambda: denoised(points), count=True)
     yield bench.row("keypoint regressor", lambda: model.keypoint_regressor(pipe.body))
     matrix = model.keypoint_regressor(pipe.body)
-    turn = crop_rotation(torch.zeros(options.people, 2, device=device), torch.ones(options.people, device=device))
+    rotation = crop_rotation(torch.zeros(options.people, 2, device=device), torch.ones(options.people, device=device))
 
     def guided() -> None:
         with torch.enable_grad():
             noisy = points.clone().requires_grad_() * 1.0  # not a leaf: torch's FLOP counter cannot follow leaves
-            keypoints = (matrix @ model.to_coarse(denoised(noisy))) @ turn[:, None].mT
+            keypoints = (matrix @ model.to_coarse(denoised(noisy))) @ rotation[:, None].mT
             torch.autograd.grad(keypoints.square().sum(), noisy)
 
-    yield bench.row(f"the same with DAT's gradient {one}", guided, count=True)
+    yield bench.row(f"the same with DAT's gradient {size}", guided, count=True)
     coarse = model.to_coarse(denoised(points).float())
-    place = points.new_tensor([0.0, 0.0, 5.0]).expand(*points.shape[:2], 3)
-    yield bench.row(f"upsampling {one}", lambda: model.upsample(coarse), count=True)
-    yield bench.row(f"bodies and parameters {one}", lambda: nearest_bodies(pipe.body, model, coarse, place), count=True)
+    translation = points.new_tensor([0.0, 0.0, 5.0]).expand(*points.shape[:2], 3)
+    yield bench.row(f"upsampling {size}", lambda: model.upsample(coarse), count=True)
+    yield bench.row(
+        f"bodies and parameters {size}", lambda: nearest_bodies(pipe.body, model, coarse, translation), count=True
+    )
 
 
 def _file_rows(bench: Bench, pipe: HMDiffPipeline, photo: Path, output: Any, options: Options) -> Iterator[Row]:
-    seen = read_people(photo)
+    people_of_photo = read_people(photo)
     with tempfile.TemporaryDirectory() as folder:
         for kind in options.files:
 
             def write(kind: str = kind) -> None:
-                write_person(output, 0, seen, 0, Path(folder) / "person", pipe.body, kinds=(kind,))
+                write_person(output, 0, people_of_photo, 0, Path(folder) / "person", pipe.body, kinds=(kind,))
 
             yield bench.row("write npz, with its report" if kind == "npz" else f"write npz and {kind}", write)
 

@@ -30,18 +30,18 @@ _FAINT = 1e-6  # a person without any peak left still needs a valid heatmap: one
 
 
 @dataclasses.dataclass(frozen=True)
-class Stress:
+class StressMap:
     """Effect of a patch at each of the M positions. Millimetres; means over the vertices."""
 
     centres: Tensor  # (M, 2) crop coordinates, row-major
     half: float  # half the patch's side in crop coordinates = the patch's fraction of the crop's side
-    moved: Tensor  # (M,) distance of the mean mesh to the mean mesh without a patch
+    displacement: Tensor  # (M,) distance of the mean mesh to the mean mesh without a patch
     spread: Tensor  # (M,) spread of the hypotheses about their mean, calibrated as in `MeshOutput.spread`
-    hidden: Tensor  # (M, J) bool: joints removed from the heatmaps; all False without heatmaps
-    clear: MeshOutput  # without a patch, B = 1
-    clear_spread: float
+    removed_joints: Tensor  # (M, J) bool: joints removed from the heatmaps; all False without heatmaps
+    unoccluded: MeshOutput  # without a patch, B = 1
+    unoccluded_spread: float
     error: Tensor | None = None  # (M,) PVE of the mean mesh, aligned at the pelvis; None without ground truth
-    clear_error: float | None = None
+    unoccluded_error: float | None = None
 
     def map(
         self,
@@ -52,20 +52,20 @@ class Stress:
 
 
 def patch_grid(
-    places: int,  # G
+    positions: int,  # G
     half: float,  # half the patch's side, crop coordinates
 ) -> Tensor:  # (G * G, 2) centres in crop coordinates, row-major from the upper left
     """An even grid from one edge of the crop to the other, with the patch always inside.
 
     Raises:
-        UserError: `places` below 1, or a patch that does not fit into the crop.
+        UserError: `positions` below 1, or a patch that does not fit into the crop.
     """
-    if places < 1:
-        raise UserError(f"{places} places of the patch a side: at least 1 is needed")
+    if positions < 1:
+        raise UserError(f"{positions} places of the patch a side: at least 1 is needed")
     if not 0 < half < 1:
         raise UserError(f"patch: {half:g} of the crop's side; a share above 0 and below 1 is expected")
-    along = torch.linspace(half - 1, 1 - half, places) if places > 1 else torch.zeros(1)
-    y, x = torch.meshgrid(along, along, indexing="ij")
+    coordinates = torch.linspace(half - 1, 1 - half, positions) if positions > 1 else torch.zeros(1)
+    y, x = torch.meshgrid(coordinates, coordinates, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], -1)
 
 
@@ -75,7 +75,7 @@ def cover_image(
     half: float,
 ) -> Tensor:  # (M, 3, S, S)
     """A copy of the image for each position, grey where the patch covers a pixel's centre."""
-    return torch.where(_under(image.shape[-1], centres.to(image.device), half)[:, None], GREY, image)
+    return torch.where(_covered_pixels(image.shape[-1], centres.to(image.device), half)[:, None], GREY, image)
 
 
 def cover_depth(
@@ -84,10 +84,10 @@ def cover_depth(
     half: float,
 ) -> Tensor:  # (M, S, S)
     """A copy of the depth map for each position, NaN under the patch."""
-    return torch.where(_under(depth.shape[-1], centres.to(depth.device), half), torch.nan, depth)
+    return torch.where(_covered_pixels(depth.shape[-1], centres.to(depth.device), half), torch.nan, depth)
 
 
-def _under(size: int, centres: Tensor, half: float) -> Tensor:  # (M, S, S) bool
+def _covered_pixels(size: int, centres: Tensor, half: float) -> Tensor:  # (M, S, S) bool
     pixel = (torch.arange(size, device=centres.device) + 0.5) * (2 / size) - 1
     inside = (pixel - centres[..., None]).abs() <= half  # (M, 2, S)
     return inside[:, 1, :, None] & inside[:, 0, None, :]
@@ -101,11 +101,11 @@ def cover_heatmaps(
     """A copy of the heatmaps for each position, without the joints whose highest peak is under the patch."""
     count = len(centres)
     peaks, confidence = heatmap_peaks(heatmaps.values)  # (1, J, 2)
-    under = ((peaks - centres.to(peaks)[:, None]).abs() <= half).all(-1) & (confidence > 0)
-    values = torch.where(under[..., None, None], 0.0, heatmaps.values)
+    covered = ((peaks - centres.to(peaks)[:, None]).abs() <= half).all(-1) & (confidence > 0)
+    values = torch.where(covered[..., None, None], 0.0, heatmaps.values)
     empty = (values.flatten(1).amax(-1) <= 0).nonzero()[:, 0]
     values[empty, int(heatmaps.valid[0].int().argmax()), 0, 0] = _FAINT
-    return Heatmaps(values, heatmaps.valid.expand(count, -1), heatmaps.crop.expand(count)), under
+    return Heatmaps(values, heatmaps.valid.expand(count, -1), heatmaps.crop.expand(count)), covered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,32 +129,32 @@ def stress(
     half: float,
     sampling: SamplingConfig,
     progress: Callable[[int], None] | None = None,  # called with the number of positions done
-    at_once: int | None = None,  # positions per batch; None: as memory allows. Does not change results
-) -> Stress:
+    batch_size: int | None = None,  # positions per batch; None: as memory allows. Does not change results
+) -> StressMap:
     """Recover the person without a patch, then with the patch at every position."""
-    clear = recover(pipeline, subject, sampling)
-    reference = clear.mean_vertices
-    at_once = at_once or max(1, MESHES_AT_ONCE // sampling.num_hypotheses)
-    moved, spread, errors, hidden = [], [], [], []
-    for part in centres.split(at_once):
-        output, taken = recover_covered(pipeline, subject, part, half, sampling)
-        moved.append((output.mean_vertices - reference).norm(dim=-1).mean(-1).cpu() * MILLIMETRES)
+    unoccluded = recover(pipeline, subject, sampling)
+    reference = unoccluded.mean_vertices
+    batch_size = batch_size or max(1, MESHES_AT_ONCE // sampling.num_hypotheses)
+    displacement, spread, errors, removed_joints = [], [], [], []
+    for batch in centres.split(batch_size):
+        output, removed = recover_covered(pipeline, subject, batch, half, sampling)
+        displacement.append((output.mean_vertices - reference).norm(dim=-1).mean(-1).cpu() * MILLIMETRES)
         spread.append(output.spread.mean(-1).cpu())
-        hidden.append(taken.cpu())
+        removed_joints.append(removed.cpu())
         if subject.vertices is not None:
             errors.append(_error(output, subject))
         if progress is not None:
-            progress(len(part))
-    return Stress(
+            progress(len(batch))
+    return StressMap(
         centres,
         half,
-        torch.cat(moved),
+        torch.cat(displacement),
         torch.cat(spread),
-        torch.cat(hidden),
-        clear,
-        float(clear.spread.mean()),
+        torch.cat(removed_joints),
+        unoccluded,
+        float(unoccluded.spread.mean()),
         torch.cat(errors) if errors else None,
-        float(_error(clear, subject)) if errors else None,
+        float(_error(unoccluded, subject)) if errors else None,
     )
 
 
@@ -167,9 +167,9 @@ def recover_covered(
 ) -> tuple[MeshOutput, Tensor]:  # for M people; (M, J) bool: joints removed by the patch
     """The same person with the patch at each position, with the same noise throughout."""
     count = len(centres)
-    heatmaps, taken = None, torch.zeros(count, len(HALPE26), dtype=torch.bool)
+    heatmaps, removed = None, torch.zeros(count, len(HALPE26), dtype=torch.bool)
     if subject.heatmaps is not None:
-        heatmaps, taken = cover_heatmaps(subject.heatmaps, centres, half)
+        heatmaps, removed = cover_heatmaps(subject.heatmaps, centres, half)
     image = None if subject.image is None else cover_image(subject.image, centres, half)
     covered = dataclasses.replace(
         subject,
@@ -179,17 +179,17 @@ def recover_covered(
         photo_size=None if subject.photo_size is None else subject.photo_size.expand(count, -1),
         focal=None if subject.focal is None else subject.focal.expand(count),
     )
-    return recover(pipeline, covered, sampling, count), taken
+    return recover(pipeline, covered, sampling, count), removed
 
 
 def recover(pipeline: HMDiffPipeline, subject: Subject, sampling: SamplingConfig, count: int = 1) -> MeshOutput:
     """One pipeline call on `count` copies of the person; all copies share the noise."""
-    reads = pipeline.model.config.inputs
+    inputs = pipeline.model.config.inputs
     depth = None
     if pipeline.model.config.depth_map:
         depth = torch.full((count, 2, 2), torch.nan) if subject.depth is None else subject.depth
     output: MeshOutput = pipeline(
-        None if reads == "heatmaps" else subject.image,
+        None if inputs == "heatmaps" else subject.image,
         subject.heatmaps,
         sampling,
         photo_sizes=subject.photo_size,

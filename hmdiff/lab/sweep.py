@@ -64,19 +64,19 @@ def resolved(setting: Setting, pipeline: HMDiffPipeline) -> Setting:
     Raises:
         UserError: an unknown sampler, or more steps than the model has.
     """
-    asked = setting.sampling
+    sampling = setting.sampling
     if pipeline.model.config.mode == "direct":  # one deterministic step: all hypotheses are equal
-        return Setting(setting.model, SamplingConfig(1, 1, asked.seed, NO_SAMPLER, 0.0))
+        return Setting(setting.model, SamplingConfig(1, 1, sampling.seed, NO_SAMPLER, 0.0))
     total = pipeline.scheduler.config.num_train_timesteps
-    if asked.num_inference_steps is not None and not 1 <= asked.num_inference_steps <= total:
-        steps = asked.num_inference_steps
+    if sampling.num_inference_steps is not None and not 1 <= sampling.num_inference_steps <= total:
+        steps = sampling.num_inference_steps
         raise UserError(f"steps {steps}: {setting.model} was trained with {total} steps; give 1 to {total}")
-    if asked.num_hypotheses < 1:
-        raise UserError(f"number of hypotheses {asked.num_hypotheses}: at least 1 is needed")
-    found = pipeline.resolved(asked)
-    assert found.scheduler is not None
-    change_scheduler(pipeline.scheduler, found.scheduler)
-    return Setting(setting.model, found if found.scheduler == "ddim" else found.but(eta=0.0))
+    if sampling.num_hypotheses < 1:
+        raise UserError(f"number of hypotheses {sampling.num_hypotheses}: at least 1 is needed")
+    complete = pipeline.resolved(sampling)
+    assert complete.scheduler is not None
+    change_scheduler(pipeline.scheduler, complete.scheduler)
+    return Setting(setting.model, complete if complete.scheduler == "ddim" else complete.but(eta=0.0))
 
 
 @dataclasses.dataclass
@@ -103,31 +103,31 @@ class Study:
         if self.estimate is None:
             yield from batches
             return
-        kept = self._estimated.setdefault(id(data), [])
+        cached = self._estimated.setdefault(id(data), [])
         for number, sample in enumerate(batches):
-            if number == len(kept):
+            if number == len(cached):
                 maps = with_estimated_heatmaps(sample, self.estimate)
-                kept.append(Sample(heatmaps=maps.heatmaps, heatmap_valid=maps.heatmap_valid))
-            maps = kept[number]
+                cached.append(Sample(heatmaps=maps.heatmaps, heatmap_valid=maps.heatmap_valid))
+            maps = cached[number]
             yield dataclasses.replace(sample, heatmaps=maps.heatmaps, heatmap_valid=maps.heatmap_valid)
 
     def settings(self, setting: Setting) -> dict[str, Any]:
         """Everything that a cell's result depends on, as JSON; `setting` is resolved."""
-        asked = setting.sampling
+        sampling = setting.sampling
         values = {
             "format": FORMAT,
             "model": setting.model,
             "model_hash": self.hashes[setting.model],
             "split": self.split,
             "people": self.people,
-            "seed": asked.seed,
+            "seed": sampling.seed,
             "batch": self.batch,
             "heatmaps": self.heatmaps,
-            "num_hypotheses": asked.num_hypotheses,
-            "steps": asked.num_inference_steps,
-            "sampler": asked.scheduler,
-            "eta": asked.eta,
-            "guidance": None if asked.guidance is None else dataclasses.asdict(asked.guidance),
+            "num_hypotheses": sampling.num_hypotheses,
+            "steps": sampling.num_inference_steps,
+            "sampler": sampling.scheduler,
+            "eta": sampling.eta,
+            "guidance": None if sampling.guidance is None else dataclasses.asdict(sampling.guidance),
         }
         result: dict[str, Any] = json.loads(json.dumps(values, default=lambda tensor: tensor.tolist()))
         return result
@@ -161,8 +161,10 @@ def run_cells(
     wanted = [resolved(setting, study.pipelines[setting.model]) for setting in settings]
     cells = {setting: study.stored(setting) for setting in dict.fromkeys(wanted)}
     results = {setting: found for setting, found in cells.items() if found is not None}
-    runs = sorted(_runs([setting for setting in cells if setting not in results]), key=lambda run: work(run[-1]))
-    seconds, done, left = 0.0, 0.0, sum(work(run[-1]) for run in runs)
+    runs = sorted(
+        _runs([setting for setting in cells if setting not in results]), key=lambda run: cost_per_person(run[-1])
+    )
+    seconds, done, left = 0.0, 0.0, sum(cost_per_person(run[-1]) for run in runs)
     warm: set[str] = set()
     for run in runs:
         pipeline, largest = study.pipelines[run[-1].model], run[-1]
@@ -176,7 +178,7 @@ def run_cells(
                 pipeline, study.samples(pipeline), _call(largest), counts, update, clock=clock, batch=study.batch
             )
             seconds += clock() - started
-        done, left = done + work(largest), left - work(largest)
+        done, left = done + cost_per_person(largest), left - cost_per_person(largest)
         for setting in run:
             found = cell(study, setting, measured[setting.sampling.num_hypotheses], clock)
             save_report(found, study.path(setting))
@@ -190,8 +192,8 @@ def _runs(settings: Sequence[Setting]) -> list[list[Setting]]:
     """Group settings that differ only in the number of hypotheses: one pipeline run each, the largest last."""
     runs: dict[Setting, list[Setting]] = {}
     for setting in settings:
-        alike = dataclasses.replace(setting, sampling=setting.sampling.but(num_hypotheses=1))
-        runs.setdefault(alike, []).append(setting)
+        shared = dataclasses.replace(setting, sampling=setting.sampling.but(num_hypotheses=1))
+        runs.setdefault(shared, []).append(setting)
     return [sorted(run, key=lambda setting: setting.sampling.num_hypotheses) for run in runs.values()]
 
 
@@ -273,8 +275,8 @@ def _rounded(values: Tensor, digits: int = 4) -> list[float]:
     return [round(value, digits) for value in values.double().tolist()]
 
 
-def work(setting: Setting) -> float:
+def cost_per_person(setting: Setting) -> float:
     """Cost per person in unguided denoising steps of one hypothesis."""
-    asked = setting.sampling
-    steps = (asked.num_inference_steps or 1) * (2 if asked.scheduler == "heun" else 1)
-    return asked.num_hypotheses * (steps * _STEP_COST.get(setting.mode, 1.0) + _MESH_COST)
+    sampling = setting.sampling
+    steps = (sampling.num_inference_steps or 1) * (2 if sampling.scheduler == "heun" else 1)
+    return sampling.num_hypotheses * (steps * _STEP_COST.get(setting.mode, 1.0) + _MESH_COST)

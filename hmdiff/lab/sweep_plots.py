@@ -41,7 +41,7 @@ def plot_sweep(
     kinds = [kind for kind in kinds if any(error_of(result, metric, kind) is not None for result in results)]
     figure = Figure(figsize=(12, 3.6 * len(kinds) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
-    series = in_series(results)
+    series = group_series(results)
     panels = figure.subplots(len(kinds), 2, squeeze=False, sharey="row")
     for row, kind in zip(panels, kinds, strict=True):
         for number, (name, cells) in enumerate(series.items()):
@@ -55,12 +55,12 @@ def plot_sweep(
                 "elinewidth": 0.8,
             }
             errors = [error_of(result, metric, kind) for result in shown]
-            bars = _bars(shown, reference, metric, kind)
+            bars = _error_bars(shown, reference, metric, kind)
             steps = [result["settings"]["steps"] for result in shown]
             row[0].errorbar(steps, errors, bars, label=name, **style)
             row[1].errorbar(_milliseconds(shown), errors, **{**style, "linestyle": ":"})
         _draw_front(row[1], results, metric, kind)
-        _ring(row, reference, metric, kind)
+        _mark_reference(row, reference, metric, kind)
         row[0].set_ylabel(_NAMES[kind].format(METRICS[metric]))
         for axis in row:
             axis.set_xscale("log")
@@ -71,7 +71,7 @@ def plot_sweep(
         row[0].set_xticks(every, [str(step) for step in every])
         row[0].minorticks_off()
         row[1].xaxis.set_major_formatter("{x:g}")
-        row[1].xaxis.set_minor_formatter(_sparse)
+        row[1].xaxis.set_minor_formatter(_minor_tick_label)
     panels[0][1].set_title("grey: the Pareto front, labelled with its steps", fontsize=9)
     panels[-1][0].set_xlabel("denoising steps")
     panels[-1][1].set_xlabel(_time_label(results))
@@ -95,41 +95,46 @@ def error_of(result: dict[str, Any], metric: str, kind: str) -> float | None:
     return None if found is None else found["value"]
 
 
-def in_series(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def group_series(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Group cells that differ only in their steps, sorted by steps. Keys name the settings that vary between groups."""
-    found: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
     for result in results:
-        found.setdefault(tuple(_parts(result["settings"]).items()), []).append(result)
-    everywhere = [dict(key) for key in found]
-    guided = [parts for parts in everywhere if parts["mode"] != _UNGUIDED]
-    names = list(dict.fromkeys(name for parts in everywhere for name in parts))
+        groups.setdefault(tuple(_setting_labels(result["settings"]).items()), []).append(result)
+    all_labels = [dict(key) for key in groups]
+    guided_labels = [labels for labels in all_labels if labels["mode"] != _UNGUIDED]
+    names = list(dict.fromkeys(name for labels in all_labels for name in labels))
     # Guidance settings distinguish only the guided series; the mode separates those from the rest.
-    among = {name: everywhere if name in ("model", "sampler", "eta", "N", "mode") else guided for name in names}
-    telling = [name for name in names if len({parts.get(name) for parts in among[name]}) > 1] or ["model", "sampler"]
+    candidates = {
+        name: all_labels if name in ("model", "sampler", "eta", "N", "mode") else guided_labels for name in names
+    }
+    varying = [name for name in names if len({labels.get(name) for labels in candidates[name]}) > 1] or [
+        "model",
+        "sampler",
+    ]
     return {
-        ", ".join(value for name, value in key if name in telling): sorted(cells, key=lambda r: r["settings"]["steps"])
-        for key, cells in found.items()
+        ", ".join(value for name, value in key if name in varying): sorted(cells, key=lambda r: r["settings"]["steps"])
+        for key, cells in groups.items()
     }
 
 
-def _parts(settings: dict[str, Any]) -> dict[str, str]:
-    parts = {"model": settings["model"], "sampler": settings["sampler"]}
+def _setting_labels(settings: dict[str, Any]) -> dict[str, str]:
+    labels = {"model": settings["model"], "sampler": settings["sampler"]}
     if settings["eta"]:
-        parts["eta"] = f"eta {settings['eta']:g}"
-    parts["N"] = f"N {settings['num_hypotheses']}"
+        labels["eta"] = f"eta {settings['eta']:g}"
+    labels["N"] = f"N {settings['num_hypotheses']}"
     guidance = settings["guidance"] or {"mode": UNGUIDED}
-    parts["mode"] = _UNGUIDED if guidance["mode"] == UNGUIDED else guidance["mode"]
+    labels["mode"] = _UNGUIDED if guidance["mode"] == UNGUIDED else guidance["mode"]
     for name, value in guidance.items():
         if name != "mode" and value is not None:
-            parts[name] = f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
-    return parts
+            labels[name] = f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+    return labels
 
 
 def _milliseconds(results: Sequence[dict[str, Any]]) -> list[float]:
     return [result["time"]["milliseconds_per_image"] for result in results]
 
 
-def _bars(
+def _error_bars(
     results: Sequence[dict[str, Any]], reference: dict[str, Any] | None, metric: str, kind: str
 ) -> list[list[float]] | None:
     if reference is None or kind not in reference["values"][metric]:
@@ -147,7 +152,7 @@ def _draw_front(axis: Any, results: Sequence[dict[str, Any]], metric: str, kind:
     front = pareto_front(points)
     line = {"color": "black", "alpha": 0.3, "zorder": 1, "marker": "o", "markersize": 11, "linewidth": 2.5}
     axis.plot(*zip(*[points[i] for i in front], strict=True), **line)
-    names = {id(cell): number for number, cells in enumerate(in_series(results).values()) for cell in cells}
+    names = {id(cell): number for number, cells in enumerate(group_series(results).values()) for cell in cells}
     for place, i in enumerate(front):  # alternate labels go above their points, since neighbours may be close
         steps = shown[i]["settings"]["steps"]
         axis.annotate(
@@ -161,7 +166,7 @@ def _draw_front(axis: Any, results: Sequence[dict[str, Any]], metric: str, kind:
         )
 
 
-def _ring(row: Any, reference: dict[str, Any] | None, metric: str, kind: str) -> None:
+def _mark_reference(row: Any, reference: dict[str, Any] | None, metric: str, kind: str) -> None:
     if reference is None or (error := error_of(reference, metric, kind)) is None:
         return
     for axis, place in zip(row, (reference["settings"]["steps"], *_milliseconds([reference])), strict=True):
@@ -174,7 +179,7 @@ def _time_label(results: Sequence[dict[str, Any]]) -> str:
     return f"milliseconds an image, on {on} (median of calls)"
 
 
-def _sparse(value: float, _: int) -> str:
+def _minor_tick_label(value: float, _: int) -> str:
     """Label a log axis's minor ticks only at 2 and 5 of each decade."""
     digit = int(f"{value:e}"[0])
     return f"{value:g}" if digit in (2, 5) else ""

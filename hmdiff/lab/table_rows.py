@@ -22,7 +22,7 @@ from hmdiff.evaluate.measured import interval
 from hmdiff.evaluate.table import NOTHING, Number, difference_text, interval_text
 from hmdiff.evaluate.visibility_bins import VISIBILITY_BINS, ratio_interval, visibility_bin
 from hmdiff.lab.ablations import Column, Comparison, Row
-from hmdiff.lab.comparison import check_same_people, other_numbers, put, settings_row
+from hmdiff.lab.comparison import add_number, check_same_people, other_values, settings_row
 from hmdiff.names import METRICS
 
 VisibilityBinning = Callable[[Tensor], Tensor]  # visible fraction (P,) -> bin index (P,)
@@ -54,11 +54,11 @@ class RowCells:
         return torch.stack(rows) if rows else None
 
     @property
-    def tells_visibility(self) -> bool:
+    def has_visibility(self) -> bool:
         """Whether visible fractions are stored: those of people with images or maps are."""
         return self.values("visible_fraction") is not None
 
-    def mask(self, number: int, band: VisibilityBinning) -> Tensor:  # (P,) bool
+    def mask(self, number: int, bin_of: VisibilityBinning) -> Tensor:  # (P,) bool
         """Membership in a visibility bin. Raises `UserError` if the cells store no visibility."""
         fractions = self.values("visible_fraction")
         if fractions is None:
@@ -66,7 +66,7 @@ class RowCells:
                 f"row {self.row.label!r}: its people do not tell how much of them is visible; give them pictures "
                 "(data.pictures=true) or maps (data.map_size=64)"
             )
-        return band(fractions[0]) == number
+        return bin_of(fractions[0]) == number
 
 
 def mean_of(
@@ -109,22 +109,22 @@ def difference_of(
     seeds = sorted(cells.cells.keys() & other.cells.keys())
     for seed in seeds:
         check_same_people(cells.cells[seed], other.cells[seed])
-    mine, theirs = (each.values(metric, kind or each.row.kind, seeds) for each in (cells, other))
-    if mine is None or theirs is None:
+    errors, reference_errors = (each.values(metric, kind or each.row.kind, seeds) for each in (cells, other))
+    if errors is None or reference_errors is None:
         return None
     if mask is not None:
-        mine, theirs = mine[:, mask], theirs[:, mask]
-    if not mine.shape[1] or not theirs.any():
+        errors, reference_errors = errors[:, mask], reference_errors[:, mask]
+    if not errors.shape[1] or not reference_errors.any():
         return None
-    apart = mine - theirs
+    differences = errors - reference_errors
     return Difference(
-        interval(apart.mean(0)),
-        ratio_interval(apart.mean(0), theirs.mean(0)),
-        dict(zip(seeds, (apart.mean(1) / theirs.mean(1)).tolist(), strict=True)),
+        interval(differences.mean(0)),
+        ratio_interval(differences.mean(0), reference_errors.mean(0)),
+        dict(zip(seeds, (differences.mean(1) / reference_errors.mean(1)).tolist(), strict=True)),
     )
 
 
-def texts(
+def table_cells(
     table: Comparison,
     rows: Sequence[RowCells],
     mode: str = "diffusion",
@@ -141,63 +141,65 @@ def _text(column: Column, cells: RowCells, rows: Mapping[str, RowCells]) -> str:
     if column.value == "seeds":
         return str(len(cells.cells))
     if column.value not in (*METRICS, SPREAD):
-        found = number_of(cells, column.value)
-        if found is not None and column.value == "parameters":
-            return f"{found['value']:,.0f}"
-        if found is not None and column.value not in ("ece", "coverage"):
-            found = {"value": found["value"]}
-        return interval_text(found, column.digits, column.scale)
+        value = other_value(cells, column.value)
+        if value is not None and column.value == "parameters":
+            return f"{value['value']:,.0f}"
+        if value is not None and column.value not in ("ece", "coverage"):
+            value = {"value": value["value"]}
+        return interval_text(value, column.digits, column.scale)
     if column.against is None:
         return interval_text(mean_of(cells, column.value, column.kind), column.digits)
-    apart = difference_of(cells, _other(cells.row, rows, column.against), column.value, column.kind)
-    if apart is None:
+    difference = difference_of(cells, _reference_cells(cells.row, rows, column.against), column.value, column.kind)
+    if difference is None:
         return NOTHING
     if column.by_seed:
-        return " ".join(f"{100 * value:+.{column.digits}f}" for value in apart.by_seed.values())
+        return " ".join(f"{100 * value:+.{column.digits}f}" for value in difference.by_seed.values())
     return difference_text(
-        *((apart.relative, column.digits, 100) if column.relative else (apart.absolute, column.digits))
+        *((difference.relative, column.digits, 100) if column.relative else (difference.absolute, column.digits))
     )
 
 
-def _other(row: Row, rows: Mapping[str, RowCells], against: str) -> RowCells | None:
+def _reference_cells(row: Row, rows: Mapping[str, RowCells], against: str) -> RowCells | None:
     label = getattr(row, against)
     return None if label is None else rows.get(label)
 
 
-def number_of(cells: RowCells, name: str) -> Number | None:
+def other_value(cells: RowCells, name: str) -> Number | None:
     """Values other than errors: cost, calibration, guidance statistics, rank correlation of RLE; means over seeds."""
     if cells.cost is not None and name in cells.cost:
         return {"value": cells.cost[name]}
-    found = [numbers[name] for numbers in map(other_numbers, cells.cells.values()) if name in numbers]
+    found = [numbers[name] for numbers in map(other_values, cells.cells.values()) if name in numbers]
     if len(found) > 1:
         return {"value": statistics.fmean(each["value"] for each in found)}
     return found[0] if found else None
 
 
-def band_texts(
+def visibility_table_cells(
     rows: Sequence[RowCells],
     metric: str,  # or SPREAD
     kind: str = "mean",
-    bands: Sequence[str] = VISIBILITY_BINS,
-    band: VisibilityBinning = visibility_bin,
+    bins: Sequence[str] = VISIBILITY_BINS,
+    bin_of: VisibilityBinning = visibility_bin,
     relative: bool = False,  # show the relative difference to the reference instead
 ) -> tuple[list[str], list[list[str]]]:
     """One line per row, one column per bin; the titles give the number of people per bin."""
     with_people = [cells for cells in rows if cells.cells]
-    counts = [int(with_people[0].mask(n, band).sum()) for n in range(len(bands))] if with_people else [0] * len(bands)
+    counts = [int(with_people[0].mask(n, bin_of).sum()) for n in range(len(bins))] if with_people else [0] * len(bins)
     by_label = {cells.row.label: cells for cells in rows}
     lines = []
     for cells in with_people:
         line = [cells.row.label]
-        for number in range(len(bands)):
-            mask = cells.mask(number, band)
+        for number in range(len(bins)):
+            mask = cells.mask(number, bin_of)
             if relative:
-                apart = difference_of(cells, _other(cells.row, by_label, "reference"), metric, kind, mask)
-                line.append(difference_text(None if apart is None else apart.relative, scale=100))
+                difference = difference_of(
+                    cells, _reference_cells(cells.row, by_label, "reference"), metric, kind, mask
+                )
+                line.append(difference_text(None if difference is None else difference.relative, scale=100))
             else:
                 line.append(interval_text(mean_of(cells, metric, kind, mask)))
         lines.append(line)
-    return ["visible", *(f"{name} ({count})" for name, count in zip(bands, counts, strict=True))], lines
+    return ["visible", *(f"{name} ({count})" for name, count in zip(bins, counts, strict=True))], lines
 
 
 def csv_rows(
@@ -205,14 +207,14 @@ def csv_rows(
     split: str,
     rows: Sequence[RowCells],
     mode: str = "diffusion",
-    bands: Sequence[str] = (),  # also write a line for each bin
-    band: VisibilityBinning = visibility_bin,
+    bins: Sequence[str] = (),  # also write a line for each bin
+    bin_of: VisibilityBinning = visibility_bin,
 ) -> Iterator[dict[str, Any]]:
-    """Every number: a line for each row and, if `bands` are given, for each row and bin."""
+    """Every number: a line for each row and, if `bins` are given, for each row and bin."""
     by_label = {cells.row.label: cells for cells in rows}
     for cells in filter(lambda each: each.cells, rows):
-        for number, label in ((None, "all"), *enumerate(bands)):
-            mask = None if number is None else cells.mask(number, band)
+        for number, label in ((None, "all"), *enumerate(bins)):
+            mask = None if number is None else cells.mask(number, bin_of)
             row = cells.row
             line: dict[str, Any] = {"table": name, "split": split, "band": label, "row": row.label, "mode": mode}
             line |= {"kind": row.kind, "reference": row.reference or "", "builds_on": row.builds_on or ""}
@@ -223,17 +225,17 @@ def csv_rows(
             for metric in (*METRICS, SPREAD):
                 for kind in _KINDS if metric != SPREAD else ("mean",):
                     title = metric if metric == SPREAD else f"{metric}_{kind}"
-                    put(line, title, mean_of(cells, metric, kind, mask))
+                    add_number(line, title, mean_of(cells, metric, kind, mask))
                     for against in ("reference", "builds_on"):
-                        apart = difference_of(cells, _other(row, by_label, against), metric, kind, mask)
-                        if apart is None:
+                        difference = difference_of(cells, _reference_cells(row, by_label, against), metric, kind, mask)
+                        if difference is None:
                             continue
-                        put(line, f"{title}_difference_{against}", apart.absolute)
-                        put(line, f"{title}_share_{against}", apart.relative)
-                        for seed, value in apart.by_seed.items():
+                        add_number(line, f"{title}_difference_{against}", difference.absolute)
+                        add_number(line, f"{title}_share_{against}", difference.relative)
+                        for seed, value in difference.by_seed.items():
                             line[f"{title}_share_{against}_seed_{seed}"] = value
             if mask is None:
-                for other in dict.fromkeys(found for cell in cells.cells.values() for found in other_numbers(cell)):
-                    put(line, other, number_of(cells, other))
+                for other in dict.fromkeys(found for cell in cells.cells.values() for found in other_values(cell)):
+                    add_number(line, other, other_value(cells, other))
                 line |= cells.cost or {}
             yield line

@@ -90,8 +90,15 @@ TRAINED: dict[str, Comparison] = {
             Row("no depth"),
             Row("rendered", _DEPTH, "no depth"),
             Row("degraded", _DEGRADED, "no depth"),
-            Row("rendered, tested degraded", _DEPTH, "no depth", tested=("data.depth_faults.none=false",)),
-            Row("degraded, tested rendered", _DEGRADED, "no depth", tested=("data.depth_faults.none=true",)),
+            Row(
+                "rendered, tested degraded", _DEPTH, "no depth", evaluation_overrides=("data.depth_faults.none=false",)
+            ),
+            Row(
+                "degraded, tested rendered",
+                _DEGRADED,
+                "no depth",
+                evaluation_overrides=("data.depth_faults.none=true",),
+            ),
         ),
         splits=("test", "test_ood"),
         columns=_COLUMNS,
@@ -108,7 +115,7 @@ TRAINED: dict[str, Comparison] = {
         ),
         splits=("test", "test_occluded"),
         columns=_WITH_STEP,
-        banded=True,
+        by_visibility=True,
     ),
     "lifting": Comparison(
         "JOTR's parts under occlusion, added to a trained model: a volume of the heatmaps at z^k, contrast",
@@ -121,7 +128,7 @@ TRAINED: dict[str, Comparison] = {
         ),
         splits=("test", "test_occluded"),
         columns=_WITH_STEP,
-        banded=True,
+        by_visibility=True,
         note="no pictures: the heatmaps are what is lifted; k = 1 at the start but where a row says 3, JOTR's",
     ),
     "recorded_depth": Comparison(

@@ -26,7 +26,7 @@ from hmdiff.evaluate.measured import Measured
 from hmdiff.evaluate.store import digest, save_report
 from hmdiff.evaluate.uncertainty_metrics import uncertainty_correlations
 from hmdiff.lab.ablations import Row
-from hmdiff.lab.trained_runs import Run, essence
+from hmdiff.lab.trained_runs import Run, identifying_config
 from hmdiff.output import MeshOutput
 from hmdiff.pipeline import HMDiffPipeline
 
@@ -36,7 +36,7 @@ _DIGITS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class EvaluationSettings:
     """Evaluation settings, the same for all rows."""
 
     people: int = 200
@@ -49,10 +49,10 @@ class Asked:
         diffusion = run.config.model["mode"] == "diffusion"
         return {
             "format": FORMAT,
-            "run": digest(essence(run.config)),
+            "run": digest(identifying_config(run.config)),
             "trained_seed": run.seed,
             "weights": weights,
-            "tested": list(row.tested),
+            "tested": list(row.evaluation_overrides),
             "split": split,
             "people": self.people,
             "seed": self.seed,
@@ -65,21 +65,21 @@ def cell_path(folder: Path, settings: dict[str, Any]) -> Path:
     return folder / f"{settings['run']}_s{settings['trained_seed']}_{settings['split']}_{digest(settings)}.json"
 
 
-def tested_config(config: Config, row: Row, folder: Path) -> Config:
-    """The evaluation data's config: the training config with the row's `tested` overrides."""
-    if not row.tested:
+def evaluation_config(config: Config, row: Row, folder: Path) -> Config:
+    """The evaluation data's config: the training config with the row's `evaluation_overrides`."""
+    if not row.evaluation_overrides:
         return config
-    return load_config(folder / "config.yaml", row.tested)
+    return load_config(folder / "config.yaml", row.evaluation_overrides)
 
 
-def people_of(config: Config, body: Body) -> PeopleSource:
+def evaluation_data(config: Config, body: Body) -> PeopleSource:
     """Every split and its blurred variant, with the inputs that the config's model reads."""
     return Blurred(build_source(config, body, build_mesh(config, body), full_mesh=True))
 
 
 def compute_cell(
     folder: Path,  # folder of the cells
-    settings: dict[str, Any],  # from `Asked.settings`
+    settings: dict[str, Any],  # from `EvaluationSettings.settings`
     pipeline: HMDiffPipeline,
     data: PeopleSource,
     progress: Callable[[int], None] | None = None,  # called with the number of people done
@@ -99,8 +99,8 @@ def compute_cell(
         values["visible_fraction"] = _rounded(torch.cat(collector.fractions))
     cell = {"settings": settings, "values": values}
     if collector.uncertainty:
-        found = uncertainty_correlations(torch.cat(collector.uncertainty), torch.cat(collector.errors))
-        cell["correlation"] = {name: list(three) for name, three in found.items()}
+        correlations = uncertainty_correlations(torch.cat(collector.uncertainty), torch.cat(collector.errors))
+        cell["correlation"] = {name: list(interval) for name, interval in correlations.items()}
     save_report(cell, cell_path(folder, settings))
     return cell
 

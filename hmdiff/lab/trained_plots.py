@@ -28,19 +28,19 @@ def plot_differences(
         by_label = {cells.row.label: cells for cells in rows}
         for cells in rows:
             reference = cells.row.reference
-            apart = None if reference is None else difference_of(cells, by_label.get(reference), metric)
-            if apart is not None:
-                panels.setdefault(split, []).append((f"{cells.row.label}\nagainst {reference}", apart))
+            difference = None if reference is None else difference_of(cells, by_label.get(reference), metric)
+            if difference is not None:
+                panels.setdefault(split, []).append((f"{cells.row.label}\nagainst {reference}", difference))
     if not panels:
         return False
     most = max(map(len, panels.values()))
     figure = _figure(1.5 + 3.6 * len(panels), 1.4 + 0.55 * most)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (split, found) in zip(axes, panels.items(), strict=True):
-        for place, (_, apart) in enumerate(found):
-            low, value, high = (100 * apart.relative[name] for name in ("low", "value", "high"))
+        for place, (_, difference) in enumerate(found):
+            low, value, high = (100 * difference.relative[name] for name in ("low", "value", "high"))
             axis.errorbar([value], [place], xerr=[[value - low], [high - value]], fmt="o", color="C0", capsize=3)
-            seeds = [100 * each for each in apart.by_seed.values()]
+            seeds = [100 * each for each in difference.by_seed.values()]
             axis.plot(seeds, [place + 0.22] * len(seeds), ".", color="0.5", markersize=5)
         axis.set_yticks(range(len(found)), [label for label, _ in found], fontsize=8)
         axis.set_ylim(most - 0.4, -0.6)
@@ -53,12 +53,12 @@ def plot_differences(
     return True
 
 
-def plot_bands(
+def plot_visibility_bins(
     splits: Mapping[str, Sequence[RowCells]],
     path: str | Path,
     metric: str = "pve",
-    bands: Sequence[str] = VISIBILITY_BINS,
-    band: VisibilityBinning = visibility_bin,
+    bins: Sequence[str] = VISIBILITY_BINS,
+    bin_of: VisibilityBinning = visibility_bin,
     title: str = "",
 ) -> bool:
     """One column per split: error of the mean and, if stored, the spread, against the visible fraction."""
@@ -73,7 +73,7 @@ def plot_bands(
     for line, what in zip(panels, shown, strict=True):
         for axis, (split, rows) in zip(line, splits.items(), strict=True):
             for number, cells in enumerate(rows):
-                found = [mean_of(cells, what, "mean", cells.mask(n, band)) for n in range(len(bands))]
+                found = [mean_of(cells, what, "mean", cells.mask(n, bin_of)) for n in range(len(bins))]
                 there = [(n, each) for n, each in enumerate(found) if each is not None]
                 if not there:
                     continue
@@ -95,9 +95,9 @@ def plot_bands(
                     capsize=2,
                     linewidth=1.2,
                 )
-            counts = [int(rows[0].mask(n, band).sum()) for n in range(len(bands))]
+            counts = [int(rows[0].mask(n, bin_of).sum()) for n in range(len(bins))]
             axis.set_xticks(
-                range(len(bands)), [f"{name}\n{count}" for name, count in zip(bands, counts, strict=True)], fontsize=8
+                range(len(bins)), [f"{name}\n{count}" for name, count in zip(bins, counts, strict=True)], fontsize=8
             )
             axis.grid(alpha=0.25)
             axis.set_title(split, fontsize=10)

@@ -30,8 +30,8 @@ from hmdiff.lab.ablations import MODES, Comparison, Row, check_table
 
 DONE = "done.json"
 # The config sections that identify a run, besides budget and seed; the number of data workers does not matter.
-_WHAT = ("body", "model", "diffusion", "data", "loss")
-_SAME_DATA = ("workers",)
+_IDENTIFYING_SECTIONS = ("body", "model", "diffusion", "data", "loss")
+_IGNORED_DATA_KEYS = ("workers",)
 BUDGET = (
     "steps",
     "batch_size",
@@ -70,15 +70,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The runs that the tables need: `of[table][row]` lists a row's runs, one per seed."""
+    """The runs that the tables need: `runs_of[table][row]` lists a row's runs, one per seed."""
 
-    of: dict[str, dict[str, list[Run]]]
+    runs_of: dict[str, dict[str, list[Run]]]
     rows: dict[str, dict[str, Row]]
 
     @property
     def runs(self) -> list[Run]:
         """Every run once, ordered by seed: an unfinished plan has complete tables with fewer seeds."""
-        every = [run for rows in self.of.values() for runs in rows.values() for run in runs]
+        every = [run for rows in self.runs_of.values() for runs in rows.values() for run in runs]
         return sorted(dict.fromkeys(every), key=lambda run: run.seed)
 
 
@@ -118,26 +118,28 @@ def row_config(
     return load_config(path, [*changes, *fixed, *row.overrides])
 
 
-def essence(config: Config) -> dict[str, Any]:
+def identifying_config(config: Config) -> dict[str, Any]:
     """The config values that differ from the defaults, without budget, seed and folder.
 
     New config entries that are off by default therefore do not change existing runs.
     """
-    plain, found = Config(), {}
-    for name in _WHAT:
-        value, usual = getattr(config, name), getattr(plain, name)
+    defaults, changed = Config(), {}
+    for name in _IDENTIFYING_SECTIONS:
+        value, default = getattr(config, name), getattr(defaults, name)
         if isinstance(value, dict) or not dataclasses.is_dataclass(value):
-            if value != usual:
-                found[name] = value
+            if value != default:
+                changed[name] = value
             continue
         for field in dataclasses.fields(value):
-            mine, other = getattr(value, field.name), getattr(usual, field.name)
-            if mine == other or (name == "data" and field.name in _SAME_DATA):
+            value_of_field, default_of_field = getattr(value, field.name), getattr(default, field.name)
+            if value_of_field == default_of_field or (name == "data" and field.name in _IGNORED_DATA_KEYS):
                 continue
-            if dataclasses.is_dataclass(mine):
-                mine = {key: each for key, each in vars(mine).items() if each != getattr(other, key)}
-            found[f"{name}.{field.name}"] = mine
-    result: dict[str, Any] = json.loads(json.dumps(found))
+            if dataclasses.is_dataclass(value_of_field):
+                value_of_field = {
+                    key: inner for key, inner in vars(value_of_field).items() if inner != getattr(default_of_field, key)
+                }
+            changed[f"{name}.{field.name}"] = value_of_field
+    result: dict[str, Any] = json.loads(json.dumps(changed))
     return result
 
 
@@ -147,10 +149,10 @@ def budget(config: Config) -> dict[str, Any]:
 
 def run_name(config: Config, overrides: Sequence[str]) -> str:
     """Folder name of a config's runs, shared by rows of several tables with the same model."""
-    told = sorted(text for text in overrides if not text.startswith("loss."))
-    words = [re.sub(r"[^a-z0-9]+", "-", text.split(".", 1)[-1].lower()).strip("-") for text in told]
+    named_overrides = sorted(text for text in overrides if not text.startswith("loss."))
+    words = [re.sub(r"[^a-z0-9]+", "-", text.split(".", 1)[-1].lower()).strip("-") for text in named_overrides]
     words = [word.removesuffix("-true") for word in words]
-    return "_".join([str(config.model["mode"]), *(words or ["base"]), digest(essence(config))])
+    return "_".join([str(config.model["mode"]), *(words or ["base"]), digest(identifying_config(config))])
 
 
 def make_plan(
@@ -163,10 +165,10 @@ def make_plan(
     base: str | None = None,
 ) -> Plan:
     """Resolve every row. Raises `UserError` for unknown config keys, and for a folder with another budget."""
-    of: dict[str, dict[str, list[Run]]] = {}
+    runs_of: dict[str, dict[str, list[Run]]] = {}
     for name, table in tables.items():
         check_table(name, table)
-        of[name] = {}
+        runs_of[name] = {}
         for row in table.rows:
             runs, resolved = [], row_config(table, row, 0, mode, steps, changes, base)
             for seed in range(seeds):
@@ -175,37 +177,40 @@ def make_plan(
                 folder = output / "runs" / run_name(config, row.overrides) / f"seed_{seed}"
                 config.name, config.output = f"{row.label}, seed {seed}", str(folder)
                 runs.append(Run(folder, config, row.label))
-                check_same(runs[-1])
-            of[name][row.label] = runs
-    return Plan(of, {name: {row.label: row for row in table.rows} for name, table in tables.items()})
+                check_same_config(runs[-1])
+            runs_of[name][row.label] = runs
+    return Plan(runs_of, {name: {row.label: row for row in table.rows} for name, table in tables.items()})
 
 
-def check_same(run: Run) -> None:
+def check_same_config(run: Run) -> None:
     """Raises `UserError` if the folder holds a run with another budget or config."""
     stored = run.folder / "config.yaml"
     if not stored.is_file():
         return
-    before = load_config(stored)
-    for mine, other in ((budget(run.config), budget(before)), (_flat(run.config), _flat(before))):
-        for name in sorted(mine.keys() | other.keys()):
-            if mine.get(name) != other.get(name):
+    stored_config = load_config(stored)
+    for wanted, stored_values in (
+        (budget(run.config), budget(stored_config)),
+        (_flat(run.config), _flat(stored_config)),
+    ):
+        for name in sorted(wanted.keys() | stored_values.keys()):
+            if wanted.get(name) != stored_values.get(name):
                 raise UserError(
-                    f"{run.folder}: holds a run with {name} {other.get(name)}, and {mine.get(name)} is asked for; rows "
-                    "of a table have one budget: give another --output, or ask for the same"
+                    f"{run.folder}: holds a run with {name} {stored_values.get(name)}, and {wanted.get(name)} is asked "
+                    "for; rows of a table have one budget: give another --output, or ask for the same"
                 )
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    values = essence(config)
+    values = identifying_config(config)
     model = values.pop("model", {})
     return values | {f"model.{name}": value for name, value in model.items()} | {"seed": config.seed}
 
 
 def is_done(run: Run) -> bool:
-    return done_of(run) is not None and (run.pipeline / "hmdiff.json").is_file()
+    return read_done(run) is not None and (run.pipeline / "hmdiff.json").is_file()
 
 
-def done_of(run: Run) -> dict[str, Any] | None:
+def read_done(run: Run) -> dict[str, Any] | None:
     """The contents of done.json; None if the run is unfinished or was finished with other steps."""
     try:
         found: dict[str, Any] = json.loads((run.folder / DONE).read_text())
@@ -214,7 +219,7 @@ def done_of(run: Run) -> dict[str, Any] | None:
         return None
 
 
-def reached(run: Run) -> int:
+def last_step(run: Run) -> int:
     """The step of the last checkpoint, 0 without one."""
     if is_done(run):
         return run.config.training.steps
@@ -224,13 +229,13 @@ def reached(run: Run) -> int:
 
 def seconds_left(runs: Sequence[Run]) -> float | None:
     """Estimated from the median time per step of finished runs; None if none is finished."""
-    found = [done["seconds"] / done["step"] for run in runs if (done := done_of(run)) is not None and done["step"]]
-    left = sum(run.config.training.steps - reached(run) for run in runs)
+    found = [done["seconds"] / done["step"] for run in runs if (done := read_done(run)) is not None and done["step"]]
+    left = sum(run.config.training.steps - last_step(run) for run in runs)
     return 0.0 if not left else statistics.median(found) * left if found else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class RunReport:
     """Passed to the callback after every run."""
 
     run: Run
@@ -243,7 +248,7 @@ class Trained:
 def train_runs(
     runs: Sequence[Run],
     train: Train,
-    report: Callable[[Trained], None] | None = None,
+    report: Callable[[RunReport], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Run]:  # unfinished runs: interrupted, or held by another process
     """Train the unfinished runs, in the given order. Stops after an interrupted training."""
@@ -251,22 +256,22 @@ def train_runs(
         if is_done(run):
             continue
         make_folder(run.folder)
-        with try_claim(run.folder, ".ablation_lock") as mine:
-            if not mine or is_done(run):
+        with try_claim(run.folder, ".ablation_lock") as claimed:
+            if not claimed or is_done(run):
                 continue
-            check_same(run)
+            check_same_config(run)
             save_config(run.config, run.folder / "config.yaml")
-            before, started = reached(run), clock()
+            first_step, started = last_step(run), clock()
             step, total = train(run.config), run.config.training.steps
             if step < total:
                 break
             # Extrapolate a resumed run to its full duration.
-            seconds = (clock() - started) * total / max(1, total - before)
+            seconds = (clock() - started) * total / max(1, total - first_step)
             with atomic_file(run.folder / DONE) as temporary:
                 temporary.write_text(json.dumps({"step": step, "seconds": seconds}) + "\n")
         if report is not None:
             finished = sum(is_done(each) for each in runs)
-            report(Trained(run, finished, len(runs), seconds, seconds_left(runs)))
+            report(RunReport(run, finished, len(runs), seconds, seconds_left(runs)))
     return [run for run in runs if not is_done(run)]
 
 

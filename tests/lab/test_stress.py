@@ -95,9 +95,9 @@ def test_a_patch_that_hides_nothing_moves_nothing(pipe: HMDiffPipeline) -> None:
     subject = subject_of()
     centres = torch.tensor([[-0.99, -0.99], [0.0, 0.0]])
     found = stress(pipe, subject, centres, 0.008, QUICK)
-    assert not found.hidden[0].any()
-    assert found.moved[0] < 1e-2 and found.spread[0] == pytest.approx(found.clear_spread, rel=1e-4)
-    assert found.error is not None and found.error[0] == pytest.approx(found.clear_error, rel=1e-4)
+    assert not found.removed_joints[0].any()
+    assert found.displacement[0] < 1e-2 and found.spread[0] == pytest.approx(found.unoccluded_spread, rel=1e-4)
+    assert found.error is not None and found.error[0] == pytest.approx(found.unoccluded_error, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -105,23 +105,23 @@ def test_maps_do_not_depend_on_the_chunks_and_are_those_of_single_calls(pipe: HM
     subject, centres = subject_of(), patch_grid(3, 0.35)
     told: list[int] = []
     whole = stress(pipe, subject, centres, 0.35, QUICK, told.append)
-    parts = stress(pipe, subject, centres, 0.35, QUICK, at_once=2)
+    parts = stress(pipe, subject, centres, 0.35, QUICK, batch_size=2)
     assert sum(told) == 9
-    for name in ("moved", "spread", "error"):
+    for name in ("displacement", "spread", "error"):
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=1e-3, atol=1e-2)
-    taken = whole.hidden.any(1)
-    assert taken.any() and not taken.all() and whole.moved[taken].min() > 10 * whole.moved[~taken].max()
-    assert whole.map(whole.moved)[2, 1] == whole.moved[7]
+    taken = whole.removed_joints.any(1)
+    assert taken.any() and not taken.all() and whole.displacement[taken].min() > 10 * whole.displacement[~taken].max()
+    assert whole.map(whole.displacement)[2, 1] == whole.displacement[7]
     one, taken = recover_covered(pipe, subject, centres[4:5], 0.35, QUICK)
-    assert torch.equal(taken[0], whole.hidden[4])
-    moved = (one.mean_vertices - whole.clear.mean_vertices).norm(dim=-1).mean() * 1000
-    assert float(moved) == pytest.approx(float(whole.moved[4]), rel=1e-3)
+    assert torch.equal(taken[0], whole.removed_joints[4])
+    moved = (one.mean_vertices - whole.unoccluded.mean_vertices).norm(dim=-1).mean() * 1000
+    assert float(moved) == pytest.approx(float(whole.displacement[4]), rel=1e-3)
     assert float(one.spread.mean()) == pytest.approx(float(whole.spread[4]), rel=1e-3)
 
 
 def test_the_error_is_that_of_the_evaluation(pipe: HMDiffPipeline) -> None:
     sample = people(True).block("test", 0).map(lambda tensor: tensor[:2])
-    alone = [stress(pipe, subject_of(row), patch_grid(1, 0.1), 0.1, QUICK).clear_error for row in range(2)]
+    alone = [stress(pipe, subject_of(row), patch_grid(1, 0.1), 0.1, QUICK).unoccluded_error for row in range(2)]
     report = evaluate(pipe, people(True), "test", 2, QUICK)
     assert len(sample) == 2
     assert np.mean(alone) == pytest.approx(report["errors"]["pve"]["mean"]["value"], rel=1e-3)
@@ -133,9 +133,9 @@ def test_an_image_model_sees_the_grey_patch() -> None:
     subject = dataclasses.replace(subject_of(), image=torch.rand(1, 3, 64, 64))
     # Away from every joint, so that the heatmaps, and so the camera, are unchanged.
     found = stress(pipe, subject, torch.tensor([[-0.9, -0.9]]), 0.1, QUICK)
-    assert not found.hidden.any() and found.moved[0] > 1e-3
+    assert not found.removed_joints.any() and found.displacement[0] > 1e-3
     blind = stress(small_pipeline(), subject, torch.tensor([[-0.9, -0.9]]), 0.1, QUICK)
-    assert blind.moved[0] < 1e-2  # this model reads only heatmaps and ignores the image
+    assert blind.displacement[0] < 1e-2  # this model reads only heatmaps and ignores the image
 
 
 def test_a_depth_model_does_not_know_the_depth_under_the_patch() -> None:
@@ -145,9 +145,9 @@ def test_a_depth_model_does_not_know_the_depth_under_the_patch() -> None:
     depth = torch.rand(1, 32, 32) + 2
     place = torch.tensor([[-0.9, -0.9]])  # away from every joint
     found = stress(pipe, dataclasses.replace(subject_of(), depth=depth), place, 0.1, QUICK)
-    assert not found.hidden.any() and found.moved[0] > 1e-3
+    assert not found.removed_joints.any() and found.displacement[0] > 1e-3
     unknown = stress(pipe, subject_of(), place, 0.1, QUICK)  # unknown everywhere: nothing to cover
-    assert unknown.moved[0] < 1e-2 < (unknown.clear.vertices - found.clear.vertices).abs().max() * 1000
+    assert unknown.displacement[0] < 1e-2 < (unknown.unoccluded.vertices - found.unoccluded.vertices).abs().max() * 1000
 
 
 def test_the_map_is_drawn_where_the_patch_was() -> None:

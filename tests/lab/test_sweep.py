@@ -32,8 +32,8 @@ from hmdiff.lab import sweep as experiments
 from hmdiff.lab import sweep_plots as plots
 from hmdiff.lab.ablations import ROLES, TABLES, Row, check_table, settings_of
 from hmdiff.lab.comparison import difference, pareto_front, table_row
-from hmdiff.lab.sweep import Progress, Setting, Study, resolved, run_cells, work
-from hmdiff.lab.table_rows import RowCells, csv_rows, texts
+from hmdiff.lab.sweep import Progress, Setting, Study, cost_per_person, resolved, run_cells
+from hmdiff.lab.table_rows import RowCells, csv_rows, table_cells
 from hmdiff.names import METRICS
 from hmdiff.pipeline import HMDiffPipeline, MeshOutput
 
@@ -210,7 +210,7 @@ def test_times_and_what_is_told(tmp_path: Path) -> None:
     ]
     assert bars == [2, 2, 1] * 3
     # Each run reads the clock equally often: after two of them, half of the time has passed, and so on.
-    one, two, four = (work(each.setting) for each in told)
+    one, two, four = (cost_per_person(each.setting) for each in told)
     assert told[0].seconds_left / (two + four) == pytest.approx(told[1].seconds_left * (one + two) / (2 * four) / one)
     assert told[2].seconds_left == 0
 
@@ -219,7 +219,7 @@ def test_work_grows_with_steps_hypotheses_and_guidance() -> None:
     plain = Setting("a", SamplingConfig(10, 5, 0, "ddim", 0.0))
     others = ({"num_inference_steps": 20}, {"num_hypotheses": 20}, {"guidance": Guidance("dat")}, {"scheduler": "heun"})
     for changes in others:
-        assert work(Setting("a", plain.sampling.but(**changes))) > 1.3 * work(plain), changes
+        assert cost_per_person(Setting("a", plain.sampling.but(**changes))) > 1.3 * cost_per_person(plain), changes
 
 
 def cell(errors: list[float], milliseconds: float = 10.0, **settings: Any) -> dict[str, Any]:
@@ -359,15 +359,15 @@ def test_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_series_are_named_by_what_tells_them_apart() -> None:
     cells = grid_of_cells()
-    found = plots.in_series(cells[::-1])
+    found = plots.group_series(cells[::-1])
     assert list(found) == ["dat", "unguided"]
     assert [result["settings"]["steps"] for result in found["unguided"]] == [1, 3, 10]
-    assert list(plots.in_series(cells[:3])) == ["a, ddim"]
+    assert list(plots.group_series(cells[:3])) == ["a, ddim"]
     three = [*cells[:3], cell([1.0, 2.0], num_hypotheses=5, eta=0.5)]
-    assert list(plots.in_series(three)) == ["N 25", "eta 0.5, N 5"]
+    assert list(plots.group_series(three)) == ["N 25", "eta 0.5, N 5"]
     dat = {"mode": "dat", "strength": 1.0, "threshold": 0.05, "joint_weights": None}
     several = [*cells, cell([1.0, 2.0], guidance=dat), cell([1.0, 2.0], guidance=dat | {"joint_weights": [1.0, 2.0]})]
-    assert list(plots.in_series(several)) == [
+    assert list(plots.group_series(several)) == [
         "unguided",
         "dat, strength 0.5",
         "dat, strength 1",
@@ -403,19 +403,19 @@ def test_a_printed_table() -> None:
     base, ours = cell([100.0, 140.0], 4.0), cell([95.0, 135.0], 30.0)
     cells = {"A: one step": base, "diffusion, mean": ours, "diffusion, selected": ours}
     rows = [RowCells(row, {0: cells[row.label]}) for row in table.rows if row.label in cells]
-    _, lines = texts(table, rows)
+    _, lines = table_cells(table, rows)
     assert lines[0][:2] == ["A: one step", "120.0 (100.0-140.0)"]
     assert lines[0][-2:] == ["-", "4.0"]  # the reference has nothing to compare with
     assert lines[1][-2:] == ["-5.0 (-5.0 to -5.0)", "30.0"]
     assert lines[2][1:] == ["-"] * 5 + ["30.0"]  # this model selects no hypothesis
-    assert texts(table, rows[1:2])[1][0][-2] == "-"  # its reference is missing
+    assert table_cells(table, rows[1:2])[1][0][-2] == "-"  # its reference is missing
 
     oracle = next(row for row in table.rows if row.label == "diffusion, oracle")
     found = list(csv_rows("diffusion", "val", [rows[0], RowCells(oracle, {0: ours})]))
     assert "pve_mean_difference_reference" not in found[0] and found[1]["row"] == "diffusion, oracle"
     assert found[1]["pve_mean_difference_reference"] == pytest.approx(-5) and found[1]["model"] == "a"
     # The oracle against A's single mesh: each row uses its own kind.
-    assert texts(table, [rows[0], RowCells(oracle, {0: ours})])[1][1][-2] == "-15.0 (-15.0 to -15.0)"
+    assert table_cells(table, [rows[0], RowCells(oracle, {0: ours})])[1][1][-2] == "-15.0 (-15.0 to -15.0)"
     guided = cell([95.0, 135.0]) | {
         "guidance": {
             name: {"value": value, "low": 0.0, "high": 1.0}
@@ -426,7 +426,7 @@ def test_a_printed_table() -> None:
         RowCells(Row("none, 5", steps=5), {0: base}),
         RowCells(Row("dat, 5", steps=5, mode="dat", reference="none, 5"), {0: guided}),
     ]
-    unguided, line = texts(TABLES["dat"], pair)[1]
+    unguided, line = table_cells(TABLES["dat"], pair)[1]
     assert line[1:] == [
         "115.0 (95.0-135.0)",
         "-5.0 (-5.0 to -5.0)",

@@ -32,18 +32,18 @@ from hmdiff.evaluate.store import stored
 from hmdiff.files.locks import try_claim
 from hmdiff.lab import trained_plots as ablation_plots
 from hmdiff.lab.ablations import Comparison, Row, check_table
-from hmdiff.lab.table_rows import RowCells, band_texts, csv_rows, difference_of, mean_of, texts
+from hmdiff.lab.table_rows import RowCells, csv_rows, difference_of, mean_of, table_cells, visibility_table_cells
 from hmdiff.lab.trained_ablations import COSTS, TRAINED
-from hmdiff.lab.trained_cells import NEEDS, Asked, cell_path, compute_cell
+from hmdiff.lab.trained_cells import NEEDS, EvaluationSettings, cell_path, compute_cell
 from hmdiff.lab.trained_costs import measure_costs
 from hmdiff.lab.trained_runs import (
     Plan,
     Run,
-    Trained,
-    essence,
+    RunReport,
+    identifying_config,
     is_done,
+    last_step,
     make_plan,
-    reached,
     row_config,
     run_name,
     seconds_left,
@@ -71,7 +71,7 @@ def test_every_row_is_a_config(name: str) -> None:
         config = row_config(table, row, 1, "direct")
         assert set(config.model) <= set(known) and config.model["mode"] == "direct" and config.seed == 1
         assert config.training == plain.training and config.evaluation == plain.evaluation
-        assert (essence(config) == essence(plain)) == (not row.overrides)
+        assert (identifying_config(config) == identifying_config(plain)) == (not row.overrides)
         assert config.evaluation.test_people == 0 and config.training.evaluate_every == config.training.steps
     assert table.rows[0].reference is None and not table.rows[0].overrides
     assert all(row.reference is not None for row in table.rows[1:])
@@ -81,10 +81,12 @@ def test_every_row_is_a_config(name: str) -> None:
 def test_rows_of_several_tables_share_their_runs(tmp_path: Path) -> None:
     names = ("depth_rle", "silhouette_masked", "rendered_depth")
     plan = make_plan({name: TRAINED[name] for name in names}, tmp_path, 2)
-    first = plan.of["depth_rle"]
-    assert first["neither"] == plan.of["silhouette_masked"]["neither"] == plan.of["rendered_depth"]["no depth"]
-    assert first["depth"] == plan.of["rendered_depth"]["rendered, tested degraded"]
-    assert first["depth"] != plan.of["rendered_depth"]["degraded"]
+    first = plan.runs_of["depth_rle"]
+    assert (
+        first["neither"] == plan.runs_of["silhouette_masked"]["neither"] == plan.runs_of["rendered_depth"]["no depth"]
+    )
+    assert first["depth"] == plan.runs_of["rendered_depth"]["rendered, tested degraded"]
+    assert first["depth"] != plan.runs_of["rendered_depth"]["degraded"]
     # 4 + 4 + 3 models, with "neither" and "depth" shared; two seeds, ordered by seed.
     assert len(plan.runs) == 2 * 8 and [run.seed for run in plan.runs] == [0] * 8 + [1] * 8
 
@@ -106,9 +108,9 @@ def test_a_row_wins_over_what_is_asked_of_all() -> None:
 def test_what_a_run_is() -> None:
     plain = small_config("a", "model.mode=direct")
     same = small_config("b", "model.mode=direct", "seed=3", "data.workers=2", "training.steps=7", "loss.rle=0.0")
-    assert essence(plain) == essence(same) and run_name(plain, ()) == run_name(same, ())
+    assert identifying_config(plain) == identifying_config(same) and run_name(plain, ()) == run_name(same, ())
     for change in ("data.label_noise=0.01", "model.width=64", "loss.joints=2", "model.mode=diffusion"):
-        assert essence(small_config("a", "model.mode=direct", change)) != essence(plain), change
+        assert identifying_config(small_config("a", "model.mode=direct", change)) != identifying_config(plain), change
     one, other = ("model.depth=2", "data.block_size=2"), ("data.block_size=2", "model.depth=2")
     config = small_config("a", "model.mode=direct", *one)
     assert run_name(config, one) == run_name(config, other) == run_name(config, (*one, "loss.joints=1.0"))
@@ -122,7 +124,10 @@ def test_what_a_run_is() -> None:
         ((Row("a"), Row("b", (), "c")), "row 'b': there is no other row 'c' to compare with"),
         ((Row("a", (), "a"),), "row 'a': there is no other row 'a'"),
         ((Row("a", ("training.steps=3",)),), "'training.steps=3' is not of the model, the loss or the data"),
-        ((Row("a", tested=("model.depth=2",)),), "'model.depth=2' is not of the data that it is tested on"),
+        (
+            (Row("a", evaluation_overrides=("model.depth=2",)),),
+            "'model.depth=2' is not of the data that it is tested on",
+        ),
     ],
 )
 def test_tables_that_cannot_mean_what_they_say(rows: tuple[Row, ...], message: str) -> None:
@@ -165,13 +170,13 @@ class Stub:
                 raise KeyboardInterrupt
             return total // 2
         (folder / "pipeline").mkdir(parents=True)
-        (folder / "pipeline" / "hmdiff.json").write_text(json.dumps(essence(config) | {"seed": config.seed}))
+        (folder / "pipeline" / "hmdiff.json").write_text(json.dumps(identifying_config(config) | {"seed": config.seed}))
         return total
 
 
 @pytest.mark.slow
 def test_what_is_trained_is_not_trained_again(tmp_path: Path) -> None:
-    plan, told = tiny_plan(tmp_path), list[Trained]()
+    plan, told = tiny_plan(tmp_path), list[RunReport]()
     first = Stub()
     now = itertools.count(0, 10)
     assert train_runs(plan.runs, first, told.append, lambda: float(next(now))) == []
@@ -197,9 +202,9 @@ def test_a_stopped_training_goes_on(tmp_path: Path, how: str) -> None:
     plan = tiny_plan(tmp_path)
     with pytest.raises(KeyboardInterrupt) if how == "kill_at" else contextlib.nullcontext():
         assert [run.name for run in train_runs(plan.runs, Stub(**{how: 2}))] == [run.name for run in plan.runs[1:]]
-    assert [reached(run) for run in plan.runs] == [4, 2, 0, 0]
+    assert [last_step(run) for run in plan.runs] == [4, 2, 0, 0]
     assert seconds_left(plan.runs[1:]) is None and seconds_left(plan.runs[:1]) == 0
-    rest, told = Stub(), list[Trained]()
+    rest, told = Stub(), list[RunReport]()
     now = itertools.count(0, 10)
     assert train_runs(plan.runs, rest, told.append, lambda: float(next(now))) == []
     assert rest.seen == [run.name for run in plan.runs[1:]]
@@ -362,7 +367,7 @@ def test_blurred_splits_are_the_same_people() -> None:
 def test_a_cell_is_what_evaluation_gives(tmp_path: Path) -> None:
     pipeline = small_pipeline("model.mode=diffusion")
     run = Run(tmp_path, small_config("unused", "model.mode=diffusion"))
-    settings = Asked(5, 3, 2, 7).settings(run, Row("a"), "val", "weights")
+    settings = EvaluationSettings(5, 3, 2, 7).settings(run, Row("a"), "val", "weights")
     assert stored_cell(tmp_path, settings) is None
     done: list[int] = []
     cell = compute_cell(tmp_path, settings, pipeline, people(True), done.append)
@@ -373,21 +378,26 @@ def test_a_cell_is_what_evaluation_gives(tmp_path: Path) -> None:
             assert sum(cell["values"][metric][kind]) / 5 == pytest.approx(value["value"], rel=1e-5)
     assert len(cell["values"]["spread"]) == 5 and min(cell["values"]["spread"]) > 0
     assert "correlation" not in cell and "visible_fraction" not in cell
-    for other in (Asked(4, 3, 2, 7), Asked(5, 2, 2, 7), Asked(5, 3, 1, 7), Asked(5, 3, 2, 8)):
+    for other in (
+        EvaluationSettings(4, 3, 2, 7),
+        EvaluationSettings(5, 2, 2, 7),
+        EvaluationSettings(5, 3, 1, 7),
+        EvaluationSettings(5, 3, 2, 8),
+    ):
         assert stored_cell(tmp_path, other.settings(run, Row("a"), "val", "weights")) is None
     for row, split, weights in (
-        (Row("a", tested=("data.workers=1",)), "val", "weights"),
+        (Row("a", evaluation_overrides=("data.workers=1",)), "val", "weights"),
         (Row("a"), "test", "weights"),
         (Row("a"), "val", "others"),
     ):
-        assert stored_cell(tmp_path, Asked(5, 3, 2, 7).settings(run, row, split, weights)) is None
+        assert stored_cell(tmp_path, EvaluationSettings(5, 3, 2, 7).settings(run, row, split, weights)) is None
     cell_path(tmp_path, settings).write_text("{")
     assert stored_cell(tmp_path, settings) is None
-    blurred = Asked(5, 3, 2, 7).settings(run, Row("a"), "val_blur", "weights")
+    blurred = EvaluationSettings(5, 3, 2, 7).settings(run, Row("a"), "val_blur", "weights")
     found = compute_cell(tmp_path, blurred, pipeline, Blurred(people(True)))
     assert found["values"]["pve"]["mean"] != cell["values"]["pve"]["mean"]
     run = Run(tmp_path, small_config("unused", "model.mode=direct"))
-    alone = Asked(5, 25, 9).settings(run, Row("a"), "val", "")
+    alone = EvaluationSettings(5, 25, 9).settings(run, Row("a"), "val", "")
     assert (alone["num_hypotheses"], alone["steps"]) == (1, 1)
 
 
@@ -433,33 +443,33 @@ def test_differences_are_of_the_same_seed_and_person() -> None:
 
 def test_the_printed_table() -> None:
     table = Comparison("t", (), columns=TRAINED["occlusion"].columns + TRAINED["depth_rle"].columns[-1:])
-    titles, lines = texts(table, rows_of(), "diffusion")
+    titles, lines = table_cells(table, rows_of(), "diffusion")
     assert len(titles) == len(lines[0]) == len(lines[1])
     shown = dict(zip(titles, lines[1], strict=True))
     assert shown["PVE"] == "135.0 (105.0-165.0)" and shown["seeds"] == "2"
     assert shown["% of ref."] == shown["% of the row it adds to"] == "-10.0 (-13.2 to -4.5)"
     assert shown["each seed"] == "-10.0 -10.0" and shown["rank corr."] == "0.50"
     assert dict(zip(titles, lines[0], strict=True))["% of ref."] == "-"
-    assert "PVE oracle" in titles and "PVE oracle" not in texts(table, rows_of(), "direct")[0]
-    _, costs = texts(table, rows_of(), "direct", COSTS)
+    assert "PVE oracle" in titles and "PVE oracle" not in table_cells(table, rows_of(), "direct")[0]
+    _, costs = table_cells(table, rows_of(), "direct", COSTS)
     assert costs == [["plain", "1,234,567", "4.2", "250.0"], ["new", "-", "-", "-"]]
 
 
 def test_bands_are_of_people() -> None:
     rows = rows_of([0.9, 0.5])
-    titles, lines = band_texts(rows, "pve")
+    titles, lines = visibility_table_cells(rows, "pve")
     assert titles == ["visible", "over 80 % (1)", "60-80 % (0)", "40-60 % (1)", "under 40 % (0)"]
     assert lines == [
         ["plain", "110.0 (110.0-110.0)", "-", "190.0 (190.0-190.0)", "-"],
         ["new", "105.0 (105.0-105.0)", "-", "165.0 (165.0-165.0)", "-"],
     ]
-    shares = band_texts(rows, "pve", relative=True)[1][1]
+    shares = visibility_table_cells(rows, "pve", relative=True)[1][1]
     assert shares[1:] == ["-4.5 (-4.5 to -4.5)", "-", "-13.2 (-13.2 to -13.2)", "-"]
     # Any function of the visible fraction works.
-    halves = band_texts(rows, "pve", bands=("low", "high"), band=lambda seen: (seen > 0.7).long())
+    halves = visibility_table_cells(rows, "pve", bins=("low", "high"), bin_of=lambda seen: (seen > 0.7).long())
     assert halves[0] == ["visible", "low (1)", "high (1)"] and halves[1][0][1].startswith("190.0")
     with pytest.raises(UserError, match="row 'plain': its people do not tell how much of them is visible"):
-        band_texts(rows_of(), "pve")
+        visibility_table_cells(rows_of(), "pve")
 
 
 def test_csv_has_every_number() -> None:
@@ -480,10 +490,10 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation_plots, "RESOLUTION", 40)
     rows = rows_of([0.9, 0.5])
     assert ablation_plots.plot_differences({"test": rows}, tmp_path / "a.png")
-    assert ablation_plots.plot_bands({"test": rows}, tmp_path / "b.png")
+    assert ablation_plots.plot_visibility_bins({"test": rows}, tmp_path / "b.png")
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("a.png", "b.png"))
     assert not ablation_plots.plot_differences({"test": rows[:1]}, tmp_path / "c.png")
-    assert not ablation_plots.plot_bands({"test": [RowCells(Row("a"), {})]}, tmp_path / "c.png")
+    assert not ablation_plots.plot_visibility_bins({"test": [RowCells(Row("a"), {})]}, tmp_path / "c.png")
     assert not (tmp_path / "c.png").exists()
 
 
@@ -525,7 +535,7 @@ def test_costs_are_medians_of_rows_in_turn() -> None:
 @pytest.mark.usefixtures("quick")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     save_config(small_config("unused", *SMALL), tmp_path / "base.yaml")
-    monkeypatch.setitem(TRAINED, "tiny", dataclasses.replace(TINY, splits=("val", "val_blur"), banded=True))
+    monkeypatch.setitem(TRAINED, "tiny", dataclasses.replace(TINY, splits=("val", "val_blur"), by_visibility=True))
     words = [
         "ablate",
         "tiny",
