@@ -48,9 +48,9 @@ class Mixture:
 
     def source_of(self, number: int) -> tuple[int, int]:
         """The index of the source that gives this block, and the block's number in that source."""
-        period, place = divmod(number, PERIOD)
-        source = int(self._order[place])
-        return source, int(period * self._blocks_per_period[source] + self._before[source, place])
+        period, position = divmod(number, PERIOD)
+        source = int(self._order[position])
+        return source, int(period * self._blocks_per_period[source] + self._before[source, position])
 
 
 def schedule(weights: Sequence[float]) -> np.ndarray:  # (PERIOD,) int

@@ -103,19 +103,19 @@ def read_mask(
     width, height = photo_size
     if isinstance(mask, str | Path):
         with open_image(Path(mask)) as opened:
-            found = np.asarray(opened.convert("L")) > 0
-        if found.shape != (height, width):
-            raise UserError(f"{mask}: {found.shape[1]} x {found.shape[0]} pixels, its photo has {width} x {height}")
-        return found
+            pixels = np.asarray(opened.convert("L")) > 0
+        if pixels.shape != (height, width):
+            raise UserError(f"{mask}: {pixels.shape[1]} x {pixels.shape[0]} pixels, its photo has {width} x {height}")
+        return pixels
     try:
         if isinstance(mask, dict):
             return _decode_rle(mask, width, height)
-        drawn = np.zeros((height, width), np.uint8)
+        filled = np.zeros((height, width), np.uint8)
         for polygon in mask:
             points = np.asarray(polygon, np.float64).reshape(-1, 2)
             # COCO's origin is a pixel's corner, OpenCV's its centre; units of 1/256 pixel.
-            cv2.fillPoly(drawn, [((points - 0.5) * 256).round().astype(np.int32)], 1, shift=8)
-        return drawn > 0
+            cv2.fillPoly(filled, [((points - 0.5) * 256).round().astype(np.int32)], 1, shift=8)
+        return filled > 0
     except (ValueError, TypeError, KeyError, IndexError, cv2.error) as error:
         raise UserError(f"{source}: a damaged segmentation ({error!r:.120}); polygons or RLE are expected") from None
 
@@ -139,14 +139,14 @@ def _decode_rle_text(text: bytes) -> list[int]:
     run on, the difference to the run two before; bit 5 of the last character is the sign.
     """
     counts: list[int] = []
-    place = 0
-    while place < len(text):
+    position = 0
+    while position < len(text):
         value = shift = 0
         more = True
         while more:
-            bits = text[place] - 48
+            bits = text[position] - 48
             value |= (bits & 31) << shift
-            more, place, shift = bool(bits & 32), place + 1, shift + 5
+            more, position, shift = bool(bits & 32), position + 1, shift + 5
             if not more and bits & 16:
                 value -= 1 << shift
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
@@ -176,7 +176,7 @@ def _encode_png(values: np.ndarray) -> bytes:
 
 
 def _decode_png(stored: Sequence[int] | np.ndarray) -> np.ndarray:
-    found = cv2.imdecode(np.asarray(stored, np.uint8), cv2.IMREAD_UNCHANGED)
-    if found is None or found.ndim != 2:
+    pixels = cv2.imdecode(np.asarray(stored, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.ndim != 2:
         raise UserError("a stored depth map or mask cannot be decoded; prepare the data set again")
-    return found
+    return pixels

@@ -211,10 +211,10 @@ class _Cropper:
             raise record.error(f"its image cannot be read ({error})") from None
         height, width = photo.pixels.shape[:2]
         half = self.margin * record.side / 2
-        x0, y0 = (max(0, math.floor(place - half)) for place in record.center.tolist())
+        x0, y0 = (max(0, math.floor(coordinate - half)) for coordinate in record.center.tolist())
         x1, y1 = (
-            min(end, math.ceil(place + half))
-            for place, end in zip(record.center.tolist(), (width, height), strict=True)
+            min(end, math.ceil(coordinate + half))
+            for coordinate, end in zip(record.center.tolist(), (width, height), strict=True)
         )
         if x1 - x0 < 2 or y1 - y0 < 2:
             raise record.error(
@@ -249,13 +249,13 @@ class _Cropper:
         height, width = photo.pixels.shape[:2]
         size = (max(2, size[0] // 2), max(2, size[1] // 2))  # models read maps at a third of the image's resolution
         mask = None
-        pixels_of_person = None
+        person_mask = None
         if self.masks and record.mask is not None:
-            pixels_of_person = read_mask(record.mask, (width, height), record.source)
+            person_mask = read_mask(record.mask, (width, height), record.source)
         elif self.masks and self.mask_function is not None and record.image is not None:
-            pixels_of_person = self.mask_function(photo.pixels, record.image, _box(record, width, height))
-        if pixels_of_person is not None:
-            mask = encode_mask(pixels_of_person, (width, height), region, size)
+            person_mask = self.mask_function(photo.pixels, record.image, _box(record, width, height))
+        if person_mask is not None:
+            mask = encode_mask(person_mask, (width, height), region, size)
         depth = None if self.depth is None else self._photo_depth(record, photo)
         return None if depth is None else encode_depth(depth, (width, height), region, size), mask
 

@@ -109,13 +109,15 @@ class Record:
         shape: tuple[int | str, ...],
         lengths: dict[str, int],  # lengths bound to the letters so far; updated
     ) -> None:
-        wanted = [lengths.get(size, size) if isinstance(size, str) else size for size in shape]
-        fits = value.ndim == len(wanted) and all(
-            isinstance(want, str) or have == want for have, want in zip(value.shape, wanted, strict=True)
+        expected = [lengths.get(size, size) if isinstance(size, str) else size for size in shape]
+        fits = value.ndim == len(expected) and all(
+            isinstance(want, str) or have == want for have, want in zip(value.shape, expected, strict=True)
         )
         if not fits:
-            words = ", ".join(str(want) for want in wanted)
-            raise self.error(f"{field} has shape {value.shape}, expected ({words}{',' if len(wanted) == 1 else ''})")
+            expected_text = ", ".join(str(want) for want in expected)
+            raise self.error(
+                f"{field} has shape {value.shape}, expected ({expected_text}{',' if len(expected) == 1 else ''})"
+            )
         lengths.update({size: have for size, have in zip(shape, value.shape, strict=True) if isinstance(size, str)})
         if value.dtype.kind not in "biuf":
             raise self.error(f"{field} is of {value.dtype}, numbers were expected; mend the file")

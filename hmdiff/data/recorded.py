@@ -140,17 +140,17 @@ class RecordedPeople:
     # -- one person --------------------------------------------------------------------------------------------------
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        words = [self.seed % 2**32, self.seed >> 32, zlib.crc32(b"order"), epoch]
-        return np.random.default_rng(words).permutation(len(self.numbers))
+        entropy = [self.seed % 2**32, self.seed >> 32, zlib.crc32(b"order"), epoch]
+        return np.random.default_rng(entropy).permutation(len(self.numbers))
 
     def _person(self, stream: str, position: int) -> _Person:
-        augmentation, chosen = NO_AUGMENTATION, position
+        augmentation, number = NO_AUGMENTATION, position
         if stream == "train":
-            epoch, place = divmod(position, len(self))
-            chosen = self._epoch_order(epoch)[place]
-            words = [self.seed % 2**32, self.seed >> 32, zlib.crc32(b"change"), position]
-            augmentation = sample_augmentation(self.augment, np.random.default_rng(words))
-        stored = self.store[int(self.numbers[chosen])]
+            epoch, rank = divmod(position, len(self))
+            number = self._epoch_order(epoch)[rank]
+            entropy = [self.seed % 2**32, self.seed >> 32, zlib.crc32(b"change"), position]
+            augmentation = sample_augmentation(self.augment, np.random.default_rng(entropy))
+        stored = self.store[int(self.numbers[number])]
         record = stored.record
         if record.body == "mano":  # MANO models one hand: the other is mirrored, and hands are not flipped otherwise
             augmentation = dataclasses.replace(augmentation, flip=record.hand is not None and record.hand != self._side)

@@ -65,8 +65,8 @@ class Sample:
         for name, mask_name in MASKS.items():
             value, mask = getattr(self, name), getattr(self, mask_name)
             if value is not None and mask is not None and name not in ("heatmaps", "peaks"):  # inputs, not labels
-                there = (mask > 0).reshape(*mask.shape, *(1,) * (value.dim() - mask.dim()))
-                changed[name] = torch.where(there, value, torch.zeros_like(value))
+                labelled = (mask > 0).reshape(*mask.shape, *(1,) * (value.dim() - mask.dim()))
+                changed[name] = torch.where(labelled, value, torch.zeros_like(value))
         return dataclasses.replace(self, **changed)
 
     def __len__(self) -> int:
@@ -160,5 +160,5 @@ def _mask(sample: Sample, mask_name: str, like: Tensor) -> Tensor:
     mask = getattr(sample, mask_name)
     if mask is not None:
         return mask
-    there = any(getattr(sample, name) is not None for name, of in MASKS.items() if of == mask_name)
-    return like.new_full((len(sample), *like.shape[1:]), there)
+    any_labelled = any(getattr(sample, name) is not None for name, of in MASKS.items() if of == mask_name)
+    return like.new_full((len(sample), *like.shape[1:]), any_labelled)

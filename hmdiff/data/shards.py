@@ -105,22 +105,22 @@ class ShardWriter:
             "settings": {**settings, "shard_records": shard_records},
         }
         self._rows: list[dict[str, Any]] = []
-        found = read_index(self.folder) if (self.folder / INDEX).exists() else None
-        if found is not None and found["records"]:
-            self._resume(found)
+        existing = read_index(self.folder) if (self.folder / INDEX).exists() else None
+        if existing is not None and existing["records"]:
+            self._resume(existing)
         else:
             self._write_index()
 
-    def _resume(self, found: dict[str, Any]) -> None:
+    def _resume(self, existing: dict[str, Any]) -> None:
         for key, value in self.index["settings"].items():
-            before = found["settings"].get(key)
-            if before != json.loads(json.dumps(value)):
+            previous = existing["settings"].get(key)
+            if previous != json.loads(json.dumps(value)):
                 raise UserError(
-                    f"{self.folder}: was prepared with {key} {before!r}, now it is {value!r}; give the same, another "
+                    f"{self.folder}: was prepared with {key} {previous!r}, now it is {value!r}; give the same, another "
                     "folder, or remove this one"
                 )
-        check_sizes(self.folder, found)
-        self.index = found
+        check_sizes(self.folder, existing)
+        self.index = existing
 
     @property
     def records(self) -> int:

@@ -68,8 +68,8 @@ class EstimatedDepth:
         outputs = self.network(pixel_values=inputs["pixel_values"].to(self.device, self.network.dtype))
         sizes = [(height, width)] * len(images)
         options = {"source_sizes": sizes} if self.network.config.model_type == "zoedepth" else {}
-        found = self.processor.post_process_depth_estimation(outputs, target_sizes=sizes, **options)
-        maps = torch.stack([one["predicted_depth"].reshape(height, width) for one in found])
+        predictions = self.processor.post_process_depth_estimation(outputs, target_sizes=sizes, **options)
+        maps = torch.stack([prediction["predicted_depth"].reshape(height, width) for prediction in predictions])
         return farther_is_larger(maps.cpu(), self.gives)
 
 

@@ -115,10 +115,10 @@ def read_depth(
     if photo_size is not None:
         check_aspect(str(path), values.shape, (photo_size[1], photo_size[0]))
     with np.errstate(over="ignore"):
-        found = farther_is_larger(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)), gives)
-    if not found.isfinite().any():
+        depth = farther_is_larger(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)), gives)
+    if not depth.isfinite().any():
         raise UserError(f"{path}: no pixel of it is known (NaN, infinite, or 0 in a png); leave the map out")
-    return found
+    return depth
 
 
 def depth_file_beside(photo: Path) -> Path | None:
@@ -150,12 +150,12 @@ def crop_depth(
     size: int = 64,  # S
 ) -> Tensor:  # (P, S, S), NaN = unknown or outside the photo
     """Crop the map for each person, pixel by pixel as `estimators.people.crops` crops the photo."""
-    found = []
+    crops = []
     for index in range(len(crop)):
         affine = np.array(crop.affine(index, 2))  # photo pixels to 0..2
         affine[:, 2] -= 1  # to crop coordinates
-        found.append(warp_depth(depth, photo_size, affine, size))
-    return torch.stack(found) if found else depth.new_zeros(0, size, size)
+        crops.append(warp_depth(depth, photo_size, affine, size))
+    return torch.stack(crops) if crops else depth.new_zeros(0, size, size)
 
 
 def warp_depth(
@@ -191,16 +191,16 @@ def warp_depth(
 def _read_png(path: Path) -> np.ndarray[Any, Any]:  # (h, w) float32
     with open_image(path) as opened:
         opened.load()  # detects damage that OpenCV only reports on stderr
-    found = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if found is None:
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
         raise UserError(f"{path}: a damaged png; write it again")
-    if found.dtype != np.uint16 or found.ndim != 2:
-        channels = 1 if found.ndim == 2 else found.shape[2]
+    if pixels.dtype != np.uint16 or pixels.ndim != 2:
+        channels = 1 if pixels.ndim == 2 else pixels.shape[2]
         raise UserError(
-            f"{path}: {8 * found.dtype.itemsize} bits in {channels} channel{'s' * (channels > 1)}; a depth map is a "
+            f"{path}: {8 * pixels.dtype.itemsize} bits in {channels} channel{'s' * (channels > 1)}; a depth map is a "
             "16-bit grey png (a coloured or 8-bit picture of depth is not one); save an npy"
         )
-    return np.where(found == 0, np.nan, found.astype(np.float32))
+    return np.where(pixels == 0, np.nan, pixels.astype(np.float32))
 
 
 def _read_arrays(path: Path) -> tuple[np.ndarray, str | None]:  # the map; for an npz, the kind it states

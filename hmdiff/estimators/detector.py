@@ -73,10 +73,10 @@ class PersonDetector:
         from mmdet.apis import inference_detector
 
         with quiet():
-            found = inference_detector(self.model, np.ascontiguousarray(photo[..., ::-1])).pred_instances
+            instances = inference_detector(self.model, np.ascontiguousarray(photo[..., ::-1])).pred_instances
         height, width = photo.shape[:2]
-        persons = found.labels == self.person
-        boxes, scores = found.bboxes[persons].cpu().float(), found.scores[persons].cpu()
+        persons = instances.labels == self.person
+        boxes, scores = instances.bboxes[persons].cpu().float(), instances.scores[persons].cpu()
         boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], -1).flatten(1)
         sure = (scores >= floor) & (boxes[:, 2:] - boxes[:, :2] > 1).all(-1)
         if not sure.any():

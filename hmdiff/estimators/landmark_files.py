@@ -32,12 +32,12 @@ def installed() -> bool:
 def package_folder() -> Path | None:
     """The folder of an installed `mediapipe` package with both files."""
     try:
-        found = importlib.util.find_spec("mediapipe")
+        spec = importlib.util.find_spec("mediapipe")
     except (ImportError, ValueError):
         return None
-    for place in (found.submodule_search_locations or []) if found is not None else []:
-        if all((Path(place) / inside).is_file() for inside in _IN_PACKAGE.values()):
-            return Path(place)
+    for location in (spec.submodule_search_locations or []) if spec is not None else []:
+        if all((Path(location) / inside).is_file() for inside in _IN_PACKAGE.values()):
+            return Path(location)
     return None
 
 
@@ -76,10 +76,10 @@ def _checked(path: Path, name: str, expected: str) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); install it again: {INSTALL}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != expected:
         raise UserError(
-            f"{path}: checksum {found[:12]} found, {expected[:12]} expected: not the {name} that was tested; install "
+            f"{path}: checksum {digest[:12]} found, {expected[:12]} expected: not the {name} that was tested; install "
             f"it again: {INSTALL}"
         )
     return content

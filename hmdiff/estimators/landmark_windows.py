@@ -110,16 +110,16 @@ def decode_detections(
     points = values[:, 4:].reshape(-1, 4, 2) + anchors()[kept][:, None]
     half = values[:, 2:4] / 2
     boxes = np.concatenate([center - half, center + half], 1)
-    found, scores = [], []
+    averaged, scores = [], []
     rest = np.argsort(-score, kind="stable")
     while len(rest):
         overlap = _iou(boxes[rest[0]], boxes[rest])
         same = rest[overlap > _OVERLAP] if (overlap > _OVERLAP).any() else rest[:1]
         weight = score[same] / score[same].sum()
-        found.append((points[same] * weight[:, None, None]).sum(0))
+        averaged.append((points[same] * weight[:, None, None]).sum(0))
         scores.append(score[rest[0]])
         rest = rest[~np.isin(rest, same)]
-    pixels = (np.stack(found) * DETECTOR_SIZE - affine[:, 2]) / affine[0, 0]
+    pixels = (np.stack(averaged) * DETECTOR_SIZE - affine[:, 2]) / affine[0, 0]
     return Detections(pixels, np.array(scores), np.full(len(scores), tiles_per_side))
 
 

@@ -105,28 +105,28 @@ class LandmarkEstimator:
                 for points, from_tile in pairs
                 if (window := landmark_window(points[0], points[1])) is not None
             ]
-        found: list[_Person] = []
+        people: list[_Person] = []
         num_skipped = 0
         for number, (initial, from_tile) in enumerate(windows):
             person = self._person(photo, initial)
             if person is not None and from_tile and float(person.confidence.median()) < _MIN_MEDIAN_CONFIDENCE:
                 continue
-            if boxes is None and (person is None or any(_is_same_person(person, other) for other in found)):
+            if boxes is None and (person is None or any(_is_same_person(person, other) for other in people)):
                 continue
             if person is None:
                 raise UserError("no person is seen in the given box; give the box of a whole person, or none")
-            found.append(person)
-            if boxes is None and len(found) == self.most_people:
+            people.append(person)
+            if boxes is None and len(people) == self.most_people:
                 num_skipped = len(windows) - number - 1
                 break
-        if not found:
+        if not people:
             raise UserError(
                 "no person was found by the pose estimator; give the person's place by --box X1,Y1,X2,Y2, keypoints by "
                 "--keypoints FILE, or another estimator by --pose MODEL"
             )
-        heatmaps = concatenate_heatmaps([_heatmaps(person) for person in found])
-        masks = tuple(person.silhouette for person in found)
-        return DetectedPeople(heatmaps, torch.stack([_box(person) for person in found]), num_skipped, masks)
+        heatmaps = concatenate_heatmaps([_heatmaps(person) for person in people])
+        masks = tuple(person.silhouette for person in people)
+        return DetectedPeople(heatmaps, torch.stack([_box(person) for person in people]), num_skipped, masks)
 
     def _detect(self, photo: np.ndarray, tile_passes: Sequence[int]) -> Detections:
         height, width = photo.shape[:2]
@@ -190,8 +190,8 @@ class _Network:
     def __call__(self, picture: np.ndarray) -> dict[int, np.ndarray]:
         self._interpreter.set_tensor(self._input, picture[None])
         self._interpreter.invoke()
-        found = [self._interpreter.get_tensor(index)[0] for index in self._outputs]
-        return {int(each.size): each for each in found}
+        outputs = [self._interpreter.get_tensor(index)[0] for index in self._outputs]
+        return {int(output.size): output for output in outputs}
 
 
 class _Person:

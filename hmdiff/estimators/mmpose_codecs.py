@@ -43,8 +43,8 @@ def heatmaps_from_codec(
         )
         for axis in (0, 1)
     )
-    moved = torch.einsum("pik,pjkl,pml->pjim", down, values, across)
-    return heatmaps_from_values(moved, names, to_center, to_side)
+    resampled = torch.einsum("pik,pjkl,pml->pjim", down, values, across)
+    return heatmaps_from_values(resampled, names, to_center, to_side)
 
 
 def _targets(center: Tensor, side: Tensor, axis: int) -> Tensor:  # (P, 64) photo positions of our pixels, double

@@ -153,7 +153,7 @@ def read_people(
     if heatmaps is None and not given and heatmaps_beside(photo).is_file():
         heatmaps = heatmaps_beside(photo)
     if heatmaps is not None:
-        found = _from_heatmaps(photo, info, heatmaps, keypoints, given, box, notes)
+        people = _from_heatmaps(photo, info, heatmaps, keypoints, given, box, notes)
     else:
         has_keypoints = keypoints is not None and (given or _has_keypoints(keypoints))
         if source is not None and not has_keypoints:
@@ -162,17 +162,17 @@ def read_people(
             detected = source.estimate(picture, boxes or _json_box(keypoints))
             maps = detected.heatmaps
             notes += _skipped_note(str(photo), detected)
-            found = PhotoPeople(photo, info.size, maps, peaks(maps), f"heatmaps of the {source.name}")
+            people = PhotoPeople(photo, info.size, maps, peaks(maps), f"heatmaps of the {source.name}")
         else:
-            found = _from_keypoints(photo, info, keypoints, box, boxes, notes)
+            people = _from_keypoints(photo, info, keypoints, box, boxes, notes)
     camera = PhotoCamera() if camera is None else camera
-    maps = dataclasses.replace(found.heatmaps, crop=camera.applied(found.heatmaps.crop, info))
+    maps = dataclasses.replace(people.heatmaps, crop=camera.applied(people.heatmaps.crop, info))
     highest = float(maps.values.amax())
     if highest < FAINT:
         notes.append(
             f"all confidences are below {FAINT:g} (at most {highest:.2g}): hardly anything is known of the pose"
         )
-    return dataclasses.replace(found, heatmaps=maps, notes=(*found.notes, *notes), focal_from=camera.described(info))
+    return dataclasses.replace(people, heatmaps=maps, notes=(*people.notes, *notes), focal_from=camera.described(info))
 
 
 def _skipped_note(photo: str, detected: DetectedPeople) -> list[str]:
@@ -295,9 +295,9 @@ def peaks(heatmaps: Heatmaps) -> list[tuple[Tensor, tuple[str, ...]]]:
     from hmdiff.body.skeletons import HALPE26
     from hmdiff.heatmaps import heatmap_peaks
 
-    places, confidence = heatmap_peaks(heatmaps.values)
-    places = heatmaps.crop.to_photo(places)
-    points = torch.cat([places, (confidence * heatmaps.valid).clamp(0, 1)[..., None]], -1)
+    positions, confidence = heatmap_peaks(heatmaps.values)
+    positions = heatmaps.crop.to_photo(positions)
+    points = torch.cat([positions, (confidence * heatmaps.valid).clamp(0, 1)[..., None]], -1)
     return [(person, HALPE26) for person in points]
 
 

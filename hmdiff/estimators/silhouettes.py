@@ -54,18 +54,18 @@ class EmbeddedSilhouettes:
 
     name = "BlazePose"
 
-    def __init__(self, place: str | Path | None = None) -> None:
+    def __init__(self, networks: str | Path | None = None) -> None:
         from hmdiff.estimators.landmarks import LandmarkEstimator
 
-        self._estimator, self._lock = LandmarkEstimator(place), threading.Lock()
+        self._estimator, self._lock = LandmarkEstimator(networks), threading.Lock()
 
     def __call__(self, photo: np.ndarray, path: Path, box: Box) -> np.ndarray | None:
         with self._lock:
             try:
-                seen = self._estimator.estimate(photo, [box])
+                detected = self._estimator.estimate(photo, [box])
             except UserError:  # nobody detected in the box
                 return None
-        mask: np.ndarray = seen.silhouettes[0]() > 0.5
+        mask: np.ndarray = detected.silhouettes[0]() > 0.5
         return mask if mask.any() else None
 
 
@@ -108,12 +108,12 @@ class SegmentedPeople:
         with self._lock:
             if self._last is None or self._last[0] != path:
                 with quiet(), torch.no_grad():
-                    found = self._inference(self.model, np.ascontiguousarray(photo[..., ::-1]))
-                self._last = (path, np.isin(found.pred_sem_seg.data[0].cpu().numpy(), self.people))
-            everybody = self._last[1]
+                    instances = self._inference(self.model, np.ascontiguousarray(photo[..., ::-1]))
+                self._last = (path, np.isin(instances.pred_sem_seg.data[0].cpu().numpy(), self.people))
+            person_pixels = self._last[1]
         x1, y1, x2, y2 = (max(0, round(value)) for value in box)
-        mask = np.zeros_like(everybody)
-        mask[y1:y2, x1:x2] = everybody[y1:y2, x1:x2]
+        mask = np.zeros_like(person_pixels)
+        mask[y1:y2, x1:x2] = person_pixels[y1:y2, x1:x2]
         return mask if mask.any() else None
 
 
@@ -124,7 +124,7 @@ def _person_classes(name: str, meta: dict[str, Any], config: Any) -> list[int]:
     classes: Sequence[str] | None = known.get("classes", known.get("CLASSES"))
     if classes is None:
         classes = config.get("test_dataloader", {}).get("dataset", {}).get("metainfo", {}).get("classes", ())
-    found = [number for number, kind in enumerate(classes or ()) if str(kind).lower() in _PEOPLE]
-    if not found:
+    person_indices = [number for number, kind in enumerate(classes or ()) if str(kind).lower() in _PEOPLE]
+    if not person_indices:
         raise UserError(f"{name}: no class 'person' is named by its weights or its config; take a network that has one")
-    return found
+    return person_indices

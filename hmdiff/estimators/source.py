@@ -48,8 +48,8 @@ class PoseSource(Protocol):
 
 def frame_estimator(source: PoseSource) -> Callable[..., DetectedPeople]:
     """A source's method for video frames: its `estimate_frame`, a faster `estimate`, if it has one."""
-    found: Callable[..., DetectedPeople] = getattr(source, "estimate_frame", source.estimate)
-    return found
+    method: Callable[..., DetectedPeople] = getattr(source, "estimate_frame", source.estimate)
+    return method
 
 
 def check_boxes(

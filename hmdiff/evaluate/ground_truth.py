@@ -43,21 +43,21 @@ def check_body(protocol: Protocol, body: Body, same_body: bool = False) -> None:
 
 def protocol_regressors(protocol: Protocol, body: Body) -> dict[str, Tensor]:  # (J, V) each
     """The protocol's joint regressors. Raises `UserError` if a file that the user must provide is missing."""
-    found = {}
+    regressors = {}
     for name in protocol.needs_regressors():
         if name == "body":
             if body.J_regressor is None or body.joint_names[: len(protocol.skeleton)] != protocol.skeleton:
                 if protocol.regressor == "body":
                     raise UserError(f"body {body.name!r} has not SMPL's 24 joints, which {protocol.title} compares")
             assert body.J_regressor is not None
-            found[name] = body.J_regressor
+            regressors[name] = body.J_regressor
         elif name == "keypoints":
             if body.keypoint_regressor is None or body.keypoint_names != protocol.skeleton:
                 raise UserError(f"body {body.name!r} has not the keypoints that protocol {protocol.title} compares")
-            found[name] = body.keypoint_regressor
+            regressors[name] = body.keypoint_regressor
         else:
-            found[name] = load_regressor(name, body.num_vertices)
-    return found
+            regressors[name] = load_regressor(name, body.num_vertices)
+    return regressors
 
 
 class GroundTruth:
@@ -148,11 +148,11 @@ def named_joints(record: Record, names: Sequence[str]) -> Tensor:  # (J, 3)
     if record.joints_3d is None:
         raise record.error("no 3D joints are labelled")
     labelled = np.ones(len(record.joints_3d), bool) if record.joints_3d_valid is None else record.joints_3d_valid > 0
-    places = {name: row for row, name in enumerate(record.joint_names) if labelled[row]}
+    row_of = {name: row for row, name in enumerate(record.joint_names) if labelled[row]}
     for name in names:
-        if name not in places:
+        if name not in row_of:
             raise record.error(f"its 3D joint {name!r} is not labelled, and the protocol needs it")
-    return torch.from_numpy(np.asarray(record.joints_3d)[[places[name] for name in names]]).float()
+    return torch.from_numpy(np.asarray(record.joints_3d)[[row_of[name] for name in names]]).float()
 
 
 def raw_placement(protocol: Protocol, body: Body) -> Tensor:  # (3,) metres

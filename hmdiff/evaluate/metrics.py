@@ -27,8 +27,8 @@ def root_of(
     root: str | Sequence[str] = "pelvis",
 ) -> Tensor:  # (..., 1, 3)
     """The root joint, or the mean of several, such as ("left_hip", "right_hip"). `KeyError`: an unknown name."""
-    wanted = [root] if isinstance(root, str) else root
-    return joints[..., joint_indices(wanted, names), :].mean(-2, keepdim=True)
+    root_names = [root] if isinstance(root, str) else root
+    return joints[..., joint_indices(root_names, names), :].mean(-2, keepdim=True)
 
 
 def mean_distance(

@@ -54,7 +54,7 @@ class PredictionFiles:
                 f"--predictions {self.folder}: no npz file in it; hmdiff/evaluate/predictions.py says what they hold"
             )
         self.num_vertices = num_vertices
-        self.places: dict[str, tuple[int, int]] = {}
+        self.row_of: dict[str, tuple[int, int]] = {}
         self.joint_names: tuple[str, ...] = ()
         self._layout: tuple[tuple[str, ...], int] | None = None
         for number, path in enumerate(self.files):
@@ -76,22 +76,22 @@ class PredictionFiles:
         known: Sequence[str] | None = None,  # all people of the data set; None: `wanted`
     ) -> None:
         """Raises `UserError` naming the first person without a prediction, or the first unknown name."""
-        missing = [name for name in wanted if name not in self.places]
+        missing = [name for name in wanted if name not in self.row_of]
         if missing:
             raise UserError(
                 f"{self.folder}: {len(missing)} of {len(wanted)} people have no prediction, the first is "
                 f"{missing[0]!r}; predict all of them, or score fewer with --people"
             )
-        there = set(wanted if known is None else known)
-        for name, (file, _) in self.places.items():
-            if name not in there:
+        known_names = set(wanted if known is None else known)
+        for name, (file, _) in self.row_of.items():
+            if name not in known_names:
                 raise UserError(f"{self.files[file]}: {name!r} is nobody of this data; is it the right split?")
 
     def take(self, names: Sequence[str]) -> PredictionBatch:
         """The predictions for these people. Raises `UserError` naming the first with non-finite values."""
         rows = []
         for name in names:
-            file, row = self.places[name]
+            file, row = self.row_of[name]
             arrays = self._read(file)
             values = {key: np.asarray(value[row], np.float32) for key, value in arrays.items() if key in _ARRAYS}
             for key, value in values.items():
@@ -136,11 +136,11 @@ class PredictionFiles:
                 raise UserError(f"{path}: selected: whole numbers (M,) from 0 to {count - 1} are expected")
         for row, raw in enumerate(metadata["names"]):
             name = raw.decode() if isinstance(raw, bytes) else str(raw)
-            if name in self.places:
-                file, before = self.places[name]
+            if name in self.row_of:
+                file, before = self.row_of[name]
                 other = f"{self.files[file]}, row {before}"
                 raise UserError(f"{path}, row {row}: {name!r} is predicted twice, also in {other}")
-            self.places[name] = (number, row)
+            self.row_of[name] = (number, row)
 
     def _check_arrays(self, path: Path, shapes: dict[str, tuple[int, ...]], people: int) -> int:
         counts = {}

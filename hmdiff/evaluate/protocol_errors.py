@@ -117,8 +117,8 @@ def scaled_onto(
     """HuManiFlow's scale correction: source with the mean and RMS radius of target, without rotation."""
     centred = source - source.mean(-2, keepdim=True)
     goal = target - target.mean(-2, keepdim=True)
-    radius, wanted = (points.square().sum((-2, -1), keepdim=True).sqrt() for points in (centred, goal))
-    return centred * (wanted / radius.clamp_min(1e-12)) + target.mean(-2, keepdim=True)
+    radius, target_radius = (points.square().sum((-2, -1), keepdim=True).sqrt() for points in (centred, goal))
+    return centred * (target_radius / radius.clamp_min(1e-12)) + target.mean(-2, keepdim=True)
 
 
 def emdb_errors(predicted: Bodies, target: Bodies, regressors: Mapping[str, Tensor]) -> Errors:
@@ -129,8 +129,8 @@ def emdb_errors(predicted: Bodies, target: Bodies, regressors: Mapping[str, Tens
     # EMDB aligns the mesh by the similarity of the joints.
     guess, truth = torch.broadcast_tensors(predicted.named(SMPL24), target.named(SMPL24))
     scale, rotation, translation = similarity_transform(guess, truth)
-    moved = scale[..., None, None] * predicted.vertices @ rotation.mT + translation[..., None, :]
-    return errors | {"pa_pve": mean_distance(moved, target.vertices)}
+    aligned = scale[..., None, None] * predicted.vertices @ rotation.mT + translation[..., None, :]
+    return errors | {"pa_pve": mean_distance(aligned, target.vertices)}
 
 
 def freihand_errors(predicted: Bodies, target: Bodies, regressors: Mapping[str, Tensor]) -> Errors:

@@ -77,8 +77,8 @@ class Protocol:
         regressors: Mapping[str, Tensor],  # (J, V) each, for the names in `needs_regressors`
     ) -> Bodies:
         """The bodies with the protocol's joints. Raises `UserError` if they can neither be found nor regressed."""
-        own = bodies.joints is not None and not (self.mesh_joints and bodies.vertices is not None)
-        if own:
+        has_joints = bodies.joints is not None and not (self.mesh_joints and bodies.vertices is not None)
+        if has_joints:
             bodies.named(self.needed)
             return bodies
         if bodies.vertices is None:
@@ -100,8 +100,8 @@ class Protocol:
         """Errors of every prediction, by metric."""
         regressors = regressors or {}
         predicted, target = self.both(predicted, target, regressors)
-        found = self.errors(predicted, target, regressors)
-        return {metric: found[metric] for metric in self.metrics if metric in found}
+        errors = self.errors(predicted, target, regressors)
+        return {metric: errors[metric] for metric in self.metrics if metric in errors}
 
     def mean(
         self,

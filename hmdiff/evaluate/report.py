@@ -44,17 +44,17 @@ class Processes:
     def __init__(self, cpu: bool = True) -> None:  # cpu: use gloo
         self.number, self.count = 0, 1
         self._device: torch.device | None = None
-        wanted = int(os.environ.get("WORLD_SIZE", "1"))
-        if wanted > 1:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size > 1:
             from accelerate import PartialState
 
             # Long timeout: finished processes wait for the slowest.
             state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=2))
             self.number, self.count, self._device = state.process_index, state.num_processes, state.device
-            if self.count != wanted:  # accelerate may silently run each process as if it were the only one
+            if self.count != world_size:  # accelerate may silently run each process as if it were the only one
                 raise UserError(
-                    f"{wanted} processes were started and {self.count} found each other; start them with torchrun, and "
-                    "on processors with --device cpu"
+                    f"{world_size} processes were started and {self.count} found each other; start them with torchrun, "
+                    "and on processors with --device cpu"
                 )
 
     @property
@@ -70,13 +70,13 @@ class Processes:
         if self.count > 1:
             torch.distributed.barrier()
 
-    def gather(self, mine: list[Any]) -> list[Any]:
+    def gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in their order."""
         if self.count == 1:
-            return mine
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, mine)
-        return [item for part in found for item in part]
+            return items
+        gathered: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(gathered, items)
+        return [item for part in gathered for item in part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +97,12 @@ def score_people(
     """Score all people. Raises `UserError` if a person is missing or scored twice."""
     processes = processes or Processes()
     blocks = range((people.people + people.block_size - 1) // people.block_size)
-    mine = []
+    blocks_of_process = []
     for number in blocks[processes.number :: processes.count]:
-        mine.append(_score_block(protocol, people, number, regressors))
+        blocks_of_process.append(_score_block(protocol, people, number, regressors))
         if progress is not None:
-            progress(len(mine[-1][_INDEX]))
-    return _merge_blocks(processes.gather(mine), people.people)
+            progress(len(blocks_of_process[-1][_INDEX]))
+    return _merge_blocks(processes.gather(blocks_of_process), people.people)
 
 
 def _score_block(

@@ -78,14 +78,14 @@ class SampleTargets:
         return [f"{self.split}/{position:06d}" for position in range(self.people)]
 
     def take(self, positions: Sequence[int]) -> Bodies:
-        found = []
+        meshes = []
         for position in positions:
             number, row = divmod(position, self.data.block_size)
             vertices = self._block(number).vertices
             if vertices is None:
                 raise UserError("scoring needs the full mesh of its people: build the data with full_mesh=True")
-            found.append(vertices[row])
-        return Bodies(torch.stack(found))
+            meshes.append(vertices[row])
+        return Bodies(torch.stack(meshes))
 
 
 class FilePredictions:
@@ -102,12 +102,12 @@ class FilePredictions:
         size = max(1, min(self.block_size, MESHES_AT_ONCE // self.files.num_hypotheses))
         for first in range(positions.start, positions.stop, size):
             chosen = list(range(first, min(first + size, positions.stop)))
-            found = self.files.take([self.names[position] for position in chosen])
+            predictions = self.files.take([self.names[position] for position in chosen])
             yield ScoringBatch(
                 torch.tensor(chosen),
-                found.bodies,
+                predictions.bodies,
                 self.targets.take(chosen),
-                _choice(found.selected, self.files.num_hypotheses),
+                _choice(predictions.selected, self.files.num_hypotheses),
             )
 
 

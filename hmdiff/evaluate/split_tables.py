@@ -15,13 +15,13 @@ from hmdiff.names import METRICS
 def split_tables(reports: Sequence[dict[str, Any]]) -> Iterator[tuple[Table, list[str]]]:
     """A table for each split, with notes on each of its checkpoints."""
     for split in dict.fromkeys(report["split"] for report in reports):
-        mine = [report for report in reports if report["split"] == split]
-        lines = [line for report in mine for line in _rows(report)]
+        split_reports = [report for report in reports if report["split"] == split]
+        lines = [line for report in split_reports for line in _rows(report)]
         notes = []
-        for report in mine:
+        for report in split_reports:
             notes += [calibration_line(report)] if "coverage" in report else []
             notes += [plausibility_line(report)] if "bodies" in report else []
-        title = f"{split}: {mine[0]['people']} people, mm (95 % interval)"
+        title = f"{split}: {split_reports[0]['people']} people, mm (95 % interval)"
         yield Table(title, ["checkpoint", "hypothesis", *METRICS.values()], lines, ruled=True, names=2), notes
 
 

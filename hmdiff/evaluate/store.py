@@ -46,11 +46,11 @@ def digest(values: Any, digits: int = 10) -> str:
 
 def model_hash(folder: Path) -> str:
     """Hash of all files of a saved pipeline, names and contents."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        found.update(str(path.relative_to(folder)).encode())
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+        hasher.update(str(path.relative_to(folder)).encode())
+        hasher.update(path.read_bytes())
+    return hasher.hexdigest()[:16]
 
 
 def guided_by(guidance: Guidance | None) -> dict[str, Any] | None:

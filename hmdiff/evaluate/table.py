@@ -76,19 +76,19 @@ class Table:
         return parts
 
 
-def interval_text(found: Number | None, digits: int = 1, scale: float = 1.0) -> str:
+def interval_text(number: Number | None, digits: int = 1, scale: float = 1.0) -> str:
     """`12.3 (11.0-13.6)`, or only the value if there is no interval."""
-    if found is None:
+    if number is None:
         return NOTHING
-    shown = {name: f"{found[name] * scale:.{digits}f}" for name in ("value", "low", "high") if name in found}
+    shown = {name: f"{number[name] * scale:.{digits}f}" for name in ("value", "low", "high") if name in number}
     return f"{shown['value']} ({shown['low']}-{shown['high']})" if "low" in shown else shown["value"]
 
 
-def difference_text(found: Number | None, digits: int = 1, scale: float = 1.0) -> str:
+def difference_text(number: Number | None, digits: int = 1, scale: float = 1.0) -> str:
     """`-1.2 (-2.0 to +0.4)`, or only the value if there is no interval."""
-    if found is None:
+    if number is None:
         return NOTHING
-    shown = {name: f"{found[name] * scale:+.{digits}f}" for name in ("value", "low", "high") if name in found}
+    shown = {name: f"{number[name] * scale:+.{digits}f}" for name in ("value", "low", "high") if name in number}
     return f"{shown['value']} ({shown['low']} to {shown['high']})" if "low" in shown else shown["value"]
 
 

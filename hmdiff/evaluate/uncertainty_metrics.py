@@ -44,11 +44,13 @@ def uncertainty_correlations(
     """
     uncertainty, error = uncertainty.detach().double().cpu(), error.detach().double().cpu()
     generator = torch.Generator().manual_seed(seed)
-    drawn: Iterable[Tensor] = ()
+    resamples_of_people: Iterable[Tensor] = ()
     if len(error):
-        drawn = torch.randint(len(error), (resamples, len(error)), generator=generator)
+        resamples_of_people = torch.randint(len(error), (resamples, len(error)), generator=generator)
     value = _correlations(uncertainty, error)
-    spread = np.array([_correlations(uncertainty[rows], error[rows]) for rows in drawn]).reshape(-1, len(value))
+    spread = np.array([_correlations(uncertainty[rows], error[rows]) for rows in resamples_of_people]).reshape(
+        -1, len(value)
+    )
     names = ("pooled", "within_joint", "by_person")
     result = {}
     for name, middle, samples in zip(names, value, spread.T, strict=True):

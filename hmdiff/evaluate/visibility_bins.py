@@ -198,19 +198,19 @@ def _entry(
 
 
 def ratio_interval(
-    above: Tensor,  # (P,)
-    below: Tensor,  # (P,)
+    numerator: Tensor,  # (P,)
+    denominator: Tensor,  # (P,)
     samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
     """Ratio of two means over the same people, with its 95 % percentile-bootstrap interval."""
-    above, below = above.double(), below.double()
+    numerator, denominator = numerator.double(), denominator.double()
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(above), (samples, len(above)), generator=generator)
-    ratios = above[drawn].sum(1) / below[drawn].sum(1)
+    resamples = torch.randint(len(numerator), (samples, len(numerator)), generator=generator)
+    ratios = numerator[resamples].sum(1) / denominator[resamples].sum(1)
     # A resample may be 0 / 0.
     low, high = torch.nanquantile(ratios, torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
-    return {"value": (above.sum() / below.sum()).item(), "low": low, "high": high}
+    return {"value": (numerator.sum() / denominator.sum()).item(), "low": low, "high": high}
 
 
 COLUMNS = (

@@ -40,9 +40,11 @@ def difference(
 def check_same_people(result: dict[str, Any], reference: dict[str, Any]) -> None:
     """Raises `UserError` for two cells that are not paired: different people or different noise."""
     for name in ("split", "people", "seed"):
-        mine, other = result["settings"][name], reference["settings"][name]
-        if mine != other:
-            raise UserError(f"cells to compare: {name} {mine} and {other}; only cells of the same people are paired")
+        value, reference_value = result["settings"][name], reference["settings"][name]
+        if value != reference_value:
+            raise UserError(
+                f"cells to compare: {name} {value} and {reference_value}; only cells of the same people are paired"
+            )
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:  # (cost, error)
@@ -81,16 +83,16 @@ def settings_row(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def other_values(cell: Mapping[str, Any]) -> dict[str, Number]:
     """Values of a cell other than errors: calibration, guidance statistics, time, rank correlations of RLE."""
-    found: dict[str, Number] = {}
+    values: dict[str, Number] = {}
     if "expected_calibration_error" in cell:
         error = {"value": cell["expected_calibration_error"], **cell["expected_calibration_error_interval"]}
-        found |= {"ece": error, "coverage": cell["coverage"]}
-    found |= cell.get("guidance", {})
+        values |= {"ece": error, "coverage": cell["coverage"]}
+    values |= cell.get("guidance", {})
     if (times := cell.get("time")) is not None:
-        found["milliseconds"] = {"value": times["milliseconds_per_image"], "low": times["low"], "high": times["high"]}
+        values["milliseconds"] = {"value": times["milliseconds_per_image"], "low": times["low"], "high": times["high"]}
     for name, (value, *_) in cell.get("correlation", {}).items():
-        found["correlation" if name == "pooled" else f"correlation_{name}"] = {"value": value}
-    return found
+        values["correlation" if name == "pooled" else f"correlation_{name}"] = {"value": value}
+    return values
 
 
 def add_number(row: dict[str, Any], name: str, found: Number | None) -> None:

@@ -34,14 +34,14 @@ def fit_figures(
     for noise in noises:
         errors, wall, process = [], [], []
         for truth in bodies.split(batch_size):
-            given = (truth + noise * torch.randn(truth.shape, generator=generator)).to(device)
+            vertices = (truth + noise * torch.randn(truth.shape, generator=generator)).to(device)
             started = time.perf_counter(), time.process_time()
-            found = fit_parameters(body, given)
+            parameters = fit_parameters(body, vertices)
             wait_for(device)
             if len(truth) == min(batch_size, count):
                 wall.append((time.perf_counter() - started[0]) / len(truth))
                 process.append((time.process_time() - started[1]) / len(truth))
-            fitted = body(found.betas, axis_angle_to_matrix(found.pose), found.translation).vertices
+            fitted = body(parameters.betas, axis_angle_to_matrix(parameters.pose), parameters.translation).vertices
             errors.append((fitted - truth.to(device)).norm(dim=-1).mean(-1).cpu())
         error = 1000 * torch.cat(errors)
         yield {

@@ -79,9 +79,9 @@ def regression_error(model: MeshRecoveryModel, sample: Sample) -> float:
     assert sample.coarse_vertices is not None and sample.principal_point is not None and sample.focal is not None
     model.eval()
     conditioning, _ = model.encode(None, sample.heatmaps, sample.heatmap_valid)
-    found: Tensor = model.to_coarse(model.regress(conditioning)[:, 0].float())
+    predicted: Tensor = model.to_coarse(model.regress(conditioning)[:, 0].float())
     model.train()
     truth = sample.coarse_vertices
     if model.config.frame == "crop":
         truth = truth @ crop_rotation(sample.principal_point, sample.focal)
-    return 1000 * float((found - truth).norm(dim=-1).mean())
+    return 1000 * float((predicted - truth).norm(dim=-1).mean())

@@ -81,11 +81,11 @@ def compare_loading(
     prepared = PreparedShards(folder)
     stores: dict[str, RecordStore] = {"shards": prepared}
     settings = prepared.index["settings"]
-    place = Path(source or settings["source"] or "nowhere")
-    if place.is_dir():
+    raw_folder = Path(source or settings["source"] or "nowhere")
+    if raw_folder.is_dir():
         from hmdiff.data.readers import open_reader
 
-        reader = open_reader(settings["reader"], place, settings["split"] or None)
+        reader = open_reader(settings["reader"], raw_folder, settings["split"] or None)
         stores["raw files"] = RecordFiles(list(reader.records()))
     elif source is not None:
         raise UserError(f"{source}: no such folder; give the data set's own files, or leave --raw out")

@@ -158,9 +158,9 @@ def run_cells(
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:  # in the order of the settings
     """Compute the missing cells, cheapest first, so that the time estimate converges early."""
-    wanted = [resolved(setting, study.pipelines[setting.model]) for setting in settings]
-    cells = {setting: study.stored(setting) for setting in dict.fromkeys(wanted)}
-    results = {setting: found for setting, found in cells.items() if found is not None}
+    requested = [resolved(setting, study.pipelines[setting.model]) for setting in settings]
+    cells = {setting: study.stored(setting) for setting in dict.fromkeys(requested)}
+    results = {setting: result for setting, result in cells.items() if result is not None}
     runs = sorted(
         _runs([setting for setting in cells if setting not in results]), key=lambda run: cost_per_person(run[-1])
     )
@@ -180,12 +180,12 @@ def run_cells(
             seconds += clock() - started
         done, left = done + cost_per_person(largest), left - cost_per_person(largest)
         for setting in run:
-            found = cell(study, setting, measured[setting.sampling.num_hypotheses], clock)
-            save_report(found, study.path(setting))
-            results[setting] = found
+            result = cell(study, setting, measured[setting.sampling.num_hypotheses], clock)
+            save_report(result, study.path(setting))
+            results[setting] = result
             if report is not None:
-                report(Progress(len(results), len(cells), seconds * left / done, setting, found))
-    return [results[setting] for setting in wanted]
+                report(Progress(len(results), len(cells), seconds * left / done, setting, result))
+    return [results[setting] for setting in requested]
 
 
 def _runs(settings: Sequence[Setting]) -> list[list[Setting]]:
@@ -238,11 +238,11 @@ def cell(
 @functools.cache
 def code_digest() -> str:
     """Digest of the data and sampling code. Cells of older code are still used; the digest identifies them."""
-    found, package = hashlib.sha256(), Path(__file__).resolve().parents[1]
+    hasher, package = hashlib.sha256(), Path(__file__).resolve().parents[1]
     folders = [package / name for name in ("data", "diffusion", "heatmaps", "models", "pipeline")]
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+        hasher.update(path.read_bytes())
+    return hasher.hexdigest()[:16]
 
 
 def timed_calls(

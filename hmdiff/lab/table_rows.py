@@ -46,11 +46,11 @@ class RowCells:
     ) -> Tensor | None:  # (S, P); None if no cell has the value
         rows = []
         for seed in sorted(self.cells) if seeds is None else seeds:
-            found = self.cells[seed]["values"].get(metric)
-            found = found.get(kind) if isinstance(found, dict) else found
-            if found is None:
+            values_of_cell = self.cells[seed]["values"].get(metric)
+            values_of_cell = values_of_cell.get(kind) if isinstance(values_of_cell, dict) else values_of_cell
+            if values_of_cell is None:
                 return None
-            rows.append(torch.tensor(found, dtype=torch.float64))
+            rows.append(torch.tensor(values_of_cell, dtype=torch.float64))
         return torch.stack(rows) if rows else None
 
     @property
@@ -168,10 +168,10 @@ def other_value(cells: RowCells, name: str) -> Number | None:
     """Values other than errors: cost, calibration, guidance statistics, rank correlation of RLE; means over seeds."""
     if cells.cost is not None and name in cells.cost:
         return {"value": cells.cost[name]}
-    found = [numbers[name] for numbers in map(other_values, cells.cells.values()) if name in numbers]
-    if len(found) > 1:
-        return {"value": statistics.fmean(each["value"] for each in found)}
-    return found[0] if found else None
+    values = [numbers[name] for numbers in map(other_values, cells.cells.values()) if name in numbers]
+    if len(values) > 1:
+        return {"value": statistics.fmean(each["value"] for each in values)}
+    return values[0] if values else None
 
 
 def visibility_table_cells(

@@ -44,7 +44,7 @@ def measure_costs(
                 row.image(num_hypotheses, steps, clock, turn > 0)
                 if progress is not None:
                     progress(1)
-        return [row.found() for row in timed]
+        return [row.summary() for row in timed]
 
 
 class _Timed:
@@ -65,9 +65,9 @@ class _Timed:
     def step(self, clock: Callable[[], float], counts: bool) -> None:
         self.trainer.plain.train()
         step = functools.partial(self.trainer._one_step, itertools.repeat(self.batch))
-        taken = timings(step, 1, self.trainer.accelerator.device, clock)
+        call_seconds = timings(step, 1, self.trainer.accelerator.device, clock)
         if counts:
-            self.step_times += taken
+            self.step_times += call_seconds
 
     def image(self, num_hypotheses: int, steps: int | None, clock: Callable[[], float], counts: bool) -> None:
         self.trainer.plain.eval()
@@ -76,11 +76,11 @@ class _Timed:
         call = functools.partial(
             predict_batch, self.trainer.pipeline, self.sample, heatmaps, SamplingConfig(count, steps)
         )
-        taken = timings(call, 1, self.trainer.accelerator.device, clock)
+        call_seconds = timings(call, 1, self.trainer.accelerator.device, clock)
         if counts:
-            self.image_times += [seconds / len(self.sample) for seconds in taken]
+            self.image_times += [seconds / len(self.sample) for seconds in call_seconds]
 
-    def found(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         values = self.trainer.config.training
         return {
             "parameters": sum(p.numel() for p in self.trainer.plain.parameters() if p.requires_grad),

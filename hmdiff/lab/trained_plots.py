@@ -73,19 +73,19 @@ def plot_visibility_bins(
     for line, what in zip(panels, shown, strict=True):
         for axis, (split, rows) in zip(line, splits.items(), strict=True):
             for number, cells in enumerate(rows):
-                found = [mean_of(cells, what, "mean", cells.mask(n, bin_of)) for n in range(len(bins))]
-                there = [(n, each) for n, each in enumerate(found) if each is not None]
-                if not there:
+                means = [mean_of(cells, what, "mean", cells.mask(n, bin_of)) for n in range(len(bins))]
+                present = [(n, each) for n, each in enumerate(means) if each is not None]
+                if not present:
                     continue
                 # Offset rows horizontally, so that the intervals do not overlap.
-                places = [n + 0.07 * (number - (len(rows) - 1) / 2) for n, _ in there]
-                values = [each["value"] for _, each in there]
+                positions = [n + 0.07 * (number - (len(rows) - 1) / 2) for n, _ in present]
+                values = [each["value"] for _, each in present]
                 bars = [
-                    [each["value"] - each["low"] for _, each in there],
-                    [each["high"] - each["value"] for _, each in there],
+                    [each["value"] - each["low"] for _, each in present],
+                    [each["high"] - each["value"] for _, each in present],
                 ]
                 axis.errorbar(
-                    places,
+                    positions,
                     values,
                     bars,
                     label=cells.row.label,

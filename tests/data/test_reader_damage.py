@@ -105,7 +105,7 @@ def test_any_damage_is_one_line_that_names_the_file(tmp_path: Path, monkeypatch:
 
 
 def test_a_row_that_fails_is_named() -> None:
-    reader = RowReader("a", [3], lambda row: {}["pose"], place=lambda row: f"labels.npz, row {row}")  # type: ignore[index]
+    reader = RowReader("a", [3], lambda row: {}["pose"], location=lambda row: f"labels.npz, row {row}")  # type: ignore[index]
     with pytest.raises(UserError, match=r"labels\.npz, row 3: damaged \(KeyError: 'pose'\)"):
         list(reader.records())
     with pytest.raises(MemoryError), naming("a"):  # errors other than damage are not hidden

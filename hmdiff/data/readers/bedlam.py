@@ -62,7 +62,7 @@ def read(source: Path, split: str) -> RowReader:
         rows,
         lambda row: scene(row[0]).record(row[1]),
         notes,
-        place=lambda row: f"{scenes[row[0]].path}, row {row[1]}",
+        location=lambda row: f"{scenes[row[0]].path}, row {row[1]}",
     )
 
 
@@ -86,8 +86,8 @@ class _Scene:
             raise UserError(f"{path}: gtkps has rows of shape {points.shape[1:]}, expected (127, 3)")
         self.names = _POINTS[self.joints][: points.shape[1]]
         self.scene = path.stem
-        places = (f"training_images/{self.scene}/png", f"images/{self.scene}/png", f"{self.scene}/png")
-        self.images = table.image_folder([*(source / place for place in places), source / "training_images/images"])
+        folders = (f"training_images/{self.scene}/png", f"images/{self.scene}/png", f"{self.scene}/png")
+        self.images = table.image_folder([*(source / folder for folder in folders), source / "training_images/images"])
         self._bodies: dict[str, Body | None] = {}  # by gender; only turned scenes need them
         self.rotated = bool(len(table)) and self._is_rotated()
 
@@ -121,7 +121,7 @@ class _Scene:
             name=f"bedlam/{self.scene}/{stem_name(self.table.names[row])}/{row}",
             center=center,
             side=float(labels["scale"]) * PIXELS_PER_SCALE,
-            source=self.table.place(row),
+            source=self.table.location(row),
             image=self.images / self.table.names[row],
             group=f"{self.scene}/{Path(self.table.names[row]).parent}",
             gender=gender,

@@ -29,8 +29,8 @@ def square_of_points(
     padding: float = PADDING,
 ) -> tuple[np.ndarray, float]:  # centre (2,), side
     """The square around the labelled points. NaN points are ignored unless there are no others."""
-    kept = labelled & np.isfinite(points).all(1)
-    if not kept.any():
+    valid = labelled & np.isfinite(points).all(1)
+    if not valid.any():
         return np.full(2, np.nan), float("nan")
-    low, high = points[kept].min(0), points[kept].max(0)
+    low, high = points[valid].min(0), points[valid].max(0)
     return square_of_box(low[0], low[1], high[0], high[1], padding)

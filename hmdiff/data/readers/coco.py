@@ -16,7 +16,7 @@ import numpy as np
 from hmdiff.body.skeletons import COCO17
 from hmdiff.data.readers.boxes import square_of_box
 from hmdiff.data.readers.labels import RowReader, naming
-from hmdiff.data.readers.tables import image_folder, read_json, rows_of, stem_name
+from hmdiff.data.readers.tables import image_folder, read_json, record_list, stem_name
 from hmdiff.data.record import Record
 from hmdiff.errors import UserError
 
@@ -39,28 +39,28 @@ def read_file(
     if not isinstance(data, dict) or not {"images", "annotations"} <= data.keys():
         raise UserError(f"{path}: no 'images' and 'annotations' in it; a COCO annotation file is expected")
     files: dict[Any, str] = {}
-    for row, image in enumerate(rows_of(path, data, "images")):
+    for row, image in enumerate(record_list(path, data, "images")):
         with naming(f"{path}, image {row}"):
             files[image["id"]] = str(image["file_name"])
     people = []
-    for row, item in enumerate(rows_of(path, data, "annotations")):
+    for row, item in enumerate(record_list(path, data, "annotations")):
         with naming(f"{path}, annotation {row}"):
             if not item.get("iscrowd") and item.get("num_keypoints", 1) > 0 and "keypoints" in item:
                 people.append((row, item))
     with naming(f"{path}, image of annotation {people[0][0] if people else 0}"):
-        place = image_folder(places, files[people[0][1]["image_id"]] if people else None, str(path))
+        image_root = image_folder(places, files[people[0][1]["image_id"]] if people else None, str(path))
     crowd = len(data["annotations"]) - len(people)
-    notes = [f"{path}, images in {place}", f"{crowd} annotations without keypoints, or of crowds, were left out"]
+    notes = [f"{path}, images in {image_root}", f"{crowd} annotations without keypoints, or of crowds, were left out"]
     return RowReader(
         name,
         people,
-        lambda row: _record(name, path, place, files, *row),
+        lambda row: _record(name, path, image_root, files, *row),
         notes,
-        place=lambda row: f"{path}, annotation {row[0]}",
+        location=lambda row: f"{path}, annotation {row[0]}",
     )
 
 
-def _record(name: str, path: Path, place: Path, files: dict[Any, str], row: int, item: dict[str, Any]) -> Record:
+def _record(name: str, path: Path, image_root: Path, files: dict[Any, str], row: int, item: dict[str, Any]) -> Record:
     source = f"{path}, annotation {row} (id {item.get('id')})"
     try:
         image = files[item["image_id"]]
@@ -76,8 +76,8 @@ def _record(name: str, path: Path, place: Path, files: dict[Any, str], row: int,
         center=center,
         side=side,
         source=source,
-        image=place / image,
-        group=place.name,
+        image=image_root / image,
+        group=image_root.name,
         mask=item.get("segmentation") or None,
         keypoints_2d=points[:, :2],
         keypoints_2d_confidence=VISIBILITY[points[:, 2].astype(int)],

@@ -81,8 +81,8 @@ def read(source: Path, split: str) -> RowReader:
             intrinsics=intrinsics,
         )
 
-    place = f"{source / split}_xyz.json"
-    return RowReader("freihand", index, make, notes, place=lambda item: f"{place}, row {item[1]}")
+    location = f"{source / split}_xyz.json"
+    return RowReader("freihand", index, make, notes, location=lambda item: f"{location}, row {item[1]}")
 
 
 def _column(source: Path, split: str, key: str) -> np.ndarray:

@@ -47,7 +47,7 @@ def read(source: Path, split: str) -> RowReader:
             name=f"{name}/{stem_name(table.names[row])}/{row}",
             center=center[row],
             side=float(np.max(scale[row])),
-            source=table.place(row),
+            source=table.location(row),
             image=images / table.names[row],
             group=str(Path(table.names[row]).parent),
             gender="neutral" if gender is None else parse_gender(gender[row]),
@@ -61,16 +61,16 @@ def read(source: Path, split: str) -> RowReader:
             keypoint_names=names,
         )
 
-    return RowReader(name, range(len(table)), make, [f"{path}, images in {images}"], place=table.place)
+    return RowReader(name, range(len(table)), make, [f"{path}, images in {images}"], location=table.location)
 
 
 def _sets(table: Table, dimensions: str, size: int) -> list[tuple[np.ndarray, tuple[str, ...]]]:
     """The data set's own points first, then OpenPose's."""
-    found = (
+    candidates = (
         (table.optional(f"extra_keypoints_{dimensions}", (19, size)), EXTRA19),
         (table.optional(f"body_keypoints_{dimensions}", (25, size)), OPENPOSE25),
     )
-    return [(points, names) for points, names in found if points is not None]
+    return [(points, names) for points, names in candidates if points is not None]
 
 
 def _merged(

@@ -39,8 +39,8 @@ def read(source: Path, split: str) -> RowReader:
     if list(source.glob("annotations/Human36M_subject*_data.json")):
         return read_annotations(source, split)
     stem = "train" if split == "train" else "test"
-    if found := sorted(source.glob(f"annotation_body3d/fps*/h36m_{stem}.npz")):
-        return _mmpose(source, found[0], split)
+    if paths := sorted(source.glob(f"annotation_body3d/fps*/h36m_{stem}.npz")):
+        return _mmpose(source, paths[0], split)
     own, all_cameras = f"h36m_valid_protocol{split[1]}.npz", "h36m_valid_protocol1.npz"
     names = ("h36m_train*.npz",) if split == "train" else (own, all_cameras)
     for folder in (source, source / "dataset_extras"):
@@ -59,7 +59,7 @@ def _frames(table: Table, split: str) -> list[tuple[int, Frame]]:
     for row, name in enumerate(table.names):
         if (frame := frame_of(name)) is None:
             raise UserError(
-                f"{table.place(row)}: image {name!r}, expected a name like S9_Directions_1.60457274_000001.jpg"
+                f"{table.location(row)}: image {name!r}, expected a name like S9_Directions_1.60457274_000001.jpg"
             )
         if in_split(split, frame):
             chosen.append((row, frame))
@@ -69,7 +69,7 @@ def _frames(table: Table, split: str) -> list[tuple[int, Frame]]:
 def _common(table: Table, row: int, frame: Frame, images: Path) -> dict[str, Any]:
     return {
         "name": f"human36m/{stem_name(Path(table.names[row]).name)}",
-        "source": table.place(row),
+        "source": table.location(row),
         "image": images / table.names[row],
         "group": f"S{frame.subject}_{frame.action}",
         "joint_names": H36M17,
@@ -102,7 +102,7 @@ def _spin(source: Path, path: Path, split: str) -> RowReader:
 
     rows = _frames(data.table, split)
     notes = [f"SPIN's {path}: {len(rows)} of its {len(data)} rows are in {split}; no camera, joints about the pelvis"]
-    return RowReader("human36m", rows, make, notes, place=lambda item: data.table.place(item[0]))
+    return RowReader("human36m", rows, make, notes, location=lambda item: data.table.location(item[0]))
 
 
 def _mmpose(source: Path, path: Path, split: str) -> RowReader:
@@ -117,15 +117,15 @@ def _mmpose(source: Path, path: Path, split: str) -> RowReader:
         row, frame = item
         key = (f"S{frame.subject}", frame.camera)
         if key not in lenses:
-            raise UserError(f"{table.place(row)}: camera {frame.camera} of S{frame.subject} is not in cameras.pkl")
+            raise UserError(f"{table.location(row)}: camera {frame.camera} of S{frame.subject} is not in cameras.pkl")
         lens, points = lenses[key], part[row, :, :2]
         # The converter's S is in the camera frame, in some copies in the world frame: the 2D joints decide.
         frames = (joints[row, :, :3], lens.to_camera(joints[row, :, :3]))
-        misses = [lens.reprojection_error(places, points) for places in frames]
-        best = int(np.argmin(misses))
-        if np.isfinite(joints[row]).all() and np.isfinite(part[row]).all() and not misses[best] < _AGREEMENT:
+        errors = [lens.reprojection_error(joints_of_frame, points) for joints_of_frame in frames]
+        best = int(np.argmin(errors))
+        if np.isfinite(joints[row]).all() and np.isfinite(part[row]).all() and not errors[best] < _AGREEMENT:
             raise UserError(
-                f"{table.place(row)}: its 3D joints are {misses[best]:.1f} pixels from its 2D ones by cameras.pkl, "
+                f"{table.location(row)}: its 3D joints are {errors[best]:.1f} pixels from its 2D ones by cameras.pkl, "
                 f"within {_AGREEMENT:g} was expected; the two files are not of the same conversion"
             )
         return Record(
@@ -141,7 +141,7 @@ def _mmpose(source: Path, path: Path, split: str) -> RowReader:
         )
 
     notes = [f"mmpose's {path}: {len(rows)} of its {len(table)} rows are in {split}"]
-    return RowReader("human36m", rows, make, notes, place=lambda item: table.place(item[0]))
+    return RowReader("human36m", rows, make, notes, location=lambda item: table.location(item[0]))
 
 
 def _lenses(path: Path) -> dict[tuple[str, str], Lens]:
@@ -156,15 +156,15 @@ def _lenses(path: Path) -> dict[tuple[str, str], Lens]:
             raise UserError(
                 f"{path}, camera {key!r:.60}: not mmpose's cameras; R, T, f, c, k and p by (S9, 60457274) were expected"
             )
-        found = {}
+        parameters = {}
         for field, shape in _LENS.items():
             with naming(f"{path}, camera {key!r:.60}, {field}"):
                 value = values.get(field, np.zeros(shape)) if field in ("k", "p") else values[field]
-                found[field] = np.asarray(value, np.float64).reshape(shape)
-                if not np.isfinite(found[field]).all():
+                parameters[field] = np.asarray(value, np.float64).reshape(shape)
+                if not np.isfinite(parameters[field]).all():
                     raise ValueError("not finite")
         # Theirs multiplies row vectors, so its transpose maps world to camera.
         lenses[str(key[0]), str(key[1])] = Lens(
-            found["R"].T, found["T"], found["f"], found["c"], found["k"], found["p"]
+            parameters["R"].T, parameters["T"], parameters["f"], parameters["c"], parameters["k"], parameters["p"]
         )
     return lenses

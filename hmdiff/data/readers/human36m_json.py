@@ -54,7 +54,7 @@ def read_annotations(source: Path, split: str) -> RowReader:
         rows,
         lambda item: item[0].record(item[1]),
         notes,
-        place=lambda item: f"{item[0].path}, annotation {item[1]}",
+        location=lambda item: f"{item[0].path}, annotation {item[1]}",
     )
 
 
@@ -85,8 +85,8 @@ class _Subject:
         x, y, width, height = item["bbox"]
         frame_key = (str(image["action_idx"]), str(image["subaction_idx"]), str(image["frame_idx"]))
         action, subaction, frame = frame_key
-        place = f"{self.start}_joint_3d.json, action {action}, subaction {subaction}, frame {frame} (of {source})"
-        with naming(place):
+        location = f"{self.start}_joint_3d.json, action {action}, subaction {subaction}, frame {frame} (of {source})"
+        with naming(location):
             world = np.array(self.joints[action][subaction][frame], np.float64).reshape(17, 3) / _MILLIMETRES
             if not np.isfinite(world).all():
                 raise ValueError("not finite")

@@ -18,10 +18,10 @@ _GENDERS = {"m": "male", "f": "female", "n": "neutral"}
 
 
 def naming(
-    place: str,  # file, row and, if known, field
+    location: str,  # file, row and, if known, field
 ) -> contextlib.AbstractContextManager[None]:
     """Re-raise any error from damaged labels in the block as a `UserError` that names the place."""
-    return reading.naming(place, "download it again")
+    return reading.naming(location, "download it again")
 
 
 class RowReader:
@@ -34,9 +34,9 @@ class RowReader:
         make: Callable[[Any], Record],
         notes: Sequence[str] = (),  # for the user: what was left out and why
         *,
-        place: Callable[[Any], str],  # file and number of a row, for messages
+        location: Callable[[Any], str],  # file and number of a row, for messages
     ) -> None:
-        self.name, self.rows, self.make, self.notes, self.place = name, rows, make, notes, place
+        self.name, self.rows, self.make, self.notes, self.location = name, rows, make, notes, location
 
     @property
     def summary(self) -> list[str]:
@@ -47,7 +47,7 @@ class RowReader:
 
     def records(self) -> Iterator[Record]:
         for row in self.rows:
-            with naming(self.place(row)):
+            with naming(self.location(row)):
                 record = self.make(row).check()
             yield record
 

@@ -66,7 +66,7 @@ def read(source: Path, split: str) -> RowReader:
             name=f"{name}/{stem_name(data.table.names[row])}/{row}",
             center=data.center[row],
             side=data.side(row),
-            source=data.table.place(row),
+            source=data.table.location(row),
             image=images / data.table.names[row],
             group=str(Path(data.table.names[row]).parent),
             gender=data.person(row),
@@ -80,4 +80,4 @@ def read(source: Path, split: str) -> RowReader:
             keypoint_names=names,
         )
 
-    return RowReader(name, range(len(data)), make, [f"{path}, images in {images}"], place=data.table.place)
+    return RowReader(name, range(len(data)), make, [f"{path}, images in {images}"], location=data.table.location)

@@ -65,7 +65,7 @@ def read(source: Path, split: str) -> RowReader:
         rows,
         lambda row: _record(source, path, points, joints, *row),
         notes,
-        place=lambda row: f"{path}, line {row[0]}",
+        location=lambda row: f"{path}, line {row[0]}",
     )
 
 
@@ -73,7 +73,7 @@ def _columns(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
     """Names of the 2D and the 3D joints. Raises `UserError` naming an unknown or missing column."""
     if "image" not in header:
         raise UserError(f"{path}: no column 'image' in its header; see hmdiff/data/readers/sports.py for the layout")
-    found: dict[str, list[str]] = {"2": [], "3": []}
+    columns: dict[str, list[str]] = {"2": [], "3": []}
     for name in header:
         joint, _, axis = name.rpartition("_")
         if name in _PLAIN:
@@ -82,20 +82,20 @@ def _columns(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
             known = [*_PLAIN, *(f"{joint}_{axis}" for joint in _JOINTS for axis in (*_AXES_2D, *_AXES_3D))]
             nearest = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
             raise UserError(f"{path}: column {name!r} is not known; the nearest is {nearest!r}")
-        names = found["2" if axis in _AXES_2D else "3"]
+        names = columns["2" if axis in _AXES_2D else "3"]
         if joint not in names:
             names.append(joint)
     for kind, axes in (("2", _AXES_2D), ("3", _AXES_3D)):
-        for joint in found[kind]:
+        for joint in columns[kind]:
             if missing := [f"{joint}_{axis}" for axis in axes if f"{joint}_{axis}" not in header]:
                 raise UserError(f"{path}: no column {missing[0]!r}; a joint needs _{', _'.join(axes)}")
-    return found["2"], found["3"]
+    return columns["2"], columns["3"]
 
 
 def _record(
     source: Path, path: Path, points: list[str], joints: list[str], line: int, values: dict[str, str]
 ) -> Record:
-    place = f"{path}, line {line}"
+    location = f"{path}, line {line}"
 
     def numbers(names: list[str]) -> np.ndarray | None:
         """None if any of the cells is empty or missing."""
@@ -103,7 +103,7 @@ def _record(
         try:
             return np.array([float(cell) for cell in cells]) if all(cells) else None
         except ValueError as error:
-            raise UserError(f"{place}: {error}, in {', '.join(names)}") from None
+            raise UserError(f"{location}: {error}, in {', '.join(names)}") from None
 
     unlabelled = np.zeros(3)
     seen = [numbers([f"{joint}_{axis}" for axis in _AXES_2D]) for joint in points]
@@ -115,7 +115,7 @@ def _record(
     elif (keypoints[:, 2] > 0).any():
         center, side = square_of_points(keypoints[:, :2], keypoints[:, 2] > 0)
     else:
-        raise UserError(f"{place}: neither a box nor a labelled keypoint; give x0, y0, x1, y1")
+        raise UserError(f"{location}: neither a box nor a labelled keypoint; give x0, y0, x1, y1")
     image = values["image"].replace("\\", "/")
     folder = source / "images" if os.path.isfile(source / "images" / image) else source
     group = values.get("group", "")
@@ -128,7 +128,7 @@ def _record(
         name=f"sports/{group or stem_name(image)}/{number}",
         center=center,
         side=float(side),
-        source=place,
+        source=location,
         image=folder / image,
         group=group,
         joints_3d=np.stack([unlabelled if xyz is None else xyz for xyz in known]) if joints else None,

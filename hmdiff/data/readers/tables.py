@@ -73,20 +73,20 @@ class Table:
             try:
                 rows.append(np.asarray(row, np.float64))
             except (TypeError, ValueError, OverflowError) as error:
-                raise UserError(f"{self.place(number)}, {key}: damaged ({error}); download it again") from None
+                raise UserError(f"{self.location(number)}, {key}: damaged ({error}); download it again") from None
             if rows[-1].shape != rows[0].shape:
-                raise UserError(f"{self.place(number)}, {key}: shape {rows[-1].shape}, others have {rows[0].shape}")
+                raise UserError(f"{self.location(number)}, {key}: shape {rows[-1].shape}, others have {rows[0].shape}")
         return np.stack(rows) if rows else np.zeros(0)
 
     def optional(self, key: str, *shapes: tuple[int, ...]) -> np.ndarray | None:
         """`column`, or None where the file has no such array."""
         return self.column(key, *shapes) if key in self.keys else None
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         return f"{self.path}, row {row}"
 
-    def image_folder(self, places: Sequence[Path]) -> Path:
-        return image_folder(places, self.names[0] if self.names else None, self.place(0))
+    def image_folder(self, folders: Sequence[Path]) -> Path:
+        return image_folder(folders, self.names[0] if self.names else None, self.location(0))
 
     def _read(self, key: str) -> np.ndarray:
         pickled = self.archive.pickled(key)
@@ -94,10 +94,10 @@ class Table:
             return self.archive.read(key)
         content, shape = pickled
         try:
-            found = unpickle(content, f"{self.path}, array {key}")
-            if not isinstance(found, np.ndarray):
-                raise ValueError(f"its pickle is of a {type(found).__name__}")
-            return found.reshape(shape)
+            array = unpickle(content, f"{self.path}, array {key}")
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"its pickle is of a {type(array).__name__}")
+            return array.reshape(shape)
         except ValueError as error:  # also a shape that differs from the header's
             raise UserError(f"{self.path}: array {key!r} is damaged ({error}); download the file again") from None
 
@@ -112,30 +112,30 @@ def label_files(
     split: str,  # a file name without .npz; "": the folder must hold exactly one file
 ) -> list[Path]:
     """The npz files of a folder, or of its `dataset_extras`. Raises `UserError` listing those that exist."""
-    found = {path.stem: path for folder in (source / "dataset_extras", source) for path in sorted(folder.glob("*.npz"))}
-    if not found:
+    files = {path.stem: path for folder in (source / "dataset_extras", source) for path in sorted(folder.glob("*.npz"))}
+    if not files:
         raise UserError(f"{source}: no label file *.npz in it, nor in its dataset_extras/; put them there")
     if split:
-        if split not in found:
-            raise UserError(f"{source}: no {split}.npz; give one of {', '.join(sorted(found))} as the split")
-        return [found[split]]
-    if len(found) > 1:
-        raise UserError(f"{source}: several label files; name one as the split, of {', '.join(sorted(found))}")
-    return list(found.values())
+        if split not in files:
+            raise UserError(f"{source}: no {split}.npz; give one of {', '.join(sorted(files))} as the split")
+        return [files[split]]
+    if len(files) > 1:
+        raise UserError(f"{source}: several label files; name one as the split, of {', '.join(sorted(files))}")
+    return list(files.values())
 
 
 def image_folder(
-    places: Sequence[Path],
+    folders: Sequence[Path],
     first: str | None,  # the first image; None: there is none
     where: str,  # named in the error
 ) -> Path:
     """The first of the places that contains the image. Raises `UserError` naming all of them."""
     if first is None:
-        return places[0]
-    for place in places:
-        if os.path.isfile(place / first):  # False for an impossible name too
-            return place
-    raise UserError(f"{where}: its image {first} is in none of {', '.join(map(str, places))}; put the images there")
+        return folders[0]
+    for folder in folders:
+        if os.path.isfile(folder / first):  # False for an impossible name too
+            return folder
+    raise UserError(f"{where}: its image {first} is in none of {', '.join(map(str, folders))}; put the images there")
 
 
 def read_json(path: Path) -> Any:
@@ -143,7 +143,7 @@ def read_json(path: Path) -> Any:
     return reading.read_json(path, _MAX_JSON, "download it again")
 
 
-def rows_of(
+def record_list(
     path: Path,
     data: dict[str, Any],  # the file's content
     key: str,

@@ -52,7 +52,7 @@ def read(source: Path, split: str) -> RowReader:
         rows,
         lambda row: _record(path, folder, *row),
         [f"{path}: {len(rows)} entries"],
-        place=lambda row: f"{path}, entry {row[0]}",
+        location=lambda row: f"{path}, entry {row[0]}",
     )
 
 
@@ -107,5 +107,5 @@ def _translation(pelvis: np.ndarray, scale: float, camera: np.ndarray, trans: np
     """The body model's translation. The pelvis in the world is scale root + trans, or scale (root + trans)."""
     world = camera[:3, :3].T @ (pelvis - camera[:3, 3])
     roots = ((world - trans) / scale, world / scale - trans)
-    root = min(roots, key=lambda place: float(np.linalg.norm(place - _ROOT)))
+    root = min(roots, key=lambda location: float(np.linalg.norm(location - _ROOT)))
     return pelvis / scale - root if np.linalg.norm(root - _ROOT) < _REACH else None

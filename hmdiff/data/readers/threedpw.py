@@ -62,7 +62,7 @@ def read(source: Path, split: str) -> RowReader:
         rows,
         lambda row: _record(sequences[row[0]], *row[1:]),
         notes,
-        place=lambda row: f"{sequences[row[0]].path}, person {row[1]}, frame {row[2]}",
+        location=lambda row: f"{sequences[row[0]].path}, person {row[1]}, frame {row[2]}",
     )
 
 
@@ -132,9 +132,11 @@ def _numbers(path: Path, data: dict[str, Any], key: str, shape: tuple[int, ...])
     with naming(f"{path}, {key}"):
         value = np.asarray(data[key], np.float64)
     if value.ndim != len(shape) or any(want not in (-1, have) for have, want in zip(value.shape, shape, strict=True)):
-        words = ", ".join("frames" if size == -1 else str(size) for size in shape)
-        given = " ".join(repr(data[key]).split())  # numpy prints matrices on several lines
-        raise UserError(f"{path}: {key} is {given:.40} of shape {value.shape}, ({words}) expected; download it again")
+        expected_shape = ", ".join("frames" if size == -1 else str(size) for size in shape)
+        actual = " ".join(repr(data[key]).split())  # numpy prints matrices on several lines
+        raise UserError(
+            f"{path}: {key} is {actual:.40} of shape {value.shape}, ({expected_shape}) expected; download it again"
+        )
     return value
 
 

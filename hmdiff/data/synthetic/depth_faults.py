@@ -81,8 +81,8 @@ def _blurred(
 ) -> Tensor:
     """Gaussian blur with one sigma per person. OpenCV's is several times faster than a grouped convolution on a CPU."""
     layers = maps.permute(0, 2, 3, 1).cpu().numpy()
-    found = [
+    blurred = [
         cv2.GaussianBlur(layer, (0, 0), width, borderType=cv2.BORDER_REPLICATE) if width > 0.2 else layer
         for layer, width in zip(layers, sigma.tolist(), strict=True)
     ]
-    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).to(maps.device)
+    return torch.from_numpy(np.stack(blurred)).permute(0, 3, 1, 2).to(maps.device)

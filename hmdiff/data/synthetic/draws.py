@@ -98,16 +98,16 @@ def noise(
 def occluder_texture(
     generator: Generators,
     shape: Tensor,  # (B, H, W) long: the occluder of each pixel, 0 .. things - 1
-    things: int,
+    num_colours: int,
 ) -> Tensor:  # (B, 3, H, W)
     """Colour, stripes and grain for occluders, one set of colours each."""
     count, height, width = shape.shape
     device = shape.device
     x, y = grid(height, width, device)
-    base = random_colours(generator, count, things, 2, device=device)
-    picked = base[torch.arange(count, device=device)[:, None, None], shape]  # (B, H, W, 2, 3)
+    base = random_colours(generator, count, num_colours, 2, device=device)
+    colours = base[torch.arange(count, device=device)[:, None, None], shape]  # (B, H, W, 2, 3)
     style = uniform(generator, count, 4, device=device)[:, :, None, None]
     stripes = ((x * (style[:, 0] - 0.5) + y * (style[:, 1] - 0.5)) * (10 + 50 * style[:, 2])).sin() > 0
     mix = (stripes & (style[:, 3] > 0.5))[..., None]
-    colour = torch.where(mix, picked[..., 1, :], picked[..., 0, :]).permute(0, 3, 1, 2)
+    colour = torch.where(mix, colours[..., 1, :], colours[..., 0, :]).permute(0, 3, 1, 2)
     return (colour + noise(generator, count, height, width, device) * 0.25).clamp(0, 1)

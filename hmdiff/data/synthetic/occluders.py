@@ -233,13 +233,13 @@ def _neighbour_limbs(points: Tensor, own_labelled: Tensor, random: Tensor) -> tu
     # Beside this person more often than centred on them: a shift to the left or right.
     side_shift = torch.where(random[:, 1] < 0.5, -1.0, 1.0) * (0.15 + 0.6 * random[:, 2])
     position = own_center + torch.stack([side_shift, 0.5 * (random[:, 3] - 0.5)], -1)
-    moved = (neighbour - (low + high)[:, None] / 2) * scale[:, None, None] + position[:, None]
+    placed = (neighbour - (low + high)[:, None] / 2) * scale[:, None, None] + position[:, None]
     extent = (high - low).amax(-1) * scale
     starts, ends = ([HALPE26.index(limb[end]) for limb in _LIMBS] for end in (0, 1))  # type: ignore[index]
     radius = extent[:, None] * torch.tensor([limb[2] for limb in _LIMBS])
     radius = torch.where(labelled[:, starts] & labelled[:, ends], radius, 0.0)
     has_outline = (labelled.sum(1) >= _MIN_KEYPOINTS) & (extent.abs() < 10)
-    return torch.cat([moved[:, starts], moved[:, ends], radius[..., None]], -1), has_outline
+    return torch.cat([placed[:, starts], placed[:, ends], radius[..., None]], -1), has_outline
 
 
 _LIMB_COLOUR = torch.tensor([limb[3] for limb in _LIMBS])

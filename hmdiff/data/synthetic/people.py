@@ -75,8 +75,8 @@ def block_generator(seed: int, stream: str, number: int) -> torch.Generator:
     if seed < 0:
         raise UserError(f"seed {seed}: a whole number from 0 on is needed")
     # The upper word of a seed beyond 32 bits comes last, or it would take the position of the stream.
-    words = np.random.SeedSequence([seed % 2**32, zlib.crc32(stream.encode()), number, seed >> 32]).generate_state(1)
-    return torch.Generator().manual_seed(int(words[0]))
+    state = np.random.SeedSequence([seed % 2**32, zlib.crc32(stream.encode()), number, seed >> 32]).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 class SyntheticHumans:

@@ -217,12 +217,12 @@ class PostureSampler:
         one, other = ((uniform[:, 2 + k] * counts[:, 1]).long() for k in (0, 1))
         other = torch.where(uniform[:, 4] < 0.5, one, other)  # in half of the cases both arms have the same style
         arms = _ARM_RANGES.to(device)[which[:, None], torch.stack([one, other], 1)]
-        place = uniform[:, 8:24].unflatten(-1, (4, 4))
+        fraction = uniform[:, 8:24].unflatten(-1, (4, 4))
         alike = (uniform[:, 5] < 0.4)[:, None]
-        place[:, 1] = torch.where(alike, place[:, 0], place[:, 1])
-        place[:, 3] = torch.where(alike, place[:, 2], place[:, 3])
+        fraction[:, 1] = torch.where(alike, fraction[:, 0], fraction[:, 1])
+        fraction[:, 3] = torch.where(alike, fraction[:, 2], fraction[:, 3])
         limbs = torch.cat([legs, arms], 1)
-        limbs = limbs[..., 0] + (limbs[..., 1] - limbs[..., 0]) * place  # (n, 4, 4)
+        limbs = limbs[..., 0] + (limbs[..., 1] - limbs[..., 0]) * fraction  # (n, 4, 4)
         bend = _LEAN.to(device)[which][:, 0]
         bend = bend[:, 0] + (bend[:, 1] - bend[:, 0]) * uniform[:, 6]
         angles = torch.zeros(n, 24, 3, device=device)
