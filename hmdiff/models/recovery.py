@@ -95,7 +95,7 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         encoder_type: str = "transformer",  # or "mlp", which needs backbone "joints" and part tokens
         encoder_hidden: int = 1024,  # width of the "mlp"
         encoder_ratio: float = 4.0,  # of the transformer's feed-forward layers
-        qk_norm: bool = False,  # normalise queries and keys in every attention
+        qk_norm: bool = False,  # normalise queries and keys in the attention of encoder and denoiser
     ) -> None:
         super().__init__()
         check_choices(self.config)
@@ -222,7 +222,7 @@ class MeshRecoveryModel(MeshPoints, ModelMixin, ConfigMixin):  # type: ignore[mi
         if self.depth_at_tokens is not None and depth is not None:
             places: Any = self.feature_backbone
             look = functools.partial(places.look, heatmaps=heatmaps, heatmap_valid=heatmap_valid)
-            tokens = tokens + self.depth_at_tokens(depth, look) * mask[..., None]
+            tokens = tokens + self.depth_at_tokens(depth, look)
         if isinstance(self.encoder, MLPEncoder):
             tokens = self.encoder(tokens, mask)
             mask = mask.new_ones(tokens.shape[:2])

@@ -12,7 +12,8 @@ from torch import Tensor
 from hmdiff.data.synthetic.corruption import scaled_peaks, two_gaussians
 from hmdiff.errors import UserError
 from hmdiff.heatmaps import gaussian_heatmaps
-from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone
+from hmdiff.models.backbone import ConvHeatmapBackbone, ImageBackbone, JointHeatmapBackbone, _widened
+from hmdiff.models.layers import sinusoidal_position_2d
 
 
 def maps(points: Tensor, size: int = 64, sigma: float = 2.0) -> Tensor:  # (B, J, 2) -> (B, J, size, size)
@@ -214,3 +215,68 @@ def test_no_peak_is_no_joint() -> None:
     peaks[:, 1, :, 2] = 0
     tokens, mask = backbone.from_peaks(peaks, torch.ones(1, 2, dtype=torch.bool))
     assert mask.tolist() == [[True, False]] and (tokens[0, 1] == 0).all() and tokens.isfinite().all()
+
+
+def first_input(backbone: ImageBackbone, *given: Tensor) -> Tensor:
+    """What the image network is given."""
+    seen: list[Tensor] = []
+    handle = backbone.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    backbone(*given)
+    handle.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def test_an_image_is_normalised_and_heatmaps_of_missing_joints_are_empty() -> None:
+    backbone = ImageBackbone("resnet18", 64, 32, heatmap_channels=3).eval()
+    image, heatmaps, valid = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64), torch.ones(2, 3).bool()
+    valid[1, 2] = False
+    seen = first_input(backbone, image, heatmaps, valid)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
+    torch.testing.assert_close(seen[:, :3], (image - mean[:, None, None]) / deviation[:, None, None])
+    torch.testing.assert_close(seen[0, 3:], heatmaps[0])
+    assert (seen[1, 5] == 0).all() and torch.equal(seen[1, 3:5], heatmaps[1, :2])
+
+
+@torch.no_grad()
+def test_grid_tokens_have_the_code_of_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With features of 0 a token is the code alone: row by row, as the feature map is flattened."""
+    image = ImageBackbone("resnet18", 64, 32)
+    monkeypatch.setattr(image.network, "forward", lambda pixels: [torch.zeros(len(pixels), 512, 2, 2)])
+    tokens, _ = image(torch.rand(1, 3, 64, 64))
+    torch.testing.assert_close(tokens[0] - image.project.bias, sinusoidal_position_2d(2, 2, 32))
+    conv = ConvHeatmapBackbone(3, 16, 32)
+    monkeypatch.setattr(conv.network, "forward", lambda pixels: torch.zeros(len(pixels), 32, 8, 8))
+    tokens, _ = conv(torch.rand(1, 3, 16, 16), torch.ones(1, 3).bool())
+    torch.testing.assert_close(tokens[0], sinusoidal_position_2d(8, 8, 32))
+
+
+def test_an_empty_joint_differs_from_a_missing_one_and_two_joints_from_each_other() -> None:
+    conv, nothing = ConvHeatmapBackbone(3, 16, 32), torch.zeros(1, 3, 16, 16)
+    empty, _ = conv(nothing, torch.ones(1, 3).bool())
+    missing, _ = conv(nothing, torch.zeros(1, 3).bool())
+    assert (empty - missing).abs().max() > 1e-3
+    same = maps(torch.tensor([[[0.2, -0.1], [0.2, -0.1]]]))
+    tokens, _ = JointHeatmapBackbone(2, 64, 32)(same, torch.ones(1, 2).bool())
+    assert (tokens[0, 0] - tokens[0, 1]).abs().max() > 0.1
+
+
+def test_a_missing_joint_has_no_peaks() -> None:
+    backbone = JointHeatmapBackbone(2, 64, 32)
+    peaks = torch.tensor([0.1, -0.2, 0.8, 2.0]).expand(1, 2, 2, 4)
+    tokens, mask = backbone.from_peaks(peaks, torch.tensor([[True, False]]))
+    assert mask.tolist() == [[True, False]] and (tokens[0, 1] == 0).all() and (tokens[0, 0] != 0).any()
+
+
+def test_maps_are_pooled_in_the_order_of_the_tokens() -> None:
+    line = torch.arange(16.0)
+    ramps = torch.stack([line.expand(16, 16), line[:, None].expand(16, 16)])[None]  # x, y
+    found = ConvHeatmapBackbone(3, 16, 32).look(ramps)[0].unflatten(0, (8, 8))  # rows, columns
+    torch.testing.assert_close(found[3, :, 0], torch.arange(8) * 2 + 0.5)
+    torch.testing.assert_close(found[:, 5, 1], torch.arange(8) * 2 + 0.5)
+
+
+def test_new_input_channels_of_trained_weights_are_zero() -> None:
+    stored, wanted = {"conv": torch.randn(4, 3, 2, 2)}, {"conv": torch.randn(4, 8, 2, 2)}
+    found = _widened(stored, wanted)["conv"]
+    assert torch.equal(found[:, :3], stored["conv"]) and found.shape == (4, 8, 2, 2) and (found[:, 3:] == 0).all()

@@ -7,7 +7,7 @@ import torch
 from small import awaken
 from torch import Tensor, nn
 
-from hmdiff.models.conditioning import Conditioning
+from hmdiff.models.conditioning import Conditioning, LiftedVolume
 from hmdiff.models.denoiser import MeshDenoiser
 
 VERTICES, JOINTS, WIDTH = 24, 5, 32
@@ -141,3 +141,85 @@ def test_wrong_number_of_points_is_named() -> None:
     model, given = denoiser(), context(1)
     with pytest.raises(ValueError, match="x has 7 points, not 24 vertices"):
         run(model, torch.randn(1, 1, 7, 3), torch.rand(1, 1), given)
+
+
+def scaled() -> MeshDenoiser:
+    patches = torch.randperm(VERTICES).reshape(-1, 4)
+    model = MeshDenoiser(patches, JOINTS, WIDTH, 1, 2, 16, scaled=("vertices", "joints", "joints_2d"))
+    given = context(1)
+    points, step = torch.randn(1, 1, VERTICES + JOINTS, 3), torch.rand(1, 1)
+    for value in model(points, step, given, model.keys_values(given.tokens)).scale.values():
+        torch.testing.assert_close(value, torch.full_like(value, 0.27), atol=2e-3, rtol=0)  # initially
+    awaken(model)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.modulation.project.weight)
+        torch.nn.init.zeros_(block.modulation.project.bias)  # gates shut: tokens do not mix
+    return model
+
+
+@torch.no_grad()
+def test_scales_belong_to_their_vertices_and_joints() -> None:
+    """A change of one token is a change of the σ̂ of its vertices, or of its joint, and of no others."""
+    model, given = scaled(), context(1)
+    points, step = torch.randn(1, 1, VERTICES + JOINTS, 3), torch.rand(1, 1)
+
+    def scales() -> dict[str, Tensor]:
+        return dict(model(points, step, given, model.keys_values(given.tokens)).scale)
+
+    before, count = scales(), len(model.patches)
+    assert {name: tuple(value.shape[2:]) for name, value in before.items()} == {
+        "vertices": (VERTICES, 3),
+        "joints": (JOINTS, 3),
+        "joints_2d": (JOINTS, 2),
+    }
+    for token in (1, count + 2):
+        kept = model.identity[token].clone()
+        model.identity[token] += torch.randn(WIDTH)
+        changed = {name: (value != before[name]).any(-1)[0, 0].nonzero()[:, 0] for name, value in scales().items()}
+        vertices = model.patches[token].sort().values.tolist() if token < count else []
+        joints = [] if token < count else [token - count]
+        assert {name: rows.tolist() for name, rows in changed.items()} == {
+            "vertices": vertices,
+            "joints": joints,
+            "joints_2d": joints,
+        }
+        model.identity[token] = kept
+
+
+@torch.no_grad()
+def test_estimates_go_on_from_the_previous_block() -> None:
+    patches = torch.arange(VERTICES).reshape(-1, 4)
+    model = MeshDenoiser(patches, JOINTS, WIDTH, 3, 2, 16, volume_width=6)
+    awaken(model)
+    tokens = torch.randn(2, 5, 16)
+    volume = LiftedVolume(torch.randn(2, 6, 3, 3, 3), torch.tensor([[1.0, 0, 0]] * 2), torch.tensor(1.0))
+    given = Conditioning(tokens, torch.ones(2, 5, dtype=torch.bool), volume=volume)
+    points, step = torch.randn(2, 1, VERTICES + JOINTS, 3), torch.rand(2, 1)
+    refine = model.fusions[1].refine
+    for parameter in refine.parameters():  # type: ignore[union-attr,operator]
+        parameter.zero_()
+    found = model(points, step, given, model.keys_values(tokens)).estimates
+    assert found is not None and torch.equal(found[:, :, 1], found[:, :, 0]) and found.std() > 0.05
+
+
+def test_checkpointed_blocks_are_run_by_the_checkpoint() -> None:
+    model, given = denoiser(depth=2), context(1)
+    calls = []
+    model._gradient_checkpointing_func = lambda block, *rest: calls.append(block) or block(*rest)  # type: ignore[func-returns-value]
+    points, step = torch.randn(1, 1, VERTICES + JOINTS, 3), torch.rand(1, 1)
+    run(model, points, step, given)
+    model.gradient_checkpointing = True
+    with torch.no_grad():
+        run(model, points, step, given)
+    assert not calls
+    run(model, points, step, given)
+    assert calls == list(model.blocks)
+
+
+def test_waves_are_geometric_from_one_to_a_thousand_radians() -> None:
+    from hmdiff.models.denoiser import _step_waves
+
+    frequency = 1000 ** (torch.arange(32, dtype=torch.float64) / 31)
+    step = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    angle = step[:, None] * frequency
+    torch.testing.assert_close(_step_waves(step).double(), torch.cat([angle.sin(), angle.cos()], -1), atol=2e-3, rtol=0)

@@ -262,3 +262,58 @@ def test_unit_and_origin_do_not_matter_at_the_joints_either(depth, scale):
     assert read[:, :4].abs().amax(-1).min() > 0 and not read[:, 4].any()  # a missing joint reads nothing
     torch.testing.assert_close(reading(scale * depth + 7, look), read, rtol=1e-2, atol=1e-2)
     assert not reading(torch.full_like(depth, torch.nan), look).any()
+
+
+def test_a_depth_token_holds_depth_relief_and_validity_of_its_patch(fusion, depth):
+    seen = []
+    fusion.embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    fusion.tokens(depth)
+    values, known = resize_depth(depth, SIZE)
+    normalised = normalise_depth(values, known)
+    maps = torch.stack([normalised, near_relief(normalised, known), known.float()], 1)
+    for row in range(4):
+        for column in range(4):
+            patch = maps[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            torch.testing.assert_close(seen[0][:, 4 * row + column], patch.flatten(1))
+
+
+def test_patches_without_known_depth_are_not_attended_to(fusion, tokens, depth):
+    before = fusion(tokens, MASK, depth)
+    with torch.no_grad():
+        fusion.place[0] += 5.0 * torch.randn(WIDTH)  # the one that is unknown
+    torch.testing.assert_close(fusion(tokens, MASK, depth), before)
+    with torch.no_grad():
+        fusion.place[5] += 5.0 * torch.randn(WIDTH)
+    assert (fusion(tokens, MASK, depth) - before).abs().max() > 1e-2
+
+
+def test_relief_is_of_the_nearer_quartile_of_the_middle():
+    """Sixteen known values in the middle of the map, an extreme border, and one unknown pixel."""
+    values = torch.full((1, 8, 8), 50.0)
+    values[0, :2] = -50.0
+    values[0, 2:6, 2:6] = torch.arange(16.0).reshape(4, 4)[torch.tensor([2, 0, 3, 1])] / 10
+    known = torch.ones_like(values, dtype=torch.bool)
+    known[0, 7, 7] = False
+    expected = torch.tanh(4 * (values - 0.375))  # the quartile of 0, 0.1, ..., 1.5
+    expected[0, 7, 7] = 0
+    torch.testing.assert_close(near_relief(values, known), expected)
+
+
+def test_the_profile_of_tokens_that_are_pixels():
+    """Pooled over one pixel, the weights cancel: depth over the tokens, relief, and what is known."""
+    depth = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) + 2.0
+    depth[0, 0, 0], depth[0, 4, 4] = torch.nan, 60.0  # not known, and a wall seen past the person
+    found = DepthAtTokens(WIDTH, map_size=8).profile(depth, lambda maps: maps.flatten(2).mT)[0]
+    values, known = resize_depth(depth, 8)
+    normalised = normalise_depth(values, known)
+    assert found[:, 2].tolist() == known.flatten().float().tolist()
+    torch.testing.assert_close(found[:, 1], near_relief(normalised, known).flatten(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[:, 0], normalised.flatten().clamp(-4, 4), atol=1e-3, rtol=1e-3)
+    assert normalised.max() > 10 and found[36, 0] == 4
+    # Normalised over the tokens, not over the map: a wall that no token looks at does not count.
+    near = DepthAtTokens(WIDTH, map_size=8).profile(depth, lambda maps: maps.flatten(2).mT[:, :30])[0, 1:, 0]
+    own = depth.flatten()[1:30]
+    own = (own - own.median()) / (own - own.median()).abs().mean()
+    torch.testing.assert_close(near, own, atol=1e-2, rtol=1e-2)
+    half = DepthAtTokens(WIDTH, map_size=8).profile(depth, lambda maps: F.avg_pool2d(maps, 2).flatten(2).mT)[0]
+    assert half[:, 2].tolist() == [0.75] + [1.0] * 15

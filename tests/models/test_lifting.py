@@ -259,3 +259,14 @@ def test_saved_weights_give_the_same_volume() -> None:
     assert not torch.equal(other(features), model(features))
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(features), model(features)) and other.exponent == 3
+
+
+def test_every_layer_of_the_encoder_is_run() -> None:
+    model, features = Lifting(12, 16, size=4, layers=2, heads=2).eval(), torch.randn(1, 12, 4, 4)
+    before = model(features)
+    for number in range(2):
+        last = model.encoder[number].feed_forward[-1].bias  # type: ignore[union-attr,index,operator]
+        with torch.no_grad():
+            last[3] += 1.0
+            assert (model(features) - before).abs().max() > 1e-2
+            last[3] -= 1.0

@@ -10,6 +10,7 @@ from small import awaken, free_body, people_block, small_config, small_pipeline
 
 from hmdiff.body.lbs_basis import lbs_basis
 from hmdiff.build import build_data, build_model, build_scheduler
+from hmdiff.models.part_denoiser import PartDenoiser, PartLinear
 from hmdiff.models.recovery import MeshRecoveryModel
 from hmdiff.pipeline import HMDiffPipeline
 from hmdiff.train.step import Draws, training_losses
@@ -131,3 +132,77 @@ def test_what_does_not_go_together_is_refused() -> None:
     ):
         with pytest.raises(Exception, match="section 'model'"):
             build_model(small_config("unused", *wrong), *free_body())
+
+
+def parts(**more: object) -> PartDenoiser:
+    basis = lbs_basis(free_body()[0], free_body()[1].coarse_ids).points
+    model = PartDenoiser(432, 24, 16, 1, 2, 8, aligned_context=True, scaled=("joints", "vertices"), **more)  # type: ignore[arg-type]
+    model.set_basis(basis)
+    return model
+
+
+def test_a_new_one_gives_no_mesh_and_every_part_has_its_own_layer() -> None:
+    model, tokens = parts(), torch.randn(3, 24, 16)
+    assert not model.decode(tokens, None, None).any()
+    layer = PartLinear(24, 16, 5)
+    awaken(layer)
+    expected = torch.stack([tokens[:, part] @ layer.weight[part] + layer.bias[part] for part in range(24)], 1)
+    torch.testing.assert_close(layer(tokens), expected)
+
+
+def test_context_is_added_to_the_part_that_it_is_of() -> None:
+    """Token 0 of the context is the camera's; the hypotheses of an image share its context."""
+    model = parts()
+    awaken(model)
+    tokens, context = torch.randn(4, 24, 16), torch.randn(2, 25, 8)
+    found = model.with_context(tokens, context)
+    assert model.from_context is not None
+    torch.testing.assert_close(found - tokens, model.from_context(context[:, 1:])[[0, 0, 1, 1]])
+    context[1, 6] += 1.0
+    changed = (model.with_context(tokens, context) - found).abs().amax(-1) > 1e-3
+    assert changed.nonzero().tolist() == [[2, 5], [3, 5]]
+
+
+def test_the_vertices_of_a_part_share_its_scale() -> None:
+    """A vertex belongs to the part with the most energy in its row of the basis."""
+    model = parts()
+    awaken(model)
+    model.set_basis(model.basis.clone())
+    energy = torch.stack([model.basis[:432, 4 * part : 4 * part + 4].square().sum(1) for part in range(24)])
+    owner = energy.argmax(0)
+    assert torch.equal(model.owner, owner) and len(owner.unique()) > 12
+    tokens = torch.randn(2, 24, 16)
+    before = model._scale(tokens)
+    tokens[:, 4] += torch.randn(16)
+    changed = {name: (value != before[name]).any(-1).any(0) for name, value in model._scale(tokens).items()}
+    assert torch.equal(changed["vertices"], owner == 4) and changed["joints"].nonzero().flatten().tolist() == [4]
+
+
+@torch.no_grad()
+def test_half_precision_rounds_no_coordinates() -> None:
+    model = parts()
+    awaken(model)
+    points, tokens, seen = torch.randn(2, 456, 3), torch.randn(2, 24, 16), []
+    model.read.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.embed(points)
+    written = model.decode(tokens, None, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.embed(points)
+        torch.testing.assert_close(model.decode(tokens, None, None), written)
+    torch.testing.assert_close(seen[1], seen[0])
+    assert seen[1].dtype == torch.float32
+
+
+@torch.no_grad()
+def test_the_full_mesh_comes_from_the_coordinates_of_the_coarse_one() -> None:
+    """Upsampling undoes taking the coarse vertices, moves with the mesh, and the keypoint regressor is of its mesh."""
+    (body, mesh), model = free_body(), built(PARTS)
+    basis = lbs_basis(body, mesh.coarse_ids)
+    full = basis.full @ torch.randn(2, basis.full.shape[1], 3)
+    coarse = full[:, mesh.coarse_ids]
+    found = model.upsample(coarse)
+    torch.testing.assert_close(found[:, mesh.coarse_ids], coarse, atol=1e-3, rtol=1e-3)
+    shift = torch.tensor([1.0, -2.0, 3.0])
+    torch.testing.assert_close(model.upsample(coarse + shift), found + shift, atol=1e-3, rtol=1e-3)
+    keypoints = model.keypoint_regressor(body) @ coarse
+    torch.testing.assert_close(keypoints, body.keypoints(found), atol=1e-3, rtol=1e-3)

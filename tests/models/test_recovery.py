@@ -219,3 +219,18 @@ def test_both_inputs_reach_the_network() -> None:
     camera = model.encode(image, heatmaps, valid)[1]
     assert (model.encode(1 - image, heatmaps, valid)[1] - camera).abs().max() > 1e-5
     assert (model.encode(image, heatmaps.flip(-1), valid)[1] - camera).abs().max() > 1e-5
+
+
+@torch.no_grad()
+def test_trained_interpolation_weights_are_normalised_and_coarse_vertices_copied() -> None:
+    """With any weights: upsampling moves with the mesh, and the keypoint regressor is that of the full mesh."""
+    (body, mesh), model = free_body(), small_pipeline().model
+    model.upsample_weight.copy_(torch.rand(model.upsample_weight.shape) + 0.1)
+    coarse, shift = torch.randn(2, model.config.num_coarse, 3), torch.tensor([1.0, -2.0, 3.0])
+    full = model.upsample(coarse)
+    assert torch.equal(full[:, mesh.coarse_ids], coarse)
+    torch.testing.assert_close(model.upsample(coarse + shift), full + shift, rtol=1e-4, atol=1e-4)
+    keypoints = model.keypoint_regressor(body) @ coarse
+    torch.testing.assert_close(keypoints, body.keypoints(full), rtol=1e-4, atol=1e-4)
+    support = torch.isin(body.keypoint_support(), mesh.coarse_ids)
+    assert support.any() and not support.all()
