@@ -155,7 +155,7 @@ class Crop:
 
     def _broadcast(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         between = (1,) * (points.dim() - 2)
-        crop = self.to(points)
+        crop = self if self.side.dtype == points.dtype and self.side.device == points.device else self.to(points)
         return (
             crop.turn().reshape(len(self), *between, 2, 2),
             crop.center.reshape(len(self), *between, 2),
