@@ -15,8 +15,8 @@ from hmdiff.build import build_data
 from hmdiff.config import EstimatorFaults
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import (
-    _SPLIT_SCENES,
     GUESS,
+    SPLIT_SCENES,
     SPLITS,
     SceneOptions,
     SyntheticHumans,
@@ -201,7 +201,7 @@ def test_calibration_takes_the_scenes_of_the_tests_in_turn_with_people_of_its_ow
     monkeypatch.setattr(SyntheticHumans, "_camera", watched)
     blocks = [source.block("calibration", number) for number in range(6)]
     tests = [split for split in SPLITS if split.startswith("test")]
-    assert seen == [_SPLIT_SCENES[split] for split in [*tests, tests[0]]]
+    assert seen == [SPLIT_SCENES[split] for split in [*tests, tests[0]]]
     for split, block in zip(tests, blocks, strict=False):
         assert not torch.allclose(block.joints_3d, source.block(split, 0).joints_3d)
     assert not torch.allclose(blocks[0].joints_3d, blocks[5].joints_3d)

@@ -56,7 +56,7 @@ class SceneOptions:
 
 # Wider than `val` and `test`, which stay unchanged for comparability: covers photos and the tail.
 TRAIN_SCENE = SceneOptions(postures=0.25, wide=True, truncated=0.18, truncation=(0.3, 0.85))
-_SPLIT_SCENES = {
+SPLIT_SCENES = {
     "val": SceneOptions(),
     "test": SceneOptions(),
     "test_occluded": SceneOptions(occluded=1.0, occluders=2, occluder_size=(0.3, 0.6)),
@@ -66,7 +66,7 @@ _SPLIT_SCENES = {
 }
 # `calibration` alternates between these scenes by block, with separate people: the spread must be calibrated on all
 # kinds of photos, but not on test people.
-_CALIBRATION = tuple(_SPLIT_SCENES[split] for split in SPLITS if split.startswith("test"))
+_CALIBRATION = tuple(SPLIT_SCENES[split] for split in SPLITS if split.startswith("test"))
 _SAME_PEOPLE_AS = {"test_guessed": "test_occluded"}  # the same people behind the same occluders
 
 
@@ -130,9 +130,9 @@ class SyntheticHumans:
         number: int,
     ) -> Sample:
         """The people of one block. Raises `UserError` for an unknown stream."""
-        if stream not in ("train", "calibration") and stream not in _SPLIT_SCENES:
+        if stream not in ("train", "calibration") and stream not in SPLIT_SCENES:
             raise UserError(f"split {stream!r} is not known; choose one of train, {', '.join(SPLITS)}")
-        scene = _SPLIT_SCENES.get(stream, TRAIN_SCENE)
+        scene = SPLIT_SCENES.get(stream, TRAIN_SCENE)
         if stream == "calibration":
             scene = _CALIBRATION[number % len(_CALIBRATION)]
         faults = self.faults if scene.guess is None else dataclasses.replace(self.faults, hidden=scene.guess)
