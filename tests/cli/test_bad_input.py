@@ -171,6 +171,7 @@ def test_checkpoint(
     assert str(folder) in line and message in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

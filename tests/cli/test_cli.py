@@ -208,6 +208,7 @@ def test_focal_and_sampler_reach_the_pipeline(checkpoint: Path, tmp_path: Path) 
         assert np.abs(found[name]["vertices"] - found["a"]["vertices"]).max() > 1e-4, name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_sheet")
 def test_one_bad_photo_does_not_keep_the_others(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -56,6 +56,7 @@ def sampled(folders, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_depth_is_read_and_its_unit_does_not_matter(folders, sampled, scene, capsys):
     np.save(folders / "metres.npy", scene)
     np.savez(folders / "millimetres.npz", depth=1000 * scene.astype(np.float64))

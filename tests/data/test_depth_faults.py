@@ -94,6 +94,7 @@ def test_labels_are_those_of_the_pictures():
     assert both.image.shape[-1] == 24 and torch.equal(both.depth, mapped.depth)
 
 
+@pytest.mark.slow
 def test_the_config_asks_for_maps():
     body, mesh = free_body()
     assert build_data(small_config(), body, mesh).block("train", 0).depth is None

@@ -89,6 +89,7 @@ def test_a_block_is_a_function_of_seed_stream_and_number(drawn, sample):
     assert sample.image.min() >= 0 and sample.image.max() <= 1 and sample.image.std() > 0.1
 
 
+@pytest.mark.slow
 def test_training_people_and_those_with_the_full_mesh_look_alike(body, mesh, sample):
     assert torch.equal(people(body, mesh, image_size=SIZE).block("train", 0).image, sample.image)
 

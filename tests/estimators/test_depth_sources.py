@@ -288,6 +288,7 @@ def test_a_network_gives_negative_disparity_of_the_photo_s_size(network):
     torch.testing.assert_close(estimator(images[1:]), found[1:], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_transformers
 def test_a_metric_network_gives_depth(network, tmp_path):
     import json

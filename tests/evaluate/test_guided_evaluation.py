@@ -86,6 +86,7 @@ def test_strength_zero_is_none(run: Callable[..., int], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "small_test.json").read_text())["guided_by"] is None
 
 
+@pytest.mark.slow
 def test_by_a_protocol(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,6 +179,7 @@ def test_vertices_behind_a_box_are_hidden(mapped: SyntheticHumans) -> None:
         vertex_groups(dataclasses.replace(sample, vertices=None), faces)
 
 
+@pytest.mark.slow
 def test_the_maps_occlusion_is_that_of_the_keypoints(mapped: SyntheticHumans) -> None:
     sample = mapped.block("test_occluded", 0)
     inside = (sample.joints_2d.abs() < 0.98).all(-1)

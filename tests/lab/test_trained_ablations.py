@@ -197,6 +197,7 @@ def test_what_is_trained_is_not_trained_again(tmp_path: Path) -> None:
     assert [is_done(run) for run in plan.runs] == [True, False, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stop_at", "kill_at"])
 def test_a_stopped_training_goes_on(tmp_path: Path, how: str) -> None:
     plan = tiny_plan(tmp_path)

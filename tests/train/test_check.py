@@ -101,6 +101,7 @@ def test_recorded_people(shards: Path, tmp_path: Path) -> None:
     assert numbers["seconds_a_step"] == pytest.approx(numbers["step_seconds"] + loading)
 
 
+@pytest.mark.slow
 def test_a_mixture(shards: Path, tmp_path: Path) -> None:
     source = f"data.sources=[{{path: {shards}, same_body: true, weight: 3}}, synthetic]"
     words = recorded(shards, "data.kind=mixture", source)
@@ -347,6 +348,7 @@ def test_balance(
 # ---- the command ----
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--dry-run", *SMALL, "output=here"]) == 0
@@ -366,6 +368,7 @@ def test_only_the_main_process_prints(capsys: pytest.CaptureFixture[str]) -> Non
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_given_config_is_left_as_it_was(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", "training.compile=true")
     save_config(config, tmp_path / "before.yaml")
@@ -374,12 +377,14 @@ def test_the_given_config_is_left_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "before.yaml").read_text() == (tmp_path / "after.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_it_starts_from_a_pipeline(tmp_path: Path) -> None:
     small_pipeline().save_pretrained(tmp_path / "start")
     result = dry_run(small_config(tmp_path / "run", f"training.start_from={tmp_path / 'start'}"))
     assert not result.failures
 
 
+@pytest.mark.slow
 def test_gates_that_start_at_zero_hide_no_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero-initialised gates block gradients in the first steps; the check must not blame the data."""
     monkeypatch.setattr(module, "_TIMED_STEPS", 0)  # as on a slow machine, where one step exceeds the time limit

@@ -497,6 +497,7 @@ def test_looking_changes_nothing(tmp_path: Path, quick: None, uninterrupted: Pat
     assert_same(checkpoint(tmp_path, STEPS), checkpoint(uninterrupted, STEPS))
 
 
+@pytest.mark.slow
 def test_another_experiment_in_the_same_folder_is_refused(tmp_path: Path, quick: None, uninterrupted: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")
     for override, part in (("model.width=64", "model"), ("seed=3", "seed"), ("loss.camera=0.5", "loss")):

@@ -103,6 +103,7 @@ def test_a_lone_jump_is_filled_in_and_said(tmp_path: Path) -> None:
     assert float((rough.translation - expected.translation).abs().max()) > 0.1
 
 
+@pytest.mark.slow
 def test_a_damaged_frame_is_one_note(tmp_path: Path) -> None:
     found = run(write_clip(tmp_path / "clip.avi", 10, "MJPG", damaged=4))
     assert found.notes == (f"{found.info.path}: 1 frames could not be decoded, the first before frame 4; left out",)
