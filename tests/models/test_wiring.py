@@ -69,7 +69,7 @@ def test_sizes_and_options_reach_every_block() -> None:
     model = built(*config, "model.rle=[joints]")
     denoisers = [each for each in model.denoisers if isinstance(each, MeshDenoiser)]
     assert [block.feed_forward[0].out_features for each in denoisers for block in each.blocks] == [96, 96]  # type: ignore[union-attr,index,operator]
-    assert [block.feed_forward[0].out_features for block in model.encoder] == [160]  # type: ignore[union-attr,index,operator]
+    assert [block.feed_forward[0].out_features for block in model.encoder] == [160]  # type: ignore[union-attr,index,operator,attr-defined]
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     assert len(attentions) == 5 and all(attention.sharpness is not None for attention in attentions)
     assert [list(each.to_scale) for each in denoisers] == [[], ["joints"]]  # σ̂ is of the last denoiser's mean
