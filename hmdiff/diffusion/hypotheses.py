@@ -181,7 +181,8 @@ def _person_modes(points: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]: 
         from scipy.cluster.hierarchy import fcluster, linkage  # slow import
 
         tree = linkage(points.numpy(), "ward")
-        groups = torch.from_numpy(fcluster(tree, count, "maxclust")).long()
+        most = min(count, len(points.unique(dim=0)))  # scipy splits copies where it may have as many groups as points
+        groups = torch.from_numpy(fcluster(tree, most, "maxclust")).long()
     distance = (points[:, None] - points[None]).norm(dim=-1)
     members = [(groups == group).nonzero()[:, 0] for group in groups.unique()]
     # Ties are broken by the lowest hypothesis index.
