@@ -261,7 +261,7 @@ def write_picture(
         return picture, vertices.cpu(), translation.cpu(), output.spread[0].cpu()
 
     rows = [row(person.picture, found.unoccluded), row(draw_patch(person.picture, centre[0], found.half), covered)]
-    sheet = hidden_sheet(rows, found.unoccluded.faces.cpu(), focal, principal, ["all is seen", "behind a patch"])
+    sheet = hidden_sheet(rows, found.unoccluded.faces.cpu(), focal, principal, ["unoccluded", "behind a patch"])
     save_picture(path, sheet)
     spreads = f"spread {found.unoccluded_spread:.0f} mm without, {float(found.spread[place]):.0f} mm behind the patch"
     return f"{path}: {person.name}, {spreads}{_joints(found, place)}"

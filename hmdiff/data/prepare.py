@@ -29,7 +29,9 @@ from hmdiff.data.record import Reader, Record
 from hmdiff.data.shards import PreparedShards, ShardWriter
 from hmdiff.errors import UserError
 from hmdiff.files.images import open_image
+from hmdiff.files.locks import claim
 from hmdiff.files.reading import read_bytes
+from hmdiff.files.storage import make_folder
 from hmdiff.heatmaps.distribution import BOX_PADDING
 
 MARGIN = 1.8  # at least 1.25 * sqrt 2
@@ -88,19 +90,21 @@ def prepare_dataset(
         settings |= {"depth": depth_name, "masks": masks}
     if mask_name:
         settings["masks of"] = mask_name
-    writer = ShardWriter(folder, settings, shard_records)
-    maps: dict[str, int] = {}
-    expected = reader.count()
-    already_written = writer.records
-    if expected == 0:
-        raise UserError(f"{source or reader.name}: no record in it; check the folder and the split")
-    if not writer.complete:
-        counts = _write(
-            reader, writer, expected, _Cropper(margin, resolution, quality, depth, masks, mask_function), workers
-        )
-        writer.finish({"summary": list(reader.summary)})
-        requested = {"depth": depth is not None, "masks": mask_function is not None}
-        maps = {f"with {what}, of those new": count for what, count in counts.items() if count or requested[what]}
+    folder = make_folder(folder)
+    with claim(folder, "wait for it, or give another folder", name=None):
+        writer = ShardWriter(folder, settings, shard_records)
+        maps: dict[str, int] = {}
+        expected = reader.count()
+        already_written = writer.records
+        if expected == 0:
+            raise UserError(f"{source or reader.name}: no record in it; check the folder and the split")
+        if not writer.complete:
+            counts = _write(
+                reader, writer, expected, _Cropper(margin, resolution, quality, depth, masks, mask_function), workers
+            )
+            writer.finish({"summary": list(reader.summary)})
+            requested = {"depth": depth is not None, "masks": mask_function is not None}
+            maps = {f"with {what}, of those new": count for what, count in counts.items() if count or requested[what]}
     prepared = PreparedShards(folder)
     if len(prepared) != expected:
         raise UserError(f"{folder}: {len(prepared)} records are prepared, the source has {expected}; remove the folder")

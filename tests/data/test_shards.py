@@ -23,6 +23,7 @@ from hmdiff.data.record_crops import read_crop
 from hmdiff.data.shards import INDEX, PreparedShards, RecordFiles, ShardWriter
 from hmdiff.data.transforms import Augmentation, crop_affine, map_points
 from hmdiff.errors import UserError
+from hmdiff.files.locks import try_claim
 from hmdiff.lab.loading import Crops, compare_loading, measure_loading
 
 
@@ -188,6 +189,18 @@ def test_another_source_or_setting_is_refused(tmp_path: Path) -> None:
     prepare_dataset(ListReader(records), tmp_path / "out", **settings)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"10 records are prepared, the source has 5; remove the folder"):
         prepare_dataset(ListReader(records[:5]), tmp_path / "out", **settings)  # type: ignore[arg-type]
+
+
+def test_another_process_in_the_folder_is_refused(tmp_path: Path) -> None:
+    records = make_records(tmp_path, 3, photos=False)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with try_claim(folder, None) as mine:
+        assert mine
+        with pytest.raises(UserError, match="another process works in it; wait for it"):
+            prepare_dataset(ListReader(records), folder)
+    assert not list(folder.iterdir())
+    assert prepare_dataset(ListReader(records), folder)["records"] == 3
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
