@@ -48,7 +48,7 @@ class Augment:
 
 
 @dataclasses.dataclass
-class EstimatorFaults:
+class HeatmapCorruption:
     """Corruption of synthetic keypoints as by a pose estimator, see hmdiff/data/synthetic/corruption.py.
 
     Lengths are in crop half-sides (1 = half the crop), rates are probabilities.
@@ -68,8 +68,8 @@ class EstimatorFaults:
 
 
 @dataclasses.dataclass
-class DepthFaults:
-    """Corruption of synthetic depth maps as by a depth network, see hmdiff/data/synthetic/depth_faults.py."""
+class DepthCorruption:
+    """Corruption of synthetic depth maps as by a depth network, see hmdiff/data/synthetic/depth_corruption.py."""
 
     none: bool = False  # True: no corruption, the rendered depth
     scene: bool = True  # render wall, floor and occluders too; False: the body only, NaN elsewhere
@@ -97,8 +97,8 @@ class DataConfig:
     image_size: int = 224  # of rendered pictures, if the model reads images
     pictures: bool = False  # render pictures for every model: silhouettes and depth maps are labels too
     map_size: int = 0  # size of silhouettes and depth maps, with or without pictures; 0: the pictures' size
-    depth_faults: DepthFaults = dataclasses.field(default_factory=DepthFaults)
-    faults: EstimatorFaults = dataclasses.field(default_factory=EstimatorFaults)
+    depth_faults: DepthCorruption = dataclasses.field(default_factory=DepthCorruption)
+    faults: HeatmapCorruption = dataclasses.field(default_factory=HeatmapCorruption)
     label_noise: float = 0.0  # metres, noise added to training labels, see hmdiff/data/label_noise.py
     workers: int = 0  # data loading processes
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hmdiff.body.body import Body
 from hmdiff.body.skeletons import HALPE26
-from hmdiff.config import Augment, EstimatorFaults
+from hmdiff.config import Augment, HeatmapCorruption
 from hmdiff.data.labelled_bodies import LabelledBodies, PosedBodies
 from hmdiff.data.person_maps import crop_depth, crop_mask, map_fields
 from hmdiff.data.record import Record
@@ -81,7 +81,7 @@ class RecordedPeople:
         full_mesh: bool = False,
         image_size: int | None = None,  # S of the images; None: images are not read
         augment: Augment | None = None,  # for the stream `train`
-        faults: EstimatorFaults | None = None,
+        corruption: HeatmapCorruption | None = None,
         heatmaps: str | Path = "faults",  # "faults", "labels" (as they are), "none", or a folder of NAME.npz
         same_body: bool = False,  # see LabelledBodies
         numbers: np.ndarray | None = None,  # (N,) selected records of the store; None: all
@@ -89,7 +89,7 @@ class RecordedPeople:
     ) -> None:
         self.store, self.body, self.map_size = store, body, map_size
         self.block_size, self.seed, self.full_mesh, self.image_size = block_size, seed, full_mesh, image_size
-        self.augment, self.faults = augment or Augment(), faults or EstimatorFaults()
+        self.augment, self.corruption = augment or Augment(), corruption or HeatmapCorruption()
         self._occluder_sampler = OccluderSampler(self.augment)
         self.heatmaps = heatmaps
         if heatmaps not in ("faults", "labels", "none") and not Path(heatmaps).is_dir():
@@ -342,7 +342,7 @@ class RecordedPeople:
             face_visible = torch.ones_like(labelled)
             complete = fields["has_keypoints_3d"].all(-1)
             face_visible[complete] = face_visibility(fields["keypoints_3d"][complete])
-            values, valid = estimate_heatmaps(points, labelled & ~occluded, face_visible, self.faults, generator)
+            values, valid = estimate_heatmaps(points, labelled & ~occluded, face_visible, self.corruption, generator)
             return values * labelled[..., None, None], valid & labelled
         loaded = [read_heatmaps(Path(self.heatmaps), p.record, p.affine, p.augmentation) for p in people]
         values = torch.cat([values for values, _ in loaded])

@@ -10,22 +10,28 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, joint_indices, mirror_permutation
-from hmdiff.config import EstimatorFaults
+from hmdiff.config import HeatmapCorruption
 from hmdiff.data.synthetic.corruption import estimate_heatmaps, estimate_peaks, face_visibility, two_gaussians
 from hmdiff.heatmaps import gaussian_heatmaps, heatmap_peaks
 
-NONE = EstimatorFaults(
+NONE = HeatmapCorruption(
     jitter=0.0, missing=0.0, missing_hidden=0.0, second_peak=0.0, swap=0.0, exact=0.0, all_joints=True
 )
 JOINTS = len(HALPE26)
 MIRROR = mirror_permutation(HALPE26)
 
 
-def run(faults: EstimatorFaults, n: int = 64, points: Tensor | None = None, **hidden: Tensor) -> tuple[Tensor, Tensor]:
+def run(
+    corruption: HeatmapCorruption, n: int = 64, points: Tensor | None = None, **hidden: Tensor
+) -> tuple[Tensor, Tensor]:
     points = places(n) if points is None else points
     seen = torch.ones(n, JOINTS, dtype=torch.bool)
     return estimate_heatmaps(
-        points, hidden.get("visible", seen), hidden.get("face_visible", seen), faults, torch.Generator().manual_seed(2)
+        points,
+        hidden.get("visible", seen),
+        hidden.get("face_visible", seen),
+        corruption,
+        torch.Generator().manual_seed(2),
     )
 
 
@@ -50,9 +56,9 @@ def test_two_peaks_are_a_sum_of_gaussians() -> None:
 
 
 def test_peaks_are_as_wide_as_they_were_asked_for() -> None:
-    faults = dataclasses.replace(NONE, narrowest=1.0, widest=1.2)
+    corruption = dataclasses.replace(NONE, narrowest=1.0, widest=1.2)
     seen = torch.ones(64, JOINTS, dtype=torch.bool)
-    peaks, *_ = estimate_peaks(places(), seen, seen, faults, torch.Generator().manual_seed(2))
+    peaks, *_ = estimate_peaks(places(), seen, seen, corruption, torch.Generator().manual_seed(2))
     width = peaks[..., 0, 3].median(1).values  # per person; single joints vary by a tenth
     assert 0.95 < width.min() < 1.05 and 1.15 < width.max() < 1.25
 
@@ -167,7 +173,7 @@ def test_the_far_side_of_a_head_is_hidden() -> None:
 
 
 def test_one_seed_one_result() -> None:
-    faults = EstimatorFaults()
-    first, second = run(faults), run(faults)
+    corruption = HeatmapCorruption()
+    first, second = run(corruption), run(corruption)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert (first[0].flatten(2).amax(-1) > 0)[~first[1]].sum() == 0

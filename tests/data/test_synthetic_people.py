@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.build import build_data
-from hmdiff.config import EstimatorFaults
+from hmdiff.config import HeatmapCorruption
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.people import (
     GUESS,
@@ -166,9 +166,9 @@ def test_the_occluded_split_hides_more_and_the_tail_is_farther_out() -> None:
 
 
 def test_exact_people_have_their_peaks_at_their_keypoints() -> None:
-    faults = EstimatorFaults(exact=1.0, all_joints=True)
+    corruption = HeatmapCorruption(exact=1.0, all_joints=True)
     body, mesh = free_body()
-    exact = SyntheticHumans(body, people().poses, mesh.coarse_ids, 16, faults=faults)
+    exact = SyntheticHumans(body, people().poses, mesh.coarse_ids, 16, corruption=corruption)
     sample = exact.block("train", 0)
     assert sample.heatmaps is not None and sample.joints_2d is not None and sample.visible is not None
     from hmdiff.heatmaps import heatmap_peaks

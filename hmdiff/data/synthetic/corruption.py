@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.skeletons import COCO17, HALPE26, LSP14, OPENPOSE25, mirror_permutation
-from hmdiff.config import EstimatorFaults
+from hmdiff.config import HeatmapCorruption
 from hmdiff.heatmaps.distribution import HEATMAP_SIZE
 
 _NAMES = HALPE26
@@ -60,11 +60,11 @@ def estimate_heatmaps(
     points: Tensor,  # (n, J, 2) true keypoints, crop coordinates
     visible: Tensor,  # (n, J) bool: not behind an occluder
     face_visible: Tensor,  # (n, J) bool
-    faults: EstimatorFaults,
+    corruption: HeatmapCorruption,
     generator: torch.Generator,  # CPU
 ) -> tuple[Tensor, Tensor]:  # heatmaps (n, J, 64, 64), valid (n, J) bool
     """The peaks of `estimate_peaks`, drawn as heatmaps."""
-    peaks, confidence, valid = estimate_peaks(points, visible, face_visible, faults, generator)
+    peaks, confidence, valid = estimate_peaks(points, visible, face_visible, corruption, generator)
     heatmaps = two_gaussians(peaks[..., :2], peaks[..., 2], peaks[..., 0, 3])
     heatmaps = heatmaps * (confidence / heatmaps.amax((-2, -1)).clamp_min(1e-6))[..., None, None]
     return heatmaps * valid[..., None, None], valid
@@ -74,7 +74,7 @@ def estimate_peaks(
     points: Tensor,  # (n, J, 2) true keypoints, crop coordinates
     visible: Tensor,  # (n, J) bool: not behind an occluder
     face_visible: Tensor,  # (n, J) bool
-    faults: EstimatorFaults,
+    corruption: HeatmapCorruption,
     generator: torch.Generator,  # CPU
 ) -> tuple[Tensor, Tensor, Tensor]:  # peaks (n, J, 2, 4), confidence (n, J), valid (n, J) bool
     """Heatmaps as sums of two Gaussians: x, y (crop), height relative to the other, sigma (heatmap pixels).
@@ -90,8 +90,8 @@ def estimate_peaks(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    exact = uniform(n, 1) < faults.exact
-    level = faults.jitter * (0.5 * normal(n, 1)).exp()
+    exact = uniform(n, 1) < corruption.exact
+    level = corruption.jitter * (0.5 * normal(n, 1)).exp()
     level = torch.where(exact, 0.3 * level, level)
     level = level * torch.where(_HIPS.to(device), 1.8, 1.0) * torch.where(visible & face_visible, 1.0, 2.5)
     # Heavy tails: a few joints are far off.
@@ -99,7 +99,7 @@ def estimate_peaks(
     main = points + (level * torch.where(exact, 1.0, tail))[..., None] * normal(n, joints, 2)
 
     other, relative_height = main, torch.zeros(n, joints, device=device)
-    has_second = (uniform(n, joints) < faults.second_peak) & ~exact
+    has_second = (uniform(n, joints) < corruption.second_peak) & ~exact
     second_position = torch.where(
         (uniform(n, joints) < 0.5)[..., None], main[:, _MIRROR.to(device)], main + 0.25 * normal(n, joints, 2)
     )
@@ -110,7 +110,7 @@ def estimate_peaks(
     kind = uniform(n, 1)
     arms, legs = _ARMS.to(device), _LEGS.to(device)
     swapped_limb = torch.where(kind < 0.4, legs, torch.where(kind < 0.7, arms, arms | legs))
-    is_swapped = (uniform(n, 1) < faults.swap) & ~exact & swapped_limb
+    is_swapped = (uniform(n, 1) < corruption.swap) & ~exact & swapped_limb
     as_two_peaks = uniform(n, 1) < 0.5
     mirrored = main[:, _MIRROR.to(device)]
     other = torch.where((is_swapped & as_two_peaks)[..., None], mirrored, other)
@@ -120,23 +120,23 @@ def estimate_peaks(
     confidence = (1 - 0.15 * normal(n, joints).abs()).clamp(0.3, 1)
     confidence = confidence * torch.where(visible & face_visible, 1.0, 0.25 + 0.6 * uniform(n, joints))
     confidence = confidence * (0.75 + 0.25 * uniform(n, 1))
-    missing = uniform(n, joints) < torch.where(exact, 0.0, torch.tensor(faults.missing, device=device))
-    missing |= (uniform(n, joints) < faults.missing_hidden) & ~visible
+    missing = uniform(n, joints) < torch.where(exact, 0.0, torch.tensor(corruption.missing, device=device))
+    missing |= (uniform(n, joints) < corruption.missing_hidden) & ~visible
     missing |= (uniform(n, joints) < 0.75) & ~face_visible
     missing |= (main.abs() > 1.0).any(-1)  # an estimator does not see outside the crop
     confidence = torch.where(missing, 0.0, confidence)
 
-    sources = _WIDE_SOURCES if faults.few_joints else _SOURCES
+    sources = _WIDE_SOURCES if corruption.few_joints else _SOURCES
     source = torch.multinomial(
         torch.tensor([frequency for _, frequency in sources]), n, replacement=True, generator=generator
     )
     joint_in_source = torch.tensor([[name in names for name in _NAMES] for names, _ in sources])
-    valid = joint_in_source[source].to(device) | faults.all_joints
+    valid = joint_in_source[source].to(device) | corruption.all_joints
 
-    width = faults.narrowest + (faults.widest - faults.narrowest) * uniform(n, 1)
+    width = corruption.narrowest + (corruption.widest - corruption.narrowest) * uniform(n, 1)
     sigma = width * (0.1 * normal(n, joints)).exp()
-    if faults.hidden > 0:  # drawn last, so that without guesses the random numbers are unchanged
-        hidden_std = faults.hidden * (0.3 * normal(n, joints)).exp()
+    if corruption.hidden > 0:  # drawn last, so that without guesses the random numbers are unchanged
+        hidden_std = corruption.hidden * (0.3 * normal(n, joints)).exp()
         is_guess = ~visible & ~exact
         is_wide = (uniform(n, 1) < 0.5) & is_guess
         guess_position = points + hidden_std[..., None] * normal(n, joints, 2)

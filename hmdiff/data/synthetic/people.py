@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.body import Body
-from hmdiff.config import DepthFaults, EstimatorFaults
+from hmdiff.config import DepthCorruption, HeatmapCorruption
 from hmdiff.data.sample import Sample
 from hmdiff.data.synthetic.corruption import (
     estimate_heatmaps,
@@ -94,17 +94,17 @@ class SyntheticHumans:
         block_size: int = 32,
         seed: int = 0,
         full_mesh: bool = False,  # also give all vertices (evaluation, rendering)
-        faults: EstimatorFaults | None = None,
+        corruption: HeatmapCorruption | None = None,
         device: torch.device | str = "cpu",
         image_size: int | None = None,  # S: also image, silhouette, depth (each S x S) and visible_fraction
         map_size: int | None = None,  # size of silhouette, depth and depth_input, drawn with or without images
-        depth_faults: DepthFaults | None = None,  # corruption of depth_input
+        depth_corruption: DepthCorruption | None = None,  # corruption of depth_input
         occluder_sampler: OccluderSampler | None = None,  # additional occluders in the stream `train`
         training_poses: PoseMixture | None = None,  # for the stream `train`, from more recordings; None: `poses`
         peaks: bool = False,  # stream `train`: `Sample.peaks` instead of heatmaps, whose drawing dominated the time
     ) -> None:
         self.block_size, self.seed, self.full_mesh = block_size, seed, full_mesh
-        self.faults = faults or EstimatorFaults()
+        self.corruption = corruption or HeatmapCorruption()
         self.poses, self.training_poses = poses, training_poses or poses
         self.occluder_sampler, self.peaks = occluder_sampler, peaks
         self.device = torch.device(device)
@@ -115,7 +115,7 @@ class SyntheticHumans:
         self.image_size = image_size
         self._image_renderer = None if image_size is None else ImageRenderer(body, image_size, self.device)
         self.map_size = map_size
-        self._map_renderer = None if map_size is None else MapRenderer(body, map_size, depth_faults, self.device)
+        self._map_renderer = None if map_size is None else MapRenderer(body, map_size, depth_corruption, self.device)
         if full_mesh:
             self.body = body.to(self.device)
             self._coarse = coarse_ids.to(self.device)
@@ -135,8 +135,10 @@ class SyntheticHumans:
         scene = SPLIT_SCENES.get(stream, TRAIN_SCENE)
         if stream == "calibration":
             scene = _CALIBRATION[number % len(_CALIBRATION)]
-        faults = self.faults if scene.guess is None else dataclasses.replace(self.faults, hidden=scene.guess)
-        faults = dataclasses.replace(faults, few_joints=faults.few_joints or scene.wide)
+        corruption = (
+            self.corruption if scene.guess is None else dataclasses.replace(self.corruption, hidden=scene.guess)
+        )
+        corruption = dataclasses.replace(corruption, few_joints=corruption.few_joints or scene.wide)
         stream = _SAME_PEOPLE_AS.get(stream, stream)
         seed = self.seed if stream == "train" else 0
         generator = block_generator(seed, stream, number)
@@ -170,7 +172,7 @@ class SyntheticHumans:
             occluders = CombinedOccluders.of(occluders, training_occluders)
         visible = ~occluders.cover(points)
         heatmaps = peaks = None
-        estimator_inputs = (points, visible, face_visibility(keypoints), faults, generator)
+        estimator_inputs = (points, visible, face_visibility(keypoints), corruption, generator)
         if self.peaks and stream == "train":
             peak_parameters, confidence, valid = estimate_peaks(*estimator_inputs)
             peaks = scaled_peaks(peak_parameters, confidence)

@@ -16,9 +16,9 @@ from torch import Tensor
 from hmdiff.body.body import Body
 from hmdiff.body.mesh import MeshSampler
 from hmdiff.body.mesh_cache import load_mesh
-from hmdiff.config import DepthFaults
+from hmdiff.config import DepthCorruption
 from hmdiff.data.synthetic.appearance import Clothing, render_photo
-from hmdiff.data.synthetic.depth_faults import estimate_depth
+from hmdiff.data.synthetic.depth_corruption import estimate_depth
 from hmdiff.data.synthetic.depth_scene import compose_depth
 from hmdiff.data.synthetic.draws import grid
 from hmdiff.errors import UserError
@@ -141,14 +141,14 @@ class MapRenderer:
         self,
         body: Body,
         size: int,  # S pixels
-        faults: DepthFaults | None = None,
+        corruption: DepthCorruption | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if body.faces is None:
             raise UserError(f"body {body.name!r} has no faces, so no depth can be drawn of it; give data.map_size=0")
         if size < 16:
             raise UserError(f"data.map_size {size}: 0, or at least 16 pixels, is expected")
-        self.size, self.faults = size, faults or DepthFaults()
+        self.size, self.corruption = size, corruption or DepthCorruption()
         mesh = _render_mesh(body)
         self.body = body.select(mesh.coarse_ids.to(body.v_template.device)).to(device)
         self.faces = mesh.coarse_faces.to(device)
@@ -169,9 +169,9 @@ class MapRenderer:
         body = depth > 0
         occlusion = boxes.mask(self.size) > 0.5
         visible_fraction = (body & ~occlusion).sum((1, 2)) / body.sum((1, 2)).clamp_min(1)
-        scene = compose_depth(depth, occlusion, vertices, focal, principal_point, generator, self.faults.scene)
+        scene = compose_depth(depth, occlusion, vertices, focal, principal_point, generator, self.corruption.scene)
         return RenderedMaps(
-            body.to(depth.dtype), depth, visible_fraction, occlusion, estimate_depth(scene, self.faults, generator)
+            body.to(depth.dtype), depth, visible_fraction, occlusion, estimate_depth(scene, self.corruption, generator)
         )
 
 

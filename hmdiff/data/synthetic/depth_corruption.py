@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmdiff.config import DepthFaults
+from hmdiff.config import DepthCorruption
 from hmdiff.data.synthetic.draws import gaussian, grid, uniform
 
 _SPOTS = 3  # maximum number of missing regions of a person
@@ -21,11 +21,11 @@ _SPOTS = 3  # maximum number of missing regions of a person
 
 def estimate_depth(
     depth: Tensor,  # (n, S, S) metres, NaN = empty
-    faults: DepthFaults,
+    corruption: DepthCorruption,
     generator: torch.Generator,  # CPU
 ) -> Tensor:  # (n, S, S) larger = farther, arbitrary unit, NaN = unknown
     """A network's possible prediction for these scenes."""
-    if faults.none:
+    if corruption.none:
         return depth
     n, size = depth.shape[:2]
     device = depth.device
@@ -38,36 +38,36 @@ def estimate_depth(
     known = depth.isfinite()
     values = torch.where(known, depth, 0.0)
     count = known.flatten(1).sum(1).clamp_min(1)[:, None, None]
-    inverted = (random[:, 0] < faults.disparity)[:, None, None] & known
+    inverted = (random[:, 0] < corruption.disparity)[:, None, None] & known
     values = torch.where(inverted, -1 / torch.where(inverted, values, 1.0), values)
     # Relative to the map's mean and spread, so that corruptions are the same in depth and in disparity.
     mean = values.sum((1, 2), keepdim=True) / count
     values = torch.where(known, values - mean, 0.0)
     spread = (values.square().sum((1, 2), keepdim=True) / count).sqrt()
     bending = F.interpolate(smooth[:, :1], (size, size), mode="bicubic", align_corners=False)[:, 0]
-    values = values + faults.bend * spread * bending
+    values = values + corruption.bend * spread * bending
 
     # A smooth displacement field: where depth is discontinuous, the edge moves.
     x, y = grid(size, size, device)
     shift = 0.5 * F.interpolate(smooth[:, 1:], (size, size), mode="bicubic", align_corners=False)
-    shift = faults.edges * (shift + 0.9 * F.interpolate(fine, (size, size), mode="bicubic", align_corners=False))
+    shift = corruption.edges * (shift + 0.9 * F.interpolate(fine, (size, size), mode="bicubic", align_corners=False))
     positions = torch.stack([x + shift[:, 0], y + shift[:, 1]], -1)
     layers = torch.stack([torch.where(known, values, 0.0), known.to(values.dtype)], 1)
     layers = F.grid_sample(layers, positions, padding_mode="border", align_corners=False)
-    layers = _blurred(layers, faults.blur * random[:, 1] * (size / 2))
+    layers = _blurred(layers, corruption.blur * random[:, 1] * (size / 2))
     known = layers[:, 1] >= 0.5
-    values = layers[:, 0] / layers[:, 1].clamp_min(1e-6) + faults.grain * random[:, 2, None, None] * spread * grain
+    values = layers[:, 0] / layers[:, 1].clamp_min(1e-6) + corruption.grain * random[:, 2, None, None] * spread * grain
 
     # Unknown ellipses: a real map is unknown on glass, in the sky, or where two networks disagree.
-    has_spot = (random[:, 3] < faults.missing)[:, None] & (
+    has_spot = (random[:, 3] < corruption.missing)[:, None] & (
         torch.arange(_SPOTS, device=device) < _SPOTS * random[:, 4, None]
     )
     center, half = 2 * spots[..., :2] - 1, 0.08 + 0.4 * spots[..., 2:]
     dx_squared = ((x[:, None] - center[..., 0, None, None]) / half[..., 0, None, None]).square()
     dy_squared = ((y[:, None] - center[..., 1, None, None]) / half[..., 1, None, None]).square()
     missing = ((dx_squared + dy_squared < 1) & has_spot[..., None, None]).any(1)
-    missing |= (random[:, 5] < faults.missing_map)[:, None, None]
-    if faults.affine:
+    missing |= (random[:, 5] < corruption.missing_map)[:, None, None]
+    if corruption.affine:
         unit = 1000 ** (2 * random[:, 6, None, None] - 1)
         values = (values + mean) * unit + spread * unit * (4 * random[:, 7, None, None] - 2)
     else:

@@ -7,9 +7,9 @@ import torch
 from small import free_body, people, small_config
 
 from hmdiff.build import build_data
-from hmdiff.config import DepthFaults
+from hmdiff.config import DepthCorruption
 from hmdiff.data.sample import Sample, concatenate
-from hmdiff.data.synthetic.depth_faults import estimate_depth
+from hmdiff.data.synthetic.depth_corruption import estimate_depth
 from hmdiff.data.synthetic.depth_scene import FARTHEST, compose_depth
 from hmdiff.data.synthetic.people import SyntheticHumans
 from hmdiff.data.synthetic.rendering import MapRenderer
@@ -17,7 +17,7 @@ from hmdiff.errors import UserError
 from hmdiff.models.depth import normalise_depth
 
 SIZE = 48
-NO_FAULTS = {
+NO_CORRUPTION = {
     "disparity": 0.0,
     "bend": 0.0,
     "edges": 0.0,
@@ -42,7 +42,7 @@ def drawn(n: int = 8, **options) -> SyntheticHumans:
 @pytest.fixture(scope="module")
 def clean() -> Sample:
     torch.set_num_threads(1)
-    return drawn(16, map_size=SIZE, depth_faults=DepthFaults(none=True)).block("test_occluded", 0)
+    return drawn(16, map_size=SIZE, depth_corruption=DepthCorruption(none=True)).block("test_occluded", 0)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def scene(generator: torch.Generator) -> torch.Tensor:
 @pytest.mark.slow
 def test_people_are_the_same_with_maps_as_without():
     plain, mapped = drawn(), drawn(map_size=32)
-    worse = drawn(map_size=32, depth_faults=DepthFaults(missing_map=1.0))
+    worse = drawn(map_size=32, depth_corruption=DepthCorruption(missing_map=1.0))
     for stream in ("train", "test_occluded", "test_ood"):
         one, two, three = (data.block(stream, 3) for data in (plain, mapped, worse))
         for field in dataclasses.fields(Sample):
@@ -152,7 +152,7 @@ def test_walls_and_floors_leave_the_body_on_their_near_side():
 
 
 def test_without_a_scene_the_body_is_all_that_is_known(clean):
-    bare = drawn(16, map_size=SIZE, depth_faults=DepthFaults(none=True, scene=False)).block("test_occluded", 0)
+    bare = drawn(16, map_size=SIZE, depth_corruption=DepthCorruption(none=True, scene=False)).block("test_occluded", 0)
     seen = (clean.depth > 0) & ~clean.occlusion
     assert torch.equal(bare.depth_input.isfinite(), seen)
     assert torch.equal(bare.depth_input[seen], clean.depth[seen]) and torch.equal(bare.depth, clean.depth)
@@ -162,13 +162,13 @@ def test_without_a_scene_the_body_is_all_that_is_known(clean):
 
 
 def test_no_faults_change_nothing(scene):
-    assert estimate_depth(scene, DepthFaults(none=True), generator()) is scene
-    found = estimate_depth(scene, DepthFaults(**NO_FAULTS), generator())
+    assert estimate_depth(scene, DepthCorruption(none=True), generator()) is scene
+    found = estimate_depth(scene, DepthCorruption(**NO_CORRUPTION), generator())
     torch.testing.assert_close(found, scene, rtol=1e-5, atol=1e-5)
 
 
 def test_affine_is_another_unit_and_origin_alone(scene):
-    found = estimate_depth(scene, DepthFaults(**{**NO_FAULTS, "affine": True}), generator())
+    found = estimate_depth(scene, DepthCorruption(**{**NO_CORRUPTION, "affine": True}), generator())
     known = torch.ones_like(scene, dtype=torch.bool)
     torch.testing.assert_close(normalise_depth(found, known), normalise_depth(scene, known), rtol=1e-3, atol=1e-3)
     spread = found.flatten(1).std(1)
@@ -176,16 +176,16 @@ def test_affine_is_another_unit_and_origin_alone(scene):
 
 
 def test_disparity_is_known_by_its_inverse(scene):
-    found = estimate_depth(scene, DepthFaults(**{**NO_FAULTS, "disparity": 1.0}), generator())
+    found = estimate_depth(scene, DepthCorruption(**{**NO_CORRUPTION, "disparity": 1.0}), generator())
     torch.testing.assert_close(-1 / found, scene, rtol=1e-4, atol=1e-4)
-    half = estimate_depth(scene, DepthFaults(**{**NO_FAULTS, "disparity": 0.5}), generator())
+    half = estimate_depth(scene, DepthCorruption(**{**NO_CORRUPTION, "disparity": 0.5}), generator())
     turned = half.flatten(1).amax(1) < 0
     assert 0 < turned.sum() < len(scene)
 
 
 def test_order_survives_every_fault(scene):
     """Larger remains farther: the estimate correlates with the ground truth for every person."""
-    found = estimate_depth(scene, DepthFaults(missing=0.0, missing_map=0.0), generator())
+    found = estimate_depth(scene, DepthCorruption(missing=0.0, missing_map=0.0), generator())
     for person in range(len(scene)):
         # Disparity is nonlinear in depth: compare ranks.
         rank = [values[person].flatten().argsort().argsort().double() for values in (found, scene)]
@@ -197,7 +197,7 @@ def test_order_survives_every_fault(scene):
     [("bend", 0.3, 0.05, 0.6), ("grain", 0.3, 0.02, 0.3), ("blur", 0.08, 0.02, 0.3), ("edges", 0.06, 0.02, 0.5)],
 )
 def test_each_fault_alone_is_of_its_size(scene, name, value, least, most):
-    found = estimate_depth(scene, DepthFaults(**{**NO_FAULTS, name: value}), generator())
+    found = estimate_depth(scene, DepthCorruption(**{**NO_CORRUPTION, name: value}), generator())
     error = (found - scene).square().mean().sqrt() / scene.std()
     assert least < error < most
     at_edge = (found - scene)[:, 8:40, 14:34].abs().mean()
@@ -210,7 +210,7 @@ def test_each_fault_alone_is_of_its_size(scene, name, value, least, most):
 
 def test_missing_regions_and_maps():
     depth = torch.full((400, 16, 16), 2.0) + torch.linspace(0, 1, 16)
-    found = estimate_depth(depth, DepthFaults(**{**NO_FAULTS, "missing": 0.3, "missing_map": 0.2}), generator())
+    found = estimate_depth(depth, DepthCorruption(**{**NO_CORRUPTION, "missing": 0.3, "missing_map": 0.2}), generator())
     share = found.isnan().float().mean((1, 2))
     assert 0.14 < (share == 1).float().mean() < 0.26
     assert 0.12 < ((share > 0) & (share < 1)).float().mean() < 0.30
@@ -220,14 +220,14 @@ def test_missing_regions_and_maps():
 
 def test_unknown_pixels_stay_unknown(scene):
     scene[:, :, :10] = torch.nan
-    found = estimate_depth(scene, DepthFaults(missing_map=0.0, missing=0.0), generator())
+    found = estimate_depth(scene, DepthCorruption(missing_map=0.0, missing=0.0), generator())
     assert found[:, :, :4].isnan().all() and found[:, :, 16:].isfinite().all()
-    empty = estimate_depth(torch.full_like(scene, torch.nan), DepthFaults(), generator())
+    empty = estimate_depth(torch.full_like(scene, torch.nan), DepthCorruption(), generator())
     assert empty.isnan().all()
 
 
 def test_one_option_does_not_change_what_another_gives(scene):
-    with_grain = estimate_depth(scene, DepthFaults(**{**NO_FAULTS, "grain": 0.1}), generator())
-    both = estimate_depth(scene, DepthFaults(**{**NO_FAULTS, "grain": 0.1, "missing": 0.9}), generator())
+    with_grain = estimate_depth(scene, DepthCorruption(**{**NO_CORRUPTION, "grain": 0.1}), generator())
+    both = estimate_depth(scene, DepthCorruption(**{**NO_CORRUPTION, "grain": 0.1, "missing": 0.9}), generator())
     known = both.isfinite()
     assert not known.all() and torch.equal(both[known], with_grain[known])
