@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hmdiff.estimators.source import Box, DetectedPeople, PoseSource
 
 NONE, EMBEDDED = "none", "embedded"
-MOST_PEOPLE = 10
+MAX_PEOPLE = 10
 
 
 def add_estimation(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_estimation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-people",
         type=arguments.whole(1),
-        default=MOST_PEOPLE,
+        default=MAX_PEOPLE,
         metavar="N",
         help="of those found in a photo, the surest (default: %(default)s)",
     )

@@ -24,7 +24,7 @@ LEVELS = (0.5, 0.9)  # coverage of the conformal intervals
 KINDS = ("joints", "vertices")
 UNIT = 60.0  # mm, centres the logarithms near 0
 LEAST = 1.0  # mm, lower bound on a spread: that of the root is 0
-LEAST_PEOPLE = 10  # needed for a fit
+MIN_PEOPLE = 10  # needed for a fit
 _RIDGE = 1e-4
 
 
@@ -97,9 +97,9 @@ def fit_confidence(
     vertex_spread: Tensor,  # (P, V)
     vertex_error: Tensor,  # (P, V)
 ) -> Confidence:
-    """Raises `UserError` for fewer than `LEAST_PEOPLE`."""
-    if len(joint_spread) < LEAST_PEOPLE:
-        raise UserError(f"confidence: {len(joint_spread)} people; give at least {LEAST_PEOPLE} to fit it")
+    """Raises `UserError` for fewer than `MIN_PEOPLE`."""
+    if len(joint_spread) < MIN_PEOPLE:
+        raise UserError(f"confidence: {len(joint_spread)} people; give at least {MIN_PEOPLE} to fit it")
     person = vertex_spread.mean(-1, keepdim=True)
     given = {"joints": (joint_spread[:, 1:], joint_error[:, 1:]), "vertices": (vertex_spread, vertex_error)}
     coefficients, quantiles = {}, {}

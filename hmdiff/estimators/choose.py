@@ -21,7 +21,7 @@ def load_source(
     detector: str = "human",  # mmdet model that detects people for mmpose
     detector_checkpoint: str | None = None,
     device: torch.device | str = "cpu",
-    most_people: int = 10,
+    max_people: int = 10,
 ) -> PoseSource:
     """Raises `UserError` for an unknown model, or missing dependencies of the source."""
     if not name:
@@ -29,12 +29,12 @@ def load_source(
     if name == EMBEDDED or name.startswith(f"{EMBEDDED}:"):
         from hmdiff.estimators.landmarks import LandmarkEstimator
 
-        return LandmarkEstimator(name.removeprefix(EMBEDDED).removeprefix(":") or None, most_people=most_people)
+        return LandmarkEstimator(name.removeprefix(EMBEDDED).removeprefix(":") or None, max_people=max_people)
     if name.startswith(VITPOSE):
         from hmdiff.estimators.vitpose import VitPoseSource
 
-        return VitPoseSource(name.removeprefix(VITPOSE), device, most_people)
-    return MMPoseSource(name, checkpoint, detector, detector_checkpoint, device, most_people)
+        return VitPoseSource(name.removeprefix(VITPOSE), device, max_people)
+    return MMPoseSource(name, checkpoint, detector, detector_checkpoint, device, max_people)
 
 
 class MMPoseSource:
@@ -47,12 +47,12 @@ class MMPoseSource:
         detector: str,
         detector_checkpoint: str | None,
         device: torch.device | str,
-        most_people: int,
+        max_people: int,
     ) -> None:
         from hmdiff.estimators.mmpose_source import MMPoseEstimator
 
         self.name = f"mmpose {model}"
-        self.most_people = most_people
+        self.max_people = max_people
         self._estimator = MMPoseEstimator(model, checkpoint, device)
         self._detector: Any = None
         self._detector_arguments = (detector, detector_checkpoint, device)
@@ -64,7 +64,7 @@ class MMPoseSource:
 
                 self._detector = PersonDetector(*self._detector_arguments)
             detected = self._detector.boxes(photo)
-            selected = detected[: self.most_people]
+            selected = detected[: self.max_people]
         else:
             detected = selected = check_boxes(boxes, photo.shape[1], photo.shape[0])
         with torch.no_grad():

@@ -41,7 +41,7 @@ from hmdiff.heatmaps.formats.joint_names import MEDIAPIPE33
 from hmdiff.heatmaps.keypoints import body_turn
 
 WINDOW = 256
-MOST_PEOPLE = 10
+MAX_PEOPLE = 10
 _MIN_PERSON_SCORE = 0.5  # minimum score of a person in the window
 _MIN_FACE_SCORE = 0.5  # minimum detection score; 0.2 if that detects nobody
 _MIN_FACE_SCORE_RETRY = 0.2
@@ -66,7 +66,7 @@ class LandmarkEstimator:
         self,
         place: str | Path | None = None,  # a folder or .task with the networks; None: the installed package's
         threads: int = 2,
-        most_people: int = MOST_PEOPLE,
+        max_people: int = MAX_PEOPLE,
     ) -> None:
         networks = read_networks(place)
         try:
@@ -76,7 +76,7 @@ class LandmarkEstimator:
         self._detector, self._landmarks = (
             _Network(Interpreter(model_content=networks[name], num_threads=threads)) for name in (DETECTOR, LANDMARKS)
         )
-        self.most_people = most_people
+        self.max_people = max_people
 
     def estimate(
         self,
@@ -116,7 +116,7 @@ class LandmarkEstimator:
             if person is None:
                 raise UserError("no person is seen in the given box; give the box of a whole person, or none")
             people.append(person)
-            if boxes is None and len(people) == self.most_people:
+            if boxes is None and len(people) == self.max_people:
                 num_skipped = len(windows) - number - 1
                 break
         if not people:

@@ -24,7 +24,7 @@ _PADDING = 1.25  # the processor's box enlargement
 class VitPoseSource:
     """Raises `UserError` if transformers is not installed, or the model cannot be loaded."""
 
-    def __init__(self, model: str, device: torch.device | str = "cpu", most_people: int = 10) -> None:
+    def __init__(self, model: str, device: torch.device | str = "cpu", max_people: int = 10) -> None:
         if not model:
             raise UserError("--pose vitpose: names no model; give vitpose:NAME or vitpose:FOLDER")
         try:
@@ -32,7 +32,7 @@ class VitPoseSource:
         except ImportError:
             raise UserError('ViTPose needs transformers: pip install "hmdiff[depth]"') from None
         self.name = f"vitpose {model}"
-        self.most_people = most_people
+        self.max_people = max_people
         try:
             self._processor: Any = VitPoseImageProcessor.from_pretrained(model)
             network: Any = VitPoseForPoseEstimation.from_pretrained(model)
@@ -52,7 +52,7 @@ class VitPoseSource:
         if boxes is None:
             from hmdiff.estimators.landmarks import LandmarkEstimator
 
-            detected = LandmarkEstimator(most_people=self.most_people).estimate(photo)
+            detected = LandmarkEstimator(max_people=self.max_people).estimate(photo)
             people, num_skipped = detected.boxes, detected.num_skipped
         else:
             num_skipped = 0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.data.sample import PeopleSource
-from hmdiff.diffusion.confidence import LEAST_PEOPLE, fit_confidence
+from hmdiff.diffusion.confidence import MIN_PEOPLE, fit_confidence
 from hmdiff.diffusion.hypotheses import apply_temperature
 from hmdiff.diffusion.image_evidence import fit_evidence_factor
 from hmdiff.diffusion.sampling_config import SamplingConfig
@@ -106,7 +106,7 @@ def calibrate(
         raise UserError(f"temperature: body {pipeline.body.name!r} has no keypoints to calibrate by")
     measured, spread = measure_spread(pipeline, data, split, people, sampling, progress)
     samples, target = measured.joints, measured.true_joints
-    factor = fit_evidence_factor(samples, target, spread.evidence) if people >= LEAST_PEOPLE else None
+    factor = fit_evidence_factor(samples, target, spread.evidence) if people >= MIN_PEOPLE else None
     scales = torch.ones(len(samples)) if factor is None else factor(spread.evidence)
     temperature = fit_temperature(apply_temperature(samples, scales), target)
     metadata: dict[str, Any] = {"split": split, "people": people}
@@ -116,7 +116,7 @@ def calibrate(
         metadata[f"expected_calibration_error_{name}"] = expected_calibration_error(tempered, target)
         metadata[f"coverage_{name}"] = coverage(tempered, target, COVERAGE_LEVEL).mean().item()
     fitted = Temperature(Sampling.of(pipeline.resolved(sampling)), temperature, metadata, evidence=factor)
-    if people >= LEAST_PEOPLE:
+    if people >= MIN_PEOPLE:
         fitted = dataclasses.replace(fitted, confidence=fit_confidence(*spread.scaled_by(fitted)[:4]))
     pipeline.set_temperature(fitted)
     return fitted

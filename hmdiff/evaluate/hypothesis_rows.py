@@ -16,7 +16,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from hmdiff.evaluate.measured import LEAST_TO_CALIBRATE
+from hmdiff.evaluate.measured import MIN_HYPOTHESES_TO_CALIBRATE
 from hmdiff.evaluate.metrics import calibration_levels, inside_quantiles, root_of
 from hmdiff.evaluate.protocol_errors import HIPS, Bodies, Errors
 from hmdiff.evaluate.protocols import Protocol
@@ -75,7 +75,7 @@ def score_hypotheses(
     if aggregated_bodies is not None:
         rows[f"aggregated of {total}"] = protocol.score(*aggregated_bodies, regressors)
     inside = None
-    if protocol.name == "min_of_n" and total >= LEAST_TO_CALIBRATE:
+    if protocol.name == "min_of_n" and total >= MIN_HYPOTHESES_TO_CALIBRATE:
         samples, truth = _about_root(protocol, predicted), _about_root(protocol, target)
         inside = inside_quantiles(samples, truth, calibration_levels(samples))
     return BlockScores(rows, inside)

@@ -16,7 +16,7 @@ from hmdiff.diffusion.hypotheses import apply_temperature
 from hmdiff.evaluate.metrics import bootstrap_interval, calibration_error, calibration_levels, inside_quantiles
 
 COVERAGE_LEVEL = 0.9
-LEAST_TO_CALIBRATE = 5  # hypotheses
+MIN_HYPOTHESES_TO_CALIBRATE = 5  # hypotheses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def summary(
             metric: {str(count): interval(values) for count, values in curve.items()}
             for metric, curve in measured.best_of.items()
         }
-    if diffusion and measured.joints.shape[1] >= LEAST_TO_CALIBRATE:
+    if diffusion and measured.joints.shape[1] >= MIN_HYPOTHESES_TO_CALIBRATE:
         report |= _calibration(measured)
         if measured.temperatures is not None:
             scaled = dataclasses.replace(measured, joints=apply_temperature(measured.joints, measured.temperatures))

@@ -202,14 +202,14 @@ def test_a_crowd_of_thirty_is_seen_in_parts(estimator: landmarks.LandmarkEstimat
 
     person = read_picture(shared_data / "photos" / "skier.jpg")[:, 220:560]
     crowd = np.tile(person, (5, 6, 1))
-    crowds = landmarks.LandmarkEstimator(threads=1, most_people=40)
+    crowds = landmarks.LandmarkEstimator(threads=1, max_people=40)
     with pytest.raises(UserError, match="no person was found"):
         crowds.estimate_frame(crowd)
     seen = crowds.estimate(crowd)
     cells = {(int(x // 340), int(y // 425)) for x, y in seen.heatmaps.crop.center.tolist()}
     assert len(cells) >= 28 and len(seen.heatmaps) == len(cells)
     limited = estimator.estimate(crowd)
-    assert len(limited.heatmaps) == landmarks.MOST_PEOPLE and limited.num_skipped >= 18
+    assert len(limited.heatmaps) == landmarks.MAX_PEOPLE and limited.num_skipped >= 18
 
 
 @pytest.mark.slow
@@ -224,7 +224,7 @@ def test_people_beyond_the_most_are_said(shared_data: Path, tmp_path: Path) -> N
     photo = read_picture(shared_data / "photos" / "skier.jpg")
     Image.fromarray(np.concatenate([photo, photo], axis=1)).save(tmp_path / "two.png")
     one, both = (
-        read_people(tmp_path / "two.png", source=landmarks.LandmarkEstimator(threads=1, most_people=most))
+        read_people(tmp_path / "two.png", source=landmarks.LandmarkEstimator(threads=1, max_people=most))
         for most in (1, 2)
     )
     assert len(one.heatmaps) == 1 and len(both.heatmaps) == 2 and not both.notes

@@ -18,7 +18,7 @@ from hmdiff.files.images import open_image
 
 SIZE = 96  # A: stored resolution, small so that thousands fit in memory
 SUFFIXES = (".png", ".webp", ".tif", ".tiff")
-_LEAST = 16  # of 255: fainter pixels do not count as the object
+_MIN_ALPHA = 16  # of 255: fainter pixels do not count as the object
 
 
 class Cutouts:
@@ -59,7 +59,7 @@ def _read(path: Path) -> Tensor:  # (4, A, A) uint8
         picture = np.asarray(opened.convert("RGBA"))
     if not transparent or picture[..., 3].min() == 255:
         raise UserError(f"{path}: a cut-out without transparency; RGBA is expected, transparent about the thing")
-    rows, columns = (np.nonzero((picture[..., 3] >= _LEAST).any(axis))[0] for axis in (1, 0))
+    rows, columns = (np.nonzero((picture[..., 3] >= _MIN_ALPHA).any(axis))[0] for axis in (1, 0))
     if not len(rows):
         raise UserError(f"{path}: a cut-out that is transparent everywhere; take it out of the folder")
     values = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
