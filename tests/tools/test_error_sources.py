@@ -10,11 +10,11 @@ from tools.build.error_sources import EXACT, rows
 
 
 def test_the_cumulative_rows_end_with_whole_people_and_exact_joints():
-    table = {name: (scene, faults) for name, scene, faults, _ in rows()}
-    scene, faults = table["and no noise"]
-    assert faults == EXACT and (scene.truncated, scene.occluded) == (0, 0)
+    table = {name: (scene, corruption) for name, scene, corruption, _ in rows()}
+    scene, corruption = table["and no noise"]
+    assert corruption == EXACT and (scene.truncated, scene.occluded) == (0, 0)
     body, mesh = free_body()
-    data = synthetic.SyntheticHumans(body, people().poses, mesh.coarse_ids, 16, faults=faults)
+    data = synthetic.SyntheticHumans(body, people().poses, mesh.coarse_ids, 16, corruption=corruption)
     with mock.patch.dict(synthetic.SPLIT_SCENES, test=scene):
         sample = data.block("test", 0)
     assert sample.heatmap_valid.all()
@@ -26,5 +26,5 @@ def test_the_cumulative_rows_end_with_whole_people_and_exact_joints():
 
 
 def test_every_row_differs_from_the_others():
-    settings = [(scene, faults, tuple(poses.shares.tolist())) for _, scene, faults, poses in rows()]
+    settings = [(scene, corruption, tuple(poses.shares.tolist())) for _, scene, corruption, poses in rows()]
     assert all(one not in settings[:number] for number, one in enumerate(settings))

@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 from hmdiff.build import build_mesh
-from hmdiff.config import Config, EstimatorFaults
+from hmdiff.config import Config, HeatmapCorruption
 from hmdiff.data.synthetic import people as synthetic
 from hmdiff.data.synthetic.poses import PoseMixture
 from hmdiff.diffusion.sampling_config import SamplingConfig
@@ -24,31 +24,31 @@ from hmdiff.evaluate.evaluation import evaluate
 from hmdiff.pipeline import HMDiffPipeline
 
 ONLY = {"the prior": (1.0, 0.0, 0.0), "the joint limits": (0.0, 1.0, 0.0), "blends of both": (0.0, 0.0, 1.0)}
-EXACT = EstimatorFaults(jitter=0.0, missing=0.0, missing_hidden=0.0, second_peak=0.0, swap=0.0, all_joints=True)
+EXACT = HeatmapCorruption(jitter=0.0, missing=0.0, missing_hidden=0.0, second_peak=0.0, swap=0.0, all_joints=True)
 
-Row = tuple[str, synthetic.SceneOptions, EstimatorFaults, PoseMixture]
+Row = tuple[str, synthetic.SceneOptions, HeatmapCorruption, PoseMixture]
 
 
 def rows() -> Iterator[Row]:
-    scene, faults, poses = synthetic.SceneOptions(), EstimatorFaults(), PoseMixture()
-    yield "test", scene, faults, poses
+    scene, corruption, poses = synthetic.SceneOptions(), HeatmapCorruption(), PoseMixture()
+    yield "test", scene, corruption, poses
     scene = dataclasses.replace(scene, truncated=0.0)
-    yield "nobody truncated", scene, faults, poses
+    yield "nobody truncated", scene, corruption, poses
     scene = dataclasses.replace(scene, occluded=0.0)
-    yield "nobody occluded either", scene, faults, poses
-    yield "and all 26 joints", scene, dataclasses.replace(faults, all_joints=True), poses
+    yield "nobody occluded either", scene, corruption, poses
+    yield "and all 26 joints", scene, dataclasses.replace(corruption, all_joints=True), poses
     yield "and no noise", scene, EXACT, poses
     for name, shares in ONLY.items():
-        yield f"test, poses of {name} alone", synthetic.SceneOptions(), EstimatorFaults(), PoseMixture(*shares)
+        yield f"test, poses of {name} alone", synthetic.SceneOptions(), HeatmapCorruption(), PoseMixture(*shares)
     yield "the prior alone, whole, all joints, no noise", scene, EXACT, PoseMixture(*ONLY["the prior"])
 
 
 def measure_row(
     pipeline: HMDiffPipeline, row: Row, people: int, sampling: SamplingConfig
 ) -> dict[str, Any]:  # as `evaluate` returns
-    _, scene, faults, poses = row
+    _, scene, corruption, poses = row
     mesh = build_mesh(Config(), pipeline.body)
-    data = synthetic.SyntheticHumans(pipeline.body, poses, mesh.coarse_ids, full_mesh=True, faults=faults)
+    data = synthetic.SyntheticHumans(pipeline.body, poses, mesh.coarse_ids, full_mesh=True, corruption=corruption)
     with mock.patch.dict(synthetic.SPLIT_SCENES, test=scene):
         return evaluate(pipeline, data, "test", people, sampling)
 
