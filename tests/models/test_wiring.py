@@ -64,8 +64,15 @@ def test_the_silhouette_is_drawn_from_the_tokens_that_are_there() -> None:
     torch.testing.assert_close(found, model.silhouette_decoder(tokens, conditioning.mask))
 
 
-def test_sizes_and_options_reach_every_block() -> None:
-    config = ("model.feed_forward_ratio=3", "model.encoder_ratio=5", "model.qk_norm=true", "model.stack=2")
+@pytest.mark.parametrize("tokens", ["patches", "parts"])
+def test_sizes_and_options_reach_every_block(tokens: str) -> None:
+    config = (
+        f"model.tokens={tokens}",
+        "model.feed_forward_ratio=3",
+        "model.encoder_ratio=5",
+        "model.qk_norm=true",
+        "model.stack=2",
+    )
     model = built(*config, "model.rle=[joints]")
     denoisers = [each for each in model.denoisers if isinstance(each, MeshDenoiser)]
     assert [block.feed_forward[0].out_features for each in denoisers for block in each.blocks] == [96, 96]  # type: ignore[union-attr,index,operator]
