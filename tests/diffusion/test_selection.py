@@ -94,3 +94,22 @@ def test_every_person_has_a_temperature() -> None:
     hot = apply_temperature(points, torch.tensor([0.5, 3.0]))
     for person, factor in enumerate((0.5, 3.0)):
         torch.testing.assert_close(hot[person], apply_temperature(points, factor)[person])
+
+
+def test_where_a_mesh_is_does_not_count() -> None:
+    """Root-relative: each hypothesis may be moved as a whole."""
+    vertices = 0.1 * torch.randn(20, 6, 5, 3)
+    moved = torch.randn(20, 6, 1, 3)
+    root = vertices[:, :, 0]
+    assert torch.equal(select(vertices + moved, root + moved[:, :, 0]), select(vertices, root))
+
+
+def test_modes_come_with_the_largest_first() -> None:
+    sizes = torch.tensor([[1, 2, 5], [5, 2, 1], [2, 5, 1], [1, 5, 2], [5, 1, 2], [2, 1, 5]])
+    for counts in sizes.tolist():
+        joints = torch.zeros(1, 8, 2, 3)
+        joints[0, :, 1, 0] = torch.tensor([0.3, 1.0, 2.2]).repeat_interleave(torch.tensor(counts))
+        joints[..., 1, 1] = 0.01 * torch.randn(8)
+        found = modes(joints, 3)
+        assert found.weights.tolist() == [[5 / 8, 2 / 8, 1 / 8]]
+        assert torch.bincount(found.label[0]).tolist() == [5, 2, 1]
