@@ -113,3 +113,10 @@ def test_modes_come_with_the_largest_first() -> None:
         found = modes(joints, 3)
         assert found.weights.tolist() == [[5 / 8, 2 / 8, 1 / 8]]
         assert torch.bincount(found.label[0]).tolist() == [5, 2, 1]
+
+
+def test_the_errors_of_the_first_hypotheses_are_theirs() -> None:
+    seen = Reprojection(torch.rand(2, 5, 4), torch.rand(2, 4), torch.rand(7, 4))
+    first = seen.first(2)
+    assert torch.equal(first.error, seen.error[:, :2])
+    assert first.confidence is seen.confidence and first.nearness is seen.nearness
