@@ -120,3 +120,13 @@ def test_the_errors_of_the_first_hypotheses_are_theirs() -> None:
     first = seen.first(2)
     assert torch.equal(first.error, seen.error[:, :2])
     assert first.confidence is seen.confidence and first.nearness is seen.nearness
+
+
+def test_a_persons_selection_does_not_depend_on_the_level_of_the_others() -> None:
+    vertices, root = 0.1 * torch.randn(30, 6, 5, 3), torch.zeros(30, 6, 3)
+    likelihood = torch.randn(30, 6) * torch.linspace(0.01, 50, 30)[:, None] + 1e3 * torch.randn(30, 1)
+    together = select(vertices, root, likelihood, -likelihood.flip(1))
+    alone = [
+        select(vertices[i : i + 1], root[:1], likelihood[i : i + 1], -likelihood[i : i + 1].flip(1)) for i in range(30)
+    ]
+    assert torch.equal(together, torch.cat(alone))

@@ -291,3 +291,28 @@ def test_mutants_of_the_weights(saved: Path, tmp_path: Path) -> None:
         else:
             assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert refusals >= 12
+
+
+def test_sizes_that_a_config_does_not_name_are_the_defaults(saved: Path, tmp_path: Path) -> None:
+    """As in files that are older than the option: the model then has other shapes than the weights."""
+    folder = spoiled(saved, tmp_path)
+    for name in ("width", "depth", "stack", "encoder_depth", "encoder_width"):
+        whole = (folder / "model" / "config.json").read_text()
+        edit(folder / "model" / "config.json", lambda about, name=name: about.pop(name))  # type: ignore[misc]
+        if name == "stack":  # the default is what the model has
+            HMDiffPipeline.from_pretrained(folder)
+        elif name == "encoder_depth":
+            refused(folder, "lacks the weight 'encoder.1")
+        elif name == "depth":
+            refused(folder, "lacks the weight 'denoisers.0.blocks.1")
+        else:
+            refused(folder, "expected; save or copy the checkpoint again")
+        (folder / "model" / "config.json").write_text(whole)
+
+
+def test_what_is_no_hyperparameter_of_ours_is_not_checked() -> None:
+    """diffusers' own entries, and `pretrained`, which may be a truth value or a file, and is not used on loading."""
+    defaults = {"pretrained": False, "width": 192}
+    check_hyperparameters({"pretrained": "weights.pth", "_version": 1e9, "width": 8}, "here", defaults)
+    with pytest.raises(UserError, match="here: width is 'wide', int expected"):
+        check_hyperparameters({"width": "wide"}, "here", defaults)
