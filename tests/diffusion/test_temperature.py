@@ -148,3 +148,8 @@ def test_a_saved_schedule_comes_back(name: str, kind: str, tmp_path) -> None:  #
     for scheduler in (made, found):
         scheduler.set_timesteps(7)
     assert torch.equal(found.timesteps, made.timesteps) and found.timesteps[0] == 49
+
+
+def test_settings_are_shown_in_a_line() -> None:
+    assert str(Sampling(10, "ddim", 0.5, "{}")) == "ddim, 10 steps, eta 0.5, guided"
+    assert str(Sampling(3, "dpm++")) == "dpm++, 3 steps"
