@@ -43,3 +43,8 @@ def test_files_that_the_documentation_names_are_there() -> None:
     for page in pages:
         for name in re.findall(r"`((?:hmdiff|tests|tools|configs)/[\w/]+\.\w+)`", page.read_text()):
             assert (REPOSITORY / name).exists(), f"{page.name}: {name} is not there"
+
+
+def test_the_site_has_every_page() -> None:
+    listed = set(re.findall(r": ([\w/]+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {page.relative_to(REPOSITORY / "docs").as_posix() for page in (REPOSITORY / "docs").rglob("*.md")}

@@ -217,7 +217,7 @@ def evaluate(
     estimate: Callable[[Tensor], Tensor] | None = None,  # a pose estimator in place of the split's own heatmaps
     visibility_bins: bool = False,  # also report["bands"]; the data needs pictures or maps
 ) -> dict[str, Any]:
-    """Errors with 95 % bootstrap intervals over people: report["errors"][metric][kind] = {value, low, high} in mm.
+    """Errors with 95 % bootstrap intervals over people: `report["errors"][metric][kind]` is {value, low, high} in mm.
 
     The result does not depend on the batch size.
     """
