@@ -59,6 +59,17 @@ def test_the_order_of_the_hypotheses_does_not_matter_and_their_spread_does(pipe:
     assert (found(points) - found(wider)).norm(dim=-1).mean() > 1e-3
 
 
+def test_it_is_its_formula_and_takes_any_number(pipe: HMDiffPipeline) -> None:
+    """h = mean_i f(c_i - mean, mean), then basis g(h, mean): twice the same hypotheses change nothing."""
+    points, found = torch.randn(2, 3, pipe.model.num_points, 3), head(pipe)
+    c = (found.basis.mT @ points).flatten(2)
+    mean = c.mean(1)
+    each = [found.each(torch.cat([c[:, i] - mean, mean], -1)) for i in range(3)]
+    added = found.together(torch.cat([torch.stack(each).mean(0), mean], -1)).unflatten(-1, (-1, 3))
+    torch.testing.assert_close(found(points), points.mean(1) + found.basis @ added, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found(points.repeat(1, 2, 1, 1)), found(points), atol=1e-4, rtol=1e-4)
+
+
 def test_what_it_adds_is_a_shape_of_affine_bones(pipe: HMDiffPipeline) -> None:
     points, found = torch.randn(2, 4, pipe.model.num_points, 3), head(pipe)
     added = found(points) - points.mean(1)

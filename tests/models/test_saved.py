@@ -19,7 +19,7 @@ from hmdiff.body.body import load_named_body
 from hmdiff.errors import UserError
 from hmdiff.files.resources import asset_path
 from hmdiff.models.limits import check_hyperparameters
-from hmdiff.models.saved import WEIGHTS
+from hmdiff.models.saved import WEIGHTS, load_model
 from hmdiff.pipeline import HMDiffPipeline
 
 State = dict[str, Tensor]
@@ -316,3 +316,8 @@ def test_what_is_no_hyperparameter_of_ours_is_not_checked() -> None:
     check_hyperparameters({"pretrained": "weights.pth", "_version": 1e9, "width": 8}, "here", defaults)
     with pytest.raises(UserError, match="here: width is 'wide', int expected"):
         check_hyperparameters({"width": "wide"}, "here", defaults)
+
+
+def test_a_loaded_model_is_ready_to_use(saved: Path) -> None:
+    model = load_model(saved / "model")
+    assert not any(module.training for module in model.modules()) and model.device.type == "cpu"

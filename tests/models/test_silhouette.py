@@ -77,6 +77,25 @@ def test_hidden_tokens_have_no_influence() -> None:
     assert not torch.allclose(decoder(tokens, mask)[1], before[1])
 
 
+@torch.no_grad()
+def test_a_query_draws_its_own_place_and_every_layer_is_run() -> None:
+    """Queries are a grid, row by row: a changed one changes the map around its cell alone."""
+    decoder, tokens = SilhouetteDecoder(24, 2, 8), torch.randn(1, 7, 24)
+    awaken(decoder)
+    before = decoder(tokens)
+    decoder.queries[8 * 2 + 5] += torch.randn(24)
+    rows, columns = (decoder(tokens) - before)[0].abs().gt(1e-5).nonzero().unbind(1)
+    assert rows.unique().tolist() == [1, 2, 3] and columns.unique().tolist() == [4, 5, 6]  # a convolution of 3 x 3
+    decoder.queries[8 * 2 + 5] = decoder.queries[0]
+    before = decoder(tokens)
+    for part in (decoder.attention, decoder.feed_forward):
+        kept = {name: value.clone() for name, value in part.state_dict().items()}
+        for parameter in part.parameters():
+            parameter.zero_()
+        assert (decoder(tokens) - before).abs().max() > 1e-3
+        part.load_state_dict(kept)
+
+
 @pytest.mark.parametrize("size", [0, 4, 12, 60])
 def test_impossible_sizes_are_named(size: int) -> None:
     with pytest.raises(ValueError, match=f"silhouette size {size} must be 8 times a power of two"):
