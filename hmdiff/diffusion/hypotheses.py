@@ -173,16 +173,15 @@ def modes(
 
 
 def _person_modes(points: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:  # (N, D) -> (C,), (C,), (N,)
-    # Rounded to 0.1 mm, so that copies of one mesh form one mode.
-    points = (points * 1e4).round() / 1e4
     if len(points) == 1:
         groups = torch.ones(1, dtype=torch.long)
     else:
         from scipy.cluster.hierarchy import fcluster, linkage  # slow import
 
         tree = linkage(points.numpy(), "ward")
-        most = min(count, len(points.unique(dim=0)))  # scipy splits copies where it may have as many groups as points
-        groups = torch.from_numpy(fcluster(tree, most, "maxclust")).long()
+        # Copies of one mesh, which differ by rounding, form one mode: clusters nearer than 0.1 mm (RMS) are one.
+        distinct = 1 + int((tree[:, 2] > 1e-4 * points.shape[1] ** 0.5).sum())
+        groups = torch.from_numpy(fcluster(tree, min(count, distinct), "maxclust")).long()
     distance = (points[:, None] - points[None]).norm(dim=-1)
     members = [(groups == group).nonzero()[:, 0] for group in groups.unique()]
     # Ties are broken by the lowest hypothesis index.

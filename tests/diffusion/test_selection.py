@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
@@ -87,6 +88,15 @@ def test_ties_between_modes_go_to_the_lowest_hypothesis_and_rounding_makes_none(
     found = modes(joints, 4)
     assert found.weights.tolist() == [[0.5, 0.5, 0, 0]] and found.label.tolist() == [[0, 1, 1, 0]]
     assert found.index[0, :2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_rounding_makes_no_mode_wherever_it_falls(count: int) -> None:
+    """On a grid of 0.1 mm two copies may lie on either side of a line."""
+    mesh = torch.rand(1, 1, 24, 3).double()
+    joints = mesh + torch.linspace(-1, 1, 4).view(1, 4, 1, 1) * torch.rand(1, 1, 24, 3).double() * 1e-5
+    found = modes(joints, count)
+    assert found.label.eq(0).all() and found.weights[0].tolist() == [1.0] + [0.0] * (count - 1)
 
 
 def test_every_person_has_a_temperature() -> None:
