@@ -22,9 +22,10 @@ from hmdiff.evaluate.hypothesis_rows import score_hypotheses
 from hmdiff.evaluate.protocols import get_protocol
 from hmdiff.evaluate.scored_people import PipelinePredictions, SampleTargets
 from hmdiff.evaluate.split_tables import split_tables
+from hmdiff.geometry import crop_rotation
 from hmdiff.models.aggregation import AggregatorSizes, HypothesisAggregator
 from hmdiff.pipeline import HMDiffPipeline
-from hmdiff.train.aggregator import Drawn, draw_hypotheses, train_aggregator
+from hmdiff.train.aggregator import Drawn, draw_hypotheses, train_aggregator, true_points
 
 
 def head(pipe: HMDiffPipeline, awake: bool = True) -> HypothesisAggregator:
@@ -121,6 +122,18 @@ def test_hypotheses_to_learn_from_are_the_pipelines(pipe: HMDiffPipeline) -> Non
     conditioning, _ = pipe.model.encode(None, sample.heatmaps, sample.heatmap_valid, None, sample.peaks)
     expected, _ = pipe.denoised(conditioning, range(8), SamplingConfig(2, 1))
     torch.testing.assert_close(drawn.points[:8].float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_ground_truth_is_turned_to_the_models_frame() -> None:
+    sample = people_block()
+    assert sample.coarse_vertices is not None and sample.joints_3d is not None
+    assert sample.principal_point is not None and sample.focal is not None
+    turn = crop_rotation(sample.principal_point, sample.focal)
+    for frame, rotation in (("camera", torch.eye(3)), ("crop", turn)):
+        pipe = small_pipeline(f"model.frame={frame}")
+        expected = pipe.model.to_points(sample.coarse_vertices @ rotation, sample.joints_3d @ rotation)
+        torch.testing.assert_close(true_points(pipe, sample), expected)
+    assert (turn - torch.eye(3)).abs().max() > 1e-2
 
 
 def test_a_pipeline_gives_the_mesh_beside_the_hypotheses_and_saves_the_head(tmp_path: Path) -> None:

@@ -89,12 +89,13 @@ def test_the_point_loss_has_the_weight_of_its_noise_level(monkeypatch: pytest.Mo
     from hmdiff.diffusion.noising import loss_weight, training_target
 
     values = small_config(
-        "unused", "loss.weighting=truncated_snr", "loss.gamma=3.0", f"diffusion.prediction_type={kind}", "loss.camera=0"
+        "unused", "loss.weighting=truncated_snr", "loss.gamma=1.5", f"diffusion.prediction_type={kind}", "loss.camera=0"
     )
     seen = run(monkeypatch, values, people())
     share = build_scheduler(values).alphas_cumprod[LEVELS].expand(4, -1)
     _, _, prediction, target, weight, *_ = seen.objective
-    torch.testing.assert_close(weight, loss_weight(share, kind, "truncated_snr", 3.0))
+    torch.testing.assert_close(weight, loss_weight(share, kind, "truncated_snr", 1.5))
+    assert not torch.allclose(weight, loss_weight(share, kind, "truncated_snr"))  # gamma counts
     assert weight.std() > 1e-3 and prediction is seen.found.points
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(seen.points.shape, generator=generator)
