@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hmdiff.body.anatomy import joint_limit_violation
 from hmdiff.body.body import Body, load_body
-from hmdiff.body.fitting import fit_coarse, fit_parameters, within_limits
+from hmdiff.body.fitting import LARGEST_BETA, fit_coarse, fit_parameters, within_limits
 from hmdiff.body.mesh_cache import random_bodies
 from hmdiff.cli.main import main
 from hmdiff.data.synthetic.poses import PoseMixture
@@ -181,6 +181,13 @@ def test_fitted_bodies_keep_their_joints_inside_the_limits() -> None:
     inside = PoseMixture().sample(32, torch.Generator().manual_seed(0))
     inside = inside[joint_limit_violation(inside) == 0]
     assert len(inside) > 16 and torch.equal(within_limits(free(), inside), inside)
+
+
+def test_fitted_shapes_stay_within_their_bound() -> None:
+    """A giant and a dwarf become the largest and the smallest body that is allowed."""
+    people = free()(torch.zeros(2, 10), torch.eye(3).expand(2, 24, 3, 3)).vertices[:, coarse_ids()]
+    betas = fit_coarse(free(), coarse_ids(), people * torch.tensor([2.0, 0.4])[:, None, None]).betas
+    assert betas.abs().amax(1).tolist() == [LARGEST_BETA] * 2
 
 
 def knock(points: Tensor, metres: float, seed: int) -> Tensor:
