@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hmdiff.body.anatomy import joint_limit_violation
 from hmdiff.body.body import Body, load_body
+from hmdiff.body.body_fitter import BodyFitter
 from hmdiff.body.fitting import LARGEST_BETA, fit_coarse, fit_parameters, within_limits
 from hmdiff.body.mesh_cache import random_bodies
 from hmdiff.cli.main import main
@@ -239,3 +240,25 @@ def test_coarse_meshes_of_the_wrong_shape_are_named() -> None:
         fit_coarse(free(), coarse_ids(), torch.zeros(2, 5, 3))
     with pytest.raises(UserError, match="not finite"):
         fit_coarse(free(), coarse_ids(), torch.full((1, 428, 3), float("nan")))
+
+
+def test_shapes_are_shrunk_as_the_prior_says() -> None:
+    """At the optimum the cost, squared distances plus noise^2 |beta|^2, has no slope along the shape."""
+    body = free()
+    fitter = BodyFitter(body, None, noise=0.5)
+    betas = torch.full((1, body.num_betas), 1.5)
+    pose = torch.eye(3).expand(1, body.num_joints, 3, 3)
+    target = body(betas, pose).vertices[:, fitter.ids]
+    placed = fitter.fit(target, rounds=12)
+    small = body.select(fitter.ids)
+
+    def cost(shape: Tensor) -> Tensor:
+        found = small(shape, placed.rotations, placed.translation).vertices
+        return (target - found).square().sum() + 0.5**2 * shape.square().sum()
+
+    shape = placed.betas.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(cost(shape), shape)
+    assert placed.betas.abs().max() < 1.45
+    assert slope.norm() < 0.02 * (2 * 0.5**2 * placed.betas).norm()
+    at = fitter._place(placed.rotations, placed.betas, placed.translation, target, None)
+    torch.testing.assert_close(at.cost[0], cost(placed.betas), rtol=1e-4, atol=1e-6)

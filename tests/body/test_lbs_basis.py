@@ -68,3 +68,24 @@ def test_other_bodies_have_their_own_parts(name: str, arrays: Callable[[], dict[
     # A partial isometry: directions that no vertex spans have length 0.
     values = torch.linalg.eigvalsh(basis.points.mT @ basis.points)
     assert ((values - 1).abs().minimum(values.abs()) < 1e-3).all()
+
+
+def test_any_affine_bones_stay_inside_with_joints_between_two_bones() -> None:
+    """A joint moves with the mean of its bone and the parent's; the root with its own."""
+    body, mesh = free_body()
+    basis = lbs_basis(body, mesh.coarse_ids).points.double()
+    generator = torch.Generator().manual_seed(2)
+    linear = torch.randn(24, 3, 3, generator=generator).double()
+    offset = torch.randn(24, 3, generator=generator).double()
+
+    def moved(points: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:  # (M, 3), (M, 24) -> (M, 3)
+        each = torch.einsum("jab,mb->mja", linear, points) + offset
+        return (weights[..., None] * each).sum(1)
+
+    halves = 0.5 * torch.eye(24)
+    for joint, parent in enumerate(body.parents):
+        halves[joint, max(parent, 0)] += 0.5
+    vertices = moved(body.v_template[mesh.coarse_ids].double(), body.lbs_weights[mesh.coarse_ids].double())
+    points = torch.cat([vertices, moved(body.joint_template.double(), halves.double())])
+    projected = basis @ (basis.mT @ points)
+    assert (projected - points).norm(dim=-1).max() < 1e-3 * points.norm(dim=-1).mean()
