@@ -79,8 +79,10 @@ def test_a_crop_turned_with_the_photo_turns_the_body() -> None:
     before = pipe(heatmaps=maps, num_hypotheses=2, num_inference_steps=2)
     after = pipe(heatmaps=Heatmaps(maps.values, maps.valid, spun), num_hypotheses=2, num_inference_steps=2)
     turn = spun.turn_3d()[:, None]
-    torch.testing.assert_close(after.vertices, before.vertices @ turn.mT, rtol=0, atol=1e-5)
-    torch.testing.assert_close(after.translation, (before.translation[:, :, None] @ turn.mT)[:, :, 0])
+    torch.testing.assert_close(after.vertices, before.vertices @ turn.mT, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        after.translation, (before.translation[:, :, None] @ turn.mT)[:, :, 0], rtol=1e-4, atol=1e-4
+    )
     assert before.log_likelihood is not None and after.log_likelihood is not None
     torch.testing.assert_close(after.log_likelihood, before.log_likelihood, rtol=1e-3, atol=1e-3)
     assert before.keypoints is not None and after.keypoints is not None
