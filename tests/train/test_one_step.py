@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from small import small_config
 from torch import Tensor, nn
 
@@ -16,13 +14,7 @@ from hmdiff.config import TrainingConfig
 from hmdiff.train.loop import Trainer
 from hmdiff.train.optimizer import build_optimizer, rate_share
 
-
-@pytest.fixture(autouse=True)
-def on_the_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_processor")
 
 
 def gradients(trainer: Trainer, batches: list) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -44,13 +44,7 @@ from hmdiff.train.stream import TrainingStream
 State = dict[str, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def on_the_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Results are bit-equal only on one kind of device; accelerate's settings are global to the process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_processor")
 
 
 @pytest.fixture
