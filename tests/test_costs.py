@@ -81,7 +81,7 @@ def test_all_hypotheses_share_one_embedding_of_the_step(monkeypatch: pytest.Monk
     )
     pipe()(heatmaps=heatmaps(2), num_hypotheses=4, num_inference_steps=STEPS, guidance=Guidance())
     hook.remove()
-    assert rows == [1] * STEPS
+    assert rows == [2, *[1] * (STEPS - 1)]  # the first evaluation, of two people, serves all hypotheses
 
 
 def test_a_shared_step_is_the_step_of_every_hypothesis() -> None:
@@ -114,7 +114,7 @@ def test_a_body_is_fitted_by_one_linearisation_a_round(monkeypatch: pytest.Monke
     solved = counted(monkeypatch, BodyFitter, "_normal_equations")
     ids = torch.arange(0, pipe().body.num_vertices, 29)
     fit_coarse(pipe().body, ids, pipe().body.v_template[ids].expand(3, -1, -1))
-    assert len(solved) == 2 < ROUNDS
+    assert len(solved) == 1 < ROUNDS
 
 
 def test_a_photo_is_read_once_for_the_files_of_everybody_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

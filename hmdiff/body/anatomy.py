@@ -228,17 +228,19 @@ def within_reach(
     a, b, c = angles[..., _SHOULDERS, :].unbind(-1)
     direction = upper_arm_direction(a, b)
     middle = torch.nn.functional.normalize(angles.new_tensor([0.7, -0.4, 0.6]), dim=0)
-    inside, outside = torch.ones_like(a), torch.zeros_like(a)  # interpolation weights of the centre
 
-    def towards(share: Tensor) -> Tensor:
-        mixed = direction * (1 - share[..., None]) + middle * share[..., None]
+    def towards(share: Tensor) -> Tensor:  # (..., S) interpolation weights of the centre -> (..., S, 3)
+        mixed = direction[..., None, :] * (1 - share[..., None]) + middle * share[..., None]
         return torch.nn.functional.normalize(mixed, dim=-1)
 
-    for _ in range(12):
-        half = (inside + outside) / 2
-        free = _reach_excess(towards(half)) <= 0
-        inside, outside = torch.where(free, half, inside), torch.where(free, outside, half)
-    moved = towards(inside)
+    # The smallest weight from which on all are inside, on a grid of 64 and then on one of 64 within its last cell.
+    cells = torch.linspace(0, 1, 65).to(angles)
+    first, width = torch.zeros_like(a), 1.0
+    for _ in range(2):
+        free = _reach_excess(towards(first[..., None] + width * cells)) <= 0
+        number = 65 - free.flip(-1).cumprod(-1).sum(-1)
+        first, width = first + width / 64 * (number - 1).clamp_min(0), width / 64
+    moved = towards((first + width).clamp(max=1)[..., None])[..., 0, :]
     blocked = _reach_excess(direction) > 0
     limited = angles.clone()
     new_a, new_b = torch.atan2(moved[..., 2], moved[..., 0]), torch.asin(moved[..., 1].clamp(-1, 1))

@@ -9,6 +9,7 @@ coefficients, U = 3 J rotations (x of all joints first) + B + 3 unknowns, K keyp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.body import Body
-from hmdiff.geometry import axis_angle_to_matrix
+from hmdiff.geometry import axis_angle_to_matrix, matrix_to_axis_angle
 
 POINTS = 640  # number of fitted vertices, spread over the surface
 POINTS_A_BONE = 12  # minimum number of points with the largest weights of each bone
@@ -95,10 +96,16 @@ class BodyFitter:
         sight: Sight | None = None,
     ) -> Placement:
         """Per-bone Procrustes, then the given number of rounds on all parameters."""
+        return self.refine(self.bone_by_bone(target), target, rounds, sight)
+
+    def bone_by_bone(
+        self,
+        target: Tensor,  # (N, P, 3)
+    ) -> Placement:
+        """Per-bone Procrustes with the mean shape."""
         centre = target.mean(1)
         rotations = self._bone_rotations(target - centre[:, None])
-        betas = target.new_zeros(len(target), self.shapedirs.shape[-1])
-        return self.refine(Placement(rotations, betas, centre), target, rounds, sight)
+        return Placement(rotations, target.new_zeros(len(target), self.shapedirs.shape[-1]), centre)
 
     def refine(
         self,
@@ -106,29 +113,35 @@ class BodyFitter:
         target: Tensor,  # (N, P, 3)
         rounds: int,
         sight: Sight | None = None,
-        held: Tensor | None = None,  # (N, J) bool: joints whose relative rotation is fixed
+        limit: Callable[[Tensor], Tensor] | None = None,  # (N, J, 3, 3) relative rotations -> the nearest allowed
     ) -> Placement:
-        """Levenberg-Marquardt from a given placement."""
+        """Levenberg-Marquardt from a given placement.
+
+        With `limit`, joints that a step takes beyond it are held there, and the others' step is solved anew with the
+        same linearisation: a clamped joint moves its descendants, and they compensate.
+        """
         centre = target.mean(1)  # centred: float32 would lose millimetres far from the origin
         target = target - centre[:, None]
         best = self._place(start.rotations, start.betas, start.translation - centre, target, sight)
         damping = torch.full_like(best.cost, 1e-4)
-        joints = len(self.parents)
         for _ in range(rounds):
             normal, slope = self._normal_equations(best, sight)
-            diagonal = normal.diagonal(dim1=-2, dim2=-1)
-            added = damping[:, None] * diagonal + 1e-7
-            if held is not None:  # fixed by a large damping
-                added[:, : 3 * joints] += HELD * held.repeat(1, 3)
-            damped = (normal + torch.diag_embed(added)).double()
-            # If not positive definite, the step is not finite or raises the cost, and is rejected below.
-            factor = torch.linalg.cholesky_ex(damped)[0]
-            step = torch.cholesky_solve(slope.double()[..., None], factor)[..., 0].to(target)
-            turn, growth, shift = step.split([3 * joints, start.betas.shape[1], 3], -1)
+            damped = normal + torch.diag_embed(damping[:, None] * normal.diagonal(dim1=-2, dim2=-1) + 1e-7)
             parents = best.world[:, self.above].clone()
             parents[:, 0] = torch.eye(3).to(parents)
-            local = (parents.mT @ turn.unflatten(-1, (3, -1)).mT[..., None])[..., 0]
-            turned = axis_angle_to_matrix(local) @ best.rotations
+            step = _solve(damped, slope)
+            turned = self._turned(best, parents, step)
+            if limit is not None:
+                allowed = limit(turned)
+                held = (allowed != turned).flatten(2).any(-1)  # (N, J)
+                turns = (parents @ matrix_to_axis_angle(allowed @ best.rotations.mT)[..., None])[..., 0]
+                strength = HELD * held.repeat(1, 3)
+                count = strength.shape[1]
+                slope[:, :count] += strength * turns.mT.flatten(1)
+                damped[:, range(count), range(count)] += strength
+                step = _solve(damped, slope)
+                turned = self._turned(best, parents, step)
+            growth, shift = step[:, 3 * len(self.parents) :].split([start.betas.shape[1], 3], -1)
             proposed = self._place(turned, best.betas + growth, best.translation + shift, target, sight)
             better = proposed.cost < best.cost
             damping = torch.where(better, damping / 10, damping * 10).clamp(1e-8, 1e4)
@@ -143,6 +156,15 @@ class BodyFitter:
                 )
             )
         return Placement(best.rotations, best.betas, best.translation + centre)
+
+    def _turned(
+        self,
+        at: _Placed,
+        parents: Tensor,  # (N, J, 3, 3) global rotations
+        step: Tensor,  # (N, U)
+    ) -> Tensor:  # (N, J, 3, 3)
+        turn = step[:, : 3 * len(self.parents)].unflatten(-1, (3, -1))
+        return axis_angle_to_matrix((parents.mT @ turn.mT[..., None])[..., 0]) @ at.rotations
 
     def _bone_rotations(
         self,
@@ -289,6 +311,15 @@ class BodyFitter:
             2,
         )
         return (sight.across @ torch.cat([turns, others.unflatten(-1, (3, -1))], -1)).flatten(1, 2)
+
+
+def _solve(
+    normal: Tensor,  # (N, U, U)
+    slope: Tensor,  # (N, U)
+) -> Tensor:  # (N, U)
+    """If not positive definite, the step is not finite or raises the cost, and is rejected."""
+    factor = torch.linalg.cholesky_ex(normal.double())[0]
+    return torch.cholesky_solve(slope.double()[..., None], factor)[..., 0].to(slope)
 
 
 def _spread_vertices(body: Body) -> Tensor:  # (P,) ascending

@@ -78,7 +78,7 @@ def fit_coarse(
     body: Body,
     coarse_ids: Tensor,  # (C,) vertices of the coarse mesh
     coarse: Tensor,  # (N, C, 3) metres, any frame
-    rounds: int = 1,  # unconstrained, then as many with the joints beyond their limits held at them
+    rounds: int = 1,  # of Levenberg-Marquardt, within the joints' limits
     keypoints: Tensor | None = None,  # (K, C) regressor: their projections are preserved
     translation: Tensor | None = None,  # (N, 3) metres: from mesh to camera frame, whose axes are parallel
 ) -> FittedBodies:
@@ -103,12 +103,8 @@ def fit_coarse(
         if keypoints is not None and translation is not None:
             lines = keypoints @ group + translation[first : first + AT_ONCE, None]
             sight = Sight.along(keypoints, lines, KEYPOINT_WEIGHT)
-        free = fitter.fit(group, rounds, sight)
-        limited = within_limits(body, free.rotations)
-        # Clamping a joint moves its descendants: the other joints are refitted to compensate.
-        held = (limited != free.rotations).flatten(2).any(-1)
-        start = free._replace(rotations=limited, betas=free.betas.clamp(-LARGEST_BETA, LARGEST_BETA))
-        rotations, betas, place = fitter.refine(start, group, rounds, sight, held)
+        limit = functools.partial(within_limits, body)
+        rotations, betas, place = fitter.refine(fitter.bone_by_bone(group), group, rounds, sight, limit)
         rotations, betas = within_limits(body, rotations), betas.clamp(-LARGEST_BETA, LARGEST_BETA)
         found = small(betas, rotations, place).vertices
         shift = (group - found).mean(1)

@@ -143,6 +143,8 @@ def name_of(setting: Setting) -> str:
 
 
 def guided_as(guidance: dict[str, Any]) -> str:
-    last = "" if guidance["last"] == 1 else f", last {guidance['last']:g}"
+    from hmdiff.diffusion.guidance import Guidance
+
+    last = "" if guidance["last"] == Guidance.last else f", last {guidance['last']:g}"
     form = " (paper's form)" if guidance.get("decision") == "image" else ""
     return f"{guidance['mode']}{form} s {guidance['strength']:g}, R {guidance['threshold']:g}{last}"

@@ -12,8 +12,8 @@ Per reverse step k, for every hypothesis i of a person:
 The scheduler then steps with ĝ. The paper publishes D_k, the gradient through x̂_0, the switch by a relative gap, and
 two baselines: `none`, and `disrupted` (gap and gradient at x_k itself). `PAPER` is that form; the formula and the floor
 of R_k (the expected gap of the draws themselves), s and the threshold are ours. The default differs where it measures
-better (LOG.md): the mean of U instead of draws, R_k per hypothesis (independent of N), no guidance at the first step,
-and the step length.
+better (LOG.md): the mean of U instead of draws, R_k per hypothesis (independent of N), guidance in the last third of
+the steps alone, and the step length.
 
 Step length: in terms of x̂_0, the formula for ĝ is x̂_0 - s (1 - alpha_bar)/sqrt(alpha_bar) grad_{x_k} D. At small
 alpha_bar the factor is huge and the gradient ill-conditioned. `step="line"` keeps the direction and takes the
@@ -21,8 +21,8 @@ Gauss-Newton length along it, <r, df> / |df|²; s = 1 is the full step. `step="g
 the unit of 1 / D (squared crop half-sides), so that s = 1 has no visible effect. `step="score"` divides it by
 2 sqrt(D_k).
 
-Cost: backpropagation through the denoiser costs twice its forward pass, and the late steps give most of the gain.
-`last` restricts DAT to k/K <= last; 1 is the paper's form.
+Cost: backpropagation through the denoiser costs twice its forward pass, and the late steps give most of the gain, so
+DAT is restricted to k/K <= `last`, a third; 1 is the paper's form.
 
 M rows (the hypotheses of a person are adjacent), P points, J keypoints, H x W heatmaps. 2D in crop coordinates, -1..1.
 """
@@ -43,7 +43,7 @@ from hmdiff.errors import UserError
 from hmdiff.files.diffusers_parts import Scheduler
 
 _LEAST_SIGNAL = 0.1  # lower bound on sqrt(alpha_bar) in the score's factor
-_NO_SIGNAL = 1e-6  # alpha_bar of a terminal step: no gradient through the denoiser there
+NO_SIGNAL = 1e-6  # alpha_bar of a terminal step: no gradient through the denoiser there
 _LONGEST = 2.0  # bound on the RMS displacement of the points, units of the diffusion
 
 
@@ -77,7 +77,7 @@ class AlignedDenoiser:
             self.steps.append(torch.zeros_like(self.on))
             return self.denoise(x_t, step)
         # x_K is pure noise: x̂_0 does not depend on it, so the Jacobian of a trained network is meaningless there.
-        no_signal = through and bool(alpha_bar < _NO_SIGNAL)
+        no_signal = through and bool(alpha_bar < NO_SIGNAL)
         if no_signal and guidance.first:
             no_signal = through = False  # gradient at x̂_0 itself
         if no_signal or float(step[0]) > guidance.last + 1e-4:
@@ -112,7 +112,7 @@ class AlignedDenoiser:
             # The paper's ĝ in terms of x̂_0. If the gradient stops at x̂_0, grad_{x_k} = grad_{x̂_0} / sqrt(alpha_bar);
             # the factor is 1 where alpha_bar is 0.
             signal = alpha_bar.sqrt().clamp_min(_LEAST_SIGNAL)
-            over = signal if leaf is x_t_leaf or bool(alpha_bar < _NO_SIGNAL) else signal**2
+            over = signal if leaf is x_t_leaf or bool(alpha_bar < NO_SIGNAL) else signal**2
             move = (1 - alpha_bar) / over * gradient
             if guidance.step == "score":
                 move = move / (2 * gap.detach().clamp_min(1e-8).sqrt())[:, None, None]
@@ -202,6 +202,9 @@ def aligned_sample(
     """
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"guidance needs a scheduler with alphas_cumprod; {type(scheduler).__name__} has none")
+    # The last step is guided whatever `last` says; timesteps are rounded to 1 / K.
+    least = 1 / num_inference_steps + 0.5 / len(scheduler.alphas_cumprod)
+    guidance = dataclasses.replace(guidance, last=min(1.0, max(guidance.last, least)))
     aligned = AlignedDenoiser(denoise, scheduler, keypoints, target, guidance, people)
     noise, generators = start
     points = sample(aligned, scheduler, noise, num_inference_steps, generators, eta, callback=callback)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,9 @@ def sample(
 
     The scheduler is copied, not modified, so threads can share it.
     """
-    scheduler = copy.deepcopy(scheduler)
+    # Its state is copied, but not the configuration and the tables of all K steps, which nothing modifies.
+    kept = [value for value in vars(scheduler).values() if isinstance(value, (Tensor, Mapping))]
+    scheduler = copy.deepcopy(scheduler, {id(value): value for value in kept})
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     total = scheduler.config.num_train_timesteps
     x_t = noise * scheduler.init_noise_sigma

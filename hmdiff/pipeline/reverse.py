@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hmdiff.body.body import Body
-from hmdiff.diffusion.dat import GuidanceReport, aligned_sample
+from hmdiff.diffusion.dat import NO_SIGNAL, GuidanceReport, aligned_sample
 from hmdiff.diffusion.gap import make_target
 from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.sampling import Callback, hypothesis_generators, initial_noise
@@ -96,6 +96,8 @@ def draw_hypotheses(
     chunk = max(1, (GUIDED_ROWS_AT_ONCE if through else ROWS_AT_ONCE) // count)
     if plan is not None and plan.guidance.decision == "image":
         chunk = num_hypotheses  # the decision needs all hypotheses of an image at once
+    # Every hypothesis starts from pure noise, which says nothing: their first x̂_0 is the same, the regressor's.
+    shared = model.at_last_step(conditioning).points if _starts_from_nothing(sampler) else None
     parts, reports = [], []
     for first in range(0, num_hypotheses, chunk):
         width = min(chunk, num_hypotheses - first)
@@ -105,14 +107,22 @@ def draw_hypotheses(
             return initial_noise(generators, model.num_points, device), generators
 
         def denoise(points: Tensor, step: Tensor, width: int = width) -> Tensor:
+            if shared is not None and float(step[0]) == 1:
+                return shared.expand(-1, width, -1, -1).flatten(0, 1)
             grouped = points.unflatten(0, (count, width))
             return model.denoise(grouped, step[:1, None], conditioning).flatten(0, 1)
 
         def unguided(rows: Tensor, width: int = width, start: Any = start) -> Tensor:
             noise, generators = start()
-            some = conditioning.rows(rows // width)
+            some, same = conditioning.rows(rows // width), None if shared is None else shared[rows // width, 0]
+
+            def denoise_rows(points: Tensor, step: Tensor) -> Tensor:
+                if same is not None and float(step[0]) == 1:
+                    return same
+                return model.denoise(points[:, None], step[:1, None], some)[:, 0]
+
             return reverse_diffusion(
-                lambda points, step: model.denoise(points[:, None], step[:1, None], some)[:, 0],
+                denoise_rows,
                 sampler,
                 noise[rows],
                 steps,
@@ -145,3 +155,9 @@ def draw_hypotheses(
         if progress is not None:
             progress(width * count)
     return torch.cat(parts, 1), GuidanceReport.join(reports) if reports else None
+
+
+def _starts_from_nothing(sampler: Scheduler) -> bool:
+    """Whether x_K holds no signal and the prediction is a mesh, so that one evaluation serves all hypotheses."""
+    shares = getattr(sampler, "alphas_cumprod", None)
+    return shares is not None and float(shares[-1]) < NO_SIGNAL and sampler.config.prediction_type == "sample"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hmdiff.pipeline.cameras import CropCamera
 from hmdiff.pipeline.reverse import guidance_plan
 
 JOINTS, POINTS = 12, 20
+everywhere = functools.partial(Guidance, last=1.0)  # in every step
 KINDS = ("sample", "epsilon", "v_prediction")
 
 
@@ -100,9 +102,9 @@ def unguided_gap(guidance, kind="sample", people=2, count=3, steps=8):
     ],
 )
 def test_the_gap_falls(kind, choice):
-    _, report = run(Guidance(**choice), kind)
+    _, report = run(everywhere(**choice), kind)
     assert not report.fell_back.all()
-    without = unguided_gap(Guidance(**choice), kind)
+    without = unguided_gap(everywhere(**choice), kind)
     assert ((report.gap_after < report.gap_before) | (report.gap_after <= without)).all()
     assert torch.equal(report.gap_after[report.fell_back], without[report.fell_back])
     if not choice:
@@ -111,41 +113,41 @@ def test_the_gap_falls(kind, choice):
 
 
 def test_disrupted_guidance_is_worse_than_dat():
-    _, dat = run(Guidance(pairing="mean"))
-    _, disrupted = run(Guidance(pairing="mean", mode="disrupted"))
+    _, dat = run(everywhere(pairing="mean"))
+    _, disrupted = run(everywhere(pairing="mean", mode="disrupted"))
     assert dat.gap_after.mean() < disrupted.gap_after.mean()
 
 
 def test_a_hypothesis_that_guidance_hurt_is_the_unguided_one():
     # A step of thirty times the residual overshoots.
-    points, report = run(Guidance(strength=30.0, threshold=0.0))
+    points, report = run(everywhere(strength=30.0, threshold=0.0))
     assert report.fell_back.any()
     scheduler, denoise, _, _, _, start = toy()
     noise, generators = start()
     plain = reverse_diffusion(denoise, scheduler, noise, 8, generators)
     back = report.fell_back.flatten()
     assert torch.equal(points[back], plain[back])
-    without = unguided_gap(Guidance(strength=30.0, threshold=0.0))
+    without = unguided_gap(everywhere(strength=30.0, threshold=0.0))
     assert ((report.gap_after <= without) | (report.gap_after <= report.gap_before)).all()
 
 
 def test_guidance_stops_when_the_gap_has_closed():
-    _, early = run(Guidance(threshold=0.5))
-    _, late = run(Guidance(threshold=0.0))
+    _, early = run(everywhere(threshold=0.5))
+    _, late = run(everywhere(threshold=0.0))
     assert early.active[-1].max() == 0 and early.active[1].min() == 1
     assert early.active[0].max() == 0  # no signal at the terminal step
     assert late.active.sum() > early.active.sum()
 
 
 def test_the_paper_guides_the_first_step_too():
-    _, report = run(Guidance(first=True))
+    _, report = run(everywhere(first=True))
     assert report.active[0].min() == 1  # the default skips this step, see above
     scheduler, denoise, keypoints, heatmaps, camera, start = toy()
     noise, generators = start()
-    target = make_target(Guidance(), heatmaps, camera, generators)
+    target = make_target(everywhere(), heatmaps, camera, generators)
     step = torch.ones(len(noise))
     plain = denoise(noise, step)
-    for guidance, moved in ((Guidance(), False), (Guidance(first=True), True)):
+    for guidance, moved in ((everywhere(), False), (everywhere(first=True), True)):
         found = AlignedDenoiser(denoise, scheduler, keypoints, target, guidance)(noise, step)
         assert torch.equal(found, plain) is not moved
 
@@ -155,7 +157,7 @@ def test_the_score_is_the_papers_formula(kind):
     """ĝ = eps + s sqrt(1 - alpha_bar) grad_{x_k} D_k, through the denoiser; against an independent derivation."""
     scheduler, denoise, keypoints, heatmaps, camera, start = toy(kind)
     noise, generators = start()
-    guidance = Guidance(step="gradient", strength=0.7, projection="camera", pairing="paired")
+    guidance = everywhere(step="gradient", strength=0.7, projection="camera", pairing="paired")
     target = make_target(guidance, heatmaps, camera, generators)
     step = torch.full((len(noise),), 0.4)
     share = scheduler.alphas_cumprod[19]
@@ -186,8 +188,8 @@ def test_disrupted_takes_its_length_at_x_k_too(monkeypatch):
     noise, generators = start()
     step = torch.full((len(noise),), 0.6)
     for mode, place in (("disrupted", noise), ("dat", denoise(noise, step))):
-        target = make_target(Guidance(mode=mode), heatmaps, camera, generators)
-        AlignedDenoiser(denoise, scheduler, keypoints, target, Guidance(mode=mode))(noise, step)
+        target = make_target(everywhere(mode=mode), heatmaps, camera, generators)
+        AlignedDenoiser(denoise, scheduler, keypoints, target, everywhere(mode=mode))(noise, step)
         assert torch.equal(places.pop(), place)
 
 
@@ -213,7 +215,7 @@ def test_the_paper_decides_by_image():
     scheduler, denoise, keypoints, heatmaps, camera, start = toy(people=2, count=4)
     _, generators = start()
     for decision, expected in (("image", [True] * 4 + [False] * 4), ("hypothesis", [False] * 3 + [True] + [False] * 4)):
-        guidance = Guidance(decision=decision, threshold=0.3)
+        guidance = everywhere(decision=decision, threshold=0.3)
         target = make_target(guidance, heatmaps, camera, generators)
         aligned = AlignedDenoiser(denoise, scheduler, keypoints, target, guidance, 2)
         aligned._switch(torch.ones(8))
@@ -223,7 +225,7 @@ def test_the_paper_decides_by_image():
 
 def test_the_papers_form_keeps_what_it_made():
     """No fall-back: a hypothesis that guidance made worse is kept."""
-    guidance = Guidance(strength=30.0, threshold=0.0)
+    guidance = everywhere(strength=30.0, threshold=0.0)
     points, report = run(guidance)
     kept, plain = run(dataclasses.replace(guidance, fall_back=False))
     assert report.fell_back.any() and not plain.fell_back.any()
@@ -231,16 +233,23 @@ def test_the_papers_form_keeps_what_it_made():
 
 
 def test_the_last_steps_alone_are_guided_where_that_is_asked_for():
-    _, some = run(Guidance(last=0.26, threshold=0.0))
+    _, some = run(everywhere(last=0.26, threshold=0.0))
     assert (some.active[:-2] == 0).all() and (some.active[-2:] == 1).all()  # of 8: those at 0.25 and 0.125 of K
-    _, every = run(Guidance(threshold=0.0))
+    _, every = run(everywhere(threshold=0.0))
     assert torch.allclose(some.gap_before, every.gap_before)
-    assert some.gap_after.mean() < unguided_gap(Guidance()).mean()
+    assert some.gap_after.mean() < unguided_gap(everywhere()).mean()
+
+
+@pytest.mark.parametrize("steps", [2, 7, 50])
+def test_the_last_step_is_guided_whatever_is_asked_for(steps):
+    _, report = run(Guidance(last=0.01, threshold=0.0), steps=steps)
+    assert (report.active[-1] == 1).all() and (report.active[:-1] == 0).all()
+    assert run(PAPER, steps=steps)[1].active[0].min() == 1  # all steps, the first too
 
 
 def test_one_row_does_not_depend_on_the_others():
-    few, _ = run(Guidance(), count=2)
-    many, _ = run(Guidance(), count=5)
+    few, _ = run(everywhere(), count=2)
+    many, _ = run(everywhere(), count=5)
     assert torch.allclose(few.unflatten(0, (2, 2)), many.unflatten(0, (2, 5))[:, :2], atol=1e-5)
 
 
@@ -254,7 +263,7 @@ def test_the_line_step_solves_a_linear_problem_in_one_go():
 
     left = {}
     for strength in (0.5, 1.0):
-        guidance = Guidance(pairing="mean", projection="camera", gradient="estimate", strength=strength)
+        guidance = everywhere(pairing="mean", projection="camera", gradient="estimate", strength=strength)
         target = make_target(guidance, heatmaps, camera, hypothesis_generators(0, range(2), 3))
         aligned = AlignedDenoiser(lambda x, t: clean, scheduler, keypoints, target, guidance)
         moved = aligned(torch.zeros(6, POINTS, 3), torch.full((6,), 0.5))
@@ -265,7 +274,7 @@ def test_the_line_step_solves_a_linear_problem_in_one_go():
 
 
 def test_joints_the_estimator_did_not_see_do_not_pull():
-    guidance = Guidance()
+    guidance = everywhere()
     _, _, _, heatmaps, camera, _ = toy()
     heatmaps = heatmaps.clone()
     heatmaps[:, 3] = 0
@@ -280,7 +289,7 @@ def test_joints_the_estimator_did_not_see_do_not_pull():
 @pytest.mark.parametrize("projection", ["fit", "camera"])
 @pytest.mark.parametrize("gap", ["samples", "likelihood"])
 def test_the_gap_is_differentiated_right(projection, gap):
-    guidance = Guidance(projection=projection, gap=gap)
+    guidance = everywhere(projection=projection, gap=gap)
     _, _, _, heatmaps, camera, _ = toy()
     target = make_target(guidance, heatmaps.double(), camera.double(), hypothesis_generators(0, range(2), 1))
     target = dataclasses.replace(target, principal_point=torch.tensor([[0.4, -0.2]] * 2, dtype=torch.float64))
@@ -294,7 +303,7 @@ def test_nothing_to_compare_with_is_no_guidance():
     scheduler, denoise, keypoints, heatmaps, camera, start = toy()
     empty = heatmaps.clone()
     empty[0] = 0
-    guidance = Guidance()
+    guidance = everywhere()
     target = make_target(guidance, empty, camera, hypothesis_generators(1, range(2), 3))
     plain = without(denoise, scheduler, start, 8)
     points, report = aligned_sample(denoise, scheduler, start(), 8, 0.0, keypoints, target, guidance, 2, plain)
@@ -324,7 +333,7 @@ def test_a_wrong_choice_is_named(values, text):
 def test_joint_weights_of_another_number_are_refused():
     _, _, _, heatmaps, camera, _ = toy()
     with pytest.raises(UserError, match="3 numbers for 12 keypoints"):
-        make_target(Guidance(joint_weights=(1.0, 1.0, 1.0)), heatmaps, camera, hypothesis_generators(0, [0, 1], 1))
+        make_target(everywhere(joint_weights=(1.0, 1.0, 1.0)), heatmaps, camera, hypothesis_generators(0, [0, 1], 1))
 
 
 # -- the camera that is fitted ---------------------------------------------------------------------------------------
@@ -377,14 +386,14 @@ def people(count: int = 2) -> Heatmaps:
 
 def test_strength_zero_and_mode_none_are_bit_identical_to_no_guidance(pipe):
     plain = pipe(heatmaps=people(), num_hypotheses=3, num_inference_steps=4)
-    for guidance in (Guidance(strength=0.0), Guidance(mode="none")):
+    for guidance in (everywhere(strength=0.0), everywhere(mode="none")):
         same = pipe(heatmaps=people(), num_hypotheses=3, num_inference_steps=4, guidance=guidance)
         assert torch.equal(plain.vertices, same.vertices) and same.guidance is None
 
 
 def test_guidance_in_the_pipeline_reports_and_does_not_depend_on_the_batch_or_the_chunks(pipe, monkeypatch):
     # Random keypoints have no upright pose; body fitting to an untrained network's mesh amplifies rounding.
-    settings = {"num_hypotheses": 4, "num_inference_steps": 4, "guidance": Guidance(), "upright": False}
+    settings = {"num_hypotheses": 4, "num_inference_steps": 4, "guidance": everywhere(), "upright": False}
     settings["surface"] = "vertices"
     whole = pipe(heatmaps=people(3), **settings)
     assert whole.guidance is not None and whole.guidance.gap_after.shape == (3, 4)
@@ -399,7 +408,7 @@ def test_guidance_in_the_pipeline_reports_and_does_not_depend_on_the_batch_or_th
 
 def test_guidance_without_heatmaps_is_refused(pipe):
     with pytest.raises(UserError, match="guidance needs heatmaps"):
-        guidance_plan(pipe.model, pipe.body, Guidance(), None, torch.ones(1, 3), CropCamera.of(people(1).crop, False))
+        guidance_plan(pipe.model, pipe.body, everywhere(), None, torch.ones(1, 3), CropCamera.of(people(1).crop, False))
 
 
 def test_a_model_of_the_crops_frame_turns_its_meshes_to_the_camera(pipe):

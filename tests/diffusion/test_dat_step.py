@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from hmdiff.diffusion.guidance import Guidance
 from hmdiff.diffusion.sampling import hypothesis_generators, initial_noise
 from hmdiff.diffusion.schedule import make_scheduler
 
+everywhere = functools.partial(Guidance, last=1.0)  # in every step
 ROWS, POINTS, STEPS, GAIN = 3, 6, 50, 0.6
 SCHEDULER = make_scheduler("ddim", STEPS, prediction_type="sample")
 MESH = torch.randn(POINTS, 3, generator=torch.Generator().manual_seed(1))
@@ -44,7 +46,7 @@ def noise() -> Tensor:
 @pytest.mark.parametrize("step", ["gradient", "score"])
 def test_the_step_is_the_gradient_times_its_factor(number: int, of: str, step: str) -> None:
     mode, gradient = ("disrupted", "denoiser") if of == "disrupted" else ("dat", of)
-    guidance = Guidance(mode=mode, gradient=gradient, step=step, strength=0.1, projection="camera")
+    guidance = everywhere(mode=mode, gradient=gradient, step=step, strength=0.1, projection="camera")
     goal, x_t = target(), noise()
     found = aligned(guidance, goal)(x_t, torch.full((ROWS,), (number + 1) / STEPS))
     clean = denoise(x_t, torch.ones(ROWS))
@@ -66,7 +68,7 @@ def test_the_step_is_the_gradient_times_its_factor(number: int, of: str, step: s
 
 def test_no_step_is_longer_than_its_bound() -> None:
     """Two units, root mean square over the points, whatever the gap."""
-    guidance = Guidance(step="gradient", projection="camera", strength=0.5)
+    guidance = everywhere(step="gradient", projection="camera", strength=0.5)
     x_t, step = noise(), torch.full((ROWS,), 0.6)
     for scale, bounded in ((1000.0, True), (0.01, False)):
         moved = aligned(guidance, target(scale))(x_t, step) - denoise(x_t, step)
@@ -81,7 +83,7 @@ def test_a_direction_that_raises_the_gap_is_not_taken() -> None:
     def backwards(points: Tensor, step: Tensor) -> Tensor:
         return MESH - GAIN * points
 
-    guidance = Guidance(projection="camera")
+    guidance = everywhere(projection="camera")
     assert torch.equal(aligned(guidance, target(), backwards)(x_t, step), backwards(x_t, step))
     assert not torch.allclose(aligned(guidance, target())(x_t, step), denoise(x_t, step), atol=1e-2)
 
@@ -89,7 +91,7 @@ def test_a_direction_that_raises_the_gap_is_not_taken() -> None:
 def test_disrupted_guidance_moves_the_mesh_by_the_residual_of_the_noise() -> None:
     """The Gauss-Newton step at x_k: with f the identity in x and y, weighted residuals decide the length."""
     goal, x_t, step = target(), noise(), torch.full((ROWS,), 0.4)
-    found = aligned(Guidance(mode="disrupted", projection="camera"), goal)(x_t, step)
+    found = aligned(everywhere(mode="disrupted", projection="camera"), goal)(x_t, step)
     residual = goal.points - x_t[..., :2]
     way = WEIGHT[:, None] * residual
     along = (WEIGHT[:, None] * residual * way).sum((1, 2)) / (WEIGHT[:, None] * way.square()).sum((1, 2))
@@ -98,7 +100,7 @@ def test_disrupted_guidance_moves_the_mesh_by_the_residual_of_the_noise() -> Non
 
 
 def test_off_is_off_for_all_later_steps() -> None:
-    found = aligned(Guidance(threshold=0.1), target())
+    found = aligned(everywhere(threshold=0.1), target())
     for gaps, on in (([1.0, 1.0, 1.0], [1, 1, 1]), ([0.5, 0.05, 0.5], [1, 0, 1]), ([0.5, 0.9, 0.09], [1, 0, 0])):
         found._switch(torch.tensor(gaps))
         assert found.on.tolist() == [bool(each) for each in on]
@@ -106,7 +108,7 @@ def test_off_is_off_for_all_later_steps() -> None:
 
 def test_the_relative_gap_is_relative_to_the_first_estimate_also_where_that_is_not_guided() -> None:
     """With `last`, D_K is that of the first x̂_0, steps before DAT may act."""
-    found = aligned(Guidance(last=0.5, threshold=0.05, projection="camera"), target())
+    found = aligned(everywhere(last=0.5, threshold=0.05, projection="camera"), target())
     x_t = noise()
     found(x_t, torch.ones(ROWS))
     assert found.first_gap is not None and found.first_estimate is not None
@@ -120,7 +122,7 @@ def test_the_relative_gap_is_relative_to_the_first_estimate_also_where_that_is_n
 def test_a_fall_back_that_is_worse_is_not_taken() -> None:
     """The hypothesis without guidance replaces the guided one only where its gap is smaller."""
     generators = hypothesis_generators(0, [0], ROWS)
-    goal, guidance = target(), Guidance(strength=30.0, threshold=0.0, projection="camera")
+    goal, guidance = target(), everywhere(strength=30.0, threshold=0.0, projection="camera")
 
     def run(unguided: Tensor) -> tuple[Tensor, GuidanceReport]:
         start = initial_noise(generators, POINTS), generators

@@ -193,3 +193,32 @@ def test_a_fall_back_is_the_same_persons_same_hypothesis(pipe: HMDiffPipeline, m
     found = pipe(heatmaps=given, num_hypotheses=3, guidance=Guidance(peaks=0.0), **RAW).vertices.flatten(0, 1)
     torch.testing.assert_close(found[rows], plain.vertices.flatten(0, 1)[rows], atol=1e-4, rtol=1e-4)
     assert (plain.vertices.flatten(0, 1)[rows].diff(dim=0)).abs().amax((1, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(threshold=0.0, peaks=0.0)])
+def test_pure_noise_is_evaluated_once_a_person(monkeypatch: pytest.MonkeyPatch, guidance: Guidance | None) -> None:
+    """x_K says nothing: all hypotheses share the first x̂_0, the regressor's; noise prediction has none to share."""
+    for prediction_type, shared in (("sample", True), ("epsilon", False)):
+        pipe = small_pipeline(f"diffusion.prediction_type={prediction_type}")
+        maps, estimates, rows = heatmaps(crops()), [], []
+        denoise = type(pipe.model).denoise
+
+        def watched(model: Any, points: Tensor, *rest: Any, to: Any = denoise, seen: list[int] = rows) -> Tensor:
+            seen.append(points.shape[1])
+            return to(model, points, *rest)  # type: ignore[no-any-return]
+
+        def keep(*step: Any, to: list[Tensor] = estimates) -> None:
+            to.append(step[-1]["prediction"].unflatten(0, (2, 3)))
+
+        monkeypatch.setattr(type(pipe.model), "denoise", watched)
+        options = {**RAW, "num_inference_steps": 3, "num_hypotheses": 3, "guidance": guidance}
+        whole = pipe(heatmaps=maps, callback_on_step_end=keep, **options)
+        assert len([width for width in rows if width == 3]) == (2 if shared else 3)
+        assert bool((estimates[0] == estimates[0][:, :1]).all()) == shared
+        assert (estimates[1] != estimates[1][:, :1]).any()
+        if shared:
+            conditioning, _ = pipe.model.encode(None, maps.values, maps.valid)
+            torch.testing.assert_close(estimates[0][:, :1], pipe.model.regress(conditioning))
+        monkeypatch.setattr(reverse, "ROWS_AT_ONCE", 2)
+        torch.testing.assert_close(pipe(heatmaps=maps, **options).vertices, whole.vertices, atol=1e-5, rtol=1e-4)
+        monkeypatch.undo()
