@@ -52,7 +52,10 @@ _FILLS_PHOTO = 0.24
 _MIN_MEDIAN_CONFIDENCE = 0.5
 _MIN_TILE_SIDE = 160  # minimum side of a tile, photo pixels
 _MIN_PRESENCE = 0.5  # presence from which a joint's peak sets the crop instead of its landmark
-_LANDMARK_PASSES = 2
+_LANDMARK_PASSES = 2  # at most
+# A window that its first pass moves or resizes by less than this share, and turns by less, is kept: a second pass
+# changes the joints by 0.5 to 0.75 % of the crop, as a third does, and is no closer to the labels (LOG.md).
+_SAME_WINDOW, _SAME_TURN = 0.1, 0.15
 _SAME_PERSON = 0.25  # mean joint distance, relative to their extent, below which two detections are one person
 _WINDOW_LANDMARKS = (33, 34)  # landmarks that set the next window, like the detector's first two points
 
@@ -159,7 +162,7 @@ class LandmarkEstimator:
         return merge_passes([Detections(*map(np.concatenate, zip(*detections, strict=True)))])
 
     def _person(self, photo: np.ndarray, initial: Crop) -> _Person | None:
-        """The landmark network's outputs in the window given by its own first pass."""
+        """The landmark network's outputs, again in the window of its own first pass where that one is another."""
         current = initial
         for number in range(_LANDMARK_PASSES):
             affine = np.array(current.affine(0, WINDOW))
@@ -171,7 +174,10 @@ class LandmarkEstimator:
             if number < _LANDMARK_PASSES - 1:
                 local = torch.tensor(landmarks[list(_WINDOW_LANDMARKS), :2] / (WINDOW / 2) - 1)[None]
                 hips, above = current.to_photo(local)[0].numpy()
-                current = landmark_window(hips, above) or current
+                refined = landmark_window(hips, above) or current
+                if _is_same_window(refined, current):
+                    break
+                current = refined
         values = _sigmoid(outputs[HEATMAP_SIZE**2 * 39].reshape(HEATMAP_SIZE, HEATMAP_SIZE, 39)[..., :33])
         mask = _sigmoid(outputs[WINDOW * WINDOW].reshape(WINDOW, WINDOW))
         silhouette = functools.partial(_mask_in_photo, mask, affine, photo.shape[:2])
@@ -257,6 +263,14 @@ def _box(person: _Person) -> Tensor:  # (4,)
     low, high = person.points.amin(0), person.points.amax(0)
     margin = 0.1 * (high - low).amax()
     return torch.cat([low - margin, high + margin])
+
+
+def _is_same_window(window: Crop, other: Crop) -> bool:
+    """Whether another pass would change the landmarks no more than any pass does."""
+    side = float(other.side[0])
+    shift = float((window.center - other.center).norm()) / side
+    turn = (float(window.rotation[0] - other.rotation[0]) + np.pi) % (2 * np.pi) - np.pi
+    return shift < _SAME_WINDOW and abs(float(window.side[0]) / side - 1) < _SAME_WINDOW and abs(turn) < _SAME_TURN
 
 
 def _is_same_person(person: _Person, other: _Person) -> bool:

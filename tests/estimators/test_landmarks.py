@@ -47,6 +47,45 @@ def test_a_synthetic_landmark_comes_back_within_half_a_photo_pixel(turn: float, 
         assert moved.min() >= 0 and 0.9 < moved.amax((1, 2)).min() <= 1.05
 
 
+class _Passes(landmarks.LandmarkEstimator):
+    """Its landmark network sees the person in one window of the photo, whatever window it is given."""
+
+    def __init__(self, person: Crop) -> None:
+        self.person, self.windows = person, 0
+
+    def _landmarks(self, picture: np.ndarray) -> dict[int, np.ndarray]:
+        # The window's corner is read back from the picture, whose colours are the photo's coordinates.
+        self.windows += 1
+        pixels = torch.tensor(picture[[64, 64, 192], [64, 192, 64], :2] * 255 * 4, dtype=torch.float32)
+        right, down = (pixels[1] - pixels[0]) / 128, (pixels[2] - pixels[0]) / 128
+        hips, above = self.person.center[0], self.person.to_photo(torch.tensor([[[0.0, -0.8]]]))[0, 0]
+        landmark = torch.zeros(39, 5)
+        for number, point in ((33, hips), (34, above)):
+            landmark[number, :2] = 64 + torch.linalg.solve(torch.stack([right, down], 1), point - pixels[0])
+        size = landmarks.HEATMAP_SIZE**2 * 39
+        outputs = [landmark.numpy(), np.full(1, 9.0), np.zeros(size), np.zeros(landmarks.WINDOW**2)]
+        return {output.size: output for output in outputs}
+
+
+@pytest.mark.parametrize(
+    ("shift", "factor", "turn", "passes"),
+    [(0.05, 1.05, 0.1, 1), (0.2, 1.0, 0.0, 2), (0.0, 1.3, 0.0, 2), (0.0, 1.0, 0.4, 2), (0.0, 1.0, 2 * math.pi, 1)],
+)
+def test_another_window_gets_another_pass(shift: float, factor: float, turn: float, passes: int) -> None:
+    rows, columns = np.mgrid[:1000, :1000]
+    photo = np.stack([columns / 4, rows / 4, 0 * rows], -1).astype(np.uint8)
+    person = landmark_window(np.array([500.0, 480.0]), np.array([500.0, 320.0]))
+    assert person is not None
+    estimator = _Passes(person)
+    side = float(person.side[0])
+    first = Crop.of(person.center + shift * side, factor * person.side, person.rotation + turn)
+    found = estimator._person(photo, first)
+    assert found is not None and estimator.windows == passes
+    near = found.window if passes == 2 else person
+    torch.testing.assert_close(near.center, person.center, atol=6.0, rtol=0)
+    assert float(near.side[0]) == pytest.approx(side, rel=0.03)
+
+
 def test_outside_the_window_there_is_nothing() -> None:
     of_window = Crop.of(torch.tensor([[100.0, 100.0]]), torch.tensor([50.0]))
     far = Crop.of(torch.tensor([[400.0, 100.0]]), torch.tensor([50.0]))
