@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates, spline_filter1d
 
 from hmdiff.body.skeletons import HALPE26
 from hmdiff.errors import UserError
@@ -84,6 +85,16 @@ def test_another_window_gets_another_pass(shift: float, factor: float, turn: flo
     near = found.window if passes == 2 else person
     torch.testing.assert_close(near.center, person.center, atol=6.0, rtol=0)
     assert float(near.side[0]) == pytest.approx(side, rel=0.03)
+
+
+def test_heatmaps_are_resampled_as_scipys_cubic_splines() -> None:
+    values = np.random.default_rng(0).random((3, 64, 64))
+    coefficients = spline_filter1d(spline_filter1d(values, axis=1), axis=2)
+    pixels = torch.rand(20, 30, 2, generator=torch.Generator().manual_seed(0)) * 64 - 0.5  # the borders too
+    found = landmarks._cubic_spline(torch.from_numpy(coefficients).float(), pixels)
+    at = pixels.flip(-1).permute(2, 0, 1).numpy()
+    wanted = np.stack([map_coordinates(of, at, order=3, mode="mirror") for of in values])
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-4)
 
 
 def test_outside_the_window_there_is_nothing() -> None:
