@@ -130,7 +130,7 @@ def add_sampling(parser: argparse.ArgumentParser, eta: bool = True) -> None:
     parser.add_argument("--seed", type=whole(0), default=0, help="other seed, other hypotheses")
 
 
-LAST = "guide in the last share of the steps alone (default: 0.34; 1: in all, for 0.5 %% less error)"
+LAST = "guide in the last share of the steps alone (default: 0.5; 1: in all but the first)"
 
 
 def add_guidance(parser: argparse.ArgumentParser, default: str = "dat") -> None:

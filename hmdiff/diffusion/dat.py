@@ -12,7 +12,7 @@ Per reverse step k, for every hypothesis i of a person:
 The scheduler then steps with ĝ. The paper publishes D_k, the gradient through x̂_0, the switch by a relative gap, and
 two baselines: `none`, and `disrupted` (gap and gradient at x_k itself). `PAPER` is that form; the formula and the floor
 of R_k (the expected gap of the draws themselves), s and the threshold are ours. The default differs where it measures
-better (LOG.md): the mean of U instead of draws, R_k per hypothesis (independent of N), guidance in the last third of
+better (LOG.md): the mean of U instead of draws, R_k per hypothesis (independent of N), guidance in the second half of
 the steps alone, and the step length.
 
 Step length: in terms of x̂_0, the formula for ĝ is x̂_0 - s (1 - alpha_bar)/sqrt(alpha_bar) grad_{x_k} D. At small
@@ -22,7 +22,7 @@ the unit of 1 / D (squared crop half-sides), so that s = 1 has no visible effect
 2 sqrt(D_k).
 
 Cost: backpropagation through the denoiser costs twice its forward pass, and the late steps give most of the gain, so
-DAT is restricted to k/K <= `last`, a third; 1 is the paper's form.
+DAT is restricted to k/K <= `last`, a half; 1 is the paper's form.
 
 M rows (the hypotheses of a person are adjacent), P points, J keypoints, H x W heatmaps. 2D in crop coordinates, -1..1.
 """

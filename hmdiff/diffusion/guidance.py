@@ -24,7 +24,7 @@ class Guidance:
     mode: str = "dat"  # "none"; "disrupted": gap and gradient at x_k itself; "dat"
     strength: float = 1.0  # s; 0 equals "none"
     threshold: float = 0.05  # on the relative gap R_k; DAT is off at or below it
-    last: float = 0.34  # DAT acts in this last fraction of the reverse process: at least one step (paper: 1)
+    last: float = 0.5  # DAT acts in this last fraction of the reverse process, at least one step (paper: 1)
     pairing: str = "mean"  # compare with the mean of U; "paired": with u_i drawn from U for hypothesis i
     gap: str = "samples"  # squared distance to u_i; "likelihood": of the keypoints under U
     gradient: str = "denoiser"  # through the denoiser's Jacobian; "estimate": stopped at x̂_0
