@@ -66,10 +66,10 @@ def test_a_photo_to_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         shutil.copy(asset_path(f"sample{suffix}"), tmp_path / f"one{suffix}")
     encoded = spy(monkeypatch, MeshRecoveryModel, "encode")
     denoised = spy(monkeypatch, PartDenoiser, "forward")
-    words = ["--num-hypotheses", "1", "--steps", "1", "--guidance", "none", "--save", "npz"]
+    words = ["--num-hypotheses", "1", "--steps", "2", "--guidance", "none", "--save", "npz"]
     assert main(["sample", str(tmp_path / "one.jpg"), *words, "--output", str(tmp_path / "out")]) == 0
     passing = ("cli/sample.py", "_sampled")  # the bar over the photos
-    for made in (encoded[0], denoised[0]):
+    for made in (encoded[0], denoised[0], denoised[-1]):
         in_order([call for call in made if call != passing], 1)
     assert len(encoded[0]) + 1 == 9  # with encode itself: "nine calls deep"
 

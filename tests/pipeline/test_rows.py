@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,3 +223,15 @@ def test_pure_noise_is_evaluated_once_a_person(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(reverse, "ROWS_AT_ONCE", 2)
         torch.testing.assert_close(pipe(heatmaps=maps, **options).vertices, whole.vertices, atol=1e-5, rtol=1e-4)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("last", "kind", "shared"), [(1e-9, "sample", True), (1e-9, "epsilon", False), (0.01, "sample", False)]
+)
+def test_one_evaluation_serves_all_where_the_prediction_is_a_mesh_from_nothing(
+    last: float, kind: str, shared: bool
+) -> None:
+    scheduler: Any = SimpleNamespace(
+        alphas_cumprod=torch.tensor([0.9, last]), config=SimpleNamespace(prediction_type=kind)
+    )
+    assert reverse._starts_from_nothing(scheduler) == shared
