@@ -47,7 +47,8 @@ def fit_temperature(
     if len(samples) == 0 or samples.shape[1] < 2:
         raise UserError(f"temperature: {len(samples)} people with {samples.shape[1]} samples each; give more to fit it")
     if float((samples - samples.mean(1, keepdim=True)).abs().amax()) < 1e-6:
-        raise UserError("temperature: the hypotheses are all the same (a direct baseline?); there is nothing to scale")
+        why = "a direct baseline, or one step"  # whose result all hypotheses share
+        raise UserError(f"temperature: the hypotheses are all the same ({why}?); there is nothing to scale")
     error = tempered_error(samples, target)
     best = _best(error, LOWEST, HIGHEST, _COARSE)
     step = (HIGHEST / LOWEST) ** (1 / (_COARSE - 1))

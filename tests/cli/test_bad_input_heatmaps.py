@@ -163,14 +163,14 @@ def test_ten_thousand_hypotheses(pipe: HMDiffPipeline, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(pipe.model, "denoise", counted)
     with torch.no_grad():
-        many, _ = pipe.denoised(conditioning, [0], SamplingConfig(10_000, 1))
+        many, _ = pipe.denoised(conditioning, [0], SamplingConfig(10_000, 2))
         assert many.shape[:2] == (1, 10_000) and many.isfinite().all()
         limit = reverse.ROWS_AT_ONCE
         assert max(rows) <= limit and sum(rows) == 10_000
-        few, _ = pipe.denoised(conditioning, [0], SamplingConfig(5, 1))
+        few, _ = pipe.denoised(conditioning, [0], SamplingConfig(5, 2))
         torch.testing.assert_close(many[:, :5], few, rtol=0, atol=1e-4)
         monkeypatch.setattr(reverse, "ROWS_AT_ONCE", 37)
         rows.clear()
-        some, _ = pipe.denoised(conditioning, [0], SamplingConfig(300, 1))
+        some, _ = pipe.denoised(conditioning, [0], SamplingConfig(300, 2))
     assert max(rows) == 37
     torch.testing.assert_close(some, many[:, :300], rtol=0, atol=1e-5)

@@ -187,12 +187,12 @@ def test_the_command_writes_it_into_the_pipeline(
     monkeypatch.setattr("hmdiff.cli.splits.test_people", lambda *_: people(True))
     pipe.save_pretrained(tmp_path / "run" / "pipeline")
     before = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
-    words = ["--people", "8", "--num-hypotheses", "5", "--steps", "1", "2", "--device", "cpu"]
+    words = ["--people", "8", "--num-hypotheses", "5", "--steps", "3", "2", "--device", "cpu"]
     assert main(["prepare", "temperature", str(tmp_path / "run"), *words, "--guidance", "none"]) == 0
     told = capsys.readouterr().out
     assert "ddim, 2 steps" in told and "calibration error" in told and str(tmp_path / "run" / "pipeline") in told
     after = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
-    assert {(each.num_inference_steps, each.sampler) for each in after.temperatures} == {(1, "ddim"), (2, "ddim")}
+    assert {(each.num_inference_steps, each.sampler) for each in after.temperatures} == {(3, "ddim"), (2, "ddim")}
     assert after.temperature(in_steps(2)) != 1.0 and before.temperature(in_steps(2)) == 1.0
     assert main(["prepare", "temperature", str(tmp_path / "run"), *words]) == 0
     guided = HMDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline")
