@@ -494,6 +494,8 @@ def test_a_checkpoint_over_a_prepared_data_set(tmp_path: Path, capsys: pytest.Ca
         3,
         "--steps",
         2,
+        "--surface",
+        "vertices",  # a fit to an untrained mesh amplifies rounding
         "--device",
         "cpu",
         "--output",
@@ -516,14 +518,16 @@ def test_a_checkpoint_over_a_prepared_data_set(tmp_path: Path, capsys: pytest.Ca
     )
     sample = data.block("standin", 0)
     pipe = HMDiffPipeline.from_pretrained(tmp_path / "small")
-    output = pipe(heatmaps=as_heatmaps(sample), num_hypotheses=3, num_inference_steps=2, people=range(5))
+    output = pipe(
+        heatmaps=as_heatmaps(sample), num_hypotheses=3, num_inference_steps=2, people=range(5), surface="vertices"
+    )
     assert body.J_regressor is not None
     guess, real = body.J_regressor @ output.vertices[0, 0], body.J_regressor @ truth
     hips = joint_indices(HIPS, SMPL24)
     expected = ((guess - guess[hips].mean(0)) - (real - real[hips].mean(0))).norm(dim=-1).mean() * 1000
     with np.load(tmp_path / "out" / "small_emdb_standin.npz") as archive:
         assert archive["names"].tolist() == names_of(records)
-        assert archive["emdb/mpjpe/first"][0] == pytest.approx(expected.item(), rel=5e-3)  # fits to an untrained mesh
+        assert archive["emdb/mpjpe/first"][0] == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_part_of_the_people(tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
